@@ -1,0 +1,163 @@
+"""The embedded models, untrained: real diffusers and transformers classes at a size that a laptop trains.
+
+All share one AutoencoderKL (64 x 64 pictures, 16 x 16 x 4 latents) and one caption tokenizer.
+"""
+
+from typing import Any
+
+import torch
+
+from dreamreader.zoo import scenes
+
+CAPTION_TOKENS = 28  # the longest caption has 24 words
+NAMES = ("shapes-unet", "shapes-unet-b", "shapes-dit")
+UNET_WIDTHS = {"shapes-unet": (48, 96, 96), "shapes-unet-b": (40, 80, 96)}
+TEXT_WIDTH = {"shapes-unet": 128, "shapes-unet-b": 96, "shapes-dit": 96}
+SEEDS = {"shapes-vae": 10, "shapes-unet": 11, "shapes-unet-b": 12, "shapes-dit": 13}
+LATENT_SIDE = 16
+
+
+def vocabulary() -> list[str]:
+    """Every word that a caption can contain, in a fixed order."""
+    words = "a an at the and on with frame background".split()
+    for group in (scenes.COLORS, scenes.SHAPES, scenes.SIZES, scenes.ROWS, scenes.COLUMNS, scenes.BACKGROUNDS):
+        words += [w for w in group if w not in words]
+    return words
+
+
+def build_tokenizer() -> Any:
+    """A CLIPTokenizer in which each caption word is one token and any other word falls apart into letters."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    pieces = dict.fromkeys(letters + [c + "</w>" for c in letters])
+    merges: dict[tuple[str, str], None] = {}
+    for word in vocabulary():
+        parts = [*word[:-1], word[-1] + "</w>"]
+        grown = parts[0]
+        for part in parts[1:]:
+            merges.setdefault((grown, part))
+            grown += part
+            pieces.setdefault(grown)
+    tokens = [*pieces, "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={piece: i for i, piece in enumerate(tokens)},
+        merges=list(merges),
+        model_max_length=CAPTION_TOKENS,
+    )
+
+
+def build_text_encoder(width: int, tokenizer: Any, projected: bool = False) -> torch.nn.Module:
+    """A CLIP text model of three layers; with a projection of the pooled output where a pipeline wants one."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=CAPTION_TOKENS,
+        projection_dim=width,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def build_vae() -> torch.nn.Module:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(24, 48, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=scenes.SIZE_PX,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+
+
+def build_unet(name: str) -> torch.nn.Module:
+    """Cross-attention at 8 x 8 and 4 x 4, plain convolutions at 16 x 16; four heads everywhere."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIDE,
+        block_out_channels=UNET_WIDTHS[name],
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH[name],
+        attention_head_dim=4,  # diffusers reads this number as the count of heads
+        norm_num_groups=8,
+    )
+
+
+def build_transformer() -> torch.nn.Module:
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=LATENT_SIDE,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=6,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=2 * TEXT_WIDTH["shapes-dit"],
+        caption_projection_dim=128,
+        pooled_projection_dim=2 * TEXT_WIDTH["shapes-dit"],
+        pos_embed_max_size=LATENT_SIDE,
+    )
+
+
+def build_parts(name: str) -> dict[str, Any]:
+    """Untrained parts of one model by their pipeline names, without the autoencoder; seeded by the model."""
+    torch.manual_seed(SEEDS[name])
+    tokenizer = build_tokenizer()
+    if name != "shapes-dit":
+        encoder = build_text_encoder(TEXT_WIDTH[name], tokenizer)
+        return {"tokenizer": tokenizer, "text_encoder": encoder, "unet": build_unet(name)}
+    encoders = [build_text_encoder(TEXT_WIDTH[name], tokenizer, projected=True) for _ in range(2)]
+    return {
+        "tokenizer": tokenizer,
+        "tokenizer_2": build_tokenizer(),
+        "text_encoder": encoders[0],
+        "text_encoder_2": encoders[1],
+        "transformer": build_transformer(),
+    }
+
+
+def build_scheduler(name: str) -> Any:
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+    if name == "shapes-dit":
+        return FlowMatchEulerDiscreteScheduler(shift=2.0)
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
+
+
+def assemble(name: str, parts: dict[str, Any], vae: torch.nn.Module) -> Any:
+    """The diffusers pipeline of one model from its parts."""
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+
+    parts = {**parts, "vae": vae, "scheduler": build_scheduler(name)}
+    if name == "shapes-dit":
+        return StableDiffusion3Pipeline(**parts, text_encoder_3=None, tokenizer_3=None)
+    return StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )

@@ -1,0 +1,247 @@
+"""Trains the embedded models from nothing: `dreamreader zoo train <name>`.
+
+The order is autoencoder, captions, denoiser. Batches are a function of seed and step and checkpoints hold the
+optimiser, so that a run that was stopped ends with the same weights as one that was not.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.zoo import data, models, objectives
+
+Report = Callable[[str, int, int, float], None]
+"""Called with (stage, step, steps, loss)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast one stage learns; the rate falls to zero over the last quarter."""
+
+    steps: int
+    batch: int
+    rate: float
+    warmup: int = 100
+    ema: float = 0.998
+
+    def rate_at(self, step: int) -> float:
+        fall = min(1.0, (self.steps - step) / (0.25 * self.steps))
+        return self.rate * min(1.0, (step + 1) / self.warmup) * fall
+
+
+VAE = Recipe(steps=2000, batch=16, rate=2e-3)
+CAPTIONS = Recipe(steps=1200, batch=128, rate=1e-3)
+DENOISER = {
+    "shapes-unet": Recipe(steps=7000, batch=64, rate=1e-3),
+    "shapes-unet-b": Recipe(steps=6000, batch=64, rate=1e-3),
+    "shapes-dit": Recipe(steps=9000, batch=64, rate=1e-3),
+}
+SCENES = 80_000
+SAVE_EVERY = 200
+
+
+def train(name: str, folder: Path, steps: int | None = None, report: Report | None = None) -> Path:
+    """Trains one embedded model, or continues a run that was stopped.
+
+    Args:
+        name: `shapes-vae` or a name of `models.NAMES`; a denoiser needs `<folder>/shapes-vae` and makes it first.
+        folder: where checkpoints and finished models go.
+        steps: denoiser (or autoencoder) steps instead of the recipe's.
+        report: called now and then with (stage, step, steps, loss).
+
+    Returns:
+        `<folder>/<name>/pipeline` (a diffusers folder, float16 weights), or the autoencoder's folder.
+
+    Raises:
+        UnknownName: no embedded model has this name.
+    """
+    if name not in (*models.NAMES, "shapes-vae"):
+        raise UnknownName("embedded model", name, [*models.NAMES, "shapes-vae"])
+    if steps is not None and steps < 1:
+        raise InvalidInput(f"steps: expected at least 1, got {steps}")
+    report = report or (lambda *_: None)
+    if name == "shapes-vae":
+        return train_autoencoder(folder, steps, report)
+    if not (folder / "shapes-vae" / "autoencoder" / "config.json").is_file():
+        train_autoencoder(folder, None, report)
+    return train_denoiser(name, folder, steps, report)
+
+
+def train_autoencoder(folder: Path, steps: int | None, report: Report) -> Path:
+    """Mean squared error with a small KL term; then scales the latents to unit variance."""
+    recipe = _with_steps(VAE, steps)
+    home = folder / "shapes-vae"
+    torch.manual_seed(models.SEEDS["shapes-vae"])
+    vae = models.build_vae()
+
+    def loss(step: int) -> Tensor:
+        rng = random.Random(f"vae {step}")
+        target = data.pictures([data.training_scene(rng) for _ in range(recipe.batch)], rng)
+        posterior = vae.encode(target).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=_generator(0, step))
+        sample = posterior.mean + posterior.std * noise
+        error = vae.decode(sample).sample - target
+        return error.square().mean() + 0.2 * error.abs().mean() + 1e-5 * posterior.kl().mean()
+
+    run_stage("autoencoder", recipe, nn.ModuleDict({"vae": vae}), loss, home / "autoencoder.ckpt", report)
+    mean, std = _latent_moments(vae)
+    vae.register_to_config(scaling_factor=1 / std, shift_factor=mean)
+    out = home / "autoencoder"
+    vae.half().save_pretrained(out)
+    return out
+
+
+def train_denoiser(name: str, folder: Path, steps: int | None, report: Report) -> Path:
+    """Captions first (an attribute classifier that is thrown away), then denoiser and text encoders together."""
+    vae = load_autoencoder(folder / "shapes-vae" / "autoencoder")
+    home = folder / name
+    parts = models.build_parts(name)
+    recipe = _with_steps(DENOISER[name], steps)
+    seed = models.SEEDS[name]
+    encoders = nn.ModuleDict({k: v for k, v in parts.items() if k.startswith("text_encoder")})
+    stage = nn.ModuleDict({"encoders": encoders, "heads": objectives.heads(encoders)})
+    reader = objectives.caption_loss(stage, parts["tokenizer"], CAPTIONS.batch, seed)
+    run_stage("captions", CAPTIONS, stage, reader, home / "captions.ckpt", report)
+    latents = data.encode_set(vae, parts["tokenizer"], SCENES, seed)
+    net = nn.ModuleDict({k: v for k, v in parts.items() if isinstance(v, nn.Module)})
+    objective = objectives.flow_loss if name == "shapes-dit" else objectives.velocity_loss
+    scheduler = models.build_scheduler(name)
+
+    def loss(step: int) -> Tensor:
+        generator = _generator(seed, step)
+        return objective(net, scheduler, *latents.batch(recipe.batch, generator), generator)
+
+    def keep(step: int) -> None:
+        if step % (5 * SAVE_EVERY) == 0 or step == recipe.steps:
+            save_pipeline(name, parts, vae, home / "pipeline")
+
+    run_stage("denoiser", recipe, net, loss, home / "denoiser.ckpt", report, keep)
+    return home / "pipeline"
+
+
+def run_stage(
+    stage: str,
+    recipe: Recipe,
+    model: nn.ModuleDict,
+    loss: Callable[[int], Tensor],
+    checkpoint: Path,
+    report: Report,
+    keep: Callable[[int], None] | None = None,
+) -> None:
+    """Optimises `model` in place; leaves the averaged weights in it, also whenever `keep` is called."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=0.01, betas=(0.9, 0.99))
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    start = _restore(checkpoint, model, optimiser, average)
+    model.train()
+    for step in range(start, recipe.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.rate_at(step)
+        value = loss(step)
+        if not torch.isfinite(value):
+            raise FloatingPointError(f"{stage}: the loss is {float(value)} at step {step}")
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        decay = min(recipe.ema, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                average[name].lerp_(p, 1 - decay)
+        done = step + 1
+        if done % 50 == 0 or done == recipe.steps:
+            report(stage, done, recipe.steps, float(value))
+        if done % SAVE_EVERY == 0 or done == recipe.steps:
+            _save(checkpoint, model, optimiser, average, done)
+            if keep is not None:
+                with averaged(model, average):
+                    keep(done)
+    model.load_state_dict(average, strict=False)
+    model.eval()
+
+
+@contextlib.contextmanager
+def averaged(model: nn.Module, average: dict[str, Tensor]) -> Iterator[None]:
+    """The model with its averaged weights, for as long as the block lasts."""
+    live = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.load_state_dict(average, strict=False)
+    try:
+        yield
+    finally:
+        model.load_state_dict(live, strict=False)
+
+
+def load_autoencoder(folder: Path) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).eval().requires_grad_(False)
+
+
+def save_pipeline(name: str, parts: dict[str, Any], vae: nn.Module, out: Path) -> None:
+    """Writes the model as a diffusers folder with float16 weights; the old folder stays until the new is whole."""
+    import copy
+    import shutil
+
+    pipe = models.assemble(name, {k: copy.deepcopy(v) for k, v in parts.items()}, copy.deepcopy(vae))
+    fresh = out.with_name(out.name + ".part")
+    shutil.rmtree(fresh, ignore_errors=True)
+    pipe.to(torch.float16).save_pretrained(fresh)
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(fresh, out)
+
+
+def _with_steps(recipe: Recipe, steps: int | None) -> Recipe:
+    return recipe if steps is None else Recipe(steps, recipe.batch, recipe.rate, recipe.warmup, recipe.ema)
+
+
+def _generator(seed: int, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+@torch.no_grad()
+def _latent_moments(vae: Any) -> tuple[float, float]:
+    rng = random.Random("moments")
+    vae.eval()
+    batches = [[data.training_scene(rng) for _ in range(128)] for _ in range(8)]
+    latents = torch.cat([vae.encode(data.pictures(b, rng)).latent_dist.mean for b in batches])
+    return float(latents.mean()), float(latents.std())
+
+
+def _save(path: Path, model: nn.Module, optimiser: Any, average: dict[str, Tensor], step: int) -> None:
+    moments = optimiser.state_dict()["state"]
+    tensors = {f"live.{k}": v for k, v in model.named_parameters()}
+    tensors |= {f"average.{k}": v for k, v in average.items()}
+    tensors |= {f"{key}.{i}": v for i, state in moments.items() for key, v in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, part, {"step": json.dumps(step)})
+    os.replace(part, path)
+
+
+def _restore(path: Path, model: nn.Module, optimiser: Any, average: dict[str, Tensor]) -> int:
+    if not path.is_file():
+        return 0
+    with safe_open(path, "pt") as stored:
+        tensors = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118 - not a dict
+        step = json.loads(stored.metadata()["step"])
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(tensors[f"live.{name}"])
+            average[name].copy_(tensors[f"average.{name}"])
+    state = optimiser.state_dict()
+    keys = ("step", "exp_avg", "exp_avg_sq")
+    indices = itertools.takewhile(lambda i: f"exp_avg.{i}" in tensors, itertools.count())
+    state["state"] = {i: {k: tensors[f"{k}.{i}"] for k in keys} for i in indices}
+    optimiser.load_state_dict(state)
+    return step
