@@ -1,0 +1,142 @@
+"""Declares operators: one call of `register` per operator and schema, one owner per dispatch key.
+
+    CPU     C++ kernel (`dreamreader._C`), else reference
+    CUDA    CUDA kernel (`dreamreader._C`), else Triton kernel, else reference
+    other   reference
+
+`DREAMREADER_BACKEND=reference|triton|native` narrows the choice to that back end and the reference.
+"""
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+
+from dreamreader.errors import BrokenExtension, InvalidInput
+
+LIBRARY = torch.library.Library("dreamreader", "DEF")
+BACKENDS = ("reference", "triton", "native")
+
+
+@dataclass(frozen=True)
+class Active:
+    """Which back end runs an operator for one dispatch key, and why."""
+
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An implementation that may be absent: `needs` names the `_C` symbol or the Triton module."""
+
+    needs: str
+    call: Callable
+
+
+active: dict[str, dict[str, Active]] = {}
+
+
+@cache
+def native() -> tuple[ModuleType | None, str]:
+    """The native module or None, and the reason.
+
+    Raises:
+        BrokenExtension: the module is installed but cannot be loaded, which is never passed over in silence.
+    """
+    if find_spec("dreamreader._C") is None:
+        return None, "the native module is not installed for this Python"
+    try:
+        module = importlib.import_module("dreamreader._C")
+    except ImportError as error:
+        raise BrokenExtension(
+            f"dreamreader._C is installed but does not load: {error}. Reinstall dreamreader, or set "
+            "DREAMREADER_EXT=off when installing to run without it."
+        ) from error
+    return module, f"built {module.build_info()['compiled']}"
+
+
+def narrowed() -> str | None:
+    """The value of DREAMREADER_BACKEND, checked."""
+    choice = os.environ.get("DREAMREADER_BACKEND") or None
+    if choice not in (None, *BACKENDS):
+        raise InvalidInput(
+            f"DREAMREADER_BACKEND={choice!r}: use one of {', '.join(BACKENDS)}, or unset it"
+        )
+    return choice
+
+
+def register(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    cpu: Kernel | None = None,
+    cuda: Kernel | None = None,
+    triton: Kernel | None = None,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> Callable:
+    """Declares `torch.ops.dreamreader.<name>` and returns its overload; the dispatcher picks the kernel by device.
+
+    Args:
+        name: operator name.
+        schema: argument list and result, as `torch.library.Library.define` reads it.
+        reference: plain torch, any device.
+        fake: shapes, dtypes and strides of the results, no data.
+        cpu, cuda, triton: kernels that may be absent.
+        setup_context, backward: the gradient, as `torch.library.register_autograd` takes it.
+    """
+    LIBRARY.define(name + schema)
+    qualified = f"dreamreader::{name}"
+    rest = Active("reference", "no kernel for other devices")
+    owners = {
+        "CPU": _choose((cpu, "native")),
+        "CUDA": _choose((cuda, "native"), (triton, "triton")),
+    }
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    for key, (owner, call) in owners.items():
+        if call is not None:
+            LIBRARY.impl(name, call, key)
+    active[name] = {key: owner for key, (owner, _) in owners.items()} | {"other": rest}
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(
+            qualified, backward, setup_context=setup_context, lib=LIBRARY
+        )
+    return getattr(torch.ops.dreamreader, name).default
+
+
+def _choose(*candidates: tuple[Kernel | None, str]) -> tuple[Active, Callable | None]:
+    choice = narrowed()
+    reasons = []
+    for kernel, backend in candidates:
+        if kernel is None:
+            reasons.append(f"{backend}: not written")
+        elif choice not in (None, backend):
+            reasons.append(f"{backend}: DREAMREADER_BACKEND={choice}")
+        else:
+            found, reason = _available(kernel.needs, backend)
+            if found:
+                return Active(backend, "; ".join([reason, *reasons])), kernel.call
+            reasons.append(f"{backend}: {reason}")
+    return Active("reference", "; ".join(reasons)), None
+
+
+def _available(needs: str, backend: str) -> tuple[bool, str]:
+    if backend == "native":
+        module, reason = native()
+        if module is None or hasattr(module, needs):
+            return module is not None, reason
+        return False, f"{reason}, without {needs}"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return False, "this torch has no CUDA"
+    if find_spec("triton") is None:
+        return False, "triton is not installed"
+    return find_spec(needs) is not None, needs

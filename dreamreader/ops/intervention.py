@@ -1,0 +1,230 @@
+"""The intervention program: an ordered list of changes of every row of an activation, in one pass over memory.
+
+Semantics of one instruction with strength s on a row x, restricted to its channels:
+
+    steer            x + s v                           scale   x (1 + s (f - 1))
+    clamp_component  x + s (clamp(c, lo, hi) - c) v    clamp   x + s (clamp(x, lo, hi) - x)
+    project          x - s V'V x                       fill    x + s (v - x)
+    renorm           x (1 + s (|x0| / |x| - 1))        patch   x + s (source[index] - x)
+
+with c = <x, v> and x0 the row as the program found it. s = 0 leaves the row untouched bit for bit; s = 1 gives
+clamp, fill and patch their target exactly, so that these two never read x. Rows are computed in float32 (float64
+for float64) and rounded once, at the end.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dreamreader import _alloc
+from dreamreader._register import Kernel, native, register
+from dreamreader.errors import InvalidInput
+from dreamreader.ops._intervention_gradient import backward, setup_context
+from dreamreader.ops._intervention_steps import apply_step
+from dreamreader.ops.program import KINDS, Program, decode
+
+TABLES = "str code, Tensor strength, Tensor vectors, Tensor limits, Tensor masks, Tensor[] patches"
+
+
+def intervene(
+    x: Float[Tensor, "rows tokens width"], program: Program
+) -> Float[Tensor, "rows tokens width"]:
+    """Applies a program to every row of an activation and returns a new tensor.
+
+    Formula: see the module; x_out = step_P(... step_1(x)), each step on the selected channels only.
+
+    Args:
+        x: activation [rows, tokens, width], any strides, float16, bfloat16, float32 or float64.
+        program: built for this shape and device.
+
+    Returns:
+        A new tensor with the shape, dtype and memory order of `x`. Differentiable in `x`, strengths, vectors and
+        patch sources; the gradient of a strength at 0 is the derivative of the formula there.
+
+    Raises:
+        InvalidInput: `x` has another shape or device than the program, or is not floating point.
+
+    Example:
+        >>> import torch
+        >>> from dreamreader.ops import Instruction
+        >>> double = Program([Instruction("scale", lo=2.0)], rows=1, tokens=1, width=3)
+        >>> intervene(torch.tensor([[[1.0, -2.0, 0.5]]]), double)
+        tensor([[[ 2., -4.,  1.]]])
+
+    Limits: norms of float32 rows are sums of squares and overflow above 1.8e19.
+    """
+    if x.shape != program.shape or x.device != program.device or not x.is_floating_point():
+        raise _mismatch("intervene", x, program)
+    return _intervene(x, *program.tables(x.dtype))
+
+
+def intervene_(
+    x: Float[Tensor, "rows tokens width"], program: Program
+) -> Float[Tensor, "rows tokens width"]:
+    """Applies a program to every row of an activation in its own memory; rows of strength 0 are not visited.
+
+    Args:
+        x: activation [rows, tokens, width] without gradient, any strides that do not overlap; see `intervene`.
+        program: built for this shape and device.
+
+    Returns:
+        `x` itself, its version counter raised by one.
+
+    Raises:
+        InvalidInput: as `intervene`; or `x` requires grad, since an edit in place keeps nothing for a gradient.
+
+    Example:
+        >>> import torch
+        >>> from dreamreader.ops import Instruction
+        >>> x = torch.ones(1, 2, 2)
+        >>> only_second = torch.tensor([[0.0, 1.0]])
+        >>> intervene_(x, Program([Instruction("fill", only_second, vectors=torch.zeros(2))], rows=1, tokens=2, width=2))
+        tensor([[[1., 1.],
+                 [0., 0.]]])
+    """
+    if x.shape != program.shape or x.device != program.device or not x.is_floating_point():
+        raise _mismatch("intervene_", x, program)
+    if x.requires_grad:
+        raise InvalidInput(
+            "intervene_: x requires grad and an edit in place has no gradient; use intervene"
+        )
+    _intervene_(x, *program.tables(x.dtype))
+    return x
+
+
+def intervene_reference(
+    x: Tensor,
+    code: str,
+    strength: Tensor,
+    vectors: Tensor,
+    limits: Tensor,
+    masks: Tensor,
+    patches: Sequence[Tensor],
+) -> Tensor:
+    """The definition of `intervene` in plain torch, over packed tables, on any device.
+
+    Args:
+        x: [B, T, D].
+        code: packed steps, see `program.Step`.
+        strength: [P, B, T] in the arithmetic dtype, which is float64 for float64 x and float32 otherwise.
+        vectors: [V, D], limits: [L, 2, B], masks: bool [M, D].
+        patches: source [S, D] and index [B, T] of each patch in turn.
+
+    Returns:
+        [B, T, D] like x.
+    """
+    entry = x.to(strength.dtype)  # [B, T, D]
+    y = entry
+    for number, step in enumerate(decode(code)):
+        s = strength[number].unsqueeze(-1)  # [B, T, 1]
+        change = apply_step(step, y, entry, s, vectors, limits, masks, patches)
+        y = y.clone()
+        y[..., step.begin : step.end] = change
+    touched = (strength != 0).any(0).unsqueeze(-1)  # [B, T, 1]
+    out = _alloc.empty_like(x)
+    out.copy_(torch.where(touched, y.to(x.dtype), x))
+    return out
+
+
+def _reference_(x: Tensor, *tables) -> None:
+    x.copy_(intervene_reference(x, *tables))
+
+
+def _cpu(x: Tensor, code: str, strength, vectors, limits, masks, patches) -> Tensor:
+    out = _alloc.empty_like(x)
+    _native.intervene_cpu(
+        x, out, code, strength, vectors, limits, masks, patches, torch.get_num_threads()
+    )
+    return out
+
+
+def _cpu_(x: Tensor, code: str, strength, vectors, limits, masks, patches) -> None:
+    if patches:
+        patches = _apart(x, patches)
+    _native.intervene_cpu(
+        x, x, code, strength, vectors, limits, masks, patches, torch.get_num_threads()
+    )
+    torch.autograd.graph.increment_version(x)
+
+
+def _cuda(x: Tensor, code: str, strength, vectors, limits, masks, patches) -> Tensor:
+    out = _alloc.empty_like(x)
+    _native.intervene_cuda(x, out, code, strength, vectors, limits, masks, patches)
+    return out
+
+
+def _cuda_(x: Tensor, code: str, strength, vectors, limits, masks, patches) -> None:
+    if patches:
+        patches = _apart(x, patches)
+    _native.intervene_cuda(x, x, code, strength, vectors, limits, masks, patches)
+    torch.autograd.graph.increment_version(x)
+
+
+def _triton(x: Tensor, *tables) -> Tensor:
+    from dreamreader.triton_kernels.intervention import intervention
+
+    out = _alloc.empty_like(x)
+    intervention(x, out, *tables)
+    return out
+
+
+def _triton_(x: Tensor, code: str, strength, vectors, limits, masks, patches) -> None:
+    from dreamreader.triton_kernels.intervention import intervention
+
+    intervention(x, x, code, strength, vectors, limits, masks, _apart(x, patches))
+    torch.autograd.graph.increment_version(x)
+
+
+def _apart(x: Tensor, patches: Sequence[Tensor]) -> list[Tensor]:
+    """`patches` with copies of the sources that share memory with x, which is about to be overwritten."""
+    memory = x.untyped_storage().data_ptr()
+    return [
+        each.clone() if each.untyped_storage().data_ptr() == memory else each for each in patches
+    ]
+
+
+def _fake(x: Tensor, *tables) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_(x: Tensor, *tables) -> None:
+    return None
+
+
+def _mismatch(name: str, x: Tensor, program: Program) -> InvalidInput:
+    if not x.is_floating_point():
+        return InvalidInput(f"{name}: x is {x.dtype}, floating point is needed")
+    if x.device != program.device:
+        return InvalidInput(f"{name}: x is on {x.device}, the program on {program.device}")
+    if x.dim() == 3 and x.shape[2] != program.width:
+        return InvalidInput(f"{name}: x has {x.shape[2]} features, the program {program.width}")
+    return InvalidInput(f"{name}: x is {list(x.shape)}, the program is for {list(program.shape)}")
+
+
+_native = native()[0]
+_TRITON = "dreamreader.triton_kernels.intervention"
+
+_intervene = register(
+    "intervene",
+    f"(Tensor x, {TABLES}) -> Tensor",
+    reference=intervene_reference,
+    fake=_fake,
+    cpu=Kernel("intervene_cpu", _cpu),
+    cuda=Kernel("intervene_cuda", _cuda),
+    triton=Kernel(_TRITON, _triton),
+    setup_context=setup_context,
+    backward=backward,
+)
+_intervene_ = register(
+    "intervene_",
+    f"(Tensor(a!) x, {TABLES}) -> ()",
+    reference=_reference_,
+    fake=_fake_,
+    cpu=Kernel("intervene_cpu", _cpu_),
+    cuda=Kernel("intervene_cuda", _cuda_),
+    triton=Kernel(_TRITON, _triton_),
+)
+
+__all__ = ["KINDS", "intervene", "intervene_", "intervene_reference"]
