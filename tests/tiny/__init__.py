@@ -1,8 +1,8 @@
 """Very small real pipelines and language models, built from config with seeded random weights.
 
 `pipeline(name)` and `language_model(name)` build a new object each time; its weights depend only on
-the name. `arguments(name)` gives call arguments that keep a run short: few steps, a small picture that
-is not square, short prompts, guidance on.
+the name. `arguments(name)` gives call arguments that keep a run short: few steps, a small picture
+that is not square, short prompts, guidance on.
 """
 
 from collections.abc import Callable
@@ -41,8 +41,8 @@ LANGUAGE_MODELS: list[str] = list(_LANGUAGE_MODELS)
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "sd": {"guidance_scale": 5.0},
     "sdxl": {"guidance_scale": 5.0},
-    "sd-img2img": {"guidance_scale": 5.0, "strength": 0.7},
-    "sdxl-img2img": {"guidance_scale": 5.0, "strength": 0.7},
+    "sd-img2img": {"guidance_scale": 5.0, "strength": 0.6},
+    "sdxl-img2img": {"guidance_scale": 5.0, "strength": 0.6},
     "sd3": {"guidance_scale": 5.0, "max_sequence_length": 16},
     "flux": {"guidance_scale": 3.5, "max_sequence_length": 16},
     "flux-true-cfg": {
@@ -50,7 +50,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
         "negative_prompt": "a dog",
         "max_sequence_length": 16,
     },
-    "flux-img2img": {"guidance_scale": 3.5, "max_sequence_length": 16, "strength": 0.7},
+    "flux-img2img": {"guidance_scale": 3.5, "max_sequence_length": 16, "strength": 0.6},
     "qwen-image": {"true_cfg_scale": 4.0, "negative_prompt": "a dog"},
     "aura-flow": {"guidance_scale": 3.5, "max_sequence_length": 16},
     "pixart-sigma": {
@@ -69,8 +69,8 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "lumina2": {"guidance_scale": 4.0, "max_sequence_length": 64},
 }
 
-# 8 x 12 latents (8 x 16 where the pipeline asks for multiples of 16 or 32); img2img of the UNets takes
-# the size of its image
+# 8 x 12 latents (8 x 16 where the pipeline asks for multiples of 16 or 32); img2img of the UNets
+# takes the size of its image
 _SIZES: dict[str, tuple[int, int]] = {
     **{name: (16, 24) for name in _PIPELINES if name not in ("sd-img2img", "sdxl-img2img")},
     "sana": (32, 64),
@@ -91,7 +91,7 @@ def language_model(name: str) -> tuple[Any, Any]:
     return _LANGUAGE_MODELS[name]()
 
 
-def arguments(name: str, steps: int = 3) -> dict[str, Any]:
+def arguments(name: str, steps: int = 4) -> dict[str, Any]:
     """Call arguments of pipeline `name`, without prompt, generator and input image."""
     found = {"num_inference_steps": steps, **_ARGUMENTS[name]}
     if name in _SIZES:

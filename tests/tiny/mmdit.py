@@ -1,4 +1,4 @@
-"""Tiny pipelines whose denoiser joins the text and image streams: SD3, Flux, QwenImage, AuraFlow."""
+"""Tiny pipelines that join the text and image streams: SD3, Flux, QwenImage, AuraFlow."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
 """Tokenizers and text encoders of the tiny pipelines, built offline from a short word list.
 
-Every tokenizer is of the class that the pipeline asks for. Frequent words are one token, other words
-fall apart into letters, so a test can have both words of one token and words of several.
+Every tokenizer is of the class that the pipeline asks for. Frequent words are one token, other
+words fall apart into letters, so a test can have both words of one token and words of several.
 """
 
 from typing import Any
@@ -37,7 +37,7 @@ def _byte_letters() -> list[str]:
 def _byte_pairs(
     alphabet: list[str], words: list[str], specials: list[str], suffix: str = ""
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges in which each word grows from its first letter, one letter per merge."""
+    """Vocabulary and merges in which a word grows from its first letter, one per merge."""
     vocab = {piece: index for index, piece in enumerate(specials)}
     for letter in alphabet + [letter + suffix for letter in alphabet]:
         vocab.setdefault(letter, len(vocab))
@@ -99,7 +99,8 @@ def gemma_tokenizer() -> Any:
 def byte_tokenizer(prefixed: bool = False) -> Any:
     """A plain fast tokenizer over bytes, as GPT-2, GPT-NeoX and Llama checkpoints carry one.
 
-    `prefixed`: starts every text with the first special token, as that of GLM does, so no text is empty.
+    `prefixed`: starts every text with the first special token, as that of GLM does, so no text is
+        empty.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

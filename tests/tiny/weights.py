@@ -13,9 +13,9 @@ Module = TypeVar("Module", bound=nn.Module)
 def settle(module: Module, name: str) -> Module:
     """Draw every weight again from a stream that depends only on `name`.
 
-    Matrices get a standard deviation of 1/sqrt(fan in), gains 1 ± 0.1, biases 0.1. A layer that starts
-    at zero (the gates of AdaLN-zero, an output projection) would make the model blind to its prompt,
-    its timestep or its position.
+    Matrices get a standard deviation of 1/sqrt(fan in), gains 1 ± 0.1, biases 0.1. A layer that
+    starts at zero (the gates of AdaLN-zero, an output projection) would make the model blind to
+    its prompt, its timestep or its position.
     """
     rng = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     for path, weight in module.named_parameters():

@@ -1,0 +1,123 @@
+"""The runs that are done by hand, by the pipeline and by the engine."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .. import tiny
+from . import Job, Trace, run
+from .trace import Change
+
+PROMPTS = ["a red cat", "two small houses by the tree"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny pipeline, its scheduler (None: its own), call arguments beside the usual ones."""
+
+    name: str
+    pipeline: str
+    scheduler: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    steps: int = 4
+    images: int = 1
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def pipe(self) -> Any:
+        pipe = tiny.pipeline(self.pipeline)
+        if self.scheduler is not None:
+            import diffusers
+
+            solver = getattr(diffusers, self.scheduler)
+            pipe.scheduler = solver.from_config(pipe.scheduler.config, **self.config)
+        return pipe
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(range(3, 3 + len(PROMPTS) * self.images))
+
+    def call_arguments(self) -> dict[str, Any]:
+        found = {**tiny.arguments(self.pipeline, self.steps), **self.arguments}
+        if "img2img" in self.pipeline:
+            rng = torch.Generator().manual_seed(0)
+            found["image"] = torch.rand(len(self.seeds), 3, 16, 24, generator=rng)
+        return found
+
+    def by_hand(self, pipe: Any, change: Change | None = None) -> Trace:
+        job = Job(pipe, PROMPTS, self.seeds, self.call_arguments(), change, self.images)
+        return run(self.pipeline, job)
+
+    def pipeline_arguments(self) -> dict[str, Any]:
+        """What the pipeline itself is called with, for latents out."""
+        found = self.call_arguments()
+        until = found.pop("guidance_until", None)
+        if until is not None:
+            found["callback_on_step_end"] = _switch_off(until)
+            found["callback_on_step_end_tensor_inputs"] = ["prompt_embeds"]
+        if isinstance(found.get("negative_prompt"), str):
+            found["negative_prompt"] = [found["negative_prompt"]] * len(PROMPTS)
+        if self.images > 1:
+            found["num_images_per_prompt"] = self.images
+        return {
+            "prompt": list(PROMPTS),
+            "generator": [torch.Generator().manual_seed(seed) for seed in self.seeds],
+            "output_type": "latent",
+            **found,
+        }
+
+
+def _switch_off(turns: int) -> Any:
+    """A callback that ends guidance after `turns`, as the diffusers guide does it."""
+
+    def callback(pipe: Any, turn: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if turn == turns - 1:
+            pipe._guidance_scale = 1.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        return tensors
+
+    return callback
+
+
+_SOLVERS = (
+    "DDIM DDPM EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete "
+    "DPMSolverMultistep UniPCMultistep LCM PNDM"
+).split()
+
+
+def _solver(pipeline: str, solver: str, steps: int = 5) -> Case:
+    config = {"skip_prk_steps": True} if solver == "PNDM" else {}
+    return Case(f"{pipeline}-{solver}", pipeline, f"{solver}Scheduler", config, steps)
+
+
+CASES: list[Case] = [
+    *(Case(name, name) for name in tiny.PIPELINES),
+    *(_solver("sd", solver) for solver in _SOLVERS),
+    *(
+        _solver("sd-img2img", solver)
+        for solver in ("HeunDiscrete", "KDPM2Discrete", "PNDM", "EulerDiscrete")
+    ),
+    _solver("sdxl", "HeunDiscrete"),
+    _solver("sdxl-img2img", "HeunDiscrete"),
+    _solver("sd3", "FlowMatchHeunDiscrete", 4),
+    Case("sana-flow", "sana", "FlowMatchEulerDiscreteScheduler"),
+    # guidance off: a batch of two is two pictures, not two branches
+    *(
+        Case(f"{name}-unguided", name, arguments={"guidance_scale": 1.0})
+        for name in (
+            "sd",
+            "sdxl",
+            "sd3",
+            "pixart-sigma",
+            "sana",
+            "cogview4",
+            "lumina2",
+            "aura-flow",
+        )
+    ),
+    # guidance switched off on the way
+    Case("sd-cutoff", "sd", steps=5, arguments={"guidance_until": 2}),
+    Case("sd-heun-cutoff", "sd", "HeunDiscreteScheduler", arguments={"guidance_until": 4}),
+    Case("lumina2-cutoff", "lumina2", arguments={"cfg_trunc_ratio": 0.5}),
+    *(Case(f"{name}-images", name, images=2) for name in ("sd", "sdxl", "sd3", "flux-true-cfg")),
+]

@@ -1,0 +1,72 @@
+"""Steps, evaluations and noise levels of each solver, from its definition.
+
+A step carries the sample from one noise level to the next. One evaluation per step: DDIM, DDPM,
+Euler, Euler ancestral, DPM++ 2M, UniPC, LCM (multistep solvers reuse old evaluations). Two per
+step:
+
+- Heun: at the level where the step starts and at the level where it ends; the mean slope is
+  taken. The last step ends at zero noise, where a model cannot be evaluated, so it has one
+  evaluation.
+- KDPM2: where the step starts and at the geometric middle of the two levels. The last step has one.
+- PNDM as StableDiffusion uses it (no Runge-Kutta start): its multistep formula needs one older
+  slope, so the first step, and only the first, is a Heun step: evaluated where it starts and
+  where it ends.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from .trace import Call
+
+TWO_EVALUATIONS = (
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+)
+
+
+def place(solver: str, index: int) -> tuple[int, int]:
+    """(step, evaluation) of the `index`-th time that the loop goes round."""
+    if solver in TWO_EVALUATIONS:
+        return index // 2, index % 2
+    if solver == "PNDMScheduler":
+        return (0, index) if index < 2 else (index - 1, 0)
+    return index, 0
+
+
+def levels(scheduler: Any) -> list[float]:
+    """Sigma of each timestep: share of noise (flow), sqrt((1 - a) / a) (diffusion)."""
+    config = scheduler.config
+    times = [float(time) for time in scheduler.timesteps]
+    if config.get("use_flow_sigmas"):
+        # the timesteps are whole numbers below these levels
+        share = 1 - np.linspace(1, 1 / config.num_train_timesteps, len(times) + 1)
+        moved = config.flow_shift * share / (1 + (config.flow_shift - 1) * share)
+        return moved[:0:-1].tolist()
+    if "FlowMatch" in type(scheduler).__name__:
+        return [time / config.num_train_timesteps for time in times]
+    kept = np.cumprod(1 - _betas(config))
+    table = np.sqrt((1 - kept) / kept)
+    return [float(np.interp(time, np.arange(len(table)), table)) for time in times]
+
+
+def _betas(config: Any) -> np.ndarray:
+    low, high, count = config.beta_start, config.beta_end, config.num_train_timesteps
+    if config.beta_schedule == "scaled_linear":
+        return np.linspace(low**0.5, high**0.5, count) ** 2
+    assert config.beta_schedule == "linear", config.beta_schedule
+    return np.linspace(low, high, count)
+
+
+def walk(scheduler: Any, begin: int = 0) -> Iterator[tuple[Any, Call]]:
+    """(the scheduler's timestep, what the denoiser call is) for each turn of the loop."""
+    solver = type(scheduler).__name__
+    sigmas = levels(scheduler)[begin:]
+    for index, time in enumerate(scheduler.timesteps[begin:]):
+        step, evaluation = place(solver, index)
+        sigma = sigmas[index]
+        if solver == "KDPM2DiscreteScheduler" and evaluation == 1:
+            sigma = (sigmas[index - 1] * sigmas[index + 1]) ** 0.5
+        yield time, Call(step, float(time), sigma, evaluation)
