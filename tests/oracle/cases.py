@@ -12,6 +12,21 @@ from .trace import Change
 PROMPTS = ["a red cat", "two small houses by the tree"]
 
 
+# an attention output of each denoiser: component, path
+ATTENTION: dict[str, tuple[str, str]] = {
+    "sd": ("unet", "mid_block.attentions.0.transformer_blocks.0.attn2"),
+    "sdxl": ("unet", "up_blocks.0.attentions.1.transformer_blocks.1.attn2"),
+    "sd3": ("transformer", "transformer_blocks.0.attn.to_out.0"),
+    "flux": ("transformer", "transformer_blocks.0.attn.to_out.0"),
+    "qwen-image": ("transformer", "transformer_blocks.0.attn.to_out.0"),
+    "aura-flow": ("transformer", "joint_transformer_blocks.0.attn.to_out.0"),
+    "pixart-sigma": ("transformer", "transformer_blocks.0.attn2"),
+    "sana": ("transformer", "transformer_blocks.0.attn2"),
+    "cogview4": ("transformer", "transformer_blocks.0.attn1.to_out.0"),
+    "lumina2": ("transformer", "layers.0.attn"),
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """A tiny pipeline, its scheduler (None: its own), call arguments beside the usual ones."""
@@ -32,6 +47,11 @@ class Case:
             solver = getattr(diffusers, self.scheduler)
             pipe.scheduler = solver.from_config(pipe.scheduler.config, **self.config)
         return pipe
+
+    @property
+    def attention(self) -> tuple[str, str]:
+        """(component, path below it) of an attention output."""
+        return ATTENTION[self.pipeline.removesuffix("-img2img").removesuffix("-true-cfg")]
 
     @property
     def seeds(self) -> list[int]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,26 @@ class Call:
 
 @dataclass(frozen=True)
 class Change:
-    """A change of one module's output, in one branch, in some steps.
+    """A change of what one module gives out, or of what it takes in, in one branch and some steps.
 
-    module: path below the denoiser; its output is a tensor with the batch first.
+    module: path below the denoiser. Of several outputs the first is meant; the batch comes first.
     apply: (step, branch, rows [N, ...]) -> changed rows.
+    at: "out", or "in" for the module's first argument.
     """
 
     module: str
     branch: str
     steps: Iterable[int]
     apply: Callable[[int, str, Tensor], Tensor]
+    at: str = "out"
+
+    def __call__(self, call: Call, tensor: Tensor) -> Tensor:
+        if self.branch not in call.branches or call.step not in self.steps:
+            return tensor
+        chunks = list(tensor.chunk(len(call.branches)))
+        place = call.branches.index(self.branch)
+        chunks[place] = self.apply(call.step, self.branch, chunks[place])
+        return torch.cat(chunks)
 
 
 @dataclass
@@ -63,22 +74,23 @@ class Denoiser:
 
     def __call__(self, call: Call, *args: Any, **kwargs: Any) -> Tensor:
         self.calls.append(call)
-        if self.change is None:
-            return self.module(*args, **kwargs, return_dict=False)[0]
-        handle = self.module.get_submodule(self.change.module).register_forward_hook(
-            lambda module, inputs, output: self._changed(call, output)
-        )
+        handle = self._watch(call, self.change) if self.change is not None else None
         try:
             return self.module(*args, **kwargs, return_dict=False)[0]
         finally:
-            handle.remove()
+            if handle is not None:
+                handle.remove()
 
-    def _changed(self, call: Call, output: Tensor) -> Tensor:
-        change = self.change
-        assert change is not None
-        if change.branch not in call.branches or call.step not in change.steps:
-            return output
-        chunks = list(output.chunk(len(call.branches)))
-        place = call.branches.index(change.branch)
-        chunks[place] = change.apply(call.step, change.branch, chunks[place])
-        return torch.cat(chunks)
+    def _watch(self, call: Call, change: Change) -> RemovableHandle:
+        module = self.module.get_submodule(change.module)
+        if change.at == "in":
+            return module.register_forward_pre_hook(
+                lambda module, inputs: (change(call, inputs[0]), *inputs[1:])
+            )
+        return module.register_forward_hook(
+            lambda module, inputs, output: (
+                (change(call, output[0]), *output[1:])
+                if isinstance(output, tuple)
+                else change(call, output)
+            )
+        )
