@@ -1,0 +1,61 @@
+"""Writing files so that an interruption leaves the old file or the new one, never a part."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a temporary path beside `path`, renamed to `path` when the block ends well.
+
+    Args:
+        path: the file to write; missing folders are made.
+
+    Returns:
+        A context manager whose value is the temporary path. After any exception, Ctrl-C
+        included, the temporary file is gone and `path` is what it was.
+
+    Example:
+        >>> with replacing("picture.png") as part:
+        ...     picture.save(part, format="PNG")
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Same folder, because a rename is atomic only within one file system.
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        with open(part, "rb") as written:
+            os.fsync(written.fileno())
+        part.chmod(0o666 & ~_umask())
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> Path:
+    """Writes a whole file at once or not at all; text is UTF-8.
+
+    Args:
+        path: the file to write; missing folders are made, an existing file is replaced.
+        content: text or bytes.
+
+    Returns:
+        The path written.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with replacing(path) as part:
+        part.write_bytes(data)
+    return Path(path)
+
+
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

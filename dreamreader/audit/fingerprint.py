@@ -1,0 +1,189 @@
+"""The content hash of a run: settings, weights, code, packages and seeds; not the machine."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dreamreader.errors import InvalidInput
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """What a run's result depends on (hashed) and where it ran (beside it, not hashed)."""
+
+    settings: Mapping[str, Any]
+    weights: str
+    code: str
+    packages: Mapping[str, str]
+    seeds: Sequence[int]
+    machine: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The hashed part as plain JSON values."""
+        return {
+            "settings": plain(self.settings),
+            "weights": self.weights,
+            "code": self.code,
+            "packages": dict(sorted(self.packages.items())),
+            "seeds": [int(seed) for seed in self.seeds],
+        }
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the content as canonical JSON, 64 hexadecimal digits."""
+        text = json.dumps(self.content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"digest": self.digest, **self.content, "machine": dict(self.machine)}
+
+
+def fingerprint(subject: Any, settings: Mapping[str, Any], seeds: Sequence[int]) -> Fingerprint:
+    """Takes the fingerprint of a run on `subject` with these resolved settings and seeds.
+
+    Args:
+        subject: diffusers pipeline, module, or anything `hash_weights` takes.
+        settings: all that was chosen, defaults included; tensors enter by their hash.
+        seeds: every seed used.
+
+    Returns:
+        A fingerprint with this machine's facts beside the hash.
+
+    Raises:
+        InvalidInput: for a setting that has no canonical form, e.g. a function or a NaN.
+    """
+    return Fingerprint(
+        settings=plain(settings),
+        weights=hash_weights(subject),
+        code=code_version(),
+        packages=package_versions(),
+        seeds=list(seeds),
+        machine=machine_facts(),
+    )
+
+
+def hash_weights(subject: Any) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every parameter and buffer of a subject.
+
+    Args:
+        subject: a module, or a pipeline whose `components` hold modules and configured parts (their
+            configuration enters the hash, as a scheduler's does).
+
+    Returns:
+        64 hexadecimal digits, the same wherever the weights lie.
+
+    Raises:
+        InvalidInput: when there is no module in the subject.
+    """
+    parts = (
+        {"": subject}
+        if isinstance(subject, nn.Module)
+        else dict(getattr(subject, "components", {}))
+    )
+    if not any(isinstance(part, nn.Module) for part in parts.values()):
+        raise InvalidInput(f"hash_weights: {type(subject).__name__} holds no module")
+    digest = hashlib.sha256()
+    for name, part in sorted(parts.items()):
+        if isinstance(part, nn.Module):
+            for key, tensor in sorted(part.state_dict().items()):
+                if isinstance(tensor, Tensor):
+                    digest.update(f"{name}.{key}:{tensor.dtype}:{list(tensor.shape)};".encode())
+                    digest.update(_bytes(tensor))
+        elif hasattr(part, "config") and hasattr(part.config, "items"):
+            config = {k: v for k, v in part.config.items() if not k.startswith("_")}
+            digest.update(f"{name}={json.dumps(config, sort_keys=True, default=str)};".encode())
+    return digest.hexdigest()
+
+
+@cache
+def code_version() -> str:
+    """Version of the package and a hash of its Python files, e.g. `0.1.0+3f9c52d1a0b4`."""
+    from dreamreader import __version__
+
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
+        digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
+    return f"{__version__}+{digest.hexdigest()[:12]}"
+
+
+def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Installed versions of the packages that decide the numbers, Python's among them."""
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine_facts() -> dict[str, str]:
+    """Where the run happens: processor, threads, system, accelerator."""
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "torch threads": str(torch.get_num_threads()),
+        "accelerator": accelerator,
+    }
+
+
+def plain(value: Any) -> Any:
+    """The canonical JSON form of a setting: dataclasses, tensors and sets become plain values.
+
+    Raises:
+        InvalidInput: for a value without one, named with its place.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise InvalidInput(f"a setting is {value}; settings must be finite")
+        return value
+    if isinstance(value, (Tensor, np.ndarray)):
+        tensor = torch.as_tensor(value)
+        return {"tensor": hashlib.sha256(_bytes(tensor)).hexdigest(), "shape": list(tensor.shape)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(item) for item in value)
+    if isinstance(value, (Sequence, range)):
+        return [plain(item) for item in value]
+    if isinstance(value, (np.generic,)):
+        return plain(value.item())
+    raise InvalidInput(f"a setting of type {type(value).__name__} has no canonical form")
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or sys.platform

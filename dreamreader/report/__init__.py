@@ -1,0 +1,34 @@
+"""Self-contained HTML reports: one file, no network, for laptops, phones and screen readers."""
+
+from dreamreader.report.blocks import (
+    Charts,
+    Curves,
+    Facts,
+    Folded,
+    Gallery,
+    HeatMap,
+    Number,
+    Numbers,
+    Picture,
+    Series,
+    Table,
+    Text,
+)
+from dreamreader.report.page import Report, Section
+
+__all__ = [
+    "Charts",
+    "Curves",
+    "Facts",
+    "Folded",
+    "Gallery",
+    "HeatMap",
+    "Number",
+    "Numbers",
+    "Picture",
+    "Report",
+    "Section",
+    "Series",
+    "Table",
+    "Text",
+]

@@ -1,0 +1,100 @@
+"""Line charts as inline SVG: styled by the page's CSS, so that they follow light and dark."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from markupsafe import Markup, escape
+
+if TYPE_CHECKING:
+    from dreamreader.report.blocks import Curves, Series
+
+# Units of the view box. Small on purpose: at the 350 px of a phone the text is still 11 px.
+WIDTH, HEIGHT = 360, 220
+LEFT, RIGHT, TOP, BOTTOM = 40, 12, 10, 40
+
+
+def draw_curves(chart: "Curves") -> Markup:
+    """Draws a chart with confidence bands, dots with tooltips, and a sentence for screen readers.
+
+    Args:
+        chart: series whose values lie within `chart.y_range`; values outside are drawn at its edge.
+
+    Returns:
+        An `<svg>` element; every text in it is escaped.
+    """
+    ticks = chart.ticks
+    low, high = (ticks[0], ticks[-1]) if ticks else (0.0, 1.0)
+    frame = _Frame(low, high if high > low else low + 1.0, *chart.y_range)
+    parts = [_axes(chart, frame, ticks)]
+    # Bands first, so that no line disappears under the band of another.
+    parts += [_band(line, frame) for line in chart.series]
+    parts += [_line(chart, line, frame) for line in chart.series]
+    said = "; ".join(
+        f"{line.name}: "
+        + ", ".join(f"{chart.shown(y)} at {x:g}" for x, y in zip(line.x, line.y, strict=True))
+        for line in chart.series
+    )
+    return Markup(
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(chart.title)}. {escape(said)}">{"".join(parts)}</svg>'
+    )
+
+
+class _Frame:
+    """The map from values to places in the view box."""
+
+    def __init__(self, x_low: float, x_high: float, y_low: float, y_high: float):
+        self.x_low, self.x_high, self.y_low, self.y_high = x_low, x_high, y_low, y_high
+
+    def x(self, value: float) -> float:
+        share = (value - self.x_low) / (self.x_high - self.x_low)
+        return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(self, value: float) -> float:
+        share = (value - self.y_low) / (self.y_high - self.y_low)
+        return round(HEIGHT - BOTTOM - min(1.0, max(0.0, share)) * (HEIGHT - TOP - BOTTOM), 1)
+
+    def points(self, xs: Sequence[float], ys: Sequence[float]) -> list[str]:
+        return [f"{self.x(x)},{self.y(y)}" for x, y in zip(xs, ys, strict=True)]
+
+
+def _axes(chart: "Curves", frame: _Frame, ticks: Sequence[float]) -> str:
+    low, high = chart.y_range
+    parts = []
+    for i in range(5):
+        value = low + (high - low) * i / 4
+        y = frame.y(value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+        shown = f"{100 * value:.0f}" if chart.percent else f"{value:.3g}"
+        parts.append(f'<text x="{LEFT - 7}" y="{y + 4}" text-anchor="end">{shown}</text>')
+    last = -1e9
+    for value in ticks:
+        x = frame.x(value)
+        if x - last >= 24:  # skip labels that would touch
+            parts.append(
+                f'<text x="{x}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>'
+            )
+            last = x
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(
+        f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(chart.x_label)}</text>'
+    )
+    return "".join(parts)
+
+
+def _band(line: "Series", frame: _Frame) -> str:
+    if line.low is None or line.high is None:
+        return ""
+    there = frame.points(line.x, line.high)
+    back = frame.points(line.x, line.low)[::-1]
+    return f'<polygon class="band tone{line.tone}" points="{" ".join(there + back)}"/>'
+
+
+def _line(chart: "Curves", line: "Series", frame: _Frame) -> str:
+    path = f'<polyline class="line" points="{" ".join(frame.points(line.x, line.y))}"/>'
+    dots = "".join(
+        f'<circle class="dot" cx="{frame.x(x)}" cy="{frame.y(y)}" r="3">'
+        f"<title>{escape(line.name)}: {chart.shown(y)} at {x:g}</title></circle>"
+        for x, y in zip(line.x, line.y, strict=True)
+    )
+    return f'<g class="tone{line.tone}">{path}{dots}</g>'
