@@ -148,6 +148,7 @@ def build_scheduler(name: str) -> Any:
         set_alpha_to_one=False,
         prediction_type="v_prediction",
         timestep_spacing="trailing",
+        steps_offset=1,
     )
 
 

@@ -20,6 +20,8 @@ _SLOTS = {
 }
 _WHOLE = {"background": (_UNSAID, *scenes.BACKGROUNDS), "frame": (False, True)}
 _ABSENT = -100  # cross_entropy leaves these rows out
+T5_TOKENS = 256  # StableDiffusion3Pipeline puts so many zero rows where it has no T5 encoder
+T5_SHARE = 0.25  # of the batches that carry them; without them a step costs a third
 
 
 def heads(encoders: nn.ModuleDict) -> nn.ModuleDict:
@@ -50,7 +52,9 @@ def caption_loss(stage: nn.ModuleDict, tokenizer: Any, batch: int, seed: int) ->
             for state in states[-2:]:  # pipelines read the last layer or the one before
                 at_end = state[torch.arange(batch), end]
                 for name, head in stage["heads"][key].items():
-                    total = total + F.cross_entropy(head(at_end), labels[name], ignore_index=_ABSENT)
+                    there = (labels[name] != _ABSENT).sum().clamp(min=1)
+                    wrong = F.cross_entropy(head(at_end), labels[name], ignore_index=_ABSENT, reduction="sum")
+                    total = total + wrong / there
         return total / len(labels)
 
     return loss
@@ -74,7 +78,8 @@ def flow_loss(net: nn.ModuleDict, scheduler: Any, latents: Tensor, tokens: Tenso
     shift = scheduler.config.shift
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     level = sigma.view(-1, 1, 1, 1)
-    text, pooled = sd3_text(net, tokens)
+    absent = T5_TOKENS if torch.rand((), generator=generator) < T5_SHARE else 0
+    text, pooled = sd3_text(net, tokens, absent)
     predicted = net["transformer"](
         hidden_states=(1 - level) * latents + level * noise,
         timestep=1000 * sigma,
@@ -84,12 +89,12 @@ def flow_loss(net: nn.ModuleDict, scheduler: Any, latents: Tensor, tokens: Tenso
     return F.mse_loss(predicted, noise - latents)
 
 
-def sd3_text(net: nn.ModuleDict, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Text states and pooled state as StableDiffusion3Pipeline makes them without its T5 encoder."""
+def sd3_text(net: nn.ModuleDict, tokens: Tensor, absent: int) -> tuple[Tensor, Tensor]:
+    """Text states and pooled state as StableDiffusion3Pipeline makes them, with `absent` zero rows for T5."""
     outs = [net[key](tokens, output_hidden_states=True) for key in ("text_encoder", "text_encoder_2")]
     clip = torch.cat([out.hidden_states[-2] for out in outs], dim=-1)
-    absent = torch.zeros(len(tokens), tokens.shape[1], clip.shape[-1])
-    return torch.cat([clip, absent], dim=1), torch.cat([out.text_embeds for out in outs], dim=-1)
+    zeros = torch.zeros(len(tokens), absent, clip.shape[-1])
+    return torch.cat([clip, zeros], dim=1), torch.cat([out.text_embeds for out in outs], dim=-1)
 
 
 def _label(scene: scenes.Scene, name: str) -> int:

@@ -5,8 +5,8 @@ optimiser, so that a run that was stopped ends with the same weights as one that
 """
 
 import contextlib
-import itertools
 import json
+import math
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -41,14 +41,14 @@ class Recipe:
         return self.rate * min(1.0, (step + 1) / self.warmup) * fall
 
 
-VAE = Recipe(steps=2000, batch=16, rate=2e-3)
+VAE = Recipe(steps=1600, batch=16, rate=2e-3)
 CAPTIONS = Recipe(steps=1200, batch=128, rate=1e-3)
 DENOISER = {
-    "shapes-unet": Recipe(steps=7000, batch=64, rate=1e-3),
-    "shapes-unet-b": Recipe(steps=6000, batch=64, rate=1e-3),
-    "shapes-dit": Recipe(steps=9000, batch=64, rate=1e-3),
+    "shapes-unet": Recipe(steps=5000, batch=64, rate=1e-3),
+    "shapes-unet-b": Recipe(steps=4000, batch=64, rate=1e-3),
+    "shapes-dit": Recipe(steps=6000, batch=64, rate=1e-3),
 }
-SCENES = 80_000
+SCENES = 60_000
 SAVE_EVERY = 200
 
 
@@ -149,9 +149,10 @@ def run_stage(
         for group in optimiser.param_groups:
             group["lr"] = recipe.rate_at(step)
         value = loss(step)
-        if not torch.isfinite(value):
-            raise FloatingPointError(f"{stage}: the loss is {float(value)} at step {step}")
         value.backward()
+        level = float(value.detach())
+        if not math.isfinite(level):
+            raise FloatingPointError(f"{stage}: the loss is {level} at step {step}")
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -161,7 +162,7 @@ def run_stage(
                 average[name].lerp_(p, 1 - decay)
         done = step + 1
         if done % 50 == 0 or done == recipe.steps:
-            report(stage, done, recipe.steps, float(value))
+            report(stage, done, recipe.steps, level)
         if done % SAVE_EVERY == 0 or done == recipe.steps:
             _save(checkpoint, model, optimiser, average, done)
             if keep is not None:
@@ -241,7 +242,7 @@ def _restore(path: Path, model: nn.Module, optimiser: Any, average: dict[str, Te
             average[name].copy_(tensors[f"average.{name}"])
     state = optimiser.state_dict()
     keys = ("step", "exp_avg", "exp_avg_sq")
-    indices = itertools.takewhile(lambda i: f"exp_avg.{i}" in tensors, itertools.count())
+    indices = [int(name.rpartition(".")[2]) for name in tensors if name.startswith("exp_avg.")]
     state["state"] = {i: {k: tensors[f"{k}.{i}"] for k in keys} for i in indices}
     optimiser.load_state_dict(state)
     return step
