@@ -1,0 +1,322 @@
+"""The intervention program in Triton: one launch, one pass over memory.
+
+A program instance owns a tile of BLOCK_T tokens of one row of the batch and BLOCK_D channels. It first asks the
+strengths which elements of the tile the steps write and which of those depend on x, loads only these, runs the steps
+on the tile in registers and stores once. Steps without a sum over channels need no whole row, so their programs also
+split the channels.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dreamreader.errors import InvalidInput
+from dreamreader.ops.program import KINDS, decode
+
+_STEER = tl.constexpr(KINDS.index("steer"))
+_SCALE = tl.constexpr(KINDS.index("scale"))
+_CLAMP = tl.constexpr(KINDS.index("clamp"))
+_CLAMP_COMPONENT = tl.constexpr(KINDS.index("clamp_component"))
+_PROJECT = tl.constexpr(KINDS.index("project"))
+_FILL = tl.constexpr(KINDS.index("fill"))
+_PATCH = tl.constexpr(KINDS.index("patch"))
+_RENORM = tl.constexpr(KINDS.index("renorm"))
+
+_REDUCING = ("clamp_component", "project", "renorm")
+
+# Fields of one entry of STEPS, in the order of `Step`.
+_KIND = tl.constexpr(0)
+_ONE_SIDED = tl.constexpr(1)
+_VECTOR = tl.constexpr(2)
+_COUNT = tl.constexpr(3)
+_WHOLE = tl.constexpr(4)  # all channels, but for the mask
+_SUMS = tl.constexpr(5)  # has a sum over channels
+_MASK = tl.constexpr(6)
+_LIMIT = tl.constexpr(7)
+_SOURCE = tl.constexpr(8)
+
+
+@triton.jit
+def _chosen(masks_ptr, width, d, begin, end, MASK: tl.constexpr, WHOLE: tl.constexpr):
+    """[1, BLOCK_D]: the channels that a step reads and writes."""
+    chosen = d < width
+    if not WHOLE:
+        chosen = chosen & (d >= begin) & (d < end)
+    if MASK >= 0:
+        chosen = chosen & (tl.load(masks_ptr + MASK * width + d, mask=chosen, other=0) != 0)
+    return chosen[None, :]
+
+
+@triton.jit
+def _blend(z, target, s):
+    """z + s (target - z), exactly target at s = 1 whatever z is."""
+    return tl.where(s == 1, target, z + s * (target - z))
+
+
+@triton.jit
+def _bounded(z, lo, hi):
+    """z in [lo, hi]; NaN stays NaN."""
+    return tl.where(z < lo, lo, tl.where(z > hi, hi, z))
+
+
+@triton.jit
+def _norm(z):
+    """[BLOCK_T, 1]: root of the sum of squares, correctly rounded where Triton offers it."""
+    square = tl.sum(z * z, axis=1, keep_dims=True)
+    if square.dtype == tl.float32:
+        return tl.sqrt_rn(square)
+    else:
+        return tl.sqrt(square)
+
+
+@triton.jit
+def _ratio(before, now):
+    """before / now, and 1 for rows of norm 0, which stay."""
+    if now.dtype == tl.float32:
+        return tl.where(now == 0, 1.0, tl.div_rn(before, now))
+    else:
+        return tl.where(now == 0, 1.0, before / now)
+
+
+@triton.jit
+def _intervention_kernel(
+    x_ptr,  # [B, T, D]
+    out_ptr,  # [B, T, D], may be x
+    strength_ptr,  # [P, B, T]
+    vectors_ptr,  # [V, D]
+    limits_ptr,  # [L, 2, B]
+    masks_ptr,  # bool [M, D]
+    sources,  # of [S, D] each
+    indices,  # of int64 [B, T] each
+    rows,
+    tokens,
+    width,
+    x_strides,
+    out_strides,
+    strength_strides,
+    source_strides,  # (entry, channel) of each source
+    index_strides,  # (row, token) of each index
+    ranges,  # (begin, end) of each step
+    STEPS: tl.constexpr,
+    COPY: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    work = strength_ptr.dtype.element_ty
+    blocks = tl.cdiv(tokens, BLOCK_T)
+    pid = tl.program_id(0).to(tl.int64)  # offsets exceed 2**31
+    b = pid // blocks
+    t = (pid % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+    d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    s_ptrs = strength_ptr + b * strength_strides[1] + t * strength_strides[2]  # [BLOCK_T]
+    tile = x_ptr + b * x_strides[0] + t[:, None] * x_strides[1] + d[None, :] * x_strides[2]
+    target_tile = (
+        out_ptr + b * out_strides[0] + t[:, None] * out_strides[1] + d[None, :] * out_strides[2]
+    )
+    inside = (t < tokens)[:, None] & (d < width)[None, :]  # [BLOCK_T, BLOCK_D]
+
+    touched = inside & False  # written by some step
+    strengths = ()  # of [BLOCK_T, 1], one for each step
+    channels = ()  # of [1, BLOCK_D]
+    for i in tl.static_range(len(STEPS)):
+        s = tl.load(s_ptrs + i * strength_strides[0], mask=t < tokens, other=0.0)[:, None]
+        chosen = _chosen(
+            masks_ptr, width, d, ranges[i][0], ranges[i][1], STEPS[i][_MASK], STEPS[i][_WHOLE]
+        )
+        touched = touched | ((s != 0) & chosen)
+        strengths = strengths + (s,)
+        channels = channels + (chosen,)
+    if not COPY:
+        if tl.max(tl.max(touched.to(tl.int32), axis=1), axis=0) == 0:
+            return
+
+    # Backwards: what is overwritten exactly does not depend on x, what a sum reads does.
+    needed = touched
+    for j in tl.static_range(len(STEPS)):
+        i: tl.constexpr = len(STEPS) - 1 - j
+        if STEPS[i][_KIND] == _FILL or STEPS[i][_KIND] == _PATCH:
+            needed = needed & ~((strengths[i] == 1) & channels[i])
+        elif STEPS[i][_SUMS]:
+            needed = needed | ((strengths[i] != 0) & channels[i])
+    for i in tl.static_range(len(STEPS)):
+        if STEPS[i][_KIND] == _RENORM:  # reads the row as it was on entry
+            needed = needed | ((strengths[i] != 0) & channels[i])
+
+    entry = tl.load(tile, mask=needed, other=0.0).to(work)  # [BLOCK_T, BLOCK_D]
+    z = entry
+    for i in tl.static_range(len(STEPS)):
+        KIND: tl.constexpr = STEPS[i][_KIND]
+        s = strengths[i]
+        chosen = channels[i]
+        on = (s != 0) & chosen  # [BLOCK_T, BLOCK_D]
+        v_ptrs = vectors_ptr + STEPS[i][_VECTOR] * width + d[None, :]
+        if STEPS[i][_LIMIT] >= 0:
+            lo = tl.load(limits_ptr + STEPS[i][_LIMIT] * 2 * rows + b)
+            hi = tl.load(limits_ptr + (STEPS[i][_LIMIT] * 2 + 1) * rows + b)
+        if KIND == _STEER:
+            # x + s v
+            z = tl.where(on, z + s * tl.load(v_ptrs, mask=chosen, other=0.0), z)
+        elif KIND == _SCALE:
+            # x (1 + s (f - 1))
+            z = tl.where(on, z * tl.where(s == 1, lo, 1 + s * (lo - 1)), z)
+        elif KIND == _CLAMP:
+            z = tl.where(on, _blend(z, _bounded(z, lo, hi), s), z)
+        elif KIND == _CLAMP_COMPONENT:
+            # x + s (clamp(c, lo, hi) - c) v with c = <x, v>
+            v = tl.load(v_ptrs, mask=chosen, other=0.0)  # [1, BLOCK_D]
+            c = tl.sum(tl.where(chosen, z, 0.0) * v, axis=1, keep_dims=True)  # [BLOCK_T, 1]
+            z = tl.where(on, z + s * (_bounded(c, lo, hi) - c) * v, z)
+        elif KIND == _PROJECT:
+            # x - s V'V x
+            read = tl.where(chosen, z, 0.0)  # [BLOCK_T, BLOCK_D]
+            if STEPS[i][_COUNT] == 1:
+                v = tl.load(v_ptrs, mask=chosen, other=0.0)  # [1, BLOCK_D]
+                c = tl.sum(read * v, axis=1, keep_dims=True)  # [BLOCK_T, 1]
+                if STEPS[i][_ONE_SIDED]:
+                    c = tl.where(c < 0, 0.0, c)
+                z = tl.where(on, z - s * (c * v), z)
+            else:
+                removed = tl.zeros([BLOCK_T, BLOCK_D], dtype=work)
+                for _ in range(STEPS[i][_COUNT]):
+                    v = tl.load(v_ptrs, mask=chosen, other=0.0)  # [1, BLOCK_D]
+                    removed += tl.sum(read * v, axis=1, keep_dims=True) * v
+                    v_ptrs += width
+                z = tl.where(on, z - s * removed, z)
+        elif KIND == _FILL:
+            z = tl.where(on, _blend(z, tl.load(v_ptrs, mask=chosen, other=0.0), s), z)
+        elif KIND == _PATCH:
+            N: tl.constexpr = STEPS[i][_SOURCE]
+            e_ptrs = indices[N] + b * index_strides[N][0] + t * index_strides[N][1]
+            e = tl.load(e_ptrs, mask=t < tokens, other=0)[:, None]  # [BLOCK_T, 1]
+            p_ptrs = sources[N] + e * source_strides[N][0] + d[None, :] * source_strides[N][1]
+            z = tl.where(on, _blend(z, tl.load(p_ptrs, mask=on, other=0.0).to(work), s), z)
+        elif KIND == _RENORM:
+            # x (1 + s (|x0| / |x| - 1))
+            before = _norm(tl.where(chosen, entry, 0.0))  # [BLOCK_T, 1]
+            ratio = _ratio(before, _norm(tl.where(chosen, z, 0.0)))
+            z = tl.where(on, z * tl.where(s == 1, ratio, 1 + s * (ratio - 1)), z)
+
+    tl.store(target_tile, z.to(out_ptr.dtype.element_ty), mask=touched)
+    if COPY:
+        rest = inside & ~touched
+        tl.store(target_tile, tl.load(tile, mask=rest, other=0.0), mask=rest)
+
+
+class Settings(NamedTuple):
+    """Launch settings of one problem size."""
+
+    block_t: int
+    block_d: int
+    warps: int
+
+
+def settings(tokens: int, width: int, *, sums: bool, subspace: bool, along_tokens: bool) -> Settings:
+    """The tile of one program instance.
+
+    Args:
+        tokens, width: extents of x.
+        sums: some step needs whole rows.
+        subspace: some step projects out more than one direction.
+        along_tokens: tokens, not channels, are contiguous in memory.
+    """
+    if sums:
+        block_d = triton.next_power_of_2(width)
+        # A subspace reads its vectors once for all rows of a tile. Where tokens are contiguous, 16 of them fill a
+        # 32-byte sector; both give way to registers: 1024 threads hold 32 elements each.
+        wanted = 32 if along_tokens else 4 if subspace else 1
+        most = max(32768 // block_d, 1)
+        block_t = max(min(wanted, most), min(2048 // block_d, most))
+    elif along_tokens:
+        block_t, block_d = 128, 16
+    else:
+        block_d = next((b for b in (2048, 1024, 512, 256) if -width % b <= width // 8), 256)
+        block_d = min(block_d, triton.next_power_of_2(width))
+        block_t = 2048 // block_d
+    block_t = min(max(block_t, 1), triton.next_power_of_2(tokens))
+    elements = block_t * block_d
+    return Settings(block_t, block_d, max(4, min(32, elements // 512 if elements <= 4096 else elements // 1024)))
+
+
+def constants(code: str, width: int) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, int], ...]]:
+    """STEPS and ranges of a packed code. Channel ranges are no constants: a sweep over heads is one kernel."""
+    steps = decode(code)
+    shapes = tuple(
+        (
+            step.kind,
+            step.one_sided,
+            step.vector,
+            step.count,
+            int((step.begin, step.end) == (0, width)),
+            int(KINDS[step.kind] in _REDUCING),
+            step.mask,
+            step.limit,
+            step.source,
+        )
+        for step in steps
+    )
+    return shapes, tuple((step.begin, step.end) for step in steps)
+
+
+def intervention(
+    x: Tensor,
+    out: Tensor,
+    code: str,
+    strength: Tensor,
+    vectors: Tensor,
+    limits: Tensor,
+    masks: Tensor,
+    patches: Sequence[Tensor],
+) -> None:
+    """Applies a packed program to x [B, T, D] and writes out [B, T, D], which may be x itself.
+
+    Args:
+        x, out: any strides.
+        code, strength, vectors, limits, masks, patches: see `dreamreader.ops.intervene_reference`.
+
+    Raises:
+        InvalidInput: a table is not contiguous.
+    """
+    for name, table in (("vectors", vectors), ("limits", limits), ("masks", masks)):
+        if not table.is_contiguous():
+            raise InvalidInput(f"intervene: {name} must be contiguous, has strides {table.stride()}")
+    rows, tokens, width = x.shape
+    if x.numel() == 0:
+        return
+    shapes, ranges = constants(code, width)
+    chosen = settings(
+        tokens,
+        width,
+        sums=any(each[_SUMS.value] for each in shapes),
+        subspace=any(each[_COUNT.value] > 1 for each in shapes),
+        along_tokens=x.stride(1) < x.stride(2),
+    )
+    grid = (rows * triton.cdiv(tokens, chosen.block_t), triton.cdiv(width, chosen.block_d))
+    sources, indices = tuple(patches[::2]), tuple(patches[1::2])
+    _intervention_kernel[grid](
+        x,
+        out,
+        strength,
+        vectors,
+        limits,
+        masks,
+        sources,
+        indices,
+        rows,
+        tokens,
+        width,
+        x.stride(),
+        out.stride(),
+        strength.stride(),
+        tuple(each.stride() for each in sources),
+        tuple(each.stride() for each in indices),
+        ranges,
+        STEPS=shapes,
+        COPY=out is not x,
+        BLOCK_T=chosen.block_t,
+        BLOCK_D=chosen.block_d,
+        num_warps=chosen.warps,
+    )
