@@ -1,0 +1,239 @@
+"""Learning when a pipeline runs, what it was called with, and what it announces.
+
+Three listeners, each installed for the length of a context manager and removed with it:
+`PipelineListener` sees the pipeline's call and its `encode_prompt`; `context_listener` sees the
+`cache_context` names; `call_listener` sees the calls of one module. None of them changes a value.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import nn
+
+
+class RunListener(Protocol):
+    """What wants to know about a pipeline's runs."""
+
+    def run_began(self, arguments: Mapping[str, Any]) -> None:
+        """The pipeline was called; `arguments` has its defaults filled in."""
+
+    def run_ended(self, failed: bool) -> None:
+        """The call returned, or left with an exception."""
+
+    def encoding_began(self, arguments: Mapping[str, Any]) -> None:
+        """`encode_prompt` was called."""
+
+    def encoding_ended(self) -> None:
+        """`encode_prompt` returned, or left with an exception."""
+
+
+def bound(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Arguments of a call by name, with defaults; empty when they do not fit the signature."""
+    try:
+        call = inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return {}  # the call itself will raise, with a better message
+    call.apply_defaults()
+    return dict(call.arguments)
+
+
+def own_class(pipe: Any) -> type:
+    """The pipeline's class without the listening one that `listen_to_pipeline` slips in."""
+    return getattr(type(pipe), "_dreamreader_own_class", type(pipe))
+
+
+@contextmanager
+def listen_to_pipeline(pipe: Any, listener: RunListener) -> Iterator[None]:
+    """Tell `listener` about every call of this one pipeline object.
+
+    Calling an object looks `__call__` up in its class, so for this time the object gets a class that
+    derives from its own under the same name. The pipeline's class itself is not touched, and other
+    objects of it are not seen.
+    """
+    if "_dreamreader_listeners" not in vars(type(pipe)):
+        object.__setattr__(pipe, "__class__", _listening_class(type(pipe)))
+    listeners: list[RunListener] = type(pipe)._dreamreader_listeners
+    listeners.append(listener)
+    try:
+        yield
+    finally:
+        listeners.remove(listener)
+        if not listeners and "_dreamreader_listeners" in vars(type(pipe)):
+            object.__setattr__(pipe, "__class__", own_class(pipe))
+
+
+def _listening_class(own: type) -> type:
+    listeners: list[RunListener] = []
+
+    @functools.wraps(own.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = bound(own.__call__, self, *args, **kwargs)
+        heard = list(listeners)
+        for listener in heard:
+            listener.run_began(arguments)
+        failed = True
+        try:
+            result = own.__call__(self, *args, **kwargs)
+            failed = False
+        finally:
+            for listener in reversed(heard):
+                listener.run_ended(failed)
+        return result
+
+    body: dict[str, Any] = {
+        "__module__": own.__module__,
+        "__qualname__": own.__qualname__,
+        "__doc__": own.__doc__,
+        "__call__": call,
+        "_dreamreader_listeners": listeners,
+        "_dreamreader_own_class": own,
+    }
+    original = getattr(own, "encode_prompt", None)
+    if original is not None:
+
+        @functools.wraps(original)
+        def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+            arguments = bound(original, self, *args, **kwargs)
+            heard = list(listeners)
+            for listener in heard:
+                listener.encoding_began(arguments)
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                for listener in reversed(heard):
+                    listener.encoding_ended()
+
+        body["encode_prompt"] = encode_prompt
+    return type(own.__name__, (own,), body)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself where `torch.compile` has wrapped it."""
+    while isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+        module = inner
+    return module
+
+
+@contextmanager
+def listen_to_context(module: nn.Module, names: list[str]) -> Iterator[None]:
+    """Keep the names of the entered `cache_context`s of this denoiser in `names`, innermost last."""
+    target = unwrapped(module)
+    original = getattr(target, "cache_context", None)
+    if original is None:
+        yield
+        return
+
+    shelf = vars(target)
+    if not hasattr(shelf.get("cache_context"), "listening"):
+        listening: list[list[str]] = []
+
+        @contextmanager
+        @functools.wraps(original)
+        def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+            heard = list(listening)
+            for entered in heard:
+                entered.append(name)
+            try:
+                with original(name, *args, **kwargs) as value:
+                    yield value
+            finally:
+                for entered in heard:
+                    if entered:
+                        entered.pop()
+
+        cache_context.listening = listening  # type: ignore[attr-defined]
+        cache_context.earlier = shelf.get("cache_context")  # type: ignore[attr-defined]
+        shelf["cache_context"] = cache_context
+
+    heard_by = shelf["cache_context"].listening
+    heard_by.append(names)
+    try:
+        yield
+    finally:
+        # by identity: two empty lists are equal
+        heard_by[:] = [other for other in heard_by if other is not names]
+        ours = shelf.get("cache_context")
+        if not heard_by and getattr(ours, "listening", None) is heard_by:
+            del shelf["cache_context"]
+            if ours.earlier is not None:
+                shelf["cache_context"] = ours.earlier
+
+
+@contextmanager
+def listen_to_calls(
+    module: nn.Module,
+    began: Callable[[tuple[Any, ...], dict[str, Any]], None],
+    ended: Callable[[], None],
+) -> Iterator[None]:
+    """Tell when this module is called and when that call is over, also by an exception.
+
+    `began` runs before other hooks of the module and `ended` after them, so that hooks on the module
+    itself find the call still running.
+    """
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        with _listen_to_compiled(module, began, ended):
+            yield
+        return
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # hooks registered since then stand behind ours; ours has to be the last one again
+        module._forward_hooks.move_to_end(last.id)
+        began(args, kwargs)
+
+    first = module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+    last = module.register_forward_hook(lambda *_: ended(), always_call=True)
+    try:
+        yield
+    finally:
+        first.remove()
+        last.remove()
+
+
+@contextmanager
+def _listen_to_compiled(
+    module: nn.Module,
+    began: Callable[[tuple[Any, ...], dict[str, Any]], None],
+    ended: Callable[[], None],
+) -> Iterator[None]:
+    # after module.compile() hooks belong to the compiled graph, which ignores those added later;
+    # the compiled callable itself is an attribute that the module looks up at every call
+    compiled = module._compiled_call_impl
+
+    def listening(*args: Any, **kwargs: Any) -> Any:
+        began(args, kwargs)
+        try:
+            return compiled(*args, **kwargs)
+        finally:
+            ended()
+
+    module._compiled_call_impl = listening
+    try:
+        yield
+    finally:
+        if module._compiled_call_impl is listening:
+            module._compiled_call_impl = compiled
+
+
+class Parameters:
+    """Reads arguments of a module's call by name, however they were passed."""
+
+    def __init__(self, module: nn.Module):
+        # the class's forward: offloading and caching put wrappers on the object
+        names = list(inspect.signature(type(unwrapped(module)).forward).parameters)[1:]
+        self.positions = {name: place for place, name in enumerate(names)}
+
+    def first_of(self, names: tuple[str, ...]) -> str | None:
+        """The first of these names that the module has as a parameter."""
+        return next((name for name in names if name in self.positions), None)
+
+    def get(self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The argument, or None when it was not given."""
+        if name is None:
+            return None
+        if name in kwargs:
+            return kwargs[name]
+        place = self.positions[name]
+        return args[place] if place < len(args) else None
