@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamreader.engine.families.solver import live_level, noise_levels, place, skipped_steps
+from dreamreader.engine.families.solver import live_level, noise_levels, place
 from dreamreader.engine.families.timestep import KNOWN_FORMS, Form
 from dreamreader.errors import ClockUnknown
 
@@ -21,16 +21,15 @@ class Instant:
     """A place in time of a denoising run.
 
     Attributes:
-        step: index of the solver's step within this run, from 0. It moves with the scheduler's place in
-            its `timesteps`: (place - first place of the run) // order. Both evaluations of a step of
-            a second-order solver share it. With img2img the first step that is done is step 0.
+        step: index of the solver's step in its full trajectory. It moves with the scheduler's place in its
+            `timesteps`, `place // order`, so both evaluations of a step of a second-order solver share
+            it, and a run that begins on the way (img2img) begins with a step above 0.
         timestep: the scheduler's own value there, whatever form the denoiser receives it in.
         sigma: noise level of the denoiser's input by the scheduler's table: `sigmas[place]`, or
             sqrt((1 - abar) / abar) for schedulers that only have `alphas_cumprod`; None where the
             scheduler has neither.
-        fraction: share of the scheduler's full trajectory that is done when the step begins: 0 at pure
-            noise. For a run from pure noise it is `step / number of steps`; with img2img the steps
-            left out count as done.
+        fraction: share of the full trajectory that is done when the step begins, `step / number of steps`:
+            0 at pure noise.
         evaluation: place within the step: 0, and 1 for the second evaluation of second-order solvers.
     """
 
@@ -92,22 +91,20 @@ class Trajectory:
 
     def instant(self, index: int) -> Instant:
         """The time at an entry of the schedule, in the run that `locate` has seen the start of."""
-        start = self.start or 0
-        step, evaluation = place(self.scheduler, index - start)
+        step, evaluation = place(self.scheduler, index, self.start or 0)
         sigma = None
         if self.sigmas is not None:
             sigma = self.sigmas[1 if evaluation else 0][index]
             if sigma is None:
                 sigma = live_level(self.scheduler)
-        skipped = skipped_steps(self.scheduler, self.values, start) if start else 0
-        return Instant(step, self.values[index], sigma, (skipped + step) / self.total, evaluation)
+        return Instant(step, self.values[index], sigma, step / self.total, evaluation)
 
     def steps(self) -> list[Instant]:
         """The steps from the first entry of the run to the last of the schedule, at their beginnings."""
         if self.start is None:
             return []
         entries = range(self.start, len(self.values))
-        return [self.instant(i) for i in entries if place(self.scheduler, i - self.start)[1] == 0]
+        return [self.instant(i) for i in entries if place(self.scheduler, i, self.start)[1] == 0]
 
     def settle(self) -> None:
         """Compare the arguments that were left on the device, waiting for it once.

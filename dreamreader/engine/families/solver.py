@@ -6,29 +6,26 @@ from typing import Any
 import torch
 
 
-def place(scheduler: Any, entry: int) -> tuple[int, int]:
-    """(step, evaluation within it) of the `entry`-th turn of a run, by the scheduler's `order`.
+def place(scheduler: Any, entry: int, start: int = 0) -> tuple[int, int]:
+    """(step, evaluation within it) at an entry of `timesteps`, in a run that began at entry `start`.
 
-    PNDM calls itself a scheduler of order 1 but takes several evaluations for its first steps: two for
-    the first one when the Runge-Kutta start is skipped (its `timesteps` repeat a value for that), else
-    four for each of the first three.
+    step = start // order + (entry - start) // order, evaluation = (entry - start) % order: a solver
+    begins anew where its run begins, and keeps the numbering of its full trajectory. PNDM calls itself
+    a scheduler of order 1 but takes several evaluations for its first steps: two for the first one when
+    the Runge-Kutta start is skipped (its `timesteps` repeat a value for that), else four for each of
+    the first three.
     """
-    if hasattr(scheduler, "plms_timesteps"):
-        start = len(scheduler.prk_timesteps)
-        if entry < start:
-            return divmod(entry, 4)
-        if start:
-            return start // 4 + entry - start, 0
-        return (0, entry) if entry < 2 else (entry - 1, 0)
-    return divmod(entry, int(getattr(scheduler, "order", 1)))
-
-
-def skipped_steps(scheduler: Any, timesteps: list[float], start: int) -> int:
-    """Steps of the full trajectory before entry `start`: those that img2img leaves out."""
-    if hasattr(scheduler, "plms_timesteps"):
-        # the repeated value belongs to one step
-        return len(set(timesteps[:start]) - {timesteps[start]})
-    return place(scheduler, start)[0]
+    order = int(getattr(scheduler, "order", 1))
+    done = entry - start
+    if not hasattr(scheduler, "plms_timesteps"):
+        step, evaluation = divmod(done, order)
+    elif done < (runge_kutta := len(scheduler.prk_timesteps)):
+        step, evaluation = divmod(done, 4)
+    elif runge_kutta:
+        step, evaluation = runge_kutta // 4 + done - runge_kutta, 0
+    else:
+        step, evaluation = (0, done) if done < 2 else (done - 1, 0)
+    return start // order + step, evaluation
 
 
 Levels = tuple[list[float | None], list[float | None]]
