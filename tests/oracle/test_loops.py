@@ -70,6 +70,22 @@ def test_pndm_starts_with_one_heun_step() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("sd-img2img", [2, 3]),  # strength 0.6 of 4 steps: two are left
+        ("flux-img2img", [1, 2, 3]),
+        ("sd-img2img-HeunDiscrete", [2, 2, 3, 3, 4]),
+        ("sd-img2img-PNDM", [2, 2, 3, 4]),
+    ],
+)
+def test_img2img_starts_on_the_way(name: str, steps: list[int]) -> None:
+    calls = BY_NAME[name].by_hand(BY_NAME[name].pipe()).calls
+    assert [call.step for call in calls] == steps
+    assert calls[0].fraction == steps[0] / BY_NAME[name].steps
+    assert sum(call.evaluation for call in calls) == len(steps) - len(set(steps))
+
+
+@pytest.mark.parametrize(
     "case", [case for case in CASES if case.pipeline == "sd"], ids=lambda case: case.name
 )
 def test_sigma_is_the_noise_that_the_scheduler_adds(case: Case) -> None:

@@ -40,13 +40,13 @@ def levels(scheduler: Any) -> list[float]:
     """Sigma of each timestep: share of noise (flow), sqrt((1 - a) / a) (diffusion)."""
     config = scheduler.config
     times = [float(time) for time in scheduler.timesteps]
+    if "FlowMatch" in type(scheduler).__name__:
+        return [time / config.num_train_timesteps for time in times]
     if config.get("use_flow_sigmas"):
         # the timesteps are whole numbers below these levels
         share = 1 - np.linspace(1, 1 / config.num_train_timesteps, len(times) + 1)
         moved = config.flow_shift * share / (1 + (config.flow_shift - 1) * share)
         return moved[:0:-1].tolist()
-    if "FlowMatch" in type(scheduler).__name__:
-        return [time / config.num_train_timesteps for time in times]
     kept = np.cumprod(1 - _betas(config))
     table = np.sqrt((1 - kept) / kept)
     return [float(np.interp(time, np.arange(len(table)), table)) for time in times]
@@ -61,12 +61,19 @@ def _betas(config: Any) -> np.ndarray:
 
 
 def walk(scheduler: Any, begin: int = 0) -> Iterator[tuple[Any, Call]]:
-    """(the scheduler's timestep, what the denoiser call is) for each turn of the loop."""
+    """(the scheduler's timestep, what the denoiser call is) for each turn of the loop.
+
+    A run that starts on the way (img2img) leaves out `begin` timesteps; its first step keeps the
+    number that it has in the full trajectory. The solver itself starts anew there: so does PNDM.
+    """
     solver = type(scheduler).__name__
+    last, _ = place(solver, len(scheduler.timesteps) - 1)
+    skipped = begin // 2 if solver in TWO_EVALUATIONS else begin
     sigmas = levels(scheduler)[begin:]
     for index, time in enumerate(scheduler.timesteps[begin:]):
         step, evaluation = place(solver, index)
+        step += skipped
         sigma = sigmas[index]
         if solver == "KDPM2DiscreteScheduler" and evaluation == 1:
             sigma = (sigmas[index - 1] * sigmas[index + 1]) ** 0.5
-        yield time, Call(step, float(time), sigma, evaluation)
+        yield time, Call(step, float(time), sigma, step / (last + 1), evaluation)

@@ -13,11 +13,12 @@ from torch.utils.hooks import RemovableHandle
 class Call:
     """One call of the denoiser.
 
-    step: index of the solver's step within this run, from 0; both evaluations of a two-evaluation
-        step share it.
+    step: index of the solver's step in its full trajectory; both evaluations of a two-evaluation
+        step share it, and a run that starts on the way (img2img) starts above 0.
     timestep: the scheduler's value at which the denoiser is evaluated, before a pipeline scales it.
     sigma: noise level of the denoiser's input. Diffusion: sqrt((1 - a) / a), a = cumulative alpha.
         Flow matching: the share of noise, 1 at pure noise.
+    fraction: share of the full trajectory done before this step, 0 at pure noise.
     evaluation: 0, or 1 for the second evaluation of a step.
     branches: names of the equal chunks of the batch, in order.
     """
@@ -25,6 +26,7 @@ class Call:
     step: int
     timestep: float
     sigma: float
+    fraction: float
     evaluation: int
     branches: tuple[str, ...] = ("cond",)
 
