@@ -64,6 +64,17 @@ def _bounded(z, lo, hi):
 
 
 @triton.jit
+def _entries(source_ptr, index_ptr, size, index_strides, b, t, there, d, on):
+    """[BLOCK_T, BLOCK_D]: the entry of the source that each row takes, NaN where there is no such entry."""
+    e = tl.load(index_ptr + b * index_strides[0] + t * index_strides[1], mask=there, other=0)
+    e = e[:, None]  # [BLOCK_T, 1]
+    exists = (e >= 0) & (e < size[0])
+    return tl.load(
+        source_ptr + e * size[1] + d[None, :] * size[2], mask=on & exists, other=float("nan")
+    )
+
+
+@triton.jit
 def _norm(z):
     """[BLOCK_T, 1]: root of the sum of squares, correctly rounded where Triton offers it."""
     square = tl.sum(z * z, axis=1, keep_dims=True)
@@ -98,7 +109,7 @@ def _intervention_kernel(
     x_strides,
     out_strides,
     strength_strides,
-    source_strides,  # (entry, channel) of each source
+    source_sizes,  # (entries, entry stride, channel stride) of each source
     index_strides,  # (row, token) of each index
     ranges,  # (begin, end) of each step
     STEPS: tl.constexpr,
@@ -136,8 +147,7 @@ def _intervention_kernel(
 
     # Backwards: what is overwritten exactly does not depend on x, what a sum reads does.
     needed = touched
-    for j in tl.static_range(len(STEPS)):
-        i: tl.constexpr = len(STEPS) - 1 - j
+    for i in tl.static_range(len(STEPS) - 1, -1, -1):
         if STEPS[i][_KIND] == _FILL or STEPS[i][_KIND] == _PATCH:
             needed = needed & ~((strengths[i] == 1) & channels[i])
         elif STEPS[i][_SUMS]:
@@ -149,7 +159,6 @@ def _intervention_kernel(
     entry = tl.load(tile, mask=needed, other=0.0).to(work)  # [BLOCK_T, BLOCK_D]
     z = entry
     for i in tl.static_range(len(STEPS)):
-        KIND: tl.constexpr = STEPS[i][_KIND]
         s = strengths[i]
         chosen = channels[i]
         on = (s != 0) & chosen  # [BLOCK_T, BLOCK_D]
@@ -157,20 +166,20 @@ def _intervention_kernel(
         if STEPS[i][_LIMIT] >= 0:
             lo = tl.load(limits_ptr + STEPS[i][_LIMIT] * 2 * rows + b)
             hi = tl.load(limits_ptr + (STEPS[i][_LIMIT] * 2 + 1) * rows + b)
-        if KIND == _STEER:
+        if STEPS[i][_KIND] == _STEER:
             # x + s v
             z = tl.where(on, z + s * tl.load(v_ptrs, mask=chosen, other=0.0), z)
-        elif KIND == _SCALE:
+        elif STEPS[i][_KIND] == _SCALE:
             # x (1 + s (f - 1))
             z = tl.where(on, z * tl.where(s == 1, lo, 1 + s * (lo - 1)), z)
-        elif KIND == _CLAMP:
+        elif STEPS[i][_KIND] == _CLAMP:
             z = tl.where(on, _blend(z, _bounded(z, lo, hi), s), z)
-        elif KIND == _CLAMP_COMPONENT:
+        elif STEPS[i][_KIND] == _CLAMP_COMPONENT:
             # x + s (clamp(c, lo, hi) - c) v with c = <x, v>
             v = tl.load(v_ptrs, mask=chosen, other=0.0)  # [1, BLOCK_D]
             c = tl.sum(tl.where(chosen, z, 0.0) * v, axis=1, keep_dims=True)  # [BLOCK_T, 1]
             z = tl.where(on, z + s * (_bounded(c, lo, hi) - c) * v, z)
-        elif KIND == _PROJECT:
+        elif STEPS[i][_KIND] == _PROJECT:
             # x - s V'V x
             read = tl.where(chosen, z, 0.0)  # [BLOCK_T, BLOCK_D]
             if STEPS[i][_COUNT] == 1:
@@ -186,15 +195,22 @@ def _intervention_kernel(
                     removed += tl.sum(read * v, axis=1, keep_dims=True) * v
                     v_ptrs += width
                 z = tl.where(on, z - s * removed, z)
-        elif KIND == _FILL:
+        elif STEPS[i][_KIND] == _FILL:
             z = tl.where(on, _blend(z, tl.load(v_ptrs, mask=chosen, other=0.0), s), z)
-        elif KIND == _PATCH:
-            N: tl.constexpr = STEPS[i][_SOURCE]
-            e_ptrs = indices[N] + b * index_strides[N][0] + t * index_strides[N][1]
-            e = tl.load(e_ptrs, mask=t < tokens, other=0)[:, None]  # [BLOCK_T, 1]
-            p_ptrs = sources[N] + e * source_strides[N][0] + d[None, :] * source_strides[N][1]
-            z = tl.where(on, _blend(z, tl.load(p_ptrs, mask=on, other=0.0).to(work), s), z)
-        elif KIND == _RENORM:
+        elif STEPS[i][_KIND] == _PATCH:
+            target = _entries(
+                sources[STEPS[i][_SOURCE]],
+                indices[STEPS[i][_SOURCE]],
+                source_sizes[STEPS[i][_SOURCE]],
+                index_strides[STEPS[i][_SOURCE]],
+                b,
+                t,
+                t < tokens,
+                d,
+                on,
+            )
+            z = tl.where(on, _blend(z, target.to(work), s), z)
+        elif STEPS[i][_KIND] == _RENORM:
             # x (1 + s (|x0| / |x| - 1))
             before = _norm(tl.where(chosen, entry, 0.0))  # [BLOCK_T, 1]
             ratio = _ratio(before, _norm(tl.where(chosen, z, 0.0)))
@@ -311,7 +327,7 @@ def intervention(
         x.stride(),
         out.stride(),
         strength.stride(),
-        tuple(each.stride() for each in sources),
+        tuple((len(each), *each.stride()) for each in sources),
         tuple(each.stride() for each in indices),
         ranges,
         STEPS=shapes,
