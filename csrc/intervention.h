@@ -19,7 +19,7 @@
 #ifdef __CUDACC__
 #define DR_HD __host__ __device__ __forceinline__
 #else
-#define DR_HD inline
+#define DR_HD inline __attribute__((always_inline))
 #endif
 
 namespace dreamreader {

@@ -1,0 +1,279 @@
+// CPU side of the intervention program: from tensors to a job, and the choice of engine, instruction set and threads.
+// At the foot its bindings, for CUDA too.
+#include <cstdlib>
+#include <string_view>
+
+#include "bind.h"
+#include "cpu.h"
+#include "intervention_cpu.h"
+#include "tensor_view.h"
+#include "threads.h"
+
+namespace dreamreader {
+namespace {
+
+namespace py = pybind11;
+
+DType dtype_of(const TensorView& tensor) {
+  if (tensor.is(kDLFloat, 32)) return DType::f32;
+  if (tensor.is(kDLBfloat, 16)) return DType::bf16;
+  if (tensor.is(kDLFloat, 16)) return DType::f16;
+  if (tensor.is(kDLFloat, 64)) return DType::f64;
+  throw std::invalid_argument("intervene: no kernel for a tensor " + tensor.describe());
+}
+
+Activation activation_of(const TensorView& x) {
+  require(x.dims() == 3, "intervene: x must have three dimensions");
+  return {x.data(), dtype_of(x), x.size(0), x.size(1), x.size(2), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// Reads the text of ops/program.py: fields joined by ',', steps by ';'.
+int parse_steps(std::string_view code, Step* steps) {
+  constexpr int kFields = sizeof(Step) / sizeof(int32_t);
+  int count = 0, field = 0;
+  for (size_t at = 0; at < code.size(); ++field) {
+    if (field == kFields || count == 0) {
+      require(count < kMaxSteps, "intervene: more steps than a program holds");
+      ++count;
+      field = 0;
+    }
+    const bool negative = code[at] == '-';
+    int64_t value = 0;
+    for (at += negative; at < code.size() && code[at] >= '0' && code[at] <= '9'; ++at) {
+      value = value * 10 + (code[at] - '0');
+      require(value <= INT32_MAX, "intervene: malformed code");
+    }
+    const bool last = field == kFields - 1;
+    require(at == code.size() ? last : code[at] == (last ? ';' : ','), "intervene: malformed code");
+    reinterpret_cast<int32_t*>(&steps[count - 1])[field] = int32_t(negative ? -value : value);
+    ++at;
+  }
+  require(count == 0 || field == kFields, "intervene: malformed code");
+  return count;
+}
+
+struct Tables {
+  TensorView strength, vectors, limits, masks;
+};
+
+// Everything a kernel will follow blindly: table rows, channel ranges, shapes.
+template <typename W>
+void check_step(const Program<W>& p, const Step& step, const Tables& tables, int64_t width, int64_t sources) {
+  const bool vectors = step.kind == kSteer || step.kind == kClampComponent || step.kind == kProject || step.kind == kFill;
+  const bool limits = step.kind == kScale || step.kind == kClamp || step.kind == kClampComponent;
+  (void)p;
+  require(step.kind >= kSteer && step.kind <= kRenorm, "intervene: unknown kind of step");
+  require(0 <= step.begin && step.begin < step.end && step.end <= width, "intervene: channels outside x");
+  require(step.mask >= -1 && step.mask < tables.masks.size(0), "intervene: mask outside its table");
+  require(vectors ? step.vector >= 0 && step.count >= 1 && step.count <= (step.kind == kProject ? kMaxSubspace : 1) &&
+                        int64_t(step.vector) + step.count <= tables.vectors.size(0)
+                  : step.vector == -1,
+          "intervene: vectors outside their table");
+  require(limits ? step.limit >= 0 && step.limit < tables.limits.size(0) : step.limit == -1,
+          "intervene: limits outside their table");
+  require(step.kind == kPatch ? step.source >= 0 && step.source < sources : step.source == -1,
+          "intervene: source outside its list");
+}
+
+Source source_of(const TensorView& data, const TensorView& index, const Activation& x) {
+  require(data.dims() == 2 && data.size(1) == x.width, "intervene: a patch source must be [entries, width]");
+  require(index.dims() == 2 && index.size(0) == x.rows && index.size(1) == x.tokens && index.is(kDLInt, 64),
+          "intervene: a patch index must be int64 [rows, tokens]");
+  return {data.data(),
+          dtype_of(data),
+          data.size(0),
+          data.stride(0),
+          data.stride(1),
+          reinterpret_cast<const int64_t*>(index.data()),
+          index.stride(0),
+          index.stride(1)};
+}
+
+bool dense(const TensorView& t) {
+  int64_t stride = 1;
+  for (int i = t.dims() - 1; i >= 0; --i) {
+    if (t.size(i) > 1 && t.stride(i) != stride) return false;
+    stride *= t.size(i);
+  }
+  return true;
+}
+
+template <typename W>
+Program<W> program_of(std::string_view code, const Tables& t, const py::sequence& patches, const Activation& x,
+                      DLDevice device) {
+  constexpr int kBits = 8 * sizeof(W);
+  Program<W> p;
+  p.count = parse_steps(code, p.steps);
+  require(t.strength.dims() == 3 && t.strength.size(0) == p.count && t.strength.size(1) == x.rows &&
+              t.strength.size(2) == x.tokens && t.strength.is(kDLFloat, kBits),
+          "intervene: strength must be [steps, rows, tokens] in the arithmetic type of x");
+  require(t.vectors.dims() == 2 && t.vectors.size(1) == x.width && t.vectors.is(kDLFloat, kBits) && dense(t.vectors),
+          "intervene: vectors must be dense [n, width] in the arithmetic type of x");
+  require(t.limits.dims() == 3 && t.limits.size(1) == 2 && t.limits.size(2) == x.rows &&
+              t.limits.is(kDLFloat, kBits) && dense(t.limits),
+          "intervene: limits must be dense [n, 2, rows] in the arithmetic type of x");
+  require(t.masks.dims() == 2 && t.masks.size(1) == x.width && t.masks.is(kDLBool, 8) && dense(t.masks),
+          "intervene: masks must be dense bool [n, width]");
+  for (const TensorView* each : {&t.strength, &t.vectors, &t.limits, &t.masks})
+    require(each->device().type == device.type && each->device().id == device.id,
+            "intervene: tables and x must be on one device");
+  const int64_t sources = int64_t(py::len(patches)) / 2;
+  require(sources <= kMaxSources && py::len(patches) % 2 == 0, "intervene: patches must be pairs, up to 8");
+  for (int i = 0; i < p.count; ++i) check_step(p, p.steps[i], t, x.width, sources);
+  for (int i = 0; i < sources; ++i) {
+    const TensorView data(patches[2 * i]), index(patches[2 * i + 1]);
+    require(data.device().type == device.type && data.device().id == device.id && index.device().type == device.type,
+            "intervene: sources and x must be on one device");
+    p.sources[i] = source_of(data, index, x);
+  }
+  p.strength = reinterpret_cast<const W*>(t.strength.data());
+  p.strength_step = t.strength.stride(0);
+  p.strength_row = t.strength.stride(1);
+  p.strength_token = t.strength.stride(2);
+  p.vectors = reinterpret_cast<const W*>(t.vectors.data());
+  p.limits = reinterpret_cast<const W*>(t.limits.data());
+  p.masks = reinterpret_cast<const uint8_t*>(t.masks.data());
+  return p;
+}
+
+void check_pair(const TensorView& x, const TensorView& out, const Activation& in, const Activation& to) {
+  require(in.dtype == to.dtype && in.rows == to.rows && in.tokens == to.tokens && in.width == to.width &&
+              x.device().type == out.device().type && x.device().id == out.device().id,
+          "intervene: x and its result differ in shape, dtype or device");
+  require((to.stride_row || to.rows <= 1) && (to.stride_token || to.tokens <= 1) && (to.stride_channel || to.width <= 1),
+          "intervene: the result has elements that share memory (an expanded tensor); clone it first");
+}
+
+const InterventionKernels& kernels() {
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) return avx512::intervention;
+  if (isa() == Isa::avx2) return avx2::intervention;
+#endif
+  return portable::intervention;
+}
+
+// Aligned memory of this thread, kept between calls.
+void* scratch(size_t bytes) {
+  struct Memory {
+    void* data = nullptr;
+    size_t bytes = 0;
+    ~Memory() { std::free(data); }
+  };
+  thread_local Memory memory;
+  if (memory.bytes < bytes) {
+    std::free(memory.data);
+    memory.bytes = (bytes + 4095) / 4096 * 4096;
+    memory.data = std::aligned_alloc(4096, memory.bytes);
+    if (!memory.data) throw std::bad_alloc();
+  }
+  return memory.data;
+}
+
+struct Call {
+  InterventionJob job;
+  InterventionEngine engine;
+  size_t scratch_bytes;
+};
+
+void run_piece(void* context, int64_t first, int64_t last) {
+  const Call& call = *static_cast<const Call*>(context);
+  call.engine.run(call.job, scratch(call.scratch_bytes), first, last);
+}
+
+// A piece of work is worth a thread from about 16 KiB of activation on; 128 KiB keeps the last pieces short.
+constexpr int64_t kPieceBytes = 128 << 10;
+
+template <typename W>
+void run_cpu(const Activation& in, const Activation& out, const Program<W>& p, int threads) {
+  if (in.rows * in.tokens * in.width == 0) return;
+  Call call{{in, out, &p, in.width, 0}, {}, 0};
+  bool subspace = false;
+  for (int i = 0; i < p.count; ++i) {
+    call.job.begin = std::min<int64_t>(call.job.begin, p.steps[i].begin);
+    call.job.end = std::max<int64_t>(call.job.end, p.steps[i].end);
+    subspace |= p.steps[i].count > 1;
+  }
+  if (p.count == 0) {
+    if (in.data == out.data) return;
+    call.job.begin = 0;
+  }
+  const bool by_rows = !subspace && (in.stride_channel == 1 || in.width == 1) && (out.stride_channel == 1 || in.width == 1);
+  const int type = int(in.dtype);
+  const int64_t element = in.dtype == DType::f64 ? 8 : (in.dtype == DType::f32 ? 4 : 2);
+  const int64_t lanes = kLaneBytes / int64_t(sizeof(W));
+  const int64_t group = by_rows ? 1 : lanes;
+  const int64_t items = in.rows * (by_rows ? in.tokens : (in.tokens + lanes - 1) / lanes);
+  call.engine = by_rows ? kernels().rows[type] : kernels().columns[type];
+  call.scratch_bytes = size_t(in.width * group) * sizeof(W);
+  const int64_t grain = std::max<int64_t>(1, kPieceBytes / (in.width * group * element));
+  if (items <= grain) {
+    run_piece(&call, 0, items);
+  } else {
+    py::gil_scoped_release release;
+    parallel(items, grain, threads, &run_piece, &call);
+  }
+}
+
+void intervene_cpu(py::handle x, py::handle out, std::string_view code, py::handle strength, py::handle vectors,
+                   py::handle limits, py::handle masks, const py::sequence& patches, int threads) {
+  const TensorView in(x), to(out);
+  const Tables tables{TensorView(strength), TensorView(vectors), TensorView(limits), TensorView(masks)};
+  const Activation from = activation_of(in), result = activation_of(to);
+  check_pair(in, to, from, result);
+  require(in.device().type == kDLCPU, "intervene_cpu: x is not in CPU memory");
+  if (from.dtype == DType::f64)
+    run_cpu(from, result, program_of<double>(code, tables, patches, from, in.device()), threads);
+  else
+    run_cpu(from, result, program_of<float>(code, tables, patches, from, in.device()), threads);
+}
+
+#ifdef DREAMREADER_CUDA
+
+void check_cuda(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("intervene_cuda: ") + cudaGetErrorString(error));
+}
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check_cuda(cudaGetDevice(&before_));
+    if (device != before_) check_cuda(cudaSetDevice(device));
+    changed_ = device != before_;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+void intervene_cuda(py::handle x, py::handle out, std::string_view code, py::handle strength, py::handle vectors,
+                    py::handle limits, py::handle masks, const py::sequence& patches) {
+  const TensorView in(x), to(out);
+  const Tables tables{TensorView(strength), TensorView(vectors), TensorView(limits), TensorView(masks)};
+  const Activation from = activation_of(in), result = activation_of(to);
+  check_pair(in, to, from, result);
+  require(in.device().type == kDLCUDA, "intervene_cuda: x is not on a CUDA device");
+  if (from.rows * from.tokens * from.width == 0) return;
+  const DeviceGuard guard(in.device().id);
+  const auto stream = static_cast<cudaStream_t>(in.stream());
+  if (from.dtype == DType::f64)
+    check_cuda(launch_intervention(from, result, program_of<double>(code, tables, patches, from, in.device()), stream));
+  else
+    check_cuda(launch_intervention(from, result, program_of<float>(code, tables, patches, from, in.device()), stream));
+}
+
+#endif
+
+Bind bind_intervention([](py::module_& m) {
+  m.def("intervene_cpu", &intervene_cpu);
+#ifdef DREAMREADER_CUDA
+  m.def("intervene_cuda", &intervene_cuda);
+#endif
+});
+
+}  // namespace
+}  // namespace dreamreader

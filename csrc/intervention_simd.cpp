@@ -1,0 +1,12 @@
+// The intervention program for one instruction set; compiled once for each (CMakeLists.txt sets DR_ISA).
+#include "intervention_columns_simd.h"
+
+namespace dreamreader::DR_ISA {
+
+extern const InterventionKernels intervention;
+const InterventionKernels intervention = {
+    {{run_rows<f16>}, {run_rows<bf16>}, {run_rows<float>}, {run_rows<double>}},
+    {{run_columns<f16>}, {run_columns<bf16>}, {run_columns<float>}, {run_columns<double>}},
+};
+
+}  // namespace dreamreader::DR_ISA

@@ -1,0 +1,504 @@
+// The intervention program on the GPU: one tile of x in the registers of a group of threads.
+//
+// A group (a warp, or a whole block) owns `across * kTokens` consecutive tokens of one row of the batch and
+// `slots * kChannels` channels. A thread holds kTokens x kChannels elements of it:
+//
+//   token(j)   = first_token + (lane % across) * kTokens + j
+//   channel(i) = first_channel + (i / kChannelRun * slots + lane / across) * kChannelRun + i % kChannelRun
+//
+// Runs of kTokenRun tokens or kChannelRun channels are contiguous in memory and move as one 16-byte access; at most
+// one of the two is above 1. Programs with a sum over channels have all channels of a row in one group. Sums go over
+// lanes by a butterfly and over warps in a fixed order, so results repeat bit for bit.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "intervention.h"
+
+namespace dreamreader {
+
+constexpr int kWarp = 32;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+template <typename W>
+struct Job {
+  Activation in, out;
+  Program<W> program;
+  bool copy;           // out of place: elements that no step touches are copied
+  bool sums;           // some step sums over channels
+  int32_t across;      // threads of a group along the tokens, a power of two up to 32
+  uint32_t blocks;     // groups along the tokens
+  uint32_t groups;     // rows * blocks
+  int32_t group_bytes; // shared memory of one group
+};
+
+template <typename W, typename T>
+__device__ __forceinline__ W widen(T value) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return W(__bfloat162float(value));
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return W(__half2float(value));
+  } else {
+    return W(value);
+  }
+}
+
+template <typename T, typename W>
+__device__ __forceinline__ T narrow(W value) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(value);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(value);
+  } else {
+    return value;
+  }
+}
+
+// kRun contiguous elements; 16 bytes when kRun > 1, and then aligned to them.
+template <typename T, int kRun>
+struct Pack {
+  T values[kRun];
+
+  __device__ __forceinline__ void load(const T* from) {
+    if constexpr (kRun == 1) {
+      values[0] = *from;
+    } else {
+      static_assert(sizeof(T) * kRun == sizeof(uint4));
+      const uint4 raw = *reinterpret_cast<const uint4*>(from);
+      memcpy(values, &raw, sizeof(raw));
+    }
+  }
+
+  __device__ __forceinline__ void store(T* to) const {
+    if constexpr (kRun == 1) {
+      *to = values[0];
+    } else {
+      uint4 raw;
+      memcpy(&raw, values, sizeof(raw));
+      *reinterpret_cast<uint4*>(to) = raw;
+    }
+  }
+};
+
+template <typename T, typename W, int kTokens, int kChannels, int kTokenRun, int kChannelRun>
+struct Tile {
+  static_assert(kTokenRun == 1 || kChannelRun == 1);
+  static_assert(kTokens % kTokenRun == 0 && kChannels % kChannelRun == 0 && kChannels <= 32);
+  static constexpr int kRun = kTokenRun * kChannelRun;
+  static constexpr int kTogether = kTokens >= 4 ? 2 : 4;  // vectors of a subspace in one reduction
+  static constexpr int kSums = kTokens * kTogether;       // the widest reduction, per `across`
+  static constexpr uint32_t kRunBits = (1u << kChannelRun) - 1;
+
+  const Job<W>& job;
+  const Program<W>& program;
+  int64_t row;
+  int64_t first_token;    // of this thread
+  int64_t first_channel;  // of the group
+  int lane, lanes, slots, across;
+  uint32_t inside;         // bit i: channel(i) exists
+  uint32_t touched[kTokens];  // bit i: some step writes element (j, i)
+  uint32_t needed[kTokens];   // bit i: element (j, i) must be read
+  W z[kTokens][kChannels];
+  W* partial;  // [warps][kSums][across]
+  W* totals;   // [max(kSums, m * kTokens)][across]
+
+  __device__ __forceinline__ Tile(const Job<W>& of, uint32_t group, char* shared)
+      : job(of), program(of.program), lane(threadIdx.x), lanes(blockDim.x), across(of.across) {
+    slots = lanes / across;
+    row = group / job.blocks;
+    first_token = (int64_t(group % job.blocks) * across + lane % across) * kTokens;
+    first_channel = int64_t(blockIdx.y) * slots * kChannels;
+    partial = reinterpret_cast<W*>(shared);
+    totals = partial + (lanes > kWarp ? lanes / kWarp * kSums * across : 0);
+    inside = 0;
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) inside |= uint32_t(channel(i) < job.in.width) << i;
+  }
+
+  __device__ __forceinline__ int64_t channel(int i) const {
+    const int place = (i / kChannelRun * slots + lane / across) * kChannelRun + i % kChannelRun;
+    return first_channel + place;
+  }
+
+  __device__ __forceinline__ bool exists(int j) const { return first_token + j < job.in.tokens; }
+
+  __device__ __forceinline__ W strength(int step, int j) const {
+    return exists(j) ? strength_of(program, step, row, first_token + j) : W(0);
+  }
+
+  // Bit i: the step reads and writes channel(i).
+  __device__ __forceinline__ uint32_t chosen(const Step& step) const {
+    if (step.begin == 0 && step.end == job.in.width && step.mask < 0) return inside;
+    const uint8_t* mask = step.mask < 0 ? nullptr : program.masks + step.mask * job.in.width;
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) {
+      const int64_t c = channel(i);
+      const bool in_range = c >= step.begin && c < step.end;
+      bits |= uint32_t(in_range && (mask == nullptr || mask[c] != 0)) << i;
+    }
+    return bits;
+  }
+
+  __device__ __forceinline__ T* at(const Activation& x, int j, int i) const {
+    return static_cast<T*>(x.data) + row * x.stride_row + (first_token + j) * x.stride_token +
+           channel(i) * x.stride_channel;
+  }
+
+  // What the strengths say about this thread's elements, without reading x. Backwards, an exact overwrite does not
+  // depend on x, a sum depends on all that it covers. Returns whether any token of this thread has work.
+  __device__ __forceinline__ bool scan() {
+    bool work = false;
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) touched[j] = 0;
+    for (int p = 0; p < program.count; ++p) {
+      const uint32_t bits = chosen(program.steps[p]);
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) {
+        const bool on = strength(p, j) != W(0);
+        work = work || on;
+        touched[j] |= on ? bits : 0;
+      }
+    }
+    if (!work) return false;
+    uint32_t entry[kTokens];  // read on entry by renorm
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) {
+      needed[j] = touched[j];
+      entry[j] = 0;
+    }
+    for (int p = program.count - 1; p >= 0; --p) {
+      const Step& step = program.steps[p];
+      const bool overwrites = step.kind == kFill || step.kind == kPatch;
+      const bool sums = step.kind == kClampComponent || step.kind == kProject || step.kind == kRenorm;
+      if (!overwrites && !sums) continue;
+      const uint32_t bits = chosen(step);
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) {
+        const W s = strength(p, j);
+        if (overwrites && s == W(1)) needed[j] &= ~bits;
+        if (sums && s != W(0)) needed[j] |= bits;
+        if (step.kind == kRenorm && s != W(0)) entry[j] |= bits;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) needed[j] |= entry[j];
+    return true;
+  }
+
+  // Calls f(j, i, value) for the elements of x whose run has a bit in `wanted`.
+  template <typename F>
+  __device__ __forceinline__ void read(const uint32_t (&wanted)[kTokens], F f) const {
+#pragma unroll
+    for (int j = 0; j < kTokens; j += kTokenRun) {
+#pragma unroll
+      for (int i = 0; i < kChannels; i += kChannelRun) {
+        uint32_t bits = 0;
+#pragma unroll
+        for (int k = 0; k < kTokenRun; ++k) bits |= wanted[j + k] >> i & kRunBits;
+        if (bits == 0) continue;
+        Pack<T, kRun> pack;
+        pack.load(at(job.in, j, i));
+#pragma unroll
+        for (int k = 0; k < kRun; ++k) {
+          f(j + k / kChannelRun, i + k % kChannelRun, widen<W>(pack.values[k]));
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load() {
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) {
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) z[j][i] = W(0);
+    }
+    read(needed, [&](int j, int i, W value) { z[j][i] = value; });
+  }
+
+  // Writes what the steps touched; out of place also copies the rest.
+  __device__ __forceinline__ void store() const {
+#pragma unroll
+    for (int j = 0; j < kTokens; j += kTokenRun) {
+#pragma unroll
+      for (int i = 0; i < kChannels; i += kChannelRun) {
+        uint32_t written = 0, present = 0;  // bits in the order of the run
+#pragma unroll
+        for (int k = 0; k < kRun; ++k) {
+          const int jj = j + k / kChannelRun, ii = i + k % kChannelRun;
+          written |= (touched[jj] >> ii & 1u) << k;
+          present |= uint32_t(exists(jj) && (inside >> ii & 1u)) << k;
+        }
+        const uint32_t all = (1u << kRun) - 1;
+        Pack<T, kRun> pack;
+        if (job.copy && present != 0 && written != all) pack.load(at(job.in, j, i));
+#pragma unroll
+        for (int k = 0; k < kRun; ++k) {
+          if (written >> k & 1u) pack.values[k] = narrow<T>(z[j + k / kChannelRun][i + k % kChannelRun]);
+        }
+        if (written == all || (job.copy && present != 0)) {
+          pack.store(at(job.out, j, i));
+        } else if (written != 0) {
+#pragma unroll
+          for (int k = 0; k < kRun; ++k) {
+            if (written >> k & 1u) *at(job.out, j + k / kChannelRun, i + k % kChannelRun) = pack.values[k];
+          }
+        }
+      }
+    }
+  }
+
+  // Sums values over the channels of the group, for each token; leaves them in `values` and in `into`
+  // [kCount][across]. Every thread of the group must call it.
+  template <int kCount>
+  __device__ __forceinline__ void sum(W (&values)[kCount], W* into) const {
+    static_assert(kCount <= kSums);
+    for (int distance = kWarp / 2; distance >= across; distance /= 2) {
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) values[n] += __shfl_xor_sync(kAllLanes, values[n], distance);
+    }
+    const int in_warp = lane % kWarp;
+    if (lanes == kWarp) {
+      __syncwarp();  // the previous contents have been read
+      if (in_warp < across) {
+#pragma unroll
+        for (int n = 0; n < kCount; ++n) into[n * across + in_warp] = values[n];
+      }
+      __syncwarp();
+      return;
+    }
+    const int all = kCount * across;
+    if (in_warp < across) {
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) partial[lane / kWarp * all + n * across + in_warp] = values[n];
+    }
+    __syncthreads();
+    for (int k = lane; k < all; k += lanes) {
+      W total = 0;
+      for (int warp = 0; warp < lanes / kWarp; ++warp) total += partial[warp * all + k];
+      into[k] = total;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) values[n] = into[n * across + lane % across];
+  }
+
+  // Calls f(i, v[channel(i)]) for the chosen channels.
+  template <typename F>
+  __device__ __forceinline__ void with_vector(int64_t number, uint32_t bits, F f) const {
+    const W* v = program.vectors + number * job.in.width;
+#pragma unroll
+    for (int i = 0; i < kChannels; i += kChannelRun) {
+      if ((bits >> i & kRunBits) == 0) continue;
+      W values[kChannelRun];
+      if constexpr (kChannelRun > 1) {
+        constexpr int kQuad = sizeof(uint4) / sizeof(W);
+        static_assert(kChannelRun % kQuad == 0);
+#pragma unroll
+        for (int k = 0; k < kChannelRun; k += kQuad) {
+          const uint4 raw = __ldg(reinterpret_cast<const uint4*>(v + channel(i) + k));
+          memcpy(values + k, &raw, sizeof(raw));
+        }
+      } else {
+        values[0] = __ldg(v + channel(i));
+      }
+#pragma unroll
+      for (int k = 0; k < kChannelRun; ++k) {
+        if (bits >> (i + k) & 1u) f(i + k, values[k]);
+      }
+    }
+  }
+
+  // Calls f(j, i) for the elements that a step with these strengths and channels changes.
+  template <typename F>
+  __device__ __forceinline__ void each(const W (&s)[kTokens], uint32_t bits, F f) const {
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) {
+      if (s[j] == W(0)) continue;
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) {
+        if (bits >> i & 1u) f(j, i);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    for (int p = 0; p < program.count; ++p) {
+      const Step& step = program.steps[p];
+      W s[kTokens];
+      bool on = false;
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) {
+        s[j] = strength(p, j);
+        on = on || s[j] != W(0);
+      }
+      // With one thread along the tokens all threads agree on this, otherwise sums must not be left out.
+      if (!on && (across == 1 || !job.sums)) continue;
+      apply(step, s, chosen(step));
+    }
+  }
+
+  __device__ __forceinline__ void apply(const Step& step, const W (&s)[kTokens], uint32_t bits) {
+    W lo = W(0), hi = W(0);
+    if (step.limit >= 0) {
+      lo = limit_of(program, step, 0, row, job.in.rows);
+      hi = limit_of(program, step, 1, row, job.in.rows);
+    }
+    switch (step.kind) {
+      case kSteer:  // x + s v
+        with_vector(step.vector, bits, [&](int i, W v) {
+#pragma unroll
+          for (int j = 0; j < kTokens; ++j) {
+            if (s[j] != W(0)) z[j][i] += s[j] * v;
+          }
+        });
+        break;
+      case kScale:  // x (1 + s (f - 1))
+        each(s, bits, [&](int j, int i) { z[j][i] *= scale_factor(lo, s[j]); });
+        break;
+      case kClamp:  // x + s (clamp(x, lo, hi) - x)
+        each(s, bits, [&](int j, int i) { z[j][i] = blend(z[j][i], clamp_value(z[j][i], lo, hi), s[j]); });
+        break;
+      case kFill:  // x + s (v - x)
+        with_vector(step.vector, bits, [&](int i, W v) {
+#pragma unroll
+          for (int j = 0; j < kTokens; ++j) {
+            if (s[j] != W(0)) z[j][i] = blend(z[j][i], v, s[j]);
+          }
+        });
+        break;
+      case kClampComponent:
+      case kProject:
+        if (step.count == 1) {
+          along_one(step, s, bits, lo, hi);
+        } else {
+          along_subspace(step, s, bits);
+        }
+        break;
+      case kPatch:
+        patch(step, s, bits);
+        break;
+      case kRenorm:
+        renorm(s, bits);
+        break;
+    }
+  }
+
+  // x + s (clamp(c, lo, hi) - c) v and x - s c v with c = <x, v>
+  __device__ __forceinline__ void along_one(const Step& step, const W (&s)[kTokens], uint32_t bits, W lo, W hi) {
+    W c[kTokens] = {};
+    with_vector(step.vector, bits, [&](int i, W v) {
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) c[j] += z[j][i] * v;
+    });
+    sum(c, totals);
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) {
+      c[j] = step.kind == kProject ? -component_removed(c[j], step.one_sided != 0, s[j])
+                                   : component_shift(c[j], lo, hi, s[j]);
+    }
+    with_vector(step.vector, bits, [&](int i, W v) {
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) {
+        if (s[j] != W(0)) z[j][i] += c[j] * v;
+      }
+    });
+  }
+
+  // x - s V'V x: all components of the row as it is, then their removal
+  __device__ __forceinline__ void along_subspace(const Step& step, const W (&s)[kTokens], uint32_t bits) {
+    for (int m = 0; m < step.count; m += kTogether) {
+      W c[kSums] = {};  // [kTogether][kTokens]
+#pragma unroll
+      for (int n = 0; n < kTogether; ++n) {
+        if (m + n >= step.count) continue;
+        with_vector(step.vector + m + n, bits, [&](int i, W v) {
+#pragma unroll
+          for (int j = 0; j < kTokens; ++j) c[n * kTokens + j] += z[j][i] * v;
+        });
+      }
+      sum(c, totals + m * kTokens * across);
+    }
+    for (int m = 0; m < step.count; ++m) {
+      W c[kTokens];
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) {
+        c[j] = component_removed(totals[(m * kTokens + j) * across + lane % across], false, s[j]);
+      }
+      with_vector(step.vector + m, bits, [&](int i, W v) {
+#pragma unroll
+        for (int j = 0; j < kTokens; ++j) {
+          if (s[j] != W(0)) z[j][i] -= c[j] * v;
+        }
+      });
+    }
+  }
+
+  // x + s (source[index] - x)
+  __device__ __forceinline__ void patch(const Step& step, const W (&s)[kTokens], uint32_t bits) {
+    const Source& source = program.sources[step.source];
+    switch (source.dtype) {
+      case DType::f16:
+        return patch_from<__half>(source, s, bits);
+      case DType::bf16:
+        return patch_from<__nv_bfloat16>(source, s, bits);
+      case DType::f32:
+        return patch_from<float>(source, s, bits);
+      case DType::f64:
+        return patch_from<double>(source, s, bits);
+    }
+  }
+
+  template <typename S>
+  __device__ __forceinline__ void patch_from(const Source& source, const W (&s)[kTokens], uint32_t bits) {
+    // A source in the dtype of x, dense and aligned, is read like x.
+    constexpr bool kSame = std::is_same_v<S, T> && kChannelRun > 1;
+    const bool packed = kSame && source.stride_channel == 1 && source.stride_entry % kChannelRun == 0 &&
+                        reinterpret_cast<uintptr_t>(source.data) % sizeof(uint4) == 0;
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) {
+      if (s[j] == W(0)) continue;
+      const int64_t entry = entry_of(source, row, first_token + j);
+      const S* from = static_cast<const S*>(source.data) + entry * source.stride_entry;
+#pragma unroll
+      for (int i = 0; i < kChannels; i += kChannelRun) {
+        if ((bits >> i & kRunBits) == 0) continue;
+        Pack<S, kSame ? kChannelRun : 1> pack;
+        if (kSame && packed && entry >= 0) pack.load(from + channel(i));
+#pragma unroll
+        for (int k = 0; k < kChannelRun; ++k) {
+          if (!(bits >> (i + k) & 1u)) continue;
+          W target = W(NAN);
+          if (entry >= 0) {
+            target = widen<W>(kSame && packed ? pack.values[kSame ? k : 0]
+                                              : from[channel(i + k) * source.stride_channel]);
+          }
+          z[j][i + k] = blend(z[j][i + k], target, s[j]);
+        }
+      }
+    }
+  }
+
+  // x (1 + s (|x0| / |x| - 1)); x0 is read again, nothing of this group has been written yet
+  __device__ __forceinline__ void renorm(const W (&s)[kTokens], uint32_t bits) {
+    W squares[2 * kTokens] = {};  // now, on entry
+    uint32_t wanted[kTokens];
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) wanted[j] = s[j] != W(0) ? bits : 0;
+    each(s, bits, [&](int j, int i) { squares[j] += z[j][i] * z[j][i]; });
+    read(wanted, [&](int j, int i, W value) {
+      if (wanted[j] >> i & 1u) squares[kTokens + j] += value * value;
+    });
+    sum(squares, totals);
+    W factor[kTokens];
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) {
+      factor[j] = renorm_factor(W(sqrt(squares[j])), W(sqrt(squares[kTokens + j])), s[j]);
+    }
+    each(s, bits, [&](int j, int i) { z[j][i] *= factor[j]; });
+  }
+};
+
+}  // namespace dreamreader

@@ -1,0 +1,205 @@
+// Blocks of lanes for kernels that are compiled once per instruction set (files named *_simd.cpp).
+//
+// A block is 256 bytes of the arithmetic type W on every instruction set (64 floats, 32 doubles), so that sums run in
+// the same order everywhere. Nothing here has external linkage: a function compiled for AVX-512 must never be the one
+// that the linker keeps for an older processor. For the same reason no header of the standard library with inline
+// functions is included.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define DR_INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+#define DR_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define DR_VECTOR_BYTES 32
+#else
+#define DR_VECTOR_BYTES 16
+#endif
+
+namespace dreamreader {
+namespace {
+
+struct f16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
+
+// Arithmetic type of an element type.
+template <typename T>
+struct Work {
+  using type = float;
+};
+template <>
+struct Work<double> {
+  using type = double;
+};
+
+template <typename W>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  typedef float V __attribute__((vector_size(DR_VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(DR_VECTOR_BYTES)));
+};
+template <>
+struct Lanes<double> {
+  typedef double V __attribute__((vector_size(DR_VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(DR_VECTOR_BYTES)));
+};
+
+constexpr int kBlockBytes = 256;
+constexpr int kVectors = kBlockBytes / DR_VECTOR_BYTES;
+
+template <typename W>
+constexpr int kBlock = kBlockBytes / int(sizeof(W));  // lanes in a block
+template <typename W>
+constexpr int kWidth = DR_VECTOR_BYTES / int(sizeof(W));  // lanes in a vector
+
+template <typename W>
+struct Block {
+  typename Lanes<W>::V v[kVectors];
+};
+
+// Unaligned access to a vector type.
+template <typename V>
+DR_INLINE V load_vector(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <typename V>
+DR_INLINE void store_vector(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+template <typename To, typename From>
+DR_INLINE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+typedef float VF __attribute__((vector_size(DR_VECTOR_BYTES)));
+typedef uint32_t VU __attribute__((vector_size(DR_VECTOR_BYTES)));
+typedef uint16_t VH __attribute__((vector_size(DR_VECTOR_BYTES / 2)));
+
+DR_INLINE VF load_lanes(const float* p) { return load_vector<VF>(p); }
+DR_INLINE Lanes<double>::V load_lanes(const double* p) {
+  return load_vector<Lanes<double>::V>(p);
+}
+DR_INLINE VF load_lanes(const bf16* p) {
+  return bits_as<VF>(__builtin_convertvector(load_vector<VH>(p), VU) << 16);
+}
+
+DR_INLINE void store_lanes(float* p, VF v) { store_vector(p, v); }
+DR_INLINE void store_lanes(double* p, Lanes<double>::V v) { store_vector(p, v); }
+
+#if defined(__AVX512F__)
+DR_INLINE void store_halves(void* p, VU bits) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(bits_as<__m512i>(bits)));
+}
+#elif defined(__AVX2__)
+DR_INLINE void store_halves(void* p, VU bits) {
+  const __m256i v = bits_as<__m256i>(bits);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+}
+#else
+DR_INLINE void store_halves(void* p, VU bits) { store_vector(p, __builtin_convertvector(bits, VH)); }
+#endif
+
+// Rounds to nearest even; a NaN stays one, its upper payload bits kept.
+DR_INLINE void store_lanes(bf16* p, VF v) {
+  const VU u = bits_as<VU>(v);
+  const VU rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  store_halves(p, (v != v ? (u | 0x400000u) : rounded) >> 16);
+}
+
+#if defined(__AVX512F__)
+DR_INLINE VF load_lanes(const f16* p) {
+  return bits_as<VF>(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
+}
+DR_INLINE void store_lanes(f16* p, VF v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(bits_as<__m512>(v), 0));
+}
+#elif defined(__AVX2__)
+DR_INLINE VF load_lanes(const f16* p) {
+  return bits_as<VF>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
+}
+DR_INLINE void store_lanes(f16* p, VF v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(bits_as<__m256>(v), 0));
+}
+#else
+// Multiplying by 2^112 moves the exponent of a half into place, for subnormals too.
+DR_INLINE VF load_lanes(const f16* p) {
+  const VU h = __builtin_convertvector(load_vector<VH>(p), VU);
+  const VU magnitude = (h & 0x7fffu) << 13;
+  VU u = bits_as<VU>(bits_as<VF>(magnitude) * 0x1p112f);
+  u |= (magnitude >= (0x7c00u << 13)) ? (u & 0u) + 0x7f800000u : (u & 0u);
+  return bits_as<VF>(u | ((h & 0x8000u) << 16));
+}
+// Nearest even in integers; below the smallest normal half, adding 0.5 lets the adder round.
+DR_INLINE void store_lanes(f16* p, VF v) {
+  const VU u = bits_as<VU>(v);
+  const VU sign = (u >> 16) & 0x8000u;
+  const VU a = u & 0x7fffffffu;
+  const VU normal = (a - (112u << 23) + 0xfffu + ((a >> 13) & 1u)) >> 13;
+  const VU small = bits_as<VU>(bits_as<VF>(a) + 0.5f) - 0x3f000000u;
+  VU h = a < 0x38800000u ? small : normal;
+  h = a >= 0x477ff000u ? (h & 0u) + 0x7c00u : h;
+  h = a > 0x7f800000u ? (((a >> 13) & 0x3ffu) | 0x7e00u) : h;
+  store_halves(p, h | sign);
+}
+#endif
+
+// Loads the first n lanes of a block (the rest are 0), converted to W.
+template <typename W, typename T>
+DR_INLINE Block<W> load(const T* p, int64_t n) {
+  Block<W> block;
+  if (__builtin_expect(n >= kBlock<W>, 1)) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) block.v[i] = load_lanes(p + i * kWidth<W>);
+    return block;
+  }
+  T part[kBlock<W>];
+  __builtin_memset(part, 0, sizeof(part));
+  __builtin_memcpy(part, p, std::size_t(n) * sizeof(T));
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; ++i) block.v[i] = load_lanes(part + i * kWidth<W>);
+  return block;
+}
+
+// Rounds the first n lanes of a block to T and stores them.
+template <typename T, typename W>
+DR_INLINE void store(T* p, const Block<W>& block, int64_t n) {
+  if (__builtin_expect(n >= kBlock<W>, 1)) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) store_lanes(p + i * kWidth<W>, block.v[i]);
+    return;
+  }
+  T part[kBlock<W>];
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; ++i) store_lanes(part + i * kWidth<W>, block.v[i]);
+  __builtin_memcpy(p, part, std::size_t(n) * sizeof(T));
+}
+
+// Sum of all lanes, halving the block each time.
+template <typename W>
+DR_INLINE W sum(const Block<W>& block) {
+  W part[kBlock<W>];
+  __builtin_memcpy(part, block.v, sizeof(part));
+  for (int half = kBlock<W> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
+}
+
+}  // namespace
+}  // namespace dreamreader

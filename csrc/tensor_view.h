@@ -1,0 +1,90 @@
+// A tensor of Python as pointer, sizes and strides, borrowed for the duration of a call.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "dlpack.h"
+
+namespace dreamreader {
+
+// Exchange table of a tensor type, or null where its library has none. Remembers the last type: calls with plain
+// torch tensors look it up once.
+inline const DLExchangeApi* exchange_api(PyTypeObject* type) {
+  static PyTypeObject* known = nullptr;
+  static const DLExchangeApi* api = nullptr;
+  if (type == known) return api;
+  const DLExchangeApi* found = nullptr;
+  pybind11::handle owner(reinterpret_cast<PyObject*>(type));
+  if (pybind11::hasattr(owner, "__dlpack_c_exchange_api__")) {
+    pybind11::object capsule = owner.attr("__dlpack_c_exchange_api__");
+    void* table = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+    if (!table) throw pybind11::error_already_set();
+    found = static_cast<const DLExchangeApi*>(table);
+    if (found->header.version.major != 1 || !found->view) found = nullptr;
+  }
+  Py_INCREF(type);  // keeps the address from being reused by another type
+  known = type;
+  api = found;
+  return api;
+}
+
+class TensorView {
+ public:
+  explicit TensorView(pybind11::handle object) : type_(Py_TYPE(object.ptr())) {
+    if (const DLExchangeApi* api = exchange_api(type_)) {
+      if (api->view(object.ptr(), &tensor_) != 0) throw pybind11::error_already_set();
+    } else {
+      capsule_ = object.attr("detach")().attr("__dlpack__")();
+      void* managed = PyCapsule_GetPointer(capsule_.ptr(), "dltensor");
+      if (!managed) throw pybind11::error_already_set();
+      tensor_ = static_cast<DLManagedTensor*>(managed)->tensor;
+    }
+  }
+
+  char* data() const { return static_cast<char*>(tensor_.data) + tensor_.byte_offset; }
+  int dims() const { return tensor_.ndim; }
+  int64_t size(int dim) const { return tensor_.shape[dim]; }
+  int64_t stride(int dim) const { return tensor_.strides ? tensor_.strides[dim] : dense_stride(dim); }
+  DLDevice device() const { return tensor_.device; }
+  bool is(uint8_t code, int bits) const {
+    return tensor_.dtype.code == code && tensor_.dtype.bits == bits && tensor_.dtype.lanes == 1;
+  }
+
+  // The stream that torch works on now.
+  void* stream() const {
+    void* stream = nullptr;
+    const DLExchangeApi* api = exchange_api(type_);
+    if (api && api->current_stream(tensor_.device.type, tensor_.device.id, &stream) != 0)
+      throw pybind11::error_already_set();
+    return stream;
+  }
+
+  std::string describe() const {
+    std::string text = "[";
+    for (int i = 0; i < dims(); ++i) text += (i ? ", " : "") + std::to_string(size(i));
+    return text + "] of type code " + std::to_string(tensor_.dtype.code) + ", " + std::to_string(tensor_.dtype.bits) +
+           " bits";
+  }
+
+ private:
+  int64_t dense_stride(int dim) const {
+    int64_t stride = 1;
+    for (int i = dims() - 1; i > dim; --i) stride *= size(i);
+    return stride;
+  }
+
+  PyTypeObject* type_;
+  pybind11::object capsule_;  // owns the view where there is no exchange table
+  DLTensor tensor_{};
+};
+
+// Throws ValueError unless the condition that memory safety needs holds.
+inline void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+}  // namespace dreamreader

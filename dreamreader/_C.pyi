@@ -1,0 +1,31 @@
+"""Native module; absent where it was not built."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+def build_info() -> dict[str, Any]: ...
+def isa() -> str: ...
+def use_isa(name: str) -> None: ...
+def intervene_cpu(
+    x: Tensor,
+    out: Tensor,
+    code: str,
+    strength: Tensor,
+    vectors: Tensor,
+    limits: Tensor,
+    masks: Tensor,
+    patches: Sequence[Tensor],
+    threads: int,
+) -> None: ...
+def intervene_cuda(
+    x: Tensor,
+    out: Tensor,
+    code: str,
+    strength: Tensor,
+    vectors: Tensor,
+    limits: Tensor,
+    masks: Tensor,
+    patches: Sequence[Tensor],
+) -> None: ...

@@ -1,0 +1,91 @@
+"""Builds `dreamreader._C` with CMake and Ninja.
+
+DREAMREADER_EXT=auto (default)  C++, and CUDA where nvcc is found; without a C++ compiler, no extension
+               off              no extension: everything runs on the references
+               cpu, cuda        exactly this; anything missing is an error
+DEBUG=1                         without optimisation, with debug information
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CHOICES = ("auto", "off", "cpu", "cuda")
+
+
+def find_nvcc() -> str | None:
+    """nvcc from CUDACXX, CUDA_HOME, the path, or where the toolkit installs itself."""
+    candidates = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
+    homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
+    candidates += [str(Path(home, "bin", "nvcc")) for home in homes if home]
+    return next((each for each in candidates if each and shutil.which(each)), None)
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that CMake would take."""
+    candidates = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return next((each for each in candidates if each and shutil.which(each.split()[0])), None)
+
+
+def plan(choice: str) -> str:
+    """What to build: `off`, `cpu` or `cuda`."""
+    if choice not in CHOICES:
+        sys.exit(f"DREAMREADER_EXT={choice!r}: use one of {', '.join(CHOICES)}")
+    if choice == "auto" and find_compiler() is None:
+        print("dreamreader: no C++ compiler found, so the native module is not built; every operator runs on its "
+              "reference in plain torch, more slowly. Install g++ and reinstall for the kernels.", flush=True)  # fmt: skip
+        return "off"
+    if choice in ("cpu", "cuda") and find_compiler() is None:
+        sys.exit(f"DREAMREADER_EXT={choice} needs a C++ compiler and none was found")
+    if choice == "cuda" and find_nvcc() is None:
+        sys.exit("DREAMREADER_EXT=cuda needs nvcc (CUDACXX, CUDA_HOME or PATH) and it was not found")
+    if choice == "auto":
+        return "cuda" if find_nvcc() and any((ROOT / "csrc").glob("*.cu")) else "cpu"
+    return choice
+
+
+class CMakeBuild(build_ext):
+    """Configures csrc/ and builds the module next to the package."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve() / f"cmake-{ext.kind}"
+        build.mkdir(parents=True, exist_ok=True)
+        (build / "CMakeCache.txt").unlink(missing_ok=True)  # tools may live in another temporary folder now
+        debug = os.environ.get("DEBUG", "0") not in ("", "0")
+        options = {
+            "CMAKE_BUILD_TYPE": "Debug" if debug else "Release",
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(target.parent),
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "DREAMREADER_VERSION": self.distribution.get_version(),
+            "DREAMREADER_WITH_CUDA": "ON" if ext.kind == "cuda" else "OFF",
+        }
+        nvcc = find_nvcc()
+        if ext.kind == "cuda" and nvcc:
+            options["CMAKE_CUDA_COMPILER"] = shutil.which(nvcc) or nvcc
+        flags = [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.run(["cmake", "-G", "Ninja", "-S", str(ROOT / "csrc"), *flags], cwd=build, check=True)
+        jobs = ["-j", str(self.parallel)] if self.parallel else []
+        subprocess.run(["cmake", "--build", ".", *jobs], cwd=build, check=True)
+
+
+kind = plan(os.environ.get("DREAMREADER_EXT", "auto"))
+extension = Extension("dreamreader._C", sources=[])
+extension.kind = kind
+packages = find_packages(include=["dreamreader", "dreamreader.*"])
+if (ROOT / "triton_kernels" / "__init__.py").exists():
+    packages.append("dreamreader.triton_kernels")
+setup(
+    packages=packages,
+    ext_modules=[] if kind == "off" else [extension],
+    cmdclass={"build_ext": CMakeBuild},
+)
