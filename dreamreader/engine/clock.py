@@ -87,7 +87,7 @@ class Clock:
         self._stack: ExitStack | None = None
         self._parameters = {name: Parameters(module) for name, module in self.denoisers.items()}
         self._contexts: dict[str, list[str]] = {name: [] for name in self.denoisers}
-        self._run: _Run | None = None
+        self._runs: list[_Run] = []
         self._last: Trajectory | None = None
         self._call: _Call | None = None
         self._encoding: _Encoding | None = None
@@ -108,7 +108,8 @@ class Clock:
         stack, self._stack = self._stack, None
         if stack is not None:
             stack.close()
-        self._run = self._call = self._encoding = self._encoder = None
+        self._runs.clear()
+        self._call = self._encoding = self._encoder = None
 
     def now(self) -> Moment:
         """Time and branches of the denoiser call that is running.
@@ -153,21 +154,22 @@ class Clock:
 
         Empty until a denoiser has been called.
         """
-        trajectory = self._run.trajectory if self._run is not None else self._last
+        trajectory = self._runs[-1].trajectory if self._runs else self._last
         return [] if trajectory is None else trajectory.steps()
 
     # what the listeners tell
 
     def run_began(self, arguments: Mapping[str, Any]) -> None:
         """A call of the pipeline begins: nothing of an earlier one is believed any more."""
-        self._run = _Run(self.pipe, arguments)
+        self._runs.append(_Run(self.pipe, arguments))
         self._call = self._encoding = self._encoder = None
         for names in self._contexts.values():
             names.clear()
 
     def run_ended(self, failed: bool) -> None:
         """The call is over; timesteps that could not be read without waiting are compared now."""
-        run, self._run, self._call = self._run, None, None
+        self._call = None
+        run = self._runs.pop() if self._runs else None  # the clock may have been closed meanwhile
         if run is not None and run.trajectory is not None:
             self._last = run.trajectory
             if not failed:
@@ -175,8 +177,8 @@ class Clock:
 
     def encoding_began(self, arguments: Mapping[str, Any]) -> None:
         """`encode_prompt` begins."""
-        run = None if self._run is None else self._run.arguments
-        self._encoding = _Encoding(encoder_calls(arguments, run))
+        run = self._runs[-1].arguments if self._runs else None
+        self._encoding = _Encoding(encoder_calls(own_class(self.pipe), arguments, run))
 
     def encoding_ended(self) -> None:
         """`encode_prompt` is over."""
@@ -193,12 +195,12 @@ class Clock:
 
         def began(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._call = call = _Call(name)
-            run = self._run
-            if run is None:
+            if not self._runs:
                 call.instant = call.branches = ClockUnknown(
                     f"{name} was called outside a run of the pipeline, where no schedule holds for it"
                 )
                 return
+            run = self._runs[-1]
             sample = parameters.get(sample_name, args, kwargs)
             timestep = parameters.get(timestep_name, args, kwargs)
             index: int | None = None

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dreamreader.engine.families.guidance import Layout, chunks_of
+from dreamreader.engine.families.guidance import Layout, chunks_of, encodes_prompt_first
 from dreamreader.errors import ClockUnknown
 
 
@@ -111,14 +111,18 @@ def _rows(arguments: Mapping[str, Any]) -> int | None:
     return prompts * int(1 if each is None else each)
 
 
-def encoder_calls(arguments: Mapping[str, Any], run: Mapping[str, Any] | None) -> tuple[str, ...] | None:
+def encoder_calls(
+    own: type, arguments: Mapping[str, Any], run: Mapping[str, Any] | None
+) -> tuple[str, ...] | None:
     """Branches that one `encode_prompt` runs each of its text encoders for, in order.
 
-    None when its arguments do not say. Pipelines that encode both prompts in one go do the prompt
-    first; each is skipped when its embeddings are given. Pipelines that call it once per branch are
+    None when that is not known. Families that encode both prompts in one go do the prompt first, and
+    skip each whose embeddings are given. Pipelines that call it once per branch are
     told apart by which of the run's two prompts they hand over.
     """
     if "do_classifier_free_guidance" in arguments:
+        if not encodes_prompt_first(own):
+            return None
         names = ("cond",) if arguments.get("prompt_embeds") is None else ()
         negative = arguments.get("negative_prompt_embeds") is None
         if arguments["do_classifier_free_guidance"] and negative:

@@ -106,6 +106,10 @@ class Trajectory:
         entries = range(self.start, len(self.values))
         return [self.instant(i) for i in entries if place(self.scheduler, i, self.start)[1] == 0]
 
+    def postpone(self, argument: Tensor, index: int, precision: float) -> None:
+        """Keep an argument that lives on the device, to be compared with its entry by `settle`."""
+        self._later.append((argument, index, precision))
+
     def settle(self) -> None:
         """Compare the arguments that were left on the device, waiting for it once.
 
@@ -187,7 +191,7 @@ class Trajectory:
         if view is not None:
             self._agree(index, self.values[view], precision)
         elif isinstance(argument, Tensor) and argument.device.type != "cpu":
-            self._later.append((argument, index, precision))
+            self.postpone(argument, index, precision)
         else:
             self._agree(index, _number(argument), precision)
 

@@ -130,6 +130,9 @@ _LAYOUTS: dict[str, Layout] = {
     ),
 }
 
+# named by cache_context while denoising, so without a layout above
+_PROMPT_FIRST = ("CogView4Pipeline", "WanPipeline")
+
 
 def layout_of(pipeline: type) -> Layout | None:
     """The layout of pipelines of this class; None when it is unknown.
@@ -143,6 +146,11 @@ def layout_of(pipeline: type) -> Layout | None:
         if "__call__" in vars(base):
             return None
     return None
+
+
+def encodes_prompt_first(pipeline: type) -> bool:
+    """Whether `encode_prompt` of this class is known to run its text encoders for the prompt first."""
+    return layout_of(pipeline) is not None or pipeline.__name__ in _PROMPT_FIRST
 
 
 def chunks_of(layout: Layout, pipe: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:
