@@ -1,0 +1,51 @@
+"""The root command, which gathers the others."""
+
+from typing import Annotated
+
+import typer
+
+from dreamreader.cli import bench, demo, doctor, generate, sites, zoo
+
+HELP = """Read and change what happens inside diffusion pipelines and language models.
+
+\b
+Examples:
+  dreamreader demo                               steer a model, measured, in two minutes
+  dreamreader sites shapes-unet "unet.**.attn2"  where an edit can go
+  dreamreader generate "a red circle" --seed 3   pictures from an embedded model
+  dreamreader doctor                             which kernels run here, and why
+"""
+
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+for command in (demo, sites, generate, doctor, bench):
+    command.register(app)
+app.add_typer(zoo.app, name="zoo")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from dreamreader import __version__
+
+        typer.echo(f"dreamreader {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the `dreamreader` script."""
+    app(prog_name="dreamreader")

@@ -1,0 +1,92 @@
+"""`dreamreader sites`."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dreamreader.cli.errors import told
+
+if TYPE_CHECKING:
+    from dreamreader.engine import Reader
+    from dreamreader.engine.sites import Site
+
+SMALL = 200_000_000  # parameters below which a step costs less than a second
+
+
+@told
+def sites(
+    model: Annotated[
+        str, typer.Argument(help="Embedded or fetched model, local folder, or hub id.")
+    ],
+    pattern: Annotated[
+        str, typer.Argument(help="Site or glob, with an optional :port. Quote it.")
+    ] = "**",
+    shapes: Annotated[
+        bool | None,
+        typer.Option(
+            "--shapes/--no-shapes",
+            help="Run one step to learn shapes. [default: only below 200 M parameters]",
+            show_default=False,
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+) -> None:
+    """List the places of a model that can be read and changed, with ports and shapes.
+
+    \b
+    Examples:
+      dreamreader sites shapes-unet
+      dreamreader sites shapes-unet "unet.**.attn2:heads"
+      dreamreader sites ./my-pipeline "transformer.**.attn:q" --json
+    """
+    import json as encode
+
+    from rich.table import Table
+
+    from dreamreader.cli.progress import console
+    from dreamreader.cli.subject import open_reader
+
+    reader = open_reader(model)
+    if shapes if shapes is not None else _parameters(reader) < SMALL:
+        _run_one_step(reader)
+    rows = [_describe(site) for site in reader.sites(pattern)]
+    if json:
+        typer.echo(encode.dumps(rows, indent=2))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("site", "module", "shape", "ports"):
+        table.add_column(name, overflow="fold", no_wrap=name == "shape")
+    for row in rows:
+        shape = " x ".join(map(str, row["shape"] or ()))
+        table.add_row(row["site"], row["module"], shape, " ".join(row["ports"]))
+    console().print(table)
+    note = "" if any(row["shape"] for row in rows) else "; --shapes runs one step to learn shapes"
+    console(stderr=True).print(f"{len(rows)} sites; shape is rows x tokens x features{note}")
+
+
+def _describe(site: "Site") -> dict[str, Any]:
+    return {
+        "site": site.name,
+        "module": site.module_class,
+        "ports": list(site.ports),
+        "shape": list(site.shape) if site.shape else None,
+        "heads": site.heads,
+    }
+
+
+def _parameters(reader: "Reader") -> int:
+    parts = getattr(reader.subject, "components", {"": reader.subject}).values()
+    modules = [part for part in parts if hasattr(part, "parameters")]
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def _run_one_step(reader: "Reader") -> None:
+    """Lets every site see values once, so that its shape is known."""
+    if hasattr(reader.subject, "scheduler"):
+        reader.run("a", seeds=0, num_inference_steps=1, output_type="latent")
+    else:
+        reader.run("a", max_new_tokens=1)
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(sites)

