@@ -44,4 +44,5 @@ def test_clock_agrees_with_the_loop_by_hand(case: Case) -> None:
             [getattr(call, name) for call in truth.calls], rel=1e-3, abs=1e-6
         ), name
     # listening changes nothing
-    torch.testing.assert_close(latents, truth.latents, rtol=1e-5, atol=1e-5)
+    error = 1e-5 if case.dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(latents, truth.latents, rtol=error, atol=error)

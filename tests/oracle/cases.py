@@ -38,9 +38,10 @@ class Case:
     steps: int = 4
     images: int = 1
     arguments: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
 
     def pipe(self) -> Any:
-        pipe = tiny.pipeline(self.pipeline)
+        pipe = tiny.pipeline(self.pipeline).to(self.dtype)
         if self.scheduler is not None:
             import diffusers
 
@@ -140,4 +141,20 @@ CASES: list[Case] = [
     Case("sd-heun-cutoff", "sd", "HeunDiscreteScheduler", arguments={"guidance_until": 4}),
     Case("lumina2-cutoff", "lumina2", arguments={"cfg_trunc_ratio": 0.5}),
     *(Case(f"{name}-images", name, images=2) for name in ("sd", "sdxl", "sd3", "flux-true-cfg")),
+    # schedules in which timestep, sigma and place do not follow from each other in the usual way
+    _solver("sd", "KDPM2AncestralDiscrete"),
+    Case("sd-PNDM-runge-kutta", "sd", "PNDMScheduler", {"skip_prk_steps": False}, steps=5),
+    Case("sd-karras", "sd", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, steps=6),
+    Case("sd-heun-karras", "sd", "HeunDiscreteScheduler", {"use_karras_sigmas": True}),
+    Case("sd-trailing", "sd", "EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    Case("sd-own-times", "sd", "DDPMScheduler", arguments={"timesteps": [900, 400, 300, 20]}),
+    Case("sdxl-first-part", "sdxl", steps=6, arguments={"denoising_end": 0.6}),
+    Case("sana-UniPC", "sana", "UniPCMultistepScheduler"),
+    # a third pass that leaves layers out, in some of the steps
+    Case("sd3-skip-layers", "sd3", steps=8, arguments={"skip_guidance_layers": [1]}),
+    # timesteps rounded to the model's type
+    *(
+        Case(f"{name}-bf16", name, dtype=torch.bfloat16)
+        for name in ("sd", "flux", "qwen-image", "lumina2", "aura-flow")
+    ),
 ]

@@ -41,10 +41,19 @@ class Job:
 
     def noise(self, *shape: int) -> Tensor:
         """[rows, *shape], each row from its own generator."""
-        return torch.cat([torch.randn(1, *shape, generator=each) for each in self.generators])
+        dtype = self.pipe.dtype
+        rows = [torch.randn(1, *shape, generator=each, dtype=dtype) for each in self.generators]
+        return torch.cat(rows)
 
     def latent_size(self, factor: int) -> tuple[int, int]:
         return self["height"] // factor, self["width"] // factor
+
+    def set_times(self) -> None:
+        """The scheduler's own timesteps for this many steps, or those that the call names."""
+        given = {
+            name: self.arguments[name] for name in ("timesteps", "sigmas") if name in self.arguments
+        }
+        self.pipe.scheduler.set_timesteps(**(given or {"num_inference_steps": self.steps}))
 
 
 def shift(scheduler: Any, tokens: int, base: float = 0.5, top: float = 1.15) -> float:

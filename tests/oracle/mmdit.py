@@ -26,8 +26,9 @@ def stable_diffusion_3(job: Job) -> Trace:
     )
     latents = job.noise(4, *job.latent_size(2))
     scheduler.set_timesteps(job.steps)
+    skipped = job.arguments.get("skip_guidance_layers")
     denoiser = Denoiser(pipe.transformer, job.change)
-    for time, call in walk(scheduler):
+    for turn, (time, call) in enumerate(walk(scheduler)):
         if job.guided:
             predicted = denoiser(
                 replace(call, branches=BOTH),
@@ -38,6 +39,16 @@ def stable_diffusion_3(job: Job) -> Trace:
             )
             away, towards = predicted[: job.rows], predicted[job.rows :]
             predicted = away + job["guidance_scale"] * (towards - away)
+            if skipped is not None and job.steps * 0.01 < turn < job.steps * 0.2:
+                without = denoiser(
+                    replace(call, branches=("cond_skip",)),
+                    latents,
+                    encoder_hidden_states=cond,
+                    pooled_projections=pooled,
+                    timestep=time.repeat(job.rows),
+                    skip_layers=skipped,
+                )
+                predicted = predicted + (towards - without) * 2.8
         else:
             predicted = denoiser(
                 call,
@@ -102,7 +113,7 @@ def _flux_denoise(job: Job, latents: Tensor, height: int, width: int, begin: int
     uncond = _flux_text(job, job.negative()) if true_scale > 1 else None
     denoiser = Denoiser(pipe.transformer, job.change)
     for time, call in walk(scheduler, begin):
-        shared["timestep"] = time.repeat(job.rows) / 1000
+        shared["timestep"] = time.repeat(job.rows).to(latents.dtype) / 1000
         predicted = denoiser(call, latents, **cond, **shared)
         if uncond is not None:
             away = denoiser(replace(call, branches=("uncond",)), latents, **uncond, **shared)
@@ -134,7 +145,8 @@ def qwen_image(job: Job) -> Trace:
     shapes = [[(1, height // 2, width // 2)]] * len(job.prompts)
     denoiser = Denoiser(pipe.transformer, job.change)
     for time, call in walk(scheduler):
-        shared = {"timestep": time.repeat(job.rows) / 1000, "img_shapes": shapes}
+        level = time.repeat(job.rows).to(latents.dtype) / 1000
+        shared = {"timestep": level, "img_shapes": shapes}
         predicted = denoiser(
             call,
             latents,
@@ -173,7 +185,7 @@ def aura_flow(job: Job) -> Trace:
     latents = job.noise(4, *job.latent_size(2))
     denoiser = Denoiser(pipe.transformer, job.change)
     for time, call in walk(scheduler):
-        level = torch.tensor([float(time) / 1000])
+        level = torch.tensor([float(time) / 1000]).to(latents.dtype)
         if job.guided:
             predicted = denoiser(
                 replace(call, branches=BOTH),

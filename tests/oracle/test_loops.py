@@ -14,7 +14,8 @@ def test_loop_ends_where_the_pipeline_does(case: Case) -> None:
     theirs = case.pipe()(**case.pipeline_arguments()).images
     ours = case.by_hand(case.pipe())
     assert torch.isfinite(theirs).all() and theirs.std() > 0.1
-    torch.testing.assert_close(ours.latents, theirs, rtol=1e-5, atol=1e-5)
+    error = 1e-5 if case.dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(ours.latents, theirs, rtol=error, atol=error)
 
 
 @pytest.mark.parametrize("name", ["sd", "sd-HeunDiscrete", "flux-true-cfg", "lumina2"])

@@ -8,9 +8,12 @@ step:
   taken. The last step ends at zero noise, where a model cannot be evaluated, so it has one
   evaluation.
 - KDPM2: where the step starts and at the geometric middle of the two levels. The last step has one.
+- Ancestral KDPM2: the same, but the step aims at a lower level (next squared over here) and then
+  adds noise; the geometric middle of here and there is the level where the next step starts.
 - PNDM as StableDiffusion uses it (no Runge-Kutta start): its multistep formula needs one older
   slope, so the first step, and only the first, is a Heun step: evaluated where it starts and
-  where it ends.
+  where it ends. With its Runge-Kutta start (not StableDiffusion's), the first three steps have four
+  evaluations each.
 """
 
 from collections.abc import Iterator
@@ -23,14 +26,18 @@ from .trace import Call
 TWO_EVALUATIONS = (
     "HeunDiscreteScheduler",
     "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
 )
 
 
-def place(solver: str, index: int) -> tuple[int, int]:
+def place(scheduler: Any, index: int) -> tuple[int, int]:
     """(step, evaluation) of the `index`-th time that the loop goes round."""
+    solver = type(scheduler).__name__
     if solver in TWO_EVALUATIONS:
         return index // 2, index % 2
+    if solver == "PNDMScheduler" and not scheduler.config.skip_prk_steps:
+        return divmod(index, 4) if index < 12 else (index - 9, 0)
     if solver == "PNDMScheduler":
         return (0, index) if index < 2 else (index - 1, 0)
     return index, 0
@@ -43,12 +50,23 @@ def levels(scheduler: Any) -> list[float]:
     if "FlowMatch" in type(scheduler).__name__:
         return [time / config.num_train_timesteps for time in times]
     if config.get("use_flow_sigmas"):
-        # the timesteps are whole numbers below these levels
-        share = 1 - np.linspace(1, 1 / config.num_train_timesteps, len(times) + 1)
+        # evenly spaced, moved towards noise; the timesteps are whole numbers below these levels
+        share = np.linspace(1, 1 / config.num_train_timesteps, len(times) + 1)
+        if type(scheduler).__name__ == "DPMSolverMultistepScheduler":
+            share = 1 - share[::-1]  # from 0.999 to 0, where UniPC goes from 1 to 0.001
         moved = config.flow_shift * share / (1 + (config.flow_shift - 1) * share)
-        return moved[:0:-1].tolist()
+        return moved[:-1].tolist()
     kept = np.cumprod(1 - _betas(config))
     table = np.sqrt((1 - kept) / kept)
+    if config.get("use_karras_sigmas"):
+        # evenly spaced in the seventh root; the timesteps are rounded
+        count = (len(times) + 1) // 2 if type(scheduler).__name__ in TWO_EVALUATIONS else len(times)
+        ends = table[[-1, 0]] ** (1 / 7)
+        found = np.linspace(*ends, count) ** 7
+        return [
+            found[(index + 1) // 2] if count < len(times) else found[index]
+            for index in range(len(times))
+        ]
     return [float(np.interp(time, np.arange(len(table)), table)) for time in times]
 
 
@@ -67,13 +85,15 @@ def walk(scheduler: Any, begin: int = 0) -> Iterator[tuple[Any, Call]]:
     number that it has in the full trajectory. The solver itself starts anew there: so does PNDM.
     """
     solver = type(scheduler).__name__
-    last, _ = place(solver, len(scheduler.timesteps) - 1)
+    last, _ = place(scheduler, len(scheduler.timesteps) - 1)
     skipped = begin // 2 if solver in TWO_EVALUATIONS else begin
     sigmas = levels(scheduler)[begin:]
     for index, time in enumerate(scheduler.timesteps[begin:]):
-        step, evaluation = place(solver, index)
+        step, evaluation = place(scheduler, index)
         step += skipped
         sigma = sigmas[index]
         if solver == "KDPM2DiscreteScheduler" and evaluation == 1:
             sigma = (sigmas[index - 1] * sigmas[index + 1]) ** 0.5
+        if solver == "KDPM2AncestralDiscreteScheduler" and evaluation == 1:
+            sigma = sigmas[index + 1]
         yield time, Call(step, float(time), sigma, step / (last + 1), evaluation)

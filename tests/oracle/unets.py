@@ -17,7 +17,7 @@ def stable_diffusion(job: Job) -> Trace:
     cond, uncond = job.pipe.encode_prompt(
         job.prompts, "cpu", job.images, job.guided, job.negative() if job.guided else None
     )
-    job.pipe.scheduler.set_timesteps(job.steps)
+    job.set_times()
     latents = job.noise(4, *job.latent_size(2)) * job.pipe.scheduler.init_noise_sigma
     return _denoise(job, latents, cond, uncond)
 
@@ -31,7 +31,7 @@ def stable_diffusion_img2img(job: Job) -> Trace:
 
 
 def stable_diffusion_xl(job: Job) -> Trace:
-    job.pipe.scheduler.set_timesteps(job.steps)
+    job.set_times()
     latents = job.noise(4, *job.latent_size(2)) * job.pipe.scheduler.init_noise_sigma
     cond, uncond, extra = _xl_conditions(job, (job["height"], job["width"]))
     return _denoise(job, latents, cond, uncond, extra)
@@ -102,7 +102,10 @@ def _denoise(
         "guidance_until"
     )  # turns of the loop before guidance is switched off
     step_arguments = _step_arguments(scheduler, job)
+    end = job.arguments.get("denoising_end", 1.0)  # share of the training timesteps to go through
     for turn, (time, call) in enumerate(walk(scheduler, begin)):
+        if time < round(1000 * (1 - end)):
+            break
         if uncond is not None and (cutoff is None or turn < cutoff):
             call = replace(call, branches=BOTH)
             doubled = scheduler.scale_model_input(torch.cat([latents, latents]), time)
@@ -125,6 +128,6 @@ def _step_arguments(scheduler: Any, job: Job) -> dict[str, Any]:
     """Solvers that draw noise draw it from the rows' generators."""
     draws = (
         "DDIMScheduler DDPMScheduler EulerDiscreteScheduler EulerAncestralDiscreteScheduler "
-        "LCMScheduler DPMSolverMultistepScheduler"
+        "LCMScheduler DPMSolverMultistepScheduler KDPM2AncestralDiscreteScheduler"
     )
     return {"generator": job.generators} if type(scheduler).__name__ in draws.split() else {}
