@@ -1,6 +1,6 @@
 // Column engine: a group of tokens at a time, one token per lane, for memory whose tokens are dense (feature maps
 // [B, C, H, W] seen as [B, H*W, C]), for any other stride, and for subspaces. The group is gathered channel by channel,
-// in memory order, into scratch [channel][lane]; every step is then a few loops over it.
+// in memory order, into scratch y[channel]; every step is then a loop or two over it.
 #pragma once
 
 #include "intervention_rows_simd.h"
@@ -8,48 +8,39 @@
 namespace dreamreader {
 namespace {
 
+constexpr int kColumnVectors = int(kLaneBytes) / DR_VECTOR_BYTES;
 template <typename W>
 constexpr int kLanes = int(kLaneBytes / sizeof(W));
+
+// Vectors of a subspace that are worked on together: as many as the registers hold.
+constexpr int kTile = DR_VECTOR_BYTES == 64 ? 8 : (DR_VECTOR_BYTES == 32 ? 2 : 1);
 
 // One value of every lane.
 template <typename W>
 struct Column {
-  typedef W V __attribute__((vector_size(kLaneBytes)));
-  W value[kLanes<W>];
+  typename Lanes<W>::V v[kColumnVectors];
+
+  W get(int lane) const { return v[lane / kWidth<W>][lane % kWidth<W>]; }
+  void set(int lane, W value) { v[lane / kWidth<W>][lane % kWidth<W>] = value; }
 };
 
-#define DR_LANES for (int l = 0; l < kLanes<W>; ++l)
-
-template <typename T>
-DR_INLINE typename Work<T>::type widen(T x) {
-  if constexpr (sizeof(T) == 2) {
-    T one[kWidth<float>] = {x};
-    return load_lanes(one)[0];
-  } else {
-    return x;
-  }
-}
-
-template <typename T, typename W>
-DR_INLINE T narrow(W x) {
-  if constexpr (sizeof(T) == 2) {
-    T one[kWidth<float>];
-    store_lanes(one, x - VF{});
-    return one[0];
-  } else {
-    return x;
-  }
-}
+#define DR_COLUMN _Pragma("GCC unroll 8") for (int i = 0; i < kColumnVectors; ++i)
 
 template <typename T>
 struct Group {
   using W = typename Work<T>::type;
+  using V = typename Lanes<W>::V;
   const InterventionJob& job;
   const Program<W>& p;
-  W (*y)[kLanes<W>];  // [width][lane], channels job.begin .. job.end - 1 in use
-  int64_t b, t;       // first token
-  int lanes;          // tokens in this group
-  int touched;        // lanes with work
+  Column<W>* y;  // [width], channels job.begin .. job.end - 1 in use
+  int64_t b, t;  // first token
+  int lanes;     // tokens in this group
+  int touched;   // lanes with work
+  bool work[kLanes<W>];
+
+  const uint8_t* mask_of(const Step& step) const {
+    return step.mask >= 0 ? p.masks + step.mask * job.in.width : nullptr;
+  }
 
   void gather() const {
     const Activation& x = job.in;
@@ -57,37 +48,43 @@ struct Group {
     if (x.stride_channel == 1 && x.stride_token != 1) return gather_rows(base);
     for (int64_t c = job.begin; c < job.end; ++c) {
       const T* from = base + c * x.stride_channel;
-      if (x.stride_token == 1 && lanes == kLanes<W>) {
-        for (int l = 0; l < kLanes<W>; l += kWidth<W>) store_lanes(&y[c][l], load_lanes(from + l));
-      } else {
-        for (int l = 0; l < kLanes<W>; ++l) y[c][l] = l < lanes ? widen(from[l * x.stride_token]) : W(0);
+      T part[kLanes<W>] = {};
+      if (x.stride_token != 1 || lanes != kLanes<W>) {
+        for (int l = 0; l < lanes; ++l) part[l] = from[l * x.stride_token];
+        from = part;
       }
+      DR_COLUMN y[c].v[i] = load_lanes(from + i * kWidth<W>);
     }
   }
 
-  // Channels dense: read each row in order, a vector at a time, and spread it over the lanes.
+  // Channels dense: reads each row in order and spreads it over the lanes.
   void gather_rows(const T* base) const {
+    W* flat = reinterpret_cast<W*>(y);
     for (int64_t c = job.begin; c < job.end; c += kBlock<W>) {
       const int64_t n = job.end - c < kBlock<W> ? job.end - c : int64_t(kBlock<W>);
       for (int l = 0; l < kLanes<W>; ++l) {
         W part[kBlock<W>] = {};
         if (l < lanes) store(part, load<W>(base + l * job.in.stride_token + c, n), kBlock<W>);
-        for (int64_t i = 0; i < n; ++i) y[c + i][l] = part[i];
+        for (int64_t i = 0; i < n; ++i) flat[(c + i) * kLanes<W> + l] = part[i];
       }
     }
   }
 
-  // Writes the lanes in `work`; the others keep their bits, copied when the result is another tensor.
-  void scatter(const bool* work) const {
+  // Writes the lanes with work; the others keep their bits, copied where the result is another tensor.
+  void scatter() const {
     const Activation& x = job.out;
     T* base = static_cast<T*>(x.data) + b * x.stride_row + t * x.stride_token;
-    for (int64_t c = job.begin; c < job.end; ++c) {
-      T* to = base + c * x.stride_channel;
-      if (x.stride_token == 1 && touched == kLanes<W>) {
-        for (int l = 0; l < kLanes<W>; l += kWidth<W>) store_lanes(to + l, load_lanes(&y[c][l]));
-      } else {
+    if (touched && x.stride_channel == 1 && x.stride_token != 1) {
+      scatter_rows(base);
+    } else if (touched) {
+      for (int64_t c = job.begin; c < job.end; ++c) {
+        T* to = base + c * x.stride_channel;
+        T part[kLanes<W>];
+        const bool whole = x.stride_token == 1 && touched == kLanes<W>;
+        DR_COLUMN store_lanes((whole ? to : part) + i * kWidth<W>, y[c].v[i]);
+        if (whole) continue;
         for (int l = 0; l < lanes; ++l)
-          if (work[l]) to[l * x.stride_token] = narrow<T>(y[c][l]);
+          if (work[l]) to[l * x.stride_token] = part[l];
       }
     }
     if (job.in.data == job.out.data) return;
@@ -97,112 +94,146 @@ struct Group {
     }
   }
 
+  void scatter_rows(T* base) const {
+    const W* flat = reinterpret_cast<const W*>(y);
+    for (int64_t c = job.begin; c < job.end; c += kBlock<W>) {
+      const int64_t n = job.end - c < kBlock<W> ? job.end - c : int64_t(kBlock<W>);
+      for (int l = 0; l < lanes; ++l) {
+        if (!work[l]) continue;
+        W part[kBlock<W>];
+        for (int64_t i = 0; i < n; ++i) part[i] = flat[(c + i) * kLanes<W> + l];
+        store(base + l * job.out.stride_token + c, load<W>(part, n), n);
+      }
+    }
+  }
+
   void copy(int l, int64_t begin, int64_t end) const {
     const T* from = static_cast<const T*>(job.in.data) + b * job.in.stride_row + (t + l) * job.in.stride_token;
     T* to = static_cast<T*>(job.out.data) + b * job.out.stride_row + (t + l) * job.out.stride_token;
     for (int64_t c = begin; c < end; ++c) to[c * job.out.stride_channel] = from[c * job.in.stride_channel];
   }
 
-  // Sum over the channels of a step of y v, or of y^2.
-  Column<W> dot(const Step& step, const W* v) const {
-    const uint8_t* mask = step.mask >= 0 ? p.masks + step.mask * job.in.width : nullptr;
+  // totals[k] = sum over the channels of a step of y v_k, for `count` vectors v_k (at most kTile) of `width` values.
+  template <int count>
+  void dots(const Step& step, const W* v, Column<W>* totals) const {
+    const uint8_t* mask = mask_of(step);
+    const int64_t width = job.in.width;
+    Column<W> total[count] = {};
+    for (int64_t c = step.begin; c < step.end; ++c) {
+      if (mask && !mask[c]) continue;
+      const Column<W> now = y[c];
+#pragma GCC unroll 8
+      for (int k = 0; k < count; ++k) {
+        const V factor = v[k * width + c] - V{};
+        DR_COLUMN total[k].v[i] += now.v[i] * factor;
+      }
+    }
+    for (int k = 0; k < count; ++k) totals[k] = total[k];
+  }
+
+  Column<W> norm(const Step& step) const {
+    const uint8_t* mask = mask_of(step);
     Column<W> total{};
     for (int64_t c = step.begin; c < step.end; ++c) {
       if (mask && !mask[c]) continue;
-      if (v)
-        DR_LANES total.value[l] += y[c][l] * v[c];
-      else
-        DR_LANES total.value[l] += y[c][l] * y[c][l];
+      DR_COLUMN total.v[i] += y[c].v[i] * y[c].v[i];
     }
+    for (int l = 0; l < kLanes<W>; ++l) total.set(l, W(__builtin_sqrt(total.get(l))));
     return total;
   }
 
-  // y = change(c, l, y) for the channels of a step, in lanes of strength other than 0.
+  // y = change(c, i, y) for the channels of a step, in lanes of strength other than 0.
   template <typename Change>
   void each(const Step& step, const Column<W>& s, Change change) const {
-    const uint8_t* mask = step.mask >= 0 ? p.masks + step.mask * job.in.width : nullptr;
+    const uint8_t* mask = mask_of(step);
     for (int64_t c = step.begin; c < step.end; ++c) {
       if (mask && !mask[c]) continue;
-      DR_LANES {
-        const W now = y[c][l];
-        const W then = change(c, l, now);
-        y[c][l] = s.value[l] != W(0) ? then : now;
+      DR_COLUMN {
+        const V now = y[c].v[i];
+        y[c].v[i] = s.v[i] != V{} ? change(c, i, now) : now;
       }
     }
   }
 
-  void project(const Step& step, const Column<W>& s, const W* v) const;
-  void patch(const Step& step, const Column<W>& s) const;
-  void run(const Step& step, const Column<W>& s, const Column<W>& norm) const;
-};
-
-// All components first, then one sweep that removes them, eight vectors at a time.
-template <typename T>
-void Group<T>::project(const Step& step, const Column<W>& s, const W* v) const {
-  const int64_t width = job.in.width;
-  Column<W> removed[kMaxSubspace];
-  for (int j = 0; j < step.count; ++j) {
-    removed[j] = dot(step, v + j * width);
-    DR_LANES removed[j].value[l] = component_removed(removed[j].value[l], step.one_sided, s.value[l]);
+  // y -= sum of removed[k] v_k.
+  template <int count>
+  void remove(const Step& step, const Column<W>& s, const W* v, const Column<W>* removed) const {
+    const int64_t width = job.in.width;
+    Column<W> amount[count];
+    for (int k = 0; k < count; ++k) amount[k] = removed[k];
+    each(step, s, [&](int64_t c, int i, V now) {
+#pragma GCC unroll 8
+      for (int k = 0; k < count; ++k) now -= amount[k].v[i] * (v[k * width + c] - V{});
+      return now;
+    });
   }
-  each(step, s, [&](int64_t c, int l, W now) {
-    for (int j = 0; j < step.count; ++j) now -= removed[j].value[l] * v[j * width + c];
-    return now;
-  });
-}
 
-template <typename T>
-void Group<T>::patch(const Step& step, const Column<W>& s) const {
-  const Source& source = p.sources[step.source];
-  const int64_t bytes = source.dtype == DType::f64 ? 8 : (source.dtype == DType::f32 ? 4 : 2);
-  const uint8_t* mask = step.mask >= 0 ? p.masks + step.mask * job.in.width : nullptr;
-  for (int l = 0; l < lanes; ++l) {
-    if (s.value[l] == W(0)) continue;
-    const int64_t entry = entry_of(source, b, t + l);
-    Action<W> a{};
-    a.source = entry < 0 ? nullptr : static_cast<const char*>(source.data) + entry * source.stride_entry * bytes;
-    a.dtype = source.dtype;
-    a.source_stride = source.stride_channel;
-    for (int64_t c = step.begin; c < step.end; c += kBlock<W>) {
-      const int64_t n = step.end - c < kBlock<W> ? step.end - c : int64_t(kBlock<W>);
-      W target[kBlock<W>];
-      store(target, source_block(a, c, n), kBlock<W>);
-      for (int64_t i = 0; i < n; ++i)
-        if (!mask || mask[c + i]) y[c + i][l] = blend(y[c + i][l], target[i], s.value[l]);
+  // All components first, then they are removed.
+  void project(const Step& step, const Column<W>& s, const W* v) const {
+    const int64_t width = job.in.width;
+    Column<W> c[kMaxSubspace];
+    int k = 0;
+    for (; k + kTile <= step.count; k += kTile) dots<kTile>(step, v + k * width, c + k);
+    for (; k < step.count; ++k) dots<1>(step, v + k * width, c + k);
+    for (k = 0; k < step.count; ++k)
+      for (int l = 0; l < kLanes<W>; ++l) c[k].set(l, component_removed(c[k].get(l), step.one_sided, s.get(l)));
+    for (k = 0; k + kTile <= step.count; k += kTile) remove<kTile>(step, s, v + k * width, c + k);
+    for (; k < step.count; ++k) remove<1>(step, s, v + k * width, c + k);
+  }
+
+  void patch(const Step& step, const Column<W>& s) const {
+    const Source& source = p.sources[step.source];
+    const uint8_t* mask = mask_of(step);
+    for (int l = 0; l < lanes; ++l) {
+      if (s.get(l) == W(0)) continue;
+      Action<W> a{};
+      aim(a, source, entry_of(source, b, t + l));
+      for (int64_t c = step.begin; c < step.end; c += kBlock<W>) {
+        const int64_t n = step.end - c < kBlock<W> ? step.end - c : int64_t(kBlock<W>);
+        W target[kBlock<W>];
+        store(target, source_block(a, c, n), kBlock<W>);
+        for (int64_t i = 0; i < n; ++i)
+          if (!mask || mask[c + i]) y[c + i].set(l, blend(y[c + i].get(l), target[i], s.get(l)));
+      }
     }
   }
-}
 
-template <typename T>
-void Group<T>::run(const Step& step, const Column<W>& s, const Column<W>& norm) const {
-  const W* v = step.vector >= 0 ? p.vectors + step.vector * job.in.width : nullptr;
-  const W lo = step.limit >= 0 ? limit_of(p, step, 0, b, job.in.rows) : W(0);
-  const W hi = step.limit >= 0 ? limit_of(p, step, 1, b, job.in.rows) : W(0);
-  Column<W> k;
-  switch (step.kind) {
-    case kSteer:
-      return each(step, s, [&](int64_t c, int l, W now) { return now + s.value[l] * v[c]; });
-    case kScale:
-      DR_LANES k.value[l] = scale_factor(lo, s.value[l]);
-      return each(step, s, [&](int64_t, int l, W now) { return now * k.value[l]; });
-    case kClamp:
-      return each(step, s, [&](int64_t, int l, W now) { return blend(now, clamp_value(now, lo, hi), s.value[l]); });
-    case kClampComponent:
-      k = dot(step, v);
-      DR_LANES k.value[l] = component_shift(k.value[l], lo, hi, s.value[l]);
-      return each(step, s, [&](int64_t c, int l, W now) { return now + k.value[l] * v[c]; });
-    case kProject:
-      return project(step, s, v);
-    case kFill:
-      return each(step, s, [&](int64_t c, int l, W now) { return blend(now, v[c], s.value[l]); });
-    case kPatch:
-      return patch(step, s);
-    case kRenorm:
-      k = dot(step, nullptr);
-      DR_LANES k.value[l] = renorm_factor(W(__builtin_sqrt(k.value[l])), norm.value[l], s.value[l]);
-      return each(step, s, [&](int64_t, int l, W now) { return now * k.value[l]; });
+  void run(const Step& step, const Column<W>& s, const Column<W>& entry) const {
+    const W* v = step.vector >= 0 ? p.vectors + step.vector * job.in.width : nullptr;
+    const W lo = step.limit >= 0 ? limit_of(p, step, 0, b, job.in.rows) : W(0);
+    const W hi = step.limit >= 0 ? limit_of(p, step, 1, b, job.in.rows) : W(0);
+    Column<W> k;
+    switch (step.kind) {
+      case kSteer:
+        return each(step, s, [&](int64_t c, int i, V now) { return now + s.v[i] * (v[c] - V{}); });
+      case kScale:
+        for (int l = 0; l < kLanes<W>; ++l) k.set(l, scale_factor(lo, s.get(l)));
+        return each(step, s, [&](int64_t, int i, V now) { return now * k.v[i]; });
+      case kClamp:
+        return each(step, s, [&](int64_t, int i, V now) {
+          const V target = now < lo - V{} ? lo - V{} : (now > hi - V{} ? hi - V{} : now);
+          return s.v[i] == W(1) - V{} ? target : now + s.v[i] * (target - now);
+        });
+      case kClampComponent:
+        dots<1>(step, v, &k);
+        for (int l = 0; l < kLanes<W>; ++l) k.set(l, component_shift(k.get(l), lo, hi, s.get(l)));
+        return each(step, s, [&](int64_t c, int i, V now) { return now + k.v[i] * (v[c] - V{}); });
+      case kProject:
+        return project(step, s, v);
+      case kFill:
+        return each(step, s, [&](int64_t c, int i, V now) {
+          const V target = v[c] - V{};
+          return s.v[i] == W(1) - V{} ? target : now + s.v[i] * (target - now);
+        });
+      case kPatch:
+        return patch(step, s);
+      case kRenorm:
+        k = norm(step);
+        for (int l = 0; l < kLanes<W>; ++l) k.set(l, renorm_factor(k.get(l), entry.get(l), s.get(l)));
+        return each(step, s, [&](int64_t, int i, V now) { return now * k.v[i]; });
+    }
   }
-}
+};
 
 template <typename T>
 static void run_columns(const InterventionJob& job, void* scratch, int64_t first, int64_t last) {
@@ -212,26 +243,22 @@ static void run_columns(const InterventionJob& job, void* scratch, int64_t first
   for (int64_t item = first; item < last; ++item) {
     const int64_t b = item / groups, t = item % groups * kLanes<W>;
     const int lanes = int(job.in.tokens - t < kLanes<W> ? job.in.tokens - t : int64_t(kLanes<W>));
-    Group<T> group{job, p, static_cast<W (*)[kLanes<W>]>(scratch), b, t, lanes, 0};
-    Column<W> strengths[kMaxSteps] = {}, norms[kMaxSteps];
-    bool work[kLanes<W>] = {};
-    for (int l = 0; l < lanes; ++l) {
-      for (int i = 0; i < p.count; ++i) {
-        strengths[i].value[l] = strength_of(p, i, b, t + l);
-        work[l] |= strengths[i].value[l] != W(0);
+    Group<T> group{job, p, static_cast<Column<W>*>(scratch), b, t, lanes, 0, {}};
+    Column<W> strengths[kMaxSteps], entries[kMaxSteps];
+    for (int i = 0; i < p.count; ++i) {
+      for (int l = 0; l < kLanes<W>; ++l) {
+        strengths[i].set(l, l < lanes ? strength_of(p, i, b, t + l) : W(0));
+        group.work[l] |= strengths[i].get(l) != W(0);
       }
-      group.touched += work[l];
     }
+    for (bool each : group.work) group.touched += each;
     if (group.touched) {
       group.gather();
-      for (int i = 0; i < p.count; ++i) {
-        if (p.steps[i].kind != kRenorm) continue;
-        norms[i] = group.dot(p.steps[i], nullptr);
-        DR_LANES norms[i].value[l] = W(__builtin_sqrt(norms[i].value[l]));
-      }
-      for (int i = 0; i < p.count; ++i) group.run(p.steps[i], strengths[i], norms[i]);
+      for (int i = 0; i < p.count; ++i)
+        if (p.steps[i].kind == kRenorm) entries[i] = group.norm(p.steps[i]);
+      for (int i = 0; i < p.count; ++i) group.run(p.steps[i], strengths[i], entries[i]);
     }
-    group.scatter(work);
+    group.scatter();
   }
 }
 

@@ -67,6 +67,15 @@ static __attribute__((noinline)) Block<W> load_source(const Action<W>& a, int64_
   return load<W>(part, kBlock<W>);
 }
 
+// Points an action at an entry of a source, -1 for none.
+template <typename W>
+DR_INLINE void aim(Action<W>& a, const Source& source, int64_t entry) {
+  const int64_t bytes = source.dtype == DType::f64 ? 8 : (source.dtype == DType::f32 ? 4 : 2);
+  a.source = entry < 0 ? nullptr : static_cast<const char*>(source.data) + entry * source.stride_entry * bytes;
+  a.dtype = source.dtype;
+  a.source_stride = source.stride_channel;
+}
+
 // The source of a patch, fast where it is dense.
 template <typename W>
 DR_INLINE Block<W> source_block(const Action<W>& a, int64_t d, int64_t n) {
@@ -271,12 +280,8 @@ static void advance(Row<T>& row, const Program<W>& p, int number, W s, int64_t b
       break;
     case kPatch: {
       const Source& source = p.sources[step.source];
-      const int64_t entry = entry_of(source, b, t);
-      const int64_t bytes = source.dtype == DType::f64 ? 8 : (source.dtype == DType::f32 ? 4 : 2);
       a.act = s == W(1) ? kSetSource : kMixSource;
-      a.source = entry < 0 ? nullptr : static_cast<const char*>(source.data) + entry * source.stride_entry * bytes;
-      a.dtype = source.dtype;
-      a.source_stride = source.stride_channel;
+      aim(a, source, entry_of(source, b, t));
       break;
     }
     case kRenorm:

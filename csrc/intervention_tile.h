@@ -4,7 +4,7 @@
 // `slots * kChannels` channels. A thread holds kTokens x kChannels elements of it:
 //
 //   token(j)   = first_token + (lane % across) * kTokens + j
-//   channel(i) = first_channel + (i / kChannelRun * slots + lane / across) * kChannelRun + i % kChannelRun
+//   channel(i) = first_channel + i / kChannelRun * hop + i % kChannelRun,  hop = slots * kChannelRun
 //
 // Runs of kTokenRun tokens or kChannelRun channels are contiguous in memory and move as one 16-byte access; at most
 // one of the two is above 1. Programs with a sum over channels have all channels of a row in one group. Sums go over
@@ -14,6 +14,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
 
 #include "intervention.h"
 
@@ -56,6 +60,15 @@ __device__ __forceinline__ T narrow(W value) {
   }
 }
 
+// The value itself, as far as the compiler knows another one each time: it then computes addresses where they are
+// used, instead of once before the loop over the steps, where they do not fit into registers.
+__device__ __forceinline__ int32_t afresh(int32_t value) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 // kRun contiguous elements; 16 bytes when kRun > 1, and then aligned to them.
 template <typename T, int kRun>
 struct Pack {
@@ -93,10 +106,11 @@ struct Tile {
 
   const Job<W>& job;
   const Program<W>& program;
-  int64_t row;
-  int64_t first_token;    // of this thread
-  int64_t first_channel;  // of the group
-  int lane, lanes, slots, across;
+  int32_t row;
+  int32_t first_token;    // of this thread
+  int32_t first_channel;  // of this thread
+  int32_t hop;            // channels from one run to the next
+  int lane, lanes, across;
   uint32_t inside;         // bit i: channel(i) exists
   uint32_t touched[kTokens];  // bit i: some step writes element (j, i)
   uint32_t needed[kTokens];   // bit i: element (j, i) must be read
@@ -106,20 +120,26 @@ struct Tile {
 
   __device__ __forceinline__ Tile(const Job<W>& of, uint32_t group, char* shared)
       : job(of), program(of.program), lane(threadIdx.x), lanes(blockDim.x), across(of.across) {
-    slots = lanes / across;
-    row = group / job.blocks;
-    first_token = (int64_t(group % job.blocks) * across + lane % across) * kTokens;
-    first_channel = int64_t(blockIdx.y) * slots * kChannels;
+    const int slots = lanes / across;
+    row = int32_t(group / job.blocks);
+    first_token = (int32_t(group % job.blocks) * across + lane % across) * kTokens;
+    first_channel = int32_t(blockIdx.y) * slots * kChannels + lane / across * kChannelRun;
+    hop = slots * kChannelRun;
     partial = reinterpret_cast<W*>(shared);
     totals = partial + (lanes > kWarp ? lanes / kWarp * kSums * across : 0);
-    inside = 0;
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i) inside |= uint32_t(channel(i) < job.in.width) << i;
+    inside = in_range(0, int32_t(job.in.width));
   }
 
-  __device__ __forceinline__ int64_t channel(int i) const {
-    const int place = (i / kChannelRun * slots + lane / across) * kChannelRun + i % kChannelRun;
-    return first_channel + place;
+  // Bit i: begin <= channel(i) < end.
+  __device__ __forceinline__ uint32_t in_range(int32_t begin, int32_t end) const {
+    uint32_t bits = 0;
+    int32_t c = afresh(first_channel);
+#pragma unroll
+    for (int i = 0; i < kChannels; i += kChannelRun, c += hop) {
+#pragma unroll
+      for (int k = 0; k < kChannelRun; ++k) bits |= uint32_t(c + k >= begin && c + k < end) << (i + k);
+    }
+    return bits;
   }
 
   __device__ __forceinline__ bool exists(int j) const { return first_token + j < job.in.tokens; }
@@ -131,20 +151,24 @@ struct Tile {
   // Bit i: the step reads and writes channel(i).
   __device__ __forceinline__ uint32_t chosen(const Step& step) const {
     if (step.begin == 0 && step.end == job.in.width && step.mask < 0) return inside;
-    const uint8_t* mask = step.mask < 0 ? nullptr : program.masks + step.mask * job.in.width;
-    uint32_t bits = 0;
+    uint32_t bits = in_range(step.begin, step.end);
+    if (step.mask < 0) return bits;
+    const uint8_t* mask = program.masks + step.mask * job.in.width;
+    int32_t c = afresh(first_channel);
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i) {
-      const int64_t c = channel(i);
-      const bool in_range = c >= step.begin && c < step.end;
-      bits |= uint32_t(in_range && (mask == nullptr || mask[c] != 0)) << i;
+    for (int i = 0; i < kChannels; i += kChannelRun, c += hop) {
+#pragma unroll
+      for (int k = 0; k < kChannelRun; ++k) {
+        if ((bits >> (i + k) & 1u) && mask[c + k] == 0) bits &= ~(1u << (i + k));
+      }
     }
     return bits;
   }
 
-  __device__ __forceinline__ T* at(const Activation& x, int j, int i) const {
-    return static_cast<T*>(x.data) + row * x.stride_row + (first_token + j) * x.stride_token +
-           channel(i) * x.stride_channel;
+  // Where token j of channel(0) is.
+  __device__ __forceinline__ T* at(const Activation& x, int j) const {
+    return static_cast<T*>(x.data) + row * x.stride_row + int64_t{first_token + j} * x.stride_token +
+           afresh(first_channel) * x.stride_channel;
   }
 
   // What the strengths say about this thread's elements, without reading x. Backwards, an exact overwrite does not
@@ -193,14 +217,15 @@ struct Tile {
   __device__ __forceinline__ void read(const uint32_t (&wanted)[kTokens], F f) const {
 #pragma unroll
     for (int j = 0; j < kTokens; j += kTokenRun) {
+      const T* from = at(job.in, j);
 #pragma unroll
-      for (int i = 0; i < kChannels; i += kChannelRun) {
+      for (int i = 0; i < kChannels; i += kChannelRun, from += hop * job.in.stride_channel) {
         uint32_t bits = 0;
 #pragma unroll
         for (int k = 0; k < kTokenRun; ++k) bits |= wanted[j + k] >> i & kRunBits;
         if (bits == 0) continue;
         Pack<T, kRun> pack;
-        pack.load(at(job.in, j, i));
+        pack.load(from);
 #pragma unroll
         for (int k = 0; k < kRun; ++k) {
           f(j + k / kChannelRun, i + k % kChannelRun, widen<W>(pack.values[k]));
@@ -220,32 +245,36 @@ struct Tile {
 
   // Writes what the steps touched; out of place also copies the rest.
   __device__ __forceinline__ void store() const {
+    constexpr uint32_t kAll = (1u << kRun) - 1;
 #pragma unroll
     for (int j = 0; j < kTokens; j += kTokenRun) {
+      const T* from = at(job.in, j);
+      T* to = at(job.out, j);
 #pragma unroll
       for (int i = 0; i < kChannels; i += kChannelRun) {
-        uint32_t written = 0, present = 0;  // bits in the order of the run
+        uint32_t written = 0;  // bits in the order of the run
 #pragma unroll
         for (int k = 0; k < kRun; ++k) {
-          const int jj = j + k / kChannelRun, ii = i + k % kChannelRun;
-          written |= (touched[jj] >> ii & 1u) << k;
-          present |= uint32_t(exists(jj) && (inside >> ii & 1u)) << k;
+          written |= (touched[j + k / kChannelRun] >> (i + k % kChannelRun) & 1u) << k;
         }
-        const uint32_t all = (1u << kRun) - 1;
+        const bool fill = job.copy && exists(j) && (inside >> i & 1u);  // runs exist as a whole
         Pack<T, kRun> pack;
-        if (job.copy && present != 0 && written != all) pack.load(at(job.in, j, i));
+        if (fill && written != kAll) pack.load(from);
 #pragma unroll
         for (int k = 0; k < kRun; ++k) {
           if (written >> k & 1u) pack.values[k] = narrow<T>(z[j + k / kChannelRun][i + k % kChannelRun]);
         }
-        if (written == all || (job.copy && present != 0)) {
-          pack.store(at(job.out, j, i));
+        if (written == kAll || fill) {
+          pack.store(to);
         } else if (written != 0) {
+          const int64_t stride = kTokenRun > 1 ? job.out.stride_token : job.out.stride_channel;
 #pragma unroll
           for (int k = 0; k < kRun; ++k) {
-            if (written >> k & 1u) *at(job.out, j + k / kChannelRun, i + k % kChannelRun) = pack.values[k];
+            if (written >> k & 1u) to[k * stride] = pack.values[k];
           }
         }
+        from += hop * job.in.stride_channel;
+        to += hop * job.out.stride_channel;
       }
     }
   }
@@ -288,9 +317,9 @@ struct Tile {
   // Calls f(i, v[channel(i)]) for the chosen channels.
   template <typename F>
   __device__ __forceinline__ void with_vector(int64_t number, uint32_t bits, F f) const {
-    const W* v = program.vectors + number * job.in.width;
+    const W* v = program.vectors + number * job.in.width + afresh(first_channel);
 #pragma unroll
-    for (int i = 0; i < kChannels; i += kChannelRun) {
+    for (int i = 0; i < kChannels; i += kChannelRun, v += hop) {
       if ((bits >> i & kRunBits) == 0) continue;
       W values[kChannelRun];
       if constexpr (kChannelRun > 1) {
@@ -298,11 +327,11 @@ struct Tile {
         static_assert(kChannelRun % kQuad == 0);
 #pragma unroll
         for (int k = 0; k < kChannelRun; k += kQuad) {
-          const uint4 raw = __ldg(reinterpret_cast<const uint4*>(v + channel(i) + k));
+          const uint4 raw = __ldg(reinterpret_cast<const uint4*>(v + k));
           memcpy(values + k, &raw, sizeof(raw));
         }
       } else {
-        values[0] = __ldg(v + channel(i));
+        values[0] = __ldg(v);
       }
 #pragma unroll
       for (int k = 0; k < kChannelRun; ++k) {
@@ -461,19 +490,20 @@ struct Tile {
     for (int j = 0; j < kTokens; ++j) {
       if (s[j] == W(0)) continue;
       const int64_t entry = entry_of(source, row, first_token + j);
-      const S* from = static_cast<const S*>(source.data) + entry * source.stride_entry;
+      const S* from = static_cast<const S*>(source.data) + entry * source.stride_entry +
+                      afresh(first_channel) * source.stride_channel;
 #pragma unroll
-      for (int i = 0; i < kChannels; i += kChannelRun) {
+      for (int i = 0; i < kChannels; i += kChannelRun, from += hop * source.stride_channel) {
         if ((bits >> i & kRunBits) == 0) continue;
         Pack<S, kSame ? kChannelRun : 1> pack;
-        if (kSame && packed && entry >= 0) pack.load(from + channel(i));
+        if (kSame && packed && entry >= 0) pack.load(from);
 #pragma unroll
         for (int k = 0; k < kChannelRun; ++k) {
           if (!(bits >> (i + k) & 1u)) continue;
           W target = W(NAN);
           if (entry >= 0) {
             target = widen<W>(kSame && packed ? pack.values[kSame ? k : 0]
-                                              : from[channel(i + k) * source.stride_channel]);
+                                              : from[k * source.stride_channel]);
           }
           z[j][i + k] = blend(z[j][i + k], target, s[j]);
         }

@@ -1,0 +1,178 @@
+// CUDA launch of the intervention program: one launch, one pass over memory, see intervention_tile.h.
+#include "intervention_tile.h"
+
+#include <algorithm>
+
+namespace dreamreader {
+namespace {
+
+constexpr int64_t kMaxGridY = 65535;
+constexpr size_t kMaxShared = 48 * 1024;  // without asking for more
+constexpr int kWarpsPerBlock = 4;         // where a warp is a whole group
+
+template <typename T, typename W, int kTokens, int kChannels, int kTokenRun, int kChannelRun, int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    intervention_kernel(const __grid_constant__ Job<W> job) {
+  extern __shared__ __align__(16) char shared[];
+  const uint32_t group = blockIdx.x * blockDim.y + threadIdx.y;
+  if (group >= job.groups) return;  // only where a warp is a group, so no block barrier follows
+  Tile<T, W, kTokens, kChannels, kTokenRun, kChannelRun> tile(job, group, shared + threadIdx.y * job.group_bytes);
+  bool work = tile.scan();
+  // Threads beside each other may hold different tokens; barriers need all of them or none.
+  if (job.sums && job.across > 1) {
+    work = tile.lanes > kWarp ? __syncthreads_or(work) != 0 : __any_sync(kAllLanes, work) != 0;
+  }
+  if (work) {
+    tile.load();
+    tile.run();
+  }
+  if (work || job.copy) tile.store();
+}
+
+// How a problem is cut into groups.
+struct Cut {
+  int64_t across = 1;  // threads along the tokens
+  int64_t slots = 1;   // threads along the channels
+  bool fits = true;    // programs with sums: a row fits into the registers of a block
+};
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Cut for up to `threads` threads of `tokens_each` x `channels_each` elements. `wanted` threads along the tokens make the
+// accesses wide where tokens are contiguous; rows that need many threads leave fewer.
+Cut cut_for(const Activation& x, bool sums, int64_t tokens_each, int64_t channels_each, int64_t wanted,
+            int64_t threads) {
+  Cut cut;
+  const int64_t per_row = divide_up(x.width, channels_each);
+  const int64_t slots = sums ? per_row : std::min<int64_t>(per_row, std::max<int64_t>(256 / wanted, 1));
+  cut.fits = slots <= threads;
+  while (cut.across < wanted && cut.across * 2 * slots <= threads && cut.across * tokens_each < x.tokens) {
+    cut.across *= 2;
+  }
+  const int64_t lanes = divide_up(cut.across * slots, kWarp) * kWarp;
+  cut.slots = lanes / cut.across;
+  return cut;
+}
+
+template <typename T, typename W, int kTokens, int kChannels, int kTokenRun, int kChannelRun, int kThreads>
+cudaError_t launch(Job<W> job, const Cut& cut, cudaStream_t stream) {
+  using Shape = Tile<T, W, kTokens, kChannels, kTokenRun, kChannelRun>;
+  const Activation& x = job.in;
+  const int64_t lanes = cut.across * cut.slots;
+  const int64_t blocks = divide_up(x.tokens, cut.across * kTokens);
+  const int64_t groups = x.rows * blocks;
+  const int64_t grid_y = divide_up(x.width, cut.slots * kChannels);
+  if (groups > INT32_MAX || grid_y > kMaxGridY) return cudaErrorInvalidConfiguration;
+  job.across = int32_t(cut.across);
+  job.blocks = uint32_t(blocks);
+  job.groups = uint32_t(groups);
+  if (job.sums) {
+    int64_t together = 1;  // reductions of a subspace, side by side
+    for (int p = 0; p < job.program.count; ++p) {
+      if (job.program.steps[p].kind != kProject) continue;
+      together = std::max<int64_t>(together, divide_up(job.program.steps[p].count, Shape::kTogether));
+    }
+    const int64_t warps = lanes > kWarp ? lanes / kWarp : 0;
+    job.group_bytes = int32_t((warps + together) * Shape::kSums * cut.across * int64_t{sizeof(W)});
+  }
+  int64_t per_block = 1;
+  if (lanes == kWarp) {
+    per_block = kWarpsPerBlock;
+    while (per_block > 1 && per_block * job.group_bytes > int64_t(kMaxShared)) per_block /= 2;
+  }
+  const size_t bytes = size_t(per_block) * size_t(job.group_bytes);
+  if (bytes > kMaxShared) return cudaErrorInvalidConfiguration;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(divide_up(groups, per_block)), unsigned(grid_y));
+  config.blockDim = dim3(unsigned(lanes), unsigned(per_block));
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(
+      &config, intervention_kernel<T, W, kTokens, kChannels, kTokenRun, kChannelRun, kThreads>, job);
+}
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % sizeof(uint4) == 0; }
+
+// Whether x moves in runs of `run` elements along an axis of stride 1 and this extent, the other two being given.
+bool runs(const Activation& x, int64_t stride, int64_t extent, int64_t other, int64_t another, int64_t run) {
+  return stride == 1 && extent % run == 0 && other % run == 0 && another % run == 0 && aligned(x.data);
+}
+
+template <typename T, typename W>
+cudaError_t launch_typed(const Job<W>& job, cudaStream_t stream) {
+  constexpr int kRun = int(sizeof(uint4) / sizeof(T));
+  const Activation &x = job.in, &y = job.out;
+  int most = 1;  // vectors of one step
+  for (int p = 0; p < job.program.count; ++p) most = std::max(most, int(job.program.steps[p].count));
+  if constexpr (std::is_same_v<W, float>) {
+    const bool channels = runs(x, x.stride_channel, x.width, x.stride_row, x.stride_token, kRun) &&
+                          runs(y, y.stride_channel, y.width, y.stride_row, y.stride_token, kRun) &&
+                          aligned(job.program.vectors);
+    const bool tokens = runs(x, x.stride_token, x.tokens, x.stride_row, x.stride_channel, kRun) &&
+                        runs(y, y.stride_token, y.tokens, y.stride_row, y.stride_channel, kRun);
+    if (channels && most > 1) {  // four rows share each read of the subspace
+      const Cut cut = cut_for(x, job.sums, 4, 8, 1, 512);
+      if (cut.fits) return launch<T, W, 4, 8, 1, kRun, 512>(job, cut, stream);
+    }
+    if (channels) {
+      const Cut cut = cut_for(x, job.sums, 1, 16, 1, 896);
+      if (cut.fits) return launch<T, W, 1, 16, 1, kRun, 896>(job, cut, stream);
+    } else if (tokens) {  // 640 threads hold 16 tokens, a 32-byte sector, of 1280 channels
+      const Cut cut = cut_for(x, job.sums, kRun, 32 / kRun, 8, 640);
+      if (cut.fits) return launch<T, W, kRun, 32 / kRun, kRun, 1, 640>(job, cut, stream);
+    }
+  }
+  constexpr bool kDouble = std::is_same_v<W, double>;
+  constexpr int kChannels = kDouble ? 16 : 32, kThreads = kDouble ? 512 : 896;
+  const bool along_tokens = x.stride_token < x.stride_channel;
+  const Cut cut = cut_for(x, job.sums, 1, kChannels, along_tokens ? kWarp : 1, kThreads);
+  if (!cut.fits) return cudaErrorNotSupported;
+  return launch<T, W, 1, kChannels, 1, 1, kThreads>(job, cut, stream);
+}
+
+template <typename W>
+Job<W> job_of(const Activation& in, const Activation& out, const Program<W>& program) {
+  Job<W> job = {};
+  job.in = in;
+  job.out = out;
+  job.program = program;
+  job.copy = in.data != out.data;
+  for (int p = 0; p < program.count; ++p) {
+    const int32_t kind = program.steps[p].kind;
+    job.sums = job.sums || kind == kClampComponent || kind == kProject || kind == kRenorm;
+  }
+  return job;
+}
+
+bool nothing_to_do(const Job<float>& job) {
+  return job.in.rows * job.in.tokens * job.in.width == 0 || (!job.copy && job.program.count == 0);
+}
+
+}  // namespace
+
+cudaError_t launch_intervention(const Activation& in, const Activation& out, const Program<float>& program,
+                                cudaStream_t stream) {
+  const Job<float> job = job_of(in, out, program);
+  if (nothing_to_do(job)) return cudaSuccess;
+  switch (in.dtype) {
+    case DType::f16:
+      return launch_typed<__half>(job, stream);
+    case DType::bf16:
+      return launch_typed<__nv_bfloat16>(job, stream);
+    case DType::f32:
+      return launch_typed<float>(job, stream);
+    case DType::f64:
+      break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t launch_intervention(const Activation& in, const Activation& out, const Program<double>& program,
+                                cudaStream_t stream) {
+  const Job<double> job = job_of(in, out, program);
+  if (in.dtype != DType::f64) return cudaErrorInvalidValue;
+  if (in.rows * in.tokens * in.width == 0 || (!job.copy && program.count == 0)) return cudaSuccess;
+  return launch_typed<double>(job, stream);
+}
+
+}  // namespace dreamreader
