@@ -1,0 +1,10 @@
+"""Edits: value objects that say what to change at which sites, when and for which rows."""
+
+from dreamreader.edits.ablate import Ablate
+from dreamreader.edits.custom import Edit
+from dreamreader.edits.patch import Patch
+from dreamreader.edits.simple import Clamp, Scale
+from dreamreader.edits.steer import Steer
+from dreamreader.engine.request import Box
+
+__all__ = ["Ablate", "Box", "Clamp", "Edit", "Patch", "Scale", "Steer"]

@@ -1,0 +1,373 @@
+"""The Reader: wraps a subject; everything starts from it."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dreamreader.engine import html
+from dreamreader.engine.cache import Activation, Cache, Row
+from dreamreader.engine.firing import FiringReport
+from dreamreader.engine.place import RowSet
+from dreamreader.engine.request import EditRequest, Record
+from dreamreader.engine.rows import Plan, chunked, plan_rows
+from dreamreader.engine.session import Session
+from dreamreader.engine.sites import SiteList, find
+from dreamreader.engine.subject import Subject
+from dreamreader.errors import InvalidInput, UnknownName
+
+Recordable = str | Record
+
+
+@dataclass(eq=False)
+class RunResult:
+    """What one run gave.
+
+    Attributes:
+        output: the pictures, or what a language model gave: its logits output, or generated tokens.
+        cache: recorded activations by site.
+        firing: where and when edits and recordings took effect.
+        rows: prompt and seed of each row.
+        text: generated text of a language model.
+    """
+
+    output: Any
+    cache: Cache
+    firing: FiringReport
+    rows: tuple[Row, ...]
+    text: list[str] | None = None
+
+    @property
+    def images(self) -> Any:
+        """The pictures of a pipeline, in the order of the rows."""
+        return self.output
+
+    def __repr__(self) -> str:
+        shown = [f"RunResult of {len(self.rows)} rows", repr(self.firing)]
+        return "\n".join(shown + ([repr(self.cache)] if self.cache else []))
+
+    def _repr_html_(self) -> str:
+        rows = [(str(r.index), r.prompt or "", str(r.seed)) for r in self.rows]
+        table = html.table(("row", "prompt", "seed"), rows)
+        return table + self.firing._repr_html_() + (self.cache._repr_html_() if self.cache else "")
+
+
+class Reader:
+    """Reads and changes what happens inside a diffusers pipeline, a transformers model or a module.
+
+    The subject is never changed beyond a run: hooks exist only while one runs, and only those of the
+    reader are removed.
+
+    Args:
+        subject: a diffusers pipeline, a transformers language model, or any `nn.Module`.
+        tokenizer: of a language model, for prompts as strings.
+
+    Example:
+        >>> reader = Reader(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU()))
+        >>> reader.sites("*").names
+        ['0', '1']
+    """
+
+    def __init__(self, subject: Any, tokenizer: Any = None):
+        self._subject = Subject(subject)
+        self.tokenizer = tokenizer
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    @property
+    def subject(self) -> Any:
+        """The wrapped pipeline or model itself."""
+        return self._subject.model
+
+    def sites(self, pattern: str = "**") -> SiteList:
+        """Sites that match a pattern, with the shapes seen in the latest run of this reader.
+
+        Raises:
+            UnknownName: nothing matches; the message names the nearest sites, or the ports there are.
+        """
+        return find(self._subject.modules(), pattern, self._shapes)
+
+    def run(
+        self,
+        prompts: str | Sequence[str],
+        edits: EditRequest | Sequence[EditRequest] = (),
+        record: Recordable | Sequence[Recordable] = (),
+        seeds: int | Sequence[int] | None = None,
+        batch_size: int | None = None,
+        memory_limit: int | None = None,
+        **arguments: Any,
+    ) -> RunResult:
+        """Run the subject on rows of prompts, with edits and recordings.
+
+        Args:
+            prompts, seeds: one or one for each row; see `plan_rows`. Every row draws from its own
+                generator, so its result does not depend on the batch around it.
+            edits: applied in this order.
+            record: site strings or `Record`s. A recording sees the values after the edits.
+            batch_size: rows computed together; all by default.
+            memory_limit: bytes that recordings may hold.
+            arguments: passed on to the pipeline, or to the model's `generate` where it is a language
+                model (its plain forward where none are given).
+
+        Raises:
+            InvalidInput, UnknownName: an argument cannot be right; nothing is computed then.
+            NeverFired: an edit or recording matched nothing.
+        """
+        edits = _listed(edits, EditRequest, "edits")
+        records = [
+            Record(each) if isinstance(each, str) else each
+            for each in _listed(record, (str, Record), "record")
+        ]
+        if self._subject.kind == "module":
+            raise InvalidInput(
+                "run needs a pipeline or language model; use recording() and editing()"
+            )
+        if batch_size is not None and batch_size < 1:
+            raise InvalidInput(f"batch_size must be at least 1, got {batch_size}")
+        plan = plan_rows(prompts, seeds, edits)
+        if self._subject.kind == "language":
+            from dreamreader.engine.language import run_language
+
+            return run_language(self, plan, edits, records, batch_size, memory_limit, arguments)
+        arguments = self._pipeline_arguments(arguments, len(plan))
+        outputs, found, report = [], [], FiringReport()
+        size = batch_size or len(plan)
+        for start in range(0, len(plan), size):
+            stop = min(start + size, len(plan))
+            own = chunked(arguments, start, stop, len(plan))
+            session = self._session(edits, records, plan, start, stop, memory_limit)
+            with session:
+                outputs.append(self._call(plan, start, stop, own))
+            found.append(session.activations(plan.rows))
+            report.merge(session.report)
+        return RunResult(_joined(outputs), Cache(_merged(found)), report, tuple(plan.rows))
+
+    def run_with_cache(
+        self,
+        prompts: str | Sequence[str],
+        sites: Recordable | Sequence[Recordable],
+        **arguments: Any,
+    ) -> tuple[Any, Cache]:
+        """Like `run`, recording `sites`; gives (pictures or output, cache)."""
+        result = self.run(prompts, record=sites, **arguments)
+        return result.output, result.cache
+
+    def run_with_hooks(
+        self,
+        prompts: str | Sequence[str],
+        hooks: Sequence[tuple[str, Callable[..., Any]]],
+        **arguments: Any,
+    ) -> Any:
+        """Run with functions at sites: each gets the values there and gives new ones, or None.
+
+        Args:
+            hooks: pairs (site, fn); see `Edit`.
+        """
+        edits = [_Hook(site, fn) for site, fn in hooks]
+        return self.run(prompts, edits=[*edits, *arguments.pop("edits", ())], **arguments).output
+
+    @contextmanager
+    def recording(
+        self,
+        sites: Recordable | Sequence[Recordable],
+        steps: Any = None,
+        branch: str | Sequence[str] | None = None,
+        tokens: Any = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = "cpu",
+        memory_limit: int | None = None,
+    ) -> Iterator[Cache]:
+        """Record while you run the subject yourself; the cache is filled when the block ends.
+
+        Hooks run in the order in which blocks are entered: a recording inside an `editing` block sees
+        edited values. Several runs in one block add up as rows.
+
+        Raises:
+            NeverFired: a site was not called in the block.
+        """
+        common = {
+            "steps": steps,
+            "branch": branch,
+            "tokens": tokens,
+            "dtype": dtype,
+            "device": device,
+        }
+        listed = _listed(sites, (str, Record), "sites")
+        records = [Record(each, **common) if isinstance(each, str) else each for each in listed]
+        session = Session(
+            self._subject,
+            records=records,
+            memory_limit=memory_limit,
+            shapes=self._shapes,
+            tokenizer=self.tokenizer,
+        )
+        cache = Cache()
+        with session:
+            yield cache
+        cache._fill(session.activations())
+
+    @contextmanager
+    def editing(
+        self, edits: EditRequest | Sequence[EditRequest], seeds: Sequence[int] | None = None
+    ) -> Iterator[FiringReport]:
+        """Edit while you run the subject yourself; the report is filled when the block ends.
+
+        Gradients flow through the edits where the caller records them.
+
+        Raises:
+            NeverFired: an edit matched nothing in the block.
+        """
+        listed = _listed(edits, EditRequest, "edits")
+        session = Session(
+            self._subject, listed, seeds=seeds, shapes=self._shapes, tokenizer=self.tokenizer
+        )
+        with session:
+            yield session.report
+
+    def __repr__(self) -> str:
+        parts = [
+            f"{name} ({type(each).__name__})"
+            for name, each in self._subject.components().items()
+            if name
+        ]
+        return f"Reader of {self._subject.name}" + (f": {', '.join(parts)}" if parts else "")
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (name or self._subject.name, type(each).__name__, f"{_size(each):,}")
+            for name, each in self._subject.components().items()
+        ]
+        return html.table(
+            ("component", "class", "parameters"), rows, f"Reader of {self._subject.name}"
+        )
+
+    def _session(
+        self,
+        edits: Sequence[EditRequest],
+        records: Sequence[Record],
+        plan: Plan,
+        start: int,
+        stop: int,
+        memory_limit: int | None,
+        prompt_length: int | None = None,
+    ) -> Session:
+        return Session(
+            self._subject,
+            edits,
+            records,
+            rowset=RowSet(len(plan), start, stop - start),
+            prompts=plan.prompts,
+            seeds=plan.seeds,
+            prompt_length=prompt_length,
+            memory_limit=memory_limit,
+            shapes=self._shapes,
+            tokenizer=self.tokenizer,
+        )
+
+    def _call(self, plan: Plan, start: int, stop: int, arguments: dict[str, Any]) -> Any:
+        generators = [torch.Generator().manual_seed(seed) for seed in plan.seeds[start:stop]]
+        prompts = list(plan.prompts[start:stop])
+        return self.subject(prompt=prompts, generator=generators, **arguments)
+
+    def _pipeline_arguments(self, arguments: dict[str, Any], rows: int) -> dict[str, Any]:
+        """Arguments of the pipeline's call: known names, other prompts as lists.
+
+        Raises:
+            UnknownName: the pipeline takes no such argument.
+            InvalidInput: an argument that the reader itself sets.
+        """
+        own = getattr(type(self.subject), "_dreamreader_own_class", type(self.subject))
+        known = list(inspect.signature(own.__call__).parameters)[1:]
+        if "prompt" not in known or "generator" not in known:
+            raise InvalidInput(
+                f"{own.__name__} takes no prompt with a generator; use recording() and editing()"
+            )
+        for name in arguments:
+            if name not in known:
+                raise UnknownName(f"argument of {own.__name__}", name, known)
+            if name in ("prompt", "generator"):
+                raise InvalidInput(f"{name} is set by the reader: use prompts and seeds")
+        each = arguments.get("num_images_per_prompt")
+        if each not in (None, 1):
+            raise InvalidInput(
+                f"num_images_per_prompt={each}: every picture is a row; give seeds=range({each}) or "
+                "repeat the prompt"
+            )
+        ready = dict(arguments)
+        for name, value in arguments.items():
+            if "prompt" not in name or "embeds" in name or name == "num_images_per_prompt":
+                continue
+            if isinstance(value, str):
+                ready[name] = [value] * rows
+            elif isinstance(value, list | tuple) and value and isinstance(value[0], str):
+                if len(value) not in (1, rows):
+                    raise InvalidInput(f"{name} has {len(value)} entries, the run has {rows} rows")
+                ready[name] = list(value) if len(value) == rows else list(value) * rows
+        return ready
+
+
+@dataclass(frozen=True, eq=False)
+class _Hook(EditRequest):
+    """A function at a site, from `run_with_hooks`."""
+
+    fn: Callable[..., Any]
+    is_function = True
+
+    @property
+    def changes_with_step(self) -> bool:
+        return True
+
+    def apply(self, x: torch.Tensor, place: Any) -> torch.Tensor:
+        from dreamreader.engine.function import call
+
+        return call(self.fn, x, place, "hook")
+
+
+def _listed(value: Any, kinds: Any, name: str) -> list[Any]:
+    listed = [value] if isinstance(value, kinds) else list(value)
+    for each in listed:
+        if not isinstance(each, kinds):
+            raise InvalidInput(f"{name}: got {type(each).__name__} {each!r}")
+    return listed
+
+
+def _joined(outputs: list[Any]) -> Any:
+    """Pictures of all batches in one list, array or tensor."""
+    images = [getattr(each, "images", None) for each in outputs]
+    if any(each is None for each in images):
+        images = [each[0] if isinstance(each, tuple) else each for each in outputs]
+    first = images[0]
+    if len(images) == 1:
+        return first
+    if isinstance(first, torch.Tensor):
+        return torch.cat(images)
+    if isinstance(first, list):
+        return [picture for each in images for picture in each]
+    import numpy
+
+    return numpy.concatenate(images)
+
+
+def _merged(found: list[list[Activation]]) -> list[Activation]:
+    """The same sites of several batches, joined along the rows."""
+    if len(found) == 1:
+        return found[0]
+    from dataclasses import replace
+
+    merged = []
+    for parts in zip(*found, strict=True):
+        first = parts[0]
+        if any(each.shape[1:] != first.shape[1:] for each in parts):
+            raise InvalidInput(
+                f"recording {first.site}: batches have different shapes "
+                f"({', '.join(str(list(each.shape)) for each in parts)}); use one batch"
+            )
+        rows = tuple(row for each in parts for row in each.rows)
+        merged.append(replace(first, tensor=torch.cat([e.tensor for e in parts]), rows=rows))
+    return merged
+
+
+def _size(module: torch.nn.Module) -> int:
+    return sum(each.numel() for each in module.parameters())

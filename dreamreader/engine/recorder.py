@@ -1,0 +1,221 @@
+"""Keeps what a recording asks for: exact copies in the canonical layout, bounded in memory."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dreamreader.engine.cache import Activation, Row
+from dreamreader.engine.clock_schedule import Instant
+from dreamreader.engine.now import Now
+from dreamreader.engine.request import Record
+from dreamreader.errors import InvalidInput
+
+_UNTIMED = Instant(0, float("nan"), None, float("nan"), 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Which part of a batch a recording keeps in one call; made once for each kind of call.
+
+    Attributes:
+        branches: names kept, in order. entries: their batch entries, None for all of them in order.
+        rows: rows kept, as numbers in the run.
+        tokens: [n] the same for all, or [entries, n]; None for all.
+    """
+
+    branches: tuple[str, ...]
+    entries: Tensor | None
+    rows: tuple[int, ...]
+    tokens: Tensor | None
+    hw: tuple[int, int] | None
+    heads: int | None
+
+
+class Memory:
+    """Bytes that the recordings of one session hold, and how many they may."""
+
+    def __init__(self, limit: int | None):
+        self.limit = _available() if limit is None else limit
+        self.held = 0
+
+    def add(self, count: int, name: str) -> None:
+        self.held += count
+        if self.held > self.limit:
+            raise InvalidInput(
+                f"recording {name}: {self.held / 2**30:.2f} GiB are held and {self.limit / 2**30:.2f} "
+                "GiB allowed; record fewer steps, tokens or sites, give Record(dtype=torch.bfloat16) or "
+                "a reduce function, or raise memory_limit"
+            )
+
+    def expect(self, count: int, moments: int, name: str) -> None:
+        """Refuse at the first value what the whole run will not fit."""
+        if self.held + count * moments > self.limit:
+            raise InvalidInput(
+                f"recording {name}: {moments} steps of {count / 2**20:.1f} MiB need "
+                f"{count * moments / 2**30:.2f} GiB, {(self.limit - self.held) / 2**30:.2f} GiB are left; "
+                "record fewer steps, tokens or sites, give Record(dtype=torch.bfloat16) or a reduce "
+                "function, or raise memory_limit"
+            )
+
+
+@dataclass(eq=False)
+class _Part:
+    """Values of the rows of one run of the subject: piece for each (step, evaluation) and branches."""
+
+    rows: tuple[int, ...]
+    pieces: dict[tuple[int, int], list[tuple[tuple[str, ...], Tensor]]] = field(
+        default_factory=dict
+    )
+    instants: dict[tuple[int, int], Instant] = field(default_factory=dict)
+
+
+class Recorder:
+    """One recording at one site."""
+
+    def __init__(self, request: Record, name: str, number: int, memory: Memory):
+        self.request = request
+        self.name = name
+        self.number = number
+        self._memory = memory
+        self._parts: dict[int, _Part] = {}
+        self._cut: Cut | None = None
+        self._announced = False
+
+    def keep(self, x: Tensor, cut: Cut, now: Now, moments: int) -> None:
+        """Copy the kept part of x [batch, tokens, features] (or [batch, tokens, heads, d])."""
+        x = x.detach()
+        if cut.entries is not None:
+            x = x.index_select(0, cut.entries)
+        if cut.tokens is not None:
+            x = _gather(x, cut.tokens)
+        if cut.heads and x.dim() == 3:
+            x = x.unflatten(-1, (cut.heads, -1))
+        if self.request.reduce is not None:
+            x = self._reduced(x)
+        dtype = self.request.dtype or x.dtype
+        device = x.device if self.request.device is None else self.request.device
+        # A copy into fresh memory: later changes in place must not show.
+        piece = torch.empty(x.shape, dtype=dtype, device=device).copy_(x)
+        if not self._announced:
+            self._announced = True
+            self._memory.expect(piece.nbytes, moments, self.name)
+        self._memory.add(piece.nbytes, self.name)
+        self._file(piece, cut, now)
+
+    def _file(self, piece: Tensor, cut: Cut, now: Now) -> None:
+        instant = now.instant if isinstance(now.instant, Instant) else _UNTIMED
+        part = self._parts.setdefault(now.run, _Part(cut.rows))
+        key = (instant.step, instant.evaluation)
+        filed = part.pieces.setdefault(key, [])
+        if any(set(branches) & set(cut.branches) for branches, _ in filed):
+            raise InvalidInput(
+                f"{self.name} ran more than once at {self._moment(now)} with the same rows (a shared "
+                "module, VAE tiling or slicing): record a site that runs once"
+            )
+        part.instants[key] = instant
+        filed.append((cut.branches, piece))
+        self._cut = cut
+
+    def _moment(self, now: Now) -> str:
+        return f"step {now.instant.step}" if isinstance(now.instant, Instant) else "the same moment"
+
+    def _reduced(self, x: Tensor) -> Tensor:
+        assert self.request.reduce is not None
+        y = self.request.reduce(x)
+        if y.dim() != x.dim() or y.shape[0] != x.shape[0]:
+            raise InvalidInput(
+                f"recording {self.name}: reduce made {list(y.shape)} of {list(x.shape)}; rows and the "
+                "number of dimensions must stay (keepdim=True)"
+            )
+        return y
+
+    def activation(self, described: list[Row]) -> Activation | None:
+        """What was recorded, assembled; None where the site never ran. Frees the pieces."""
+        if self._cut is None:
+            return None
+        parts, self._parts = list(self._parts.values()), {}
+        tensors, rows = [], []
+        names, instants = self._axes(parts)
+        for part in parts:
+            tensors.append(self._assembled(part, names, instants))
+            rows += part.rows
+        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        known = {row.index: row for row in described}
+        if len(names) == 1:
+            tensor = tensor.squeeze(1)
+        cut = self._cut
+        tokens = cut.tokens
+        return Activation(
+            self.name,
+            tensor,
+            tuple(known.get(row, Row(row)) for row in rows),
+            names,
+            instants,
+            cut.hw,
+            cut.heads,
+            None if tokens is None or tokens.dim() > 1 else tuple(tokens.tolist()),
+        )
+
+    def _axes(self, parts: list[_Part]) -> tuple[tuple[str, ...], tuple[Instant, ...]]:
+        """Branches and moments of the run; every part has to have the same."""
+        names: dict[str, None] = {}
+        for filed in parts[0].pieces.values():
+            for branches, _ in filed:
+                names.update(dict.fromkeys(branches))
+        for part in parts:
+            if part.pieces.keys() != parts[0].pieces.keys():
+                raise InvalidInput(
+                    f"recording {self.name}: the runs in this block have different steps "
+                    f"({len(parts[0].pieces)} and {len(part.pieces)}); record them apart"
+                )
+        return tuple(names), tuple(parts[0].instants[key] for key in parts[0].pieces)
+
+    def _assembled(
+        self, part: _Part, names: tuple[str, ...], instants: tuple[Instant, ...]
+    ) -> Tensor:
+        """[rows, branches, steps, tokens, ...] of one part; its pieces are let go one by one."""
+        first = next(iter(part.pieces.values()))[0][1]
+        count = len(part.rows)
+        out: Tensor | None = None
+        for number, instant in enumerate(instants):
+            filed = part.pieces.pop((instant.step, instant.evaluation))
+            have = [name for branches, _ in filed for name in branches]
+            if set(have) != set(names):
+                raise InvalidInput(
+                    f"recording {self.name}: step {instant.step} ran the branches {', '.join(have)}, "
+                    f"others {', '.join(names)}; record one branch, or a step window"
+                )
+            for branches, piece in filed:
+                if piece.shape[1:] != first.shape[1:]:
+                    raise InvalidInput(
+                        f"recording {self.name}: {list(piece.shape[1:])} at step {instant.step}, "
+                        f"{list(first.shape[1:])} before; record steps of equal length apart, for a "
+                        "language model the prompt with steps=0 and the rest with steps=slice(1, None)"
+                    )
+                if out is None:
+                    shape = (count, len(names), len(instants), *first.shape[1:])
+                    out = torch.empty(shape, dtype=first.dtype, device=first.device)
+                split = piece.unflatten(0, (len(branches), count))
+                for chunk, name in enumerate(branches):
+                    out[:, names.index(name), number] = split[chunk]
+        assert out is not None
+        return out
+
+
+def _gather(x: Tensor, tokens: Tensor) -> Tensor:
+    tokens = tokens.to(x.device)
+    if tokens.dim() == 1:
+        return x.index_select(1, tokens)
+    index = tokens.reshape(*tokens.shape, *(1,) * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index)
+
+
+def _available() -> int:
+    """Bytes of main memory that are free now, less a fifth for everything else."""
+    import os
+
+    try:
+        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.8)
+    except (ValueError, OSError):  # a system that does not say
+        return 8 * 2**30

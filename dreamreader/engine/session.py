@@ -1,0 +1,469 @@
+"""A session: hooks on a subject for the length of a with block, and what they found."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from dreamreader.engine.cache import Activation, Row
+from dreamreader.engine.clock_schedule import Instant
+from dreamreader.engine.families.text import text_sources
+from dreamreader.engine.firing import Firing, FiringReport
+from dreamreader.engine.lm_tracker import LanguageTracker
+from dreamreader.engine.now import Now
+from dreamreader.engine.place import RowSet
+from dreamreader.engine.probs import ProbsMode
+from dreamreader.engine.recorder import Memory, Recorder
+from dreamreader.engine.request import EditRequest, Record, Request
+from dreamreader.engine.sites import Site, find
+from dreamreader.engine.station import SiteRun, Station
+from dreamreader.engine.step_caches import StepCaches, caches_batch
+from dreamreader.engine.subject import Subject, is_compiled
+from dreamreader.engine.tokens import word_positions
+from dreamreader.engine.tracker import ModuleTracker, PipelineTracker, Tracker
+from dreamreader.errors import ClockUnknown, InvalidInput, NeverFired, UnknownName
+
+
+class Shared:
+    """What the stations of one session have in common."""
+
+    def __init__(self, tracker: Tracker, subject: Subject, rowset: RowSet, seeds: Any):
+        self.tracker = tracker
+        self.subject = subject
+        self.rowset = rowset
+        self.seeds: tuple[int, ...] | None = seeds
+        self.probs = ProbsMode()
+        self.step_caches = StepCaches()
+        self.requests: list[tuple[str, Request]] = []
+        self.branches_seen: dict[str, None] = {}
+        self.steps_seen: dict[int, None] = {}
+        self.drops_branch = False
+        self.serial = -1
+        self._serials: dict[tuple, int] = {}
+        self._now: Now | None = None
+        self._checked_run = -1
+
+    def current(self, site: Site) -> Now:
+        """What is running; `serial` then stands for its kind of call."""
+        now = self.tracker.now
+        if now is None:
+            now = self.tracker.outside(site.component)
+        if now is not self._now:
+            self._now = now
+            self.serial = self._serials.setdefault(now.stamp, len(self._serials))
+            if isinstance(now.branches, tuple):
+                self.branches_seen.update(dict.fromkeys(now.branches))
+            if isinstance(now.instant, Instant):
+                self.steps_seen[now.instant.step] = None
+            if now.phase == "denoise" and now.run != self._checked_run:
+                self._check_windows(now)
+        return now
+
+    def is_active(self, request: Request, now: Now, site: str) -> bool:
+        """Whether the request applies to a call.
+
+        Raises:
+            ClockUnknown: it asks for a time or branch that cannot be known there.
+        """
+        if request.is_empty:
+            return False
+        if request.branch is not None:
+            if not isinstance(now.branches, tuple):
+                raise ClockUnknown(
+                    f"{site}: branch={request.branch!r} was asked for. {now.branches}"
+                )
+            if not set(request.branches or ()) & set(now.branches):
+                return False
+        if not request.needs_time:
+            return True
+        if not isinstance(now.instant, Instant):
+            raise ClockUnknown(f"{site}: a step window was asked for. {now.instant}")
+        if now.phase == "language" and (request.timesteps or request.sigmas or request.fraction):
+            raise ClockUnknown(
+                f"{site}: a language model has decoding steps, no timesteps or noise"
+            )
+        return request.runs_at(now.instant, self.tracker.total())
+
+    def moments(self, request: Request, now: Now) -> int:
+        """How many steps of this run a recording will keep, as far as the schedule tells."""
+        schedule = self.tracker.schedule()
+        if now.phase != "denoise" or not schedule:
+            return 1
+        total = self.tracker.total()
+        return sum(request.runs_at(each, total) for each in schedule)
+
+    def words_for(self, now: Now, site: Site, branches: tuple[str, ...], rows: int):
+        """A function that finds the token numbers of a word for every batch entry."""
+
+        def find_word(word: str) -> list[list[int]]:
+            found: list[list[int]] = []
+            for branch in branches:
+                found += self._word(word, now, site, branch, rows)
+            return found
+
+        return find_word
+
+    def _word(self, word: str, now: Now, site: Site, branch: str, rows: int) -> list[list[int]]:
+        if now.phase == "language":
+            sources = [("", 0, False)]
+        elif now.phase == "text":
+            sources = [(now.component, 0, False)]
+        else:
+            sources = text_sources(self.subject.model, now.layout)
+        places: list[list[int]] = [[] for _ in range(rows)]
+        known = False
+        for component, offset, packed in sources:
+            ids = self.tracker.text_ids(component, branch)
+            if ids is None:
+                continue
+            known = True
+            tokenizer = self._tokenizer(component)
+            for row in range(rows):
+                own = row if len(ids[0]) > 1 else 0
+                hits = word_positions(tokenizer, ids[0][own].tolist(), word)
+                mask = ids[1]
+                if packed and mask is not None:
+                    before = (mask[own].cumsum(0) - 1).tolist()
+                    hits = [before[at] for at in hits]
+                places[row] += [at + offset for at in hits if at + offset >= 0]
+        if not known and branch != "uncond":
+            raise ClockUnknown(
+                f"{site.name}: the tokens of the prompt ({branch}) are not known here"
+            )
+        if branch == "cond":
+            missing = [row for row, each in enumerate(places) if not each]
+            if missing:
+                prompts = self.tracker.prompts
+                prompt = (
+                    f": {prompts[missing[0]]!r}" if prompts and missing[0] < len(prompts) else ""
+                )
+                raise InvalidInput(
+                    f"{site.name}: the word {word!r} is not in the prompt of row {missing[0]}{prompt}"
+                )
+        if now.phase == "language" and now.positions is not None:
+            # indices of a language model count the row's own tokens
+            pads = now.positions.pads
+            places = [[at - pads[row] for at in each] for row, each in enumerate(places)]
+        return places
+
+    def _tokenizer(self, component: str) -> Any:
+        model = self.subject.model
+        if self.subject.kind != "pipeline":
+            tokenizer = getattr(self, "tokenizer", None)
+        else:
+            tokenizer = getattr(model, component.replace("text_encoder", "tokenizer"), None)
+        if tokenizer is None:
+            raise InvalidInput("words of the prompt need a tokenizer: Reader(model, tokenizer)")
+        return tokenizer
+
+    def _check_windows(self, now: Now) -> None:
+        """A step window that no step of the schedule lies in is refused before anything is computed."""
+        self._checked_run = now.run
+        schedule = self.tracker.schedule()
+        total = self.tracker.total()
+        for component, request in self.requests:
+            if not request.needs_time or request.is_empty or component != now.component:
+                continue
+            if schedule and not any(request.runs_at(each, total) for each in schedule):
+                raise NeverFired(
+                    f"{request.describe()} can never fire: {describe_schedule(schedule)}"
+                )
+
+
+class Session(AbstractContextManager):
+    """Edits and recordings on a subject, from the start of a with block to its end.
+
+    Args:
+        subject: what is hooked.
+        edits, records: requests in the order in which they apply.
+        rowset: the rows of the run, where a plan exists.
+        prompts, seeds: of these rows.
+        prompt_length: tokens of a language model's padded prompt.
+        memory_limit: bytes that recordings may hold; most of the free memory by default.
+        shapes: gets the shapes that sites had.
+        require: whether an edit or recording that never fires is an error at the end.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        edits: Sequence[EditRequest] = (),
+        records: Sequence[Record] = (),
+        *,
+        rowset: RowSet | None = None,
+        prompts: Sequence[str] | None = None,
+        seeds: Sequence[int] | None = None,
+        prompt_length: int | None = None,
+        memory_limit: int | None = None,
+        shapes: dict[str, tuple[int, ...]] | None = None,
+        tokenizer: Any = None,
+    ):
+        self.subject = subject
+        self.edits = list(edits)
+        self.records = list(records)
+        self.prompts = prompts
+        self.seeds = seeds
+        self.report = FiringReport()
+        self.recorders: list[Recorder] = []
+        self._shapes = shapes if shapes is not None else {}
+        self._memory = Memory(memory_limit)
+        self._runs: dict[str, SiteRun] = {}
+        self._stack: ExitStack | None = None
+        whole_seeds = tuple(seeds) if seeds is not None else None
+        self._shared = Shared(
+            _tracker(subject, prompt_length), subject, rowset or RowSet(), whole_seeds
+        )
+        self._shared.tokenizer = tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __enter__(self) -> Self:
+        modules = self.subject.modules()
+        stations = self._resolve(modules)
+        shared = self._shared
+        with ExitStack() as stack:
+            if any(map(is_compiled, _parts(self.subject))):
+                # Hooks are not seen by code that is compiled already: run the modules as they are.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                self.report.notes.append(
+                    "compiled modules ran uncompiled while hooks were attached"
+                )
+            stack.enter_context(shared.tracker)
+            taps = [
+                (run.site.name, run.site.tap.module, run.site.tap.side)
+                for run in self._runs.values()
+            ]
+            caches = shared.step_caches.watch(taps, stack)
+            if caches:
+                self.report.notes.append(f"step caches are on: {', '.join(caches)}")
+            if any("probs" in station.sides() for station in stations):
+                stack.enter_context(shared.probs)
+            for station in stations:
+                _attach(station, stack)
+            self._stack = stack.pop_all()
+        shared.drops_branch = any(map(caches_batch, self.subject.components().values()))
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+        self._finish()
+        if kind is None:
+            self._require()
+
+    def activations(self, rows: Sequence[Row] | None = None) -> list[Activation]:
+        """What the recordings kept, in the order they were asked for."""
+        described = list(rows) if rows is not None else self._rows()
+        found = [each.activation(described) for each in self.recorders]
+        return [each for each in found if each is not None]
+
+    def _resolve(self, modules: Mapping[str, nn.Module]) -> list[Station]:
+        """Sites of every request; stations in the order in which modules were first named."""
+        stations: dict[nn.Module, Station] = {}
+        number = 0
+        for request in [*self.edits, *self.records]:
+            named: dict[str, Site] = {}
+            for text in request.sites:
+                named |= {site.name: site for site in find(modules, text)}
+            for name, site in named.items():
+                run = self._runs.get(name)
+                if run is None:
+                    run = self._runs[name] = SiteRun(site, self._shared)
+                    module = site.tap.module
+                    if module not in stations:
+                        stations[module] = Station(module, self._shared)
+                    stations[module].runs.append(run)
+                kind = "edit" if isinstance(request, EditRequest) else "record"
+                self.report.firings.append(Firing(request.describe(), kind, name, number))
+                if isinstance(request, EditRequest):
+                    run.edits.append((number, request))
+                elif isinstance(request, Record):
+                    self._record(request, name, number, run)
+                self._shared.requests.append((site.component, request))
+            number += 1
+        return list(stations.values())
+
+    def _record(self, request: Record, name: str, number: int, run: SiteRun) -> None:
+        if any(each.name == name for each in self.recorders):
+            raise InvalidInput(f"{name} is recorded twice; ask for it once")
+        recorder = Recorder(request, name, number, self._memory)
+        self.recorders.append(recorder)
+        run.recorders.append(recorder)
+
+    def _rows(self) -> list[Row]:
+        rowset = self._shared.rowset
+        prompts = list(self.prompts or self._shared.tracker.prompts or ())
+        seeds = list(self.seeds or ())
+        count = rowset.total or max(len(prompts), len(seeds))
+        return [
+            Row(
+                number,
+                prompts[number] if number < len(prompts) else None,
+                seeds[number] if number < len(seeds) else None,
+            )
+            for number in range(count)
+        ]
+
+    def _finish(self) -> None:
+        """Turn what the stations noted into the firing report."""
+        lines = {(each.number, each.site): each for each in self.report.firings}
+        for name, run in self._runs.items():
+            if run.shape is not None:
+                self._shapes[name] = run.shape
+            for now, plan in run.fired:
+                _count(lines, name, now, plan)
+            for now, plan in run.skipped:
+                for number in plan.active:
+                    step = now.instant.step if isinstance(now.instant, Instant) else 0
+                    lines[number, name].not_computed[step] += 1
+            _note_unchanged(lines, name, run)
+            _note_overflow(lines, name, run)
+            run.release()
+            run.fired.clear()
+            run.skipped.clear()
+        _note_missing_steps(self.report, self.edits + self.records, self._shared)
+
+    def _require(self) -> None:
+        """Raise for what never fired.
+
+        Raises:
+            UnknownName: a branch that the pipeline does not have.
+            NeverFired: a request without any call, or an explicit site that never ran.
+        """
+        seen = self._shared.branches_seen
+        for number, request in enumerate([*self.edits, *self.records]):
+            if request.is_empty:
+                continue
+            unknown = [each for each in request.branches or () if each not in seen]
+            if unknown and seen:
+                raise UnknownName(
+                    "branch",
+                    unknown[0],
+                    seen,
+                    f"{request.describe()}: this run had {', '.join(seen)}",
+                )
+            mine = [each for each in self.report.firings if each.number == number]
+            explicit = {text for text in request.sites if not any(c in text for c in "*[?")}
+            for each in mine:
+                if each.calls == 0 and (each.site in explicit or not any(m.calls for m in mine)):
+                    raise NeverFired(self._why_never(request, each))
+
+    def _why_never(self, request: Request, line: Firing) -> str:
+        said = f"{request.describe()} never fired at {line.site}: "
+        steps = ", ".join(map(str, sorted(self._shared.steps_seen)))
+        if line.not_computed:
+            return said + "a step cache skipped the module at every step that was asked for"
+        run = self._runs[line.site]
+        if run.shape is not None:
+            branches = ", ".join(self._shared.branches_seen)
+            return said + (
+                f"the module ran, but not in the selection; steps that ran: {steps or 'unknown'}; "
+                f"branches: {branches or 'unknown'}"
+            )
+        ran = [name for name, each in self._runs.items() if each.shape is not None]
+        return said + (
+            "the module was not called in this run"
+            + (f"; steps that ran: {steps}" if steps else "; no part of the subject was run")
+            + (f"; sites that did run: {', '.join(ran[:5])}" if ran else "")
+            + _nearby(self.subject, line.site)
+        )
+
+
+def _tracker(subject: Subject, prompt_length: int | None) -> Any:
+    if subject.kind == "pipeline":
+        return PipelineTracker(subject)
+    if subject.kind == "language":
+        return LanguageTracker(subject, prompt_length)
+    return ModuleTracker(subject)
+
+
+def _parts(subject: Subject) -> list[nn.Module]:
+    if subject.kind != "pipeline":
+        return list(subject.model.modules())
+    components = [each for each in subject.model.components.values() if isinstance(each, nn.Module)]
+    return [module for component in components for module in component.modules()]
+
+
+def _attach(station: Station, stack: ExitStack) -> None:
+    sides = station.sides()
+    module = station.module
+    if sides & {"in", "delta", "probs"}:
+        stack.callback(module.register_forward_pre_hook(station.before, with_kwargs=True).remove)
+    if sides & {"out", "delta", "probs"}:
+        stack.callback(module.register_forward_hook(station.after).remove)
+
+
+def _count(lines: dict[tuple[int, str], Firing], name: str, now: Now, plan: Any) -> None:
+    step = now.instant.step if isinstance(now.instant, Instant) else None
+    hits = {each.number: each for each in plan.edits.hits} if plan.edits else {}
+    for number in plan.active:
+        line = lines[number, name]
+        line.calls += 1
+        if step is not None:
+            line.steps[step] += 1
+        if number in plan.passed:
+            line.passed_over += 1
+        elif number in hits:
+            line.branches.update(hits[number].branches)
+            line.rows.update(hits[number].rows)
+    for recorder, cut, _ in plan.cuts:
+        line = lines[recorder.number, name]
+        line.branches.update(cut.branches)
+        line.rows.update(cut.rows)
+
+
+def _note_unchanged(lines: dict[tuple[int, str], Firing], name: str, run: SiteRun) -> None:
+    for number, _ in run.edits:
+        line = lines[number, name]
+        if line.calls > line.passed_over and number not in run.changed:
+            line.note("strength above 0, but no value changed")
+
+
+def _note_overflow(lines: dict[tuple[int, str], Firing], name: str, run: SiteRun) -> None:
+    from dreamreader.engine.firing import ranges
+
+    steps = {
+        now.instant.step if isinstance(now.instant, Instant) else 0
+        for now, flag in run.overflows
+        if bool(flag)
+    }
+    if steps:
+        for number, _ in run.edits:
+            lines[number, name].note(f"overflow to infinity at steps {ranges(steps)}")
+    run.overflows.clear()
+
+
+def _note_missing_steps(report: FiringReport, requests: Sequence[Request], shared: Shared) -> None:
+    total = shared.tracker.total()
+    for number, request in enumerate(requests):
+        if total is None or not isinstance(
+            request.steps, int | list | tuple | set | frozenset | range
+        ):
+            continue
+        wanted = [request.steps] if isinstance(request.steps, int) else list(request.steps)
+        beyond = [each for each in wanted if not -total <= each < total]
+        for line in report.firings:
+            if beyond and line.number == number:
+                line.note(f"steps {', '.join(map(str, beyond))} do not exist: the run had {total}")
+
+
+def describe_schedule(schedule: Sequence[Instant]) -> str:
+    """The steps of a run in words."""
+    first, last = schedule[0], schedule[-1]
+    sigma = "" if first.sigma is None else f", sigma {first.sigma:.4g} .. {last.sigma or 0:.4g}"
+    return (
+        f"this run has steps {first.step} .. {last.step} (timestep {first.timestep:g} .. "
+        f"{last.timestep:g}{sigma}, fraction {first.fraction:.3g} .. {last.fraction:.3g})"
+    )
+
+
+def _nearby(subject: Subject, site: str) -> str:
+    from dreamreader.errors import nearest
+
+    path = site.partition(":")[0]
+    near = [each for each in nearest(path, subject.modules(), 4) if each != path]
+    return f"; nearest sites: {', '.join(near)}" if near else ""
+
+
+__all__ = ["Session", "Shared", "describe_schedule"]

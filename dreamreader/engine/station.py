@@ -1,0 +1,363 @@
+"""Stations: the hooks of a session. One per module and one run per site there."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dreamreader.engine.compile import Active, Compiled, compiled
+from dreamreader.engine.now import Now
+from dreamreader.engine.place import Place, row_mask
+from dreamreader.engine.recorder import Cut, Recorder
+from dreamreader.engine.request import EditRequest, Request
+from dreamreader.engine.sites import Site
+from dreamreader.engine.taps import (
+    Argument,
+    View,
+    is_channels_last,
+    pick,
+    put,
+    read_channels,
+    write_channels,
+)
+from dreamreader.engine.tokens import Sequence_, select, sequence
+from dreamreader.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from dreamreader.engine.session import Shared
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(eq=False)
+class Plan:
+    """What to do at one site in one kind of call."""
+
+    edits: Compiled | None
+    cuts: list[tuple[Recorder, Cut, int]]
+    passed: tuple[int, ...]
+    active: tuple[int, ...]
+
+
+class SiteRun:
+    """The edits and recordings of one site during a session."""
+
+    def __init__(self, site: Site, shared: "Shared"):
+        self.site = site
+        self.shared = shared
+        self.edits: list[tuple[int, EditRequest]] = []
+        self.recorders: list[Recorder] = []
+        self.fired: list[tuple[Now, Plan]] = []
+        self.skipped: list[tuple[Now, Plan]] = []
+        self.changed: set[int] = set()
+        self.overflows: list[tuple[Now, Tensor]] = []
+        self.shape: tuple[int, ...] | None = None
+        self._plans: dict[Any, Plan] = {}
+        self._programs: dict[Any, Compiled] = {}
+
+    def visit(self, view: View, heads_split: bool = False) -> Tensor | None:
+        """Edit and record the values seen by `view`; the edited [batch, tokens, features], or None."""
+        now = self.shared.current(self.site)
+        x = view.x
+        key = (self.shared.serial, x.shape, x.dtype, x.device)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._plan(now, view, heads_split)
+        if not plan.active:
+            return None
+        self.fired.append((now, plan))
+        y = None
+        if plan.edits is not None:
+            if plan.edits.numbers <= self.changed:
+                y = plan.edits.run(x)
+            else:
+                y = plan.edits.run_compared(x, self.changed)
+            if y.dtype in _HALF:
+                self.overflows.append((now, x.isfinite().all() & ~y.isfinite().all()))
+            x = y
+        for recorder, cut, moments in plan.cuts:
+            recorder.keep(x, cut, now, moments)
+        return y
+
+    def pass_over(self, view: View) -> None:
+        """The site was skipped by a step cache: nothing is edited or recorded, but it is reported."""
+        now = self.shared.current(self.site)
+        plan = self._plan(now, view, False)
+        if plan.active:
+            self.skipped.append((now, plan))
+
+    def release(self) -> None:
+        """Let go of everything that is not a result."""
+        self._plans.clear()
+        self._programs.clear()
+
+    def _plan(self, now: Now, view: View, heads_split: bool) -> Plan:
+        x = view.x
+        name = self.site.name
+        self.shape = tuple(x.shape)
+        place_of = _Places(self.site, now, view, self.shared, heads_split)
+        active = [(n, each) for n, each in self.edits if self.shared.is_active(each, now, name)]
+        wanted = [each for each in self.recorders if self.shared.is_active(each.request, now, name)]
+        if not active and not wanted:
+            return Plan(None, [], (), ())
+        edits = self._compiled(active, now, x, place_of) if active else None
+        cuts = [
+            (each, _cut(each, place_of.make(each.request)), self.shared.moments(each.request, now))
+            for each in wanted
+        ]
+        hit = edits.numbers if edits else frozenset()
+        return Plan(
+            edits if hit else None,
+            [(recorder, cut, moments) for recorder, cut, moments in cuts if cut is not None],
+            tuple(n for n, _ in active if n not in hit),
+            tuple(n for n, _ in active) + tuple(each.number for each in wanted),
+        )
+
+    def _compiled(
+        self, active: list[tuple[int, EditRequest]], now: Now, x: Tensor, place_of: "_Places"
+    ) -> Compiled:
+        if not x.is_floating_point():
+            raise InvalidInput(
+                f"{self.site.name}: holds {x.dtype}, only floating point can be edited"
+            )
+        if self.site.port == "probs":
+            raise InvalidInput(
+                f"{self.site.name}: probs can be recorded, not edited; edit q, k or heads"
+            )
+        # Steps with the same edits at work share a program, unless an edit differs from step to step.
+        moving = any(each.changes_with_step for _, each in active)
+        time = now.stamp[1] if moving else None
+        numbers = tuple(n for n, _ in active)
+        key = (numbers, time, now.shape_key, x.shape, x.dtype, x.device)
+        found = self._programs.get(key)
+        if found is None:
+            works = [Active(n, each, place_of.make(each)) for n, each in active]
+            found = self._programs[key] = compiled(works, tuple(x.shape))  # pyright: ignore
+        return found
+
+
+class _Places:
+    """Makes the place of each request at one site in one kind of call."""
+
+    def __init__(self, site: Site, now: Now, view: View, shared: "Shared", heads_split: bool):
+        self.site = site
+        self.now = now
+        self.shared = shared
+        self.x = view.x
+        self.heads_split = heads_split
+        batch = self.x.shape[0]
+        self.branches = now.names
+        self.regular = now.batch is None or now.batch == batch
+        if not self.regular or batch % len(self.branches):
+            self.branches = ("unknown",)
+        hw = None if view.hw is None else view.hw
+        self.tokens: Sequence_ = sequence(
+            site.name, self.x.shape[1], batch, hw, site.tap.stream, now
+        )
+
+    def make(self, request: Request) -> Place:
+        batch = self.x.shape[0]
+        rows = batch // len(self.branches)
+        self._check_rows(request, rows)
+        rowset = self.shared.rowset.resolved(rows)
+        heads = self.site.heads
+        width = self.x.shape[-1] if self.x.dim() == 3 else self.x.shape[-1] * self.x.shape[-2]
+        place = Place(
+            self.site.name,
+            width,
+            heads,
+            rows,
+            rowset.total or rows,
+            rowset.start,
+            self.branches,
+            self.tokens,
+            self.now.instant if not isinstance(self.now.instant, Exception) else None,
+            self.x.device,
+            self.x.dtype,
+            self.shared.seeds,
+        )
+        entries = row_mask(request, place)
+        words = None
+        if isinstance(request.tokens, str):
+            words = self.shared.words_for(self.now, self.site, self.branches, rows)
+        tokens = select(request.tokens, self.tokens, words)
+        selected = torch.ones(1, 1) if tokens is None else torch.atleast_2d(tokens)
+        if entries is not None:
+            selected = selected * entries.reshape(-1, 1)
+        place.selected = selected
+        return place
+
+    def _check_rows(self, request: Request, rows: int) -> None:
+        """A request that names rows needs a batch whose entries are the rows of the run."""
+        rowset = self.shared.rowset
+        per_row = isinstance(request, EditRequest) and request.row_lengths()
+        if isinstance(request, EditRequest) and not (
+            per_row or request.rows is not None or request.branch is not None
+        ):
+            return
+        count = rowset.count if rowset.total is not None else None
+        if self.regular and (count is None or rows == count):
+            return
+        got = self.x.shape[0]
+        want = self.now.batch if not self.regular else f"{count} rows"
+        raise InvalidInput(
+            f"{self.site.name}: its batch has {got} entries where {want} are expected, so rows and "
+            f"branches cannot be told apart there. {_why_irregular(self.now, self.shared)}"
+        )
+
+
+def _why_irregular(now: Now, shared: "Shared") -> str:
+    if now.phase == "denoise" and shared.drops_branch:
+        return "FasterCache leaves out the unconditional half inside the denoiser: disable it"
+    if now.phase == "outside":
+        return "Slicing (enable_vae_slicing) splits the batch: disable it"
+    return "The module does not work on one entry for each row"
+
+
+def _cut(recorder: Recorder, place: Place) -> Cut | None:
+    """The part of the batch that a recording keeps; None where it keeps nothing."""
+    request = recorder.request
+    wanted = request.branches
+    branches = tuple(name for name in place.branches if wanted is None or name in wanted)
+    if not branches:
+        return None
+    rows = list(range(place.rows))
+    if request.rows is not None:
+        touched = row_mask(type(request)(request.site, rows=request.rows), place)
+        assert touched is not None
+        rows = [row for row in rows if touched[row]]
+        if not rows:
+            return None
+    entries = [place.branches.index(name) * place.rows + row for name in branches for row in rows]
+    whole = entries == list(range(place.batch))
+    kept = None if whole else torch.tensor(entries, device=place.device)
+    tokens = _kept_tokens(request, place, entries)
+    stream = place.sequence.stream
+    full = request.tokens is None and (stream in (None, "image") or place.sequence.kind == stream)
+    numbers = tuple(place.first + row for row in rows)
+    index = None if tokens is None else tokens.to(place.device)
+    heads = place.heads
+    return Cut(branches, kept, numbers, index, place.hw if full else None, heads)
+
+
+def _kept_tokens(request: Request, place: Place, entries: list[int]) -> Tensor | None:
+    """Token numbers that a recording keeps, [n] or [entries, n]; None for all."""
+    if request.tokens is None and place.sequence.stream is None:
+        return None  # padding of a language model stays, so that every row has the same length
+    chosen = place.selected
+    if chosen.shape[0] > 1:
+        chosen = chosen[entries]
+    if chosen.shape[1] == 1 or bool((chosen != 0).all()):
+        return None
+    kept = [row.nonzero().flatten() for row in chosen]
+    if len({len(each) for each in kept}) > 1:
+        counts = ", ".join(str(len(each)) for each in kept)
+        raise InvalidInput(
+            f"recording {place.site}: the rows keep different numbers of tokens ({counts}); record "
+            "them apart, or all tokens"
+        )
+    if all(torch.equal(each, kept[0]) for each in kept):
+        return kept[0]
+    return torch.stack(kept)
+
+
+class Station:
+    """The hooks on one module: edits first, recordings after, in the order they were given."""
+
+    def __init__(self, module: nn.Module, shared: "Shared"):
+        self.module = module
+        self.shared = shared
+        self.runs: list[SiteRun] = []
+        self._arguments: dict[str | None, Argument] = {}
+        self._inputs: dict[int, Tensor] = {}
+        self._channels_last = is_channels_last(module)
+
+    def sides(self) -> set[str]:
+        return {each.site.tap.side for each in self.runs}
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        changed = False
+        for run in self.runs:
+            side = run.site.tap.side
+            if side == "probs":
+                self.shared.probs.begin(module)
+            elif side in ("in", "delta"):
+                argument = self._argument(run)
+                value = self._input(run, argument.get(args, kwargs))
+                if side == "delta":
+                    self._inputs[id(run)] = value.clone()
+                    continue
+                new = self._visited(run, value)
+                if new is not None:
+                    args, kwargs = argument.replaced(args, kwargs, new)
+                    changed = True
+        return (args, kwargs) if changed else None
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        computed = self.shared.step_caches.computed(module)
+        changed = False
+        for run in self.runs:
+            tap = run.site.tap
+            if tap.side == "in":
+                continue
+            if tap.side == "probs":
+                self._probs(run, computed)
+                continue
+            value = pick(output, tap.element, run.site.name)
+            if not computed:
+                self._inputs.pop(id(run), None)
+                run.pass_over(View(value, self._channels_last))
+                continue
+            if tap.side == "delta":
+                new = self._delta(run, value)
+            else:
+                new = self._visited(run, value)
+            if new is not None:
+                output = put(output, tap.element, new)
+                changed = True
+        return output if changed else None
+
+    def _argument(self, run: SiteRun) -> Argument:
+        name = run.site.tap.argument
+        if name not in self._arguments:
+            self._arguments[name] = Argument(self.module, name)
+        return self._arguments[name]
+
+    def _input(self, run: SiteRun, value: Any) -> Tensor:
+        if not isinstance(value, Tensor):
+            argument = self._argument(run).name
+            raise InvalidInput(
+                f"{run.site.name}: the argument {argument} is {type(value).__name__}, no tensor"
+            )
+        return value
+
+    def _visited(self, run: SiteRun, value: Tensor) -> Tensor | None:
+        tap = run.site.tap
+        view = View(value, self._channels_last)
+        if tap.channels is None and tap.interleaved is None:
+            y = run.visit(view)
+            return None if y is None else view.back(y)
+        part = View(read_channels(view.x, tap))
+        y = run.visit(part)
+        return None if y is None else view.back(write_channels(view.x, tap, y))
+
+    def _delta(self, run: SiteRun, value: Tensor) -> Tensor | None:
+        given = self._inputs.pop(id(run))
+        if given.shape != value.shape:
+            raise InvalidInput(
+                f"{run.site.name}: its input is {list(given.shape)}, its result {list(value.shape)}; "
+                "delta needs equal shapes"
+            )
+        new = self._visited(run, value - given)
+        return None if new is None else given + new
+
+    def _probs(self, run: SiteRun, computed: bool) -> None:
+        if not computed:
+            self.shared.probs.drop()
+            run.pass_over(View(torch.zeros(0, 1, 1)))
+            return
+        found = self.shared.probs.end(run.site.name, run.site.heads or 1)
+        view = View(found.flatten(1, 2))
+        view.x = found.transpose(1, 2)  # [batch, queries, heads, keys]
+        run.visit(view, heads_split=True)

@@ -1,0 +1,77 @@
+"""The model or pipeline under study: its modules by the names that users know."""
+
+from typing import Any
+
+from torch import nn
+
+from dreamreader.errors import InvalidInput
+
+
+class Subject:
+    """Modules of a diffusers pipeline, a transformers model or any `nn.Module`, by dotted path.
+
+    Paths start at the pipeline's component names or at the model's own attributes. The wrapper of
+    `torch.compile` is looked through. `modules()` reads the subject anew, since components may be
+    replaced, compiled or given adapters between runs.
+
+    Attributes:
+        kind: `pipeline`, `language` or `module`.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        components = getattr(model, "components", None)
+        if isinstance(components, dict):
+            self.kind = "pipeline"
+        elif isinstance(model, nn.Module):
+            is_language = hasattr(model, "generate") and hasattr(model, "config")
+            self.kind = "language" if is_language else "module"
+        else:
+            raise InvalidInput(
+                "a Reader wraps a diffusers pipeline, a transformers model or an nn.Module, "
+                f"got {type(model).__name__}"
+            )
+
+    @property
+    def name(self) -> str:
+        own = getattr(type(self.model), "_dreamreader_own_class", type(self.model))
+        return own.__name__
+
+    def components(self) -> dict[str, nn.Module]:
+        """The modules at the top: components of a pipeline, or the model under the empty name."""
+        if self.kind != "pipeline":
+            return {"": unwrapped(self.model)}
+        return {
+            name: unwrapped(each)
+            for name, each in self.model.components.items()
+            if isinstance(each, nn.Module)
+        }
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Every module by path, the root of a plain model left out."""
+        found: dict[str, nn.Module] = {}
+        for top, component in self.components().items():
+            for path, module in component.named_modules():
+                name = ".".join(part for part in (top, _bare(path)) if part)
+                if name:
+                    found[name] = unwrapped(module)
+        return found
+
+
+def unwrapped(module: Any) -> Any:
+    """The module itself where `torch.compile` has wrapped it."""
+    while isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+        module = inner
+    return module
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` runs this module, as a wrapper or in place."""
+    return (
+        isinstance(getattr(module, "_orig_mod", None), nn.Module)
+        or getattr(module, "_compiled_call_impl", None) is not None
+    )
+
+
+def _bare(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")

@@ -1,0 +1,190 @@
+"""Taps: where exactly a port of a module is read and written.
+
+A tap names a module, the side of its call, and which part of the tensor there belongs to the port.
+Families build taps; the session turns them into hooks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dreamreader.errors import InvalidInput
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """One place in the memory of a running model.
+
+    Args:
+        module: what is hooked.
+        side: `out` (its result), `in` (an argument), `delta` (result minus argument), `probs`.
+        element: which entry of a tuple result; None: the first tensor.
+        argument: name of the argument of `in` and `delta`; None: the first one.
+        channels: (start, stop) of the features that belong to the port, in a fused projection.
+        interleaved: (which, of): the port is the part `which` of `of` equal parts of every head.
+        heads: number of heads of the port, None where it has none.
+        stream: `image` or `text`: only these tokens of a sequence that holds both.
+    """
+
+    module: nn.Module = field(repr=False)
+    side: str = "out"
+    element: int | None = None
+    argument: str | None = None
+    channels: tuple[int, int] | None = None
+    interleaved: tuple[int, int] | None = None
+    heads: int | None = None
+    stream: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionFacts:
+    """What a family knows of an attention module.
+
+    Args:
+        ports: tap of `q`, `k`, `v`, `heads`, and of their text stream as `q.text` and so on where the
+            two streams have projections of their own.
+        no_probs: why attention probabilities do not exist here, None where they do.
+        joint: the sequence inside holds text and image tokens.
+        streams: entry of the module's result per stream, where it returns two.
+    """
+
+    ports: dict[str, Tap]
+    heads: int
+    no_probs: str | None = None
+    joint: bool = False
+    streams: dict[str, int] = field(default_factory=dict)
+
+
+def pick(value: Any, element: int | None, name: str) -> Tensor:
+    """The tensor of a module's result: itself, one entry of a tuple, or the first field of an output object."""
+    if isinstance(value, Tensor):
+        return value
+    items = _items(value)
+    if items is not None:
+        found = items[element] if element is not None and element < len(items) else None
+        if element is None:
+            found = next((each for each in items if isinstance(each, Tensor)), None)
+        if isinstance(found, Tensor):
+            return found
+    raise InvalidInput(
+        f"{name}: the module gives {type(value).__name__}, which holds no tensor to read"
+    )
+
+
+def put(value: Any, element: int | None, new: Tensor) -> Any:
+    """`value` with the tensor that `pick` found replaced; containers are rebuilt, never changed."""
+    if isinstance(value, Tensor):
+        return new
+    items = list(_items(value) or ())
+    if element is None:
+        element = next(number for number, each in enumerate(items) if isinstance(each, Tensor))
+    if isinstance(value, dict):
+        key = list(value)[element]
+        return type(value)(**{**value, key: new})
+    items[element] = new
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def _items(value: Any) -> Sequence[Any] | None:
+    if isinstance(value, (tuple, list)):
+        return value
+    if isinstance(value, dict):  # ModelOutput and BaseOutput are ordered dictionaries
+        return list(value.values())
+    return None
+
+
+class Argument:
+    """Finds and replaces one argument of a module's call, wherever the caller put it."""
+
+    def __init__(self, module: nn.Module, name: str | None):
+        import inspect
+
+        parameters = [
+            each.name
+            for each in inspect.signature(type(module).forward).parameters.values()
+            if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+        ][1:]
+        if name is not None and name not in parameters:
+            raise InvalidInput(f"{type(module).__name__}.forward has no argument {name!r}")
+        self.name = name or (parameters[0] if parameters else "input")
+        self.position = parameters.index(self.name) if self.name in parameters else 0
+
+    def get(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self.name in kwargs:
+            return kwargs[self.name]
+        return args[self.position] if self.position < len(args) else None
+
+    def replaced(
+        self, args: tuple, kwargs: dict[str, Any], new: Tensor
+    ) -> tuple[tuple, dict[str, Any]]:
+        if self.name in kwargs:
+            return args, {**kwargs, self.name: new}
+        return (*args[: self.position], new, *args[self.position + 1 :]), kwargs
+
+
+def read_channels(x: Tensor, tap: Tap) -> Tensor:
+    """The features of `x` [B, T, D] that belong to the tap: a view, or a copy where heads interleave."""
+    if tap.channels is not None:
+        return x[..., tap.channels[0] : tap.channels[1]]
+    if tap.interleaved is not None:
+        which, of = tap.interleaved
+        assert tap.heads is not None
+        return x.unflatten(-1, (tap.heads, of, -1))[..., which, :].flatten(-2)
+    return x
+
+
+def write_channels(x: Tensor, tap: Tap, part: Tensor) -> Tensor:
+    """`x` with the features of the tap replaced by `part`."""
+    if tap.channels is not None:
+        full = x.clone()
+        full[..., tap.channels[0] : tap.channels[1]] = part
+        return full
+    if tap.interleaved is not None:
+        which, of = tap.interleaved
+        assert tap.heads is not None
+        split = x.unflatten(-1, (tap.heads, of, -1)).clone()
+        split[..., which, :] = part.unflatten(-1, (tap.heads, -1))
+        return split.flatten(-3)
+    return part
+
+
+class View:
+    """A tensor seen as [rows, tokens, features] without a copy, and the way back.
+
+    Feature maps [B, C, H, W] become [B, H*W, C] through strides and keep (H, W) as `hw`; a tensor
+    [B, D] gets one token. `channels_last`: 4-D tensors of norms inside attention are
+    [B, heads or tokens, tokens or heads, d].
+    """
+
+    __slots__ = ("x", "shape", "hw")
+
+    def __init__(self, x: Tensor, channels_last: bool = False):
+        self.shape = x.shape
+        self.hw: tuple[int, ...] | None = None
+        if x.dim() == 3:
+            self.x = x
+        elif x.dim() == 2:
+            self.x = x.unsqueeze(1)
+        elif x.dim() < 2:
+            self.x = x.reshape(x.shape[0] if x.dim() else 1, 1, 1)
+        elif channels_last:
+            self.x = x.flatten(1, -2)
+        else:
+            self.hw = tuple(x.shape[2:])
+            self.x = x.flatten(2).transpose(1, 2)
+
+    def back(self, y: Tensor) -> Tensor:
+        if len(self.shape) == 3:
+            return y
+        if self.hw is not None:
+            return y.transpose(1, 2).unflatten(2, self.hw)
+        return y.reshape(self.shape)
+
+
+def is_channels_last(module: nn.Module) -> bool:
+    """Whether a 4-D result of the module has its features in the last dimension, as norms of heads do."""
+    name = type(module).__name__
+    return isinstance(module, torch.nn.LayerNorm) or "RMSNorm" in name or name == "LpNorm"

@@ -1,0 +1,234 @@
+"""Trackers say what is running now. One per kind of subject: pipeline, language model, plain module."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol, Self
+
+from torch import Tensor, nn
+
+from dreamreader.engine.clock import Clock
+from dreamreader.engine.clock_run import listen_to_pipeline
+from dreamreader.engine.clock_schedule import Instant
+from dreamreader.engine.families.places import Layout, layout
+from dreamreader.engine.now import ALL, Now
+from dreamreader.engine.subject import Subject, unwrapped
+from dreamreader.errors import ClockUnknown
+
+
+class Tracker(Protocol):
+    """What a session needs to know of a running subject."""
+
+    now: Now | None
+    runs: int
+    prompts: list[str] | None
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *error: object) -> None: ...
+    def outside(self, component: str) -> Now: ...
+    def total(self) -> int | None: ...
+    def schedule(self) -> list[Instant]: ...
+    def text_ids(self, component: str, branch: str) -> tuple[Tensor, Tensor | None] | None: ...
+
+
+class Parameters:
+    """Names of a module's arguments, to read a call by name."""
+
+    def __init__(self, module: nn.Module):
+        self.names = list(inspect.signature(type(module).forward).parameters)[1:]
+
+    def bind(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+
+class PipelineTracker(AbstractContextManager):
+    """Follows a diffusers pipeline: its clock says time and branch."""
+
+    def __init__(self, subject: Subject):
+        self.clock = Clock(subject.model)
+        self.pipe = subject.model
+        self.now: Now | None = None
+        self.runs = 0
+        self.prompts: list[str] | None = None
+        self._denoised = False
+        self._ids: dict[tuple[str, str], tuple[Tensor, Tensor | None]] = {}
+        self._layouts: dict[tuple, Layout] = {}
+        self._stack: ExitStack | None = None
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(self.clock)
+            stack.enter_context(listen_to_pipeline(self.pipe, self))
+            for name, module in self.clock.denoisers.items():
+                stack.enter_context(_watched(module, self._denoiser(name, module), self._ended))
+            for name, module in self.clock.text_encoders.items():
+                stack.enter_context(_watched(module, self._encoder(name, module), self._ended))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+        self.now = None
+
+    # what the pipeline's listener tells
+
+    def run_began(self, arguments: Mapping[str, Any]) -> None:
+        prompt = arguments.get("prompt")
+        self.prompts = [prompt] if isinstance(prompt, str) else list(prompt) if prompt else None
+        each = arguments.get("num_images_per_prompt") or 1
+        if self.prompts is not None and each > 1:
+            self.prompts = [text for text in self.prompts for _ in range(each)]
+        self.runs += 1
+        self._ids.clear()
+
+    def run_ended(self, failed: bool) -> None:
+        self.now = None
+
+    def encoding_began(self, arguments: Mapping[str, Any]) -> None:
+        pass
+
+    def encoding_ended(self) -> None:
+        pass
+
+    def outside(self, component: str) -> Now:
+        why = ClockUnknown(f"{component} runs outside the denoising loop: it has no step")
+        branch = ClockUnknown(f"{component} runs outside guidance: it has no branch")
+        return Now(component, "outside", self.runs, why, branch, None)
+
+    def total(self) -> int | None:
+        """Steps of the full trajectory."""
+        schedule = self.clock.schedule
+        return schedule[-1].step + 1 if schedule else None
+
+    def schedule(self) -> list[Instant]:
+        return self.clock.schedule
+
+    def text_ids(self, component: str, branch: str) -> tuple[Tensor, Tensor | None] | None:
+        return self._ids.get((component, branch))
+
+    def _ended(self) -> None:
+        self.now = None
+
+    def _denoiser(self, name: str, module: nn.Module):
+        inner = unwrapped(module)
+        parameters = Parameters(inner)
+
+        def began(args: tuple, kwargs: dict[str, Any]) -> None:
+            arguments = parameters.bind(args, kwargs)
+            shapes = tuple(
+                (key, value.shape) for key, value in arguments.items() if isinstance(value, Tensor)
+            )
+            # Masks decide the text lengths of some families, so a mask is part of the key by value.
+            mask = arguments.get("encoder_attention_mask")
+            lengths = tuple(mask.sum(1).tolist()) if _has_lengths(inner, mask) else None
+            key = (name, shapes, lengths)
+            if key not in self._layouts:
+                self._layouts[key] = layout(inner, arguments)
+            sample = next((each for each in arguments.values() if isinstance(each, Tensor)), None)
+            self.now = Now(
+                name,
+                "denoise",
+                self.runs,
+                _known(self.clock.time),
+                _known(self.clock.branches),
+                sample.shape[0] if sample is not None else None,
+                self._layouts[key],
+            )
+
+        return began
+
+    def _encoder(self, name: str, module: nn.Module):
+        parameters = Parameters(unwrapped(module))
+
+        def began(args: tuple, kwargs: dict[str, Any]) -> None:
+            arguments = parameters.bind(args, kwargs)
+            ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+            branches = _known(self.clock.branches)
+            if isinstance(ids, Tensor) and isinstance(branches, tuple):
+                kept = mask if isinstance(mask, Tensor) and mask.shape == ids.shape else None
+                self._ids[name, branches[0]] = (ids, kept)
+            why = ClockUnknown(f"{name} runs before the first denoising step: it has no step")
+            found = ids if isinstance(ids, Tensor) else None
+            batch = found.shape[0] if found is not None else None
+            self.now = Now(name, "text", self.runs, why, branches, batch, ids=found)
+
+        return began
+
+
+class ModuleTracker(AbstractContextManager):
+    """Follows a plain module: each call is a run, without time or branch."""
+
+    def __init__(self, subject: Subject):
+        self.module = subject.components()[""]
+        self.now: Now | None = None
+        self.runs = 0
+        self.prompts: list[str] | None = None
+        self._stack: ExitStack | None = None
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(_watched(self.module, self._began, self._ended))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+
+    def outside(self, component: str) -> Now:
+        why = ClockUnknown(f"{type(self.module).__name__} has no denoising steps")
+        branch = ClockUnknown(f"{type(self.module).__name__} has no guidance branches")
+        return Now(component, "outside", self.runs, why, branch, None)
+
+    def total(self) -> int | None:
+        return None
+
+    def schedule(self) -> list[Instant]:
+        return []
+
+    def text_ids(self, component: str, branch: str) -> tuple[Tensor, Tensor | None] | None:
+        return None
+
+    def _began(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.runs += 1
+        self.now = self.outside(type(self.module).__name__)
+
+    def _ended(self) -> None:
+        self.now = None
+
+
+@contextmanager
+def _watched(module: nn.Module, began, ended) -> Iterator[None]:
+    """Hooks around a module's call; they see it after the clock's own, which came first."""
+    first = module.register_forward_pre_hook(
+        lambda _, args, kwargs: began(args, kwargs), with_kwargs=True
+    )
+    last = module.register_forward_hook(lambda *_: ended(), always_call=True)
+
+    def keep_last(*_: object) -> None:
+        # The subject's own outputs are a site too: `ended` has to run after every hook on them.
+        module._forward_hooks.move_to_end(last.id)
+
+    second = module.register_forward_pre_hook(keep_last)
+    try:
+        yield
+    finally:
+        for handle in (first, second, last):
+            handle.remove()
+
+
+def _has_lengths(denoiser: nn.Module, mask: Any) -> bool:
+    return isinstance(mask, Tensor) and type(denoiser).__name__.startswith("Lumina")
+
+
+def _known(ask) -> Any:
+    try:
+        return ask()
+    except ClockUnknown as error:
+        return error.with_traceback(None)
+
+
+__all__ = ["ALL", "ModuleTracker", "PipelineTracker", "Tracker"]
