@@ -34,7 +34,7 @@ def _heard(case: Case) -> tuple[list[Call], torch.Tensor]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_clock_agrees_with_the_loop_by_hand(case: Case) -> None:
-    truth = case.by_hand(case.pipe())
+    truth = case.truth
     heard, latents = _heard(case)
     assert [(call.step, call.evaluation, call.branches) for call in heard] == [
         (call.step, call.evaluation, call.branches) for call in truth.calls

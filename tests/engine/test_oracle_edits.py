@@ -15,7 +15,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 def _window(case: Case) -> tuple[list[int], tuple[str, ...]]:
     """Two steps in the middle of the run, and the branches that run in them."""
-    calls = case.by_hand(case.pipe()).calls
+    calls = case.truth.calls
     steps = sorted({call.step for call in calls})[-3:-1]
     found = [branch for call in calls if call.step in steps for branch in call.branches]
     return steps, tuple(dict.fromkeys(found))
@@ -43,7 +43,7 @@ def test_steering_one_branch_in_some_steps(case: Case) -> None:
 
     steps, branches = _window(case)
     component, path = case.attention
-    plain = case.by_hand(case.pipe()).latents
+    plain = case.truth.latents
     for branch in branches:
         pipe = case.pipe()
         direction = _direction(case, pipe)
@@ -57,3 +57,113 @@ def test_steering_one_branch_in_some_steps(case: Case) -> None:
         # afterwards the subject is as it was
         again = pipe(**case.pipeline_arguments()).images
         torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-5)
+
+
+def _by_hand(case: Case, apply: Any, branch: str = "cond", steps: Any = (1, 2)) -> Tensor:
+    return case.by_hand(case.pipe(), Change(case.attention[1], branch, steps, apply)).latents
+
+
+def _close(ours: Tensor, truth: Tensor, plain: Tensor) -> None:
+    assert (truth - plain).abs().max() > 1e-2
+    assert (ours - truth).abs().max() < 1e-4 * max(1.0, float(truth.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["sd", "sd-HeunDiscrete", "sd-img2img-EulerDiscrete", "lumina2"])
+@pytest.mark.parametrize("window", ["timesteps", "sigmas", "fraction"])
+def test_windows_of_time_choose_the_same_calls(name: str, window: str) -> None:
+    """A window around one step's own values holds that step, and no call of another value."""
+    import dreamreader as dr
+
+    case = BY_NAME[name]
+    plain = case.truth
+    calls = [call for call in plain.calls if "cond" in call.branches]
+    key = {"timesteps": "timestep", "sigmas": "sigma", "fraction": "fraction"}[window]
+    value = getattr(calls[len(calls) // 2], key)
+    inside = (value * 0.999 - 1e-6, value * 1.001 + 1e-6)
+    pipe = case.pipe()
+    direction = _direction(case, pipe)
+
+    # by hand: push at every call whose own value lies in the window, whatever its step
+    turns = iter(calls)
+
+    def push(step: int, branch: str, rows: Tensor) -> Tensor:
+        now = getattr(next(turns), key)
+        return rows + ALPHA * direction if inside[0] <= now <= inside[1] else rows
+
+    truth = _by_hand(case, push, steps=range(100))
+    site = ".".join(case.attention)
+    edit = dr.Steer(site, direction, ALPHA, branch="cond", **{window: inside})
+    _close(_edited(case, [edit], pipe), truth, plain.latents)
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3", "flux-true-cfg", "sd3-images"])
+def test_each_row_has_its_own_strength(name: str) -> None:
+    import dreamreader as dr
+
+    case = BY_NAME[name]
+    pipe = case.pipe()
+    direction = _direction(case, pipe)
+    alphas = torch.linspace(0, 4, len(case.seeds))
+    truth = _by_hand(case, lambda step, branch, rows: rows + alphas[:, None, None] * direction)
+    plain = case.truth.latents
+    site = ".".join(case.attention)
+    edit = dr.Steer(site, direction, alphas.tolist(), branch="cond", steps=range(1, 3))
+    ours = _edited(case, [edit], pipe)
+    _close(ours, truth, plain)
+    assert torch.equal(ours[0], pipe(**case.pipeline_arguments()).images[0])
+
+
+@pytest.mark.parametrize("name", ["sd", "flux-true-cfg", "lumina2", "sd-unguided"])
+def test_without_a_branch_every_branch_is_edited(name: str) -> None:
+    import dreamreader as dr
+
+    case = BY_NAME[name]
+    pipe = case.pipe()
+    direction = _direction(case, pipe)
+    component, path = case.attention
+    module = getattr(pipe, component).get_submodule(path)
+    handle = module.register_forward_hook(lambda module, inputs, output: output + ALPHA * direction)
+    truth = pipe(**case.pipeline_arguments()).images
+    handle.remove()
+    plain = case.truth.latents
+    ours = _edited(case, [dr.Steer(f"{component}.{path}", direction, ALPHA)], pipe)
+    _close(ours, truth, plain)
+
+
+@pytest.mark.parametrize("name", ["sd", "pixart-sigma", "qwen-image"])
+def test_edits_of_one_site_follow_one_another(name: str) -> None:
+    import dreamreader as dr
+
+    case = BY_NAME[name]
+    pipe = case.pipe()
+    direction = _direction(case, pipe)
+    unit = direction / direction.norm()
+
+    def both(step: int, branch: str, rows: Tensor) -> Tensor:
+        rows = rows + ALPHA * direction
+        if step == 2:
+            rows = rows - (rows @ unit)[..., None] * unit
+        return rows * 1.5
+
+    truth = _by_hand(case, both)
+    plain = case.truth.latents
+    site = ".".join(case.attention)
+    where = {"branch": "cond", "steps": [1, 2]}
+    edits = [
+        dr.Steer(site, direction, ALPHA, **where),
+        dr.Ablate(site, "project", direction=direction, branch="cond", steps=2),
+        dr.Scale(site, 1.5, **where),
+    ]
+    _close(_edited(case, edits, pipe), truth, plain)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "cogview4", "lumina2"])
+def test_function_edits_get_their_branch_only(name: str) -> None:
+    import dreamreader as dr
+
+    case = BY_NAME[name]
+    truth = _by_hand(case, lambda step, branch, rows: rows.roll(1, 1).tanh(), "uncond")
+    plain = case.truth.latents
+    site = ".".join(case.attention)
+    edit = dr.Edit(site, lambda rows: rows.roll(1, 1).tanh(), branch="uncond", steps=[1, 2])
+    _close(_edited(case, [edit], case.pipe()), truth, plain)

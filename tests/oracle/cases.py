@@ -26,6 +26,8 @@ ATTENTION: dict[str, tuple[str, str]] = {
     "lumina2": ("transformer", "layers.0.attn"),
 }
 
+_TRUTHS: dict[str, Trace] = {}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -68,6 +70,13 @@ class Case:
     def by_hand(self, pipe: Any, change: Change | None = None) -> Trace:
         job = Job(pipe, PROMPTS, self.seeds, self.call_arguments(), change, self.images)
         return run(self.pipeline, job)
+
+    @property
+    def truth(self) -> Trace:
+        """The run by hand without a change; done once a session, not to be written to."""
+        if self.name not in _TRUTHS:
+            _TRUTHS[self.name] = self.by_hand(self.pipe())
+        return _TRUTHS[self.name]
 
     def pipeline_arguments(self) -> dict[str, Any]:
         """What the pipeline itself is called with, for latents out."""

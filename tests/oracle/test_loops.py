@@ -12,7 +12,7 @@ BY_NAME = {case.name: case for case in CASES}
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_loop_ends_where_the_pipeline_does(case: Case) -> None:
     theirs = case.pipe()(**case.pipeline_arguments()).images
-    ours = case.by_hand(case.pipe())
+    ours = case.truth
     assert torch.isfinite(theirs).all() and theirs.std() > 0.1
     error = 1e-5 if case.dtype == torch.float32 else 1e-2
     torch.testing.assert_close(ours.latents, theirs, rtol=error, atol=error)
@@ -28,7 +28,7 @@ def test_change_touches_its_branch_and_steps_only(name: str, at: str) -> None:
         seen.append((step, branch, len(rows)))
         return rows + 1
 
-    plain = case.by_hand(case.pipe())
+    plain = case.truth
     path = case.attention[1]
     if at == "in" and not path.endswith("to_out.0"):
         path += ".to_out.0"
@@ -43,7 +43,7 @@ def test_change_touches_its_branch_and_steps_only(name: str, at: str) -> None:
 
 
 def test_heun_evaluates_twice_but_for_the_last_step() -> None:
-    calls = BY_NAME["sd-HeunDiscrete"].by_hand(BY_NAME["sd-HeunDiscrete"].pipe()).calls
+    calls = BY_NAME["sd-HeunDiscrete"].truth.calls
     assert [(call.step, call.evaluation) for call in calls] == [
         *((step, evaluation) for step in range(4) for evaluation in (0, 1)),
         (4, 0),
@@ -53,13 +53,13 @@ def test_heun_evaluates_twice_but_for_the_last_step() -> None:
 
 
 def test_kdpm2_evaluates_at_the_geometric_middle() -> None:
-    calls = BY_NAME["sd-KDPM2Discrete"].by_hand(BY_NAME["sd-KDPM2Discrete"].pipe()).calls
+    calls = BY_NAME["sd-KDPM2Discrete"].truth.calls
     assert [(call.step, call.evaluation) for call in calls[-3:]] == [(3, 0), (3, 1), (4, 0)]
     assert calls[1].sigma ** 2 == pytest.approx(calls[0].sigma * calls[2].sigma)
 
 
 def test_pndm_starts_with_one_heun_step() -> None:
-    calls = BY_NAME["sd-PNDM"].by_hand(BY_NAME["sd-PNDM"].pipe()).calls
+    calls = BY_NAME["sd-PNDM"].truth.calls
     assert [(call.step, call.evaluation) for call in calls] == [
         (0, 0),
         (0, 1),
@@ -80,7 +80,7 @@ def test_pndm_starts_with_one_heun_step() -> None:
     ],
 )
 def test_img2img_starts_on_the_way(name: str, steps: list[int]) -> None:
-    calls = BY_NAME[name].by_hand(BY_NAME[name].pipe()).calls
+    calls = BY_NAME[name].truth.calls
     assert [call.step for call in calls] == steps
     assert calls[0].fraction == steps[0] / BY_NAME[name].steps
     assert sum(call.evaluation for call in calls) == len(steps) - len(set(steps))
