@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from dreamreader.engine.clock_branch import Branches, encoder_calls
+from dreamreader.engine.clock_branch import Branches
 from dreamreader.engine.clock_run import (
     Parameters,
     listen_to_calls,
@@ -18,6 +18,7 @@ from dreamreader.engine.clock_run import (
     unwrapped,
 )
 from dreamreader.engine.clock_schedule import Instant, Trajectory
+from dreamreader.engine.clock_text import Encoding, encoder_calls
 from dreamreader.engine.families.guidance import layout_of
 from dreamreader.engine.families.timestep import form_of
 from dreamreader.errors import ClockUnknown
@@ -34,9 +35,10 @@ class Moment(Instant):
     """One call of the denoiser: its time, and what its batch holds.
 
     Attributes:
-        branches: names of the equal chunks of the batch, in order: ("uncond", "cond") for a call that
-            runs both, ("cond",) for one pass. Other names come from the pipeline: "cond_skip"
-            (skip-layer guidance), "perturbed" (perturbed-attention guidance), "image" (InstructPix2Pix).
+        branches: names of the equal chunks of the batch, in order: ("uncond", "cond") for a call
+            that runs both, ("cond",) for one pass. Other names come from the pipeline: "cond_skip"
+            (skip-layer guidance), "perturbed" (perturbed-attention guidance), "image"
+            (InstructPix2Pix).
     """
 
     branches: tuple[str, ...]
@@ -58,14 +60,16 @@ class Clock:
     """Follows a diffusers pipeline and says when and in which branch its denoiser is being called.
 
     The step follows from the scheduler's place in its own `timesteps` (step index, begin index or
-    counter), confirmed by the timestep that the denoiser receives; see `Instant` for every definition. The branch is the name of the pipeline's `cache_context`, else follows from the
+    counter), confirmed by the timestep that the denoiser receives; see `Instant` for every
+    definition. The branch is the name of the pipeline's `cache_context`, else follows from the
     family's guidance layout, confirmed by the size of the batch. Nothing is counted and nothing is
     guessed: what cannot be known raises.
 
-    The clock follows every run of the pipeline inside its `with` block. It adds hooks of its own to the
-    denoisers and text encoders, hears `cache_context`, and sees the pipeline being called; all of it is
-    gone after the block, also after an exception. Values are never changed. A CUDA device is waited for
-    once at the start of a run, and once at its end if timesteps were checked that live there.
+    The clock follows every run of the pipeline inside its `with` block. It adds hooks of its own to
+    the denoisers and text encoders, hears `cache_context`, and sees the pipeline being called; all
+    of it is gone after the block, also after an exception. Values are never changed. A CUDA device
+    is waited for once at the start of a run, and once at its end if timesteps were checked that
+    live there.
 
     Args:
         pipe: a diffusers pipeline with a scheduler.
@@ -90,7 +94,7 @@ class Clock:
         self._runs: list[_Run] = []
         self._last: Trajectory | None = None
         self._call: _Call | None = None
-        self._encoding: _Encoding | None = None
+        self._encoding: Encoding | None = None
         self._encoder: tuple[str, tuple[str, ...] | ClockUnknown] | None = None
 
     def __enter__(self) -> Self:
@@ -115,7 +119,8 @@ class Clock:
         """Time and branches of the denoiser call that is running.
 
         Raises:
-            ClockUnknown: no denoiser of this pipeline is running, or its time or branch cannot be known.
+            ClockUnknown: no denoiser of this pipeline is running, or its time or branch cannot be
+                known.
         """
         call = self._call
         if call is not None and call.moment is not None:
@@ -150,7 +155,7 @@ class Clock:
 
     @property
     def schedule(self) -> list[Instant]:
-        """The steps of the running or latest run, from the first one it does to the end of the schedule.
+        """The steps of the running or latest run, from its first one to the end of the schedule.
 
         Empty until a denoiser has been called.
         """
@@ -178,7 +183,7 @@ class Clock:
     def encoding_began(self, arguments: Mapping[str, Any]) -> None:
         """`encode_prompt` begins."""
         run = self._runs[-1].arguments if self._runs else None
-        self._encoding = _Encoding(encoder_calls(own_class(self.pipe), arguments, run))
+        self._encoding = Encoding(encoder_calls(own_class(self.pipe), arguments, run))
 
     def encoding_ended(self) -> None:
         """`encode_prompt` is over."""
@@ -197,7 +202,7 @@ class Clock:
             self._call = call = _Call(name)
             if not self._runs:
                 call.instant = call.branches = ClockUnknown(
-                    f"{name} was called outside a run of the pipeline, where no schedule holds for it"
+                    f"{name} was called outside a run of the pipeline, so no schedule holds for it"
                 )
                 return
             run = self._runs[-1]
@@ -229,7 +234,9 @@ class Clock:
     def _hear_text(self, name: str):
         def began(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._encoding is None:
-                reason = f"{name} was called outside encode_prompt, so whose prompt it reads is unknown"
+                reason = (
+                    f"{name} was called outside encode_prompt, so whose prompt it reads is unknown"
+                )
                 self._encoder = (name, ClockUnknown(reason))
             else:
                 self._encoder = (name, self._encoding.next_of(name))
@@ -244,7 +251,8 @@ class Clock:
             return "the clock follows the pipeline only inside its with block"
         if self._encoder is not None:
             return f"{self._encoder[0]} runs before the first denoising step: it has no {what}"
-        return f"no denoiser of the pipeline ({', '.join(self.denoisers) or 'it has none'}) is running: no {what}"
+        known = ", ".join(self.denoisers) or "it has none"
+        return f"no denoiser of the pipeline ({known}) is running: no {what}"
 
 
 class _Run:
@@ -273,27 +281,6 @@ class _Run:
             trajectory = Trajectory(scheduler, form, getattr(inner, "config", None))
             self.trajectory = trajectory
         return trajectory
-
-
-class _Encoding:
-    """One run of `encode_prompt`: each text encoder is called for these branches in this order."""
-
-    def __init__(self, names: tuple[str, ...] | None):
-        self.names = names
-        self.calls: dict[str, int] = {}
-
-    def next_of(self, encoder: str) -> tuple[str, ...] | ClockUnknown:
-        """Branch of the next call of this encoder."""
-        if self.names is None:
-            return ClockUnknown(f"encode_prompt does not say for which branch it calls {encoder}")
-        turn = self.calls.get(encoder, 0)
-        self.calls[encoder] = turn + 1
-        if turn >= len(self.names):
-            return ClockUnknown(
-                f"{encoder} was called {turn + 1} times in one encode_prompt, more than the branches "
-                f"that it encodes ({', '.join(self.names) or 'none'})"
-            )
-        return (self.names[turn],)
 
 
 def _modules(pipe: Any, names: tuple[str, ...]) -> dict[str, nn.Module]:

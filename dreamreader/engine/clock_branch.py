@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dreamreader.engine.families.guidance import Layout, chunks_of, encodes_prompt_first
+from dreamreader.engine.families.guidance import Layout, chunks_of
 from dreamreader.errors import ClockUnknown
 
 
@@ -13,9 +13,9 @@ class Branches:
     """Names the branches of the denoiser calls of one pipeline run.
 
     The name that the pipeline entered through `cache_context` is taken as it is. Without one the
-    family's layout decides: a batched call is cut into as many equal chunks as the pipeline declares
-    passes at that moment, and the size of the batch has to confirm it; separate calls are told apart
-    by their order within a step, and the prompt embeddings have to confirm that.
+    family's layout decides: a batched call is cut into as many equal chunks as the pipeline
+    declares passes at that moment, and the size of the batch has to confirm it; separate calls are
+    told apart by their order within a step, and the prompt embeddings have to confirm that.
     """
 
     def __init__(self, pipe: Any, own: type, layout: Layout | None, arguments: Mapping[str, Any]):
@@ -26,7 +26,7 @@ class Branches:
         self.rows = _rows(arguments)
         self._index: int | None = None
         self._calls = 0
-        self._embeddings: list[tuple[Any, str]] = []
+        self._embeddings: dict[str, Any] = {}
 
     def of(
         self, context: str | None, index: int | None, batch: int | None, embedding: Any, skips: bool
@@ -59,7 +59,8 @@ class Branches:
     def _in_turn(self, index: int | None, embedding: Any) -> str:
         if index is None:
             raise ClockUnknown(
-                f"{self.family} calls its denoiser once per branch, and without the step their order is unknown"
+                f"{self.family} calls its denoiser once per branch, and their order cannot be told "
+                "without the step"
             )
         if index != self._index:
             self._index, self._calls = index, 0
@@ -71,13 +72,13 @@ class Branches:
                 f"{self.family} called its denoiser {turn + 1} times at one entry of the schedule, "
                 f"but has the branches {', '.join(order)}"
             )
-        known = next((name for seen, name in self._embeddings if seen is embedding), None)
+        known = next((name for name, seen in self._embeddings.items() if seen is embedding), None)
         if known is None and embedding is not None:
-            self._embeddings.append((embedding, order[turn]))
+            self._embeddings[order[turn]] = embedding
         elif known is not None and known != order[turn]:
             raise ClockUnknown(
-                f"call {turn + 1} of the step should be {order[turn]}, but its prompt embeddings are "
-                f"those of {known}: the same tensor was given for both, or the order has changed"
+                f"call {turn + 1} of the step should be {order[turn]}, but its prompt embeddings "
+                f"are those of {known}: the same tensor for both, or another order than known"
             )
         return order[turn]
 
@@ -86,7 +87,8 @@ class Branches:
             return names
         if batch % len(names):
             raise ClockUnknown(
-                f"a batch of {batch} rows cannot hold the {len(names)} equal branches {', '.join(names)}"
+                f"a batch of {batch} rows cannot hold the {len(names)} equal branches "
+                f"{', '.join(names)}"
             )
         if self.rows is not None and batch != self.rows * len(names):
             raise ClockUnknown(
@@ -109,30 +111,3 @@ def _rows(arguments: Mapping[str, Any]) -> int | None:
         return None
     each = arguments.get("num_images_per_prompt", arguments.get("num_videos_per_prompt", 1))
     return prompts * int(1 if each is None else each)
-
-
-def encoder_calls(
-    own: type, arguments: Mapping[str, Any], run: Mapping[str, Any] | None
-) -> tuple[str, ...] | None:
-    """Branches that one `encode_prompt` runs each of its text encoders for, in order.
-
-    None when that is not known. Families that encode both prompts in one go do the prompt first, and
-    skip each whose embeddings are given. Pipelines that call it once per branch are
-    told apart by which of the run's two prompts they hand over.
-    """
-    if "do_classifier_free_guidance" in arguments:
-        if not encodes_prompt_first(own):
-            return None
-        names = ("cond",) if arguments.get("prompt_embeds") is None else ()
-        negative = arguments.get("negative_prompt_embeds") is None
-        if arguments["do_classifier_free_guidance"] and negative:
-            names = (*names, "uncond")
-        return names
-    if run is None or arguments.get("prompt") is None:
-        return None
-    given = arguments["prompt"]
-    positive = given is run.get("prompt") or given == run.get("prompt")
-    negative = given is run.get("negative_prompt") or given == run.get("negative_prompt")
-    if positive == negative:
-        return None
-    return ("cond",) if positive else ("uncond",)

@@ -49,9 +49,9 @@ def own_class(pipe: Any) -> type:
 def listen_to_pipeline(pipe: Any, listener: RunListener) -> Iterator[None]:
     """Tell `listener` about every call of this one pipeline object.
 
-    Calling an object looks `__call__` up in its class, so for this time the object gets a class that
-    derives from its own under the same name. The pipeline's class itself is not touched, and other
-    objects of it are not seen.
+    Calling an object looks `__call__` up in its class, so for this time the object gets a class
+    that derives from its own under the same name. The pipeline's class itself is not touched, and
+    other objects of it are not seen.
     """
     if "_dreamreader_listeners" not in vars(type(pipe)):
         object.__setattr__(pipe, "__class__", _listening_class(type(pipe)))
@@ -117,9 +117,31 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+class _ContextTap:
+    """Stands for a denoiser's `cache_context` and passes the names on to whoever listens."""
+
+    def __init__(self, original: Callable[..., Any], earlier: Any):
+        self.original = original
+        self.earlier = earlier  # what the object itself had there, beside its class
+        self.listening: list[list[str]] = []
+
+    @contextmanager
+    def __call__(self, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        heard = list(self.listening)
+        for names in heard:
+            names.append(name)
+        try:
+            with self.original(name, *args, **kwargs) as value:
+                yield value
+        finally:
+            for names in heard:
+                if names:  # emptied when another run has begun meanwhile
+                    names.pop()
+
+
 @contextmanager
 def listen_to_context(module: nn.Module, names: list[str]) -> Iterator[None]:
-    """Keep the names of the entered `cache_context`s of this denoiser in `names`, innermost last."""
+    """Keep the names of this denoiser's entered `cache_context`s in `names`, innermost last."""
     target = unwrapped(module)
     original = getattr(target, "cache_context", None)
     if original is None:
@@ -127,39 +149,19 @@ def listen_to_context(module: nn.Module, names: list[str]) -> Iterator[None]:
         return
 
     shelf = vars(target)
-    if not hasattr(shelf.get("cache_context"), "listening"):
-        listening: list[list[str]] = []
-
-        @contextmanager
-        @functools.wraps(original)
-        def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
-            heard = list(listening)
-            for entered in heard:
-                entered.append(name)
-            try:
-                with original(name, *args, **kwargs) as value:
-                    yield value
-            finally:
-                for entered in heard:
-                    if entered:
-                        entered.pop()
-
-        cache_context.listening = listening  # type: ignore[attr-defined]
-        cache_context.earlier = shelf.get("cache_context")  # type: ignore[attr-defined]
-        shelf["cache_context"] = cache_context
-
-    heard_by = shelf["cache_context"].listening
-    heard_by.append(names)
+    tap = shelf.get("cache_context")
+    if not isinstance(tap, _ContextTap):
+        tap = shelf["cache_context"] = _ContextTap(original, tap)
+    tap.listening.append(names)
     try:
         yield
     finally:
         # by identity: two empty lists are equal
-        heard_by[:] = [other for other in heard_by if other is not names]
-        ours = shelf.get("cache_context")
-        if not heard_by and getattr(ours, "listening", None) is heard_by:
+        tap.listening[:] = [other for other in tap.listening if other is not names]
+        if not tap.listening and shelf.get("cache_context") is tap:
             del shelf["cache_context"]
-            if ours.earlier is not None:
-                shelf["cache_context"] = ours.earlier
+            if tap.earlier is not None:
+                shelf["cache_context"] = tap.earlier
 
 
 @contextmanager
@@ -170,8 +172,8 @@ def listen_to_calls(
 ) -> Iterator[None]:
     """Tell when this module is called and when that call is over, also by an exception.
 
-    `began` runs before other hooks of the module and `ended` after them, so that hooks on the module
-    itself find the call still running.
+    `began` runs before other hooks of the module and `ended` after them, so that hooks on the
+    module itself find the call still running.
     """
     if getattr(module, "_compiled_call_impl", None) is not None:
         with _listen_to_compiled(module, began, ended):
@@ -180,7 +182,8 @@ def listen_to_calls(
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # hooks registered since then stand behind ours; ours has to be the last one again
-        module._forward_hooks.move_to_end(last.id)
+        hooks = module._forward_hooks
+        hooks[last.id] = hooks.pop(last.id)
         began(args, kwargs)
 
     first = module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
@@ -200,7 +203,7 @@ def _listen_to_compiled(
 ) -> Iterator[None]:
     # after module.compile() hooks belong to the compiled graph, which ignores those added later;
     # the compiled callable itself is an attribute that the module looks up at every call
-    compiled = module._compiled_call_impl
+    compiled: Any = module._compiled_call_impl
 
     def listening(*args: Any, **kwargs: Any) -> Any:
         began(args, kwargs)

@@ -1,8 +1,8 @@
 """Where a run stands on its scheduler's trajectory.
 
-The position is read from the scheduler (its step index, begin index or counter) and compared with the
-`timestep` that the denoiser is given. Everything that lives on the device is copied to the host once
-per run; nothing here waits for the device afterwards unless no other evidence exists.
+The position is read from the scheduler (its step index, begin index or counter) and compared with
+the `timestep` that the denoiser is given. Everything that lives on the device is copied to the host
+once per run; nothing here waits for the device afterwards unless no other evidence exists.
 """
 
 from dataclasses import dataclass
@@ -21,16 +21,17 @@ class Instant:
     """A place in time of a denoising run.
 
     Attributes:
-        step: index of the solver's step in its full trajectory. It moves with the scheduler's place in its
-            `timesteps`, `place // order`, so both evaluations of a step of a second-order solver share
-            it, and a run that begins on the way (img2img) begins with a step above 0.
+        step: index of the solver's step in its full trajectory. It moves with the scheduler's place
+            in its `timesteps`, `place // order`, so both evaluations of a step of a second-order
+            solver share it, and a run that begins on the way (img2img) begins with a step above 0.
         timestep: the scheduler's own value there, whatever form the denoiser receives it in.
         sigma: noise level of the denoiser's input by the scheduler's table: `sigmas[place]`, or
             sqrt((1 - abar) / abar) for schedulers that only have `alphas_cumprod`; None where the
             scheduler has neither.
-        fraction: share of the full trajectory that is done when the step begins, `step / number of steps`:
-            0 at pure noise.
-        evaluation: place within the step: 0, and 1 for the second evaluation of second-order solvers.
+        fraction: share of the full trajectory that is done when the step begins, `step / number of
+            steps`: 0 at pure noise.
+        evaluation: place within the step: 0, and 1 for the second evaluation of second-order
+            solvers.
     """
 
     step: int
@@ -84,7 +85,7 @@ class Trajectory:
             self.start = index
         if index < self.start:
             raise ClockUnknown(
-                f"the scheduler went back to entry {index}, before entry {self.start} where the run began"
+                f"the scheduler went back to entry {index}; the run began at entry {self.start}"
             )
         self._compare(index, argument, view, precision)
         return index
@@ -100,7 +101,7 @@ class Trajectory:
         return Instant(step, self.values[index], sigma, step / self.total, evaluation)
 
     def steps(self) -> list[Instant]:
-        """The steps from the first entry of the run to the last of the schedule, at their beginnings."""
+        """The steps from the first of the run to the last of the schedule, at their beginnings."""
         if self.start is None:
             return []
         entries = range(self.start, len(self.values))
@@ -158,12 +159,13 @@ class Trajectory:
         """Entries that the denoiser's argument can mean; at least one."""
         if argument is None:
             raise ClockUnknown(
-                f"{type(self.scheduler).__name__} keeps no step index and the denoiser takes no timestep"
+                f"{type(self.scheduler).__name__} keeps no step index, and the denoiser takes no "
+                "timestep"
             )
         if not self.form_known:
             raise ClockUnknown(
-                f"{type(self.scheduler).__name__} keeps no step index, and how this class of denoiser "
-                "scales its timestep is not known; see dreamreader/engine/families/timestep.py"
+                f"{type(self.scheduler).__name__} keeps no step index, and how this class of "
+                "denoiser scales its timestep is not known (see engine/families/timestep.py)"
             )
         value = _number(argument)
         found = [i for i in range(len(self.values)) if self._fits(i, value, precision)]
@@ -215,11 +217,14 @@ class Trajectory:
         return f"{len(self.values)} entries from {self.values[0]:g} to {self.values[-1]:g}"
 
     def _unclear(self, argument: Any, found: list[int]) -> str:
-        return f"timestep {_number(argument):g} stands at entries {found} of the schedule; which one is unknown"
+        return (
+            f"timestep {_number(argument):g} stands at entries {found} of the schedule; "
+            "which one is unknown"
+        )
 
 
 def _number(argument: Any) -> float:
-    """The timestep as a number; of one value per token, the largest (tokens without noise have 0)."""
+    """The timestep as a number; of one per token the largest, as tokens without noise have 0."""
     if not isinstance(argument, Tensor):
         return float(argument)
     return float(argument.detach().max()) if argument.numel() > 1 else float(argument)

@@ -58,7 +58,8 @@ def test_heun_evaluations_share_their_step_although_values_repeat() -> None:
 
 
 @pytest.mark.parametrize(
-    "scheduler", ["KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "HeunDiscreteScheduler"]
+    "scheduler",
+    ["KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "HeunDiscreteScheduler"],
 )
 def test_sigma_is_the_level_the_scheduler_scales_the_input_by(scheduler: str) -> None:
     pipe = with_scheduler("sd", scheduler)
@@ -224,7 +225,9 @@ class TestTrajectory:
         assert trajectory.locate(tokens, 1e-6) == scheduler.timesteps.tolist().index(700)
 
     def test_a_value_between_two_entries_is_refused(self) -> None:
-        with pytest.raises(ClockUnknown, match="timestep 750, which is not in the schedule of DDIM"):
+        with pytest.raises(
+            ClockUnknown, match="timestep 750, which is not in the schedule of DDIM"
+        ):
             Trajectory(self.ddim(), raw, None).locate(torch.tensor(750), 1e-6)
 
     def test_coarse_rounding_that_fits_two_entries_is_refused(self) -> None:

@@ -15,7 +15,7 @@ Guided = Callable[[Any, Mapping[str, Any]], bool]
 
 
 def by_property(pipe: Any, arguments: Mapping[str, Any]) -> bool:
-    """The pipeline's own property, read anew at every call: callbacks may switch it during a run."""
+    """The pipeline's own property, read at every call: callbacks may switch it during a run."""
     return bool(pipe.do_classifier_free_guidance)
 
 
@@ -137,8 +137,8 @@ _PROMPT_FIRST = ("CogView4Pipeline", "WanPipeline")
 def layout_of(pipeline: type) -> Layout | None:
     """The layout of pipelines of this class; None when it is unknown.
 
-    A subclass is taken for the class it derives from only while it inherits that class's `__call__`:
-    another loop may well lay out its passes differently.
+    A subclass is taken for the class it derives from only while it inherits that class's
+    `__call__`: another loop may well lay out its passes differently.
     """
     for base in pipeline.__mro__:
         if base.__name__ in _LAYOUTS:
@@ -149,7 +149,7 @@ def layout_of(pipeline: type) -> Layout | None:
 
 
 def encodes_prompt_first(pipeline: type) -> bool:
-    """Whether `encode_prompt` of this class is known to run its text encoders for the prompt first."""
+    """Whether this class's `encode_prompt` is known to encode the prompt first."""
     return layout_of(pipeline) is not None or pipeline.__name__ in _PROMPT_FIRST
 
 

@@ -7,13 +7,13 @@ import torch
 
 
 def place(scheduler: Any, entry: int, start: int = 0) -> tuple[int, int]:
-    """(step, evaluation within it) at an entry of `timesteps`, in a run that began at entry `start`.
+    """(step, evaluation within it) at an entry of `timesteps` in a run that began at `start`.
 
     step = start // order + (entry - start) // order, evaluation = (entry - start) % order: a solver
-    begins anew where its run begins, and keeps the numbering of its full trajectory. PNDM calls itself
-    a scheduler of order 1 but takes several evaluations for its first steps: two for the first one when
-    the Runge-Kutta start is skipped (its `timesteps` repeat a value for that), else four for each of
-    the first three.
+    begins anew where its run begins, and keeps the numbering of its full trajectory. PNDM calls
+    itself a scheduler of order 1 but takes several evaluations for its first steps: two for the
+    first one when the Runge-Kutta start is skipped (its `timesteps` repeat a value for that), else
+    four for each of the first three.
     """
     order = int(getattr(scheduler, "order", 1))
     done = entry - start
@@ -34,11 +34,11 @@ Levels = tuple[list[float | None], list[float | None]]
 def noise_levels(scheduler: Any, timesteps: list[float]) -> Levels | None:
     """Sigma of every entry of `timesteps`, as a first and as a later evaluation of its step.
 
-    Schedulers with a `sigmas` table give sigma_i = sigmas[i], in their own units (flow matching: 0 to 1).
-    Schedulers with `alphas_cumprod` and whole timesteps give sigma = sqrt((1 - abar) / abar), abar at the
-    timestep; infinite at zero terminal signal. KDPM2 evaluates the second half of a step between two
-    levels and keeps those in `sigmas_interpol`; DPMSolverSDE draws them while it runs (None here, see
-    `live_level`). A scheduler that has neither table gives None.
+    Schedulers with a `sigmas` table give sigma_i = sigmas[i], in their own units (flow matching: 0
+    to 1). Schedulers with `alphas_cumprod` and whole timesteps give sigma = sqrt((1 - abar) /
+    abar), abar at the timestep; infinite at zero terminal signal. KDPM2 evaluates the second half
+    of a step between two levels and keeps those in `sigmas_interpol`; DPMSolverSDE draws them while
+    it runs (None here, see `live_level`). A scheduler that has neither table gives None.
     """
     count = len(timesteps)
     table = getattr(scheduler, "sigmas", None)
@@ -52,7 +52,9 @@ def noise_levels(scheduler: Any, timesteps: list[float]) -> Levels | None:
             return first, [inner[max(index - shift, 0)] for index in range(count)]
         return first, [None] * count if hasattr(scheduler, "mid_point_sigma") else first
     signal = getattr(scheduler, "alphas_cumprod", None)
-    if signal is not None and all(float(t).is_integer() and 0 <= t < len(signal) for t in timesteps):
+    if signal is not None and all(
+        float(t).is_integer() and 0 <= t < len(signal) for t in timesteps
+    ):
         kept = _host(signal)
         levels: list[float | None] = [_ratio(kept[int(t)]) for t in timesteps]
         return levels, levels

@@ -2,8 +2,8 @@
 
 A scheduler counts time in training timesteps (1000 or 999 at pure noise). Most denoisers take that
 number; the families listed here take a function of it. One line per family; a class that is not
-listed is `None`, and the clock then accepts any of the known forms as a cross-check, but never reads
-the step from them.
+listed is `None`, and the clock then accepts any of the known forms as a cross-check, but never
+reads the step from them.
 """
 
 from collections.abc import Callable
