@@ -2,9 +2,10 @@
 
 from dreamreader.edits.ablate import Ablate
 from dreamreader.edits.custom import Edit
+from dreamreader.edits.files import load, save
 from dreamreader.edits.patch import Patch
 from dreamreader.edits.simple import Clamp, Scale
 from dreamreader.edits.steer import Steer
 from dreamreader.engine.request import Box
 
-__all__ = ["Ablate", "Box", "Clamp", "Edit", "Patch", "Scale", "Steer"]
+__all__ = ["Ablate", "Box", "Clamp", "Edit", "Patch", "Scale", "Steer", "load", "save"]

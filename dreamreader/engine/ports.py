@@ -53,13 +53,15 @@ def tap_for(module: nn.Module, pattern: Pattern, name: str) -> Tap:
         if facts.no_probs is not None:
             raise _lacking(module, pattern, name, facts.no_probs)
         return Tap(module, side="probs", heads=facts.heads)
-    key = pattern.port + (".text" if pattern.stream == "text" else "")
-    if key in facts.ports:
-        return facts.ports[key]
     single = facts.ports.get(pattern.port)
-    if single is None or facts.streams and not facts.joint:
+    if facts.streams and not facts.joint:  # the streams have projections of their own
+        key = pattern.port + (".text" if pattern.stream == "text" else "")
+        single = facts.ports.get(key)
+    elif pattern.stream is not None and single is not None:
+        return replace(single, stream=pattern.stream)
+    if single is None:
         raise _lacking(module, pattern, name)
-    return replace(single, stream=pattern.stream)
+    return single
 
 
 def _on_module(module: nn.Module, pattern: Pattern) -> Tap:

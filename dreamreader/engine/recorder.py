@@ -188,11 +188,7 @@ class Recorder:
                 )
             for branches, piece in filed:
                 if piece.shape[1:] != first.shape[1:]:
-                    raise InvalidInput(
-                        f"recording {self.name}: {list(piece.shape[1:])} at step {instant.step}, "
-                        f"{list(first.shape[1:])} before; record steps of equal length apart, for a "
-                        "language model the prompt with steps=0 and the rest with steps=slice(1, None)"
-                    )
+                    raise self._unequal(piece, first, branches, instant)
                 if out is None:
                     shape = (count, len(names), len(instants), *first.shape[1:])
                     out = torch.empty(shape, dtype=first.dtype, device=first.device)
@@ -201,6 +197,21 @@ class Recorder:
                     out[:, names.index(name), number] = split[chunk]
         assert out is not None
         return out
+
+    def _unequal(
+        self, piece: Tensor, first: Tensor, branches: tuple[str, ...], instant: Instant
+    ) -> InvalidInput:
+        """Why values of different sizes do not make one tensor, and what to do."""
+        got = f"{_sizes(piece)} in branch {', '.join(branches)} at step {instant.step}"
+        return InvalidInput(
+            f"recording {self.name}: {got}, {_sizes(first)} before, so they fit no one tensor. Where the "
+            "branches have prompts of different length, record one with branch=; of a language model, "
+            "the prompt with steps=0 and what it generates with steps=slice(1, None)"
+        )
+
+
+def _sizes(piece: Tensor) -> str:
+    return "x".join(map(str, piece.shape[1:]))
 
 
 def _gather(x: Tensor, tokens: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What recordings and edits have in common: a site, and when and to which rows and tokens they apply."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -240,10 +240,14 @@ def same(a: Any, b: Any) -> bool:
             and a.shape == b.shape
             and torch.equal(a.detach().cpu(), b.detach().cpu())
         )
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if is_dataclass(a) and type(a) is type(b) and not isinstance(a, Request):
+        return all(same(getattr(a, each.name), getattr(b, each.name)) for each in fields(a))
+    if isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b):
+        return True
     return bool(a == b)
 
 

@@ -1,0 +1,159 @@
+"""Edits in a file: one safetensors file, tensors as tensors and everything else as JSON in its metadata."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dreamreader.edits.ablate import Ablate
+from dreamreader.edits.patch import Patch
+from dreamreader.edits.simple import Clamp, Scale
+from dreamreader.edits.steer import Steer
+from dreamreader.engine.cache import Activation, Cache, Row
+from dreamreader.engine.clock_schedule import Instant
+from dreamreader.engine.request import Box, EditRequest
+from dreamreader.errors import InvalidInput, UnknownName
+
+_KEY = "dreamreader.edits"
+_VERSION = 1
+_KINDS: dict[str, type[EditRequest]] = {
+    each.__name__: each for each in (Steer, Ablate, Scale, Clamp, Patch)
+}
+
+
+def save(path: str | os.PathLike[str], edits: EditRequest | Sequence[EditRequest]) -> None:
+    """Writes edits to a file that `load` reads back equal.
+
+    Args:
+        path: of the file, usually with the ending .safetensors.
+        edits: one edit or several; the order is kept.
+
+    Raises:
+        InvalidInput: an edit holds a function (a predicate, or `Edit`), which no file can hold.
+    """
+    from safetensors.torch import save_file
+
+    listed = [edits] if isinstance(edits, EditRequest) else list(edits)
+    tensors: dict[str, Tensor] = {}
+    found = [_packed_edit(each, tensors) for each in listed]
+    text = json.dumps({"version": _VERSION, "edits": found}, allow_nan=False)
+    target = Path(path)
+    # Written beside it first: a half-written file never has the final name.
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary, metadata={_KEY: text})
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str]) -> list[EditRequest]:
+    """The edits of a file, in their order; tensors are on the CPU.
+
+    Raises:
+        InvalidInput: the file holds no edits, or is of a newer version.
+        UnknownName: it holds an edit of an unknown kind.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InvalidInput(f"{os.fspath(path)} is no safetensors file, or only a part of one: {error}") from error
+    if text is None:
+        raise InvalidInput(f"{os.fspath(path)} holds no edits of dreamreader")
+    content = json.loads(text)
+    if content.get("version") != _VERSION:
+        raise InvalidInput(
+            f"{os.fspath(path)} is of version {content.get('version')}, this one reads {_VERSION}"
+        )
+    return [_unpacked_edit(each, tensors) for each in content["edits"]]
+
+
+def _packed_edit(edit: EditRequest, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    kind = type(edit).__name__
+    if kind not in _KINDS:
+        raise InvalidInput(f"{edit.describe()}: a function cannot be saved; kinds: {', '.join(_KINDS)}")
+    packed = {}
+    for each in fields(edit):
+        try:
+            packed[each.name] = _packed(getattr(edit, each.name), tensors)
+        except TypeError as error:
+            raise InvalidInput(f"{edit.describe()}: {each.name} cannot be saved: {error}") from error
+    return {"kind": kind, "fields": packed}
+
+
+def _unpacked_edit(content: dict[str, Any], tensors: dict[str, Tensor]) -> EditRequest:
+    if content["kind"] not in _KINDS:
+        raise UnknownName("kind of edit", content["kind"], _KINDS)
+    values = {name: _unpacked(value, tensors) for name, value in content["fields"].items()}
+    return _KINDS[content["kind"]](**values)
+
+
+def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """JSON for a value; whatever JSON does not tell apart gets a mark {"is": kind}."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"is": "float", "of": repr(value)}
+    if isinstance(value, Tensor):
+        name = f"tensor_{len(tensors)}"
+        tensors[name] = value.detach().cpu().clone().contiguous()
+        return {"is": "tensor", "of": name}
+    if isinstance(value, list):
+        return [_packed(each, tensors) for each in value]
+    if isinstance(value, tuple | set | frozenset):
+        listed = sorted(value) if isinstance(value, set | frozenset) else value
+        return {"is": type(value).__name__, "of": [_packed(each, tensors) for each in listed]}
+    if isinstance(value, slice | range):
+        return {"is": type(value).__name__, "of": [value.start, value.stop, value.step]}
+    if isinstance(value, Cache):
+        return {"is": "Cache", "of": [_packed(each, tensors) for each in value.values()]}
+    if isinstance(value, Mapping):
+        return {"is": "mapping", "of": {key: _packed(each, tensors) for key, each in value.items()}}
+    if is_dataclass(value) and type(value).__name__ in _VALUES:
+        if isinstance(value, Activation):
+            content = {each.name: getattr(value, each.name) for each in fields(value)}
+        else:
+            content = asdict(value)  # pyright: ignore[reportArgumentType]
+        return {
+            "is": type(value).__name__,
+            "of": {key: _packed(each, tensors) for key, each in content.items()},
+        }
+    raise TypeError(f"{type(value).__name__} is no value that a file can hold")
+
+
+_VALUES = {each.__name__: each for each in (Activation, Box, Instant, Row)}
+_CONTAINERS = {"tuple": tuple, "set": set, "frozenset": frozenset}
+
+
+def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpacked(each, tensors) for each in value]
+    if not isinstance(value, dict):
+        return value
+    kind, content = value["is"], value["of"]
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "float":
+        return float(content)
+    if kind in _CONTAINERS:
+        return _CONTAINERS[kind](_unpacked(each, tensors) for each in content)
+    if kind == "slice":
+        return slice(*content)
+    if kind == "range":
+        return range(*content)
+    if kind == "Cache":
+        return Cache([_unpacked(each, tensors) for each in content])
+    if kind == "mapping":
+        return {key: _unpacked(each, tensors) for key, each in content.items()}
+    if kind not in _VALUES:
+        raise UnknownName("kind of value", kind, _VALUES)
+    return _VALUES[kind](**{key: _unpacked(each, tensors) for key, each in content.items()})
