@@ -10,13 +10,14 @@ constexpr int64_t kMaxGridY = 65535;
 constexpr size_t kMaxShared = 48 * 1024;  // without asking for more
 constexpr int kWarpsPerBlock = 4;         // where a warp is a whole group
 
-template <typename T, typename W, int kTokens, int kChannels, int kTokenRun, int kChannelRun, int kThreads>
+template <typename T, typename W, int kTokens, int kChannels, int kTokenRun, int kChannelRun, bool kShared, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     intervention_kernel(const __grid_constant__ Job<W> job) {
   extern __shared__ __align__(16) char shared[];
   const uint32_t group = blockIdx.x * blockDim.y + threadIdx.y;
   if (group >= job.groups) return;  // only where a warp is a group, so no block barrier follows
-  Tile<T, W, kTokens, kChannels, kTokenRun, kChannelRun> tile(job, group, shared + threadIdx.y * job.group_bytes);
+  Tile<T, W, kTokens, kChannels, kTokenRun, kChannelRun, kShared> tile(job, group,
+                                                                       shared + threadIdx.y * job.group_bytes);
   bool work = tile.scan();
   // Threads beside each other may hold different tokens; barriers need all of them or none.
   if (job.sums && job.across > 1) {
@@ -54,9 +55,10 @@ Cut cut_for(const Activation& x, bool sums, int64_t tokens_each, int64_t channel
   return cut;
 }
 
-template <typename T, typename W, int kTokens, int kChannels, int kTokenRun, int kChannelRun, int kThreads>
+template <typename T, typename W, int kTokens, int kChannels, int kTokenRun, int kChannelRun, bool kShared, int kThreads>
 cudaError_t launch(Job<W> job, const Cut& cut, cudaStream_t stream) {
-  using Shape = Tile<T, W, kTokens, kChannels, kTokenRun, kChannelRun>;
+  using Shape = Tile<T, W, kTokens, kChannels, kTokenRun, kChannelRun, kShared>;
+  const auto kernel = intervention_kernel<T, W, kTokens, kChannels, kTokenRun, kChannelRun, kShared, kThreads>;
   const Activation& x = job.in;
   const int64_t lanes = cut.across * cut.slots;
   const int64_t blocks = divide_up(x.tokens, cut.across * kTokens);
@@ -67,28 +69,30 @@ cudaError_t launch(Job<W> job, const Cut& cut, cudaStream_t stream) {
   job.blocks = uint32_t(blocks);
   job.groups = uint32_t(groups);
   if (job.sums) {
-    int64_t together = 1;  // reductions of a subspace, side by side
-    for (int p = 0; p < job.program.count; ++p) {
-      if (job.program.steps[p].kind != kProject) continue;
-      together = std::max<int64_t>(together, divide_up(job.program.steps[p].count, Shape::kTogether));
-    }
+    int64_t most = 1;  // vectors of one step
+    for (int p = 0; p < job.program.count; ++p) most = std::max<int64_t>(most, job.program.steps[p].count);
     const int64_t warps = lanes > kWarp ? lanes / kWarp : 0;
-    job.group_bytes = int32_t((warps + together) * Shape::kSums * cut.across * int64_t{sizeof(W)});
+    const int64_t sums = warps * Shape::kSums + Shape::sums_kept(most);
+    job.group_bytes = int32_t(divide_up(sums * cut.across * int64_t{sizeof(W)}, 16) * 16);
   }
+  if (kShared) job.group_bytes += int32_t(kTokens * kChannels * lanes * int64_t{sizeof(W)});
   int64_t per_block = 1;
   if (lanes == kWarp) {
     per_block = kWarpsPerBlock;
     while (per_block > 1 && per_block * job.group_bytes > int64_t(kMaxShared)) per_block /= 2;
   }
   const size_t bytes = size_t(per_block) * size_t(job.group_bytes);
-  if (bytes > kMaxShared) return cudaErrorInvalidConfiguration;
+  if (bytes > kMaxShared) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+    if (error != cudaSuccess) return error;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(divide_up(groups, per_block)), unsigned(grid_y));
   config.blockDim = dim3(unsigned(lanes), unsigned(per_block));
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
-  return cudaLaunchKernelEx(
-      &config, intervention_kernel<T, W, kTokens, kChannels, kTokenRun, kChannelRun, kThreads>, job);
+  return cudaLaunchKernelEx(&config, kernel, job);
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % sizeof(uint4) == 0; }
@@ -112,29 +116,35 @@ cudaError_t launch_typed(const Job<W>& job, cudaStream_t stream) {
                         runs(y, y.stride_token, y.tokens, y.stride_row, y.stride_channel, kRun);
     if (channels && most > 1) {  // four rows share each read of the subspace
       const Cut cut = cut_for(x, job.sums, 4, 8, 1, 512);
-      if (cut.fits) return launch<T, W, 4, 8, 1, kRun, 512>(job, cut, stream);
+      if (cut.fits) return launch<T, W, 4, 8, 1, kRun, false, 512>(job, cut, stream);
     }
     if (channels) {
       const Cut cut = cut_for(x, job.sums, 1, 16, 1, 896);
-      if (cut.fits) return launch<T, W, 1, 16, 1, kRun, 896>(job, cut, stream);
+      if (cut.fits) return launch<T, W, 1, 16, 1, kRun, false, 896>(job, cut, stream);
     } else if (tokens) {  // 640 threads hold 16 tokens, a 32-byte sector, of 1280 channels
       const Cut cut = cut_for(x, job.sums, kRun, 32 / kRun, 8, 640);
-      if (cut.fits) return launch<T, W, kRun, 32 / kRun, kRun, 1, 640>(job, cut, stream);
+      if (cut.fits) return launch<T, W, kRun, 32 / kRun, kRun, 1, false, 640>(job, cut, stream);
     }
   }
-  constexpr bool kDouble = std::is_same_v<W, double>;
-  constexpr int kChannels = kDouble ? 16 : 32, kThreads = kDouble ? 512 : 896;
+  constexpr int kThreads = std::is_same_v<W, double> ? 512 : 1024;  // as shared memory allows
   const bool along_tokens = x.stride_token < x.stride_channel;
-  const Cut cut = cut_for(x, job.sums, 1, kChannels, along_tokens ? kWarp : 1, kThreads);
+  const Cut cut = cut_for(x, job.sums, 1, 32, along_tokens ? kWarp : 1, kThreads);
   if (!cut.fits) return cudaErrorNotSupported;
-  return launch<T, W, 1, kChannels, 1, 1, kThreads>(job, cut, stream);
+  return launch<T, W, 1, 32, 1, 1, true, kThreads>(job, cut, stream);
+}
+
+// Strides of extents of 1 say nothing, but would look unaligned.
+Activation simplest(Activation x) {
+  if (x.rows == 1) x.stride_row = 0;
+  if (x.tokens == 1) x.stride_token = 0;
+  return x;
 }
 
 template <typename W>
 Job<W> job_of(const Activation& in, const Activation& out, const Program<W>& program) {
   Job<W> job = {};
-  job.in = in;
-  job.out = out;
+  job.in = simplest(in);
+  job.out = simplest(out);
   job.program = program;
   job.copy = in.data != out.data;
   for (int p = 0; p < program.count; ++p) {
@@ -144,7 +154,8 @@ Job<W> job_of(const Activation& in, const Activation& out, const Program<W>& pro
   return job;
 }
 
-bool nothing_to_do(const Job<float>& job) {
+template <typename W>
+bool nothing_to_do(const Job<W>& job) {
   return job.in.rows * job.in.tokens * job.in.width == 0 || (!job.copy && job.program.count == 0);
 }
 
@@ -171,7 +182,7 @@ cudaError_t launch_intervention(const Activation& in, const Activation& out, con
                                 cudaStream_t stream) {
   const Job<double> job = job_of(in, out, program);
   if (in.dtype != DType::f64) return cudaErrorInvalidValue;
-  if (in.rows * in.tokens * in.width == 0 || (!job.copy && program.count == 0)) return cudaSuccess;
+  if (nothing_to_do(job)) return cudaSuccess;
   return launch_typed<double>(job, stream);
 }
 

@@ -8,7 +8,8 @@
 //
 // Runs of kTokenRun tokens or kChannelRun channels are contiguous in memory and move as one 16-byte access; at most
 // one of the two is above 1. Programs with a sum over channels have all channels of a row in one group. Sums go over
-// lanes by a butterfly and over warps in a fixed order, so results repeat bit for bit.
+// lanes by a butterfly and over warps in a fixed order, so results repeat bit for bit. kShared keeps the elements in
+// shared memory and the loops short: for shapes that have no runs, and for rows too wide for registers.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -95,14 +96,15 @@ struct Pack {
   }
 };
 
-template <typename T, typename W, int kTokens, int kChannels, int kTokenRun, int kChannelRun>
+template <typename T, typename W, int kTokens, int kChannels, int kTokenRun, int kChannelRun, bool kShared>
 struct Tile {
   static_assert(kTokenRun == 1 || kChannelRun == 1);
-  static_assert(kTokens % kTokenRun == 0 && kChannels % kChannelRun == 0 && kChannels <= 32);
+  static_assert(kTokens % kTokenRun == 0 && kChannels % kChannelRun == 0 && kTokens * kChannels <= 32);
   static constexpr int kRun = kTokenRun * kChannelRun;
-  static constexpr int kTogether = kTokens >= 4 ? 2 : 4;  // vectors of a subspace in one reduction
-  static constexpr int kSums = kTokens * kTogether;       // the widest reduction, per `across`
+  static constexpr int kTogether = kTokens > 4 ? 1 : kTokens > 1 ? 2 : 4;  // vectors of a subspace in one reduction
+  static constexpr int kSums = kTokens * kTogether;                         // the widest reduction
   static constexpr uint32_t kRunBits = (1u << kChannelRun) - 1;
+  static constexpr int kUnroll = kShared ? 2 : kChannels;  // registers have no index at run time
 
   const Job<W>& job;
   const Program<W>& program;
@@ -111,12 +113,13 @@ struct Tile {
   int32_t first_channel;  // of this thread
   int32_t hop;            // channels from one run to the next
   int lane, lanes, across;
-  uint32_t inside;         // bit i: channel(i) exists
-  uint32_t touched[kTokens];  // bit i: some step writes element (j, i)
-  uint32_t needed[kTokens];   // bit i: element (j, i) must be read
-  W z[kTokens][kChannels];
-  W* partial;  // [warps][kSums][across]
-  W* totals;   // [max(kSums, m * kTokens)][across]
+  uint32_t inside;   // bit i: channel(i) exists
+  uint32_t touched;  // bit j * kChannels + i: some step writes element (j, i)
+  uint32_t needed;   // the same: it must be read
+  W elements[kShared ? 1 : kTokens * kChannels];
+  W* shared_elements;  // [kTokens * kChannels][lanes]
+  W* partial;          // [warps][kSums][across]
+  W* totals;           // [sums_kept(m) of the largest m][across]
 
   __device__ __forceinline__ Tile(const Job<W>& of, uint32_t group, char* shared)
       : job(of), program(of.program), lane(threadIdx.x), lanes(blockDim.x), across(of.across) {
@@ -125,16 +128,29 @@ struct Tile {
     first_token = (int32_t(group % job.blocks) * across + lane % across) * kTokens;
     first_channel = int32_t(blockIdx.y) * slots * kChannels + lane / across * kChannelRun;
     hop = slots * kChannelRun;
-    partial = reinterpret_cast<W*>(shared);
+    shared_elements = reinterpret_cast<W*>(shared);
+    partial = shared_elements + (kShared ? kTokens * kChannels * lanes : 0);
     totals = partial + (lanes > kWarp ? lanes / kWarp * kSums * across : 0);
     inside = in_range(0, int32_t(job.in.width));
   }
+
+  // Sums that a step with m vectors (renorm: any m) keeps at once.
+  static int64_t sums_kept(int64_t m) {
+    const int64_t rounds = (m + kTogether - 1) / kTogether;
+    return kTokens * (rounds * kTogether > 2 ? rounds * kTogether : 2);
+  }
+
+  __device__ __forceinline__ W& z(int j, int i) {
+    return kShared ? shared_elements[(j * kChannels + i) * lanes + lane] : elements[kShared ? 0 : j * kChannels + i];
+  }
+
+  __device__ __forceinline__ static bool has(uint32_t bits, int j, int i) { return bits >> (j * kChannels + i) & 1u; }
 
   // Bit i: begin <= channel(i) < end.
   __device__ __forceinline__ uint32_t in_range(int32_t begin, int32_t end) const {
     uint32_t bits = 0;
     int32_t c = afresh(first_channel);
-#pragma unroll
+#pragma unroll(kUnroll)
     for (int i = 0; i < kChannels; i += kChannelRun, c += hop) {
 #pragma unroll
       for (int k = 0; k < kChannelRun; ++k) bits |= uint32_t(c + k >= begin && c + k < end) << (i + k);
@@ -155,7 +171,7 @@ struct Tile {
     if (step.mask < 0) return bits;
     const uint8_t* mask = program.masks + step.mask * job.in.width;
     int32_t c = afresh(first_channel);
-#pragma unroll
+#pragma unroll(kUnroll)
     for (int i = 0; i < kChannels; i += kChannelRun, c += hop) {
 #pragma unroll
       for (int k = 0; k < kChannelRun; ++k) {
@@ -175,24 +191,19 @@ struct Tile {
   // depend on x, a sum depends on all that it covers. Returns whether any token of this thread has work.
   __device__ __forceinline__ bool scan() {
     bool work = false;
-#pragma unroll
-    for (int j = 0; j < kTokens; ++j) touched[j] = 0;
+    touched = 0;
     for (int p = 0; p < program.count; ++p) {
       const uint32_t bits = chosen(program.steps[p]);
 #pragma unroll
       for (int j = 0; j < kTokens; ++j) {
-        const bool on = strength(p, j) != W(0);
-        work = work || on;
-        touched[j] |= on ? bits : 0;
+        if (strength(p, j) == W(0)) continue;
+        work = true;
+        touched |= bits << (j * kChannels);
       }
     }
     if (!work) return false;
-    uint32_t entry[kTokens];  // read on entry by renorm
-#pragma unroll
-    for (int j = 0; j < kTokens; ++j) {
-      needed[j] = touched[j];
-      entry[j] = 0;
-    }
+    uint32_t entry = 0;  // read on entry by renorm
+    needed = touched;
     for (int p = program.count - 1; p >= 0; --p) {
       const Step& step = program.steps[p];
       const bool overwrites = step.kind == kFill || step.kind == kPatch;
@@ -202,27 +213,26 @@ struct Tile {
 #pragma unroll
       for (int j = 0; j < kTokens; ++j) {
         const W s = strength(p, j);
-        if (overwrites && s == W(1)) needed[j] &= ~bits;
-        if (sums && s != W(0)) needed[j] |= bits;
-        if (step.kind == kRenorm && s != W(0)) entry[j] |= bits;
+        if (overwrites && s == W(1)) needed &= ~(bits << (j * kChannels));
+        if (sums && s != W(0)) needed |= bits << (j * kChannels);
+        if (step.kind == kRenorm && s != W(0)) entry |= bits << (j * kChannels);
       }
     }
-#pragma unroll
-    for (int j = 0; j < kTokens; ++j) needed[j] |= entry[j];
+    needed |= entry;
     return true;
   }
 
-  // Calls f(j, i, value) for the elements of x whose run has a bit in `wanted`.
+  // Calls f(j, i, value) for the elements of x whose run has a bit in `wanted` (as in `touched`).
   template <typename F>
-  __device__ __forceinline__ void read(const uint32_t (&wanted)[kTokens], F f) const {
+  __device__ __forceinline__ void read(uint32_t wanted, F f) const {
 #pragma unroll
     for (int j = 0; j < kTokens; j += kTokenRun) {
       const T* from = at(job.in, j);
-#pragma unroll
+#pragma unroll(kUnroll)
       for (int i = 0; i < kChannels; i += kChannelRun, from += hop * job.in.stride_channel) {
         uint32_t bits = 0;
 #pragma unroll
-        for (int k = 0; k < kTokenRun; ++k) bits |= wanted[j + k] >> i & kRunBits;
+        for (int k = 0; k < kTokenRun; ++k) bits |= wanted >> ((j + k) * kChannels + i) & kRunBits;
         if (bits == 0) continue;
         Pack<T, kRun> pack;
         pack.load(from);
@@ -237,32 +247,32 @@ struct Tile {
   __device__ __forceinline__ void load() {
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) {
-#pragma unroll
-      for (int i = 0; i < kChannels; ++i) z[j][i] = W(0);
+#pragma unroll(kUnroll)
+      for (int i = 0; i < kChannels; ++i) z(j, i) = W(0);
     }
-    read(needed, [&](int j, int i, W value) { z[j][i] = value; });
+    read(needed, [&](int j, int i, W value) { z(j, i) = value; });
   }
 
   // Writes what the steps touched; out of place also copies the rest.
-  __device__ __forceinline__ void store() const {
+  __device__ __forceinline__ void store() {
     constexpr uint32_t kAll = (1u << kRun) - 1;
 #pragma unroll
     for (int j = 0; j < kTokens; j += kTokenRun) {
       const T* from = at(job.in, j);
       T* to = at(job.out, j);
-#pragma unroll
+#pragma unroll(kUnroll)
       for (int i = 0; i < kChannels; i += kChannelRun) {
         uint32_t written = 0;  // bits in the order of the run
 #pragma unroll
         for (int k = 0; k < kRun; ++k) {
-          written |= (touched[j + k / kChannelRun] >> (i + k % kChannelRun) & 1u) << k;
+          written |= uint32_t(has(touched, j + k / kChannelRun, i + k % kChannelRun)) << k;
         }
         const bool fill = job.copy && exists(j) && (inside >> i & 1u);  // runs exist as a whole
         Pack<T, kRun> pack;
         if (fill && written != kAll) pack.load(from);
 #pragma unroll
         for (int k = 0; k < kRun; ++k) {
-          if (written >> k & 1u) pack.values[k] = narrow<T>(z[j + k / kChannelRun][i + k % kChannelRun]);
+          if (written >> k & 1u) pack.values[k] = narrow<T>(z(j + k / kChannelRun, i + k % kChannelRun));
         }
         if (written == kAll || fill) {
           pack.store(to);
@@ -318,7 +328,7 @@ struct Tile {
   template <typename F>
   __device__ __forceinline__ void with_vector(int64_t number, uint32_t bits, F f) const {
     const W* v = program.vectors + number * job.in.width + afresh(first_channel);
-#pragma unroll
+#pragma unroll(kUnroll)
     for (int i = 0; i < kChannels; i += kChannelRun, v += hop) {
       if ((bits >> i & kRunBits) == 0) continue;
       W values[kChannelRun];
@@ -342,11 +352,11 @@ struct Tile {
 
   // Calls f(j, i) for the elements that a step with these strengths and channels changes.
   template <typename F>
-  __device__ __forceinline__ void each(const W (&s)[kTokens], uint32_t bits, F f) const {
+  __device__ __forceinline__ void each(const W (&s)[kTokens], uint32_t bits, F f) {
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) {
       if (s[j] == W(0)) continue;
-#pragma unroll
+#pragma unroll(kUnroll)
       for (int i = 0; i < kChannels; ++i) {
         if (bits >> i & 1u) f(j, i);
       }
@@ -380,21 +390,21 @@ struct Tile {
         with_vector(step.vector, bits, [&](int i, W v) {
 #pragma unroll
           for (int j = 0; j < kTokens; ++j) {
-            if (s[j] != W(0)) z[j][i] += s[j] * v;
+            if (s[j] != W(0)) z(j, i) += s[j] * v;
           }
         });
         break;
       case kScale:  // x (1 + s (f - 1))
-        each(s, bits, [&](int j, int i) { z[j][i] *= scale_factor(lo, s[j]); });
+        each(s, bits, [&](int j, int i) { z(j, i) *= scale_factor(lo, s[j]); });
         break;
       case kClamp:  // x + s (clamp(x, lo, hi) - x)
-        each(s, bits, [&](int j, int i) { z[j][i] = blend(z[j][i], clamp_value(z[j][i], lo, hi), s[j]); });
+        each(s, bits, [&](int j, int i) { z(j, i) = blend(z(j, i), clamp_value(z(j, i), lo, hi), s[j]); });
         break;
       case kFill:  // x + s (v - x)
         with_vector(step.vector, bits, [&](int i, W v) {
 #pragma unroll
           for (int j = 0; j < kTokens; ++j) {
-            if (s[j] != W(0)) z[j][i] = blend(z[j][i], v, s[j]);
+            if (s[j] != W(0)) z(j, i) = blend(z(j, i), v, s[j]);
           }
         });
         break;
@@ -420,7 +430,7 @@ struct Tile {
     W c[kTokens] = {};
     with_vector(step.vector, bits, [&](int i, W v) {
 #pragma unroll
-      for (int j = 0; j < kTokens; ++j) c[j] += z[j][i] * v;
+      for (int j = 0; j < kTokens; ++j) c[j] += z(j, i) * v;
     });
     sum(c, totals);
 #pragma unroll
@@ -431,7 +441,7 @@ struct Tile {
     with_vector(step.vector, bits, [&](int i, W v) {
 #pragma unroll
       for (int j = 0; j < kTokens; ++j) {
-        if (s[j] != W(0)) z[j][i] += c[j] * v;
+        if (s[j] != W(0)) z(j, i) += c[j] * v;
       }
     });
   }
@@ -439,13 +449,13 @@ struct Tile {
   // x - s V'V x: all components of the row as it is, then their removal
   __device__ __forceinline__ void along_subspace(const Step& step, const W (&s)[kTokens], uint32_t bits) {
     for (int m = 0; m < step.count; m += kTogether) {
-      W c[kSums] = {};  // [kTogether][kTokens]
+      W c[kTogether * kTokens] = {};
 #pragma unroll
       for (int n = 0; n < kTogether; ++n) {
         if (m + n >= step.count) continue;
         with_vector(step.vector + m + n, bits, [&](int i, W v) {
 #pragma unroll
-          for (int j = 0; j < kTokens; ++j) c[n * kTokens + j] += z[j][i] * v;
+          for (int j = 0; j < kTokens; ++j) c[n * kTokens + j] += z(j, i) * v;
         });
       }
       sum(c, totals + m * kTokens * across);
@@ -459,7 +469,7 @@ struct Tile {
       with_vector(step.vector + m, bits, [&](int i, W v) {
 #pragma unroll
         for (int j = 0; j < kTokens; ++j) {
-          if (s[j] != W(0)) z[j][i] -= c[j] * v;
+          if (s[j] != W(0)) z(j, i) -= c[j] * v;
         }
       });
     }
@@ -492,7 +502,7 @@ struct Tile {
       const int64_t entry = entry_of(source, row, first_token + j);
       const S* from = static_cast<const S*>(source.data) + entry * source.stride_entry +
                       afresh(first_channel) * source.stride_channel;
-#pragma unroll
+#pragma unroll(kUnroll)
       for (int i = 0; i < kChannels; i += kChannelRun, from += hop * source.stride_channel) {
         if ((bits >> i & kRunBits) == 0) continue;
         Pack<S, kSame ? kChannelRun : 1> pack;
@@ -505,7 +515,7 @@ struct Tile {
             target = widen<W>(kSame && packed ? pack.values[kSame ? k : 0]
                                               : from[k * source.stride_channel]);
           }
-          z[j][i + k] = blend(z[j][i + k], target, s[j]);
+          z(j, i + k) = blend(z(j, i + k), target, s[j]);
         }
       }
     }
@@ -513,21 +523,28 @@ struct Tile {
 
   // x (1 + s (|x0| / |x| - 1)); x0 is read again, nothing of this group has been written yet
   __device__ __forceinline__ void renorm(const W (&s)[kTokens], uint32_t bits) {
-    W squares[2 * kTokens] = {};  // now, on entry
-    uint32_t wanted[kTokens];
+    uint32_t wanted = 0;
 #pragma unroll
-    for (int j = 0; j < kTokens; ++j) wanted[j] = s[j] != W(0) ? bits : 0;
-    each(s, bits, [&](int j, int i) { squares[j] += z[j][i] * z[j][i]; });
-    read(wanted, [&](int j, int i, W value) {
-      if (wanted[j] >> i & 1u) squares[kTokens + j] += value * value;
-    });
+    for (int j = 0; j < kTokens; ++j) wanted |= s[j] != W(0) ? bits << (j * kChannels) : 0;
+    W* before = totals + kTokens * across;
+    W squares[kTokens] = {};
+    each(s, bits, [&](int j, int i) { squares[j] += z(j, i) * z(j, i); });
     sum(squares, totals);
-    W factor[kTokens];
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) squares[j] = W(0);
+    read(wanted, [&](int j, int i, W value) {
+      if (has(wanted, j, i)) squares[j] += value * value;
+    });
+    sum(squares, before);
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) {
-      factor[j] = renorm_factor(W(sqrt(squares[j])), W(sqrt(squares[kTokens + j])), s[j]);
+      const int place = j * across + lane % across;
+      const W factor = renorm_factor(W(sqrt(totals[place])), W(sqrt(before[place])), s[j]);
+#pragma unroll(kUnroll)
+      for (int i = 0; i < kChannels; ++i) {
+        if (s[j] != W(0) && (bits >> i & 1u)) z(j, i) *= factor;
+      }
     }
-    each(s, bits, [&](int j, int i) { z[j][i] *= factor[j]; });
   }
 };
 
