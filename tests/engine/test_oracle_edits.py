@@ -37,35 +37,41 @@ def _edited(case: Case, edits: list[Any], pipe: Any) -> Tensor:
         return pipe(**case.pipeline_arguments()).images
 
 
+def _push(rows: Tensor, vector: Tensor, alpha: float | Tensor = ALPHA) -> Tensor:
+    """In float32 with one rounding at the end, as the formula has it."""
+    return (rows.float() + alpha * vector).to(rows.dtype)
+
+
+def _close(ours: Tensor, truth: Tensor, plain: Tensor) -> None:
+    """The error is far below the effect."""
+    effect = float((truth - plain).abs().max())
+    assert effect > 1e-2
+    coarse = truth.dtype == torch.bfloat16
+    assert float((ours - truth).abs().max()) < (0.1 if coarse else 1e-3) * effect
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_steering_one_branch_in_some_steps(case: Case) -> None:
     import dreamreader as dr
 
     steps, branches = _window(case)
-    component, path = case.attention
+    site = ".".join(case.attention)
     plain = case.truth.latents
+    pipe = case.pipe()
+    direction = _direction(case, pipe)
+    if case.scheduler is not None:  # the branches do not depend on the solver: one will do
+        branches = branches[CASES.index(case) % len(branches) :][:1]
     for branch in branches:
-        pipe = case.pipe()
-        direction = _direction(case, pipe)
-        change = Change(path, branch, steps, lambda step, name, rows, v=direction: rows + ALPHA * v)
-        truth = case.by_hand(case.pipe(), change).latents
-        edit = dr.Steer(f"{component}.{path}", direction, ALPHA, steps=steps, branch=branch)
-        ours = _edited(case, [edit], pipe)
-        scale = (truth - plain).abs().max()
-        assert scale > 1e-2
-        assert (ours - truth).abs().max() < 1e-4 * max(1.0, float(truth.abs().max())), branch
-        # afterwards the subject is as it was
-        again = pipe(**case.pipeline_arguments()).images
-        torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-5)
+        truth = _by_hand(case, lambda step, name, rows: _push(rows, direction), branch, steps)
+        edit = dr.Steer(site, direction, ALPHA, steps=steps, branch=branch)
+        _close(_edited(case, [edit], pipe), truth, plain)
+    # afterwards the subject is as it was
+    again = pipe(**case.pipeline_arguments()).images
+    assert torch.equal(again, case.pipe()(**case.pipeline_arguments()).images)
 
 
 def _by_hand(case: Case, apply: Any, branch: str = "cond", steps: Any = (1, 2)) -> Tensor:
     return case.by_hand(case.pipe(), Change(case.attention[1], branch, steps, apply)).latents
-
-
-def _close(ours: Tensor, truth: Tensor, plain: Tensor) -> None:
-    assert (truth - plain).abs().max() > 1e-2
-    assert (ours - truth).abs().max() < 1e-4 * max(1.0, float(truth.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["sd", "sd-HeunDiscrete", "sd-img2img-EulerDiscrete", "lumina2"])
@@ -104,7 +110,7 @@ def test_each_row_has_its_own_strength(name: str) -> None:
     pipe = case.pipe()
     direction = _direction(case, pipe)
     alphas = torch.linspace(0, 4, len(case.seeds))
-    truth = _by_hand(case, lambda step, branch, rows: rows + alphas[:, None, None] * direction)
+    truth = _by_hand(case, lambda step, branch, rows: _push(rows, direction, alphas[:, None, None]))
     plain = case.truth.latents
     site = ".".join(case.attention)
     edit = dr.Steer(site, direction, alphas.tolist(), branch="cond", steps=range(1, 3))
@@ -162,8 +168,8 @@ def test_function_edits_get_their_branch_only(name: str) -> None:
     import dreamreader as dr
 
     case = BY_NAME[name]
-    truth = _by_hand(case, lambda step, branch, rows: rows.roll(1, 1).tanh(), "uncond")
+    truth = _by_hand(case, lambda step, branch, rows: 4 * rows.roll(1, 1).tanh(), "uncond")
     plain = case.truth.latents
     site = ".".join(case.attention)
-    edit = dr.Edit(site, lambda rows: rows.roll(1, 1).tanh(), branch="uncond", steps=[1, 2])
+    edit = dr.Edit(site, lambda rows: 4 * rows.roll(1, 1).tanh(), branch="uncond", steps=[1, 2])
     _close(_edited(case, [edit], case.pipe()), truth, plain)

@@ -1,11 +1,13 @@
 """What is recorded at a site is what the hand-written loop saw pass there, in the right places."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests import tiny
-from tests.oracle import Call, Change
+from tests.oracle import Change
 from tests.oracle.cases import CASES, Case
 
 BY_NAME = {case.name: case for case in CASES}
@@ -27,10 +29,6 @@ def _passing(case: Case, branch: str, at: str = "out") -> list[Tensor]:
     return seen
 
 
-def _calls_of(case: Case, branch: str) -> list[Call]:
-    return [call for call in case.truth.calls if branch in call.branches]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_recording_by_branch_and_step(name: str) -> None:
     import dreamreader as dr
@@ -39,12 +37,20 @@ def test_recording_by_branch_and_step(name: str) -> None:
     component, path = case.attention
     site = f"{component}.{path}"
     pipe = case.pipe()
-    with dr.Reader(pipe).recording([site]) as cache:
-        pipe(**case.pipeline_arguments())
-    found = cache[site]
+    known = list(dict.fromkeys(branch for call in case.truth.calls for branch in call.branches))
+    # sequences of Lumina2 are as long as their prompts: its branches fit no one tensor
+    groups = [[branch] for branch in known] if name == "lumina2" else [known]
+    for group in groups:
+        with dr.Reader(pipe).recording([dr.Record(site, branch=group)]) as cache:
+            pipe(**case.pipeline_arguments())
+        _compare(case, cache[site], group)
+
+
+def _compare(case: Case, found: Any, group: list[str]) -> None:
     assert len(found.rows) == len(case.seeds)
-    for branch in found.branches:
-        calls = _calls_of(case, branch)
+    assert set(found.branches) == set(group)
+    for branch in group:
+        calls = [call for call in case.truth.calls if branch in call.branches]
         assert [(at.step, at.evaluation) for at in found.steps] == [
             (call.step, call.evaluation) for call in calls
         ]
@@ -52,8 +58,6 @@ def test_recording_by_branch_and_step(name: str) -> None:
         ours = found.select(branch=branch).tensor
         assert ours.shape == by_hand.shape
         torch.testing.assert_close(ours, by_hand, rtol=1e-4, atol=1e-4)
-    known = {branch for call in case.truth.calls for branch in call.branches}
-    assert set(found.branches) == known
 
 
 @pytest.mark.parametrize("name", ["sd", "pixart-sigma", "flux-true-cfg", "lumina2"])
