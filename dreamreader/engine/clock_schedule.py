@@ -63,6 +63,7 @@ class Trajectory:
         self._stride = timesteps.element_size()
         self._has_index = hasattr(type(scheduler), "step_index")
         self._later: list[tuple[Tensor, int, float]] = []
+        self._steps: list[Instant] = []
 
     def locate(self, argument: Any, precision: float) -> int:
         """Entry of `scheduler.timesteps` at which the denoiser is being called.
@@ -102,10 +103,11 @@ class Trajectory:
 
     def steps(self) -> list[Instant]:
         """The steps from the first of the run to the last of the schedule, at their beginnings."""
-        if self.start is None:
-            return []
-        entries = range(self.start, len(self.values))
-        return [self.instant(i) for i in entries if place(self.scheduler, i, self.start)[1] == 0]
+        if self.start is not None and not self._steps:
+            entries = range(self.start, len(self.values))
+            firsts = [i for i in entries if place(self.scheduler, i, self.start)[1] == 0]
+            self._steps = [self.instant(i) for i in firsts]  # asked for at every call of every site
+        return self._steps
 
     def postpone(self, argument: Tensor, index: int, precision: float) -> None:
         """Keep an argument that lives on the device, to be compared with its entry by `settle`."""
