@@ -68,7 +68,7 @@ class Ablate(ChannelEdit):
         for name in ("direction", "source"):
             if getattr(self, name) is not None and name != needed:
                 raise InvalidInput(f"Ablate: kind {self.kind!r} takes no {name}")
-        if isinstance(self.direction, Tensor):
+        if isinstance(self.direction, Tensor) and self.direction.numel():  # rank 0 is allowed
             check_finite("Ablate: direction", self.direction)
         if isinstance(self.source, Tensor):
             check_finite("Ablate: source", self.source)

@@ -78,5 +78,6 @@ def _lacking(module: nn.Module, pattern: Pattern, name: str, why: str = "") -> U
     asked = pattern.port + (f".{pattern.stream}" if pattern.stream else "")
     has = ", ".join(ports_of(module))
     reason = f"{why}; " if why else ""
-    hint = f"{reason}{name} is a {type(module).__name__} and has the ports {has}"
+    path = name.partition(":")[0]
+    hint = f"{reason}{path} is a {type(module).__name__} and has the ports {has}"
     return UnknownName("port", asked, ports_of(module), hint)
