@@ -3,25 +3,38 @@
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
+
+PIPE_WIDTH = 200  # columns where the output is no terminal, so that no name is broken
 
 
 def console(stderr: bool = False) -> Console:
     """A console that prints what models or people wrote as it is, without markup."""
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    plain = {"highlight": False, "markup": False, "emoji": False}
+    found = Console(stderr=stderr, **plain)
+    return found if found.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH, **plain)
+
+
+def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    """A table without lines; the columns named in `right` are set flush right."""
+    found = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        found.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    return found
 
 
 def progress() -> Progress:
     """A progress display on stderr; only its last state where there is no terminal."""
     return Progress(
-        TextColumn("{task.description}", markup=False),
+        TextColumn("{task.description:<14}", markup=False),
         BarColumn(bar_width=28),
-        MofNCompleteColumn(),
+        TaskProgressColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(compact=True),
         console=console(stderr=True),

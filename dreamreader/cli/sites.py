@@ -1,5 +1,6 @@
 """`dreamreader sites`."""
 
+import contextlib
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -41,25 +42,21 @@ def sites(
     """
     import json as encode
 
-    from rich.table import Table
-
-    from dreamreader.cli.progress import console
+    from dreamreader.cli.progress import console, table
     from dreamreader.cli.subject import open_reader
 
     reader = open_reader(model)
     if shapes if shapes is not None else _parameters(reader) < SMALL:
-        _run_one_step(reader)
+        _run_one_step(reader, pattern)
     rows = [_describe(site) for site in reader.sites(pattern)]
     if json:
         typer.echo(encode.dumps(rows, indent=2))
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("site", "module", "shape", "ports"):
-        table.add_column(name, overflow="fold", no_wrap=name == "shape")
+    listed = table("site", "module", "shape", "ports")
     for row in rows:
         shape = " x ".join(map(str, row["shape"] or ()))
-        table.add_row(row["site"], row["module"], shape, " ".join(row["ports"]))
-    console().print(table)
+        listed.add_row(row["site"], row["module"], shape, " ".join(row["ports"]))
+    console().print(listed)
     note = "" if any(row["shape"] for row in rows) else "; --shapes runs one step to learn shapes"
     console(stderr=True).print(f"{len(rows)} sites; shape is rows x tokens x features{note}")
 
@@ -80,12 +77,17 @@ def _parameters(reader: "Reader") -> int:
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
-def _run_one_step(reader: "Reader") -> None:
-    """Lets every site see values once, so that its shape is known."""
-    if hasattr(reader.subject, "scheduler"):
-        reader.run("a", seeds=0, num_inference_steps=1, output_type="latent")
-    else:
-        reader.run("a", max_new_tokens=1)
+def _run_one_step(reader: "Reader", pattern: str) -> None:
+    """Lets the sites see values once; those that do not run stay without a shape."""
+    from dreamreader.edits import Edit
+    from dreamreader.errors import DreamreaderError
+
+    # An edit that leaves everything as it is: unlike a recording, it may sit at modules that run more
+    # than once. Ports that cannot be written, such as probs, stay without a shape.
+    watch = Edit(pattern, lambda x: None)
+    arguments = {"num_inference_steps": 1} if hasattr(reader.subject, "scheduler") else {}
+    with contextlib.suppress(DreamreaderError):
+        reader.run("a", edits=watch, seeds=0, **arguments)
 
 
 def register(app: typer.Typer) -> None:

@@ -23,22 +23,18 @@ def list_() -> None:
     Example:
       dreamreader zoo list
     """
-    from rich.table import Table
-
-    from dreamreader.cli.progress import console
+    from dreamreader.cli.progress import console, table
     from dreamreader.zoo import MODELS, WEIGHTS, list_models
     from dreamreader.zoo.fetch import SOURCES, installed
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("model", "what it is", "here"):
-        table.add_column(name)
+    listed = table("model", "what it is", "here")
     for name in list_models():
         there = (WEIGHTS / name / "model_index.json").is_file()
-        table.add_row(name, MODELS[name], "yes" if there else f"no: dreamreader zoo train {name}")
+        listed.add_row(name, MODELS[name], "yes" if there else f"no: dreamreader zoo train {name}")
     for name, source in SOURCES.items():
         note = "yes" if installed(name) else f"no: dreamreader zoo fetch {name}"
-        table.add_row(name, f"{source.title}, {source.licence}", note)
-    console().print(table)
+        listed.add_row(name, f"{source.title}, {source.licence}", note)
+    console().print(listed)
 
 
 @app.command()
@@ -88,10 +84,8 @@ def evaluate(
       dreamreader zoo eval shapes-unet
       dreamreader zoo eval shapes-dit -n 128 --pairs
     """
-    from rich.table import Table
-
     from dreamreader.audit import wilson
-    from dreamreader.cli.progress import console, progress
+    from dreamreader.cli.progress import console, progress, table
     from dreamreader.cli.subject import quiet
     from dreamreader.zoo import load_pipeline
     from dreamreader.zoo.evaluate import evaluate as run
@@ -102,14 +96,13 @@ def evaluate(
         score = run(
             pipe, count, seed, pairs, lambda starts: bar.track(starts, description="batches")
         )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("attribute", "right", "asked", "share (95 % interval)"):
-        table.add_column(column, justify="left" if column == "attribute" else "right")
+    columns = ("attribute", "right", "asked", "share (95 % interval)")
+    listed = table(*columns, right=columns[1:])
     titles = {"one": "all, one object", "two": "all, two objects"}
     for key, asked in score.asked.items():
         share = wilson(score.right[key], asked).percent() if asked else "not asked"
-        table.add_row(titles.get(key, key), str(score.right[key]), str(asked), share)
-    console().print(table)
+        listed.add_row(titles.get(key, key), str(score.right[key]), str(asked), share)
+    console().print(listed)
 
 
 @app.command()

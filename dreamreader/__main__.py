@@ -1,0 +1,5 @@
+"""`python -m dreamreader` is the `dreamreader` command."""
+
+from dreamreader.cli import main
+
+main()

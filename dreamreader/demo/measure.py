@@ -1,0 +1,87 @@
+"""What the detector says about edited pictures, beside the unedited ones of the same rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dreamreader.audit import Interval, wilson
+from dreamreader.zoo import scenes
+from dreamreader.zoo.detector import Found, Reading, detect
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One truth value per picture.
+
+    Attributes:
+        turned: the main object has the target colour.
+        source: it has the source colour.
+        kept: shape and place of the main object are those of the unedited picture.
+        rest: size, background, frame and number of objects are too.
+    """
+
+    turned: Sequence[bool]
+    source: Sequence[bool]
+    kept: Sequence[bool]
+    rest: Sequence[bool]
+
+    def share(self, name: str) -> Interval:
+        return wilson(getattr(self, name))
+
+    def as_dict(self) -> dict[str, dict[str, float | int]]:
+        return {name: self.share(name).as_dict() for name in ("turned", "source", "kept", "rest")}
+
+
+def judge(
+    images: Float[Tensor, "n 3 h w"], unedited: Sequence[Reading], source: str, target: str
+) -> Outcome:
+    """Reads edited pictures and compares them with the readings of the unedited ones.
+
+    Args:
+        images: edited pictures, values in [0, 1].
+        unedited: one reading per picture, of the same prompt and seed without the edit.
+        source, target: colours.
+
+    Returns:
+        The outcome; a picture without any object counts as neither turned nor kept.
+    """
+    pairs = list(zip(detect(images), unedited, strict=True))
+    found = [(main(now), main(before), now, before) for now, before in pairs]
+    return Outcome(
+        turned=[a is not None and a.color == target for a, *_ in found],
+        source=[a is not None and a.color == source for a, *_ in found],
+        kept=[_same(a, b, ("shape", "row", "column")) for a, b, *_ in found],
+        rest=[
+            _same(a, b, ("size",))
+            and now.background == before.background
+            and now.frame == before.frame
+            and len(now.objects) == len(before.objects)
+            for a, b, now, before in found
+        ],
+    )
+
+
+def main(reading: Reading) -> Found | None:
+    """The largest object, if there is any."""
+    return reading.objects[0] if reading.objects else None
+
+
+def tint(
+    images: Float[Tensor, "n 3 h w"], masks: Bool[Tensor, "n h w"], source: str, target: str
+) -> Float[Tensor, " n"]:
+    """How far the mean colour within each mask lies on the way from `source` (0) to `target` (1).
+
+    `t = <c - c_source, c_target - c_source> / |c_target - c_source|^2` in RGB; the detector's
+    colour is a yes or no, this also sees half of an effect.
+    """
+    a, b = (torch.tensor(scenes.COLORS[name]) / 255 for name in (source, target))
+    weight = masks.float()
+    colour = (images * weight[:, None]).sum((2, 3)) / weight.sum((1, 2)).clamp(min=1)[:, None]
+    return (colour - a) @ (b - a) / (b - a).square().sum()
+
+
+def _same(a: Found | None, b: Found | None, names: Sequence[str]) -> bool:
+    return a is not None and b is not None and all(getattr(a, n) == getattr(b, n) for n in names)

@@ -1,0 +1,64 @@
+"""Everything that the demo is free to choose, in one value that the fingerprint covers."""
+
+from dataclasses import dataclass, replace
+
+from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.zoo import SETTINGS, scenes
+
+WINDOWS = {"all steps": (0.0, 1.0), "first half": (0.0, 0.5), "second half": (0.5, 1.0)}
+"""Step windows and their share of the steps; the sweep crosses them with sites and strengths."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes and settings of the demo.
+
+    Attributes:
+        source, target: the colour that prompts name, and the one to steer to.
+        fit: scenes recorded in every colour. choose, test, patch: rows of the other sets.
+        curve: test rows that are drawn at every strength; `test` are drawn at the chosen one.
+        strengths: multiples of the mean difference.
+        windows: number of equal step windows of the patching heat map.
+        keep: least share of kept shapes and places for a (site, window, strength) to be chosen.
+        batch: rows per call of the pipeline.
+    """
+
+    source: str = "red"
+    target: str = "blue"
+    seed: int = 0
+    steps: int = int(SETTINGS["num_inference_steps"])
+    guidance: float = float(SETTINGS["guidance_scale"])
+    fit: int = 8
+    choose: int = 6
+    test: int = 48
+    patch: int = 6
+    curve: int = 16
+    strengths: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
+    windows: int = 4
+    keep: float = 0.8
+    batch: int = 48
+
+    def __post_init__(self):
+        for color in (self.source, self.target):
+            if color not in scenes.COLORS:
+                raise UnknownName("colour", color, scenes.COLORS)
+        if self.source == self.target:
+            raise InvalidInput(f"source and target colour are both {self.source}")
+        if self.steps < self.windows:
+            raise InvalidInput(f"{self.windows} step windows need as many steps, got {self.steps}")
+
+    def small(self) -> "Plan":
+        """A few pictures of everything: to see that it works, not to believe its numbers."""
+        return replace(
+            self, fit=2, choose=2, test=4, patch=1, curve=2, strengths=(2.0, 8.0), windows=2
+        )
+
+    def window(self, name: str) -> range:
+        """The steps of a named window."""
+        start, stop = WINDOWS[name]
+        return range(round(start * self.steps), round(stop * self.steps))
+
+    @property
+    def patch_windows(self) -> list[range]:
+        edges = [round(i * self.steps / self.windows) for i in range(self.windows + 1)]
+        return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
