@@ -195,6 +195,16 @@ def test_an_exception_between_the_branches_leaves_nothing_behind() -> None:
         assert branches(log.moments) == [COND, UNCOND]
 
 
+def test_a_context_that_was_never_left_is_forgotten() -> None:
+    pipe = tiny.pipeline("flux-img2img")
+    with Clock(pipe) as clock, Log(clock) as log:
+        stuck = pipe.transformer.cache_context("uncond")
+        stuck.__enter__()
+        call("flux-img2img", pipe)
+        stuck.__exit__(None, None, None)
+    assert branches(log.moments) == [COND] * 3
+
+
 class Own(diffusers.StableDiffusionPipeline):
     """A subclass with the loop it inherits."""
 

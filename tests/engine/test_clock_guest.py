@@ -145,7 +145,7 @@ def test_a_run_within_a_run() -> None:
         if turn == 0:
             kept, outer.scheduler = outer.scheduler, copy.deepcopy(outer.scheduler)
             scale = outer._guidance_scale
-            call("sd", outer, num_inference_steps=2, guidance_scale=1.0)
+            call("sd", outer, ["a cat", "a dog"], num_inference_steps=2, guidance_scale=1.0)
             outer.scheduler, outer._guidance_scale = kept, scale
         return tensors
 

@@ -194,6 +194,20 @@ def test_nothing_is_known_before_and_after_a_run() -> None:
             clock.time()
 
 
+def test_timesteps_set_anew_within_a_run() -> None:
+    pipe = with_scheduler("sd", "EulerDiscreteScheduler")
+
+    def refine(pipe, turn, time, tensors):
+        if turn == 1:
+            pipe.scheduler.set_timesteps(7)
+        return tensors
+
+    said = logged("sd", pipe, callback_on_step_end=refine)
+    assert [(moment.step, moment.timestep) for moment in said[:3]] == [(0, 999), (1, 666), (4, 333)]
+    # the pipeline still walks the timesteps it began with
+    assert isinstance(said[3], ClockUnknown) and "not of the same run" in str(said[3])
+
+
 def test_scheduler_swapped_between_runs() -> None:
     pipe = with_scheduler("sd", "DDIMScheduler")
     with Clock(pipe) as clock, Log(clock) as log:
@@ -259,6 +273,24 @@ class TestTrajectory:
         assert Trajectory(scheduler, raw, None).locate(second[None].expand(4), 1e-6) == 2
         with pytest.raises(ClockUnknown, match=r"entries \[1, 2\]"):
             Trajectory(scheduler, raw, None).locate(second.clone(), 1e-6)
+
+    def test_the_counter_tells_repeated_values_apart(self) -> None:
+        scheduler = diffusers.PNDMScheduler(skip_prk_steps=True)
+        scheduler.set_timesteps(6)
+        trajectory = Trajectory(scheduler, raw, None)
+        for index, time in enumerate(scheduler.timesteps.tolist()):
+            scheduler.counter = index
+            assert trajectory.locate(torch.tensor(time), 1e-6) == index
+
+    def test_the_begin_index_tells_repeated_values_apart(self) -> None:
+        scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+        scheduler.set_timesteps(4)
+        scheduler.set_begin_index(2)
+        trajectory = Trajectory(scheduler, thousandth, None)
+        repeated = scheduler.timesteps[2] / 1000
+        assert scheduler.timesteps[1] == scheduler.timesteps[2]
+        assert trajectory.locate(repeated, 1e-5) == 2
+        assert trajectory.instant(2).evaluation == 0
 
     def test_postponed_comparison_still_contradicts(self) -> None:
         scheduler = self.ddim()
