@@ -1,9 +1,9 @@
 """Builds `dreamreader._C` with CMake and Ninja.
 
-DREAMREADER_EXT=auto (default)  C++, and CUDA where nvcc is found; without a C++ compiler, no extension
-               off              no extension: everything runs on the references
-               cpu, cuda        exactly this; anything missing is an error
-DEBUG=1                         without optimisation, with debug information
+DREAMREADER_EXT=auto       C++, and CUDA where nvcc is found; without a C++ compiler, no extension
+DREAMREADER_EXT=off        no extension: everything runs on the references
+DREAMREADER_EXT=cpu, cuda  exactly this; anything missing is an error
+DEBUG=1                    without optimisation, with debug information
 """
 
 import os
@@ -38,13 +38,18 @@ def plan(choice: str) -> str:
     if choice not in CHOICES:
         sys.exit(f"DREAMREADER_EXT={choice!r}: use one of {', '.join(CHOICES)}")
     if choice == "auto" and find_compiler() is None:
-        print("dreamreader: no C++ compiler found, so the native module is not built; every operator runs on its "
-              "reference in plain torch, more slowly. Install g++ and reinstall for the kernels.", flush=True)  # fmt: skip
+        print(
+            "dreamreader: no C++ compiler found, so the native module is not built; every operator "
+            "runs on its reference in plain torch, more slowly. Install g++ and reinstall for it.",
+            flush=True,
+        )
         return "off"
     if choice in ("cpu", "cuda") and find_compiler() is None:
         sys.exit(f"DREAMREADER_EXT={choice} needs a C++ compiler and none was found")
     if choice == "cuda" and find_nvcc() is None:
-        sys.exit("DREAMREADER_EXT=cuda needs nvcc (CUDACXX, CUDA_HOME or PATH) and it was not found")
+        sys.exit(
+            "DREAMREADER_EXT=cuda needs nvcc (CUDACXX, CUDA_HOME or PATH) and it was not found"
+        )
     if choice == "auto":
         return "cuda" if find_nvcc() and any((ROOT / "csrc").glob("*.cu")) else "cpu"
     return choice
@@ -59,7 +64,9 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / f"cmake-{ext.kind}"
         build.mkdir(parents=True, exist_ok=True)
-        (build / "CMakeCache.txt").unlink(missing_ok=True)  # tools may live in another temporary folder now
+        (build / "CMakeCache.txt").unlink(
+            missing_ok=True
+        )  # tools may live in another temporary folder now
         debug = os.environ.get("DEBUG", "0") not in ("", "0")
         options = {
             "CMAKE_BUILD_TYPE": "Debug" if debug else "Release",
@@ -73,7 +80,9 @@ class CMakeBuild(build_ext):
         if ext.kind == "cuda" and nvcc:
             options["CMAKE_CUDA_COMPILER"] = shutil.which(nvcc) or nvcc
         flags = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.run(["cmake", "-G", "Ninja", "-S", str(ROOT / "csrc"), *flags], cwd=build, check=True)
+        subprocess.run(
+            ["cmake", "-G", "Ninja", "-S", str(ROOT / "csrc"), *flags], cwd=build, check=True
+        )
         jobs = ["-j", str(self.parallel)] if self.parallel else []
         subprocess.run(["cmake", "--build", ".", *jobs], cwd=build, check=True)
 

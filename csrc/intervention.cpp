@@ -57,11 +57,9 @@ struct Tables {
 };
 
 // Everything a kernel will follow blindly: table rows, channel ranges, shapes.
-template <typename W>
-void check_step(const Program<W>& p, const Step& step, const Tables& tables, int64_t width, int64_t sources) {
+void check_step(const Step& step, const Tables& tables, int64_t width, int64_t sources) {
   const bool vectors = step.kind == kSteer || step.kind == kClampComponent || step.kind == kProject || step.kind == kFill;
   const bool limits = step.kind == kScale || step.kind == kClamp || step.kind == kClampComponent;
-  (void)p;
   require(step.kind >= kSteer && step.kind <= kRenorm, "intervene: unknown kind of step");
   require(0 <= step.begin && step.begin < step.end && step.end <= width, "intervene: channels outside x");
   require(step.mask >= -1 && step.mask < tables.masks.size(0), "intervene: mask outside its table");
@@ -92,6 +90,7 @@ Source source_of(const TensorView& data, const TensorView& index, const Activati
 bool dense(const TensorView& t) {
   int64_t stride = 1;
   for (int i = t.dims() - 1; i >= 0; --i) {
+    if (t.size(i) == 0) return true;
     if (t.size(i) > 1 && t.stride(i) != stride) return false;
     stride *= t.size(i);
   }
@@ -119,7 +118,7 @@ Program<W> program_of(std::string_view code, const Tables& t, const py::sequence
             "intervene: tables and x must be on one device");
   const int64_t sources = int64_t(py::len(patches)) / 2;
   require(sources <= kMaxSources && py::len(patches) % 2 == 0, "intervene: patches must be pairs, up to 8");
-  for (int i = 0; i < p.count; ++i) check_step(p, p.steps[i], t, x.width, sources);
+  for (int i = 0; i < p.count; ++i) check_step(p.steps[i], t, x.width, sources);
   for (int i = 0; i < sources; ++i) {
     const TensorView data(patches[2 * i]), index(patches[2 * i + 1]);
     require(data.device().type == device.type && data.device().id == device.id && index.device().type == device.type,

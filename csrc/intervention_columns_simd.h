@@ -12,8 +12,9 @@ constexpr int kColumnVectors = int(kLaneBytes) / DR_VECTOR_BYTES;
 template <typename W>
 constexpr int kLanes = int(kLaneBytes / sizeof(W));
 
-// Vectors of a subspace that are worked on together: as many as the registers hold.
-constexpr int kTile = DR_VECTOR_BYTES == 64 ? 8 : (DR_VECTOR_BYTES == 32 ? 2 : 1);
+// Vectors of a subspace that are worked on together: as many as the registers of AVX-512 hold. Elsewhere fewer, but
+// not one at a time, since y is rounded once per tile.
+constexpr int kTile = DR_VECTOR_BYTES == 64 ? 8 : 4;
 
 // One value of every lane.
 template <typename W>
@@ -162,9 +163,11 @@ struct Group {
     Column<W> amount[count];
     for (int k = 0; k < count; ++k) amount[k] = removed[k];
     each(step, s, [&](int64_t c, int i, V now) {
+      // Summed apart from y: the terms are smaller than it, and so are their rounding errors.
+      V total{};
 #pragma GCC unroll 8
-      for (int k = 0; k < count; ++k) now -= amount[k].v[i] * (v[k * width + c] - V{});
-      return now;
+      for (int k = 0; k < count; ++k) total += amount[k].v[i] * (v[k * width + c] - V{});
+      return now - total;
     });
   }
 

@@ -1,4 +1,4 @@
-"""The only places where operators allocate tensors, so that tests can poison what a kernel forgets to write."""
+"""The only places where operators allocate, so that tests can poison what a kernel leaves out."""
 
 from collections.abc import Sequence
 

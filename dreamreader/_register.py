@@ -47,7 +47,7 @@ def native() -> tuple[ModuleType | None, str]:
     """The native module or None, and the reason.
 
     Raises:
-        BrokenExtension: the module is installed but cannot be loaded, which is never passed over in silence.
+        BrokenExtension: the module is installed but cannot be loaded.
     """
     if find_spec("dreamreader._C") is None:
         return None, "the native module is not installed for this Python"
@@ -55,8 +55,8 @@ def native() -> tuple[ModuleType | None, str]:
         module = importlib.import_module("dreamreader._C")
     except ImportError as error:
         raise BrokenExtension(
-            f"dreamreader._C is installed but does not load: {error}. Reinstall dreamreader, or set "
-            "DREAMREADER_EXT=off when installing to run without it."
+            f"dreamreader._C is installed but does not load: {error}. Reinstall dreamreader, "
+            "or install it with DREAMREADER_EXT=off to run without the native module."
         ) from error
     return module, f"built {module.build_info()['compiled']}"
 
@@ -83,7 +83,7 @@ def register(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
 ) -> Callable:
-    """Declares `torch.ops.dreamreader.<name>` and returns its overload; the dispatcher picks the kernel by device.
+    """Declares `torch.ops.dreamreader.<name>` and returns its overload.
 
     Args:
         name: operator name.
@@ -101,7 +101,7 @@ def register(
         "CUDA": _choose((cuda, "native"), (triton, "triton")),
     }
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    for key, (owner, call) in owners.items():
+    for key, (_, call) in owners.items():
         if call is not None:
             LIBRARY.impl(name, call, key)
     active[name] = {key: owner for key, (owner, _) in owners.items()} | {"other": rest}

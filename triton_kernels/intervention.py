@@ -265,7 +265,7 @@ def constants(code: str, width: int) -> tuple[tuple[tuple[int, ...], ...], tuple
             step.kind,
             step.one_sided,
             step.vector,
-            step.count,
+            step.size,
             int((step.begin, step.end) == (0, width)),
             int(KINDS[step.kind] in _REDUCING),
             step.mask,

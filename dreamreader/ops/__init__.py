@@ -1,4 +1,4 @@
-"""Functions of tensors: each has a reference in plain torch, a schema, a gradient and, where built, kernels."""
+"""Functions of tensors, each with a reference, a schema, a gradient and, where built, kernels."""
 
 from dreamreader.ops.intervention import intervene, intervene_, intervene_reference
 from dreamreader.ops.program import Instruction, Program

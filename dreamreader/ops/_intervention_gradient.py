@@ -1,15 +1,16 @@
 """Gradient of the intervention program: the transposed steps, last one first.
 
-Written for a step y -> y' with incoming gradient g on its selected channels (g_m; elsewhere g passes unchanged):
+For a step y -> y' with gradient g of its result on its selected channels (elsewhere g passes on):
 
-    steer            dy = g                                 ds = <g, v>             dv = sum s g
+    steer            dy = g                                 ds = <g, v>
     scale            dy = (1 + s (f - 1)) g                 ds = (f - 1) <g, y>
-    clamp            dy = g or (1 - s) g out of bounds      ds = <g, clamp(y) - y>
-    clamp_component  dy = g + s (h' - 1) <g, v> v           ds = (h - c) <g, v>     dv = see code
-    project          dy = g - s V'(h' V g)                  ds = -<V g, h>          dV = see code
-    fill, patch      dy = (1 - s) g                         ds = <g, target - y>    dtarget = sum s g
-    renorm           dy = k g + s <g, y> dr/dy              ds = (r - 1) <g, y>     dx0 = s <g, y> dr/dx0
+    clamp            dy = g, out of bounds (1 - s) g        ds = <g, clamp(y) - y>
+    clamp_component  dy = g + s (h' - 1) <g, v> v           ds = (h - c) <g, v>
+    project          dy = g - s V' (h' V g)                 ds = -<V g, h>
+    fill, patch      dy = (1 - s) g                         ds = <g, target - y>
+    renorm           dy = k g + s <g, y> dr/dy              ds = (r - 1) <g, y>
 
+with c = V y, h what clamp_component or project make of c, r the ratio of norms, k = 1 + s (r - 1).
 Strengths get the derivative of the formula also where they are 0; dy there is g bit for bit.
 """
 
@@ -18,13 +19,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dreamreader.ops._intervention_steps import apply_step, clamp, patch_target, renorm_factor
+from dreamreader.ops._intervention_steps import (
+    apply_step,
+    bounds_of,
+    clamp,
+    patch_target,
+    renorm_factor,
+    vectors_of,
+)
 from dreamreader.ops.program import KINDS, Step, decode
 
 
 class Flow(NamedTuple):
-    """Gradients that leave one step: of its input, its strength, and where it has them the program's entry,
-    its vectors and its patch target."""
+    """Gradients that leave one step; of entry, vectors and patch target only where it has them."""
 
     y: Tensor  # [B, T, C]
     s: Tensor  # [B, T, 1]
@@ -34,7 +41,7 @@ class Flow(NamedTuple):
 
 
 def setup_context(ctx, inputs, output) -> None:
-    """Keeps the input and the tables; the rows between the steps are computed again in `backward`."""
+    """Keeps the input and the tables; `backward` computes the rows between the steps again."""
     x, code, strength, vectors, limits, masks, patches = inputs
     ctx.code = code
     ctx.save_for_backward(x, strength, vectors, limits, masks, *patches)
@@ -54,7 +61,7 @@ def backward(ctx, grad: Tensor) -> tuple:
         inputs.append(y)
     g = grad.to(strength.dtype)  # [B, T, D]
     d_entry = torch.zeros_like(g)
-    d_strength = [torch.zeros_like(strength[0])] * len(steps)
+    d_strength: list[Tensor] = [strength] * len(steps)  # each replaced below
     d_vectors = torch.zeros_like(vectors)
     d_sources = [torch.zeros_like(source, dtype=strength.dtype) for source in patches[::2]]
     for number in reversed(range(len(steps))):
@@ -68,9 +75,7 @@ def backward(ctx, grad: Tensor) -> tuple:
         if flow.entry is not None:
             d_entry[..., chosen] += torch.where(on, flow.entry, 0)
         if flow.v is not None:
-            d_vectors[step.vector : step.vector + step.count, chosen] += torch.where(
-                mask, flow.v, 0
-            )
+            d_vectors[step.vector : step.vector + step.size, chosen] += torch.where(mask, flow.v, 0)
         if flow.target is not None:
             into = d_sources[step.source]
             rows = torch.where(on, flow.target, 0).flatten(0, 1)  # [B * T, C]
@@ -99,12 +104,8 @@ def transposed(
     """Gradients of one step; arguments as `apply_step`, with g [B, T, C] zero outside mask [C]."""
     chosen = slice(step.begin, step.end)
     y, entry = (torch.where(mask, each[..., chosen], 0) for each in (y, entry))  # [B, T, C]
-    v = (
-        vectors[step.vector : step.vector + step.count, chosen]
-        if step.vector >= 0
-        else vectors[:0, chosen]
-    )
-    lo, hi = limits[step.limit].view(2, -1, 1, 1) if step.limit >= 0 else (None, None)  # [B, 1, 1]
+    v = vectors_of(step, vectors)  # [m, C]
+    lo, hi = bounds_of(step, limits)  # [B, 1, 1]
     kept = torch.where(s == 1, 0, (1 - s) * g)  # [B, T, C]: what a blend passes on
     match KINDS[step.kind]:
         case "steer":

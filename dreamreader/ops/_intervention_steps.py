@@ -1,4 +1,4 @@
-"""One instruction on all rows, in plain torch: the definition that every kernel is compared with."""
+"""One instruction on all rows, in plain torch: what every kernel is compared with."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,8 @@ def apply_step(
         y: [B, T, D], the rows before the step.
         entry: [B, T, D], the rows as the program found them.
         s: [B, T, 1], strengths.
-        vectors: [V, D]. limits: [L, 2, B]. masks: bool [M, D]. patches: source and index of each patch in turn.
+        vectors: [V, D]. limits: [L, 2, B]. masks: bool [M, D].
+        patches: source and index of each patch in turn.
 
     Returns:
         [B, T, end - begin].
@@ -35,14 +36,8 @@ def apply_step(
     on = s != 0  # [B, T, 1]
     if step.mask >= 0:
         on = on & masks[step.mask, chosen]  # [B, T, C]
-    v = (
-        vectors[step.vector : step.vector + step.count, chosen]
-        if step.vector >= 0
-        else vectors[:0, chosen]
-    )
-    lo, hi = (
-        (limits[step.limit].view(2, -1, 1, 1)) if step.limit >= 0 else (None, None)
-    )  # [B, 1, 1]
+    v = vectors_of(step, vectors)  # [m, C]
+    lo, hi = bounds_of(step, limits)  # [B, 1, 1]
     match KINDS[step.kind]:
         case "steer":
             new = z + s * v[0]
@@ -66,6 +61,20 @@ def apply_step(
     return torch.where(on, new, z)
 
 
+def vectors_of(step: Step, vectors: Tensor) -> Tensor:
+    """[m, C]: the vectors of a step on its channels; none for a step without."""
+    first = max(step.vector, 0)
+    return vectors[first : first + step.size, step.begin : step.end]
+
+
+def bounds_of(step: Step, limits: Tensor) -> tuple[Tensor, Tensor]:
+    """lo and hi of a step, each [B, 1, 1]; unbounded for a step without."""
+    if step.limit < 0:
+        return limits.new_full((), -torch.inf), limits.new_full((), torch.inf)
+    lo, hi = limits[step.limit]  # [B]
+    return lo[:, None, None], hi[:, None, None]
+
+
 def blend(z: Tensor, target: Tensor, s: Tensor) -> Tensor:
     """z + s (target - z); exactly target at s = 1, whatever z is."""
     return torch.where(s == 1, target, z + s * (target - z))
@@ -87,7 +96,7 @@ def norm(z: Tensor, on: Tensor) -> Tensor:
 
 
 def selected(z: Tensor, on: Tensor) -> Tensor:
-    """z where the instruction reads it, else 0, so that values outside the mask (also NaN) do not count."""
+    """z where the instruction reads it, else 0: values outside, NaN too, do not count."""
     return z if on.shape[-1] != z.shape[-1] else torch.where(on, z, 0)
 
 

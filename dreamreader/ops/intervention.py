@@ -1,4 +1,4 @@
-"""The intervention program: an ordered list of changes of every row of an activation, in one pass over memory.
+"""The intervention program: an ordered list of changes of every row, in one pass over memory.
 
 Semantics of one instruction with strength s on a row x, restricted to its channels:
 
@@ -7,12 +7,14 @@ Semantics of one instruction with strength s on a row x, restricted to its chann
     project          x - s V'V x                       fill    x + s (v - x)
     renorm           x (1 + s (|x0| / |x| - 1))        patch   x + s (source[index] - x)
 
-with c = <x, v> and x0 the row as the program found it. s = 0 leaves the row untouched bit for bit; s = 1 gives
-clamp, fill and patch their target exactly, so that these two never read x. Rows are computed in float32 (float64
-for float64) and rounded once, at the end.
+with c = <x, v> and x0 the row as the program found it. s = 0 leaves the row untouched bit for bit;
+s = 1 gives clamp, fill and patch their target exactly, and fill and patch then do not read x. Rows
+are computed in float32 (float64 for float64) and rounded once, at the end.
 """
 
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -36,12 +38,12 @@ def intervene(
     Formula: see the module; x_out = step_P(... step_1(x)), each step on the selected channels only.
 
     Args:
-        x: activation [rows, tokens, width], any strides, float16, bfloat16, float32 or float64.
+        x: activation [rows, tokens, width] of any strides and floating point type.
         program: built for this shape and device.
 
     Returns:
-        A new tensor with the shape, dtype and memory order of `x`. Differentiable in `x`, strengths, vectors and
-        patch sources; the gradient of a strength at 0 is the derivative of the formula there.
+        A new tensor with the shape, dtype and memory order of `x`. Differentiable in `x`,
+        strengths, vectors and patch sources; a strength at 0 gets the formula's derivative there.
 
     Raises:
         InvalidInput: `x` has another shape or device than the program, or is not floating point.
@@ -63,24 +65,24 @@ def intervene(
 def intervene_(
     x: Float[Tensor, "rows tokens width"], program: Program
 ) -> Float[Tensor, "rows tokens width"]:
-    """Applies a program to every row of an activation in its own memory; rows of strength 0 are not visited.
+    """Applies a program in the memory of the activation; rows of strength 0 are not visited.
 
     Args:
-        x: activation [rows, tokens, width] without gradient, any strides that do not overlap; see `intervene`.
+        x: activation [rows, tokens, width] without gradient, any strides that do not overlap.
         program: built for this shape and device.
 
     Returns:
         `x` itself, its version counter raised by one.
 
     Raises:
-        InvalidInput: as `intervene`; or `x` requires grad, since an edit in place keeps nothing for a gradient.
+        InvalidInput: as `intervene`; or `x` requires grad.
 
     Example:
         >>> import torch
         >>> from dreamreader.ops import Instruction
         >>> x = torch.ones(1, 2, 2)
-        >>> only_second = torch.tensor([[0.0, 1.0]])
-        >>> intervene_(x, Program([Instruction("fill", only_second, vectors=torch.zeros(2))], rows=1, tokens=2, width=2))
+        >>> second = Instruction("fill", torch.tensor([[0.0, 1.0]]), vectors=torch.zeros(2))
+        >>> intervene_(x, Program([second], rows=1, tokens=2, width=2))
         tensor([[[1., 1.],
                  [0., 0.]]])
     """
@@ -108,7 +110,7 @@ def intervene_reference(
     Args:
         x: [B, T, D].
         code: packed steps, see `program.Step`.
-        strength: [P, B, T] in the arithmetic dtype, which is float64 for float64 x and float32 otherwise.
+        strength: [P, B, T], float64 for float64 x and float32 otherwise.
         vectors: [V, D], limits: [L, 2, B], masks: bool [M, D].
         patches: source [S, D] and index [B, T] of each patch in turn.
 
@@ -163,22 +165,19 @@ def _cuda_(x: Tensor, code: str, strength, vectors, limits, masks, patches) -> N
 
 
 def _triton(x: Tensor, *tables) -> Tensor:
-    from dreamreader.triton_kernels.intervention import intervention
-
     out = _alloc.empty_like(x)
-    intervention(x, out, *tables)
+    import_module(_TRITON).intervention(x, out, *tables)
     return out
 
 
 def _triton_(x: Tensor, code: str, strength, vectors, limits, masks, patches) -> None:
-    from dreamreader.triton_kernels.intervention import intervention
-
-    intervention(x, x, code, strength, vectors, limits, masks, _apart(x, patches))
+    kernel = import_module(_TRITON).intervention
+    kernel(x, x, code, strength, vectors, limits, masks, _apart(x, patches))
     torch.autograd.graph.increment_version(x)
 
 
 def _apart(x: Tensor, patches: Sequence[Tensor]) -> list[Tensor]:
-    """`patches` with copies of the sources that share memory with x, which is about to be overwritten."""
+    """`patches` with copies of those that share memory with x, which is about to change."""
     memory = x.untyped_storage().data_ptr()
     return [
         each.clone() if each.untyped_storage().data_ptr() == memory else each for each in patches
@@ -203,7 +202,7 @@ def _mismatch(name: str, x: Tensor, program: Program) -> InvalidInput:
     return InvalidInput(f"{name}: x is {list(x.shape)}, the program is for {list(program.shape)}")
 
 
-_native = native()[0]
+_native: Any = native()[0]
 _TRITON = "dreamreader.triton_kernels.intervention"
 
 _intervene = register(

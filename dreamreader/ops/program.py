@@ -1,7 +1,8 @@
 """Intervention programs: what to do to the rows of an activation, checked and packed once.
 
-The packed form is what kernels read. `code` is text, so that it is a constant of a compiled graph: one group of
-comma-separated integers per instruction, groups joined by `;`, in the order of the fields of `Step`.
+The packed form is what kernels read. `code` is text, so that it is a constant of a compiled graph:
+one group of comma-separated integers per instruction, groups joined by `;`, in the order of the
+fields of `Step`.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ KINDS = ("steer", "scale", "clamp", "clamp_component", "project", "fill", "patch
 MAX_INSTRUCTIONS = 32
 MAX_SOURCES = 8
 MAX_SUBSPACE = 64
-# Directions normalised in bfloat16 miss unit length by up to 4e-3; above this the component would be visibly wrong.
+# Directions normalised in bfloat16 miss unit length by up to 4e-3; more is a mistake.
 ORTHONORMAL_TOLERANCE = 5e-3
 
 Tables = tuple[str, Tensor, Tensor, Tensor, Tensor, list[Tensor]]
@@ -31,7 +32,7 @@ class Step(NamedTuple):
     kind: int  # index into KINDS
     one_sided: int  # project: 1 removes only positive components
     vector: int  # first row in the vector table
-    count: int  # rows in the vector table
+    size: int  # rows in the vector table
     begin: int  # channels begin .. end - 1 are read and written,
     end: int
     mask: int  # and among them only those of this row of the mask table
@@ -44,12 +45,13 @@ class Instruction:
     """One change of every row of an activation.
 
     Args:
-        kind: one of `steer`, `scale`, `clamp`, `clamp_component`, `project`, `fill`, `patch`, `renorm`.
-        strength: number or tensor that broadcasts to [rows, tokens]. 0 leaves a row untouched bit for bit, so the
-            selection of rows, tokens, steps and branches is part of the strength.
-        vectors: [m, width] or [width]: the direction of `steer`, the unit direction of `clamp_component`, the
-            orthonormal rows of `project` (m <= 64), the values of `fill`.
-        lo: lower bound of `clamp` and `clamp_component` (none: unbounded), the factor of `scale`; number or [rows].
+        kind: one of `KINDS`.
+        strength: number or tensor that broadcasts to [rows, tokens]. 0 leaves a row untouched bit
+            for bit, so the selection of rows, tokens, steps and branches is part of the strength.
+        vectors: [m, width] or [width]: the direction of `steer`, the unit direction of
+            `clamp_component`, the orthonormal rows of `project` (m <= 64), the values of `fill`.
+        lo: lower bound of `clamp` and `clamp_component` (none: unbounded), the factor of `scale`;
+            number or [rows].
         hi: upper bound; number or [rows].
         source: [entries, width], what `patch` reads.
         index: int64, broadcasts to [rows, tokens]: the entry of `source` for each row.
@@ -84,7 +86,8 @@ class Program:
         device: where the activation lives; tables are moved there.
 
     Raises:
-        InvalidInput: an instruction lacks what its kind needs, or a table has a wrong shape or non-finite values.
+        InvalidInput: an instruction lacks what its kind needs, or has a table of a wrong shape or
+            with values that are not finite.
 
     Example:
         >>> import torch
@@ -127,10 +130,11 @@ class Program:
 
     def __repr__(self) -> str:
         kinds = ", ".join(KINDS[step.kind] for step in decode(self.code))
-        return f"Program([{kinds}], rows={self.rows}, tokens={self.tokens}, width={self.width}, device={self.device})"
+        shape = f"rows={self.rows}, tokens={self.tokens}, width={self.width}"
+        return f"Program([{kinds}], {shape}, device={self.device})"
 
     def with_strengths(self, strengths: Sequence[float | Tensor]) -> "Program":
-        """The same program with other strengths, one for each instruction; shares every other table."""
+        """The same program with other strengths, one per instruction; shares every other table."""
         if len(strengths) != len(self):
             raise InvalidInput(
                 f"the program has {len(self)} instructions, got {len(strengths)} strengths"
@@ -142,7 +146,7 @@ class Program:
         return other
 
     def tables(self, dtype: torch.dtype) -> Tables:
-        """The packed tables for activations of `dtype`: what `torch.ops.dreamreader.intervene` takes after x."""
+        """The packed tables for activations of `dtype`: the arguments of the op after x."""
         try:
             return self._tables[dtype]
         except KeyError:
@@ -278,8 +282,9 @@ class Program:
         for number, each in enumerate(tensors):
             if not _broadcasts(each, self.shape[:2]):
                 wanted = f"[{self.rows}, {self.tokens}]"
+                got = list(each.shape)
                 raise InvalidInput(
-                    f"instruction {number}: strength must broadcast to {wanted}, got {list(each.shape)}"
+                    f"instruction {number}: strength must broadcast to {wanted}, got {got}"
                 )
             _finite(f"instruction {number}", "strength", each)
         common = torch.broadcast_shapes((1, 1), *(each.shape for each in tensors))
@@ -313,8 +318,8 @@ def _orthonormal(name: str, vectors: Tensor) -> None:
     )
     if worst > ORTHONORMAL_TOLERANCE:
         raise InvalidInput(
-            f"{name}: vectors must be orthonormal within the selected channels, they miss it by {worst:.2g}; "
-            "normalise a direction by its norm, a subspace by torch.linalg.qr"
+            f"{name}: vectors must be orthonormal within the selected channels, "
+            f"they miss it by {worst:.2g}; use v / v.norm() or torch.linalg.qr"
         )
 
 
