@@ -44,7 +44,7 @@ def load_pipeline(name: str | Path) -> Any:
     folder = find(name)
     try:
         pipe = DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=torch.float32, **({"safety_checker": None} if name in MODELS else {})
+            folder, dtype=torch.float32, **({"safety_checker": None} if name in MODELS else {})
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InvalidInput(f"{folder}: not a whole diffusers pipeline ({_first_line(error)})") from error
