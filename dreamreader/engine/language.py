@@ -1,5 +1,6 @@
 """Running a language model on rows of prompts."""
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +47,21 @@ def run_language(
         with session, torch.no_grad(), torch.random.fork_rng(enabled=sampling):
             if sampling:
                 torch.manual_seed(plan.seeds[start])
-            outputs.append(model.generate(**inputs, **arguments) if arguments else model(**inputs))
+            if arguments:
+                outputs.append(model.generate(**inputs, **arguments))
+            else:
+                outputs.append(model(**inputs, **_positions(model, inputs)))
         found.append(session.activations(plan.rows))
         report.merge(session.report)
     output, text = _together(outputs, reader.tokenizer, length)
     return RunResult(output, Cache(_merged(found)), report, tuple(plan.rows), text)
+
+
+def _positions(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Positions that do not count padding; a plain forward of GPT-2 would count it."""
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        return {}
+    return {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 
 
 def _encoded(reader: "Reader", prompts: list[str]) -> dict[str, Tensor]:
