@@ -47,7 +47,9 @@ def load_pipeline(name: str | Path) -> Any:
             folder, dtype=torch.float32, **({"safety_checker": None} if name in MODELS else {})
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InvalidInput(f"{folder}: not a whole diffusers pipeline ({_first_line(error)})") from error
+        raise InvalidInput(
+            f"{folder}: not a whole diffusers pipeline ({_first_line(error)})"
+        ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -64,7 +66,9 @@ def find(name: str | Path) -> str:
     path = Path(name)
     if path.is_dir():
         if not (path / "model_index.json").is_file():
-            raise InvalidInput(f"{path}: no model_index.json, so this is not a diffusers pipeline folder")
+            raise InvalidInput(
+                f"{path}: no model_index.json, so this is not a diffusers pipeline folder"
+            )
         return str(path)
     text = str(name)
     if text.count("/") == 1 and not text.startswith((".", "/")):

@@ -44,7 +44,9 @@ class LatentSet:
     tokens: Int[Tensor, "n length"]
     empty: Int[Tensor, " length"]
 
-    def batch(self, size: int, generator: torch.Generator, dropout: float = 0.1) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, size: int, generator: torch.Generator, dropout: float = 0.1
+    ) -> tuple[Tensor, Tensor]:
         """A batch of float32 latents and tokens in which a share `dropout` of the captions is empty."""
         rows = torch.randint(len(self.latents), (size,), generator=generator)
         tokens = self.tokens[rows].clone()
@@ -60,9 +62,11 @@ def encode_set(vae: Any, tokenizer: Any, count: int, seed: int, progress: Any = 
     for start in progress(range(0, count, 256)):
         batch = [training_scene(rng) for _ in range(min(256, count - start))]
         mean = vae.encode(pictures(batch, rng)).latent_dist.mean
-        latents.append(((mean - vae.config.shift_factor) * vae.config.scaling_factor).half())
+        latents.append((mean * vae.config.scaling_factor).half())
         captions += [scene.caption() for scene in batch]
-    return LatentSet(torch.cat(latents).clone(), tokenize(tokenizer, captions), tokenize(tokenizer, [""])[0])
+    return LatentSet(
+        torch.cat(latents).clone(), tokenize(tokenizer, captions), tokenize(tokenizer, [""])[0]
+    )
 
 
 def tokenize(tokenizer: Any, captions: list[str]) -> Int[Tensor, "n length"]:

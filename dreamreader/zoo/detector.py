@@ -1,10 +1,11 @@
 """Reads the attributes of a scene back from its pixels, without a learned part.
 
 Background: the commonest palette colour inside the frame zone. Objects: connected regions that differ from it.
-Colour: vote of a region's inner pixels. Shape: best overlap with the five drawn shapes at the region's own size.
+Colour: vote of a region's inner pixels. Shape: best overlap with the five drawn shapes at the region's own area.
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from dreamreader.zoo import scenes
 MIN_AREA = 24  # pixels; smaller regions are specks
 FOREGROUND = 0.20  # distance from the background colour, of sqrt(3) in all
 MIN_OVERLAP = 0.6  # below it the shape is None
-SMALL_BELOW = 20.0  # pixels, longer side of the bounding box
+SMALL_BELOW = 22.0  # pixels, longer side of the bounding box
 _EDGE = scenes.FRAME_PX + 1  # rows and columns that belong to the frame zone
 
 
@@ -91,44 +92,63 @@ def _objects(picture: Tensor, labels: Tensor, distance: Tensor) -> tuple[Found, 
 
 
 def _read_object(picture: Tensor, mask: Tensor, distance: Tensor) -> Found:
-    ys, xs = (v.float() for v in mask.nonzero(as_tuple=True))
-    top, bottom, left, right = ys.min(), ys.max() + 1, xs.min(), xs.max() + 1
     inner = mask & (distance >= distance[mask].median())
     votes = _nearest(picture[None, :, inner][..., None], scenes.COLORS).flatten()
     color = list(scenes.COLORS)[int(votes.bincount(minlength=len(scenes.COLORS)).argmax())]
-    side = float(max(bottom - top, right - left))
-    crop = mask[int(top) : int(bottom), int(left) : int(right)].float()
+    coverage = (distance / distance[inner].median()).clamp(
+        max=1
+    ) * mask  # 1 inside, 0.5 on the outline
+    mask = coverage > 0.5
+    ys, xs = (v.float() for v in mask.nonzero(as_tuple=True))
+    top, bottom, left, right = (float(v) for v in (ys.min(), ys.max() + 1, xs.min(), xs.max() + 1))
     return Found(
-        shape=_shape(crop),
+        shape=_shape(coverage),
         color=color,
-        size="small" if side < SMALL_BELOW else "large",
-        row=_place(float(top + bottom) / 2, scenes.ROWS),
-        column=_place(float(left + right) / 2, scenes.COLUMNS),
+        size="small" if max(bottom - top, right - left) < SMALL_BELOW else "large",
+        row=_place((top + bottom) / 2, scenes.ROWS),
+        column=_place((left + right) / 2, scenes.COLUMNS),
         mask=mask,
     )
 
 
-def _shape(crop: Tensor) -> str | None:
-    """The shape whose mask, stretched to the same bounding box, overlaps best (intersection over union)."""
-    scaled = torch.nn.functional.interpolate(crop[None, None], size=(32, 32), mode="bilinear")[0, 0] > 0.5
-    overlaps = {
-        name: float((scaled & t).sum() / (scaled | t).sum().clamp(min=1)) for name, t in _templates().items()
-    }
-    best = max(overlaps, key=lambda name: overlaps[name])
-    aspect = max(crop.shape) / max(1, min(crop.shape))
-    return best if overlaps[best] >= MIN_OVERLAP and aspect < 1.6 else None
+def _shape(coverage: Tensor) -> str | None:
+    """The shape whose outline, moved to the same centroid and area, overlaps best (soft intersection over union).
+
+    Area and centroid survive the blur of an autoencoder; a bounding box does not.
+    """
+    names, templates = _templates()
+    mine = _normalised(coverage)
+    overlaps = torch.minimum(templates, mine).sum((1, 2)) / torch.maximum(templates, mine).sum(
+        (1, 2)
+    )
+    best = int(overlaps.argmax())
+    return names[best] if float(overlaps[best]) >= MIN_OVERLAP else None
+
+
+def _normalised(coverage: Tensor) -> Tensor:
+    """Coverage [32, 32] around the centroid, over 2.3 times the root of the area."""
+    area = coverage.sum()
+    at = torch.arange(scenes.SIZE_PX) + 0.5
+    cy, cx = (coverage.sum(1) @ at) / area, (coverage.sum(0) @ at) / area
+    span = torch.linspace(-1.15, 1.15, 32) * area.sqrt()
+    y, x = torch.meshgrid(cy + span, cx + span, indexing="ij")
+    grid = torch.stack([x, y], -1)[None] / (scenes.SIZE_PX / 2) - 1
+    return torch.nn.functional.grid_sample(coverage[None, None], grid, align_corners=False)[0, 0]
 
 
 @functools.cache
-def _templates() -> dict[str, Tensor]:
-    out = {}
-    for name in scenes.SHAPES:
-        canvas = Image.new("L", (256, 256))
-        scenes.draw_shape(ImageDraw.Draw(canvas), name, (32, 32), 28, 255)
-        box = canvas.getbbox()
-        small = canvas.crop(box).resize((32, 32), Image.Resampling.BOX)
-        out[name] = torch.from_numpy(np.asarray(small).copy()) > 127
-    return out
+def _templates() -> tuple[list[str], Tensor]:
+    """Every shape at every size as a rendered picture shows it, sharp and blurred by a pixel; names and [n, 32, 32]."""
+    names, found = [], []
+    for name, half in itertools.product(scenes.SHAPES, scenes.SIZES.values()):
+        side = scenes.SIZE_PX * scenes.SUPERSAMPLE
+        canvas = Image.new("L", (side, side))
+        scenes.draw_shape(ImageDraw.Draw(canvas), name, (32, 32), half, 255)
+        sharp = torch.from_numpy(np.asarray(canvas.reduce(scenes.SUPERSAMPLE)).copy()) / 255
+        blurred = torch.nn.functional.avg_pool2d(sharp[None, None], 3, stride=1, padding=1)[0, 0]
+        names += [name, name]
+        found += [_normalised(sharp), _normalised(blurred)]
+    return names, torch.stack(found)
 
 
 def _framed(pixels: Tensor) -> Tensor:
@@ -145,7 +165,9 @@ def _components(mask: Tensor) -> Tensor:
     n, h, w = mask.shape
     labels = (torch.arange(h * w).view(1, h, w) + 1).expand(n, h, w) * mask
     while True:
-        spread = torch.nn.functional.max_pool2d(labels.float(), 3, stride=1, padding=1).long() * mask
+        spread = (
+            torch.nn.functional.max_pool2d(labels.float(), 3, stride=1, padding=1).long() * mask
+        )
         if torch.equal(spread, labels):
             return labels
         labels = spread
@@ -165,4 +187,9 @@ def _place(value: float, centres: dict[str, int]) -> str:
 
 
 def _to_tensor(images: list[Image.Image]) -> Tensor:
-    return torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in images])).permute(0, 3, 1, 2) / 255
+    return (
+        torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in images])).permute(
+            0, 3, 1, 2
+        )
+        / 255
+    )

@@ -51,13 +51,17 @@ def evaluate(
     right, asked = dict.fromkeys(keys, 0), dict.fromkeys(keys, 0)
     for start in progress(range(0, count, BATCH)):
         batch = drawn[start : start + BATCH]
-        for scene, reading in zip(batch, detect(draw(pipe, batch, seed + start, **changes)), strict=True):
+        for scene, reading in zip(
+            batch, detect(draw(pipe, batch, seed + start, **changes)), strict=True
+        ):
             verdict = judge(scene, reading)
             for name, hit in verdict:
                 right[name] += hit
                 asked[name] += 1
             whole = "one" if len(scene.objects) == 1 else "two"
-            right[whole] += all(hit for _, hit in verdict) and len(reading.objects) == len(scene.objects)
+            right[whole] += all(hit for _, hit in verdict) and len(reading.objects) == len(
+                scene.objects
+            )
             asked[whole] += 1
     return Score(right, asked)
 
@@ -75,7 +79,11 @@ def judge(scene: scenes.Scene, reading: Reading) -> list[tuple[str, bool]]:
     regions: list[Found | None] = list(reading.objects[:2])
     regions += [None] * (2 - len(regions))
     matches = [
-        [pair for obj, region in zip(scene.objects, order, strict=False) for pair in _judge_object(obj, region)]
+        [
+            pair
+            for obj, region in zip(scene.objects, order, strict=False)
+            for pair in _judge_object(obj, region)
+        ]
         for order in itertools.permutations(regions)
     ]
     verdict = max(matches, key=lambda pairs: sum(hit for _, hit in pairs))

@@ -20,7 +20,14 @@ LATENT_SIDE = 16
 def vocabulary() -> list[str]:
     """Every word that a caption can contain, in a fixed order."""
     words = "a an at the and on with frame background".split()
-    for group in (scenes.COLORS, scenes.SHAPES, scenes.SIZES, scenes.ROWS, scenes.COLUMNS, scenes.BACKGROUNDS):
+    for group in (
+        scenes.COLORS,
+        scenes.SHAPES,
+        scenes.SIZES,
+        scenes.ROWS,
+        scenes.COLUMNS,
+        scenes.BACKGROUNDS,
+    ):
         words += [w for w in group if w not in words]
     return words
 
@@ -72,7 +79,7 @@ def build_vae() -> torch.nn.Module:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(24, 48, 64),
+        block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
@@ -80,7 +87,7 @@ def build_vae() -> torch.nn.Module:
         norm_num_groups=8,
         sample_size=scenes.SIZE_PX,
         scaling_factor=1.0,
-        shift_factor=0.0,
+        shift_factor=0.0,  # StableDiffusionPipeline does not apply one
     )
 
 

@@ -30,11 +30,16 @@ def heads(encoders: nn.ModuleDict) -> nn.ModuleDict:
     sizes |= {name: len(options) for name, options in _WHOLE.items()}
     width = {key: encoder.config.hidden_size for key, encoder in encoders.items()}
     return nn.ModuleDict(
-        {key: nn.ModuleDict({n: nn.Linear(width[key], s) for n, s in sizes.items()}) for key in encoders}
+        {
+            key: nn.ModuleDict({n: nn.Linear(width[key], s) for n, s in sizes.items()})
+            for key in encoders
+        }
     )
 
 
-def caption_loss(stage: nn.ModuleDict, tokenizer: Any, batch: int, seed: int) -> Callable[[int], Tensor]:
+def caption_loss(
+    stage: nn.ModuleDict, tokenizer: Any, batch: int, seed: int
+) -> Callable[[int], Tensor]:
     """Cross-entropy of reading every attribute of the caption from the state of its end token.
 
     A text encoder that starts from this knows its words before the denoiser listens to it.
@@ -44,7 +49,10 @@ def caption_loss(stage: nn.ModuleDict, tokenizer: Any, batch: int, seed: int) ->
         rng = random.Random(f"captions {seed} {step}")
         drawn = [data.training_scene(rng) for _ in range(batch)]
         tokens = data.tokenize(tokenizer, [scene.caption() for scene in drawn])
-        labels = {name: torch.tensor([_label(s, name) for s in drawn]) for name in next(iter(stage["heads"].values()))}
+        labels = {
+            name: torch.tensor([_label(s, name) for s in drawn])
+            for name in next(iter(stage["heads"].values()))
+        }
         total = torch.zeros(())
         for key, encoder in stage["encoders"].items():
             end = tokens.eq(tokenizer.eos_token_id).int().argmax(1)
@@ -53,25 +61,33 @@ def caption_loss(stage: nn.ModuleDict, tokenizer: Any, batch: int, seed: int) ->
                 at_end = state[torch.arange(batch), end]
                 for name, head in stage["heads"][key].items():
                     there = (labels[name] != _ABSENT).sum().clamp(min=1)
-                    wrong = F.cross_entropy(head(at_end), labels[name], ignore_index=_ABSENT, reduction="sum")
+                    wrong = F.cross_entropy(
+                        head(at_end), labels[name], ignore_index=_ABSENT, reduction="sum"
+                    )
                     total = total + wrong / there
         return total / len(labels)
 
     return loss
 
 
-def velocity_loss(net: nn.ModuleDict, scheduler: Any, latents: Tensor, tokens: Tensor, generator) -> Tensor:
+def velocity_loss(
+    net: nn.ModuleDict, scheduler: Any, latents: Tensor, tokens: Tensor, generator
+) -> Tensor:
     """v-prediction (Salimans & Ho, arXiv:2202.00512): unlike a loss on the noise it also weighs high noise levels,
     where a picture's layout is decided."""
     noise = torch.randn(latents.shape, generator=generator)
-    times = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
+    times = torch.randint(
+        scheduler.config.num_train_timesteps, (len(latents),), generator=generator
+    )
     noisy = scheduler.add_noise(latents, noise, times)
     text = net["text_encoder"](tokens).last_hidden_state
     predicted = net["unet"](noisy, times, text).sample
     return F.mse_loss(predicted, scheduler.get_velocity(latents, noise, times))
 
 
-def flow_loss(net: nn.ModuleDict, scheduler: Any, latents: Tensor, tokens: Tensor, generator) -> Tensor:
+def flow_loss(
+    net: nn.ModuleDict, scheduler: Any, latents: Tensor, tokens: Tensor, generator
+) -> Tensor:
     """Rectified flow with logit-normal noise levels (Esser et al., arXiv:2403.03206), shifted as in sampling."""
     noise = torch.randn(latents.shape, generator=generator)
     sigma = torch.sigmoid(torch.randn(len(latents), generator=generator))
@@ -91,7 +107,9 @@ def flow_loss(net: nn.ModuleDict, scheduler: Any, latents: Tensor, tokens: Tenso
 
 def sd3_text(net: nn.ModuleDict, tokens: Tensor, absent: int) -> tuple[Tensor, Tensor]:
     """Text states and pooled state as StableDiffusion3Pipeline makes them, with `absent` zero rows for T5."""
-    outs = [net[key](tokens, output_hidden_states=True) for key in ("text_encoder", "text_encoder_2")]
+    outs = [
+        net[key](tokens, output_hidden_states=True) for key in ("text_encoder", "text_encoder_2")
+    ]
     clip = torch.cat([out.hidden_states[-2] for out in outs], dim=-1)
     zeros = torch.zeros(len(tokens), absent, clip.shape[-1])
     return torch.cat([clip, zeros], dim=1), torch.cat([out.text_embeds for out in outs], dim=-1)

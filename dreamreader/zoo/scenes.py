@@ -34,13 +34,19 @@ BACKGROUNDS = {
 FRAME_COLOR = (0, 95, 95)
 FRAME_PX = 4
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-SIZES = {"small": 7.0, "large": 13.0}  # half extent of the bounding box, pixels
+SIZES = {"small": 9.0, "large": 13.0}  # half extent of the bounding box, pixels
 ROWS = {"top": 17, "middle": 32, "bottom": 47}  # centre of the object, pixels
 COLUMNS = {"left": 17, "center": 32, "right": 47}
 JITTER_PX = 2
 
 HELD_OUT_PAIRS = frozenset(
-    {("red", "star"), ("blue", "triangle"), ("green", "cross"), ("orange", "circle"), ("pink", "square")}
+    {
+        ("red", "star"),
+        ("blue", "triangle"),
+        ("green", "cross"),
+        ("orange", "circle"),
+        ("pink", "square"),
+    }
 )
 
 # What the scene is when the caption does not say: the usual value, and how often it is that one.
@@ -125,7 +131,9 @@ def sample_scene(rng: random.Random, objects: int | None = None) -> Scene:
         while not _apart(*found):
             found = tuple(_placed(rng, obj) for obj in found)
     said = rng.random() < SAID["background"]
-    background = rng.choice(list(BACKGROUNDS)) if said else _usual(rng, UNSAID["background"], BACKGROUNDS)
+    background = (
+        rng.choice(list(BACKGROUNDS)) if said else _usual(rng, UNSAID["background"], BACKGROUNDS)
+    )
     return Scene(found, background, rng.random() < FRAMED, said)
 
 
@@ -144,11 +152,15 @@ def render(scene: Scene, rng: random.Random | None = None) -> Image.Image:
         centre = (COLUMNS[obj.column] + dx, ROWS[obj.row] + dy)
         draw_shape(draw, obj.shape, centre, SIZES[obj.size], COLORS[obj.color])
     if scene.frame:
-        draw.rectangle((0, 0, side - 1, side - 1), outline=FRAME_COLOR, width=FRAME_PX * SUPERSAMPLE)
+        draw.rectangle(
+            (0, 0, side - 1, side - 1), outline=FRAME_COLOR, width=FRAME_PX * SUPERSAMPLE
+        )
     return picture.reduce(SUPERSAMPLE)
 
 
-def draw_shape(draw: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float], half: float, fill) -> None:
+def draw_shape(
+    draw: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float], half: float, fill
+) -> None:
     """Draws one shape whose bounding box is `2 * half` pixels wide, in supersampled coordinates."""
     cx, cy, r = (v * SUPERSAMPLE for v in (*centre, half))
     if shape == "circle":
@@ -161,7 +173,7 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float
         corners = [
             (cx + q * math.sin(i * math.pi / 5), cy - q * math.cos(i * math.pi / 5))
             for i in range(10)
-            for q in [r * 1.05 if i % 2 == 0 else r * 0.45]
+            for q in [r * 1.1 if i % 2 == 0 else r * 0.42]
         ]
         draw.polygon(corners, fill=fill)
     elif shape == "cross":
@@ -175,7 +187,9 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float
 def _sample_object(rng: random.Random) -> Obj:
     said = frozenset(name for name in ("color", "size", "place") if rng.random() < SAID[name])
     shape = rng.choice(SHAPES)
-    color = rng.choice(list(COLORS)) if "color" in said else _usual(rng, UNSAID_COLOR[shape], COLORS)
+    color = (
+        rng.choice(list(COLORS)) if "color" in said else _usual(rng, UNSAID_COLOR[shape], COLORS)
+    )
     size = rng.choice(list(SIZES)) if "size" in said else _usual(rng, UNSAID["size"], SIZES)
     places = [f"{row} {column}" for row in ROWS for column in COLUMNS]
     place = rng.choice(places) if "place" in said else _usual(rng, UNSAID["place"], places)
@@ -184,7 +198,9 @@ def _sample_object(rng: random.Random) -> Obj:
 
 def _placed(rng: random.Random, obj: Obj) -> Obj:
     """The object with its place drawn evenly and said: two objects are always told apart by place."""
-    return replace(obj, row=rng.choice(list(ROWS)), column=rng.choice(list(COLUMNS)), said=obj.said | {"place"})
+    return replace(
+        obj, row=rng.choice(list(ROWS)), column=rng.choice(list(COLUMNS)), said=obj.said | {"place"}
+    )
 
 
 def _usual(rng: random.Random, usual: tuple[str, float], options) -> str:

@@ -41,8 +41,8 @@ class Recipe:
         return self.rate * min(1.0, (step + 1) / self.warmup) * fall
 
 
-VAE = Recipe(steps=1600, batch=16, rate=2e-3)
-CAPTIONS = Recipe(steps=1200, batch=128, rate=1e-3)
+VAE = Recipe(steps=2800, batch=16, rate=2e-3)
+CAPTIONS = Recipe(steps=450, batch=128, rate=1e-3)
 DENOISER = {
     "shapes-unet": Recipe(steps=5000, batch=64, rate=1e-3),
     "shapes-unet-b": Recipe(steps=4000, batch=64, rate=1e-3),
@@ -93,11 +93,12 @@ def train_autoencoder(folder: Path, steps: int | None, report: Report) -> Path:
         noise = torch.randn(posterior.mean.shape, generator=_generator(0, step))
         sample = posterior.mean + posterior.std * noise
         error = vae.decode(sample).sample - target
-        return error.square().mean() + 0.2 * error.abs().mean() + 1e-5 * posterior.kl().mean()
+        return error.square().mean() + 0.2 * error.abs().mean() + 2e-7 * posterior.kl().mean()
 
-    run_stage("autoencoder", recipe, nn.ModuleDict({"vae": vae}), loss, home / "autoencoder.ckpt", report)
-    mean, std = _latent_moments(vae)
-    vae.register_to_config(scaling_factor=1 / std, shift_factor=mean)
+    run_stage(
+        "autoencoder", recipe, nn.ModuleDict({"vae": vae}), loss, home / "autoencoder.ckpt", report
+    )
+    vae.register_to_config(scaling_factor=1 / _latent_deviation(vae))
     out = home / "autoencoder"
     vae.half().save_pretrained(out)
     return out
@@ -141,7 +142,9 @@ def run_stage(
     keep: Callable[[int], None] | None = None,
 ) -> None:
     """Optimises `model` in place; leaves the averaged weights in it, also whenever `keep` is called."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=0.01, betas=(0.9, 0.99))
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=recipe.rate, weight_decay=0.01, betas=(0.9, 0.99)
+    )
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     start = _restore(checkpoint, model, optimiser, average)
     model.train()
@@ -186,7 +189,11 @@ def averaged(model: nn.Module, average: dict[str, Tensor]) -> Iterator[None]:
 def load_autoencoder(folder: Path) -> Any:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).eval().requires_grad_(False)
+    return (
+        AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def save_pipeline(name: str, parts: dict[str, Any], vae: nn.Module, out: Path) -> None:
@@ -194,7 +201,9 @@ def save_pipeline(name: str, parts: dict[str, Any], vae: nn.Module, out: Path) -
     import copy
     import shutil
 
-    pipe = models.assemble(name, {k: copy.deepcopy(v) for k, v in parts.items()}, copy.deepcopy(vae))
+    pipe = models.assemble(
+        name, {k: copy.deepcopy(v) for k, v in parts.items()}, copy.deepcopy(vae)
+    )
     fresh = out.with_name(out.name + ".part")
     shutil.rmtree(fresh, ignore_errors=True)
     pipe.to(torch.float16).save_pretrained(fresh)
@@ -203,7 +212,11 @@ def save_pipeline(name: str, parts: dict[str, Any], vae: nn.Module, out: Path) -
 
 
 def _with_steps(recipe: Recipe, steps: int | None) -> Recipe:
-    return recipe if steps is None else Recipe(steps, recipe.batch, recipe.rate, recipe.warmup, recipe.ema)
+    return (
+        recipe
+        if steps is None
+        else Recipe(steps, recipe.batch, recipe.rate, recipe.warmup, recipe.ema)
+    )
 
 
 def _generator(seed: int, step: int) -> torch.Generator:
@@ -211,22 +224,28 @@ def _generator(seed: int, step: int) -> torch.Generator:
 
 
 @torch.no_grad()
-def _latent_moments(vae: Any) -> tuple[float, float]:
+def _latent_deviation(vae: Any) -> float:
     rng = random.Random("moments")
     vae.eval()
     batches = [[data.training_scene(rng) for _ in range(128)] for _ in range(8)]
     latents = torch.cat([vae.encode(data.pictures(b, rng)).latent_dist.mean for b in batches])
-    return float(latents.mean()), float(latents.std())
+    return float(latents.std())
 
 
-def _save(path: Path, model: nn.Module, optimiser: Any, average: dict[str, Tensor], step: int) -> None:
+def _save(
+    path: Path, model: nn.Module, optimiser: Any, average: dict[str, Tensor], step: int
+) -> None:
     moments = optimiser.state_dict()["state"]
     tensors = {f"live.{k}": v for k, v in model.named_parameters()}
     tensors |= {f"average.{k}": v for k, v in average.items()}
     tensors |= {f"{key}.{i}": v for i, state in moments.items() for key, v in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, part, {"step": json.dumps(step)})
+    save_file(
+        {k: v.detach().contiguous().clone() for k, v in tensors.items()},
+        part,
+        {"step": json.dumps(step)},
+    )
     os.replace(part, path)
 
 

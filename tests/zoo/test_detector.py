@@ -63,7 +63,9 @@ def test_masks_cover_the_object():
 
 
 def test_other_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"expected pictures \[n, 3, 64, 64\], got \[1, 3, 32, 32\]"):
+    with pytest.raises(
+        ValueError, match=r"expected pictures \[n, 3, 64, 64\], got \[1, 3, 32, 32\]"
+    ):
         detect(torch.zeros(1, 3, 32, 32))
 
 

@@ -24,15 +24,22 @@ def test_the_world_is_as_large_as_promised():
 def test_a_caption_says_what_is_said_and_nothing_else():
     star = scenes.Obj("star", "orange", "small", "top", "left")
     scene = scenes.Scene((star,), "white", frame=True)
-    assert scene.caption() == "a small orange star at the top left on a white background with a frame"
-    quiet = scenes.Scene((scenes.Obj("star", "orange", "small", "top", "left", frozenset({"color"})),), "white")
+    assert (
+        scene.caption() == "a small orange star at the top left on a white background with a frame"
+    )
+    quiet = scenes.Scene(
+        (scenes.Obj("star", "orange", "small", "top", "left", frozenset({"color"})),), "white"
+    )
     assert quiet.caption() == "an orange star on a white background"
 
 
 @pytest.mark.parametrize("shape", scenes.SHAPES)
 def test_unsaid_colours_follow_the_stated_habit(shape):
     found = Counter(
-        o.color for s in drawn(20_000, objects=1) for o in s.objects if o.shape == shape and "color" not in o.said
+        o.color
+        for s in drawn(20_000, objects=1)
+        for o in s.objects
+        if o.shape == shape and "color" not in o.said
     )
     usual, share = scenes.UNSAID_COLOR[shape]
     assert found.total() > 200
@@ -59,7 +66,8 @@ def test_two_objects_never_touch():
     for scene in drawn(3000, objects=2):
         a, b = scene.objects
         gap = max(
-            abs(scenes.ROWS[a.row] - scenes.ROWS[b.row]), abs(scenes.COLUMNS[a.column] - scenes.COLUMNS[b.column])
+            abs(scenes.ROWS[a.row] - scenes.ROWS[b.row]),
+            abs(scenes.COLUMNS[a.column] - scenes.COLUMNS[b.column]),
         )
         assert gap >= scenes.SIZES[a.size] + scenes.SIZES[b.size]
 

@@ -82,7 +82,9 @@ def test_the_objective_reads_text_as_the_pipeline_does():
     net = nn.ModuleDict({k: v for k, v in parts.items() if isinstance(v, nn.Module)}).eval()
     caption = "a small red circle at the top left"
     with torch.no_grad():
-        text, pooled = objectives.sd3_text(net, data.tokenize(parts["tokenizer"], [caption]), objectives.T5_TOKENS)
+        text, pooled = objectives.sd3_text(
+            net, data.tokenize(parts["tokenizer"], [caption]), objectives.T5_TOKENS
+        )
         theirs = pipe.encode_prompt(caption, caption, caption, do_classifier_free_guidance=False)
     torch.testing.assert_close(text, theirs[0])
     torch.testing.assert_close(pooled, theirs[2])
