@@ -1,5 +1,6 @@
 """The runs that are done by hand, by the pipeline and by the engine."""
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ ATTENTION: dict[str, tuple[str, str]] = {
     "lumina2": ("transformer", "layers.0.attn"),
 }
 
+_BUILT: dict[tuple[str, torch.dtype], Any] = {}
 _TRUTHS: dict[str, Trace] = {}
 
 
@@ -43,7 +45,12 @@ class Case:
     dtype: torch.dtype = torch.float32
 
     def pipe(self) -> Any:
-        pipe = tiny.pipeline(self.pipeline).to(self.dtype)
+        """A pipeline and scheduler of its own; the models below are built once a session."""
+        key = (self.pipeline, self.dtype)
+        if key not in _BUILT:
+            _BUILT[key] = tiny.pipeline(self.pipeline).to(self.dtype)
+        pipe = copy.copy(_BUILT[key])
+        pipe.scheduler = copy.deepcopy(pipe.scheduler)
         if self.scheduler is not None:
             import diffusers
 
