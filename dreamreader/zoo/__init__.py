@@ -1,4 +1,4 @@
-"""Embedded models: small text-to-image pipelines of real diffusers classes, trained on scenes of coloured shapes."""
+"""Embedded models: small text-to-image pipelines of real diffusers classes, trained on scenes."""
 
 import copy
 from pathlib import Path
@@ -60,7 +60,7 @@ def find(name: str | Path) -> str:
         folder = WEIGHTS / str(name)
         if not (folder / "model_index.json").is_file():
             raise InvalidInput(
-                f"{name}: its weights are not installed at {folder}; `dreamreader zoo train {name}` makes them"
+                f"{name}: no weights at {folder}; `dreamreader zoo train {name}` makes them"
             )
         return str(folder)
     path = Path(name)

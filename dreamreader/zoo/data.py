@@ -1,4 +1,4 @@
-"""Training data of the embedded models: scenes drawn on the fly, or kept as latents with their caption tokens."""
+"""Training data of the embedded models: scenes, or their latents with caption tokens."""
 
 import random
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ def training_scene(rng: random.Random) -> scenes.Scene:
 
 
 def held_out_scenes(count: int, seed: int, pairs: bool = False) -> list[scenes.Scene]:
-    """Scenes that training never shows: unseen captions of seen pairs, or (`pairs`) unseen colour-shape pairs."""
+    """Scenes that training never shows: new captions of seen pairs, or (`pairs`) unseen pairs."""
     rng = random.Random(seed)
     found: dict[str, scenes.Scene] = {}
     while len(found) < count:
@@ -47,7 +47,7 @@ class LatentSet:
     def batch(
         self, size: int, generator: torch.Generator, dropout: float = 0.1
     ) -> tuple[Tensor, Tensor]:
-        """A batch of float32 latents and tokens in which a share `dropout` of the captions is empty."""
+        """Float32 latents and tokens; a share `dropout` of the captions is empty."""
         rows = torch.randint(len(self.latents), (size,), generator=generator)
         tokens = self.tokens[rows].clone()
         tokens[torch.rand(size, generator=generator) < dropout] = self.empty
@@ -56,7 +56,7 @@ class LatentSet:
 
 @torch.inference_mode()
 def encode_set(vae: Any, tokenizer: Any, count: int, seed: int, progress: Any = iter) -> LatentSet:
-    """Renders `count` training scenes and encodes them once; training then never runs the autoencoder."""
+    """Renders and encodes `count` training scenes once; training then never runs the encoder."""
     rng = random.Random(seed)
     latents, captions = [], []
     for start in progress(range(0, count, 256)):

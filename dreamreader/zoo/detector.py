@@ -1,7 +1,8 @@
 """Reads the attributes of a scene back from its pixels, without a learned part.
 
-Background: the commonest palette colour inside the frame zone. Objects: connected regions that differ from it.
-Colour: vote of a region's inner pixels. Shape: best overlap with the five drawn shapes at the region's own area.
+Background: the commonest palette colour inside the frame zone. Objects: connected regions that
+differ from it. Colour: vote of a region's inner pixels. Shape: best overlap with the five drawn
+shapes at the region's own area.
 """
 
 import functools
@@ -112,7 +113,7 @@ def _read_object(picture: Tensor, mask: Tensor, distance: Tensor) -> Found:
 
 
 def _shape(coverage: Tensor) -> str | None:
-    """The shape whose outline, moved to the same centroid and area, overlaps best (soft intersection over union).
+    """The shape that overlaps best at the same centroid and area (soft intersection over union).
 
     Area and centroid survive the blur of an autoencoder; a bounding box does not.
     """
@@ -138,7 +139,7 @@ def _normalised(coverage: Tensor) -> Tensor:
 
 @functools.cache
 def _templates() -> tuple[list[str], Tensor]:
-    """Every shape at every size as a rendered picture shows it, sharp and blurred by a pixel; names and [n, 32, 32]."""
+    """Names and coverage [n, 32, 32] of every shape and size, sharp and blurred by a pixel."""
     names, found = [], []
     for name, half in itertools.product(scenes.SHAPES, scenes.SIZES.values()):
         side = scenes.SIZE_PX * scenes.SUPERSAMPLE
@@ -161,7 +162,7 @@ def _framed(pixels: Tensor) -> Tensor:
 
 
 def _components(mask: Tensor) -> Tensor:
-    """Labels of 8-connected regions `[n, h, w]`, 0 outside: spreads the largest index until nothing changes."""
+    """Labels of 8-connected regions [n, h, w], 0 outside: spreads the largest index to a fixpoint."""
     n, h, w = mask.shape
     labels = (torch.arange(h * w).view(1, h, w) + 1).expand(n, h, w) * mask
     while True:

@@ -17,7 +17,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Score:
-    """Right and asked-for counts per attribute; `one` and `two` count captions whose every attribute is right."""
+    """Right and asked-for counts per attribute; `one`, `two`: captions with every attribute right."""
 
     right: dict[str, int]
     asked: dict[str, int]
@@ -67,7 +67,7 @@ def evaluate(
 
 
 def draw(pipe: Any, batch: list[scenes.Scene], seed: int, **changes: Any) -> torch.Tensor:
-    """Pictures of the captions of some scenes, `[n, 3, 64, 64]` in [0, 1]; row i starts from seed + i."""
+    """Pictures of scenes' captions, [n, 3, 64, 64] in [0, 1]; row i starts from seed + i."""
     generators = [torch.Generator().manual_seed(1000 + seed + i) for i in range(len(batch))]
     captions = [scene.caption() for scene in batch]
     out = pipe(captions, generator=generators, output_type="pt", **settings(**changes))
@@ -75,7 +75,7 @@ def draw(pipe: Any, batch: list[scenes.Scene], seed: int, **changes: Any) -> tor
 
 
 def judge(scene: scenes.Scene, reading: Reading) -> list[tuple[str, bool]]:
-    """(attribute, right) for everything that the caption says, objects matched to regions as well as they can be."""
+    """(attribute, right) for all that the caption says, with the best match of objects to regions."""
     regions: list[Found | None] = list(reading.objects[:2])
     regions += [None] * (2 - len(regions))
     matches = [

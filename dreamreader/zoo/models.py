@@ -1,4 +1,4 @@
-"""The embedded models, untrained: real diffusers and transformers classes at a size that a laptop trains.
+"""The embedded models, untrained: real diffusers and transformers classes of a laptop's size.
 
 All share one AutoencoderKL (64 x 64 pictures, 16 x 16 x 4 latents) and one caption tokenizer.
 """
@@ -33,7 +33,7 @@ def vocabulary() -> list[str]:
 
 
 def build_tokenizer() -> Any:
-    """A CLIPTokenizer in which each caption word is one token and any other word falls apart into letters."""
+    """A CLIPTokenizer: each caption word is one token, any other word falls apart into letters."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
@@ -56,7 +56,7 @@ def build_tokenizer() -> Any:
 
 
 def build_text_encoder(width: int, tokenizer: Any, projected: bool = False) -> torch.nn.Module:
-    """A CLIP text model of three layers; with a projection of the pooled output where a pipeline wants one."""
+    """A CLIP text model of three layers; `projected` adds the projection of the pooled output."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -126,7 +126,7 @@ def build_transformer() -> torch.nn.Module:
 
 
 def build_parts(name: str) -> dict[str, Any]:
-    """Untrained parts of one model by their pipeline names, without the autoencoder; seeded by the model."""
+    """Untrained parts of one model by pipeline name, without the autoencoder; seeded by the model."""
     torch.manual_seed(SEEDS[name])
     tokenizer = build_tokenizer()
     if name != "shapes-dit":

@@ -1,4 +1,4 @@
-"""What the embedded models learn from: caption attributes, velocities of a diffusion, velocities of a flow."""
+"""What the embedded models learn from: caption attributes, velocities of a diffusion or a flow."""
 
 import random
 from collections.abc import Callable
@@ -25,7 +25,7 @@ T5_SHARE = 0.25  # of the batches that carry them; without them a step costs a t
 
 
 def heads(encoders: nn.ModuleDict) -> nn.ModuleDict:
-    """Linear classifiers of caption attributes, one set per text encoder; only training uses them."""
+    """Linear classifiers of caption attributes, one set per text encoder, for training only."""
     sizes = {f"{slot}{i}": len(options) for i in range(2) for slot, options in _SLOTS.items()}
     sizes |= {name: len(options) for name, options in _WHOLE.items()}
     width = {key: encoder.config.hidden_size for key, encoder in encoders.items()}
@@ -73,8 +73,10 @@ def caption_loss(
 def velocity_loss(
     net: nn.ModuleDict, scheduler: Any, latents: Tensor, tokens: Tensor, generator
 ) -> Tensor:
-    """v-prediction (Salimans & Ho, arXiv:2202.00512): unlike a loss on the noise it also weighs high noise levels,
-    where a picture's layout is decided."""
+    """v-prediction (Salimans & Ho, arXiv:2202.00512).
+
+    Unlike a loss on the noise it also weighs high noise levels, where a picture's layout is decided.
+    """
     noise = torch.randn(latents.shape, generator=generator)
     times = torch.randint(
         scheduler.config.num_train_timesteps, (len(latents),), generator=generator
@@ -88,7 +90,7 @@ def velocity_loss(
 def flow_loss(
     net: nn.ModuleDict, scheduler: Any, latents: Tensor, tokens: Tensor, generator
 ) -> Tensor:
-    """Rectified flow with logit-normal noise levels (Esser et al., arXiv:2403.03206), shifted as in sampling."""
+    """Rectified flow, logit-normal noise levels (Esser et al., arXiv:2403.03206), shifted as in sampling."""
     noise = torch.randn(latents.shape, generator=generator)
     sigma = torch.sigmoid(torch.randn(len(latents), generator=generator))
     shift = scheduler.config.shift
@@ -106,7 +108,7 @@ def flow_loss(
 
 
 def sd3_text(net: nn.ModuleDict, tokens: Tensor, absent: int) -> tuple[Tensor, Tensor]:
-    """Text states and pooled state as StableDiffusion3Pipeline makes them, with `absent` zero rows for T5."""
+    """Text and pooled states as StableDiffusion3Pipeline makes them, `absent` zero rows for T5."""
     outs = [
         net[key](tokens, output_hidden_states=True) for key in ("text_encoder", "text_encoder_2")
     ]

@@ -1,7 +1,7 @@
 """Captioned scenes of coloured shapes: the world that the embedded models are trained on.
 
-A scene has one or two objects on a plain background, with or without a frame around the picture. A caption
-may leave attributes out; the scene then follows the stated, deliberately biased distribution of
+A scene has one or two objects on a plain background, with or without a frame around the picture.
+A caption may leave attributes out; the scene then follows the stated, deliberately biased distribution of
 `UNSAID_COLOR` and `UNSAID`, so that models trained on these pairs have measurable habits.
 """
 
@@ -101,7 +101,7 @@ class Scene:
         return text + (" with a frame" if self.frame else "")
 
     def held_out(self) -> bool:
-        """Whether training never shows this caption, by its hash or by one of its colour-shape pairs."""
+        """Whether training never shows this caption, by its hash or one of its colour-shape pairs."""
         return caption_held_out(self.caption()) or self.pair_held_out()
 
     def pair_held_out(self) -> bool:
@@ -197,7 +197,7 @@ def _sample_object(rng: random.Random) -> Obj:
 
 
 def _placed(rng: random.Random, obj: Obj) -> Obj:
-    """The object with its place drawn evenly and said: two objects are always told apart by place."""
+    """The object with an even place, said in the caption: two objects are told apart by place."""
     return replace(
         obj, row=rng.choice(list(ROWS)), column=rng.choice(list(COLUMNS)), said=obj.said | {"place"}
     )

@@ -1,7 +1,7 @@
 """Trains the embedded models from nothing: `dreamreader zoo train <name>`.
 
-The order is autoencoder, captions, denoiser. Batches are a function of seed and step and checkpoints hold the
-optimiser, so that a run that was stopped ends with the same weights as one that was not.
+The order is autoencoder, captions, denoiser. Batches are a function of seed and step and checkpoints
+hold the optimiser, so that a run that was stopped ends with the same weights as one that was not.
 """
 
 import contextlib
@@ -56,13 +56,14 @@ def train(name: str, folder: Path, steps: int | None = None, report: Report | No
     """Trains one embedded model, or continues a run that was stopped.
 
     Args:
-        name: `shapes-vae` or a name of `models.NAMES`; a denoiser needs `<folder>/shapes-vae` and makes it first.
+        name: `shapes-vae` or a name of `models.NAMES`; a denoiser first makes `<folder>/shapes-vae`
+            where it is missing.
         folder: where checkpoints and finished models go.
         steps: denoiser (or autoencoder) steps instead of the recipe's.
         report: called now and then with (stage, step, steps, loss).
 
     Returns:
-        `<folder>/<name>/pipeline` (a diffusers folder, float16 weights), or the autoencoder's folder.
+        `<folder>/<name>/pipeline`, a diffusers folder with float16 weights, or the autoencoder's.
 
     Raises:
         UnknownName: no embedded model has this name.
@@ -105,7 +106,7 @@ def train_autoencoder(folder: Path, steps: int | None, report: Report) -> Path:
 
 
 def train_denoiser(name: str, folder: Path, steps: int | None, report: Report) -> Path:
-    """Captions first (an attribute classifier that is thrown away), then denoiser and text encoders together."""
+    """Captions first, by a classifier that is thrown away; then denoiser and text encoders together."""
     vae = load_autoencoder(folder / "shapes-vae" / "autoencoder")
     home = folder / name
     parts = models.build_parts(name)
@@ -141,7 +142,7 @@ def run_stage(
     report: Report,
     keep: Callable[[int], None] | None = None,
 ) -> None:
-    """Optimises `model` in place; leaves the averaged weights in it, also whenever `keep` is called."""
+    """Optimises `model` in place; leaves the averaged weights in it, also while `keep` runs."""
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=recipe.rate, weight_decay=0.01, betas=(0.9, 0.99)
     )
@@ -197,7 +198,7 @@ def load_autoencoder(folder: Path) -> Any:
 
 
 def save_pipeline(name: str, parts: dict[str, Any], vae: nn.Module, out: Path) -> None:
-    """Writes the model as a diffusers folder with float16 weights; the old folder stays until the new is whole."""
+    """Writes a diffusers folder with float16 weights; the old one stays until the new is whole."""
     import copy
     import shutil
 
