@@ -162,7 +162,7 @@ def _framed(pixels: Tensor) -> Tensor:
 
 
 def _components(mask: Tensor) -> Tensor:
-    """Labels of 8-connected regions [n, h, w], 0 outside: spreads the largest index to a fixpoint."""
+    """Labels of 8-connected regions [n, h, w], 0 outside: the largest index spreads."""
     n, h, w = mask.shape
     labels = (torch.arange(h * w).view(1, h, w) + 1).expand(n, h, w) * mask
     while True:

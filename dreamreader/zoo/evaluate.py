@@ -17,7 +17,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Score:
-    """Right and asked-for counts per attribute; `one`, `two`: captions with every attribute right."""
+    """Right and asked-for counts; `one`, `two`: captions with every attribute right."""
 
     right: dict[str, int]
     asked: dict[str, int]
@@ -75,7 +75,7 @@ def draw(pipe: Any, batch: list[scenes.Scene], seed: int, **changes: Any) -> tor
 
 
 def judge(scene: scenes.Scene, reading: Reading) -> list[tuple[str, bool]]:
-    """(attribute, right) for all that the caption says, with the best match of objects to regions."""
+    """(attribute, right) for all that the caption says, objects matched as well as possible."""
     regions: list[Found | None] = list(reading.objects[:2])
     regions += [None] * (2 - len(regions))
     matches = [

@@ -126,7 +126,7 @@ def build_transformer() -> torch.nn.Module:
 
 
 def build_parts(name: str) -> dict[str, Any]:
-    """Untrained parts of one model by pipeline name, without the autoencoder; seeded by the model."""
+    """Untrained parts of one model by pipeline name, without the autoencoder; seeded."""
     torch.manual_seed(SEEDS[name])
     tokenizer = build_tokenizer()
     if name != "shapes-dit":

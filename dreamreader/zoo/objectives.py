@@ -75,7 +75,7 @@ def velocity_loss(
 ) -> Tensor:
     """v-prediction (Salimans & Ho, arXiv:2202.00512).
 
-    Unlike a loss on the noise it also weighs high noise levels, where a picture's layout is decided.
+    Unlike a loss on the noise it also weighs high noise levels, where the layout is decided.
     """
     noise = torch.randn(latents.shape, generator=generator)
     times = torch.randint(
@@ -90,7 +90,7 @@ def velocity_loss(
 def flow_loss(
     net: nn.ModuleDict, scheduler: Any, latents: Tensor, tokens: Tensor, generator
 ) -> Tensor:
-    """Rectified flow, logit-normal noise levels (Esser et al., arXiv:2403.03206), shifted as in sampling."""
+    """Rectified flow with shifted logit-normal noise levels (Esser et al., arXiv:2403.03206)."""
     noise = torch.randn(latents.shape, generator=generator)
     sigma = torch.sigmoid(torch.randn(len(latents), generator=generator))
     shift = scheduler.config.shift

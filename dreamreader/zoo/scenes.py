@@ -1,8 +1,8 @@
 """Captioned scenes of coloured shapes: the world that the embedded models are trained on.
 
 A scene has one or two objects on a plain background, with or without a frame around the picture.
-A caption may leave attributes out; the scene then follows the stated, deliberately biased distribution of
-`UNSAID_COLOR` and `UNSAID`, so that models trained on these pairs have measurable habits.
+A caption may leave attributes out; the scene then follows the stated, deliberately biased
+distribution of `UNSAID_COLOR` and `UNSAID`, so that trained models have measurable habits.
 """
 
 import hashlib
@@ -101,7 +101,7 @@ class Scene:
         return text + (" with a frame" if self.frame else "")
 
     def held_out(self) -> bool:
-        """Whether training never shows this caption, by its hash or one of its colour-shape pairs."""
+        """Whether training never shows this caption: its hash or a colour-shape pair is held out."""
         return caption_held_out(self.caption()) or self.pair_held_out()
 
     def pair_held_out(self) -> bool:

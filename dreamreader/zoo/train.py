@@ -1,7 +1,7 @@
 """Trains the embedded models from nothing: `dreamreader zoo train <name>`.
 
-The order is autoencoder, captions, denoiser. Batches are a function of seed and step and checkpoints
-hold the optimiser, so that a run that was stopped ends with the same weights as one that was not.
+The order is autoencoder, captions, denoiser. Batches are a function of seed and step, checkpoints
+hold the optimiser: a run that was stopped ends with the same weights as one that was not.
 """
 
 import contextlib
@@ -106,7 +106,7 @@ def train_autoencoder(folder: Path, steps: int | None, report: Report) -> Path:
 
 
 def train_denoiser(name: str, folder: Path, steps: int | None, report: Report) -> Path:
-    """Captions first, by a classifier that is thrown away; then denoiser and text encoders together."""
+    """Captions first, by a classifier that is thrown away; then denoiser and text encoders."""
     vae = load_autoencoder(folder / "shapes-vae" / "autoencoder")
     home = folder / name
     parts = models.build_parts(name)
