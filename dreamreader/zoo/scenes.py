@@ -101,7 +101,7 @@ class Scene:
         return text + (" with a frame" if self.frame else "")
 
     def held_out(self) -> bool:
-        """Whether training never shows this caption: its hash or a colour-shape pair is held out."""
+        """Whether training never shows this caption, by its hash or by a colour-shape pair."""
         return caption_held_out(self.caption()) or self.pair_held_out()
 
     def pair_held_out(self) -> bool:
