@@ -118,10 +118,11 @@ cudaError_t launch_typed(const Job<W>& job, cudaStream_t stream) {
       const Cut cut = cut_for(x, job.sums, 4, 8, 1, 512);
       if (cut.fits) return launch<T, W, 4, 8, 1, kRun, false, 512>(job, cut, stream);
     }
-    if (channels) {
+    if (channels && most == 1) {
       const Cut cut = cut_for(x, job.sums, 1, 16, 1, 896);
       if (cut.fits) return launch<T, W, 1, 16, 1, kRun, false, 896>(job, cut, stream);
-    } else if (tokens) {  // 640 threads hold 16 tokens, a 32-byte sector, of 1280 channels
+    }
+    if (tokens) {  // 640 threads hold 16 tokens, a 32-byte sector, of 1280 channels
       const Cut cut = cut_for(x, job.sums, kRun, 32 / kRun, 8, 640);
       if (cut.fits) return launch<T, W, kRun, 32 / kRun, kRun, 1, false, 640>(job, cut, stream);
     }

@@ -103,6 +103,7 @@ struct Tile {
   static constexpr int kRun = kTokenRun * kChannelRun;
   static constexpr int kTogether = kTokens > 4 ? 1 : kTokens > 1 ? 2 : 4;  // vectors of a subspace in one reduction
   static constexpr int kSums = kTokens * kTogether;                         // the widest reduction
+  static constexpr bool kSubspaces = kTokens > 1 || kShared;                // one row alone leaves them to others
   static constexpr uint32_t kRunBits = (1u << kChannelRun) - 1;
   static constexpr int kUnroll = kShared ? 2 : kChannels;  // registers have no index at run time
 
@@ -191,7 +192,7 @@ struct Tile {
   // depend on x, a sum depends on all that it covers. Returns whether any token of this thread has work.
   __device__ __forceinline__ bool scan() {
     bool work = false;
-    touched = 0;
+    touched = needed = 0;  // also without work: threads beside this one may have some
     for (int p = 0; p < program.count; ++p) {
       const uint32_t bits = chosen(program.steps[p]);
 #pragma unroll
@@ -268,7 +269,7 @@ struct Tile {
           written |= uint32_t(has(touched, j + k / kChannelRun, i + k % kChannelRun)) << k;
         }
         const bool fill = job.copy && exists(j) && (inside >> i & 1u);  // runs exist as a whole
-        Pack<T, kRun> pack;
+        Pack<T, kRun> pack = {};
         if (fill && written != kAll) pack.load(from);
 #pragma unroll
         for (int k = 0; k < kRun; ++k) {
@@ -410,11 +411,13 @@ struct Tile {
         break;
       case kClampComponent:
       case kProject:
-        if (step.count == 1) {
-          along_one(step, s, bits, lo, hi);
-        } else {
-          along_subspace(step, s, bits);
+        if constexpr (kSubspaces) {
+          if (step.count > 1) {
+            along_subspace(step, s, bits);
+            break;
+          }
         }
+        along_one(step, s, bits, lo, hi);
         break;
       case kPatch:
         patch(step, s, bits);
@@ -446,7 +449,7 @@ struct Tile {
     });
   }
 
-  // x - s V'V x: all components of the row as it is, then their removal
+  // x - s V'V x: all components of the row as it is, then their removal in one
   __device__ __forceinline__ void along_subspace(const Step& step, const W (&s)[kTokens], uint32_t bits) {
     for (int m = 0; m < step.count; m += kTogether) {
       W c[kTogether * kTokens] = {};
@@ -460,18 +463,33 @@ struct Tile {
       }
       sum(c, totals + m * kTokens * across);
     }
-    for (int m = 0; m < step.count; ++m) {
-      W c[kTokens];
-#pragma unroll
-      for (int j = 0; j < kTokens; ++j) {
-        c[j] = component_removed(totals[(m * kTokens + j) * across + lane % across], false, s[j]);
-      }
-      with_vector(step.vector + m, bits, [&](int i, W v) {
+    // What is removed is summed apart from x, whose magnitude would round every term.
+    constexpr int kPart = kChannelRun > 1 ? int(sizeof(uint4) / sizeof(W)) : 1;
+#pragma unroll(kUnroll)
+    for (int i = 0; i < kChannels; i += kPart) {
+      if ((bits >> i & ((1u << kPart) - 1)) == 0) continue;
+      const W* v = program.vectors + step.vector * job.in.width + afresh(first_channel) + i / kChannelRun * hop +
+                   i % kChannelRun;
+      W removed[kTokens * kPart] = {};
+#pragma unroll 1
+      for (int m = 0; m < step.count; ++m, v += job.in.width) {
+        Pack<W, kPart> values;
+        values.load(v);
 #pragma unroll
         for (int j = 0; j < kTokens; ++j) {
-          if (s[j] != W(0)) z(j, i) -= c[j] * v;
+          const W c = totals[(m * kTokens + j) * across + lane % across];
+#pragma unroll
+          for (int k = 0; k < kPart; ++k) removed[j * kPart + k] += c * values.values[k];
         }
-      });
+      }
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) {
+        if (s[j] == W(0)) continue;
+#pragma unroll
+        for (int k = 0; k < kPart; ++k) {
+          if (bits >> (i + k) & 1u) z(j, i + k) -= s[j] * removed[j * kPart + k];
+        }
+      }
     }
   }
 
