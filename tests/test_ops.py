@@ -7,13 +7,12 @@ from torch import Tensor
 from dreamreader import _register
 from dreamreader.ops import intervene, intervene_, intervene_reference
 from tests.cases import CASES
+from tests.cases._compare import assert_close
 from tests.cases.intervention import Case
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NATIVE = _register.native()[0]
 ISAS = ("portable", "avx2", "avx512")
-# In float64 nothing more exact is at hand; sums in another order differ by some ulps.
-DOUBLE_ULPS = 64
 
 by_case = pytest.mark.parametrize("case", CASES["intervention"], ids=lambda case: case.name)
 by_dtype = pytest.mark.parametrize(
@@ -21,33 +20,10 @@ by_dtype = pytest.mark.parametrize(
 )
 
 
-def ulp(value: Tensor, dtype: torch.dtype) -> float:
-    """Distance of the value, rounded to dtype, to the next number above."""
-    info = torch.finfo(dtype)
-    exponent = torch.frexp(value.double()).exponent.item() - 1
-    return max(2.0**exponent * info.eps, info.smallest_normal * info.eps)
-
-
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal to the last bit, NaNs included."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
-
-
-def assert_close(got: Tensor, same: Tensor, exact: Tensor) -> None:
-    """err(kernel) <= 2 err(reference in the same dtype) + one ulp of the largest value."""
-    assert got.shape == exact.shape
-    rounded = exact.to(got.dtype)
-    # Where the exact result overflows the dtype, or the sum in the row does, both have to say so.
-    odd = ~rounded.isfinite() | ~same.isfinite()
-    assert torch.equal(got.isnan() & odd, same.isnan() & odd)
-    assert torch.equal(got.isfinite() & ~odd, ~odd)
-    error, allowed = ((each.double() - exact).abs()[~odd] for each in (got, same))
-    if error.numel():
-        largest = exact[~odd].abs().max()
-        ulps = DOUBLE_ULPS if got.dtype == torch.float64 else 1
-        bound = 2 * allowed.max().item() + ulps * ulp(largest, got.dtype)
-        assert error.max().item() <= bound, f"error {error.max().item():.3g} above {bound:.3g}"
 
 
 def check(case: Case, dtype: torch.dtype) -> None:

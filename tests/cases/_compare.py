@@ -1,0 +1,36 @@
+"""Tolerance: err(kernel) <= 2 err(reference, same dtype) + one ulp of the largest value."""
+
+import torch
+from torch import Tensor
+
+# In float64 nothing more exact is at hand; sums in another order differ by some ulps.
+DOUBLE_ULPS = 64
+
+
+def ulp(value: Tensor, dtype: torch.dtype) -> float:
+    """Distance of the value, rounded to dtype, to the next number above."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(value.double()).exponent.item() - 1
+    return max(2.0**exponent * info.eps, info.smallest_normal * info.eps)
+
+
+def assert_close(got: Tensor, same: Tensor, exact: Tensor) -> None:
+    """Raises AssertionError unless `got` is as good as the rule asks.
+
+    Args:
+        got: result of a kernel.
+        same: result of the reference in the same dtype.
+        exact: result of the reference in float64.
+    """
+    assert got.shape == exact.shape
+    rounded = exact.to(got.dtype)
+    # Where the exact result overflows the dtype, or the sum in the row does, both have to say so.
+    odd = ~rounded.isfinite() | ~same.isfinite()
+    assert torch.equal(got.isnan() & odd, same.isnan() & odd)
+    assert torch.equal(got.isfinite() & ~odd, ~odd)
+    error, allowed = ((each.double() - exact).abs()[~odd] for each in (got, same))
+    if error.numel():
+        largest = exact[~odd].abs().max()
+        ulps = DOUBLE_ULPS if got.dtype == torch.float64 else 1
+        bound = 2 * allowed.max().item() + ulps * ulp(largest, got.dtype)
+        assert error.max().item() <= bound, f"error {error.max().item():.3g} above {bound:.3g}"
