@@ -14,9 +14,10 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 def _window(case: Case) -> tuple[list[int], tuple[str, ...]]:
-    """Two steps in the middle of the run, and the branches that run in them."""
+    """The second and third step, around a change of guidance, and the branches that run in them."""
     calls = case.truth.calls
-    steps = sorted({call.step for call in calls})[-3:-1]
+    steps = sorted({call.step for call in calls})
+    steps = steps[1:3] if len(steps) > 2 else steps[:1]
     found = [branch for call in calls if call.step in steps for branch in call.branches]
     return steps, tuple(dict.fromkeys(found))
 
