@@ -96,6 +96,24 @@ def test_foreign_hooks_survive_and_find_the_call_running() -> None:
         hook.remove()
 
 
+def test_a_hook_older_than_the_clock_finds_the_call_running() -> None:
+    pipe = tiny.pipeline("sd")
+    steps = []
+    pipe.unet.register_forward_pre_hook(lambda *_: steps.append(clock.now().step))
+    with Clock(pipe) as clock:
+        call("sd", pipe, num_inference_steps=2)
+    assert steps == [0, 1]
+
+
+def test_a_call_that_failed_is_over() -> None:
+    pipe = tiny.pipeline("sd")
+    with Clock(pipe) as clock:
+        with pytest.raises(TypeError):
+            pipe.unet(torch.zeros(1, 4, 8, 12))
+        with pytest.raises(ClockUnknown, match="no denoiser"):
+            clock.now()
+
+
 def test_nothing_runs_while_the_picture_is_decoded() -> None:
     pipe = tiny.pipeline("sd")
     errors = []
