@@ -326,6 +326,8 @@ class _Hook(EditRequest):
 
 
 def _listed(value: Any, kinds: Any, name: str) -> list[Any]:
+    if not isinstance(value, kinds) and not hasattr(value, "__iter__"):
+        raise InvalidInput(f"{name}: got {type(value).__name__} {value!r}")
     listed = [value] if isinstance(value, kinds) else list(value)
     for each in listed:
         if not isinstance(each, kinds):
