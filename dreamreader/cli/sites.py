@@ -78,12 +78,12 @@ def _parameters(reader: "Reader") -> int:
 
 
 def _run_one_step(reader: "Reader", pattern: str) -> None:
-    """Lets the sites see values once; those that do not run stay without a shape."""
+    """Lets the sites see values once; those that do not run have no shape."""
     from dreamreader.edits import Edit
     from dreamreader.errors import DreamreaderError
 
-    # An edit that leaves everything as it is: unlike a recording, it may sit at modules that run more
-    # than once. Ports that cannot be written, such as probs, stay without a shape.
+    # An edit that changes nothing: unlike a recording, it may sit at modules that run more than
+    # once. Ports that cannot be written, such as probs, stay without a shape.
     watch = Edit(pattern, lambda x: None)
     arguments = {"num_inference_steps": 1} if hasattr(reader.subject, "scheduler") else {}
     with contextlib.suppress(DreamreaderError):

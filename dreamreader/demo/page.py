@@ -144,12 +144,12 @@ def _steering(result: "Result") -> Section:
         "Strength, site and step window",
         [
             Charts([dose, random]),
-            *_sweep_maps(result),
+            Charts(_sweep_maps(result)),
             Text(
                 f"Chosen: {best.place}, {best.window}, strength {best.strength:g}: the setting "
                 f"that turned most of the {plan.choose} rows of the choosing set among those "
-                f"that kept shape and place in at least {100 * plan.keep:.0f} %. Bands are 95 % "
-                "Wilson intervals."
+                f"that kept shape and place in at least {100 * plan.keep:.0f} % of them; the "
+                "others are in brackets. Bands are 95 % Wilson intervals."
             ),
         ],
         lead=(
@@ -180,7 +180,7 @@ def _sweep_maps(result: "Result") -> list[HeatMap]:
         names = [place.name for place in result.places]
         maps.append(
             HeatMap(
-                f"Turned {plan.target} on the choosing set, percent: {window}",
+                f"Turned {plan.target}, percent: {window}",
                 [[cells[n, s].share("turned").value for s in plan.strengths] for n in names],
                 names,
                 [f"{s:g}" for s in plan.strengths],
@@ -190,6 +190,10 @@ def _sweep_maps(result: "Result") -> list[HeatMap]:
                         f"kept shape and place: {cells[n, s].share('kept').percent()}"
                         for s in plan.strengths
                     ]
+                    for n in names
+                ],
+                bracketed=[
+                    [cells[n, s].share("kept").value < plan.keep for s in plan.strengths]
                     for n in names
                 ],
             )
@@ -285,7 +289,7 @@ def _patching(result: "Result") -> Section:
             f"Cross-attention outputs of a run that says {plan.target} replace those of a run that "
             f"says {plan.source}, with the same noise, at one site and in one window of steps. "
             f"The effect is the object's mean colour on the way from {plan.source} (0) to "
-            f"{plan.target} (100), mean of {found.rows} pairs."
+            f"{plan.target} (100), over {found.rows} pairs."
         ),
     )
 
@@ -303,36 +307,31 @@ def _intervals(result: "Result") -> Table:
 
 
 def _firing(result: "Result") -> Section:
-    from dreamreader.engine.firing import ranges
-
-    rows, notes = [], []
+    summary, full, notes = [], [], []
     for title, report in result.fired:
-        for each in report:
-            if each.kind == "edit" and each.calls:
-                place = each.site.removeprefix("unet.")
-                rows.append(
-                    [title, place, each.calls, ranges(each.steps), ", ".join(each.branches)]
-                )
+        fired = [each for each in report if each.kind == "edit" and each.calls]
+        summary.append([title, len({each.site for each in fired}), *_counts(fired)])
+        full += [[title, each.site.removeprefix("unet."), *_counts([each])] for each in fired]
         notes += report.warnings
-    summary: dict[str, list[Any]] = {}
-    for title, _, calls, steps, branches in rows:
-        line = summary.setdefault(title, [title, 0, 0, steps, branches])
-        line[1] += 1
-        line[2] += calls
-    short = Table(
-        ["run", "edits x sites", "calls changed", "steps", "branch"],
-        [line[:4] + [line[4]] for line in summary.values()],
-    )
-    blocks: list[Any] = [short]
+    counts = ["calls", "steps", "branch"]
+    blocks: list[Any] = [Table(["run", "sites", *counts], summary)]
     if notes:
         blocks.append(Facts([("note", note) for note in dict.fromkeys(notes)]))
-    full = Table(["run", "site", "calls", "steps", "branch"], rows)
-    blocks.append(Folded(f"All {len(rows)} lines", [full]))
+    blocks.append(Folded(f"All {len(full)} lines", [Table(["run", "site", *counts], full)]))
     return Section(
         "What fired",
         blocks,
         lead="Every edit at every site, counted while it ran; one that never fires is an error.",
     )
+
+
+def _counts(fired: Sequence[Any]) -> list[Any]:
+    """Calls, steps and branches of some lines of a firing report."""
+    from dreamreader.engine.firing import ranges
+
+    steps = {step for each in fired for step in each.steps}
+    branches = {name for each in fired for name in each.branches}
+    return [sum(each.calls for each in fired), ranges(steps), ", ".join(sorted(branches))]
 
 
 def _fingerprint(result: "Result") -> Section:

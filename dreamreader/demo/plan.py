@@ -50,7 +50,15 @@ class Plan:
     def small(self) -> "Plan":
         """A few pictures of everything: to see that it works, not to believe its numbers."""
         return replace(
-            self, fit=2, choose=2, test=4, patch=1, curve=2, strengths=(2.0, 8.0), windows=2
+            self,
+            steps=8,
+            fit=2,
+            choose=2,
+            test=4,
+            patch=1,
+            curve=2,
+            strengths=(2.0, 8.0),
+            windows=2,
         )
 
     def window(self, name: str) -> range:

@@ -146,15 +146,18 @@ class Curves:
 
 @dataclass(frozen=True)
 class Charts:
-    """Line charts side by side where there is room, below each other where there is not."""
+    """Charts or heat maps side by side where there is room, else below each other."""
 
-    items: Sequence[Curves]
+    items: Sequence["Curves | HeatMap"]
     kind = "charts"
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A table shaded by value: `values` is [rows, columns]; 0 is paper, `limit` full colour."""
+    """A table shaded by value: `values` is [rows, columns]; 0 is paper, `limit` full colour.
+
+    Cells marked in `bracketed` are set in brackets; `notes` appear when a cell is pointed at.
+    """
 
     title: str
     values: ArrayLike
@@ -164,6 +167,8 @@ class HeatMap:
     limit: float = 1.0
     percent: bool = True
     notes: Sequence[Sequence[str]] | None = None
+    bracketed: Sequence[Sequence[bool]] | None = None
+    caption: str = ""
     kind = "heatmap"
 
     def __post_init__(self):
@@ -191,6 +196,8 @@ class HeatMap:
             if self.percent
             else f"{value:.2g}"
         )
+        if self.bracketed and self.bracketed[row][column]:
+            text = f"({text})"
         note = self.notes[row][column] if self.notes else ""
         return {
             "text": text,

@@ -1,0 +1,244 @@
+"""The real commands, in this process (CliRunner) and, where signals matter, in another."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from dreamreader.cli import app
+
+COMMANDS = ["demo", "sites", "generate", "doctor", "bench", "zoo"]
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_help_has_every_command_and_examples():
+    found = run("--help")
+    assert found.exit_code == 0
+    for command in COMMANDS:
+        assert re.search(rf"^  {command} ", found.output, re.M)
+        if command != "zoo":
+            text = run(command, "--help").output
+            assert "Example" in text and f"dreamreader {command}" in text
+    for command in ("list", "train", "eval", "fetch"):
+        assert f"dreamreader zoo {command}" in run("zoo", command, "--help").output
+
+
+def test_help_and_version_import_nothing_heavy():
+    code = (
+        "import sys; from typer.testing import CliRunner; from dreamreader.cli import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "found = CliRunner().invoke(app, ['--version'])\n"
+        "assert found.exit_code == 0 and found.output.startswith('dreamreader '), found.output\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'jinja2'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["demp"], "No such command 'demp'. Did you mean 'demo'?"),
+        (["zoo", "lst"], "No such command 'lst'. Did you mean 'list'?"),
+        (["generate", "x", "--sed", "1"], "--seed"),
+        (["generate", "x", "--steps", "0"], "--steps"),
+        (["generate"], "prompts"),
+        (["sites", "shapes-unnet"], "unknown model 'shapes-unnet'; nearest: shapes-unet"),
+        (["generate", "x", "-m", "shapes-dti"], "unknown model 'shapes-dti'; nearest: shapes-dit"),
+        (["zoo", "fetch", "smollm"], "unknown language model 'smollm'; nearest: smollm2-135m"),
+        (["zoo", "train", "shapes-unit"], "nearest: shapes-unet"),
+        (["demo", "--from", "rde"], "unknown colour 'rde'; nearest: red"),
+        (["demo", "--to", "red"], "source and target colour are both red"),
+        (["generate", " "], "a prompt is empty"),
+    ],
+)
+def test_user_errors_name_the_nearest_and_exit_with_2(arguments, text):
+    found = run(*arguments)
+    assert found.exit_code == 2
+    assert text in found.output and "Traceback" not in found.output
+
+
+def test_a_folder_that_is_no_model_is_named(tmp_path):
+    found = run("sites", str(tmp_path))
+    assert found.exit_code == 2 and f"{tmp_path}: no model_index.json" in found.output
+    (tmp_path / "config.json").write_text("{}")
+    found = run("sites", str(tmp_path))
+    assert found.exit_code == 2 and "not a whole transformers model" in found.output
+
+
+def test_a_language_model_that_is_not_fetched_says_how(tmp_path, monkeypatch):
+    monkeypatch.setenv("DREAMREADER_CACHE", str(tmp_path))
+    found = run("sites", "smollm2-135m")
+    assert found.exit_code == 2
+    assert "`dreamreader zoo fetch smollm2-135m` gets it" in found.output
+
+
+def test_sites_lists_ports_and_shapes(folder):
+    found = run("sites", folder, "unet.**.attn2", "--json")
+    assert found.exit_code == 0, found.output
+    rows = json.loads(found.stdout)
+    assert len(rows) == 7
+    by_name = {row["site"]: row for row in rows}
+    middle = by_name["unet.mid_block.attentions.0.transformer_blocks.0.attn2"]
+    assert middle["shape"] == [2, 16, 96] and middle["module"] == "Attention"
+    assert {"out", "in", "delta", "q", "k", "v", "heads", "probs"} == set(middle["ports"])
+
+
+def test_sites_prints_whole_names_where_there_is_no_terminal(folder):
+    found = run("sites", folder, "unet.**.attn2:heads", "--no-shapes")
+    assert found.exit_code == 0
+    assert "unet.mid_block.attentions.0.transformer_blocks.0.attn2:heads" in found.stdout
+    assert "--shapes runs one step" in found.stderr
+
+
+def test_sites_shapes_of_modules_that_run_twice_and_of_those_that_do_not(folder):
+    rows = json.loads(run("sites", folder, "**", "--json").stdout)
+    shapes = {row["site"]: row["shape"] for row in rows}
+    assert shapes["unet.mid_block.resnets.0.nonlinearity"] is not None
+    assert shapes["vae.encoder.conv_in"] is None
+
+
+@pytest.mark.parametrize(
+    "pattern, text",
+    [
+        ("unet.**.attn2:hads", "unknown port 'hads'; nearest: heads"),
+        ("unet.mid_blok", "unknown site 'unet.mid_blok'; nearest: unet.mid_block"),
+    ],
+)
+def test_unknown_sites_and_ports_name_the_nearest(folder, pattern, text):
+    found = run("sites", folder, pattern)
+    assert found.exit_code == 2 and text in found.output
+
+
+def test_generate_writes_the_same_pictures_alone_and_in_a_batch(folder, tmp_path):
+    common = ["-m", folder, "--steps", "2"]
+    found = run("generate", "a red circle", "Ä/../b", "-n", "2", "-o", str(tmp_path / "a"), *common)
+    assert found.exit_code == 0, found.output
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert names == [
+        "a-red-circle-seed0.png", "a-red-circle-seed1.png", "b-seed2.png", "b-seed3.png",
+    ]  # fmt: skip
+    run("generate", "a red circle", "--seed", "1", "-o", str(tmp_path / "b"), *common)
+    one, other = (Image.open(tmp_path / d / "a-red-circle-seed1.png") for d in "ab")
+    assert one.size == (64, 64)
+    # equal up to one level of 255: batched and single matrix products round differently
+    levels = [abs(x - y) for x, y in zip(one.tobytes(), other.tobytes(), strict=True)]
+    assert max(levels) <= 1
+
+
+def test_generate_applies_saved_edits_and_refuses_missing_ones(folder, tmp_path):
+    import torch
+
+    from dreamreader.edits import Ablate, save
+
+    save(tmp_path / "edits.safetensors", [Ablate("unet.mid_block", "zero")])
+    common = ["generate", "a red circle", "-m", folder, "--steps", "2"]
+    edits = ["--edits", str(tmp_path / "edits.safetensors")]
+    assert run(*common, "-o", str(tmp_path / "plain")).exit_code == 0
+    assert run(*common, "-o", str(tmp_path / "edited"), *edits).exit_code == 0
+    name = "a-red-circle-seed0.png"
+    plain, edited = ((tmp_path / d / name).read_bytes() for d in ("plain", "edited"))
+    assert plain != edited
+    missing = run(*common, "-o", str(tmp_path / "no"), "--edits", str(tmp_path / "none"))
+    assert missing.exit_code == 2 and "no such file of edits" in missing.output
+    wrong = tmp_path / "wrong.safetensors"
+    wrong.write_bytes(torch.zeros(4).numpy().tobytes())
+    refused = run(*common, "-o", str(tmp_path / "no"), "--edits", str(wrong))
+    assert refused.exit_code == 2 and "wrong.safetensors" in refused.output
+    assert not (tmp_path / "no").exists()
+
+
+def test_generate_into_a_place_that_cannot_be_written(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    found = run("generate", "x", "-m", folder, "--steps", "1", "-o", str(tmp_path / "file"))
+    assert found.exit_code == 2 and "error: " in found.output and "file" in found.output
+
+
+def test_zoo_list_says_what_is_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("DREAMREADER_CACHE", str(tmp_path))
+    found = run("zoo", "list")
+    assert found.exit_code == 0
+    for name in ("shapes-unet", "shapes-unet-b", "shapes-dit", "smollm2-135m", "gemma3-270m"):
+        assert re.search(rf"^{name} ", found.output, re.M)
+    assert "no: dreamreader zoo fetch smollm2-135m" in found.output
+
+
+def test_zoo_eval_prints_shares_with_intervals(folder):
+    found = run("zoo", "eval", folder, "-n", "2")
+    assert found.exit_code == 0, found.output
+    assert re.search(r"^color +\d+ +\d+ +\d+ % \(\d+ to \d+\)", found.stdout, re.M)
+    assert "all, one object" in found.stdout
+
+
+def test_doctor_prints_text_and_json():
+    text, data = run("doctor"), run("doctor", "--json")
+    assert text.exit_code == 0 and "intervene" in text.output
+    assert data.exit_code == 0 and json.loads(data.stdout)
+
+
+def test_bench_outside_a_checkout_says_where_it_is(tmp_path, monkeypatch):
+    from dreamreader.cli import bench
+
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "dreamreader" / "cli" / "bench.py"))
+    found = run("bench")
+    assert found.exit_code == 2 and "not part of the installed package" in found.output
+
+
+def test_demo_command_writes_its_report(folder, tmp_path):
+    out = tmp_path / "demo"
+    found = run("demo", "--small", "-m", folder, "-o", str(out), "--from", "green", "--to", "blue")
+    assert found.exit_code == 0, found.output
+    assert "green to blue on 4 held-out rows" in found.stdout
+    assert (out / "report.html").is_file() and f"report: {out / 'report.html'}" in found.stdout
+    assert [p.name for p in (out / "edits").iterdir()] == ["green-to-blue.safetensors"]
+
+
+@pytest.mark.parametrize("command, shown", [("demo", "record pairs"), ("generate", "pictures")])
+def test_ctrl_c_leaves_nothing_half_written(folder, tmp_path, command, shown):
+    """The signal comes when the progress bar shows, in the middle of the work."""
+    arguments = [command, "-m", folder, "-o", str(tmp_path / "out")]
+    if command == "generate":
+        arguments += ["a red circle", "-n", "64"]
+    screen, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dreamreader", *arguments],
+        stdout=terminal,
+        stderr=terminal,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "100"},
+    )
+    os.close(terminal)
+    text = read_until(screen, shown)
+    process.send_signal(signal.SIGINT)
+    text += read_until(screen, "stopped; no file was left half-written")
+    assert process.wait(timeout=60) == 130
+    assert "Traceback" not in text + read_until(screen, None)
+    os.close(screen)
+    left = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert all(p.suffix == ".png" and Image.open(p).load() for p in left)
+    assert command == "generate" or left == []
+
+
+def read_until(screen: int, wanted: str | None) -> str:
+    """What a terminal shows until a text comes; to the end of the process where None."""
+    text = ""
+    while wanted is None or wanted not in text:
+        try:
+            block = os.read(screen, 4096).decode(errors="replace")
+        except OSError:  # Linux: the other end is closed
+            block = ""
+        if not block:
+            assert wanted is None, f"{wanted!r} never came: {text}"
+            break
+        text += block
+    return text

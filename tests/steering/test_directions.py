@@ -1,0 +1,109 @@
+import pytest
+import torch
+
+from dreamreader.engine.cache import Activation, Row
+from dreamreader.engine.clock_schedule import Instant
+from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.steering import LabelMeans, random_like
+
+SITE = "unet.mid_block.attentions.0"
+
+
+def activation(tensor: torch.Tensor, branches: tuple[str, ...] = ("cond",)) -> Activation:
+    axis = 2 if len(branches) > 1 else 1
+    steps = tuple(Instant(i, 999.0 - i, 1.0, i / 10, 0) for i in range(tensor.shape[axis]))
+    rows = tuple(Row(i) for i in range(tensor.shape[0]))
+    heads = tensor.shape[-2] if tensor.ndim - len(branches) + 1 > 4 else None
+    return Activation(SITE, tensor, rows, branches, steps, heads=heads)
+
+
+def test_difference_is_the_difference_of_the_means_whatever_the_batches():
+    x = torch.randn(6, 3, 5, 4) * 1e3
+    labels = ["red", "blue", "red", "red", "blue", "red"]
+    whole, parts = LabelMeans(), LabelMeans()
+    whole.add({SITE: activation(x)}, labels)
+    for i in (slice(3, 6), slice(0, 1), slice(1, 3)):
+        parts.add({SITE: activation(x[i])}, labels[i])
+    red = torch.tensor([label == "red" for label in labels])
+    expected = x[~red].double().mean((0, 2)) - x[red].double().mean((0, 2))
+    assert torch.equal(whole.difference(SITE, "red", "blue"), expected.float())
+    assert torch.equal(parts.difference(SITE, "red", "blue"), expected.float())
+    assert whole.sites == [SITE] and whole.labels == ["blue", "red"]
+
+
+def test_half_precision_is_summed_in_double():
+    x = torch.full((4096, 1, 1, 2), 0.1, dtype=torch.bfloat16)
+    means = LabelMeans()
+    means.add({SITE: activation(x)}, ["a"] * 4096)
+    assert torch.equal(means.mean(SITE, "a"), x[:1, 0, 0].double())
+
+
+def test_contrast_and_subspace():
+    base = torch.randn(8)
+    vectors = {"red": torch.eye(8)[0] * 5, "blue": torch.eye(8)[1] * 3, "green": torch.eye(8)[2]}
+    means = LabelMeans()
+    for label, vector in vectors.items():
+        means.add({SITE: activation((base + vector).reshape(1, 1, 1, 8))}, [label])
+    expected = vectors["red"] - (vectors["blue"] + vectors["green"]) / 2
+    assert torch.allclose(means.contrast(SITE, "red")[0], expected, atol=1e-5)
+    basis = means.subspace(SITE, 2)
+    assert torch.allclose(basis @ basis.T, torch.eye(2), atol=1e-5)
+    for a in vectors.values():
+        for b in vectors.values():
+            assert torch.allclose((a - b) @ basis.T @ basis, a - b, atol=1e-4)
+    with pytest.raises(InvalidInput, match="rank 3; 3 labels span at most 2"):
+        means.subspace(SITE, 3)
+
+
+def test_heads_are_flattened():
+    x = torch.randn(2, 1, 3, 4, 5)
+    means = LabelMeans()
+    means.add({SITE: activation(x)}, ["a", "b"])
+    assert means.difference(SITE, "a", "b").shape == (1, 20)
+
+
+@pytest.mark.parametrize(
+    "add, text",
+    [
+        (lambda m: m.add({SITE: activation(torch.ones(2, 1, 1, 4))}, ["a"]), "1 labels for 2 rows"),
+        (
+            lambda m: m.add(
+                {SITE: activation(torch.ones(1, 2, 1, 1, 4), ("uncond", "cond"))}, ["a"]
+            ),
+            "recorded for the branches uncond, cond; choose one",
+        ),
+        (
+            lambda m: m.add({SITE: activation(torch.ones(1, 3, 1, 4))}, ["a"]),
+            r"\[steps, features\] is \[3, 4\], before \[1, 4\]",
+        ),
+        (
+            lambda m: m.add({SITE: activation(torch.full((1, 1, 1, 4), torch.inf))}, ["a"]),
+            "not finite",
+        ),
+        (lambda m: m.contrast(SITE, "known"), "'known' is the only label"),
+    ],
+)
+def test_wrong_inputs_say_what_is_wrong(add, text):
+    means = LabelMeans()
+    means.add({SITE: activation(torch.zeros(1, 1, 1, 4))}, ["known"])
+    with pytest.raises(InvalidInput, match=text):
+        add(means)
+
+
+def test_unknown_names_get_the_nearest():
+    means = LabelMeans()
+    means.add({SITE: activation(torch.zeros(2, 1, 1, 4))}, ["red", "blue"])
+    with pytest.raises(UnknownName, match="unknown label 'rad'; nearest: red"):
+        means.difference(SITE, "rad", "blue")
+    with pytest.raises(UnknownName, match="unknown site 'unet.mid_block'; nearest: " + SITE):
+        means.difference("unet.mid_block", "red", "blue")
+
+
+def test_random_like_matches_norms_and_keeps_one_direction():
+    v = torch.randn(5, 16, dtype=torch.float64) * torch.arange(1, 6)[:, None]
+    r = random_like(v, seed=3)
+    assert torch.allclose(r.norm(dim=1), v.norm(dim=1))
+    unit = r / r.norm(dim=1, keepdim=True)
+    assert torch.allclose(unit, unit[:1].expand_as(unit))
+    assert torch.equal(r, random_like(v, seed=3)) and not torch.equal(r, random_like(v, seed=4))
+    assert random_like(v[0].float(), 0).shape == (16,)
