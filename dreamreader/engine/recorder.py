@@ -60,6 +60,31 @@ class Memory:
 
 
 @dataclass(eq=False)
+class _Block:
+    """Memory for the pieces of several moments, [rows, branches, moments, ...], filled in their order.
+
+    Pieces are written where the finished recording has them, so that nothing is copied twice.
+    """
+
+    branches: tuple[str, ...]
+    memory: Tensor
+    used: int = 0
+
+    def fits(self, branches: tuple[str, ...], rows: int, x: Tensor) -> bool:
+        room = self.used < self.memory.shape[2]
+        same = self.memory.shape[:2] == (rows, len(branches))
+        return room and same and self.branches == branches and self.memory.shape[3:] == x.shape[1:]
+
+    def write(self, x: Tensor) -> Tensor:
+        """Copies x [branches * rows, ...] to the next place; that place, [rows, branches, ...]."""
+        piece = self.memory[:, :, self.used]
+        rows, branches = piece.shape[:2]
+        piece.copy_(x.unflatten(0, (branches, rows)).transpose(0, 1))
+        self.used += 1
+        return piece
+
+
+@dataclass(eq=False)
 class _Part:
     """Values of the rows of one run of the subject: piece for each (step, evaluation) and branches."""
 
@@ -68,6 +93,7 @@ class _Part:
         default_factory=dict
     )
     instants: dict[tuple[int, int], Instant] = field(default_factory=dict)
+    blocks: list[_Block] = field(default_factory=list)
 
 
 class Recorder:
@@ -93,17 +119,14 @@ class Recorder:
             x = x.unflatten(-1, (cut.heads, -1))
         if self.request.reduce is not None:
             x = self._reduced(x)
-        dtype = self.request.dtype or x.dtype
-        device = x.device if self.request.device is None else self.request.device
-        # A copy into fresh memory: later changes in place must not show.
-        piece = torch.empty(x.shape, dtype=dtype, device=device).copy_(x)
+        size = x.numel() * (self.request.dtype or x.dtype).itemsize
         if not self._announced:
             self._announced = True
-            self._memory.expect(piece.nbytes, moments, self.name)
-        self._memory.add(piece.nbytes, self.name)
-        self._file(piece, cut, now)
+            self._memory.expect(size, moments, self.name)
+        self._memory.add(size, self.name)
+        self._file(x, cut, now, moments)
 
-    def _file(self, piece: Tensor, cut: Cut, now: Now) -> None:
+    def _file(self, x: Tensor, cut: Cut, now: Now, moments: int) -> None:
         instant = now.instant if isinstance(now.instant, Instant) else _UNTIMED
         part = self._parts.setdefault(now.run, _Part(cut.rows))
         key = (instant.step, instant.evaluation)
@@ -114,8 +137,18 @@ class Recorder:
                 "module, VAE tiling or slicing): record a site that runs once"
             )
         part.instants[key] = instant
-        filed.append((cut.branches, piece))
+        # A copy into memory of our own: later changes in place must not show.
+        filed.append((cut.branches, self._block(part, x, cut, moments).write(x)))
         self._cut = cut
+
+    def _block(self, part: _Part, x: Tensor, cut: Cut, moments: int) -> _Block:
+        """Where the next piece goes: a block with room for all the moments that are to come."""
+        if not part.blocks or not part.blocks[-1].fits(cut.branches, len(cut.rows), x):
+            shape = (len(cut.rows), len(cut.branches), max(moments, 1), *x.shape[1:])
+            device = x.device if self.request.device is None else self.request.device
+            memory = torch.empty(shape, dtype=self.request.dtype or x.dtype, device=device)
+            part.blocks.append(_Block(cut.branches, memory))
+        return part.blocks[-1]
 
     def _moment(self, now: Now) -> str:
         return f"step {now.instant.step}" if isinstance(now.instant, Instant) else "the same moment"
@@ -174,7 +207,13 @@ class Recorder:
     def _assembled(
         self, part: _Part, names: tuple[str, ...], instants: tuple[Instant, ...]
     ) -> Tensor:
-        """[rows, branches, steps, tokens, ...] of one part; its pieces are let go one by one."""
+        """[rows, branches, steps, tokens, ...] of one part: its only block, or put together of several."""
+        blocks, part.blocks = part.blocks, []
+        only = blocks[0]
+        if len(blocks) == 1 and only.branches == names and only.used == only.memory.shape[2]:
+            part.pieces.clear()
+            return only.memory
+        del blocks, only
         first = next(iter(part.pieces.values()))[0][1]
         count = len(part.rows)
         out: Tensor | None = None
@@ -187,14 +226,13 @@ class Recorder:
                     f"others {', '.join(names)}; record one branch, or a step window"
                 )
             for branches, piece in filed:
-                if piece.shape[1:] != first.shape[1:]:
+                if piece.shape[2:] != first.shape[2:]:
                     raise self._unequal(piece, first, branches, instant)
                 if out is None:
-                    shape = (count, len(names), len(instants), *first.shape[1:])
+                    shape = (count, len(names), len(instants), *first.shape[2:])
                     out = torch.empty(shape, dtype=first.dtype, device=first.device)
-                split = piece.unflatten(0, (len(branches), count))
                 for chunk, name in enumerate(branches):
-                    out[:, names.index(name), number] = split[chunk]
+                    out[:, names.index(name), number] = piece[:, chunk]
         assert out is not None
         return out
 
@@ -211,7 +249,7 @@ class Recorder:
 
 
 def _sizes(piece: Tensor) -> str:
-    return "x".join(map(str, piece.shape[1:]))
+    return "x".join(map(str, piece.shape[2:]))
 
 
 def _gather(x: Tensor, tokens: Tensor) -> Tensor:

@@ -41,18 +41,20 @@ class Shared:
         self.steps_seen: dict[int, None] = {}
         self.drops_branch = False
         self.serial = -1
+        self.timeless = -1
         self._serials: dict[tuple, int] = {}
         self._now: Now | None = None
         self._checked_run = -1
 
     def current(self, site: Site) -> Now:
-        """What is running; `serial` then stands for its kind of call."""
+        """What is running; `serial` then stands for its kind of call, `timeless` for that at any time."""
         now = self.tracker.now
         if now is None:
             now = self.tracker.outside(site.component)
         if now is not self._now:
             self._now = now
             self.serial = self._serials.setdefault(now.stamp, len(self._serials))
+            self.timeless = self._serials.setdefault(now.shape_key, len(self._serials))
             if isinstance(now.branches, tuple):
                 self.branches_seen.update(dict.fromkeys(now.branches))
             if isinstance(now.instant, Instant):
@@ -67,6 +69,8 @@ class Shared:
         Raises:
             ClockUnknown: it asks for a time or branch that cannot be known there.
         """
+        if request.branch is None and not request.needs_time:
+            return True
         if request.is_empty:
             return False
         if request.branch is not None:

@@ -1,6 +1,7 @@
 """Stations: the hooks of a session. One per module and one run per site there."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,9 @@ class Plan:
     active: tuple[int, ...]
 
 
+_IDLE = Plan(None, [], (), ())
+
+
 class SiteRun:
     """The edits and recordings of one site during a session."""
 
@@ -54,13 +58,14 @@ class SiteRun:
         self.overflows: list[tuple[Now, Tensor]] = []
         self.shape: tuple[int, ...] | None = None
         self._plans: dict[Any, Plan] = {}
-        self._programs: dict[Any, Compiled] = {}
+        self._shared_plans: dict[Any, Plan] = {}
 
     def visit(self, view: View, heads_split: bool = False) -> Tensor | None:
         """Edit and record the values seen by `view`; the edited [batch, tokens, features], or None."""
         now = self.shared.current(self.site)
         x = view.x
-        key = (self.shared.serial, x.shape, x.dtype, x.device)
+        call = self.shared.timeless if self._timeless else self.shared.serial
+        key = (call, now.run if self._follows_prompt else None, x.shape, x.dtype, x.device)
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plans[key] = self._plan(now, view, heads_split)
@@ -90,32 +95,59 @@ class SiteRun:
     def release(self) -> None:
         """Let go of everything that is not a result."""
         self._plans.clear()
-        self._programs.clear()
+        self._shared_plans.clear()
 
     def _plan(self, now: Now, view: View, heads_split: bool) -> Plan:
         x = view.x
         name = self.site.name
         self.shape = tuple(x.shape)
-        place_of = _Places(self.site, now, view, self.shared, heads_split)
         active = [(n, each) for n, each in self.edits if self.shared.is_active(each, now, name)]
         wanted = [each for each in self.recorders if self.shared.is_active(each.request, now, name)]
         if not active and not wanted:
-            return Plan(None, [], (), ())
-        edits = self._compiled(active, now, x, place_of) if active else None
-        cuts = [
-            (each, _cut(each, place_of.make(each.request)), self.shared.moments(each.request, now))
-            for each in wanted
-        ]
-        hit = edits.numbers if edits else frozenset()
-        return Plan(
-            edits if hit else None,
-            [(recorder, cut, moments) for recorder, cut, moments in cuts if cut is not None],
-            tuple(n for n, _ in active if n not in hit),
-            tuple(n for n, _ in active) + tuple(each.number for each in wanted),
-        )
+            return _IDLE
+        # Steps with the same requests at work share a plan, unless an edit differs from step to step.
+        time = now.stamp[1] if any(n in self._moving for n, _ in active) else None
+        run = now.run if self._follows_prompt else None
+        numbers = tuple(n for n, _ in active) + tuple(each.number for each in wanted)
+        key = (numbers, time, run, self.shared.timeless, x.shape, x.dtype, x.device)
+        found = self._shared_plans.get(key)
+        if found is None:
+            place_of = _Places(self.site, now, view, self.shared, heads_split)
+            edits = self._compiled(active, x, place_of) if active else None
+            cuts = [(each, _cut(each, place_of.make(each.request))) for each in wanted]
+            hit = edits.numbers if edits else frozenset()
+            found = self._shared_plans[key] = Plan(
+                edits if hit else None,
+                [
+                    (each, cut, self.shared.moments(each.request, now))
+                    for each, cut in cuts
+                    if cut is not None
+                ],
+                tuple(n for n, _ in active if n not in hit),
+                numbers,
+            )
+        return found
+
+    @cached_property
+    def _moving(self) -> frozenset[int]:
+        """Edits that themselves, not only their selection, differ from step to step."""
+        return frozenset(n for n, each in self.edits if each.changes_with_step)
+
+    @cached_property
+    def _timeless(self) -> bool:
+        """Whether every step has the same plan."""
+        return not self._moving and not any(each.needs_time for each in self._requests())
+
+    @cached_property
+    def _follows_prompt(self) -> bool:
+        """Whether a plan holds for one run only: the place of a word changes with the prompt."""
+        return any(isinstance(each.tokens, str) for each in self._requests())
+
+    def _requests(self) -> list[Request]:
+        return [each for _, each in self.edits] + [each.request for each in self.recorders]
 
     def _compiled(
-        self, active: list[tuple[int, EditRequest]], now: Now, x: Tensor, place_of: "_Places"
+        self, active: list[tuple[int, EditRequest]], x: Tensor, place_of: "_Places"
     ) -> Compiled:
         if not x.is_floating_point():
             raise InvalidInput(
@@ -125,16 +157,8 @@ class SiteRun:
             raise InvalidInput(
                 f"{self.site.name}: probs can be recorded, not edited; edit q, k or heads"
             )
-        # Steps with the same edits at work share a program, unless an edit differs from step to step.
-        moving = any(each.changes_with_step for _, each in active)
-        time = now.stamp[1] if moving else None
-        numbers = tuple(n for n, _ in active)
-        key = (numbers, time, now.shape_key, x.shape, x.dtype, x.device)
-        found = self._programs.get(key)
-        if found is None:
-            works = [Active(n, each, place_of.make(each)) for n, each in active]
-            found = self._programs[key] = compiled(works, tuple(x.shape))  # pyright: ignore
-        return found
+        works = [Active(n, each, place_of.make(each)) for n, each in active]
+        return compiled(works, tuple(x.shape))  # pyright: ignore
 
 
 class _Places:
