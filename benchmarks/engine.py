@@ -33,7 +33,10 @@ class Job:
 
         self.pipe = zoo.load_pipeline(model)
         self.reader = dr.Reader(self.pipe)
-        colors, shapes = ("red", "blue", "green", "yellow"), ("circle", "square", "star", "triangle")
+        colors, shapes = (
+            ("red", "blue", "green", "yellow"),
+            ("circle", "square", "star", "triangle"),
+        )
         captions = [f"a {color} {shape}" for color in colors for shape in shapes]
         self.prompts = (captions * (pictures // len(captions) + 1))[:pictures]
         self.seeds = list(range(pictures))
@@ -89,12 +92,16 @@ def problems(job: Job) -> list[str]:
     pictures, cache = job.record()
     if not torch.equal(plain, torch.as_tensor(pictures)):
         found.append("recording changed the pictures")
-    found += [f"{site}: recorded values are not those of a plain hook" for site in wrong(job, cache)]
+    found += [
+        f"{site}: recorded values are not those of a plain hook" for site in wrong(job, cache)
+    ]
     at_once = torch.as_tensor(job.sweep_at_once())
     alone = torch.stack([torch.as_tensor(each) for each in job.sweep_one_by_one()])
     error, effect = (at_once - alone).abs().max(), (at_once - at_once[:1]).abs().max()
     if not error <= CLOSE <= effect / 10:
-        found.append(f"the sweep differs by {error:.1e} from its strengths alone (its effect: {effect:.1e})")
+        found.append(
+            f"the sweep differs by {error:.1e} from its strengths alone (its effect: {effect:.1e})"
+        )
     return found
 
 
@@ -106,7 +113,9 @@ def wrong(job: Job, cache: Any) -> list[str]:
         return lambda module, inputs, output: values.append(output.detach().clone())
 
     handles = [
-        job.pipe.unet.get_submodule(site.removeprefix("unet.")).register_forward_hook(keep(seen[site]))
+        job.pipe.unet.get_submodule(site.removeprefix("unet.")).register_forward_hook(
+            keep(seen[site])
+        )
         for site in job.sites
     ]
     try:
@@ -157,7 +166,9 @@ def main() -> int:
 
 def show(result: dict[str, Any]) -> None:
     seconds = result["seconds"]["plain"]["median"]
-    print(f"{result['pictures']} pictures, {result['steps']} steps, {result['device']}: {seconds:.2f} s")
+    print(
+        f"{result['pictures']} pictures, {result['steps']} steps, {result['device']}: {seconds:.2f} s"
+    )
     for name, ratio in result["ratio"].items():
         goal = f"   goal {GOALS[name]}" if name in GOALS else ""
         print(f"{name:8s} x{ratio['median']:.3f} [{ratio['q20']:.3f}, {ratio['q80']:.3f}]{goal}")
@@ -167,12 +178,16 @@ def show(result: dict[str, Any]) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="shapes-unet", help="embedded model or a StableDiffusion folder")
+    parser.add_argument(
+        "--model", default="shapes-unet", help="embedded model or a StableDiffusion folder"
+    )
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/engine-<model>-cpu.json")
+    parser.add_argument(
+        "--output", type=Path, help="default: benchmarks/results/engine-<model>-cpu.json"
+    )
     return parser.parse_args()
 
 

@@ -58,7 +58,9 @@ def environment() -> dict[str, Any]:
         "device": device(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "dreamreader")},
+        "versions": {
+            name: metadata.version(name) for name in ("torch", "diffusers", "dreamreader")
+        },
         "commit": _commit(),
     }
 
@@ -100,8 +102,12 @@ def _commit() -> str:
     """The commit that is checked out, with "+" where tracked files differ from it."""
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit.stdout.strip()[:12] + ("+" if changed.stdout.strip() else "")

@@ -93,10 +93,14 @@ def serve(peer_class: type[Peer]) -> None:
     file = Path(job.folder) / f"{os.getpid()}.safetensors"
     save_file({name: value.contiguous() for name, value in results.items()}, file)
     del results, recorded
-    times = interleaved({"plain": peer.plain, "record": peer.record, "steer": peer.steer}, job.rounds)
+    times = interleaved(
+        {"plain": peer.plain, "record": peer.record, "steer": peer.steer}, job.rounds
+    )
     report = {
         "results": str(file),
-        "versions": {name: metadata.version(name) for name in ("torch", "diffusers", *peer.packages)},
+        "versions": {
+            name: metadata.version(name) for name in ("torch", "diffusers", *peer.packages)
+        },
         "seconds": {name: statistics.median(each) for name, each in times.items()},
         "ratio": {name: ratio(times[name], times["plain"]) for name in ("record", "steer")},
     }

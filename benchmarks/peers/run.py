@@ -26,7 +26,11 @@ from paired import environment, write  # noqa: E402
 from protocol import Job  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-PROMPTS = [f"a {color} {shape}" for color in ("red", "blue") for shape in ("circle", "star", "cross", "square")]
+PROMPTS = [
+    f"a {color} {shape}"
+    for color in ("red", "blue")
+    for shape in ("circle", "star", "cross", "square")
+]
 EXACT = 1e-5  # of values that no library changes: 0 where all run the same torch
 STEERED = 2e-3  # of pictures in [0, 1], after twenty steps that each round a little differently
 
@@ -47,9 +51,16 @@ def main() -> int:
             folder=scratch,
         )
         reports = {name: ask(name, job, options.cache) for name in options.peers}
-        problems = differences({name: load_file(each.pop("results")) for name, each in reports.items()})
+        problems = differences(
+            {name: load_file(each.pop("results")) for name, each in reports.items()}
+        )
     if problems:
-        print("no times, since the peers did not compute the same:", *problems, sep="\n  ", file=sys.stderr)
+        print(
+            "no times, since the peers did not compute the same:",
+            *problems,
+            sep="\n  ",
+            file=sys.stderr,
+        )
         return 1
     shown = {**asdict(job), "model": options.model}
     del shown["folder"]
@@ -67,15 +78,23 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="shapes-unet", help="embedded model or a StableDiffusion folder")
+    parser.add_argument(
+        "--model", default="shapes-unet", help="embedded model or a StableDiffusion folder"
+    )
     parser.add_argument("--peers", nargs="+", default=["hooks", "nnsight", "dreamreader"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--alpha", type=float, default=4.0)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/peers-<model>-<device>.json")
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dreamreader" / "peers"
-    parser.add_argument("--cache", type=Path, default=default, help=f"environments; default {default}")
+    parser.add_argument(
+        "--output", type=Path, help="default: benchmarks/results/peers-<model>-<device>.json"
+    )
+    default = (
+        Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dreamreader" / "peers"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=default, help=f"environments; default {default}"
+    )
     return parser.parse_args()
 
 
