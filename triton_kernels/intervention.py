@@ -7,6 +7,7 @@ split the channels.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -230,21 +231,20 @@ class Settings(NamedTuple):
     warps: int
 
 
-def settings(tokens: int, width: int, *, sums: bool, subspace: bool, along_tokens: bool) -> Settings:
-    """The tile of one program instance.
+@lru_cache(maxsize=1024)
+def launch_settings(code: str, tokens: int, width: int, *, along_tokens: bool) -> Settings:
+    """The tile of one program instance, for a packed code and the extents of x.
 
-    Args:
-        tokens, width: extents of x.
-        sums: some step needs whole rows.
-        subspace: some step projects out more than one direction.
-        along_tokens: tokens, not channels, are contiguous in memory.
+    `along_tokens`: tokens, not channels, are contiguous in memory.
     """
-    if sums:
+    steps = decode(code)
+    subspace = any(step.size > 1 for step in steps)
+    if any(KINDS[step.kind] in _REDUCING for step in steps):
         block_d = triton.next_power_of_2(width)
-        # A subspace reads its vectors once for all rows of a tile. Where tokens are contiguous, 16 of them fill a
-        # 32-byte sector; both give way to registers: 1024 threads hold 32 elements each.
+        # A subspace reads its vectors once for all rows of a tile, and keeps two tiles. Where tokens are contiguous,
+        # 16 of them fill a 32-byte sector. Both give way to registers: 16 elements a thread do not spill.
         wanted = 32 if along_tokens else 4 if subspace else 1
-        most = max(32768 // block_d, 1)
+        most = max((8192 if subspace else 16384) // block_d, 1)
         block_t = max(min(wanted, most), min(2048 // block_d, most))
     elif along_tokens:
         block_t, block_d = 128, 16
@@ -254,9 +254,10 @@ def settings(tokens: int, width: int, *, sums: bool, subspace: bool, along_token
         block_t = 2048 // block_d
     block_t = min(max(block_t, 1), triton.next_power_of_2(tokens))
     elements = block_t * block_d
-    return Settings(block_t, block_d, max(4, min(32, elements // 512 if elements <= 4096 else elements // 1024)))
+    return Settings(block_t, block_d, max(4, min(32, elements // 512)))
 
 
+@lru_cache(maxsize=1024)
 def constants(code: str, width: int) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, int], ...]]:
     """STEPS and ranges of a packed code. Channel ranges are no constants: a sweep over heads is one kernel."""
     steps = decode(code)
@@ -303,13 +304,7 @@ def intervention(
     if x.numel() == 0:
         return
     shapes, ranges = constants(code, width)
-    chosen = settings(
-        tokens,
-        width,
-        sums=any(each[_SUMS.value] for each in shapes),
-        subspace=any(each[_COUNT.value] > 1 for each in shapes),
-        along_tokens=x.stride(1) < x.stride(2),
-    )
+    chosen = launch_settings(code, tokens, width, along_tokens=x.stride(1) < x.stride(2))
     grid = (rows * triton.cdiv(tokens, chosen.block_t), triton.cdiv(width, chosen.block_d))
     sources, indices = tuple(patches[::2]), tuple(patches[1::2])
     _intervention_kernel[grid](
