@@ -3,6 +3,7 @@
 All share one AutoencoderKL (64 x 64 pictures, 16 x 16 x 4 latents) and one caption tokenizer.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -39,20 +40,28 @@ def build_tokenizer() -> Any:
 
     letters = sorted(ByteLevel.alphabet())
     pieces = dict.fromkeys(letters + [c + "</w>" for c in letters])
-    merges: dict[tuple[str, str], None] = {}
+    merges: list[tuple[str, str]] = []
     for word in vocabulary():
-        parts = [*word[:-1], word[-1] + "</w>"]
-        grown = parts[0]
-        for part in parts[1:]:
-            merges.setdefault((grown, part))
-            grown += part
-            pieces.setdefault(grown)
+        parts = _merged([*word[:-1], word[-1] + "</w>"], merges)
+        while len(parts) > 1:  # earlier words keep their token: their own merges come first
+            merges.append((parts[0], parts[1]))
+            parts[:2] = ["".join(parts[:2])]
+            pieces.setdefault(parts[0])
     tokens = [*pieces, "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
         vocab={piece: i for i, piece in enumerate(tokens)},
-        merges=list(merges),
+        merges=merges,
         model_max_length=CAPTION_TOKENS,
     )
+
+
+def _merged(parts: list[str], merges: list[tuple[str, str]]) -> list[str]:
+    """The parts of a word after the merges, the earliest first, as byte-pair encoding applies them."""
+    rank = {pair: place for place, pair in enumerate(merges)}
+    while pairs := [p for p in itertools.pairwise(parts) if p in rank]:
+        at = list(itertools.pairwise(parts)).index(min(pairs, key=lambda pair: rank[pair]))
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts
 
 
 def build_text_encoder(width: int, tokenizer: Any, projected: bool = False) -> torch.nn.Module:

@@ -48,7 +48,7 @@ DENOISER = {
     "shapes-unet-b": Recipe(steps=4000, batch=64, rate=1e-3),
     "shapes-dit": Recipe(steps=6000, batch=64, rate=1e-3),
 }
-SCENES = 60_000
+SCENES = 40_000
 SAVE_EVERY = 200
 
 
