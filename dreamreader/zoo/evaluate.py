@@ -11,7 +11,7 @@ import torch
 from dreamreader.zoo import data, scenes, settings
 from dreamreader.zoo.detector import Found, Reading, detect
 
-ATTRIBUTES = ("color", "shape", "size", "position", "background", "frame")
+ATTRIBUTES: tuple[str, ...] = ("color", "shape", "size", "position", "background", "frame")
 BATCH = 32
 
 
@@ -48,7 +48,8 @@ def evaluate(
     """
     drawn = data.held_out_scenes(count, seed, pairs)
     keys = (*ATTRIBUTES, "one", "two")
-    right, asked = dict.fromkeys(keys, 0), dict.fromkeys(keys, 0)
+    right: dict[str, int] = dict.fromkeys(keys, 0)
+    asked: dict[str, int] = dict.fromkeys(keys, 0)
     for start in progress(range(0, count, BATCH)):
         batch = drawn[start : start + BATCH]
         for scene, reading in zip(

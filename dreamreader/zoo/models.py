@@ -3,6 +3,7 @@
 All share one AutoencoderKL (64 x 64 pictures, 16 x 16 x 4 latents) and one caption tokenizer.
 """
 
+import functools
 import itertools
 from typing import Any
 
@@ -48,15 +49,13 @@ def build_tokenizer() -> Any:
             parts[:2] = ["".join(parts[:2])]
             pieces.setdefault(parts[0])
     tokens = [*pieces, "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={piece: i for i, piece in enumerate(tokens)},
-        merges=merges,
-        model_max_length=CAPTION_TOKENS,
-    )
+    vocabulary_ids = {piece: place for place, piece in enumerate(tokens)}
+    build: Any = CLIPTokenizer
+    return build(vocab=vocabulary_ids, merges=merges, model_max_length=CAPTION_TOKENS)
 
 
 def _merged(parts: list[str], merges: list[tuple[str, str]]) -> list[str]:
-    """The parts of a word after the merges, the earliest first, as byte-pair encoding applies them."""
+    """The parts of a word after the merges, applied in their order as byte-pair encoding does."""
     rank = {pair: place for place, pair in enumerate(merges)}
     while pairs := [p for p in itertools.pairwise(parts) if p in rank]:
         at = list(itertools.pairwise(parts)).index(min(pairs, key=lambda pair: rank[pair]))
@@ -64,7 +63,7 @@ def _merged(parts: list[str], merges: list[tuple[str, str]]) -> list[str]:
     return parts
 
 
-def build_text_encoder(width: int, tokenizer: Any, projected: bool = False) -> torch.nn.Module:
+def build_text_encoder(width: int, tokenizer: Any, projected: bool = False) -> Any:
     """A CLIP text model of three layers; `projected` adds the projection of the pooled output."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -84,23 +83,24 @@ def build_text_encoder(width: int, tokenizer: Any, projected: bool = False) -> t
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
 
-def build_vae() -> torch.nn.Module:
+def build_vae() -> Any:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(
-        block_out_channels=(16, 32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=scenes.SIZE_PX,
-        scaling_factor=1.0,
-        shift_factor=0.0,  # StableDiffusionPipeline does not apply one
-    )
+    config: dict[str, Any] = {
+        "block_out_channels": (16, 32, 64),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 8,
+        "sample_size": scenes.SIZE_PX,
+        "scaling_factor": 1.0,
+        "shift_factor": 0.0,  # StableDiffusionPipeline does not apply one
+    }
+    return AutoencoderKL(**config)
 
 
-def build_unet(name: str) -> torch.nn.Module:
+def build_unet(name: str) -> Any:
     """Cross-attention at 8 x 8 and 4 x 4, plain convolutions at 16 x 16; four heads everywhere."""
     from diffusers import UNet2DConditionModel
 
@@ -116,7 +116,7 @@ def build_unet(name: str) -> torch.nn.Module:
     )
 
 
-def build_transformer() -> torch.nn.Module:
+def build_transformer() -> Any:
     from diffusers import SD3Transformer2DModel
 
     return SD3Transformer2DModel(
@@ -168,13 +168,13 @@ def build_scheduler(name: str) -> Any:
     )
 
 
-def assemble(name: str, parts: dict[str, Any], vae: torch.nn.Module) -> Any:
+def assemble(name: str, parts: dict[str, Any], vae: Any) -> Any:
     """The diffusers pipeline of one model from its parts."""
     from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
-    parts = {**parts, "vae": vae, "scheduler": build_scheduler(name)}
-    if name == "shapes-dit":
-        return StableDiffusion3Pipeline(**parts, text_encoder_3=None, tokenizer_3=None)
-    return StableDiffusionPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
+    absent = ("text_encoder_3", "tokenizer_3")
+    build: Any = StableDiffusion3Pipeline
+    if name != "shapes-dit":
+        absent = ("safety_checker", "feature_extractor")
+        build = functools.partial(StableDiffusionPipeline, requires_safety_checker=False)
+    return build(**parts, **dict.fromkeys(absent), vae=vae, scheduler=build_scheduler(name))

@@ -25,7 +25,7 @@ T5_TOKENS = 256  # StableDiffusion3Pipeline puts so many zero rows where it has 
 T5_SHARE = 0.25  # of the batches that carry them; without them a step costs a third
 
 
-def heads(encoders: nn.ModuleDict) -> nn.ModuleDict:
+def heads(encoders: Any) -> nn.ModuleDict:
     """Linear classifiers of caption attributes, one set per text encoder, for training only."""
     sizes = {f"{slot}{i}": len(options) for i in range(2) for slot, options in _SLOTS.items()}
     sizes |= {name: len(options) for name, options in _WHOLE.items()}
@@ -38,9 +38,7 @@ def heads(encoders: nn.ModuleDict) -> nn.ModuleDict:
     )
 
 
-def caption_loss(
-    stage: nn.ModuleDict, tokenizer: Any, batch: int, seed: int
-) -> Callable[[int], Tensor]:
+def caption_loss(stage: Any, tokenizer: Any, batch: int, seed: int) -> Callable[[int], Tensor]:
     """Cross-entropy of reading every attribute of the caption from the state of its end token.
 
     A text encoder that starts from this knows its words before the denoiser listens to it.
@@ -71,9 +69,7 @@ def caption_loss(
     return loss
 
 
-def velocity_loss(
-    net: nn.ModuleDict, scheduler: Any, latents: Tensor, tokens: Tensor, generator
-) -> Tensor:
+def velocity_loss(net: Any, scheduler: Any, latents: Tensor, tokens: Tensor, generator) -> Tensor:
     """v-prediction (Salimans & Ho, arXiv:2202.00512).
 
     Unlike a loss on the noise it also weighs high noise levels, where the layout is decided.
@@ -87,9 +83,7 @@ def velocity_loss(
     return F.mse_loss(predicted, scheduler.get_velocity(latents, noise, times))
 
 
-def flow_loss(
-    net: nn.ModuleDict, scheduler: Any, latents: Tensor, tokens: Tensor, generator
-) -> Tensor:
+def flow_loss(net: Any, scheduler: Any, latents: Tensor, tokens: Tensor, generator) -> Tensor:
     """Rectified flow with shifted logit-normal noise levels (Esser et al., arXiv:2403.03206)."""
     noise = torch.randn(latents.shape, generator=generator)
     sigma = torch.sigmoid(torch.randn(len(latents), generator=generator))
@@ -107,7 +101,7 @@ def flow_loss(
     return F.mse_loss(predicted, noise - latents)
 
 
-def sd3_text(net: nn.ModuleDict, tokens: Tensor, absent: int) -> tuple[Tensor, Tensor]:
+def sd3_text(net: Any, tokens: Tensor, absent: int) -> tuple[Tensor, Tensor]:
     """Text and pooled states as StableDiffusion3Pipeline makes them, `absent` zero rows for T5."""
     outs = [
         net[key](tokens, output_hidden_states=True) for key in ("text_encoder", "text_encoder_2")
