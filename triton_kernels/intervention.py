@@ -1,16 +1,15 @@
 """The intervention program in Triton: one launch, one pass over memory.
 
-A program instance owns a tile of BLOCK_T tokens of one row of the batch and BLOCK_D channels. It first asks the
-strengths which elements of the tile the steps write and which of those depend on x, loads only these, runs the steps
-on the tile in registers and stores once. Steps without a sum over channels need no whole row, so their programs also
-split the channels.
+A program instance owns a tile of BLOCK_T tokens of one row of the batch and BLOCK_D channels. It
+first asks the strengths which elements of the tile the steps write and which of those depend on x,
+loads only these, runs the steps on the tile in registers and stores once. Steps without a sum over
+channels need no whole row, so their programs also split the channels.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -66,7 +65,7 @@ def _bounded(z, lo, hi):
 
 @triton.jit
 def _entries(source_ptr, index_ptr, size, index_strides, b, t, there, d, on):
-    """[BLOCK_T, BLOCK_D]: the entry of the source that each row takes, NaN where there is no such entry."""
+    """[BLOCK_T, BLOCK_D]: the source entry that each row takes, NaN where there is none."""
     e = tl.load(index_ptr + b * index_strides[0] + t * index_strides[1], mask=there, other=0)
     e = e[:, None]  # [BLOCK_T, 1]
     exists = (e >= 0) & (e < size[0])
@@ -223,6 +222,10 @@ def _intervention_kernel(
         tl.store(target_tile, tl.load(tile, mask=rest, other=0.0), mask=rest)
 
 
+Shapes = tuple[tuple[int, ...], ...]
+Ranges = tuple[tuple[int, int], ...]
+
+
 class Settings(NamedTuple):
     """Launch settings of one problem size."""
 
@@ -241,11 +244,13 @@ def launch_settings(code: str, tokens: int, width: int, *, along_tokens: bool) -
     subspace = any(step.size > 1 for step in steps)
     if any(KINDS[step.kind] in _REDUCING for step in steps):
         block_d = triton.next_power_of_2(width)
-        # A subspace reads its vectors once for all rows of a tile, and keeps two tiles. Where tokens are contiguous,
-        # 16 of them fill a 32-byte sector. Both give way to registers: 16 elements a thread do not spill.
-        wanted = 32 if along_tokens else 4 if subspace else 1
-        most = max((8192 if subspace else 16384) // block_d, 1)
-        block_t = max(min(wanted, most), min(2048 // block_d, most))
+        # A subspace reads its vectors once for all rows of a tile. Where tokens are contiguous, 16 of
+        # them fill a 32-byte sector. Both give way to registers: these tiles do not spill (subspaces:
+        # up to 8192 channels).
+        if along_tokens:
+            block_t = max(min(16, 8192 // block_d), min(8, 16384 // block_d), 1)
+        else:
+            block_t = max(min(4 if subspace else 1, 8192 // block_d), 2048 // block_d, 1)
     elif along_tokens:
         block_t, block_d = 128, 16
     else:
@@ -254,12 +259,12 @@ def launch_settings(code: str, tokens: int, width: int, *, along_tokens: bool) -
         block_t = 2048 // block_d
     block_t = min(max(block_t, 1), triton.next_power_of_2(tokens))
     elements = block_t * block_d
-    return Settings(block_t, block_d, max(4, min(32, elements // 512)))
+    return Settings(block_t, block_d, max(4, min(16 if along_tokens else 32, elements // 512)))
 
 
 @lru_cache(maxsize=1024)
-def constants(code: str, width: int) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, int], ...]]:
-    """STEPS and ranges of a packed code. Channel ranges are no constants: a sweep over heads is one kernel."""
+def constants(code: str, width: int) -> tuple[Shapes, Ranges]:
+    """STEPS and ranges of a packed code; ranges are no constants: a sweep over heads is one kernel."""
     steps = decode(code)
     shapes = tuple(
         (
@@ -299,7 +304,8 @@ def intervention(
     """
     for name, table in (("vectors", vectors), ("limits", limits), ("masks", masks)):
         if not table.is_contiguous():
-            raise InvalidInput(f"intervene: {name} must be contiguous, has strides {table.stride()}")
+            strides = table.stride()
+            raise InvalidInput(f"intervene: {name} must be contiguous, has strides {strides}")
     rows, tokens, width = x.shape
     if x.numel() == 0:
         return

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: their own source, compiled against a small stand-in for the CUDA headers."""
+"""The CUDA kernels on the CPU: their own source, compiled against a stand-in for the CUDA headers."""
 
 import ctypes
 import shutil
@@ -12,6 +12,11 @@ from torch import Tensor
 from dreamreader.ops.program import decode
 
 HERE = Path(__file__).parent
+# Native instructions: like a GPU, they multiply and add with one rounding.
+FLAGS = (
+    "-std=c++20 -O1 -march=native -shared -fPIC -DDREAMREADER_CUDA=1 "
+    "-Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-class-memaccess -Wno-clobbered"
+)
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 
 
@@ -38,18 +43,24 @@ class Call(ctypes.Structure):
 
 
 def build(folder: Path) -> Callable[..., int]:
-    """Compiles the twin into `folder`; returns a function like the Triton launcher that gives the launches."""
+    """Compiles the twin into `folder`; returns its launcher, which gives the number of launches."""
     library = folder / "libtwin.so"
     compiler = shutil.which("g++")
     assert compiler
-    flags = "-std=c++20 -O1 -march=native -shared -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-class-memaccess -Wno-clobbered".split()
-    subprocess.run(
-        [compiler, *flags, '-DDREAMREADER_CUDA="twin"', f"-I{HERE}", str(HERE / "intervention.cpp"), "-o", str(library)],
-        check=True,
-    )
+    command = [
+        compiler,
+        *FLAGS.split(),
+        f"-I{HERE}",
+        str(HERE / "intervention.cpp"),
+        "-o",
+        str(library),
+    ]
+    subprocess.run(command, check=True)
     entry = ctypes.CDLL(str(library)).intervention
 
-    def intervention(x: Tensor, out: Tensor, code: str, strength, vectors, limits, masks, patches) -> int:
+    def intervention(
+        x: Tensor, out: Tensor, code: str, strength, vectors, limits, masks, patches
+    ) -> int:
         steps = (ctypes.c_int32 * (9 * 32))(*(field for step in decode(code) for field in step))
         call = Call(
             x=x.data_ptr(),
