@@ -10,13 +10,14 @@ namespace {
 
 enum Act { kAdd, kMultiply, kBound, kBoundBlend, kSet, kMix, kSetSource, kMixSource };
 
-// A step whose row scalars are known.
+// A step on one row: what its step fixes, then what the row adds.
 template <typename W>
 struct Action {
-  Act act;
   int64_t begin, end;
   const uint8_t* mask;  // or null
   const W* v;           // kAdd, kSet, kMix: vector
+  bool whole;           // concerns every channel that the program touches
+  Act act;
   const void* source;   // k...Source: the entry, or null for one that does not exist
   DType dtype;
   int64_t source_stride;
@@ -159,11 +160,11 @@ DR_INLINE void accumulate(Reduction<W>& r, const Block<W>& y, int64_t d, int64_t
   for (int i = 0; i < kVectors; ++i) r.total.v[i] += z.v[i] * v.v[i];
 }
 
-// One sweep: load from `from`, add up `before`, apply the actions, add up `after`, store to `to` unless null.
+// One sweep: load from `from`, add up `before`, apply the pending actions, add up `after`, store to `to` unless null.
 // `next` is prefetched in step, so that the row after this one arrives while this one is computed.
 template <typename W, typename From, typename To>
-static void sweep(const From* from, To* to, int64_t begin, int64_t end, const Action<W>* actions, int count,
-                  Reduction<W>* before, int before_count, Reduction<W>* after, const char* next) {
+static void sweep(const From* from, To* to, int64_t begin, int64_t end, const Action<W>* actions, const int* pending,
+                  int count, Reduction<W>* before, int before_count, Reduction<W>* after, const char* next) {
   for (int64_t d = begin; d < end; d += kBlock<W>) {
     const int64_t n = end - d < kBlock<W> ? end - d : int64_t(kBlock<W>);
     if (next) {
@@ -174,14 +175,15 @@ static void sweep(const From* from, To* to, int64_t begin, int64_t end, const Ac
     Block<W> y = from ? load<W>(from + d, n) : splat(W(0));
     for (int i = 0; i < before_count; ++i) accumulate(before[i], y, d, n);
     for (int i = 0; i < count; ++i) {
-      const int covered = coverage(actions[i], d, n);
+      const Action<W>& action = actions[pending[i]];
+      const int covered = action.whole ? 1 : coverage(action, d, n);
       if (covered == 1) {
-        apply(actions[i], y, d, n);
+        apply(action, y, d, n);
       } else if (covered < 0) {
         Block<W> changed = y;
-        apply(actions[i], changed, d, n);
+        apply(action, changed, d, n);
         typename Lanes<W>::I lanes[kVectors];
-        lane_mask<W>(lanes, d, actions[i].begin, actions[i].end, actions[i].mask);
+        lane_mask<W>(lanes, d, action.begin, action.end, action.mask);
         for (int k = 0; k < kVectors; ++k) y.v[k] = lanes[k] ? changed.v[k] : y.v[k];
       }
     }
@@ -190,71 +192,193 @@ static void sweep(const From* from, To* to, int64_t begin, int64_t end, const Ac
   }
 }
 
-// The state of one row on its way through the program.
+// The sweep of the commonest programs without the choices inside the loop: over whole blocks y += s v (add), then
+// bounds (bound), then a sum of y w (dot).
+template <bool add, bool bound, bool dot, typename W, typename From, typename To>
+static void sweep_plain(const From* from, To* to, int64_t begin, int64_t end, const Action<W>* added,
+                        const Action<W>* bounded, Reduction<W>* after, const char* next) {
+  using V = typename Lanes<W>::V;
+  const V s = (add ? added->s : W(0)) - V{};
+  const V lo = (bound ? bounded->lo : W(0)) - V{}, hi = (bound ? bounded->hi : W(0)) - V{};
+  const W* v = add ? added->v : nullptr;
+  const W* w = dot ? after->v : nullptr;
+  Block<W> total = splat(W(0));
+  for (int64_t d = begin; d < end; d += kBlock<W>) {
+    const int64_t n = end - d < kBlock<W> ? end - d : int64_t(kBlock<W>);
+    if (next) {
+      const char* line = next + (d - begin) * int64_t(sizeof(To));
+#pragma GCC unroll 4
+      for (int64_t byte = 0; byte < kBlock<W> * int64_t(sizeof(To)); byte += 64) __builtin_prefetch(line + byte, 1);
+    }
+    Block<W> y = load<W>(from + d, n);
+    const Block<W> one = add ? load<W>(v + d, n) : y, two = dot ? load<W>(w + d, n) : y;
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) {
+      if (add) y.v[i] += s * one.v[i];
+      if (bound) y.v[i] = y.v[i] < lo ? lo : (y.v[i] > hi ? hi : y.v[i]);
+      if (dot) total.v[i] += y.v[i] * two.v[i];
+    }
+    if (to) store(to + d, y, n);
+  }
+  if (dot) after->total = total;
+}
+
+// Runs sweep_plain if it fits: no masks or part ranges, at most an addition and then bounds.
+template <typename W, typename From, typename To>
+static bool try_plain(const From* from, To* to, int64_t begin, int64_t end, const Action<W>* actions, const int* pending,
+                      int count, Reduction<W>* after, bool whole_sum, const char* next) {
+  if (!from || count > 2 || (after && !(whole_sum && after->v))) return false;
+  const Action<W>*added = nullptr, *bounded = nullptr;
+  for (int i = 0; i < count; ++i) {
+    const Action<W>& a = actions[pending[i]];
+    if (!a.whole) return false;
+    if (a.act == kAdd && i == 0)
+      added = &a;
+    else if (a.act == kBound && !bounded)
+      bounded = &a;
+    else
+      return false;
+  }
+  switch ((added ? 4 : 0) + (bounded ? 2 : 0) + (after ? 1 : 0)) {
+#define DR_CASE(ADD, BOUND, DOT)                                                                       \
+  case 4 * ADD + 2 * BOUND + DOT:                                                                      \
+    sweep_plain<ADD, BOUND, DOT, W>(from, to, begin, end, added, bounded, after, next);                \
+    return true;
+    DR_CASE(0, 0, 1)
+    DR_CASE(0, 1, 0)
+    DR_CASE(0, 1, 1)
+    DR_CASE(1, 0, 0)
+    DR_CASE(1, 0, 1)
+    DR_CASE(1, 1, 0)
+    DR_CASE(1, 1, 1)
+#undef DR_CASE
+  }
+  return false;
+}
+
+// One row on its way through the program; kept from row to row, so that only scalars change.
 template <typename T>
 struct Row {
   using W = typename Work<T>::type;
-  enum From { kNothing, kInput, kScratch };
+  enum Origin { kNothing, kInput, kScratch };
 
   const InterventionJob& job;
-  const T* in;
-  T* out;
-  W* scratch;  // the row in W once a sweep has stored it; `out` itself where T is W
-  From from = kInput;
-  int pending = 0;
+  const Program<W>& p;
+  W* memory;  // a row of W for element types that are not W
+
+  int64_t b = 0, t = 0;
+  const T* in = nullptr;
+  T* out = nullptr;
+  W* scratch = nullptr;  // the row in W once a sweep has stored it; `out` itself where T is W
+  Origin from = kInput;
+  int count = 0;    // pending actions, by step number
   int entries = 0;  // norms on entry that the next sweep has to add up
-  Action<W> actions[kMaxSteps];
-  Reduction<W> entry[kMaxSteps];
+  int pending[kMaxSteps];
+  Action<W> actions[kMaxSteps];  // by step number
+  Reduction<W> entry[kMaxSteps], inside;
   W norms[kMaxSteps];
 
-  // A constructor, so that the arrays are not cleared for every row.
-  Row(const InterventionJob& job, const T* in, T* out, W* scratch) : job(job), in(in), out(out), scratch(scratch) {}
+  Row(const InterventionJob& job, const Program<W>& p, void* memory) : job(job), p(p), memory(static_cast<W*>(memory)) {
+    const int64_t width = job.in.width;
+    for (int i = 0; i < p.count; ++i) {
+      const Step& step = p.steps[i];
+      Action<W>& a = actions[i];
+      a.begin = step.begin;
+      a.end = step.end;
+      a.mask = step.mask >= 0 ? p.masks + step.mask * width : nullptr;
+      a.v = step.vector >= 0 ? p.vectors + step.vector * width : nullptr;
+      a.whole = coverage(a, job.begin, job.end - job.begin) == 1;
+    }
+  }
 
-  // Applies the pending actions and adds up `after`; stores the row only if it changed.
-  void reduce(Reduction<W>* after) {
-    W* to = pending ? scratch : nullptr;
-    if (from == kScratch)
-      sweep<W>(scratch, to, job.begin, job.end, actions, pending, entry, entries, after, nullptr);
+  // The first of the items `item` .. last - 1 that a step touches, else last.
+  int64_t next_touched(int64_t item, int64_t last) const {
+    int64_t row = item / job.in.tokens, token = item % job.in.tokens;
+    for (; item < last; ++item) {
+      for (int i = 0; i < p.count; ++i)
+        if (strength_of(p, i, row, token) != W(0)) return item;
+      if (++token == job.in.tokens) {
+        ++row;
+        token = 0;
+      }
+    }
+    return last;
+  }
+
+  const char* address(int64_t item) const {
+    const int64_t row = item / job.in.tokens, token = item % job.in.tokens;
+    const T* data = static_cast<const T*>(job.in.data);
+    return reinterpret_cast<const char*>(data + row * job.in.stride_row + token * job.in.stride_token + job.begin);
+  }
+
+  void place(int64_t row, int64_t token) {
+    b = row;
+    t = token;
+    in = static_cast<const T*>(job.in.data) + b * job.in.stride_row + t * job.in.stride_token;
+    out = static_cast<T*>(job.out.data) + b * job.out.stride_row + t * job.out.stride_token;
+    if constexpr (sizeof(T) == sizeof(W))
+      scratch = out;
     else
-      sweep<W>(from == kInput ? in : nullptr, to, job.begin, job.end, actions, pending, entry, entries, after,
-               nullptr);
-    if (to) from = kScratch;
-    pending = 0;
+      scratch = memory;
+    from = kInput;
+    count = entries = 0;
+  }
+
+  void clear(Reduction<W>& r, const Action<W>& a, const W* v) const {
+    r.begin = a.begin;
+    r.end = a.end;
+    r.mask = a.mask;
+    r.v = v;
+    r.total = splat(W(0));
+  }
+
+  template <typename From, typename To>
+  void pass_from(const From* from, To* to, Reduction<W>* after, bool whole_sum, const char* next) {
+    if (entries == 0 &&
+        try_plain(from, to, job.begin, job.end, actions, pending, count, after, whole_sum, next))
+      return;
+    sweep<W>(from, to, job.begin, job.end, actions, pending, count, entry, entries, after, next);
+  }
+
+  template <typename To>
+  void pass(To* to, Reduction<W>* after, bool whole_sum, const char* next) {
+    if (from == kScratch)
+      pass_from(scratch, to, after, whole_sum, next);
+    else
+      pass_from(from == kInput ? in : nullptr, to, after, whole_sum, next);
+    count = 0;
     for (; entries > 0; --entries) norms[entries - 1] = W(__builtin_sqrt(sum(entry[entries - 1].total)));
   }
 
-  // Applies the pending actions and writes the result.
-  void finish(const char* next) {
-    if (!pending && static_cast<const void*>(from == kInput ? (const void*)in : scratch) == out) return;
-    if (from == kScratch)
-      sweep<W>(scratch, out, job.begin, job.end, actions, pending, entry, 0, static_cast<Reduction<W>*>(nullptr), next);
-    else
-      sweep<W>(from == kInput ? in : nullptr, out, job.begin, job.end, actions, pending, entry, 0,
-               static_cast<Reduction<W>*>(nullptr), next);
+  // Applies what is pending and adds up y v (v set) or y^2 over the channels of an action; stores the row if it changed.
+  W reduce(const Action<W>& a, const W* v) {
+    clear(inside, a, v);
+    W* to = count ? scratch : nullptr;
+    pass(to, &inside, a.whole, nullptr);
+    if (to) from = kScratch;
+    return sum(inside.total);
   }
+
+  // Applies what is pending and writes the result.
+  void finish(const char* next) {
+    const void* now = from == kInput ? static_cast<const void*>(in) : scratch;
+    if (count || now != out) pass(out, nullptr, false, next);
+  }
+
+  void advance(int number, W s, int renorm);
+  void run(const char* next);
 };
 
-template <typename W>
-DR_INLINE void clear(Reduction<W>& r, const Step& step, const uint8_t* mask, const W* v) {
-  r = {step.begin, step.end, mask, v, splat(W(0))};
-}
-
-// Turns one step into an action, sweeping first where it needs a sum over the row.
-template <typename T, typename W>
-static void advance(Row<T>& row, const Program<W>& p, int number, W s, int64_t b, int64_t t, int64_t width, int64_t rows,
-                    int renorm) {
+// Turns one step into a pending action, sweeping first where it needs a sum over the row.
+template <typename T>
+void Row<T>::advance(int number, W s, int renorm) {
   const Step& step = p.steps[number];
-  Action<W> a{};
-  a.begin = step.begin;
-  a.end = step.end;
-  a.mask = step.mask >= 0 ? p.masks + step.mask * width : nullptr;
-  a.v = step.vector >= 0 ? p.vectors + step.vector * width : nullptr;
+  Action<W>& a = actions[number];
   a.s = s;
   if (step.limit >= 0) {
-    a.lo = limit_of(p, step, 0, b, rows);
-    a.hi = limit_of(p, step, 1, b, rows);
+    a.lo = limit_of(p, step, 0, b, job.in.rows);
+    a.hi = limit_of(p, step, 1, b, job.in.rows);
   }
-  Reduction<W> r;
   switch (step.kind) {
     case kSteer:
       a.act = kAdd;
@@ -267,59 +391,47 @@ static void advance(Row<T>& row, const Program<W>& p, int number, W s, int64_t b
       a.act = s == W(1) ? kBound : kBoundBlend;
       break;
     case kClampComponent:
-    case kProject: {
-      clear(r, step, a.mask, a.v);
-      row.reduce(&r);
-      const W c = sum(r.total);
       a.act = kAdd;
-      a.s = step.kind == kProject ? -component_removed(c, step.one_sided, s) : component_shift(c, a.lo, a.hi, s);
+      a.s = component_shift(reduce(a, a.v), a.lo, a.hi, s);
       break;
-    }
+    case kProject:
+      a.act = kAdd;
+      a.s = -component_removed(reduce(a, a.v), step.one_sided, s);
+      break;
     case kFill:
       a.act = s == W(1) ? kSet : kMix;
       break;
-    case kPatch: {
-      const Source& source = p.sources[step.source];
+    case kPatch:
       a.act = s == W(1) ? kSetSource : kMixSource;
-      aim(a, source, entry_of(source, b, t));
+      aim(a, p.sources[step.source], entry_of(p.sources[step.source], b, t));
+      break;
+    case kRenorm: {
+      const W now = W(__builtin_sqrt(reduce(a, nullptr)));
+      a.act = kMultiply;
+      a.s = renorm_factor(now, norms[renorm], s);
       break;
     }
-    case kRenorm:
-      clear<W>(r, step, a.mask, nullptr);
-      row.reduce(&r);
-      a.act = kMultiply;
-      a.s = renorm_factor(W(__builtin_sqrt(sum(r.total))), row.norms[renorm], s);
-      break;
   }
-  if ((a.act == kSet || a.act == kSetSource) && row.entries == 0 &&
-      coverage(a, row.job.begin, row.job.end - row.job.begin) == 1) {
-    row.pending = 0;  // overwritten as a whole: what came before is not read
-    row.from = Row<T>::kNothing;
+  if ((a.act == kSet || a.act == kSetSource) && a.whole && entries == 0) {
+    count = 0;  // overwritten as a whole: what came before is not read
+    from = kNothing;
   }
-  row.actions[row.pending++] = a;
+  pending[count++] = number;
 }
 
-// Runs the whole program on one row; false if no step touches it.
-template <typename T, typename W>
-static bool run_row(Row<T>& row, const Program<W>& p, int64_t b, int64_t t, int64_t width, int64_t rows, const char* next) {
+template <typename T>
+void Row<T>::run(const char* next) {
   W strengths[kMaxSteps];
-  bool touched = false;
   for (int i = 0; i < p.count; ++i) {
     strengths[i] = strength_of(p, i, b, t);
-    touched |= strengths[i] != W(0);
-    if (p.steps[i].kind == kRenorm && strengths[i] != W(0)) {
-      const uint8_t* mask = p.steps[i].mask >= 0 ? p.masks + p.steps[i].mask * width : nullptr;
-      clear<W>(row.entry[row.entries++], p.steps[i], mask, nullptr);
-    }
+    if (p.steps[i].kind == kRenorm && strengths[i] != W(0)) clear(entry[entries++], actions[i], nullptr);
   }
-  if (!touched) return false;
   for (int i = 0, renorm = 0; i < p.count; ++i) {
     if (strengths[i] == W(0)) continue;
-    advance(row, p, i, strengths[i], b, t, width, rows, renorm);
+    advance(i, strengths[i], renorm);
     renorm += p.steps[i].kind == kRenorm;
   }
-  row.finish(next);
-  return true;
+  finish(next);
 }
 
 template <typename T>
@@ -330,26 +442,21 @@ static void copy_channels(const T* in, T* out, int64_t begin, int64_t end) {
 template <typename T>
 static void run_rows(const InterventionJob& job, void* scratch, int64_t first, int64_t last) {
   using W = typename Work<T>::type;
-  const Program<W>& p = *static_cast<const Program<W>*>(job.program);
   const int64_t tokens = job.in.tokens, width = job.in.width;
-  for (int64_t item = first; item < last; ++item) {
-    const int64_t b = item / tokens, t = item % tokens;
-    const T* in = static_cast<const T*>(job.in.data) + b * job.in.stride_row + t * job.in.stride_token;
-    T* out = static_cast<T*>(job.out.data) + b * job.out.stride_row + t * job.out.stride_token;
-    W* own;
-    if constexpr (sizeof(T) == sizeof(W))
-      own = out;
-    else
-      own = static_cast<W*>(scratch);
-    const bool more = item + 1 < last && t + 1 < tokens;
-    const char* next = more ? reinterpret_cast<const char*>(in + job.in.stride_token + job.begin) : nullptr;
-    Row<T> row(job, in, out, own);
-    if (run_row(row, p, b, t, width, job.in.rows, next)) {
-      copy_channels(in, out, 0, job.begin);
-      copy_channels(in, out, job.end, width);
-    } else {
-      copy_channels(in, out, 0, width);
+  Row<T> row(job, *static_cast<const Program<W>*>(job.program), scratch);
+  for (int64_t item = row.next_touched(first, last), copied = first; ; ) {
+    const int64_t stop = item;
+    for (; job.in.data != job.out.data && copied < stop; ++copied) {
+      row.place(copied / tokens, copied % tokens);
+      copy_channels(row.in, row.out, 0, width);
     }
+    if (item == last) return;
+    copied = item + 1;
+    row.place(item / tokens, item % tokens);
+    item = row.next_touched(item + 1, last);
+    row.run(item < last ? row.address(item) : nullptr);
+    copy_channels(row.in, row.out, 0, job.begin);
+    copy_channels(row.in, row.out, job.end, width);
   }
 }
 

@@ -15,6 +15,13 @@
 
 #define DR_INLINE static inline __attribute__((always_inline))
 
+// Lanes of a vector in the order of an index vector.
+#if defined(__clang__)
+#define DR_SHUFFLE(v, order) __builtin_shufflevector(v, order)
+#else
+#define DR_SHUFFLE(v, order) __builtin_shuffle(v, order)
+#endif
+
 #if defined(__AVX512F__)
 #define DR_VECTOR_BYTES 64
 #elif defined(__AVX2__)
@@ -191,14 +198,26 @@ DR_INLINE void store(T* p, const Block<W>& block, int64_t n) {
   __builtin_memcpy(p, part, std::size_t(n) * sizeof(T));
 }
 
-// Sum of all lanes, halving the block each time.
+// Sum of all lanes, halving the block each time: the same order for every width of vector.
 template <typename W>
 DR_INLINE W sum(const Block<W>& block) {
-  W part[kBlock<W>];
-  __builtin_memcpy(part, block.v, sizeof(part));
-  for (int half = kBlock<W> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  return part[0];
+  using V = typename Lanes<W>::V;
+  V v[kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; ++i) v[i] = block.v[i];
+#pragma GCC unroll 4
+  for (int half = kVectors / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  V total = v[0];
+#pragma GCC unroll 4
+  for (int half = kWidth<W> / 2; half > 0; half /= 2) {
+    typename Lanes<W>::I other;
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth<W>; ++i) other[i] = (i + half) % kWidth<W>;
+    total += DR_SHUFFLE(total, other);
+  }
+  return total[0];
 }
 
 }  // namespace

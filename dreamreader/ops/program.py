@@ -5,6 +5,8 @@ one group of comma-separated integers per instruction, groups joined by `;`, in 
 fields of `Step`.
 """
 
+import itertools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +24,10 @@ MAX_SOURCES = 8
 MAX_SUBSPACE = 64
 # Directions normalised in bfloat16 miss unit length by up to 4e-3; more is a mistake.
 ORTHONORMAL_TOLERANCE = 5e-3
+
+# Programs that are in use, by number: an op can name one without taking its tables apart.
+_live: dict[int, weakref.ref] = {}
+_numbers = itertools.count()
 
 Tables = tuple[str, Tensor, Tensor, Tensor, Tensor, list[Tensor]]
 
@@ -77,6 +83,24 @@ def decode(code: str) -> tuple[Step, ...]:
     return tuple(Step(*map(int, group)) for group in groups)
 
 
+def live(number: int) -> "Program":
+    """The program with this number.
+
+    Raises:
+        InvalidInput: it is gone; a graph that was traced with it outlived it.
+    """
+    program = _live.get(number, _gone)()
+    if program is None:
+        raise InvalidInput(
+            f"intervention program {number} no longer exists; keep a reference to it"
+        )
+    return program
+
+
+def _gone() -> None:
+    return None
+
+
 class Program:
     """An ordered list of instructions for activations of one shape, checked once and immutable.
 
@@ -124,6 +148,7 @@ class Program:
         self.limits = torch.stack(self._limits) if self._limits else self._zeros(0, 2, rows)
         self.masks = torch.stack(self._masks) if self._masks else self._zeros(0, width).bool()
         self._tables: dict[torch.dtype, Tables] = {}
+        self._enter()
 
     def __len__(self) -> int:
         return len(decode(self.code))
@@ -143,7 +168,12 @@ class Program:
         other.__dict__.update(self.__dict__)
         other.strength = other._strengths(strengths)
         other._tables = {}
+        other._enter()
         return other
+
+    def _enter(self) -> None:
+        number = self.number = next(_numbers)
+        _live[number] = weakref.ref(self, lambda _: _live.pop(number, None))
 
     def tables(self, dtype: torch.dtype) -> Tables:
         """The packed tables for activations of `dtype`: the arguments of the op after x."""

@@ -210,6 +210,18 @@ def test_with_strengths_shares_the_tables():
         first.with_strengths([1.0, 2.0])
 
 
+def test_a_program_that_is_gone_is_an_error():
+    number = program(Instruction("renorm")).number
+    with pytest.raises(InvalidInput, match=f"intervention program {number} no longer exists"):
+        torch.ops.dreamreader.intervene_live_(torch.zeros(ROWS, TOKENS, WIDTH), number)
+
+
+def test_a_live_program_of_another_shape_is_refused_by_the_kernel():
+    each = program(Instruction("steer", torch.ones(ROWS, TOKENS), vectors=unit()))
+    with pytest.raises((ValueError, RuntimeError), match="strength must be|must match"):
+        torch.ops.dreamreader.intervene_live_(torch.zeros(ROWS, TOKENS + 1, WIDTH), each.number)
+
+
 def test_strengths_that_do_not_vary_are_not_expanded():
     packed = program(Instruction("steer", 1.0, vectors=unit())).strength
     assert packed.shape == (1, ROWS, TOKENS) and packed.untyped_storage().nbytes() == 4
