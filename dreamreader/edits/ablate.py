@@ -24,16 +24,17 @@ _NEEDS = {"mean": "source", "resample": "source", "project": "direction"}
 class Ablate(ChannelEdit):
     """Takes out the selected values.
 
-    Formula: zero: 0; mean: the mean of the source; resample: the value of another row of the source;
-    project: x - V'Vx for an orthonormal basis V of the directions, with one_sided x - max(c, 0) v;
-    noise: x + sigma e with e standard normal. Each blended with x by `strength`.
+    Formula: zero 0; mean the mean of the source; resample the value of another row of the source;
+    project x - V'Vx for an orthonormal basis V of the directions, with one_sided x - max(c, 0) v;
+    noise x + sigma e with e standard normal. Each is blended with x by `strength`.
 
     Args:
         kind: `zero`, `mean`, `resample`, `project` or `noise`.
-        direction: project: [features] or [m, features], m <= 64, any length and angle; also by site.
-        source: mean: a tensor [features] or [tokens, features], or an `Activation` or `Cache`, whose
-            mean over rows is taken at the same token, step and branch. resample: an `Activation` or
-            `Cache`.
+        direction: project: [features] or [m, features], m <= 64, any length and angle; also by
+            site.
+        source: mean: a tensor [features] or [tokens, features], or an `Activation` or `Cache`,
+            whose mean over rows is taken at the same token, step and branch. resample: an
+            `Activation` or `Cache`.
         from_rows: resample: row of the source for each row; drawn from `seed` by default.
         sigma: noise: standard deviation, one number or one for each row.
         seed: noise and resample: row i draws from seed + i, whatever batch it is in.

@@ -43,7 +43,8 @@ def check_finite(name: str, value: Any) -> None:
         bad = tensor.detach().flatten()
         where = (~bad.isfinite()).nonzero().flatten().tolist()
         raise InvalidInput(
-            f"{name} has {len(where)} of {bad.numel()} values that are not finite, the first at {where[0]}"
+            f"{name} has {len(where)} of {bad.numel()} values that are not finite, the first at "
+            f"{where[0]}"
         )
 
 

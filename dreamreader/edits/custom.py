@@ -15,9 +15,9 @@ class Edit(EditRequest):
     """Applies a function to the selected rows: fn(x) or fn(x, place).
 
     Args:
-        fn: gets a copy [rows, tokens, features] (at ports with heads [rows, tokens, heads, d_head]) of
-            the rows that are selected, branch after branch, and gives the new values in the same
-            shape, or None to leave them. `place` has site, branches, step (`place.instant`) and grid.
+        fn: gets a copy of the selected rows [rows, tokens, features], branch after branch (at ports
+            with heads [rows, tokens, heads, d_head]), and gives the new values in the same shape,
+            or None to leave them. `place` has site, branches, step (`place.instant`) and grid.
 
     Raises:
         InvalidInput: at the run, where fn gives another shape or dtype.

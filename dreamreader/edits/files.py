@@ -1,4 +1,4 @@
-"""Edits in a file: one safetensors file, tensors as tensors and everything else as JSON in its metadata."""
+"""Edits in a safetensors file: tensors as tensors, everything else as JSON in its metadata."""
 
 import json
 import math
@@ -66,7 +66,9 @@ def load(path: str | os.PathLike[str]) -> list[EditRequest]:
             text = (file.metadata() or {}).get(_KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise InvalidInput(f"{os.fspath(path)} is no safetensors file, or only a part of one: {error}") from error
+        raise InvalidInput(
+            f"{os.fspath(path)} is no safetensors file, or only a part of one: {error}"
+        ) from error
     if text is None:
         raise InvalidInput(f"{os.fspath(path)} holds no edits of dreamreader")
     content = json.loads(text)
@@ -80,13 +82,17 @@ def load(path: str | os.PathLike[str]) -> list[EditRequest]:
 def _packed_edit(edit: EditRequest, tensors: dict[str, Tensor]) -> dict[str, Any]:
     kind = type(edit).__name__
     if kind not in _KINDS:
-        raise InvalidInput(f"{edit.describe()}: a function cannot be saved; kinds: {', '.join(_KINDS)}")
+        raise InvalidInput(
+            f"{edit.describe()}: a function cannot be saved; kinds: {', '.join(_KINDS)}"
+        )
     packed = {}
     for each in fields(edit):
         try:
             packed[each.name] = _packed(getattr(edit, each.name), tensors)
         except TypeError as error:
-            raise InvalidInput(f"{edit.describe()}: {each.name} cannot be saved: {error}") from error
+            raise InvalidInput(
+                f"{edit.describe()}: {each.name} cannot be saved: {error}"
+            ) from error
     return {"kind": kind, "fields": packed}
 
 

@@ -20,11 +20,11 @@ class Patch(ChannelEdit):
 
     Args:
         source: an `Activation` or `Cache` (the value of the same site, step and branch is taken), a
-            tensor [features], [tokens, features] or [rows, tokens, features], or the number of the row
-            of the same batch that is copied, also one for each row.
+            tensor [features], [tokens, features] or [rows, tokens, features], or the number of the
+            row of the same batch that is copied, also one for each row.
         strength: one number, or one for each row.
-        from_rows: for a cache or a tensor with rows: which of its rows each row takes. By default row i
-            takes row i, and all rows take the only one.
+        from_rows: for a cache or a tensor with rows: which of its rows each row takes. By default
+            row i takes row i, and all rows take the only one.
 
     Raises:
         InvalidInput: at the run, where shape, step or row of the source do not fit.
@@ -75,8 +75,9 @@ class Patch(ChannelEdit):
         donors = [number - place.first for number in rows]
         if not all(0 <= each < place.rows for each in donors):
             raise InvalidInput(
-                f"Patch at {place.site}: row {rows} is copied, but the batch holds the rows {place.first} "
-                f".. {place.first + place.rows - 1}; rows that feed each other need one batch"
+                f"Patch at {place.site}: row {rows} is copied, but the batch holds the rows "
+                f"{place.first} .. {place.first + place.rows - 1}; rows that feed each other need "
+                "one batch"
             )
         entries = [b * place.rows + each for b in range(len(place.branches)) for each in donors]
         y = x.index_select(0, torch.tensor(entries, device=x.device))
@@ -101,13 +102,13 @@ def source_table(source: Any, from_rows: Any, place: Place, label: str) -> tuple
     count, chunks, length, width = values.shape
     if length not in (1, place.tokens) or width != place.width:
         raise InvalidInput(
-            f"{label} at {place.site}: the site has {place.tokens} tokens of {place.width} features, the "
-            f"source {length} of {width}"
+            f"{label} at {place.site}: the site has {place.tokens} tokens of {place.width} "
+            f"features, the source {length} of {width}"
         )
     if from_rows is None and count not in (1, place.total):
         raise InvalidInput(
-            f"{label} at {place.site}: the source has {count} rows, the run {place.total}; say which row "
-            "takes which with from_rows"
+            f"{label} at {place.site}: the source has {count} rows, the run {place.total}; say "
+            "which row takes which with from_rows"
         )
     default = 0 if count == 1 else list(range(place.total))
     chosen = default if from_rows is None else from_rows
@@ -168,8 +169,8 @@ def _of_cache(source: Any, place: Place, label: str) -> Tensor:
     if here not in moments:
         steps = ", ".join(str(each.step) for each in found.steps)
         raise InvalidInput(
-            f"{label} at {place.site}: the source has no step {here[0]} (it has {steps}); limit the edit "
-            "with steps, or record those steps"
+            f"{label} at {place.site}: the source has no step {here[0]} (it has {steps}); limit "
+            "the edit with steps, or record those steps"
         )
     tensor = found.tensor
     if len(found.branches) == 1:

@@ -49,7 +49,8 @@ class Scale(ChannelEdit):
 class Clamp(ChannelEdit):
     """Bounds values to [lo, hi], or with a direction v the component <x, v> of each token.
 
-    Formula: clamp(x, lo, hi); with a direction x + (clamp(c, lo, hi) - c) v with c = <x, v>, |v| = 1.
+    Formula: clamp(x, lo, hi); with a direction x + (clamp(c, lo, hi) - c) v with c = <x, v>, |v| =
+        1.
 
     Args:
         lo, hi: bounds, one number or one for each row; None leaves that side open.

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-
 import torch
 from torch import Tensor
 
@@ -20,7 +19,8 @@ class Steer(ChannelEdit):
     Args:
         site: site string or several.
         direction: [features], [heads, d_head] at ports with heads, [d_head] with `heads` given;
-            [steps, features] for one direction for each step; or a mapping from site names to these.
+            [steps, features] for one direction for each step; or a mapping from site names to
+            these.
             Used as given: it is not normalised.
         alpha: one number, or one for each row of the run; negative values steer away.
         norm_match: rescale each token to the norm that it had before this edit.

@@ -174,8 +174,8 @@ class Cache(Mapping[str, Activation]):
             return self._found[hits[0]]
         if hits:
             raise InvalidInput(
-                f"{site!r} matches {len(hits)} recorded sites ({', '.join(hits[:3])} ...): name one, "
-                "or use matching()"
+                f"{site!r} matches {len(hits)} recorded sites ({', '.join(hits[:3])} ...): name "
+                "one, or use matching()"
             )
         canonical = join(pattern.path, pattern.port, pattern.stream)
         if canonical in self._found:
@@ -199,7 +199,7 @@ class Cache(Mapping[str, Activation]):
         self._found.update({each.site: each for each in activations})
 
     def matching(self, pattern: str) -> "Cache":
-        """The part of the cache whose sites match a glob of paths (any port unless one is given)."""
+        """The part of the cache whose sites match a glob of paths (any port if none is given)."""
         wanted = parse(pattern)
         named = ":" in pattern
         return Cache(

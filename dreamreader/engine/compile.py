@@ -1,4 +1,4 @@
-"""From the edits that are active at a site in one call to programs: one pass over memory where possible."""
+"""From the edits active at a site to programs: one pass over memory where possible."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +36,8 @@ class Hit:
 class Stage:
     """One pass: a program, or an edit that is a function.
 
-    `alone` has one stage for each edit of a program of several, to tell whether each changes anything.
+    `alone` has one stage for each edit of a program of several, to tell whether each changes
+    anything.
     """
 
     numbers: tuple[int, ...]

@@ -18,7 +18,8 @@ class Firing:
         steps: for each step, how many calls; empty keys where time is unknown.
         branches: for each branch, how many calls.
         rows: numbers of the rows that were touched.
-        passed_over: calls of the site with the request active, but with nothing to change (strength 0).
+        passed_over: calls of the site with the request active, but with nothing to change
+            (strength 0).
         not_computed: calls at which a step cache skipped the site.
         notes: anything that a reader has to know, such as an overflow.
     """

@@ -14,8 +14,9 @@ def call(fn: Callable[..., Any], x: Tensor, place: Place, label: str) -> Tensor:
     """x [batch, tokens, features] with fn applied to its selected rows.
 
     Args:
-        fn: fn(part) or fn(part, place), where part is a copy [rows, tokens, features] or, at sites with
-            heads, [rows, tokens, heads, d_head]; gives the same shape and dtype, or None for no change.
+        fn: fn(part) or fn(part, place), where part is a copy [rows, tokens, features] or, at sites
+            with heads, [rows, tokens, heads, d_head]; gives the same shape and dtype, or None for
+            no change.
 
     Raises:
         InvalidInput: fn gave something else.

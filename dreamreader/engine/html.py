@@ -18,7 +18,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "
         for row in rows[:_MOST]
     )
     above = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return f'<table style="{_STYLE}">{above}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    head = f"<thead><tr>{head}</tr></thead>"
+    return f'<table style="{_STYLE}">{above}{head}<tbody>{body}</tbody></table>'
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -28,8 +28,8 @@ def run_language(
 ) -> "RunResult":
     """Forward (no arguments) or generate (with arguments such as max_new_tokens) over rows.
 
-    All batches are padded on the left to the longest prompt of the run, so that a row's positions do
-    not depend on its batch. Sampling runs row by row, each from its own seed.
+    All batches are padded on the left to the longest prompt of the run, so that a row's positions
+    do not depend on its batch. Sampling runs row by row, each from its own seed.
     """
     from dreamreader.engine.reader import RunResult, _merged
 

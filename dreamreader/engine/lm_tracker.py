@@ -1,4 +1,4 @@
-"""Time in a language model: the step is the decoding position, read from cache and input lengths."""
+"""Time in a language model: the step is the decoding position, read from lengths."""
 
 import math
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ class LanguageTracker(AbstractContextManager):
     """Follows a transformers decoder through forward and generate.
 
     Step 0 is the prompt. A later call is at step `past + length - prompt`, from the tokens that the
-    cache holds and those that come in, so nothing is counted; without a cache the input has to be the
-    one before with one token more.
+    cache holds and those that come in, so nothing is counted; without a cache the input has to be
+    the one before with one token more.
 
     Args:
         subject: the model.
@@ -114,7 +114,8 @@ class LanguageTracker(AbstractContextManager):
             return ClockUnknown("the cache was filled before: where the prompt ends is unknown")
         if past and length > 1 and past + length > self.prompt:
             return ClockUnknown(
-                f"{length} tokens came in at once behind {past} cached ones: no single decoding position"
+                f"{length} tokens came in at once behind {past} cached ones: no single decoding "
+                "position"
             )
         return max(0, past + length - self.prompt)
 

@@ -1,4 +1,4 @@
-"""The place where an edit works: shapes of the site in the running call, and the edit's selection there."""
+"""The place where an edit works: shapes of the site in this call, and the edit's selection."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class Place:
     Attributes:
         site: name of the site.
         width: features at the site. heads: number of heads, None where it has none.
-        rows: rows of each branch in this call. total: rows of the whole run. first: number of row 0 here.
+        rows: rows of each branch in this call. total: rows of the run. first: number of row 0 here.
         branches: names of the equal chunks of the batch, in order.
         tokens: length of the sequence. hw: grid of image tokens where known.
         instant: step, timestep, sigma, fraction and evaluation; None where time is unknown.
@@ -78,7 +78,8 @@ class Place:
         tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float32)
         if tensor.dim() > 1:
             raise InvalidInput(
-                f"{name} at {self.site}: one number for each row is expected, got {list(tensor.shape)}"
+                f"{name} at {self.site}: one number for each row is expected, got "
+                f"{list(tensor.shape)}"
             )
         if tensor.dim() == 0 or tensor.numel() == 1:
             return tensor.reshape(())
@@ -139,8 +140,8 @@ class Place:
                 return wide.reshape(-1, self.width)
         split = f" ({self.heads} heads of {self.width // self.heads})" if self.heads else ""
         raise InvalidInput(
-            f"{name} at {self.site}: the site has {self.width} features{split}, "
-            f"{name} is {list(value.shape)}"
+            f"{name} at {self.site}: the site has {self.width} features{split}, {name} is "
+            f"{list(value.shape)}"
         )
 
     def step_of(self, count: int, name: str) -> int:

@@ -1,9 +1,9 @@
 """Attention probabilities, recomputed from the queries and keys that an attention really uses.
 
 While such a site is recorded, a torch function mode sees the fused attention call inside the module
-and forms softmax(q k' scale + mask) from its arguments, tile by tile, so that norms, rotations, joint
-streams, masks and grouped heads are those of the model. Attention that forms the probabilities itself
-(sliced, eager) is read where it does. Processors are never replaced.
+and forms softmax(q k' scale + mask) from its arguments, tile by tile, so that norms, rotations,
+joint streams, masks and grouped heads are those of the model. Attention that forms the
+probabilities itself (sliced, eager) is read where it does. Processors are never replaced.
 """
 
 import math
@@ -48,8 +48,8 @@ class ProbsMode(TorchFunctionMode):
                 f"{name}: {len(fused)} attentions ran inside the module, probs needs one"
             )
         raise InvalidInput(
-            f"{name}: its attention shows no queries and keys (a special kernel?); choose torch's own "
-            "attention, for example model.set_attention_backend('native')"
+            f"{name}: its attention shows no queries and keys (a special kernel?); choose torch's "
+            "own attention, for example model.set_attention_backend('native')"
         )
 
     def drop(self) -> None:

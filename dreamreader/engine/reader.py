@@ -58,8 +58,8 @@ class RunResult:
 class Reader:
     """Reads and changes what happens inside a diffusers pipeline, a transformers model or a module.
 
-    The subject is never changed beyond a run: hooks exist only while one runs, and only those of the
-    reader are removed.
+    The subject is never changed beyond a run: hooks exist only while one runs, and only those of
+    the reader are removed.
 
     Args:
         subject: a diffusers pipeline, a transformers language model, or any `nn.Module`.
@@ -85,7 +85,8 @@ class Reader:
         """Sites that match a pattern, with the shapes seen in the latest run of this reader.
 
         Raises:
-            UnknownName: nothing matches; the message names the nearest sites, or the ports there are.
+            UnknownName: nothing matches; the message names the nearest sites, or the ports there
+                are.
         """
         return find(self._subject.modules(), pattern, self._shapes)
 
@@ -108,8 +109,8 @@ class Reader:
             record: site strings or `Record`s. A recording sees the values after the edits.
             batch_size: rows computed together; all by default.
             memory_limit: bytes that recordings may hold.
-            arguments: passed on to the pipeline, or to the model's `generate` where it is a language
-                model (its plain forward where none are given).
+            arguments: passed on to the pipeline, or to the model's `generate` where it is a
+                language model (its plain forward where none are given).
 
         Raises:
             InvalidInput, UnknownName: an argument cannot be right; nothing is computed then.
@@ -181,8 +182,8 @@ class Reader:
     ) -> Iterator[Cache]:
         """Record while you run the subject yourself; the cache is filled when the block ends.
 
-        Hooks run in the order in which blocks are entered: a recording inside an `editing` block sees
-        edited values. Several runs in one block add up as rows.
+        Hooks run in the order in which blocks are entered: a recording inside an `editing` block
+        sees edited values. Several runs in one block add up as rows.
 
         Raises:
             NeverFired: a site was not called in the block.
@@ -292,8 +293,8 @@ class Reader:
         each = arguments.get("num_images_per_prompt")
         if each not in (None, 1):
             raise InvalidInput(
-                f"num_images_per_prompt={each}: every picture is a row; give seeds=range({each}) or "
-                "repeat the prompt"
+                f"num_images_per_prompt={each}: every picture is a row; give seeds=range({each}) "
+                "or repeat the prompt"
             )
         ready = dict(arguments)
         for name, value in arguments.items():

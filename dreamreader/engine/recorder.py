@@ -43,9 +43,9 @@ class Memory:
         self.held += count
         if self.held > self.limit:
             raise InvalidInput(
-                f"recording {name}: {self.held / 2**30:.2f} GiB are held and {self.limit / 2**30:.2f} "
-                "GiB allowed; record fewer steps, tokens or sites, give Record(dtype=torch.bfloat16) or "
-                "a reduce function, or raise memory_limit"
+                f"recording {name}: {self.held / 2**30:.2f} GiB are held and "
+                f"{self.limit / 2**30:.2f} GiB allowed; record fewer steps, tokens or sites, give "
+                "Record(dtype=torch.bfloat16) or a reduce function, or raise memory_limit"
             )
 
     def expect(self, count: int, moments: int, name: str) -> None:
@@ -53,15 +53,15 @@ class Memory:
         if self.held + count * moments > self.limit:
             raise InvalidInput(
                 f"recording {name}: {moments} steps of {count / 2**20:.1f} MiB need "
-                f"{count * moments / 2**30:.2f} GiB, {(self.limit - self.held) / 2**30:.2f} GiB are left; "
-                "record fewer steps, tokens or sites, give Record(dtype=torch.bfloat16) or a reduce "
-                "function, or raise memory_limit"
+                f"{count * moments / 2**30:.2f} GiB, {(self.limit - self.held) / 2**30:.2f} GiB "
+                "are left; record fewer steps, tokens or sites, give Record(dtype=torch.bfloat16) "
+                "or a reduce function, or raise memory_limit"
             )
 
 
 @dataclass(eq=False)
 class _Block:
-    """Memory for the pieces of several moments, [rows, branches, moments, ...], filled in their order.
+    """Memory for the pieces of several moments, [rows, branches, moments, ...], filled in order.
 
     Pieces are written where the finished recording has them, so that nothing is copied twice.
     """
@@ -86,7 +86,7 @@ class _Block:
 
 @dataclass(eq=False)
 class _Part:
-    """Values of the rows of one run of the subject: piece for each (step, evaluation) and branches."""
+    """Values of one run of the subject: a piece for each (step, evaluation) and branches."""
 
     rows: tuple[int, ...]
     pieces: dict[tuple[int, int], list[tuple[tuple[str, ...], Tensor]]] = field(
@@ -133,8 +133,8 @@ class Recorder:
         filed = part.pieces.setdefault(key, [])
         if any(set(branches) & set(cut.branches) for branches, _ in filed):
             raise InvalidInput(
-                f"{self.name} ran more than once at {self._moment(now)} with the same rows (a shared "
-                "module, VAE tiling or slicing): record a site that runs once"
+                f"{self.name} ran more than once at {self._moment(now)} with the same rows (a "
+                "shared module, VAE tiling or slicing): record a site that runs once"
             )
         part.instants[key] = instant
         # A copy into memory of our own: later changes in place must not show.
@@ -158,8 +158,8 @@ class Recorder:
         y = self.request.reduce(x)
         if y.dim() != x.dim() or y.shape[0] != x.shape[0]:
             raise InvalidInput(
-                f"recording {self.name}: reduce made {list(y.shape)} of {list(x.shape)}; rows and the "
-                "number of dimensions must stay (keepdim=True)"
+                f"recording {self.name}: reduce made {list(y.shape)} of {list(x.shape)}; rows and "
+                "the number of dimensions must stay (keepdim=True)"
             )
         return y
 
@@ -207,7 +207,7 @@ class Recorder:
     def _assembled(
         self, part: _Part, names: tuple[str, ...], instants: tuple[Instant, ...]
     ) -> Tensor:
-        """[rows, branches, steps, tokens, ...] of one part: its only block, or put together of several."""
+        """[rows, branches, steps, tokens, ...] of one part: its only block, or several in one."""
         blocks, part.blocks = part.blocks, []
         only = blocks[0]
         if len(blocks) == 1 and only.branches == names and only.used == only.memory.shape[2]:
@@ -222,8 +222,9 @@ class Recorder:
             have = [name for branches, _ in filed for name in branches]
             if set(have) != set(names):
                 raise InvalidInput(
-                    f"recording {self.name}: step {instant.step} ran the branches {', '.join(have)}, "
-                    f"others {', '.join(names)}; record one branch, or a step window"
+                    f"recording {self.name}: step {instant.step} ran the branches "
+                    f"{', '.join(have)}, others {', '.join(names)}; record one branch, or a step "
+                    "window"
                 )
             for branches, piece in filed:
                 if piece.shape[2:] != first.shape[2:]:
@@ -242,9 +243,10 @@ class Recorder:
         """Why values of different sizes do not make one tensor, and what to do."""
         got = f"{_sizes(piece)} in branch {', '.join(branches)} at step {instant.step}"
         return InvalidInput(
-            f"recording {self.name}: {got}, {_sizes(first)} before, so they fit no one tensor. Where the "
-            "branches have prompts of different length, record one with branch=; of a language model, "
-            "the prompt with steps=0 and what it generates with steps=slice(1, None)"
+            f"recording {self.name}: {got}, {_sizes(first)} before, so they fit no one tensor. "
+            "Where the branches have prompts of different length, record one with branch=; of a "
+            "language model, the prompt with steps=0 and what it generates with steps=slice(1, "
+            "None)"
         )
 
 

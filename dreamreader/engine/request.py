@@ -1,4 +1,4 @@
-"""What recordings and edits have in common: a site, and when and to which rows and tokens they apply."""
+"""What recordings and edits have in common: a site, and when and where they apply."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,8 +24,8 @@ class Box:
     """A rectangle of the picture as a token selection, in shares of width and height.
 
     Args:
-        left, top, right, bottom: from 0 (left or top edge) to 1; a token is selected where its centre
-            lies inside.
+        left, top, right, bottom: from 0 (left or top edge) to 1; a token is selected where its
+            centre lies inside.
     """
 
     left: float
@@ -36,8 +36,8 @@ class Box:
     def __post_init__(self):
         if not (0 <= self.left < self.right <= 1 and 0 <= self.top < self.bottom <= 1):
             raise InvalidInput(
-                f"{self}: needs 0 <= left < right <= 1 and 0 <= top < bottom <= 1 "
-                "(shares of width and height)"
+                f"{self}: needs 0 <= left < right <= 1 and 0 <= top < bottom <= 1 (shares of width "
+                "and height)"
             )
 
     def mask(self, height: int, width: int) -> Tensor:
@@ -55,13 +55,13 @@ class Request:
 
     Args:
         site: a site string, or several.
-        steps: index of denoising steps (decoding positions of a language model): a number, slice, range,
-            set or predicate; negative numbers count from the end.
+        steps: index of denoising steps (decoding positions of a language model): a number, slice,
+            range, set or predicate; negative numbers count from the end.
         timesteps, sigmas, fraction: a number, a pair (low, high) with both ends included, a slice
             (end excluded), a set or a predicate of the scheduler's value, noise level, share done.
         branch: guidance branch or branches; all by default.
-        tokens: indices, slice, mask (also soft, values 0 to 1, or [H, W] of the picture), a word of the
-            prompt, or a `Box` in the picture.
+        tokens: indices, slice, mask (also soft, values 0 to 1, or [H, W] of the picture), a word
+            of the prompt, or a `Box` in the picture.
         rows: indices, slice or mask over the rows of the run.
     """
 
@@ -114,7 +114,7 @@ class Request:
         )
 
     def runs_at(self, moment: Any, total: int | None) -> bool:
-        """Whether the selection holds at a moment (step, timestep, sigma, fraction) of `total` steps."""
+        """Whether the selection holds at a moment (step, timestep, ...) of `total` steps."""
         return (
             in_steps(self.steps, moment.step, total)
             and in_values(self.timesteps, moment.timestep)
@@ -150,8 +150,8 @@ class Record(Request):
     Args:
         dtype: of the stored values; that of the model by default. The model itself is never cast.
         device: where values are stored; None leaves them where they are.
-        reduce: applied to each [rows, tokens, features] (heads: [rows, tokens, heads, d_head]) before it
-            is stored; must keep the number of dimensions.
+        reduce: applied to each [rows, tokens, features] (heads: [rows, tokens, heads, d_head])
+            before it is stored; must keep the number of dimensions.
 
     Example:
         >>> Record("unet.mid_block.attentions.0", steps=slice(0, 5), branch="cond").describe()

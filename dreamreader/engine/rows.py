@@ -31,8 +31,8 @@ def plan_rows(
 ) -> Plan:
     """Broadcast prompts, seeds and the edits' per-row values to one number of rows.
 
-    Each has length 1 or N. An int seed s gives prompt i the seed s + i; a single prompt keeps s over
-    all its rows. Without seeds, a random one is drawn.
+    Each has length 1 or N. An int seed s gives prompt i the seed s + i; a single prompt keeps s
+    over all its rows. Without seeds, a random one is drawn.
 
     Raises:
         InvalidInput: the prompts are empty or no strings, or lengths do not fit.

@@ -47,7 +47,7 @@ class Shared:
         self._checked_run = -1
 
     def current(self, site: Site) -> Now:
-        """What is running; `serial` then stands for its kind of call, `timeless` for that at any time."""
+        """What is running; `serial` stands for its kind of call, `timeless` for it at any time."""
         now = self.tracker.now
         if now is None:
             now = self.tracker.outside(site.component)
@@ -144,7 +144,8 @@ class Shared:
                     f": {prompts[missing[0]]!r}" if prompts and missing[0] < len(prompts) else ""
                 )
                 raise InvalidInput(
-                    f"{site.name}: the word {word!r} is not in the prompt of row {missing[0]}{prompt}"
+                    f"{site.name}: the word {word!r} is not in the prompt of row "
+                    f"{missing[0]}{prompt}"
                 )
         if now.phase == "language" and now.positions is not None:
             # indices of a language model count the row's own tokens
@@ -163,7 +164,7 @@ class Shared:
         return tokenizer
 
     def _check_windows(self, now: Now) -> None:
-        """A step window that no step of the schedule lies in is refused before anything is computed."""
+        """Refuse a step window without any step of the schedule, before anything is computed."""
         self._checked_run = now.run
         schedule = self.tracker.schedule()
         total = self.tracker.total()

@@ -61,7 +61,7 @@ class SiteRun:
         self._shared_plans: dict[Any, Plan] = {}
 
     def visit(self, view: View, heads_split: bool = False) -> Tensor | None:
-        """Edit and record the values seen by `view`; the edited [batch, tokens, features], or None."""
+        """Edit and record what `view` sees; the edited [batch, tokens, features], or None."""
         now = self.shared.current(self.site)
         x = view.x
         call = self.shared.timeless if self._timeless else self.shared.serial
@@ -86,7 +86,7 @@ class SiteRun:
         return y
 
     def pass_over(self, view: View) -> None:
-        """The site was skipped by a step cache: nothing is edited or recorded, but it is reported."""
+        """A step cache skipped the site: nothing is edited or recorded, but it is reported."""
         now = self.shared.current(self.site)
         plan = self._plan(now, view, False)
         if plan.active:
@@ -105,7 +105,8 @@ class SiteRun:
         wanted = [each for each in self.recorders if self.shared.is_active(each.request, now, name)]
         if not active and not wanted:
             return _IDLE
-        # Steps with the same requests at work share a plan, unless an edit differs from step to step.
+        # Steps with the same requests at work share a plan, unless an edit differs from step to
+        # step.
         time = now.stamp[1] if any(n in self._moving for n, _ in active) else None
         run = now.run if self._follows_prompt else None
         numbers = tuple(n for n, _ in active) + tuple(each.number for each in wanted)
@@ -370,8 +371,8 @@ class Station:
         given = self._inputs.pop(id(run))
         if given.shape != value.shape:
             raise InvalidInput(
-                f"{run.site.name}: its input is {list(given.shape)}, its result {list(value.shape)}; "
-                "delta needs equal shapes"
+                f"{run.site.name}: its input is {list(given.shape)}, its result "
+                f"{list(value.shape)}; delta needs equal shapes"
             )
         new = self._visited(run, value - given)
         return None if new is None else given + new

@@ -48,16 +48,16 @@ class StepCaches:
             found.update(names)
             if side == "in":
                 raise InvalidInput(
-                    f"{name}: the module is under a step cache ({', '.join(names)}), which may pass its "
-                    "input on without using it; take its out, or a site inside it"
+                    f"{name}: the module is under a step cache ({', '.join(names)}), which may "
+                    "pass its input on without using it; take its out, or a site inside it"
                 )
             if module in self._ran:
                 continue
             children = _callable_children(module)
             if not children:
                 raise InvalidInput(
-                    f"{name}: the module is under a step cache ({', '.join(names)}) and has no parts that "
-                    "would show whether it was computed; take the block around it"
+                    f"{name}: the module is under a step cache ({', '.join(names)}) and has no "
+                    "parts that would show whether it was computed; take the block around it"
                 )
             self._ran[module] = False
             stack.enter_context(_Handle(module.register_forward_pre_hook(self._starts)))
@@ -107,7 +107,7 @@ def caches_batch(module: nn.Module) -> bool:
 
 
 def _adds_old_residual(module: nn.Module) -> bool:
-    """FirstBlockCache: the first block runs, but gives its result plus an old residual when it skips."""
+    """FirstBlockCache: where it skips, the first block runs but adds an old residual."""
     hook = getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).get(_LEADER)
     if hook is None:
         return False

@@ -28,8 +28,8 @@ class Subject:
             self.kind = "language" if is_language else "module"
         else:
             raise InvalidInput(
-                "a Reader wraps a diffusers pipeline, a transformers model or an nn.Module, "
-                f"got {type(model).__name__}"
+                "a Reader wraps a diffusers pipeline, a transformers model or an nn.Module, got "
+                f"{type(model).__name__}"
             )
 
     @property

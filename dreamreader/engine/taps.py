@@ -44,8 +44,8 @@ class AttentionFacts:
     """What a family knows of an attention module.
 
     Args:
-        ports: tap of `q`, `k`, `v`, `heads`, and of their text stream as `q.text` and so on where the
-            two streams have projections of their own.
+        ports: tap of `q`, `k`, `v`, `heads`, and of their text stream as `q.text` and so on where
+            the two streams have projections of their own.
         no_probs: why attention probabilities do not exist here, None where they do.
         joint: the sequence inside holds text and image tokens.
         streams: entry of the module's result per stream, where it returns two.
@@ -59,7 +59,7 @@ class AttentionFacts:
 
 
 def pick(value: Any, element: int | None, name: str) -> Tensor:
-    """The tensor of a module's result: itself, one entry of a tuple, or the first field of an output object."""
+    """The tensor of a result: itself, an entry of a tuple, or the first field of an object."""
     if isinstance(value, Tensor):
         return value
     items = _items(value)
@@ -126,7 +126,7 @@ class Argument:
 
 
 def read_channels(x: Tensor, tap: Tap) -> Tensor:
-    """The features of `x` [B, T, D] that belong to the tap: a view, or a copy where heads interleave."""
+    """The features of x [B, T, D] that belong to the tap: a view, a copy where heads interleave."""
     if tap.channels is not None:
         return x[..., tap.channels[0] : tap.channels[1]]
     if tap.interleaved is not None:
@@ -185,6 +185,6 @@ class View:
 
 
 def is_channels_last(module: nn.Module) -> bool:
-    """Whether a 4-D result of the module has its features in the last dimension, as norms of heads do."""
+    """Whether a 4-D result has its features in the last dimension, as norms of heads do."""
     name = type(module).__name__
     return isinstance(module, torch.nn.LayerNorm) or "RMSNorm" in name or name == "LpNorm"

@@ -67,7 +67,7 @@ def sequence(
 
 
 def select(chosen: Any, place: Sequence_, ids_of=None) -> Tensor | None:
-    """Strength of every token under a selection: [tokens] or [batch, tokens]; None selects all alike.
+    """Strength of every token under a selection: [tokens] or [batch, tokens]; None: all alike.
 
     Args:
         chosen: what the request says.
@@ -149,7 +149,8 @@ def _positions(chosen: Any, length: int, place: Sequence_, entry: int) -> Tensor
     if isinstance(chosen, Tensor) and (chosen.dtype == torch.bool or chosen.is_floating_point()):
         if chosen.numel() != prompt:
             raise InvalidInput(
-                f"{place.name}: tokens is a mask of {chosen.numel()}, row {entry} has {prompt} tokens"
+                f"{place.name}: tokens is a mask of {chosen.numel()}, row {entry} has {prompt} "
+                "tokens"
             )
         inside = real & (own < prompt)
         mask = torch.zeros(length)
@@ -178,7 +179,7 @@ def _indices(chosen: Any, length: int, place: Sequence_) -> list[int]:
 
 
 def word_positions(tokenizer: Any, ids: Sequence[int], word: str) -> list[int]:
-    """Indices of the tokens that spell `word`, at each of its occurrences; empty where there is none."""
+    """Indices of the tokens that spell `word`, at each of its occurrences; maybe none."""
     text, owner = "", []
     for index, token in enumerate(tokenizer.convert_ids_to_tokens(list(ids))):
         special = token in tokenizer.all_special_tokens

@@ -1,4 +1,4 @@
-"""Trackers say what is running now. One per kind of subject: pipeline, language model, plain module."""
+"""Trackers say what is running now: in a pipeline, a language model, a plain module."""
 
 import inspect
 from collections.abc import Iterator, Mapping

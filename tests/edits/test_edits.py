@@ -35,7 +35,7 @@ def plain() -> Any:
 
 
 def values(*edits: Any, site: str = SITE) -> tuple[Tensor, Tensor]:
-    """Values at the site in the first step, without and with edits; [rows, branches, tokens, ...]."""
+    """Values in the first step, without and with edits; [rows, branches, tokens, ...]."""
     after = run(*edits, record=site).cache[site].tensor[:, :, 0]
     return plain().cache[site].tensor[:, :, 0], after
 
@@ -57,7 +57,9 @@ BY_HAND: list[tuple[str, Any, Callable[[Tensor], Tensor]]] = [
     (
         "steer, norm kept",
         Steer(SITE, V, 3.0, norm_match=True),
-        lambda x: (x + 3 * V) * x.norm(dim=-1, keepdim=True) / (x + 3 * V).norm(dim=-1, keepdim=True),
+        lambda x: (
+            (x + 3 * V) * x.norm(dim=-1, keepdim=True) / (x + 3 * V).norm(dim=-1, keepdim=True)
+        ),
     ),
     ("scale", Scale(SITE, -1.5), lambda x: -1.5 * x),
     ("clamp", Clamp(SITE, -0.1, 0.2), lambda x: x.clamp(-0.1, 0.2)),
@@ -70,7 +72,11 @@ BY_HAND: list[tuple[str, Any, Callable[[Tensor], Tensor]]] = [
     ("zero", Ablate(SITE), torch.zeros_like),
     ("half", Ablate(SITE, strength=0.5), lambda x: 0.5 * x),
     ("mean", Ablate(SITE, "mean", source=V), lambda x: V.expand_as(x)),
-    ("project", Ablate(SITE, "project", direction=V), lambda x: x - (x @ unit(V))[..., None] * unit(V)),
+    (
+        "project",
+        Ablate(SITE, "project", direction=V),
+        lambda x: x - (x @ unit(V))[..., None] * unit(V),
+    ),
     (
         "project one side",
         Ablate(SITE, "project", direction=V, one_sided=True),
@@ -203,7 +209,9 @@ def test_heads_are_edited_apart() -> None:
 
 
 def test_heads_of_a_site_without_heads_are_refused() -> None:
-    with pytest.raises(InvalidInput, match="has no heads; heads=\\[1\\] needs the port q, k, v or heads"):
+    with pytest.raises(
+        InvalidInput, match="has no heads; heads=\\[1\\] needs the port q, k, v or heads"
+    ):
         run(Ablate(SITE, heads=[1]))
     with pytest.raises(InvalidInput, match="heads at .*: 2 asked for, there are 2"):
         run(Ablate(f"{SITE}:heads", heads=[2]))
@@ -212,7 +220,9 @@ def test_heads_of_a_site_without_heads_are_refused() -> None:
 def test_inputs_and_deltas_are_edited() -> None:
     block = SITE.removesuffix(".attn2")
     recorded = run(record=[f"{block}:in", block, f"{block}:delta"]).cache
-    inside, out, delta = (recorded[each].tensor[:, :, 0] for each in (f"{block}:in", block, f"{block}:delta"))
+    inside, out, delta = (
+        recorded[each].tensor[:, :, 0] for each in (f"{block}:in", block, f"{block}:delta")
+    )
     assert torch.equal(delta, out - inside)
     cache = run(Scale(f"{block}:delta", 0.0), record=block).cache
     torch.testing.assert_close(cache[block].tensor[:, :, 0], inside)
@@ -244,7 +254,9 @@ def test_patch_takes_each_row_from_the_row_that_is_named() -> None:
 
 def test_a_source_that_lacks_step_or_branch_is_refused() -> None:
     found = plain().cache[SITE]
-    with pytest.raises(InvalidInput, match="source has no step 0 \\(it has 1\\).*limit the edit with steps"):
+    with pytest.raises(
+        InvalidInput, match="source has no step 0 \\(it has 1\\).*limit the edit with steps"
+    ):
         run(Patch(SITE, found.select(step=1)))
     with pytest.raises(InvalidInput, match="has the branches cond, uncond is edited too"):
         run(Patch(SITE, found.select(branch="cond")))
@@ -262,7 +274,9 @@ def test_resampling_takes_another_row_whatever_the_batch() -> None:
     cache = plain().cache
     edit = Ablate(SITE, "resample", source=cache, seed=3)
     before, after = values(edit)
-    donors = [next(d for d in range(ROWS) if torch.equal(after[row], before[d])) for row in range(ROWS)]
+    donors = [
+        next(d for d in range(ROWS) if torch.equal(after[row], before[d])) for row in range(ROWS)
+    ]
     assert all(donor != row for row, donor in enumerate(donors))
     split = run(edit, record=SITE, batch_size=1).cache[SITE].tensor[:, :, 0]
     torch.testing.assert_close(split, after, rtol=1e-5, atol=1e-6)
@@ -299,8 +313,12 @@ def test_functions_are_told_where_they_are() -> None:
         seen.append((tuple(x.shape), place.site, place.branches, place.instant.step, place.hw))
 
     run(Edit(f"{SITE}:heads", look, branch="cond"))
-    assert seen == [((3, 24, 2, 16), f"{SITE}:heads", ("uncond", "cond"), step, (4, 6)) for step in (0, 1)]
-    with pytest.raises(InvalidInput, match=r"fn gave torch.float32 \[6, 24, 31\], .* \[6, 24, 32\] is needed"):
+    assert seen == [
+        ((3, 24, 2, 16), f"{SITE}:heads", ("uncond", "cond"), step, (4, 6)) for step in (0, 1)
+    ]
+    with pytest.raises(
+        InvalidInput, match=r"fn gave torch.float32 \[6, 24, 31\], .* \[6, 24, 32\] is needed"
+    ):
         run(Edit(SITE, lambda x: x[..., 1:]))
 
 
@@ -336,7 +354,10 @@ def test_gradients_flow_through_edits() -> None:
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: Steer(SITE, torch.tensor([1.0, torch.nan])), "direction has 1 of 2 values that are not finite"),
+        (
+            lambda: Steer(SITE, torch.tensor([1.0, torch.nan])),
+            "direction has 1 of 2 values that are not finite",
+        ),
         (lambda: Steer(SITE, V, float("inf")), "alpha has 1 of 1 values that are not finite"),
         (lambda: Steer(SITE, [1.0, 2.0]), "direction must be a tensor"),
         (lambda: Scale(SITE, float("nan")), "factor has 1 of 1"),
@@ -347,7 +368,10 @@ def test_gradients_flow_through_edits() -> None:
         (lambda: Ablate(SITE, source=V), "kind 'zero' takes no source"),
         (lambda: Patch(SITE, torch.full((3,), torch.nan)), "source has 3 of 3"),
         (lambda: Steer([], V), "the list of sites is empty"),
-        (lambda: Steer(SITE, V, steps=1.5), "steps must be a number, slice, range, set or predicate"),
+        (
+            lambda: Steer(SITE, V, steps=1.5),
+            "steps must be a number, slice, range, set or predicate",
+        ),
         (lambda: Steer("unet..x", V), "the path has an empty part"),
     ],
 )

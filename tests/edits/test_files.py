@@ -25,7 +25,9 @@ ACTIVATION = Activation(
 ALL = [
     Steer("unet.a", V, [0.0, 1.5], norm_match=True, steps=slice(1, 5), branch=("cond", "uncond")),
     Steer(["unet.a", "unet.b"], {"unet.a": V, "unet.b": V.half()}, torch.tensor([1.0, 2.0])),
-    Ablate("unet.**.attn2:heads", "project", direction=torch.randn(2, 4), heads=[1, 2], rows=range(3)),
+    Ablate(
+        "unet.**.attn2:heads", "project", direction=torch.randn(2, 4), heads=[1, 2], rows=range(3)
+    ),
     Ablate("unet.a", "mean", source=ACTIVATION, timesteps={999.0, 1.5}),
     Ablate("unet.a", "noise", sigma=0.5, seed=7, sigmas=(0.5, 1.5)),
     Scale("unet.a", -2.0, tokens=Box(0, 0, 0.5, 1), fraction=slice(0.5, None)),
@@ -33,7 +35,16 @@ ALL = [
     Clamp("unet.a", -1.0, direction=V, strength=[0.1, 0.2]),
     Patch("unet.mid_block", Cache([ACTIVATION]), from_rows=[1, 0]),
     Patch("unet.a", 2, steps=range(2, 9, 3), rows=torch.tensor([True, False])),
-    Patch("lm.h.0", Activation("lm.h.0", V.reshape(1, 1, 1, 4), (Row(0),), ("cond",), (Instant(0, float("nan"), None, float("nan"), 0),))),
+    Patch(
+        "lm.h.0",
+        Activation(
+            "lm.h.0",
+            V.reshape(1, 1, 1, 4),
+            (Row(0),),
+            ("cond",),
+            (Instant(0, float("nan"), None, float("nan"), 0),),
+        ),
+    ),
 ]
 
 

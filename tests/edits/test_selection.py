@@ -105,7 +105,9 @@ def test_a_box_in_the_picture(reader: Reader) -> None:
 def test_a_soft_mask_scales_the_strength(reader: Reader) -> None:
     mask = torch.linspace(0, 1, 24)
     plain = run(reader, (), record=Record(SITE, steps=0)).cache[SITE].tensor
-    after = run(reader, Steer(SITE, ONES, 2.0, tokens=mask), record=Record(SITE, steps=0)).cache[SITE]
+    after = run(reader, Steer(SITE, ONES, 2.0, tokens=mask), record=Record(SITE, steps=0)).cache[
+        SITE
+    ]
     expected = (2 * mask)[:, None].expand(24, 32)
     torch.testing.assert_close((after.tensor - plain)[0, 0, 0], expected, rtol=1e-4, atol=1e-5)
 
@@ -115,7 +117,10 @@ def test_a_word_of_the_prompt(reader: Reader) -> None:
     assert _touched(reader, KEYS, tokens="red").nonzero().flatten().tolist() == [2]
     assert _touched(reader, KEYS, tokens="cat").nonzero().flatten().tolist() == [3, 4]
     rows = run(
-        reader, (), record=Record(KEYS, tokens="red", branch="cond"), prompts=["a red cat", "red dog"]
+        reader,
+        (),
+        record=Record(KEYS, tokens="red", branch="cond"),
+        prompts=["a red cat", "red dog"],
     ).cache[KEYS]
     whole = run(reader, (), record=KEYS, prompts=["a red cat", "red dog"]).cache[KEYS]
     whole = whole.select(branch="cond").tensor
@@ -153,7 +158,9 @@ def test_words_in_every_text_stream(name: str, site: str, first: list[int]) -> N
 
 
 def test_a_word_that_a_prompt_lacks_is_an_error(reader: Reader) -> None:
-    with pytest.raises(InvalidInput, match="word 'blue' is not in the prompt of row 1: 'a red cat'"):
+    with pytest.raises(
+        InvalidInput, match="word 'blue' is not in the prompt of row 1: 'a red cat'"
+    ):
         run(reader, Steer(KEYS, ONES, tokens="blue"), prompts=["a blue cat", "a red cat"])
 
 
@@ -173,11 +180,15 @@ def test_selections_that_do_not_fit_are_errors(reader: Reader) -> None:
         run(reader, Steer(SITE, ONES, rows=1))
 
 
-def test_a_step_window_outside_the_schedule_is_refused_before_the_first_step(reader: Reader) -> None:
+def test_a_step_window_outside_the_schedule_is_refused_before_the_first_step(
+    reader: Reader,
+) -> None:
     calls: list[int] = []
     handle = reader.subject.unet.mid_block.register_forward_hook(lambda *_: calls.append(1))
     try:
-        with pytest.raises(NeverFired, match=r"steps=slice\(10, 20.*can never fire: this run has steps 0 .. 3"):
+        with pytest.raises(
+            NeverFired, match=r"steps=slice\(10, 20.*can never fire: this run has steps 0 .. 3"
+        ):
             run(reader, Steer(SITE, ONES, steps=slice(10, 20)))
         with pytest.raises(NeverFired, match="can never fire.*sigma"):
             run(reader, Steer(SITE, ONES, sigmas=(1e5, 1e6)))
@@ -193,7 +204,9 @@ def test_steps_that_do_not_exist_are_noted(reader: Reader) -> None:
 
 
 def test_a_branch_that_the_pipeline_lacks_names_those_it_has(reader: Reader) -> None:
-    with pytest.raises(UnknownName, match="unknown branch 'conditional'; nearest: cond.*had uncond, cond"):
+    with pytest.raises(
+        UnknownName, match="unknown branch 'conditional'; nearest: cond.*had uncond, cond"
+    ):
         run(reader, Steer(SITE, ONES, branch="conditional"))
     with pytest.raises(UnknownName, match="unknown branch 'uncond'.*this run had cond"):
         run(reader, Steer(SITE, ONES, branch="uncond"), guidance_scale=1.0)

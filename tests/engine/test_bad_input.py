@@ -75,14 +75,15 @@ CASES: list[tuple[dict[str, Any], type[DreamreaderError], str]] = [
     (
         {"edits": Steer("unett.mid_block", V)},
         UnknownName,
-        "unknown site 'unett.mid_block'; nearest: unet.mid_block.*Paths start with text_encoder, unet, vae",
+        "unknown site 'unett.mid_block'; nearest: unet.mid_block.*Paths start with text_encoder, "
+        "unet, vae",
     ),
     ({"record": "unet.**.atn2"}, UnknownName, r"unknown site 'unet.\*\*.atn2'"),
     (
         {"edits": Scale("vae.encoder.conv_in", 2.0)},
         NeverFired,
-        "Scale.vae.encoder.conv_in. never fired at vae.encoder.conv_in: the module was not called in "
-        "this run.*nearest sites",
+        "Scale.vae.encoder.conv_in. never fired at vae.encoder.conv_in: the module was not "
+        "called in this run.*nearest sites",
     ),
     ({"record": "vae.encoder.conv_in"}, NeverFired, "the module was not called in this run"),
     (
@@ -107,12 +108,22 @@ CASES: list[tuple[dict[str, Any], type[DreamreaderError], str]] = [
     ({"batch_size": 0}, InvalidInput, "batch_size must be at least 1, got 0"),
     ({"edits": [SITE]}, InvalidInput, "edits: got str"),
     ({"record": 3.5}, InvalidInput, "record: got float 3.5"),
-    ({"record": SITE, "memory_limit": 1000}, InvalidInput, "need .* GiB are left; record fewer steps"),
-    ({"edits": Scale("unet.time_embedding", 2.0, rows=0, tokens=3)}, InvalidInput, "token 3 asked for, there are 1"),
+    (
+        {"record": SITE, "memory_limit": 1000},
+        InvalidInput,
+        "need .* GiB are left; record fewer steps",
+    ),
+    (
+        {"edits": Scale("unet.time_embedding", 2.0, rows=0, tokens=3)},
+        InvalidInput,
+        "token 3 asked for, there are 1",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("given", "error", "text"), CASES, ids=[str(sorted(c[0])) + c[2][:20] for c in CASES])
+@pytest.mark.parametrize(
+    ("given", "error", "text"), CASES, ids=[str(sorted(c[0])) + c[2][:20] for c in CASES]
+)
 def test_wrong_input_is_an_error(reader: Reader, given: Any, error: Any, text: str) -> None:
     arguments = {"prompts": "a red cat", "seeds": 0, **KW, **given}
     with pytest.raises(error, match=text):
@@ -152,7 +163,9 @@ def test_a_pipeline_without_a_prompt_is_refused() -> None:
         up_block_types=("UpBlock2D", "UpBlock2D"),
     )
     reader = Reader(DDPMPipeline(unet, DDPMScheduler()))
-    with pytest.raises(InvalidInput, match="DDPMPipeline takes no prompt with a generator; use recording"):
+    with pytest.raises(
+        InvalidInput, match="DDPMPipeline takes no prompt with a generator; use recording"
+    ):
         reader.run("a cat")
 
 
@@ -190,5 +203,7 @@ def test_integers_cannot_be_edited() -> None:
 
 def test_record_refuses_a_reduction_that_loses_rows(reader: Reader) -> None:
     record = Record(SITE, reduce=lambda x: x.mean())
-    with pytest.raises(InvalidInput, match="reduce made .* rows and the number of dimensions must stay"):
+    with pytest.raises(
+        InvalidInput, match="reduce made .* rows and the number of dimensions must stay"
+    ):
         reader.run("a cat", record=record, seeds=0, **KW)

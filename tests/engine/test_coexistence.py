@@ -1,4 +1,5 @@
-"""Together with other people's hooks, adapters, tiling, slicing, offload, step caches and torch.compile.
+"""Together with other people's hooks, adapters, tiling, slicing, offload, step caches and
+torch.compile.
 
 Each gives the same result, or an error or report line that says so.
 """
@@ -107,7 +108,9 @@ def _by_hand() -> Any:
     return hook
 
 
-def test_attention_slicing_gives_the_same_result_and_the_same_probabilities(truth: tuple[Tensor, Tensor]) -> None:
+def test_attention_slicing_gives_the_same_result_and_the_same_probabilities(
+    truth: tuple[Tensor, Tensor],
+) -> None:
     pipe = tiny.pipeline("sd")
     reader = Reader(pipe)
     sites = [f"{SITE}:probs", f"{SITE}:heads"]
@@ -231,7 +234,9 @@ def test_pyramid_attention_broadcast_is_reported_and_never_recorded() -> None:
 @pytest.mark.parametrize(
     ("way", "when"), [("wrapped", "before"), ("in place", "after"), ("blocks", "before")]
 )
-def test_compiled_denoisers_give_the_same_result(way: str, when: str, truth: tuple[Tensor, Tensor]) -> None:
+def test_compiled_denoisers_give_the_same_result(
+    way: str, when: str, truth: tuple[Tensor, Tensor]
+) -> None:
     pipe = tiny.pipeline("sd")
     reader = Reader(pipe) if when == "after" else None
     calls: list[int] = []

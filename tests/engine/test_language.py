@@ -153,7 +153,9 @@ def test_language_models_have_no_timesteps(gpt2: Reader) -> None:
 
 
 def test_positions_that_never_come_are_an_error(gpt2: Reader) -> None:
-    with pytest.raises(NeverFired, match=r"never fired at transformer.h.1: .*steps that ran: 0, 1, 2"):
+    with pytest.raises(
+        NeverFired, match=r"never fired at transformer.h.1: .*steps that ran: 0, 1, 2"
+    ):
         gpt2.run(PROMPTS, edits=Steer("transformer.h.1", V, steps=50), **GREEDY)
 
 

@@ -90,8 +90,9 @@ def test_a_pipeline_of_unknown_layout_is_asked_nothing_or_refuses() -> None:
     own = OwnLoop(**pipe.components, requires_safety_checker=False)
     own.set_progress_bar_config(disable=True)
     kw = {"output_type": "latent", "num_inference_steps": 1, "height": 16, "width": 24}
-    with pytest.raises(ClockUnknown, match="branch='cond' was asked for.*OwnLoop"), Reader(own).editing(
-        Steer(SITE, V, branch="cond")
+    with (
+        pytest.raises(ClockUnknown, match="branch='cond' was asked for.*OwnLoop"),
+        Reader(own).editing(Steer(SITE, V, branch="cond")),
     ):
         own("a cat", **kw)
     with Reader(own).editing(Steer(SITE, V)) as report:
@@ -217,8 +218,8 @@ def test_processors_are_never_replaced(name: str) -> None:
 
 def test_importing_the_package_imports_torch_only() -> None:
     code = (
-        "import sys, dreamreader, dreamreader.engine, dreamreader.edits; "
-        "print([m for m in ('diffusers', 'transformers', 'numpy.f2py', 'pandas') if m in sys.modules])"
+        "import sys, dreamreader, dreamreader.engine, dreamreader.edits; print([m for m in "
+        "('diffusers', 'transformers', 'numpy.f2py', 'pandas') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -64,9 +64,7 @@ def recorded(name: str, site: str) -> tuple[Any, dict[str, Tensor], dict[str, Te
     )
     for handle in handles:
         handle.remove()
-    values = {
-        port.split(":")[1]: result.cache[port].tensor[:, 0] for port in ports
-    }
+    values = {port.split(":")[1]: result.cache[port].tensor[:, 0] for port in ports}
     args, kwargs = seen["in"][0]
     given = dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False)) | kwargs
     first = result.cache[ports[0]]
@@ -77,7 +75,11 @@ def recorded(name: str, site: str) -> tuple[Any, dict[str, Tensor], dict[str, Te
 
 
 def _copies(out: Any) -> Any:
-    return tuple(each.clone() if isinstance(each, Tensor) else each for each in out) if isinstance(out, tuple) else out.clone()
+    return (
+        tuple(each.clone() if isinstance(each, Tensor) else each for each in out)
+        if isinstance(out, tuple)
+        else out.clone()
+    )
 
 
 def _of_cond(values: dict[str, Any], rows: int) -> dict[str, Any]:
@@ -111,7 +113,9 @@ def test_out_in_and_delta(name: str, site: str, order: str | None) -> None:
 
 
 @pytest.mark.parametrize(("name", "site", "order"), ATTENTIONS, ids=IDS)
-def test_queries_keys_and_values_are_the_projections(name: str, site: str, order: str | None) -> None:
+def test_queries_keys_and_values_are_the_projections(
+    name: str, site: str, order: str | None
+) -> None:
     module, values, seen = recorded(name, site)
     x = seen["hidden_states"]
     text = seen.get("encoder_hidden_states")
@@ -132,7 +136,9 @@ def test_queries_keys_and_values_are_the_projections(name: str, site: str, order
 
 
 @pytest.mark.parametrize(("name", "site", "order"), ATTENTIONS, ids=IDS)
-def test_heads_are_what_the_output_projection_reads(name: str, site: str, order: str | None) -> None:
+def test_heads_are_what_the_output_projection_reads(
+    name: str, site: str, order: str | None
+) -> None:
     module, values, seen = recorded(name, site)
     out = seen["out"]
     projection = getattr(module, "out_proj", None) or getattr(module, "to_out", [None])[0]
@@ -150,7 +156,9 @@ def test_heads_are_what_the_output_projection_reads(name: str, site: str, order:
 
 
 @pytest.mark.parametrize(("name", "site", "order"), ATTENTIONS, ids=IDS)
-def test_probabilities_mix_the_values_into_the_heads(name: str, site: str, order: str | None) -> None:
+def test_probabilities_mix_the_values_into_the_heads(
+    name: str, site: str, order: str | None
+) -> None:
     module, values, _ = recorded(name, site)
     probs = values["probs"].transpose(1, 2)  # [rows, heads, queries, keys]
     torch.testing.assert_close(probs.sum(-1), torch.ones(probs.shape[:-1]))
@@ -191,7 +199,9 @@ def test_ports_of_language_models(name: str) -> None:
     sites = [f"{site}:{port}" for port in ("q", "k", "v", "heads", "probs", "out")]
     cache = reader.run("a red cat on a tree", record=sites).cache
     handle.remove()
-    found = {each: cache[f"{site}:{each}"].tensor[:, 0] for each in ("q", "k", "v", "heads", "probs")}
+    found = {
+        each: cache[f"{site}:{each}"].tensor[:, 0] for each in ("q", "k", "v", "heads", "probs")
+    }
     x, heads = seen[0], 4
     if name == "gpt2":
         fused = x @ module.c_attn.weight + module.c_attn.bias
@@ -223,7 +233,10 @@ def test_t5_ports() -> None:
     arguments = tiny.arguments("pixart-sigma", 1)
     cache = reader.run("a red cat", record=ports, output_type="latent", **arguments).cache
     module = pipe.text_encoder.encoder.block[0].layer[0].SelfAttention
-    values = {port: cache[f"{site}:{port}"].select(branch="cond").tensor[:, 0] for port in ("q", "v", "heads", "probs", "in")}
+    values = {
+        port: cache[f"{site}:{port}"].select(branch="cond").tensor[:, 0]
+        for port in ("q", "v", "heads", "probs", "in")
+    }
     assert torch.equal(values["q"].flatten(-2), module.q(values["in"]))
     mixed = (values["probs"].transpose(1, 2) @ values["v"].transpose(1, 2)).transpose(1, 2)
     torch.testing.assert_close(mixed, values["heads"], rtol=1e-4, atol=1e-5)

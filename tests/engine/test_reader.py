@@ -239,7 +239,13 @@ def test_the_subject_is_bit_equal_afterwards() -> None:
     kw = {"output_type": "latent", **tiny.arguments("flux", 2)}
     pipe("a cat", **kw)  # the pipeline itself adds a registry of hooks in its first call
     own = type(pipe), set(vars(pipe.transformer))
-    Reader(pipe).run("a cat", edits=Steer("transformer.**.attn:heads", V), record="transformer.**.attn:probs", seeds=0, **kw)
+    Reader(pipe).run(
+        "a cat",
+        edits=Steer("transformer.**.attn:heads", V),
+        record="transformer.**.attn:probs",
+        seeds=0,
+        **kw,
+    )
     after = pipe.transformer.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert (type(pipe), set(vars(pipe.transformer))) == own

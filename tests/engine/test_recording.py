@@ -93,7 +93,9 @@ def test_a_later_change_in_place_does_not_show() -> None:
 
 def test_a_record_narrows_what_is_kept() -> None:
     whole = run(SITE)[SITE]
-    record = Record(SITE, steps=[0, 2], branch="cond", rows=1, tokens=slice(0, 5), dtype=torch.bfloat16)
+    record = Record(
+        SITE, steps=[0, 2], branch="cond", rows=1, tokens=slice(0, 5), dtype=torch.bfloat16
+    )
     found = run(record)[SITE]
     assert found.shape == (1, 2, 5, 32) and found.tensor.dtype == torch.bfloat16
     assert torch.equal(found.tensor, whole.tensor[1:, 1, [0, 2], :5].bfloat16())
@@ -170,9 +172,13 @@ def test_branches_of_different_length_say_so() -> None:
     pipe = tiny.pipeline("lumina2")
     site = "transformer.layers.0"
     kw = {"seeds": 0, "output_type": "latent", **tiny.arguments("lumina2", 1)}
-    with pytest.raises(InvalidInput, match="branches have prompts of different length, record one with"):
+    with pytest.raises(
+        InvalidInput, match="branches have prompts of different length, record one with"
+    ):
         Reader(pipe).run("a red cat", record=site, **kw)
-    assert Reader(pipe).run("a red cat", record=Record(site, branch="uncond"), **kw).cache[site].branches == ("uncond",)
+    assert Reader(pipe).run("a red cat", record=Record(site, branch="uncond"), **kw).cache[
+        site
+    ].branches == ("uncond",)
 
 
 def test_contexts_record_several_runs_as_rows() -> None:

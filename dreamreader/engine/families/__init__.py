@@ -1,5 +1,6 @@
-"""What cannot be derived from a model by itself: head split, streams, where tokens are. One file per family.
+"""What a model does not say by itself: head split, streams, places of tokens.
 
+One file per family.
 `attention(module)` asks each family in turn. A new family is a new file and a line in `_FAMILIES`.
 """
 

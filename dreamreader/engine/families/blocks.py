@@ -1,4 +1,4 @@
-"""Blocks that return two streams: which entry of the tuple holds the image tokens, which the text."""
+"""Blocks that return two streams: which entry of the tuple holds image tokens, which text."""
 
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""Attention modules of Llama, Qwen, Gemma and CLIP: q_proj, k_proj, v_proj and o_proj or out_proj."""
+"""Attention modules of Llama, Qwen, Gemma, CLIP: q_proj, k_proj, v_proj, o_proj or out_proj."""
 
 from torch import nn
 

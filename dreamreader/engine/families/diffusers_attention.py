@@ -1,4 +1,4 @@
-"""Attention modules of diffusers: to_q, to_k, to_v, to_out and their text twins add_q_proj, to_add_out."""
+"""Attention modules of diffusers: to_q, to_out and so on, for text add_q_proj, to_add_out."""
 
 from torch import nn
 
@@ -29,7 +29,7 @@ def attention(module: nn.Module) -> AttentionFacts | None:
 
 
 def _projections(module: nn.Module, heads: int) -> dict[str, Tap]:
-    """q, k, v of the image stream (or the only one), and of the text stream where it has its own."""
+    """q, k, v of the image stream (or the only one), and of the text stream if it has its own."""
     found: dict[str, Tap] = {}
     kv_heads = _kv_heads(module, heads)
     for letter, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
@@ -51,7 +51,7 @@ def _is_fused(module: nn.Module) -> bool:
 
 
 def _fused(module: nn.Module, letter: str, names: tuple[str, ...], heads: int) -> Tap | None:
-    """The share of one letter in a projection that computes several, after `fuse_qkv_projections`."""
+    """The share of one letter in a projection of several, after `fuse_qkv_projections`."""
     for name in names:
         projection = getattr(module, name, None)
         if not isinstance(projection, nn.Module) or letter not in name.removeprefix("to_added_"):

@@ -1,6 +1,7 @@
-"""Where tokens are: how many text tokens a denoiser gets, the grid of its image tokens, and their order.
+"""Where tokens are: number of text tokens, grid of the image tokens, and their order.
 
-`layout(denoiser, arguments)` reads it from one call. A sequence at a site is then told apart by its length.
+`layout(denoiser, arguments)` reads it from one call. A sequence at a site is then told apart by
+its length.
 """
 
 from collections.abc import Callable, Mapping
