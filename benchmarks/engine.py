@@ -2,9 +2,9 @@
 
     python benchmarks/engine.py [--model shapes-unet] [--pictures 16] [--steps 20] [--rounds 7]
 
-Every figure is a ratio to the plain pipeline (or to one run for each strength) within the same round.
-No time is printed or written unless a no-op edit is bit-equal to no edit, recorded values are those that
-a plain hook sees, and a sweep's pictures are those of its strengths alone.
+Every figure is a ratio to the plain pipeline (or to one run for each strength) within the same
+round. No time is printed or written unless a no-op edit is bit-equal to no edit, recorded values are
+those that a plain hook sees, and a sweep's pictures are those of its strengths alone.
 """
 
 import argparse
@@ -148,7 +148,7 @@ def main() -> int:
     gain = summary(swept["sweep_one_by_one"], swept["sweep_at_once"])
     result = {
         "benchmark": "engine",
-        **environment(),
+        "environment": environment(),
         "model": Path(options.model).name,
         "pictures": options.pictures,
         "steps": options.steps,
@@ -186,7 +186,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
-        "--output", type=Path, help="default: benchmarks/results/engine-<model>-cpu.json"
+        "--output", type=Path, help="default: in benchmarks/results/"
     )
     return parser.parse_args()
 

@@ -24,11 +24,11 @@ def interleaved(
     """Seconds of each call per round, from `rounds` rounds in which the machine was ours.
 
     Every second round runs in the opposite order. A round in which other processes took more than
-    `FOREIGN` of a core is left out and repeated, up to `most` rounds in all (default: twice `rounds`).
+    `FOREIGN` of a core is left out and repeated, up to `most` rounds in all (default: twice as many).
 
     Returns:
-        Times by name, and how many rounds were left out. With fewer than three quiet rounds all rounds
-        count and the number is -1: such figures say little.
+        Times by name, and how many rounds were left out. With fewer than three quiet rounds all
+        rounds count and the number is -1: such figures say little.
     """
     every: list[tuple[bool, dict[str, float]]] = []
     while sum(quiet for quiet, _ in every) < rounds and len(every) < (most or 2 * rounds):
@@ -46,7 +46,7 @@ def interleaved(
 
 
 def summary(times: list[float], base: list[float] | None = None) -> dict[str, float]:
-    """Median and 20/80 % quantiles of the times, or of their ratios to a baseline within each round."""
+    """Median and 20/80 % quantiles of times, or of their ratios to a baseline within each round."""
     values = times if base is None else [a / b for a, b in zip(times, base, strict=True)]
     cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
     return {"median": statistics.median(values), "q20": cuts[0], "q80": cuts[3]}
@@ -76,7 +76,7 @@ def device() -> str:
 
 
 def write(result: dict[str, Any], target: Path | str) -> Path:
-    """Writes a result as JSON: to a path, or to benchmarks/results/<name>-cpu.json for a plain name."""
+    """Writes a result as JSON to a path; a plain name stands for benchmarks/results/<name>-cpu.json."""
     path = target if isinstance(target, Path) else RESULTS / f"{Path(target).name}-cpu.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")

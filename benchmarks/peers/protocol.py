@@ -1,6 +1,6 @@
-"""The job that every peer does, and how its process reports: JSON in on standard input, a JSON line out.
+"""The job that every peer does, and how its process reports: JSON on standard input, a JSON line out.
 
-Imported by each peer in that peer's own environment, so it needs torch, diffusers and safetensors only.
+Imported by each peer in that peer's own environment: needs torch, diffusers and safetensors only.
 """
 
 import json
@@ -21,11 +21,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Job:
-    """Pictures of `prompts` on `model`, at `sites` inside the UNet, listed in the order in which they run.
+    """Pictures of `prompts` on `model`; `sites` of its UNet in the order in which they run.
 
     Record: what every site puts out at every step, uncond rows before cond rows, one tensor
-    [steps, 2 * prompts, tokens, features] per site. Steer: adds `alpha` times the site's direction to
-    the cond rows at every step.
+    [steps, 2 * prompts, tokens, features] per site. Steer: adds `alpha` times the site's direction
+    to the cond rows at every step.
     """
 
     model: str

@@ -3,8 +3,8 @@
     python benchmarks/peers/run.py [--model shapes-unet] [--peers hooks nnsight] [--output FILE]
 
 Environments are made once, under --cache, from the pinned requirements-<peer>.txt beside this file;
-dreamreader runs in the environment that runs this script. Prints and writes nothing unless every peer
-recorded the same values and made the same pictures.
+dreamreader runs in the environment that runs this script. Prints and writes nothing unless every
+peer recorded the same values and made the same pictures.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main() -> int:
         return 1
     shown = {**asdict(job), "model": options.model}
     del shown["folder"]
-    result = {"benchmark": "peers", **environment(), "job": shown, "peers": reports}
+    result = {"benchmark": "peers", "environment": environment(), "job": shown, "peers": reports}
     for name, each in reports.items():
         record, steer = each["ratio"]["record"], each["ratio"]["steer"]
         print(
