@@ -3,8 +3,8 @@
     python benchmarks/engine.py [--model shapes-unet] [--pictures 16] [--steps 20] [--rounds 7]
 
 Every figure is a ratio to the plain pipeline (or to one run for each strength) within the same
-round. No time is printed or written unless a no-op edit is bit-equal to no edit, recorded values are
-those that a plain hook sees, and a sweep's pictures are those of its strengths alone.
+round. No time is printed or written unless a no-op edit is bit-equal to no edit, recorded values
+are those that a plain hook sees, and a sweep's pictures are those of its strengths alone.
 """
 
 import argparse
@@ -178,16 +178,12 @@ def show(result: dict[str, Any]) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", default="shapes-unet", help="embedded model or a StableDiffusion folder"
-    )
+    parser.add_argument("--model", default="shapes-unet", help="embedded model or pipeline folder")
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument(
-        "--output", type=Path, help="default: in benchmarks/results/"
-    )
+    parser.add_argument("--output", type=Path, help="default: in benchmarks/results/")
     return parser.parse_args()
 
 

@@ -24,7 +24,8 @@ def interleaved(
     """Seconds of each call per round, from `rounds` rounds in which the machine was ours.
 
     Every second round runs in the opposite order. A round in which other processes took more than
-    `FOREIGN` of a core is left out and repeated, up to `most` rounds in all (default: twice as many).
+    `FOREIGN` of a core is left out and repeated, up to `most` rounds in all (by default twice
+    `rounds`).
 
     Returns:
         Times by name, and how many rounds were left out. With fewer than three quiet rounds all
@@ -76,7 +77,7 @@ def device() -> str:
 
 
 def write(result: dict[str, Any], target: Path | str) -> Path:
-    """Writes a result as JSON to a path; a plain name stands for benchmarks/results/<name>-cpu.json."""
+    """Writes a result as JSON; a plain name stands for benchmarks/results/<name>-cpu.json."""
     path = target if isinstance(target, Path) else RESULTS / f"{Path(target).name}-cpu.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The job that every peer does, and how its process reports: JSON on standard input, a JSON line out.
+"""The job that every peer does, and how its process reports: JSON on standard input, a line out.
 
 Imported by each peer in that peer's own environment: needs torch, diffusers and safetensors only.
 """

@@ -78,9 +78,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", default="shapes-unet", help="embedded model or a StableDiffusion folder"
-    )
+    parser.add_argument("--model", default="shapes-unet", help="embedded model or pipeline folder")
     parser.add_argument("--peers", nargs="+", default=["hooks", "nnsight", "dreamreader"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--alpha", type=float, default=4.0)
