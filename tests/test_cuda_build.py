@@ -82,9 +82,9 @@ def test_native_module_with_cuda_imports_without_a_driver(tmp_path: Path):
     assert "libcudart" not in linked and "libcuda.so" not in linked
 
 
-# Programs and shapes for what the case list leaves out: 16-byte runs along channels and along tokens,
-# blocks of several warps, several blocks along the channels, four rows at a time, and rows wider than
-# the registers of a block.
+# Programs and shapes for what the case list leaves out: 16-byte runs along channels and along
+# tokens, blocks of several warps, several blocks along the channels, four rows at a time, and rows
+# wider than the registers of a block.
 PROGRAMS = {
     "steer": KINDS["steer"],
     "three": KINDS["three"],

@@ -244,11 +244,13 @@ def launch_settings(code: str, tokens: int, width: int, *, along_tokens: bool) -
     subspace = any(step.size > 1 for step in steps)
     if any(KINDS[step.kind] in _REDUCING for step in steps):
         block_d = triton.next_power_of_2(width)
-        # A subspace reads its vectors once for all rows of a tile. Where tokens are contiguous, 16 of
-        # them fill a 32-byte sector. Both give way to registers: these tiles do not spill (subspaces:
-        # up to 8192 channels).
+        # A subspace reads its vectors once for all rows of a tile. Where tokens are contiguous, 16
+        # of them fill a 32-byte sector. Both give way to registers: these tiles do not spill, those
+        # of subspaces up to 8192 channels.
         if along_tokens:
-            block_t = max(min(16, 8192 // block_d), min(8, 16384 // block_d), 1)
+            block_t = max(
+                min(16, 8192 // block_d), min(8, (8192 if subspace else 16384) // block_d), 1
+            )
         else:
             block_t = max(min(4 if subspace else 1, 8192 // block_d), 2048 // block_d, 1)
     elif along_tokens:
@@ -264,7 +266,7 @@ def launch_settings(code: str, tokens: int, width: int, *, along_tokens: bool) -
 
 @lru_cache(maxsize=1024)
 def constants(code: str, width: int) -> tuple[Shapes, Ranges]:
-    """STEPS and ranges of a packed code; ranges are no constants: a sweep over heads is one kernel."""
+    """STEPS and ranges of a packed code; ranges are no constants, so all heads share one kernel."""
     steps = decode(code)
     shapes = tuple(
         (

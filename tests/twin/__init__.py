@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: their own source, compiled against a stand-in for the CUDA headers."""
+"""The CUDA kernels on the CPU: their own source, compiled against stand-ins for CUDA headers."""
 
 import ctypes
 import shutil
