@@ -64,7 +64,10 @@ cudaError_t launch(Job<W> job, const Cut& cut, cudaStream_t stream) {
   const int64_t blocks = divide_up(x.tokens, cut.across * kTokens);
   const int64_t groups = x.rows * blocks;
   const int64_t grid_y = divide_up(x.width, cut.slots * kChannels);
-  if (groups > INT32_MAX || grid_y > kMaxGridY) return cudaErrorInvalidConfiguration;
+  // Tokens and channels are counted in 32 bits, with room for the last block; addresses in 64.
+  if (groups > INT32_MAX || grid_y > kMaxGridY || x.tokens > INT32_MAX / 2 || x.width > INT32_MAX / 2) {
+    return cudaErrorInvalidConfiguration;
+  }
   job.across = int32_t(cut.across);
   job.blocks = uint32_t(blocks);
   job.groups = uint32_t(groups);
