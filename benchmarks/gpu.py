@@ -2,7 +2,7 @@
 
 Run by `run.py --device cuda`. Every call is a replay of a captured graph over inputs that together
 exceed the L2 cache twice, timed with events and interleaved with the copy. Nothing is timed unless
-the results pass the tolerance rule of the tests, and a call is one launch that does not synchronise.
+the results pass the tolerance rule of the tests, and a call is one launch without a wait.
 """
 
 import re
