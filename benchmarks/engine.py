@@ -166,9 +166,7 @@ def main() -> int:
 
 def show(result: dict[str, Any]) -> None:
     seconds = result["seconds"]["plain"]["median"]
-    print(
-        f"{result['pictures']} pictures, {result['steps']} steps, {result['device']}: {seconds:.2f} s"
-    )
+    print(f"{result['pictures']} pictures, {result['steps']} steps: {seconds:.2f} s")
     for name, ratio in result["ratio"].items():
         goal = f"   goal {GOALS[name]}" if name in GOALS else ""
         print(f"{name:8s} x{ratio['median']:.3f} [{ratio['q20']:.3f}, {ratio['q80']:.3f}]{goal}")
