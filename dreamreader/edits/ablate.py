@@ -129,6 +129,7 @@ class Ablate(ChannelEdit):
     def _project(
         self, place: Place, strength: Tensor, channels: Tensor | None
     ) -> list[Instruction]:
+        assert self.direction is not None
         value = per_site(self.direction, place.site, "Ablate: direction")
         if value.numel() == 0:
             return []  # a subspace of rank 0 removes nothing

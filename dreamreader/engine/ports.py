@@ -26,7 +26,7 @@ def ports_of(module: nn.Module) -> list[str]:
         >>> ports_of(nn.Linear(2, 2))
         ['out', 'in', 'delta']
     """
-    found = list(_ALWAYS)
+    found: list[str] = list(_ALWAYS)
     facts = families.attention(module)
     streams = blocks.streams(module) or (facts.streams if facts else {})
     if streams:

@@ -338,7 +338,7 @@ def _listed(value: Any, kinds: Any, name: str) -> list[Any]:
 
 def _joined(outputs: list[Any]) -> Any:
     """Pictures of all batches in one list, array or tensor."""
-    images = [getattr(each, "images", None) for each in outputs]
+    images: list[Any] = [getattr(each, "images", None) for each in outputs]
     if any(each is None for each in images):
         images = [each[0] if isinstance(each, tuple) else each for each in outputs]
     first = images[0]

@@ -23,15 +23,16 @@ class Site:
         stream: `image` or `text` where a joint stream was asked for.
         module_class: class name of the module.
         shape: of the latest values seen there, as [batch, tokens, features]; None before a run.
+        ports: the ports that the module has.
     """
 
     path: str
     port: str
     stream: str | None
     module_class: str
+    tap: Tap = field(repr=False, compare=False)
     shape: tuple[int, ...] | None = None
     ports: tuple[str, ...] = ()
-    tap: Tap = field(repr=False, compare=False, default=None)  # pyright: ignore[reportArgumentType]
 
     @property
     def name(self) -> str:
@@ -134,15 +135,15 @@ def _site(
             f"{path} is a {type(module).__name__}, which is never called: name one of its entries, "
             f"for example {path}.0 or {path}.*"
         )
-    tap = tap_for(module, pattern, name)
     return Site(
         path,
         pattern.port,
         pattern.stream,
         type(module).__name__,
+        tap_for(module, pattern, name),
         (shapes or {}).get(name),
+        # Worked out for people only: a run asks for thousands of sites.
         tuple(ports_of(module)) if shapes is not None else (),
-        tap,
     )
 
 

@@ -145,7 +145,7 @@ class SiteRun:
         return any(isinstance(each.tokens, str) for each in self._requests())
 
     def _requests(self) -> list[Request]:
-        return [each for _, each in self.edits] + [each.request for each in self.recorders]
+        return [*(each for _, each in self.edits), *(each.request for each in self.recorders)]
 
     def _compiled(
         self, active: list[tuple[int, EditRequest]], x: Tensor, place_of: "_Places"

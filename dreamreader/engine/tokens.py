@@ -1,7 +1,7 @@
 """Token selections: from indices, masks, words and boxes to the strength of every token."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,9 @@ def sequence(
     return Sequence_(name, tokens, batch, grid if kind != "text" else None, kind, stream, now)
 
 
-def select(chosen: Any, place: Sequence_, ids_of=None) -> Tensor | None:
+def select(
+    chosen: Any, place: Sequence_, ids_of: Callable[[str], list[list[int]]] | None = None
+) -> Tensor | None:
     """Strength of every token under a selection: [tokens] or [batch, tokens]; None: all alike.
 
     Args:
@@ -85,7 +87,7 @@ def select(chosen: Any, place: Sequence_, ids_of=None) -> Tensor | None:
     if isinstance(chosen, str) and ids_of is None:
         raise ClockUnknown(f"{place.name}: words of the prompt are not known here")
     entries = []
-    words = ids_of(chosen) if isinstance(chosen, str) else None
+    words = ids_of(chosen) if isinstance(chosen, str) and ids_of is not None else None
     ragged = words is not None or len(regions) > 1 or place.now.positions is not None
     for entry in range(place.batch if ragged else 1):
         start, stop = place.region(entry)

@@ -122,7 +122,7 @@ class PipelineTracker(AbstractContextManager):
             )
             # Masks decide the text lengths of some families, so a mask is part of the key by value.
             mask = arguments.get("encoder_attention_mask")
-            lengths = tuple(mask.sum(1).tolist()) if _has_lengths(inner, mask) else None
+            lengths = _lengths(mask) if type(inner).__name__.startswith("Lumina") else None
             key = (name, shapes, lengths)
             if key not in self._layouts:
                 self._layouts[key] = layout(inner, arguments)
@@ -210,7 +210,8 @@ def _watched(module: nn.Module, began, ended) -> Iterator[None]:
 
     def keep_last(*_: object) -> None:
         # The subject's own outputs are a site too: `ended` has to run after every hook on them.
-        module._forward_hooks.move_to_end(last.id)
+        hooks: Any = module._forward_hooks  # an ordered dictionary, whatever its annotation says
+        hooks.move_to_end(last.id)
 
     second = module.register_forward_pre_hook(keep_last)
     try:
@@ -220,8 +221,8 @@ def _watched(module: nn.Module, began, ended) -> Iterator[None]:
             handle.remove()
 
 
-def _has_lengths(denoiser: nn.Module, mask: Any) -> bool:
-    return isinstance(mask, Tensor) and type(denoiser).__name__.startswith("Lumina")
+def _lengths(mask: Any) -> tuple[int, ...] | None:
+    return tuple(mask.sum(1).tolist()) if isinstance(mask, Tensor) else None
 
 
 def _known(ask) -> Any:
