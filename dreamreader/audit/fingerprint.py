@@ -91,11 +91,9 @@ def hash_weights(subject: Any) -> str:
     Raises:
         InvalidInput: when there is no module in the subject.
     """
-    parts = (
-        {"": subject}
-        if isinstance(subject, nn.Module)
-        else dict(getattr(subject, "components", {}))
-    )
+    parts: dict[str, Any] = {"": subject}
+    if not isinstance(subject, nn.Module):
+        parts = dict(getattr(subject, "components", {}))
     if not any(isinstance(part, nn.Module) for part in parts.values()):
         raise InvalidInput(f"hash_weights: {type(subject).__name__} holds no module")
     digest = hashlib.sha256()

@@ -16,9 +16,10 @@ PIPE_WIDTH = 200  # columns where the output is no terminal, so that no name is 
 
 def console(stderr: bool = False) -> Console:
     """A console that prints what models or people wrote as it is, without markup."""
-    plain = {"highlight": False, "markup": False, "emoji": False}
-    found = Console(stderr=stderr, **plain)
-    return found if found.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH, **plain)
+    found = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not found.is_terminal:
+        found.width = PIPE_WIDTH
+    return found
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:

@@ -85,7 +85,9 @@ def _run_one_step(reader: "Reader", pattern: str) -> None:
     # An edit that changes nothing: unlike a recording, it may sit at modules that run more than
     # once. Ports that cannot be written, such as probs, stay without a shape.
     watch = Edit(pattern, lambda x: None)
-    arguments = {"num_inference_steps": 1} if hasattr(reader.subject, "scheduler") else {}
+    arguments: dict[str, Any] = {}
+    if hasattr(reader.subject, "scheduler"):
+        arguments["num_inference_steps"] = 1
     with contextlib.suppress(DreamreaderError):
         reader.run("a", edits=watch, seeds=0, **arguments)
 

@@ -29,11 +29,11 @@ class Plan:
     steps: int = int(SETTINGS["num_inference_steps"])
     guidance: float = float(SETTINGS["guidance_scale"])
     fit: int = 8
-    choose: int = 6
-    test: int = 48
-    patch: int = 6
-    curve: int = 16
-    strengths: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
+    choose: int = 5
+    test: int = 40
+    patch: int = 4
+    curve: int = 12
+    strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 4.0)
     windows: int = 4
     keep: float = 0.8
     batch: int = 48
@@ -57,7 +57,7 @@ class Plan:
             test=4,
             patch=1,
             curve=2,
-            strengths=(2.0, 8.0),
+            strengths=(1.0, 2.0),
             windows=2,
         )
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ class Result:
             f"{plan.source} to {plan.target} on {plan.test} held-out rows, at {self.best.place}, "
             f"{self.best.window}, strength {self.best.strength:g} (95 % intervals):"
         ]
-        for name in ("direction", "random", "no edit"):
+        for name in ("direction", "random", "no edit", "prompt"):
             turned, kept = (found[name].share(key).percent() for key in ("turned", "kept"))
             lines.append(f"  {name:<10} {plan.target} in {turned}; shape and place kept in {kept}")
         return "\n".join([*lines, f"{self.pictures} pictures in {self.seconds:.0f} s"])
@@ -122,7 +123,7 @@ def run_demo(reader: "Reader", plan: Plan, out: Path, progress: "Progress | None
         best = steer.choose(points, plan.keep)
         place = next(each for each in places if each.name == best.place)
         more = (len(plan.strengths) - 1) * min(plan.curve, plan.test)
-        with stage("measure", bench, 3 * plan.test + 2 * more):
+        with stage("measure", bench, 4 * plan.test + 2 * more):
             confirmed = steer.confirm(bench, rows.test, place, best, found[place.name])
         with stage("remove", bench, 3 * plan.curve):
             removal = remove.remove(bench, rows.test[: plan.curve], places[-1], means)
@@ -160,7 +161,7 @@ def _stages(progress: "Progress | None") -> Callable[..., Any]:
             yield
             return
         task = progress.add_task(name, total=pictures)
-        bench.advance = lambda amount: progress.advance(task, amount)
+        bench.advance = partial(progress.advance, task)
         yield
         progress.update(task, completed=pictures, total=pictures)
 

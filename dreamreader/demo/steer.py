@@ -32,7 +32,8 @@ class Confirmation:
     """The chosen setting on rows that had no part in the choice.
 
     Attributes:
-        rows: prompts and seeds. images: pictures by condition: "no edit", "direction", "random".
+        rows: prompts and seeds. images: pictures by condition: "no edit", "direction", "random", and "prompt",
+            where the prompt itself says the target colour: what an edit can reach at best.
         outcomes: what the detector read, by the same names.
         curve: by "direction" and "random", (strength, outcome) over the first `Plan.curve` rows.
     """
@@ -95,6 +96,8 @@ def confirm(
     unedited = detect(clean)
     images, outcomes, curve = {"no edit": clean}, {}, {}
     outcomes["no edit"] = judge(clean, unedited, plan.source, plan.target)
+    images["prompt"] = _draw(bench, rows, [], color=plan.target)
+    outcomes["prompt"] = judge(images["prompt"], unedited, plan.source, plan.target)
     few = list(rows[: plan.curve])
     for name, vectors in (("direction", directions), ("random", random)):
         others = [s for s in plan.strengths if s != best.strength]
@@ -138,8 +141,14 @@ def read_unedited(bench: Bench, rows: Sequence[Row]) -> list[Reading]:
     return detect(_draw(bench, rows, []))
 
 
-def _draw(bench: Bench, rows: Sequence[Row], edits: Sequence[Steer], title: str = "") -> Tensor:
-    prompts = [row.prompt(bench.plan.source) for row in rows]
+def _draw(
+    bench: Bench,
+    rows: Sequence[Row],
+    edits: Sequence[Steer],
+    title: str = "",
+    color: str | None = None,
+) -> Tensor:
+    prompts = [row.prompt(color or bench.plan.source) for row in rows]
     return bench.draw(prompts, [row.seed for row in rows], edits, title)
 
 
