@@ -19,7 +19,7 @@ from dreamreader.engine.recorder import Memory, Recorder
 from dreamreader.engine.request import EditRequest, Record, Request
 from dreamreader.engine.sites import Site, find
 from dreamreader.engine.station import SiteRun, Station
-from dreamreader.engine.step_caches import StepCaches, caches_batch
+from dreamreader.engine.step_caches import StepCaches, cache_hooks, caches_batch
 from dreamreader.engine.subject import Subject, is_compiled
 from dreamreader.engine.tokens import word_positions
 from dreamreader.engine.tracker import ModuleTracker, PipelineTracker, Tracker
@@ -238,7 +238,8 @@ class Session(AbstractContextManager):
                 (run.site.name, run.site.tap.module, run.site.tap.side)
                 for run in self._runs.values()
             ]
-            caches = shared.step_caches.watch(taps, stack)
+            shared.step_caches.watch(taps, stack)
+            caches = sorted({each for module in modules.values() for each in cache_hooks(module)})
             if caches:
                 self.report.notes.append(f"step caches are on: {', '.join(caches)}")
             if any("probs" in station.sides() for station in stations):

@@ -30,8 +30,8 @@ class StepCaches:
     def __init__(self) -> None:
         self._ran: dict[nn.Module, bool] = {}
 
-    def watch(self, modules: Iterable[tuple[str, nn.Module, str]], stack: ExitStack) -> list[str]:
-        """Set sentinels where needed; gives the names of the caches found.
+    def watch(self, modules: Iterable[tuple[str, nn.Module, str]], stack: ExitStack) -> None:
+        """Set sentinels where needed.
 
         Args:
             modules: name, module and side of every tap.
@@ -40,12 +40,10 @@ class StepCaches:
         Raises:
             InvalidInput: it could not be told whether a module was computed.
         """
-        found: set[str] = set()
         for name, module, side in modules:
-            names = _hooks(module)
+            names = cache_hooks(module)
             if not names:
                 continue
-            found.update(names)
             if side == "in":
                 raise InvalidInput(
                     f"{name}: the module is under a step cache ({', '.join(names)}), which may "
@@ -64,7 +62,6 @@ class StepCaches:
             for child in children:
                 hook = self._sentinel(module)
                 stack.enter_context(_Handle(child.register_forward_pre_hook(hook)))
-        return sorted(found)
 
     def computed(self, module: nn.Module) -> bool:
         """Whether the call of the module that just ended computed its own result."""
@@ -95,7 +92,8 @@ class _Handle:
         self._handle.remove()
 
 
-def _hooks(module: nn.Module) -> list[str]:
+def cache_hooks(module: nn.Module) -> list[str]:
+    """Names of the step caches that sit on this very module."""
     registry = getattr(module, "_diffusers_hook", None)
     names = list(getattr(registry, "hooks", {}))
     return [name for name in names if name.startswith(_CACHES)]
@@ -103,7 +101,7 @@ def _hooks(module: nn.Module) -> list[str]:
 
 def caches_batch(module: nn.Module) -> bool:
     """Whether FasterCache drops the unconditional half inside this denoiser."""
-    return any(name.startswith("faster_cache_denoiser") for name in _hooks(module))
+    return any(name.startswith("faster_cache_denoiser") for name in cache_hooks(module))
 
 
 def _adds_old_residual(module: nn.Module) -> bool:

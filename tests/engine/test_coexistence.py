@@ -231,6 +231,35 @@ def test_pyramid_attention_broadcast_is_reported_and_never_recorded() -> None:
     assert sorted(edited.firing[0].steps) == computed
 
 
+def test_other_step_caches_are_reported_and_never_recorded() -> None:
+    from diffusers.hooks import MagCacheConfig, TaylorSeerCacheConfig
+
+    steps = 6
+    magnitude = MagCacheConfig(
+        threshold=5.0,
+        max_skip_steps=2,
+        retention_ratio=0.1,
+        num_inference_steps=steps,
+        mag_ratios=torch.ones(steps),
+    )
+    taylor = TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1)
+    for config, site, name in (
+        (magnitude, FLUX, "mag_cache"),
+        (taylor, f"{FLUX}.attn", "taylorseer_cache"),
+    ):
+        pipe = tiny.pipeline("flux")
+        pipe.transformer.enable_cache(config)
+        inside = f"{FLUX}.attn:q"  # runs exactly where the module is computed
+        result = run(Reader(pipe), record=[site, inside], name="flux", num_inference_steps=steps)
+        computed = [each.step for each in result.cache[inside].steps]
+        assert 0 < len(computed) < steps
+        assert [each.step for each in result.cache[site].steps] == computed
+        assert set(result.firing.of(site)[0].not_computed) == set(range(steps)) - set(computed)
+        assert name in result.firing.notes[0]
+        outside = run(Reader(pipe), record="transformer", name="flux", num_inference_steps=steps)
+        assert name in outside.firing.notes[0], "the note is about the run, not the site"
+
+
 @pytest.mark.parametrize(
     ("way", "when"), [("wrapped", "before"), ("in place", "after"), ("blocks", "before")]
 )
