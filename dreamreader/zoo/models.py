@@ -13,7 +13,7 @@ from dreamreader.zoo import scenes
 
 CAPTION_TOKENS = 28  # the longest caption has 24 words
 NAMES = ("shapes-unet", "shapes-unet-b", "shapes-dit")
-UNET_WIDTHS = {"shapes-unet": (48, 96, 96), "shapes-unet-b": (40, 80, 96)}
+UNET_WIDTHS = {"shapes-unet": (48, 96, 96, 96), "shapes-unet-b": (40, 80, 80, 96)}
 TEXT_WIDTH = {"shapes-unet": 128, "shapes-unet-b": 96, "shapes-dit": 96}
 SEEDS = {"shapes-vae": 10, "shapes-unet": 11, "shapes-unet-b": 12, "shapes-dit": 13}
 LATENT_SIDE = 16
@@ -101,14 +101,17 @@ def build_vae() -> Any:
 
 
 def build_unet(name: str) -> Any:
-    """Cross-attention at 8 x 8 and 4 x 4, plain convolutions at 16 x 16; four heads everywhere."""
+    """Cross-attention at 8 x 8, 4 x 4 and 2 x 2 (middle block); four heads everywhere.
+
+    At 2 x 2 the zeros around the map tell every cell where it is, so that places can be learned.
+    """
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
         sample_size=LATENT_SIDE,
         block_out_channels=UNET_WIDTHS[name],
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 2, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 2, "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=TEXT_WIDTH[name],
         attention_head_dim=4,  # diffusers reads this number as the count of heads
