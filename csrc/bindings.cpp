@@ -1,4 +1,5 @@
-// The one Python module. Operators bind themselves (bind.h); here is only what the build says about itself.
+// The one Python module. Operators bind themselves (bind.h); here is only what the build says about
+// itself.
 #include "bind.h"
 #include "cpu.h"
 
@@ -20,7 +21,8 @@ pybind11::dict build_info() {
 #endif
 #ifdef DREAMREADER_CUDA
   info["compiled"] = "with CUDA";
-  info["cuda"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  info["cuda"] =
+      std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   info["cuda_archs"] = DREAMREADER_CUDA;
   int driver = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)

@@ -11,7 +11,8 @@ namespace {
 Isa best() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return Isa::avx512;
@@ -37,7 +38,9 @@ void use_isa(const std::string& name) {
       return;
     }
   }
-  if (name != "best") throw std::invalid_argument("instruction set " + name + " is not available here; best is " + name_of(best()));
+  if (name != "best")
+    throw std::invalid_argument("instruction set " + name + " is not available here; best is " +
+                                name_of(best()));
   chosen = best();
 }
 

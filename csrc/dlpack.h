@@ -1,5 +1,5 @@
-// The part of the DLPack 1.x ABI that is needed to look at tensors of Python: names and layouts follow the standard
-// (https://dmlc.github.io/dlpack/latest/c_api.html), which fixes them.
+// The part of the DLPack 1.x ABI that is needed to look at tensors of Python: names and layouts
+// follow the standard (https://dmlc.github.io/dlpack/latest/c_api.html), which fixes them.
 #pragma once
 
 #include <cstdint>
@@ -37,8 +37,9 @@ struct DLManagedTensor {
   void (*deleter)(DLManagedTensor* self);
 };
 
-// What the capsule __dlpack_c_exchange_api__ of a tensor type points to. Functions that are not used here keep their
-// place in the table. All return 0 on success and set a Python error otherwise.
+// What the capsule __dlpack_c_exchange_api__ of a tensor type points to. Functions that are not
+// used here keep their place in the table. All return 0 on success and set a Python error
+// otherwise.
 struct DLExchangeHeader {
   DLVersion version;
   DLExchangeHeader* previous;

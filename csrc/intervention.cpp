@@ -1,5 +1,5 @@
-// CPU side of the intervention program: from tensors to a job, and the choice of engine, instruction set and threads.
-// At the foot its bindings, for CUDA too.
+// CPU side of the intervention program: from tensors to a job, and the choice of engine,
+// instruction set and threads. At the foot its bindings, for CUDA too.
 #include <cstdlib>
 #include <string_view>
 
@@ -24,7 +24,8 @@ DType dtype_of(const TensorView& tensor) {
 
 Activation activation_of(const TensorView& x) {
   require(x.dims() == 3, "intervene: x must have three dimensions");
-  return {x.data(), dtype_of(x), x.size(0), x.size(1), x.size(2), x.stride(0), x.stride(1), x.stride(2)};
+  return {x.data(),  dtype_of(x), x.size(0),   x.size(1),
+          x.size(2), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 // Reads the text of ops/program.py: fields joined by ',', steps by ';'.
@@ -58,12 +59,15 @@ struct Tables {
 
 // Everything a kernel will follow blindly: table rows, channel ranges, shapes.
 void check_step(const Step& step, const Tables& tables, int64_t width, int64_t sources) {
-  const bool vectors = step.kind == kSteer || step.kind == kClampComponent || step.kind == kProject || step.kind == kFill;
+  const bool vectors = step.kind == kSteer || step.kind == kClampComponent ||
+                       step.kind == kProject || step.kind == kFill;
   const bool limits = step.kind == kScale || step.kind == kClamp || step.kind == kClampComponent;
   require(step.kind >= kSteer && step.kind <= kRenorm, "intervene: unknown kind of step");
-  require(0 <= step.begin && step.begin < step.end && step.end <= width, "intervene: channels outside x");
+  require(0 <= step.begin && step.begin < step.end && step.end <= width,
+          "intervene: channels outside x");
   require(step.mask >= -1 && step.mask < tables.masks.size(0), "intervene: mask outside its table");
-  require(vectors ? step.vector >= 0 && step.count >= 1 && step.count <= (step.kind == kProject ? kMaxSubspace : 1) &&
+  require(vectors ? step.vector >= 0 && step.count >= 1 &&
+                        step.count <= (step.kind == kProject ? kMaxSubspace : 1) &&
                         int64_t(step.vector) + step.count <= tables.vectors.size(0)
                   : step.vector == -1,
           "intervene: vectors outside their table");
@@ -74,17 +78,14 @@ void check_step(const Step& step, const Tables& tables, int64_t width, int64_t s
 }
 
 Source source_of(const TensorView& data, const TensorView& index, const Activation& x) {
-  require(data.dims() == 2 && data.size(1) == x.width, "intervene: a patch source must be [entries, width]");
-  require(index.dims() == 2 && index.size(0) == x.rows && index.size(1) == x.tokens && index.is(kDLInt, 64),
+  require(data.dims() == 2 && data.size(1) == x.width,
+          "intervene: a patch source must be [entries, width]");
+  require(index.dims() == 2 && index.size(0) == x.rows && index.size(1) == x.tokens &&
+              index.is(kDLInt, 64),
           "intervene: a patch index must be int64 [rows, tokens]");
-  return {data.data(),
-          dtype_of(data),
-          data.size(0),
-          data.stride(0),
-          data.stride(1),
-          reinterpret_cast<const int64_t*>(index.data()),
-          index.stride(0),
-          index.stride(1)};
+  return {data.data(),     dtype_of(data), data.size(0),
+          data.stride(0),  data.stride(1), reinterpret_cast<const int64_t*>(index.data()),
+          index.stride(0), index.stride(1)};
 }
 
 bool dense(const TensorView& t) {
@@ -98,30 +99,34 @@ bool dense(const TensorView& t) {
 }
 
 template <typename W>
-Program<W> program_of(std::string_view code, const Tables& t, const py::sequence& patches, const Activation& x,
-                      DLDevice device) {
+Program<W> program_of(std::string_view code, const Tables& t, const py::sequence& patches,
+                      const Activation& x, DLDevice device) {
   constexpr int kBits = 8 * sizeof(W);
   Program<W> p;
   p.count = parse_steps(code, p.steps);
   require(t.strength.dims() == 3 && t.strength.size(0) == p.count && t.strength.size(1) == x.rows &&
               t.strength.size(2) == x.tokens && t.strength.is(kDLFloat, kBits),
           "intervene: strength must be [steps, rows, tokens] in the arithmetic type of x");
-  require(t.vectors.dims() == 2 && t.vectors.size(1) == x.width && t.vectors.is(kDLFloat, kBits) && dense(t.vectors),
+  require(t.vectors.dims() == 2 && t.vectors.size(1) == x.width && t.vectors.is(kDLFloat, kBits) &&
+              dense(t.vectors),
           "intervene: vectors must be dense [n, width] in the arithmetic type of x");
   require(t.limits.dims() == 3 && t.limits.size(1) == 2 && t.limits.size(2) == x.rows &&
               t.limits.is(kDLFloat, kBits) && dense(t.limits),
           "intervene: limits must be dense [n, 2, rows] in the arithmetic type of x");
-  require(t.masks.dims() == 2 && t.masks.size(1) == x.width && t.masks.is(kDLBool, 8) && dense(t.masks),
-          "intervene: masks must be dense bool [n, width]");
+  require(
+      t.masks.dims() == 2 && t.masks.size(1) == x.width && t.masks.is(kDLBool, 8) && dense(t.masks),
+      "intervene: masks must be dense bool [n, width]");
   for (const TensorView* each : {&t.strength, &t.vectors, &t.limits, &t.masks})
     require(each->device().type == device.type && each->device().id == device.id,
             "intervene: tables and x must be on one device");
   const int64_t sources = int64_t(py::len(patches)) / 2;
-  require(sources <= kMaxSources && py::len(patches) % 2 == 0, "intervene: patches must be pairs, up to 8");
+  require(sources <= kMaxSources && py::len(patches) % 2 == 0,
+          "intervene: patches must be pairs, up to 8");
   for (int i = 0; i < p.count; ++i) check_step(p.steps[i], t, x.width, sources);
   for (int i = 0; i < sources; ++i) {
     const TensorView data(patches[2 * i]), index(patches[2 * i + 1]);
-    require(data.device().type == device.type && data.device().id == device.id && index.device().type == device.type,
+    require(data.device().type == device.type && data.device().id == device.id &&
+                index.device().type == device.type,
             "intervene: sources and x must be on one device");
     p.sources[i] = source_of(data, index, x);
   }
@@ -135,12 +140,16 @@ Program<W> program_of(std::string_view code, const Tables& t, const py::sequence
   return p;
 }
 
-void check_pair(const TensorView& x, const TensorView& out, const Activation& in, const Activation& to) {
-  require(in.dtype == to.dtype && in.rows == to.rows && in.tokens == to.tokens && in.width == to.width &&
-              x.device().type == out.device().type && x.device().id == out.device().id,
+void check_pair(const TensorView& x, const TensorView& out, const Activation& in,
+                const Activation& to) {
+  require(in.dtype == to.dtype && in.rows == to.rows && in.tokens == to.tokens &&
+              in.width == to.width && x.device().type == out.device().type &&
+              x.device().id == out.device().id,
           "intervene: x and its result differ in shape, dtype or device");
-  require((to.stride_row || to.rows <= 1) && (to.stride_token || to.tokens <= 1) && (to.stride_channel || to.width <= 1),
-          "intervene: the result has elements that share memory (an expanded tensor); clone it first");
+  require(
+      (to.stride_row || to.rows <= 1) && (to.stride_token || to.tokens <= 1) &&
+          (to.stride_channel || to.width <= 1),
+      "intervene: the result has elements that share memory (an expanded tensor); clone it first");
 }
 
 const InterventionKernels& kernels() {
@@ -179,7 +188,8 @@ void run_piece(void* context, int64_t first, int64_t last) {
   call.engine.run(call.job, scratch(call.scratch_bytes), first, last);
 }
 
-// A piece of work is worth a thread from about 16 KiB of activation on; 128 KiB keeps the last pieces short.
+// A piece of work is worth a thread from about 16 KiB of activation on; 128 KiB keeps the last
+// pieces short.
 constexpr int64_t kPieceBytes = 128 << 10;
 
 template <typename W>
@@ -196,7 +206,8 @@ void run_cpu(const Activation& in, const Activation& out, const Program<W>& p, i
     if (in.data == out.data) return;
     call.job.begin = 0;
   }
-  const bool by_rows = !subspace && (in.stride_channel == 1 || in.width == 1) && (out.stride_channel == 1 || in.width == 1);
+  const bool by_rows = !subspace && (in.stride_channel == 1 || in.width == 1) &&
+                       (out.stride_channel == 1 || in.width == 1);
   const int type = int(in.dtype);
   const int64_t element = in.dtype == DType::f64 ? 8 : (in.dtype == DType::f32 ? 4 : 2);
   const int64_t lanes = kLaneBytes / int64_t(sizeof(W));
@@ -213,10 +224,12 @@ void run_cpu(const Activation& in, const Activation& out, const Program<W>& p, i
   }
 }
 
-void intervene_cpu(py::handle x, py::handle out, std::string_view code, py::handle strength, py::handle vectors,
-                   py::handle limits, py::handle masks, const py::sequence& patches, int threads) {
+void intervene_cpu(py::handle x, py::handle out, std::string_view code, py::handle strength,
+                   py::handle vectors, py::handle limits, py::handle masks,
+                   const py::sequence& patches, int threads) {
   const TensorView in(x), to(out);
-  const Tables tables{TensorView(strength), TensorView(vectors), TensorView(limits), TensorView(masks)};
+  const Tables tables{TensorView(strength), TensorView(vectors), TensorView(limits),
+                      TensorView(masks)};
   const Activation from = activation_of(in), result = activation_of(to);
   check_pair(in, to, from, result);
   require(in.device().type == kDLCPU, "intervene_cpu: x is not in CPU memory");
@@ -229,7 +242,8 @@ void intervene_cpu(py::handle x, py::handle out, std::string_view code, py::hand
 #ifdef DREAMREADER_CUDA
 
 void check_cuda(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("intervene_cuda: ") + cudaGetErrorString(error));
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("intervene_cuda: ") + cudaGetErrorString(error));
 }
 
 class DeviceGuard {
@@ -249,10 +263,12 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-void intervene_cuda(py::handle x, py::handle out, std::string_view code, py::handle strength, py::handle vectors,
-                    py::handle limits, py::handle masks, const py::sequence& patches) {
+void intervene_cuda(py::handle x, py::handle out, std::string_view code, py::handle strength,
+                    py::handle vectors, py::handle limits, py::handle masks,
+                    const py::sequence& patches) {
   const TensorView in(x), to(out);
-  const Tables tables{TensorView(strength), TensorView(vectors), TensorView(limits), TensorView(masks)};
+  const Tables tables{TensorView(strength), TensorView(vectors), TensorView(limits),
+                      TensorView(masks)};
   const Activation from = activation_of(in), result = activation_of(to);
   check_pair(in, to, from, result);
   require(in.device().type == kDLCUDA, "intervene_cuda: x is not on a CUDA device");
@@ -260,9 +276,11 @@ void intervene_cuda(py::handle x, py::handle out, std::string_view code, py::han
   const DeviceGuard guard(in.device().id);
   const auto stream = static_cast<cudaStream_t>(in.stream());
   if (from.dtype == DType::f64)
-    check_cuda(launch_intervention(from, result, program_of<double>(code, tables, patches, from, in.device()), stream));
+    check_cuda(launch_intervention(
+        from, result, program_of<double>(code, tables, patches, from, in.device()), stream));
   else
-    check_cuda(launch_intervention(from, result, program_of<float>(code, tables, patches, from, in.device()), stream));
+    check_cuda(launch_intervention(
+        from, result, program_of<float>(code, tables, patches, from, in.device()), stream));
 }
 
 #endif

@@ -1,17 +1,19 @@
 // The intervention program: formulas and packed tables, shared by the CPU and the CUDA kernel.
 //
-// A program is an ordered list of steps. Each changes the channels begin .. end - 1 (and among them those of its
-// mask) of every row of x [rows, tokens, width]; a row is one (row, token) pair. With s the strength of the step:
+// A program is an ordered list of steps. Each changes the channels begin .. end - 1 (and among them
+// those of its mask) of every row of x [rows, tokens, width]; a row is one (row, token) pair. With
+// s the strength of the step:
 //
 //   steer            x + s v                           scale   x (1 + s (f - 1)),  f = lo
 //   clamp_component  x + s (clamp(c, lo, hi) - c) v    clamp   x + s (clamp(x, lo, hi) - x)
 //   project          x - s V'V x                       fill    x + s (v - x)
 //   renorm           x (1 + s (|x0| / |x| - 1))        patch   x + s (source[index] - x)
 //
-// c = <x, v>, x0 = the row on entry of the program; sums run over the selected channels of the step only. s = 0: the
-// step does not touch the row; a row without any step is neither read nor written in place, bit for bit. s = 1: clamp, fill
-// and patch give their target exactly and fill and patch do not let x (NaN included) through. Arithmetic in W (float; double
-// for double x), one rounding at the end. No torch, no pybind11 here.
+// c = <x, v>, x0 = the row on entry of the program; sums run over the selected channels of the step
+// only. s = 0: the step does not touch the row; a row without any step is neither read nor written
+// in place, bit for bit. s = 1: clamp, fill and patch give their target exactly and fill and patch
+// do not let x (NaN included) through. Arithmetic in W (float; double for double x), one rounding
+// at the end. No torch, no pybind11 here.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +26,7 @@
 
 namespace dreamreader {
 
-constexpr int kMaxSteps = 32;     // the limits of dreamreader/ops/program.py
+constexpr int kMaxSteps = 32;  // the limits of dreamreader/ops/program.py
 constexpr int kMaxSources = 8;
 constexpr int kMaxSubspace = 64;
 
@@ -68,8 +70,8 @@ struct Program {
   Step steps[kMaxSteps];
   const W* strength;  // [count, rows, tokens], any strides (0 where it does not vary)
   int64_t strength_step, strength_row, strength_token;
-  const W* vectors;  // [V, width], rows dense; 0 outside the channels of their step
-  const W* limits;   // [L, 2, rows], dense: lo then hi
+  const W* vectors;      // [V, width], rows dense; 0 outside the channels of their step
+  const W* limits;       // [L, 2, rows], dense: lo then hi
   const uint8_t* masks;  // [M, width], dense: 0 or 1
   Source sources[kMaxSources];
 };
@@ -85,7 +87,8 @@ DR_HD W limit_of(const Program<W>& p, const Step& step, int which, int64_t row, 
   return p.limits[(step.limit * int64_t{2} + which) * rows + row];
 }
 
-// Entry of the source that a row takes, or -1 if the index does not exist (the row then becomes NaN).
+// Entry of the source that a row takes, or -1 if the index does not exist (the row then becomes
+// NaN).
 DR_HD int64_t entry_of(const Source& source, int64_t row, int64_t token) {
   const int64_t entry =
       source.index[row * source.index_stride_row + token * source.index_stride_token];
@@ -135,8 +138,9 @@ DR_HD W renorm_factor(W now, W before, W s) {
 
 namespace dreamreader {
 
-// Runs the program from in to out (in place when their data agree) on the stream of the current device, asynchronously.
-// Program<float> for f16, bf16 and f32 activations, Program<double> for f64. Out of place, untouched rows and channels are copied.
+// Runs the program from in to out (in place when their data agree) on the stream of the current
+// device, asynchronously. Program<float> for f16, bf16 and f32 activations, Program<double> for
+// f64. Out of place, untouched rows and channels are copied.
 cudaError_t launch_intervention(const Activation& in, const Activation& out,
                                 const Program<float>& program, cudaStream_t stream);
 cudaError_t launch_intervention(const Activation& in, const Activation& out,

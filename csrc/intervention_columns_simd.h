@@ -1,6 +1,7 @@
-// Column engine: a group of tokens at a time, one token per lane, for memory whose tokens are dense (feature maps
-// [B, C, H, W] seen as [B, H*W, C]), for any other stride, and for subspaces. The group is gathered channel by channel,
-// in memory order, into scratch y[channel]; every step is then a loop or two over it.
+// Column engine: a group of tokens at a time, one token per lane, for memory whose tokens are dense
+// (feature maps [B, C, H, W] seen as [B, H*W, C]), for any other stride, and for subspaces. The
+// group is gathered channel by channel, in memory order, into scratch y[channel]; every step is
+// then a loop or two over it.
 #pragma once
 
 #include "intervention_rows_simd.h"
@@ -12,8 +13,8 @@ constexpr int kColumnVectors = int(kLaneBytes) / DR_VECTOR_BYTES;
 template <typename W>
 constexpr int kLanes = int(kLaneBytes / sizeof(W));
 
-// Vectors of a subspace that are worked on together: as many as the registers of AVX-512 hold. Elsewhere fewer, but
-// not one at a time, since y is rounded once per tile.
+// Vectors of a subspace that are worked on together: as many as the registers of AVX-512 hold.
+// Elsewhere fewer, but not one at a time, since y is rounded once per tile.
 constexpr int kTile = DR_VECTOR_BYTES == 64 ? 8 : 4;
 
 // One value of every lane.
@@ -71,7 +72,8 @@ struct Group {
     }
   }
 
-  // Writes the lanes with work; the others keep their bits, copied where the result is another tensor.
+  // Writes the lanes with work; the others keep their bits, copied where the result is another
+  // tensor.
   void scatter() const {
     const Activation& x = job.out;
     T* base = static_cast<T*>(x.data) + b * x.stride_row + t * x.stride_token;
@@ -109,12 +111,15 @@ struct Group {
   }
 
   void copy(int l, int64_t begin, int64_t end) const {
-    const T* from = static_cast<const T*>(job.in.data) + b * job.in.stride_row + (t + l) * job.in.stride_token;
+    const T* from =
+        static_cast<const T*>(job.in.data) + b * job.in.stride_row + (t + l) * job.in.stride_token;
     T* to = static_cast<T*>(job.out.data) + b * job.out.stride_row + (t + l) * job.out.stride_token;
-    for (int64_t c = begin; c < end; ++c) to[c * job.out.stride_channel] = from[c * job.in.stride_channel];
+    for (int64_t c = begin; c < end; ++c)
+      to[c * job.out.stride_channel] = from[c * job.in.stride_channel];
   }
 
-  // totals[k] = sum over the channels of a step of y v_k, for `count` vectors v_k (at most kTile) of `width` values.
+  // totals[k] = sum over the channels of a step of y v_k, for `count` vectors v_k (at most kTile)
+  // of `width` values.
   template <int count>
   void dots(const Step& step, const W* v, Column<W>* totals) const {
     const uint8_t* mask = mask_of(step);
@@ -179,7 +184,8 @@ struct Group {
     for (; k + kTile <= step.count; k += kTile) dots<kTile>(step, v + k * width, c + k);
     for (; k < step.count; ++k) dots<1>(step, v + k * width, c + k);
     for (k = 0; k < step.count; ++k)
-      for (int l = 0; l < kLanes<W>; ++l) c[k].set(l, component_removed(c[k].get(l), step.one_sided, s.get(l)));
+      for (int l = 0; l < kLanes<W>; ++l)
+        c[k].set(l, component_removed(c[k].get(l), step.one_sided, s.get(l)));
     for (k = 0; k + kTile <= step.count; k += kTile) remove<kTile>(step, s, v + k * width, c + k);
     for (; k < step.count; ++k) remove<1>(step, s, v + k * width, c + k);
   }
@@ -232,7 +238,8 @@ struct Group {
         return patch(step, s);
       case kRenorm:
         k = norm(step);
-        for (int l = 0; l < kLanes<W>; ++l) k.set(l, renorm_factor(k.get(l), entry.get(l), s.get(l)));
+        for (int l = 0; l < kLanes<W>; ++l)
+          k.set(l, renorm_factor(k.get(l), entry.get(l), s.get(l)));
         return each(step, s, [&](int64_t, int i, V now) { return now * k.v[i]; });
     }
   }

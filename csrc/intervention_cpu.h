@@ -5,7 +5,8 @@
 
 namespace dreamreader {
 
-// Rows of one call. `program` is a Program<double> for f64 activations and a Program<float> otherwise.
+// Rows of one call. `program` is a Program<double> for f64 activations and a Program<float>
+// otherwise.
 struct InterventionJob {
   Activation in, out;
   const void* program;
@@ -17,10 +18,12 @@ struct InterventionEngine {
   void (*run)(const InterventionJob& job, void* scratch, int64_t first, int64_t last);
 };
 
-constexpr int64_t kLaneBytes = 128;  // one group of tokens of the column engine: 32 floats or 16 doubles
+constexpr int64_t kLaneBytes =
+    128;  // one group of tokens of the column engine: 32 floats or 16 doubles
 
-// rows: an item is one row; channels must be dense and no step may project out more than one vector.
-// columns: an item is one group of kLaneBytes / sizeof(W) tokens of one batch row; any strides, any step.
+// rows: an item is one row; channels must be dense and no step may project out more than one
+// vector. columns: an item is one group of kLaneBytes / sizeof(W) tokens of one batch row; any
+// strides, any step.
 struct InterventionKernels {
   InterventionEngine rows[4], columns[4];  // by DType
 };

@@ -1,5 +1,5 @@
-// Row engine: one row at a time, channels dense. A row is swept once per reduction plus once to write:
-// steps between two reductions are applied to a block while it is in registers.
+// Row engine: one row at a time, channels dense. A row is swept once per reduction plus once to
+// write: steps between two reductions are applied to a block while it is in registers.
 #pragma once
 
 #include "intervention_cpu.h"
@@ -18,7 +18,7 @@ struct Action {
   const W* v;           // kAdd, kSet, kMix: vector
   bool whole;           // concerns every channel that the program touches
   Act act;
-  const void* source;   // k...Source: the entry, or null for one that does not exist
+  const void* source;  // k...Source: the entry, or null for one that does not exist
   DType dtype;
   int64_t source_stride;
   W s, lo, hi;
@@ -34,8 +34,8 @@ DR_INLINE Block<W> splat(W value) {
 
 // Lanes of the block at channel d that lie in [begin, end) and in the mask: all bits set, else 0.
 template <typename W>
-static __attribute__((noinline)) void lane_mask(typename Lanes<W>::I* lanes, int64_t d, int64_t begin, int64_t end,
-                                                const uint8_t* mask) {
+static __attribute__((noinline)) void lane_mask(typename Lanes<W>::I* lanes, int64_t d,
+                                                int64_t begin, int64_t end, const uint8_t* mask) {
   using Int = decltype(lanes[0][0] + 0);
   Int flags[kBlock<W>];
   for (int i = 0; i < kBlock<W>; ++i) {
@@ -72,7 +72,9 @@ static __attribute__((noinline)) Block<W> load_source(const Action<W>& a, int64_
 template <typename W>
 DR_INLINE void aim(Action<W>& a, const Source& source, int64_t entry) {
   const int64_t bytes = source.dtype == DType::f64 ? 8 : (source.dtype == DType::f32 ? 4 : 2);
-  a.source = entry < 0 ? nullptr : static_cast<const char*>(source.data) + entry * source.stride_entry * bytes;
+  a.source = entry < 0
+                 ? nullptr
+                 : static_cast<const char*>(source.data) + entry * source.stride_entry * bytes;
   a.dtype = source.dtype;
   a.source_stride = source.stride_channel;
 }
@@ -90,11 +92,10 @@ DR_INLINE Block<W> source_block(const Action<W>& a, int64_t d, int64_t n) {
   return load_source(a, d, n);
 }
 
-#define DR_EACH(EXPRESSION)             \
-  {                                     \
-    _Pragma("GCC unroll 16")            \
-    for (int i = 0; i < kVectors; ++i) { EXPRESSION; } \
-    break;                              \
+#define DR_EACH(EXPRESSION)                                                     \
+  {                                                                             \
+    _Pragma("GCC unroll 16") for (int i = 0; i < kVectors; ++i) { EXPRESSION; } \
+    break;                                                                      \
   }
 
 // One action on a block at channel d with n valid lanes.
@@ -160,17 +161,20 @@ DR_INLINE void accumulate(Reduction<W>& r, const Block<W>& y, int64_t d, int64_t
   for (int i = 0; i < kVectors; ++i) r.total.v[i] += z.v[i] * v.v[i];
 }
 
-// One sweep: load from `from`, add up `before`, apply the pending actions, add up `after`, store to `to` unless null.
-// `next` is prefetched in step, so that the row after this one arrives while this one is computed.
+// One sweep: load from `from`, add up `before`, apply the pending actions, add up `after`, store to
+// `to` unless null. `next` is prefetched in step, so that the row after this one arrives while this
+// one is computed.
 template <typename W, typename From, typename To>
-static void sweep(const From* from, To* to, int64_t begin, int64_t end, const Action<W>* actions, const int* pending,
-                  int count, Reduction<W>* before, int before_count, Reduction<W>* after, const char* next) {
+static void sweep(const From* from, To* to, int64_t begin, int64_t end, const Action<W>* actions,
+                  const int* pending, int count, Reduction<W>* before, int before_count,
+                  Reduction<W>* after, const char* next) {
   for (int64_t d = begin; d < end; d += kBlock<W>) {
     const int64_t n = end - d < kBlock<W> ? end - d : int64_t(kBlock<W>);
     if (next) {
       const char* line = next + (d - begin) * int64_t(sizeof(To));
 #pragma GCC unroll 4
-      for (int64_t byte = 0; byte < kBlock<W> * int64_t(sizeof(To)); byte += 64) __builtin_prefetch(line + byte, 1);
+      for (int64_t byte = 0; byte < kBlock<W> * int64_t(sizeof(To)); byte += 64)
+        __builtin_prefetch(line + byte, 1);
     }
     Block<W> y = from ? load<W>(from + d, n) : splat(W(0));
     for (int i = 0; i < before_count; ++i) accumulate(before[i], y, d, n);
@@ -192,11 +196,12 @@ static void sweep(const From* from, To* to, int64_t begin, int64_t end, const Ac
   }
 }
 
-// The sweep of the commonest programs without the choices inside the loop: over whole blocks y += s v (add), then
-// bounds (bound), then a sum of y w (dot).
+// The sweep of the commonest programs without the choices inside the loop: over whole blocks y += s
+// v (add), then bounds (bound), then a sum of y w (dot).
 template <bool add, bool bound, bool dot, typename W, typename From, typename To>
-static void sweep_plain(const From* from, To* to, int64_t begin, int64_t end, const Action<W>* added,
-                        const Action<W>* bounded, Reduction<W>* after, const char* next) {
+static void sweep_plain(const From* from, To* to, int64_t begin, int64_t end,
+                        const Action<W>* added, const Action<W>* bounded, Reduction<W>* after,
+                        const char* next) {
   using V = typename Lanes<W>::V;
   const V s = (add ? added->s : W(0)) - V{};
   const V lo = (bound ? bounded->lo : W(0)) - V{}, hi = (bound ? bounded->hi : W(0)) - V{};
@@ -208,7 +213,8 @@ static void sweep_plain(const From* from, To* to, int64_t begin, int64_t end, co
     if (next) {
       const char* line = next + (d - begin) * int64_t(sizeof(To));
 #pragma GCC unroll 4
-      for (int64_t byte = 0; byte < kBlock<W> * int64_t(sizeof(To)); byte += 64) __builtin_prefetch(line + byte, 1);
+      for (int64_t byte = 0; byte < kBlock<W> * int64_t(sizeof(To)); byte += 64)
+        __builtin_prefetch(line + byte, 1);
     }
     Block<W> y = load<W>(from + d, n);
     const Block<W> one = add ? load<W>(v + d, n) : y, two = dot ? load<W>(w + d, n) : y;
@@ -225,8 +231,9 @@ static void sweep_plain(const From* from, To* to, int64_t begin, int64_t end, co
 
 // Runs sweep_plain if it fits: no masks or part ranges, at most an addition and then bounds.
 template <typename W, typename From, typename To>
-static bool try_plain(const From* from, To* to, int64_t begin, int64_t end, const Action<W>* actions, const int* pending,
-                      int count, Reduction<W>* after, bool whole_sum, const char* next) {
+static bool try_plain(const From* from, To* to, int64_t begin, int64_t end,
+                      const Action<W>* actions, const int* pending, int count, Reduction<W>* after,
+                      bool whole_sum, const char* next) {
   if (!from || count > 2 || (after && !(whole_sum && after->v))) return false;
   const Action<W>*added = nullptr, *bounded = nullptr;
   for (int i = 0; i < count; ++i) {
@@ -240,9 +247,9 @@ static bool try_plain(const From* from, To* to, int64_t begin, int64_t end, cons
       return false;
   }
   switch ((added ? 4 : 0) + (bounded ? 2 : 0) + (after ? 1 : 0)) {
-#define DR_CASE(ADD, BOUND, DOT)                                                                       \
-  case 4 * ADD + 2 * BOUND + DOT:                                                                      \
-    sweep_plain<ADD, BOUND, DOT, W>(from, to, begin, end, added, bounded, after, next);                \
+#define DR_CASE(ADD, BOUND, DOT)                                                        \
+  case 4 * ADD + 2 * BOUND + DOT:                                                       \
+    sweep_plain<ADD, BOUND, DOT, W>(from, to, begin, end, added, bounded, after, next); \
     return true;
     DR_CASE(0, 0, 1)
     DR_CASE(0, 1, 0)
@@ -278,7 +285,8 @@ struct Row {
   Reduction<W> entry[kMaxSteps], inside;
   W norms[kMaxSteps];
 
-  Row(const InterventionJob& job, const Program<W>& p, void* memory) : job(job), p(p), memory(static_cast<W*>(memory)) {
+  Row(const InterventionJob& job, const Program<W>& p, void* memory)
+      : job(job), p(p), memory(static_cast<W*>(memory)) {
     const int64_t width = job.in.width;
     for (int i = 0; i < p.count; ++i) {
       const Step& step = p.steps[i];
@@ -308,7 +316,8 @@ struct Row {
   const char* address(int64_t item) const {
     const int64_t row = item / job.in.tokens, token = item % job.in.tokens;
     const T* data = static_cast<const T*>(job.in.data);
-    return reinterpret_cast<const char*>(data + row * job.in.stride_row + token * job.in.stride_token + job.begin);
+    return reinterpret_cast<const char*>(data + row * job.in.stride_row +
+                                         token * job.in.stride_token + job.begin);
   }
 
   void place(int64_t row, int64_t token) {
@@ -347,10 +356,12 @@ struct Row {
     else
       pass_from(from == kInput ? in : nullptr, to, after, whole_sum, next);
     count = 0;
-    for (; entries > 0; --entries) norms[entries - 1] = W(__builtin_sqrt(sum(entry[entries - 1].total)));
+    for (; entries > 0; --entries)
+      norms[entries - 1] = W(__builtin_sqrt(sum(entry[entries - 1].total)));
   }
 
-  // Applies what is pending and adds up y v (v set) or y^2 over the channels of an action; stores the row if it changed.
+  // Applies what is pending and adds up y v (v set) or y^2 over the channels of an action; stores
+  // the row if it changed.
   W reduce(const Action<W>& a, const W* v) {
     clear(inside, a, v);
     W* to = count ? scratch : nullptr;
@@ -424,7 +435,8 @@ void Row<T>::run(const char* next) {
   W strengths[kMaxSteps];
   for (int i = 0; i < p.count; ++i) {
     strengths[i] = strength_of(p, i, b, t);
-    if (p.steps[i].kind == kRenorm && strengths[i] != W(0)) clear(entry[entries++], actions[i], nullptr);
+    if (p.steps[i].kind == kRenorm && strengths[i] != W(0))
+      clear(entry[entries++], actions[i], nullptr);
   }
   for (int i = 0, renorm = 0; i < p.count; ++i) {
     if (strengths[i] == W(0)) continue;
@@ -436,7 +448,8 @@ void Row<T>::run(const char* next) {
 
 template <typename T>
 static void copy_channels(const T* in, T* out, int64_t begin, int64_t end) {
-  if (in != out && end > begin) __builtin_memcpy(out + begin, in + begin, std::size_t(end - begin) * sizeof(T));
+  if (in != out && end > begin)
+    __builtin_memcpy(out + begin, in + begin, std::size_t(end - begin) * sizeof(T));
 }
 
 template <typename T>
@@ -444,7 +457,7 @@ static void run_rows(const InterventionJob& job, void* scratch, int64_t first, i
   using W = typename Work<T>::type;
   const int64_t tokens = job.in.tokens, width = job.in.width;
   Row<T> row(job, *static_cast<const Program<W>*>(job.program), scratch);
-  for (int64_t item = row.next_touched(first, last), copied = first; ; ) {
+  for (int64_t item = row.next_touched(first, last), copied = first;;) {
     const int64_t stop = item;
     for (; job.in.data != job.out.data && copied < stop; ++copied) {
       row.place(copied / tokens, copied % tokens);

@@ -1,4 +1,5 @@
-// The intervention program for one instruction set; compiled once for each (CMakeLists.txt sets DR_ISA).
+// The intervention program for one instruction set; compiled once for each (CMakeLists.txt sets
+// DR_ISA).
 #include "intervention_columns_simd.h"
 
 namespace dreamreader::DR_ISA {

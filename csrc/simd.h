@@ -1,9 +1,9 @@
 // Blocks of lanes for kernels that are compiled once per instruction set (files named *_simd.cpp).
 //
-// A block is 256 bytes of the arithmetic type W on every instruction set (64 floats, 32 doubles), so that sums run in
-// the same order everywhere. Nothing here has external linkage: a function compiled for AVX-512 must never be the one
-// that the linker keeps for an older processor. For the same reason no header of the standard library with inline
-// functions is included.
+// A block is 256 bytes of the arithmetic type W on every instruction set (64 floats, 32 doubles),
+// so that sums run in the same order everywhere. Nothing here has external linkage: a function
+// compiled for AVX-512 must never be the one that the linker keeps for an older processor. For the
+// same reason no header of the standard library with inline functions is included.
 #pragma once
 
 #include <cstddef>
@@ -100,9 +100,7 @@ typedef uint32_t VU __attribute__((vector_size(DR_VECTOR_BYTES)));
 typedef uint16_t VH __attribute__((vector_size(DR_VECTOR_BYTES / 2)));
 
 DR_INLINE VF load_lanes(const float* p) { return load_vector<VF>(p); }
-DR_INLINE Lanes<double>::V load_lanes(const double* p) {
-  return load_vector<Lanes<double>::V>(p);
-}
+DR_INLINE Lanes<double>::V load_lanes(const double* p) { return load_vector<Lanes<double>::V>(p); }
 DR_INLINE VF load_lanes(const bf16* p) {
   return bits_as<VF>(__builtin_convertvector(load_vector<VH>(p), VU) << 16);
 }
@@ -117,10 +115,13 @@ DR_INLINE void store_halves(void* p, VU bits) {
 #elif defined(__AVX2__)
 DR_INLINE void store_halves(void* p, VU bits) {
   const __m256i v = bits_as<__m256i>(bits);
-  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+  _mm_storeu_si128((__m128i*)p,
+                   _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
 }
 #else
-DR_INLINE void store_halves(void* p, VU bits) { store_vector(p, __builtin_convertvector(bits, VH)); }
+DR_INLINE void store_halves(void* p, VU bits) {
+  store_vector(p, __builtin_convertvector(bits, VH));
+}
 #endif
 
 // Rounds to nearest even; a NaN stays one, its upper payload bits kept.

@@ -11,8 +11,8 @@
 
 namespace dreamreader {
 
-// Exchange table of a tensor type, or null where its library has none. Remembers the last type: calls with plain
-// torch tensors look it up once.
+// Exchange table of a tensor type, or null where its library has none. Remembers the last type:
+// calls with plain torch tensors look it up once.
 inline const DLExchangeApi* exchange_api(PyTypeObject* type) {
   static PyTypeObject* known = nullptr;
   static const DLExchangeApi* api = nullptr;
@@ -48,7 +48,9 @@ class TensorView {
   char* data() const { return static_cast<char*>(tensor_.data) + tensor_.byte_offset; }
   int dims() const { return tensor_.ndim; }
   int64_t size(int dim) const { return tensor_.shape[dim]; }
-  int64_t stride(int dim) const { return tensor_.strides ? tensor_.strides[dim] : dense_stride(dim); }
+  int64_t stride(int dim) const {
+    return tensor_.strides ? tensor_.strides[dim] : dense_stride(dim);
+  }
   DLDevice device() const { return tensor_.device; }
   bool is(uint8_t code, int bits) const {
     return tensor_.dtype.code == code && tensor_.dtype.bits == bits && tensor_.dtype.lanes == 1;
@@ -66,8 +68,8 @@ class TensorView {
   std::string describe() const {
     std::string text = "[";
     for (int i = 0; i < dims(); ++i) text += (i ? ", " : "") + std::to_string(size(i));
-    return text + "] of type code " + std::to_string(tensor_.dtype.code) + ", " + std::to_string(tensor_.dtype.bits) +
-           " bits";
+    return text + "] of type code " + std::to_string(tensor_.dtype.code) + ", " +
+           std::to_string(tensor_.dtype.bits) + " bits";
   }
 
  private:

@@ -31,8 +31,9 @@ struct Work {
   }
 };
 
-// Helpers sleep on `round`. A round admits `seats` of them; each takes a seat or goes back to sleep, and the caller
-// closes the round by taking the seats that are left and waiting for the helpers that sat down.
+// Helpers sleep on `round`. A round admits `seats` of them; each takes a seat or goes back to
+// sleep, and the caller closes the round by taking the seats that are left and waiting for the
+// helpers that sat down.
 class Pool {
  public:
   void run(Work& work, int helpers) {
@@ -53,7 +54,8 @@ class Pool {
     uint32_t seen = 0;
     for (;;) {
       uint32_t now = round_.load(std::memory_order_acquire);
-      // A short spin catches calls that follow each other; the sleep after it costs a few microseconds to leave.
+      // A short spin catches calls that follow each other; the sleep after it costs a few
+      // microseconds to leave.
       for (int i = 0; now == seen && i < 2000; ++i) {
         DR_PAUSE;
         now = round_.load(std::memory_order_acquire);
@@ -64,7 +66,8 @@ class Pool {
       }
       seen = now;
       int seats = seats_.load(std::memory_order_acquire);
-      while (seats > 0 && !seats_.compare_exchange_weak(seats, seats - 1, std::memory_order_acq_rel)) {
+      while (seats > 0 &&
+             !seats_.compare_exchange_weak(seats, seats - 1, std::memory_order_acq_rel)) {
       }
       if (seats > 0) {
         work_->drain();
@@ -92,7 +95,8 @@ void forget_in_child() {
 
 }  // namespace
 
-void parallel(int64_t items, int64_t grain, int threads, void (*run)(void*, int64_t, int64_t), void* context) {
+void parallel(int64_t items, int64_t grain, int threads, void (*run)(void*, int64_t, int64_t),
+              void* context) {
   const int64_t pieces = (items + grain - 1) / grain;
   const int helpers = int((threads < pieces ? threads : pieces) - 1);
   std::unique_lock<std::mutex> lock(gate, std::defer_lock);

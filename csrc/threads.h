@@ -5,10 +5,10 @@
 
 namespace dreamreader {
 
-// Calls run(context, first, last) on pieces of `grain` items until all `items` are done, on up to `threads` threads, the
-// calling one among them. Which thread does which piece varies, so results may not depend on it. A call from a second
-// thread at the same time runs on that thread alone.
-void parallel(int64_t items, int64_t grain, int threads, void (*run)(void* context, int64_t first, int64_t last),
-              void* context);
+// Calls run(context, first, last) on pieces of `grain` items until all `items` are done, on up to
+// `threads` threads, the calling one among them. Which thread does which piece varies, so results
+// may not depend on it. A call from a second thread at the same time runs on that thread alone.
+void parallel(int64_t items, int64_t grain, int threads,
+              void (*run)(void* context, int64_t first, int64_t last), void* context);
 
 }  // namespace dreamreader
