@@ -116,6 +116,14 @@ TRAFFIC = {
     ),
     "a head": ([Instruction("scale", lo=2.0, channels=FIRST)], 32, 32),
     "a zero head": ([Instruction("fill", vectors=torch.zeros(24), channels=FIRST)], 0, 32),
+    "a sum over a zero head": (
+        [
+            Instruction("project", vectors=torch.full((24,), 24**-0.5)),
+            Instruction("fill", vectors=torch.zeros(24), channels=FIRST),
+        ],
+        96,
+        96,
+    ),
     "a norm": ([Instruction("fill", vectors=torch.ones(24)), Instruction("renorm", HALF)], 48, 96),
 }
 
