@@ -1,6 +1,6 @@
 """What recording and editing add to generation, and what a sweep gains from being one batch.
 
-    python benchmarks/engine.py [--model shapes-unet] [--pictures 16] [--steps 20] [--rounds 7]
+    python benchmarks/engine.py [--model shapes-unet] [--untrained] [--pictures 16] [--rounds 7]
 
 Every figure is a ratio to the plain pipeline (or to one run for each strength) within the same
 round. No time is printed or written unless a no-op edit is bit-equal to no edit, recorded values
@@ -10,12 +10,14 @@ are those that a plain hook sees, and a sweep's pictures are those of its streng
 import argparse
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from paired import environment, interleaved, summary, write
 from torch import Tensor
+from untrained import save_untrained
 
 import dreamreader as dr
 
@@ -135,7 +137,9 @@ def wrong(job: Job, cache: Any) -> list[str]:
 def main() -> int:
     options = parse()
     torch.set_num_threads(options.threads)
-    job = Job(options.model, options.pictures, options.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        model = save_untrained(options.model, folder) if options.untrained else options.model
+        job = Job(model, options.pictures, options.steps)
     found = problems(job)
     if found:
         print("no times, since these checks failed:", *found, sep="\n  ", file=sys.stderr)
@@ -150,6 +154,7 @@ def main() -> int:
         "benchmark": "engine",
         "environment": environment(),
         "model": Path(options.model).name,
+        "weights": "random" if options.untrained else "trained",
         "pictures": options.pictures,
         "steps": options.steps,
         "sites": len(job.sites),
@@ -177,6 +182,9 @@ def show(result: dict[str, Any]) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="shapes-unet", help="embedded model or pipeline folder")
+    parser.add_argument(
+        "--untrained", action="store_true", help="random weights; times are the same"
+    )
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=7)

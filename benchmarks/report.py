@@ -66,6 +66,8 @@ def engine(result: dict[str, Any]) -> str:
         for name, text in ENGINE.items()
     ]
     title = f"{result['pictures']} pictures, {result['steps']} steps of {result['model']}"
+    if result["weights"] == "random":
+        title += " with random weights"
     head = (f"{title} ({plain:.1f} s)", "added time", "goal")
     swept = times(result["ratio"]["sweep"])
     tail = (

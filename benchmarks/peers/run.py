@@ -1,6 +1,6 @@
 """The same recording and steering job through several libraries, each in an environment of its own.
 
-    python benchmarks/peers/run.py [--model shapes-unet] [--peers hooks nnsight] [--output FILE]
+    python benchmarks/peers/run.py [--model shapes-unet] [--untrained] [--peers hooks nnsight]
 
 Environments are made once, under --cache, from the pinned requirements-<peer>.txt beside this file;
 dreamreader runs in the environment that runs this script. Prints and writes nothing unless every
@@ -25,6 +25,7 @@ import torch  # noqa: E402
 from paired import environment, write  # noqa: E402
 from protocol import Job  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from untrained import save_untrained  # noqa: E402
 
 PROMPTS = [
     f"a {color} {shape}"
@@ -37,8 +38,10 @@ STEERED = 2e-3  # of pictures in [0, 1], after twenty steps that each round a li
 
 def main() -> int:
     options = parse()
-    folder = model_folder(options.model)
     with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch) / "model"
+        name = options.model
+        folder = save_untrained(name, made) if options.untrained else model_folder(name)
         job = Job(
             model=folder,
             prompts=PROMPTS,
@@ -62,7 +65,8 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    shown = {**asdict(job), "model": options.model}
+    weights = "random" if options.untrained else "trained"
+    shown = {**asdict(job), "model": Path(options.model).name, "weights": weights}
     del shown["folder"]
     result = {"benchmark": "peers", "environment": environment(), "job": shown, "peers": reports}
     for name, each in reports.items():
@@ -72,13 +76,16 @@ def main() -> int:
             f"   record x{record['median']:.3f} [{record['q20']:.3f}, {record['q80']:.3f}]"
             f"   steer x{steer['median']:.3f} [{steer['q20']:.3f}, {steer['q80']:.3f}]"
         )
-    print(write(result, options.output or f"peers-{options.model}"))
+    print(write(result, options.output or f"peers-{Path(options.model).name}"))
     return 0
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="shapes-unet", help="embedded model or pipeline folder")
+    parser.add_argument(
+        "--untrained", action="store_true", help="random weights; times are the same"
+    )
     parser.add_argument("--peers", nargs="+", default=["hooks", "nnsight", "dreamreader"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--alpha", type=float, default=4.0)
