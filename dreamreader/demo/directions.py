@@ -39,6 +39,12 @@ def find_places(bench: Bench) -> list[Place]:
     return [*(Place(name, found) for name, found in blocks.items()), Place("all blocks", sites)]
 
 
+def find_readings(bench: Bench) -> list[str]:
+    """Sites that are only read: both attentions and the output of every attention block."""
+    patterns = ("unet.**.attentions.*", "unet.**.attn1", "unet.**.attn2")
+    return [site.name for pattern in patterns for site in bench.reader.sites(pattern)]
+
+
 def record(bench: Bench, rows: Sequence[Row], sites: Sequence[str]) -> LabelMeans:
     """Draws every scene in every colour and sums what the sites give for the text branch.
 

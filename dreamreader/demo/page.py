@@ -21,6 +21,7 @@ from dreamreader.report import (
     Table,
     Text,
 )
+from dreamreader.zoo import scenes
 
 if TYPE_CHECKING:
     from dreamreader.demo.run import Result
@@ -43,6 +44,7 @@ def build(result: "Result") -> Report:
         opening=[_headline(result)],
         sections=[
             _pictures(result),
+            _reading(result),
             _steering(result),
             _removal(result),
             _patching(result),
@@ -144,6 +146,36 @@ def _row(confirmed: Any, name: str, count: int, source: str, target: str) -> lis
         alt = f"{name}: {confirmed.rows[i].prompt(source)}; the object is {color}{change}"
         pictures.append(Picture(images[i], alt, color + ("" if outcome.kept[i] else ", moved")))
     return pictures
+
+
+def _reading(result: "Result") -> Section:
+    """Share of variance that the colour explains, by site and step window."""
+    plan, means = result.plan, result.means
+    count = min(10, plan.steps)
+    edges = [round(i * plan.steps / count) for i in range(count + 1)]
+    windows = list(zip(edges, edges[1:], strict=False))
+    shares = {site: means.explained(site) for site in means.sites}
+    heat = HeatMap(
+        "Share of the variance between pictures that the colour explains, percent",
+        [[float(shares[site][a:b].mean()) for a, b in windows] for site in means.sites],
+        [_short(site) for site in means.sites],
+        [str(a) if b - a == 1 else f"{a}–{b - 1}" for a, b in windows],
+        "site / steps",
+    )
+    chance = (len(scenes.COLORS) - 1) / (len(scenes.COLORS) * plan.fit - 1)
+    return Section(
+        "Where the colour can be read",
+        [heat],
+        lead=(
+            f"{plan.fit} scenes, each drawn in {len(scenes.COLORS)} colours with the same noise; "
+            f"the mean over the tokens of the text branch was recorded at {len(means.sites)} sites "
+            f"and all {plan.steps} steps. Colours that say nothing would explain {100 * chance:.0f} %."
+        ),
+    )
+
+
+def _short(site: str) -> str:
+    return site.removeprefix("unet.").replace(".transformer_blocks.0", "")
 
 
 def _steering(result: "Result") -> Section:

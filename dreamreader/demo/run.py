@@ -68,6 +68,7 @@ class Result:
                 name: [{"strength": s, **found.as_dict()} for s, found in line]
                 for name, line in self.confirmed.curve.items()
             },
+            "explained": {site: self.means.explained(site).tolist() for site in self.means.sites},
             "sweep": [
                 {
                     "place": p.place,
@@ -112,7 +113,7 @@ def run_demo(reader: "Reader", plan: Plan, out: Path, progress: "Progress | None
     sites = places[-1].sites
     with torch.inference_mode():
         with stage("record pairs", bench, plan.fit * 8):
-            means = directions.record(bench, rows.fit, sites)
+            means = directions.record(bench, rows.fit, directions.find_readings(bench))
         found = {
             place.name: directions.difference(means, place, plan.source, plan.target)
             for place in places

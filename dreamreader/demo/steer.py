@@ -32,8 +32,9 @@ class Confirmation:
     """The chosen setting on rows that had no part in the choice.
 
     Attributes:
-        rows: prompts and seeds. images: pictures by condition: "no edit", "direction", "random", and "prompt",
-            where the prompt itself says the target colour: what an edit can reach at best.
+        rows: prompts and seeds.
+        images: pictures by condition: "no edit", "direction", "random", and "prompt", where the
+            prompt itself says the target colour: what an edit can reach at best.
         outcomes: what the detector read, by the same names.
         curve: by "direction" and "random", (strength, outcome) over the first `Plan.curve` rows.
     """

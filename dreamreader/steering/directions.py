@@ -31,6 +31,9 @@ class LabelMeans:
     def __init__(self):
         self._sums: dict[str, dict[str, Float[Tensor, "steps features"]]] = {}
         self._counts: dict[str, dict[str, int]] = {}
+        self._squares: dict[
+            str, Float[Tensor, " steps"]
+        ] = {}  # sum over rows of |mean over tokens|^2
 
     def add(self, cache: "Mapping[str, Activation]", labels: Sequence[str]) -> None:
         """Adds the rows of a cache.
@@ -59,6 +62,8 @@ class LabelMeans:
                     )
                 sums[label] = sums[label] + row if label in sums else row.clone()
                 counts[label] = counts.get(label, 0) + 1
+            squares = means.square().sum((0, 2))
+            self._squares[site] = self._squares.get(site, torch.zeros_like(squares)) + squares
 
     @property
     def sites(self) -> list[str]:
@@ -91,6 +96,30 @@ class LabelMeans:
         if not others:
             raise InvalidInput(f"{site}: {label!r} is the only label, there is nothing to contrast")
         return (own - torch.stack([self.mean(site, other) for other in others]).mean(0)).float()
+
+    def explained(self, site: str) -> Float[Tensor, " steps"]:
+        """Share of the variance between rows that the labels explain, for each step (eta squared).
+
+        `sum_l n_l |mu_l - mu|^2 / sum_i |h_i - mu|^2` over token means h_i. Labels that say nothing
+        still explain about `(labels - 1) / (rows - 1)`.
+
+        Args:
+            site: a site that was added.
+
+        Returns:
+            Values in [0, 1], float32; 0 where all rows are equal.
+        """
+        labels = self._sums.get(site, {})
+        means = torch.stack([self.mean(site, label) for label in labels]) if labels else None
+        if means is None:
+            raise UnknownName("site", site, self._sums)
+        counts = torch.tensor([self._counts[site][label] for label in labels], dtype=torch.float64)
+        rows = counts.sum()
+        middle = (means * counts[:, None, None]).sum(0) / rows
+        between = ((means - middle).square().sum(2) * counts[:, None]).sum(0)
+        total = self._squares[site] - rows * middle.square().sum(1)
+        share = torch.where(total > 0, between / total.clamp(min=1e-300), torch.zeros_like(total))
+        return share.clamp(0, 1).float()
 
     def subspace(self, site: str, rank: int) -> Float[Tensor, "rank features"]:
         """Orthonormal rows that span most of what differs between labels, over all steps, float32.

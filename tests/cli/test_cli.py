@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +78,26 @@ def test_a_folder_that_is_no_model_is_named(tmp_path):
     assert found.exit_code == 2 and "not a whole transformers model" in found.output
 
 
+def test_broken_weights_are_named_without_a_traceback(folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    found = run("generate", "x", "-m", str(broken), "-o", str(tmp_path / "out"))
+    assert found.exit_code == 2 and "not a whole diffusers pipeline" in found.output
+    shutil.rmtree(broken / "unet")
+    found = run("sites", str(broken))
+    assert found.exit_code == 2 and str(broken) in found.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_id_that_cannot_be_reached_is_an_error(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found = run("sites", "nobody/nothing-at-all")
+    assert found.exit_code == 2 and "nobody/nothing-at-all" in found.output
+    assert "Traceback" not in found.output
+
+
 def test_a_language_model_that_is_not_fetched_says_how(tmp_path, monkeypatch):
     monkeypatch.setenv("DREAMREADER_CACHE", str(tmp_path))
     found = run("sites", "smollm2-135m")
@@ -91,7 +112,7 @@ def test_sites_lists_ports_and_shapes(folder):
     assert len(rows) == 7
     by_name = {row["site"]: row for row in rows}
     middle = by_name["unet.mid_block.attentions.0.transformer_blocks.0.attn2"]
-    assert middle["shape"] == [2, 16, 96] and middle["module"] == "Attention"
+    assert middle["shape"][::2] == [2, 96] and middle["module"] == "Attention"
     assert {"out", "in", "delta", "q", "k", "v", "heads", "probs"} == set(middle["ports"])
 
 

@@ -116,18 +116,27 @@ def test_demo_writes_report_results_and_edit(finished):
     assert names == ["edits/red-to-blue.safetensors", "report.html", "results.json"]
     found = json.loads((out / "results.json").read_text())
     assert found["fingerprint"]["digest"] == result.fingerprint.digest
-    assert len(found["sweep"]) == 6 * 3 * 2 and len(found["patching"]) == 6 * 3
+    places = len(result.places)
+    assert len(found["sweep"]) == places * 3 * 2 and len(found["patching"]) == places * 3
     assert found["test"]["direction"]["turned"]["n"] == 2
     assert found["pictures"] == result.pictures
+    assert len(found["explained"]) == 3 * len(result.places[-1].sites)
+    assert all(len(line) == TINY.steps for line in found["explained"].values())
 
 
 def test_report_says_what_was_found(finished):
     result, out = finished
     text = (out / "report.html").read_text()
-    for heading in ("Pictures", "Strength, site and step window", "Taking red out", "What fired"):
+    for heading in (
+        "Pictures",
+        "Where the colour can be read",
+        "Strength, site and step window",
+        "Taking red out",
+        "What fired",
+    ):
         assert f">{heading}</h2>" in text
     assert result.fingerprint.digest in text and result.confirmed.rows[0].prompt("red") in text
-    assert text.count('class="plot"') == 2 and text.count('class="heat"') == 4
+    assert text.count('class="plot"') == 2 and text.count('class="heat"') == 5
     assert re.findall(r'alt=""', text) == [] and len(re.findall("<img ", text)) > 20
 
 
@@ -137,7 +146,7 @@ def test_random_control_has_the_norm_of_the_direction(finished):
 
     real = difference(result.means, result.places[-1], "red", "blue")
     random = controls(real, 1)
-    assert len(real) == 7 and all(v.shape[0] == TINY.steps for v in real.values())
+    assert real and all(v.shape[0] == TINY.steps for v in real.values())
     for site, v in real.items():
         assert torch.allclose(random[site].norm(dim=1), v.norm(dim=1), rtol=1e-4)
         cosine = torch.cosine_similarity(random[site], v).abs()

@@ -55,6 +55,26 @@ def test_contrast_and_subspace():
         means.subspace(SITE, 3)
 
 
+def test_explained_is_one_minus_the_variance_within_labels():
+    x = torch.randn(9, 2, 3, 4) + 5
+    labels = list("aabbbcccc")
+    means = LabelMeans()
+    means.add({SITE: activation(x)}, labels)
+    h = x.double().mean(2)  # [rows, steps, features]
+    within = sum(
+        (part - part.mean(0)).square().sum((0, 2))
+        for label in "abc"
+        for part in [h[[i for i, other in enumerate(labels) if other == label]]]
+    )
+    total = (h - h.mean(0)).square().sum((0, 2))
+    assert torch.allclose(means.explained(SITE), (1 - within / total).float(), atol=1e-6)
+    same = LabelMeans()
+    same.add({SITE: activation(torch.ones(4, 2, 3, 4))}, list("aabb"))
+    assert torch.equal(same.explained(SITE), torch.zeros(2))
+    with pytest.raises(UnknownName, match="unknown site 'unet'"):
+        means.explained("unet")
+
+
 def test_heads_are_flattened():
     x = torch.randn(2, 1, 3, 4, 5)
     means = LabelMeans()
