@@ -319,8 +319,8 @@ class Session(AbstractContextManager):
                 self._shapes[name] = run.shape
             for now, plan in run.fired:
                 _count(lines, name, now, plan)
-            for now, plan in run.skipped:
-                for number in plan.active:
+            for now, numbers in run.skipped:
+                for number in numbers:
                     step = now.instant.step if isinstance(now.instant, Instant) else 0
                     lines[number, name].not_computed[step] += 1
             _note_unchanged(lines, name, run)

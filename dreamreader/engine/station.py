@@ -53,7 +53,7 @@ class SiteRun:
         self.edits: list[tuple[int, EditRequest]] = []
         self.recorders: list[Recorder] = []
         self.fired: list[tuple[Now, Plan]] = []
-        self.skipped: list[tuple[Now, Plan]] = []
+        self.skipped: list[tuple[Now, tuple[int, ...]]] = []
         self.changed: set[int] = set()
         self.overflows: list[tuple[Now, Tensor]] = []
         self.shape: tuple[int, ...] | None = None
@@ -85,12 +85,19 @@ class SiteRun:
             recorder.keep(x, cut, now, moments)
         return y
 
-    def pass_over(self, view: View) -> None:
+    def pass_over(self) -> None:
         """A step cache skipped the site: nothing is edited or recorded, but it is reported."""
         now = self.shared.current(self.site)
-        plan = self._plan(now, view, False)
-        if plan.active:
-            self.skipped.append((now, plan))
+        active, wanted = self._at_work(now)
+        numbers = tuple(n for n, _ in active) + tuple(each.number for each in wanted)
+        if numbers:
+            self.skipped.append((now, numbers))
+
+    def _at_work(self, now: Now) -> tuple[list[tuple[int, EditRequest]], list[Recorder]]:
+        """The edits and recordings whose selection holds in this call."""
+        name, is_active = self.site.name, self.shared.is_active
+        edits = [(n, each) for n, each in self.edits if is_active(each, now, name)]
+        return edits, [each for each in self.recorders if is_active(each.request, now, name)]
 
     def release(self) -> None:
         """Let go of everything that is not a result."""
@@ -99,10 +106,8 @@ class SiteRun:
 
     def _plan(self, now: Now, view: View, heads_split: bool) -> Plan:
         x = view.x
-        name = self.site.name
         self.shape = tuple(x.shape)
-        active = [(n, each) for n, each in self.edits if self.shared.is_active(each, now, name)]
-        wanted = [each for each in self.recorders if self.shared.is_active(each.request, now, name)]
+        active, wanted = self._at_work(now)
         if not active and not wanted:
             return _IDLE
         # Steps with the same requests at work share a plan, unless an edit differs from step to
@@ -332,7 +337,7 @@ class Station:
             value = pick(output, tap.element, run.site.name)
             if not computed:
                 self._inputs.pop(id(run), None)
-                run.pass_over(View(value, self._channels_last))
+                run.pass_over()
                 continue
             if tap.side == "delta":
                 new = self._delta(run, value)
@@ -380,7 +385,7 @@ class Station:
     def _probs(self, run: SiteRun, computed: bool) -> None:
         if not computed:
             self.shared.probs.drop()
-            run.pass_over(View(torch.zeros(0, 1, 1)))
+            run.pass_over()
             return
         found = self.shared.probs.end(run.site.name, run.site.heads or 1)
         view = View(found.flatten(1, 2))

@@ -222,11 +222,12 @@ def test_pyramid_attention_broadcast_is_reported_and_never_recorded() -> None:
     pipe.transformer.enable_cache(config)
     site = f"{FLUX}.attn"
     kw = {"name": "flux", "num_inference_steps": 4}
-    result = run(reader, record=[site, f"{site}:q"], **kw)
+    result = run(reader, record=[site, f"{site}:q", f"{site}:probs"], **kw)
     computed = [each.step for each in result.cache[site].steps]
     skipped = sorted(result.firing.of(site)[0].not_computed)
     assert computed and skipped and sorted(computed + skipped) == [0, 1, 2, 3]
-    assert [each.step for each in result.cache[f"{site}:q"].steps] == computed
+    for port in ("q", "probs"):
+        assert [each.step for each in result.cache[f"{site}:{port}"].steps] == computed
     edited = run(reader, Steer(site, torch.ones(32)), **kw)
     assert sorted(edited.firing[0].steps) == computed
 
