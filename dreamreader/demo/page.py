@@ -169,7 +169,8 @@ def _reading(result: "Result") -> Section:
         lead=(
             f"{plan.fit} scenes, each drawn in {len(scenes.COLORS)} colours with the same noise; "
             f"the mean over the tokens of the text branch was recorded at {len(means.sites)} sites "
-            f"and all {plan.steps} steps. Colours that say nothing would explain {100 * chance:.0f} %."
+            f"and all {plan.steps} steps. Colours that say nothing would explain "
+            f"{100 * chance:.0f} %."
         ),
     )
 
