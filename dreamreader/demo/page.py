@@ -161,6 +161,10 @@ def _reading(result: "Result") -> Section:
         [_short(site) for site in means.sites],
         [str(a) if b - a == 1 else f"{a}–{b - 1}" for a, b in windows],
         "site / steps",
+        caption=(
+            "“down 1.0” is unet.down_blocks.1.attentions.0: the output of the whole block, of its "
+            "self-attention (attn1) and of its cross-attention (attn2)."
+        ),
     )
     chance = (len(scenes.COLORS) - 1) / (len(scenes.COLORS) * plan.fit - 1)
     return Section(
@@ -176,7 +180,10 @@ def _reading(result: "Result") -> Section:
 
 
 def _short(site: str) -> str:
-    return site.removeprefix("unet.").replace(".transformer_blocks.0", "")
+    """`down 1.0 attn2` for `unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2`."""
+    name = site.removeprefix("unet.").replace(".transformer_blocks.0.", " ")
+    name = name.replace("_blocks.", " ").replace("_block", "").replace(".attentions", "")
+    return name if " attn" in name else name + " block"
 
 
 def _steering(result: "Result") -> Section:
@@ -207,10 +214,10 @@ def _steering(result: "Result") -> Section:
             Charts([dose, random]),
             Charts(_sweep_maps(result)),
             Text(
-                f"Chosen: {best.place}, {best.window}, strength {best.strength:g}: the setting "
-                f"that turned most of the {plan.choose} rows of the choosing set among those "
-                f"that kept shape and place in at least {100 * plan.keep:.0f} % of them; the "
-                "others are in brackets. Bands are 95 % Wilson intervals."
+                f"Chosen: {best.place}, {best.window}, strength {best.strength:g}: of all settings "
+                f"the one whose smaller share, of turned and of kept pictures, is the largest on the "
+                f"{plan.choose} rows of the choosing set. In brackets: shape and place kept in fewer "
+                f"than {100 * plan.keep:.0f} %. Bands are 95 % Wilson intervals."
             ),
         ],
         lead=(

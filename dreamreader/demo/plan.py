@@ -19,7 +19,7 @@ class Plan:
         curve: test rows that are drawn at every strength; `test` are drawn at the chosen one.
         strengths: multiples of the mean difference.
         windows: number of equal step windows of the patching heat map.
-        keep: least share of kept shapes and places for a (site, window, strength) to be chosen.
+        keep: share of kept shapes and places below which the page sets a cell in brackets.
         batch: rows per call of the pipeline.
     """
 

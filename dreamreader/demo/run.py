@@ -121,7 +121,7 @@ def run_demo(reader: "Reader", plan: Plan, out: Path, progress: "Progress | None
         settings = len(plan.strengths) * len(WINDOWS)
         with stage("steer", bench, plan.choose * (1 + len(places) * settings)):
             points = steer.sweep(bench, rows.choose, places, found)
-        best = steer.choose(points, plan.keep)
+        best = steer.choose(points)
         place = next(each for each in places if each.name == best.place)
         more = (len(plan.strengths) - 1) * min(plan.curve, plan.test)
         with stage("measure", bench, 4 * plan.test + 2 * more):

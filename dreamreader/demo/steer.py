@@ -70,21 +70,21 @@ def sweep(
     return points
 
 
-def choose(points: Sequence[Point], keep: float) -> Point:
-    """The point that turns most pictures among those that keep enough; ties go to the weakest.
+def choose(points: Sequence[Point]) -> Point:
+    """The point whose smaller share, of turned and of kept pictures, is the largest.
+
+    A setting is as good as the worse of the two things it has to do. Ties go to the larger sum, then to
+    the weaker edit.
 
     Args:
         points: of the sweep.
-        keep: least share of kept shapes and places; if no point reaches it, the product of both
-            shares decides.
     """
-    enough = [point for point in points if point.outcome.share("kept").value >= keep]
 
     def rank(point: Point) -> tuple[float, float, float]:
         turned, kept = (point.outcome.share(name).value for name in ("turned", "kept"))
-        return (turned, kept, -point.strength) if enough else (turned * kept, 0.0, -point.strength)
+        return min(turned, kept), turned + kept, -point.strength
 
-    return max(enough or points, key=rank)
+    return max(points, key=rank)
 
 
 def confirm(

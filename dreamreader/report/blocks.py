@@ -187,15 +187,16 @@ class HeatMap:
             for i, name in enumerate(self.rows)
         ]
 
+    def _text(self, value: float) -> str:
+        if not np.isfinite(value):
+            return "–"
+        if self.percent:
+            return str(round(100 * value))  # an int, so that no cell says -0
+        return f"{value:.2g}"
+
     def _cell(self, row: int, column: int, value: float) -> dict[str, object]:
         share = min(1.0, abs(value) / self.limit) if np.isfinite(value) else 0.0
-        text = (
-            "–"
-            if not np.isfinite(value)
-            else f"{100 * value:.0f}"
-            if self.percent
-            else f"{value:.2g}"
-        )
+        text = self._text(value)
         if self.bracketed and self.bracketed[row][column]:
             text = f"({text})"
         note = self.notes[row][column] if self.notes else ""

@@ -76,16 +76,17 @@ def test_tint_runs_from_source_to_target():
     assert found[2] == pytest.approx(float(found[0] + found[1]) / 2, abs=1e-5)
 
 
-def test_choice_takes_the_most_turned_among_those_that_keep_enough():
+def test_choice_is_as_good_as_its_worse_half():
     points = [
         Point("a", "all steps", 8.0, outcome(1.0, 0.5)),
-        Point("b", "all steps", 4.0, outcome(0.9, 0.8)),
-        Point("b", "all steps", 2.0, outcome(0.9, 0.8)),
-        Point("c", "all steps", 1.0, outcome(0.4, 1.0)),
+        Point("b", "all steps", 4.0, outcome(0.8, 0.9)),
+        Point("b", "all steps", 2.0, outcome(0.8, 0.9)),
+        Point("c", "all steps", 2.0, outcome(0.8, 0.8)),
+        Point("d", "all steps", 1.0, outcome(0.4, 1.0)),
     ]
-    assert choose(points, keep=0.8) is points[2]
-    assert choose(points[:1], keep=0.8) is points[0]
-    assert choose([points[0], points[3]], keep=1.1) is points[0]
+    assert choose(points) is points[2]
+    assert choose(points[::-1]) is points[2]
+    assert choose(points[:1]) is points[0]
 
 
 def test_plan_refuses_what_the_world_does_not_have():

@@ -147,6 +147,11 @@ def test_heat_map_shades_by_size_and_sign():
     assert missing["text"] == "–"
 
 
+def test_heat_map_has_no_negative_zero_and_sets_brackets():
+    block = HeatMap("h", [[-0.001, 0.3]], ["r"], ["a", "b"], bracketed=[[False, True]])
+    assert [cell["text"] for cell in block.lines[0][1]] == ["0", "(30)"]
+
+
 def test_curves_keep_values_within_the_frame_and_list_their_numbers():
     chart = Curves("c", [Series("s", [0, 4], [-3.0, 7.0])], "x", percent=False)
     heights = [float(y) for y in re.findall(r'cy="([\d.]+)"', chart.svg)]
