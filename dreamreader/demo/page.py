@@ -215,9 +215,9 @@ def _steering(result: "Result") -> Section:
             Charts(_sweep_maps(result)),
             Text(
                 f"Chosen: {best.place}, {best.window}, strength {best.strength:g}: of all settings "
-                f"the one whose smaller share, of turned and of kept pictures, is the largest on the "
-                f"{plan.choose} rows of the choosing set. In brackets: shape and place kept in fewer "
-                f"than {100 * plan.keep:.0f} %. Bands are 95 % Wilson intervals."
+                f"the one whose smaller share, of turned and of kept pictures, is the largest on "
+                f"the {plan.choose} rows of the choosing set. In brackets: shape and place kept in "
+                f"fewer than {100 * plan.keep:.0f} %. Bands are 95 % Wilson intervals."
             ),
         ],
         lead=(

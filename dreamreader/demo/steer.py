@@ -73,8 +73,8 @@ def sweep(
 def choose(points: Sequence[Point]) -> Point:
     """The point whose smaller share, of turned and of kept pictures, is the largest.
 
-    A setting is as good as the worse of the two things it has to do. Ties go to the larger sum, then to
-    the weaker edit.
+    A setting is as good as the worse of the two things it has to do. Ties go to the larger sum,
+    then to the weaker edit.
 
     Args:
         points: of the sweep.
