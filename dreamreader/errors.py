@@ -15,7 +15,9 @@ class UnknownName(DreamreaderError, LookupError):
         options = list(known)
         near = nearest(name, options) or options[:5]
         listed = ", ".join(near) if near else "none"
-        super().__init__(f"unknown {kind} {name!r}; nearest: {listed}" + (f". {hint}" if hint else ""))
+        super().__init__(
+            f"unknown {kind} {name!r}; nearest: {listed}" + (f". {hint}" if hint else "")
+        )
 
 
 class InvalidInput(DreamreaderError, ValueError):
