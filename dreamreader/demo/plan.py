@@ -33,7 +33,7 @@ class Plan:
     test: int = 40
     patch: int = 4
     curve: int = 12
-    strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 4.0)
+    strengths: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0)
     windows: int = 4
     keep: float = 0.8
     batch: int = 48
