@@ -44,9 +44,9 @@ class Recipe:
 VAE = Recipe(steps=2800, batch=16, rate=2e-3)
 CAPTIONS = Recipe(steps=450, batch=128, rate=1e-3)
 DENOISER = {
-    "shapes-unet": Recipe(steps=3200, batch=64, rate=1e-3),
-    "shapes-unet-b": Recipe(steps=4000, batch=64, rate=1e-3),
-    "shapes-dit": Recipe(steps=6000, batch=64, rate=1e-3),
+    "shapes-unet": Recipe(steps=12_000, batch=64, rate=1e-3),
+    "shapes-unet-b": Recipe(steps=12_000, batch=64, rate=1e-3),
+    "shapes-dit": Recipe(steps=12_000, batch=64, rate=1e-3),
 }
 SCENES = 40_000
 SAVE_EVERY = 200
