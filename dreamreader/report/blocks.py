@@ -204,7 +204,7 @@ class HeatMap:
             "text": text,
             "shade": round(100 * share),
             "side": "cold" if value < 0 else "warm",
-            "strong": share > 0.55,
+            "strong": share > 0.62,
             "note": note,
         }
 
