@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("diffusers", "transformers", "accelerate", "matplotlib", "pyarrow", "pydantic", "typer", "jinja2")
+HEAVY = (
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "matplotlib",
+    "pyarrow",
+    "pydantic",
+    "typer",
+    "jinja2",
+)
 
 
 def test_every_import_points_downwards():
