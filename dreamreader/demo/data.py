@@ -25,16 +25,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Split:
-    """Disjoint scenes: directions are fitted on `fit`, site and strength chosen on `choose`."""
+    """Disjoint scenes: directions come from `fit`, the setting from `choose` and `refine`."""
 
     fit: Sequence[Row]
     choose: Sequence[Row]
+    refine: Sequence[Row]
     test: Sequence[Row]
     patch: Sequence[Row]
 
 
 def split(plan: Plan) -> Split:
-    """Draws the four sets; no scene and no seed is in two of them.
+    """Draws the five sets; no scene and no seed is in two of them.
 
     Args:
         plan: how many rows each set has, the colours, and the seed of the draw.
@@ -59,7 +60,7 @@ def split(plan: Plan) -> Split:
     ]
     rng = random.Random(plan.seed)
     rng.shuffle(every)
-    sizes = (plan.fit, plan.choose, plan.test, plan.patch)
+    sizes = (plan.fit, plan.choose, plan.refine, plan.test, plan.patch)
     if sum(sizes) > len(every):
         raise InvalidInput(f"the demo needs {sum(sizes)} scenes, there are {len(every)}")
     framed = [replace(scene, frame=rng.random() < scenes.FRAMED) for scene in every[: sum(sizes)]]

@@ -31,6 +31,11 @@ class Outcome:
     def share(self, name: str) -> Interval:
         return wilson(getattr(self, name))
 
+    def __add__(self, other: "Outcome") -> "Outcome":
+        """The outcome over the pictures of both."""
+        names = ("turned", "source", "kept", "rest")
+        return Outcome(*([*getattr(self, name), *getattr(other, name)] for name in names))
+
     def as_dict(self) -> dict[str, dict[str, float | int]]:
         return {name: self.share(name).as_dict() for name in ("turned", "source", "kept", "rest")}
 

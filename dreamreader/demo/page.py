@@ -39,7 +39,7 @@ def build(result: "Result") -> Report:
             f"Prompts ask for a {plan.source} object. Inside the model a vector is added that was "
             f"fitted on {plan.fit} scenes, each drawn in {plan.source} and in {plan.target}. "
             f"A detector reads the pictures. Site, step window and strength were chosen on "
-            f"{plan.choose} scenes; the numbers here come from {plan.test} others."
+            f"{plan.choose + plan.refine} scenes; the numbers here come from {plan.test} others."
         ),
         opening=[_headline(result)],
         sections=[
@@ -214,10 +214,24 @@ def _steering(result: "Result") -> Section:
             Charts([dose, random]),
             Charts(_sweep_maps(result)),
             Text(
-                f"Chosen: {best.place}, {best.window}, strength {best.strength:g}: of all settings "
-                f"the one whose smaller share, of turned and of kept pictures, is the largest on "
-                f"the {plan.choose} rows of the choosing set. In brackets: shape and place kept in "
-                f"fewer than {100 * plan.keep:.0f} %. Bands are 95 % Wilson intervals."
+                f"In brackets: shape and place kept in less than {100 * plan.keep:.0f} %. The best "
+                f"{len(result.finalists)} of these settings were drawn on {plan.refine} more rows. "
+                f"Chosen: {best.place}, {best.window}, strength {best.strength:g}, whose smaller "
+                f"share, of turned and of kept pictures, is the largest. Bands are 95 % Wilson "
+                "intervals."
+            ),
+            Folded(
+                f"The {len(result.finalists)} finalists",
+                [
+                    Table(
+                        ["site", "steps", "strength", plan.target, "shape and place kept"],
+                        [
+                            [p.place, p.window, p.strength]
+                            + [p.outcome.share(key).percent() for key in ("turned", "kept")]
+                            for p in result.finalists
+                        ],
+                    )
+                ],
             ),
         ],
         lead=(
@@ -248,7 +262,7 @@ def _sweep_maps(result: "Result") -> list[HeatMap]:
         names = [place.name for place in result.places]
         maps.append(
             HeatMap(
-                f"Turned {plan.target}, percent: {window}",
+                f"Turned {plan.target}, percent of {plan.choose}: {window}",
                 [[cells[n, s].share("turned").value for s in plan.strengths] for n in names],
                 names,
                 [f"{s:g}" for s in plan.strengths],

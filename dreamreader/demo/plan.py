@@ -15,7 +15,8 @@ class Plan:
 
     Attributes:
         source, target: the colour that prompts name, and the one to steer to.
-        fit: scenes recorded in every colour. choose, test, patch: rows of the other sets.
+        fit: scenes recorded in every colour. choose, refine, test, patch: rows of the other sets.
+        finalists: settings of the sweep that are also drawn on the `refine` rows before the choice.
         curve: test rows that are drawn at every strength; `test` are drawn at the chosen one.
         strengths: multiples of the mean difference.
         windows: number of equal step windows of the patching heat map.
@@ -29,7 +30,9 @@ class Plan:
     steps: int = int(SETTINGS["num_inference_steps"])
     guidance: float = float(SETTINGS["guidance_scale"])
     fit: int = 8
-    choose: int = 5
+    choose: int = 4
+    refine: int = 12
+    finalists: int = 6
     test: int = 40
     patch: int = 4
     curve: int = 12
@@ -54,6 +57,8 @@ class Plan:
             steps=8,
             fit=2,
             choose=2,
+            refine=2,
+            finalists=2,
             test=4,
             patch=1,
             curve=2,

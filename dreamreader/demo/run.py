@@ -32,6 +32,7 @@ class Result:
     places: list[directions.Place]
     means: LabelMeans
     points: list[steer.Point]
+    finalists: list[steer.Point]
     best: steer.Point
     confirmed: steer.Confirmation
     removal: remove.Removal
@@ -69,15 +70,8 @@ class Result:
                 for name, line in self.confirmed.curve.items()
             },
             "explained": {site: self.means.explained(site).tolist() for site in self.means.sites},
-            "sweep": [
-                {
-                    "place": p.place,
-                    "window": p.window,
-                    "strength": p.strength,
-                    **p.outcome.as_dict(),
-                }
-                for p in self.points
-            ],
+            "sweep": [_point(point) for point in self.points],
+            "finalists": [_point(point) for point in self.finalists],
             "removal": {name: found.as_dict() for name, found in self.removal.outcomes.items()},
             "patching": [
                 {"place": place, "window": window, "effect": cell.as_dict()}
@@ -121,7 +115,9 @@ def run_demo(reader: "Reader", plan: Plan, out: Path, progress: "Progress | None
         settings = len(plan.strengths) * len(WINDOWS)
         with stage("steer", bench, plan.choose * (1 + len(places) * settings)):
             points = steer.sweep(bench, rows.choose, places, found)
-        best = steer.choose(points)
+        with stage("refine", bench, plan.refine * (1 + plan.finalists)):
+            finalists = steer.refine(bench, rows.refine, places, found, points)
+        best = steer.choose(finalists)
         place = next(each for each in places if each.name == best.place)
         more = (len(plan.strengths) - 1) * min(plan.curve, plan.test)
         with stage("measure", bench, 4 * plan.test + 2 * more):
@@ -131,7 +127,7 @@ def run_demo(reader: "Reader", plan: Plan, out: Path, progress: "Progress | None
         with stage("patch", bench, plan.patch * (2 + len(places) * (plan.windows + 1))):
             patching = patch.patch(bench, rows.patch, places)
     result = Result(
-        plan, places, means, points, best, confirmed, removal, patching, bench.fired,
+        plan, places, means, points, finalists, best, confirmed, removal, patching, bench.fired,
         fingerprint(reader.subject, {"plan": plan, "sites": list(sites)}, _seeds(rows)),
         bench.pictures, time.perf_counter() - start,
     )  # fmt: skip
@@ -142,8 +138,14 @@ def run_demo(reader: "Reader", plan: Plan, out: Path, progress: "Progress | None
     return result
 
 
+def _point(point: steer.Point) -> dict[str, Any]:
+    place = {"place": point.place, "window": point.window, "strength": point.strength}
+    return place | point.outcome.as_dict()
+
+
 def _seeds(rows: data.Split) -> list[int]:
-    return [row.seed for part in (rows.fit, rows.choose, rows.test, rows.patch) for row in part]
+    parts = (rows.fit, rows.choose, rows.refine, rows.test, rows.patch)
+    return [row.seed for part in parts for row in part]
 
 
 def _save_edit(edit: Any, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Steering: a sweep over site, window and strength, the choice, and its test on other rows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Float
 from torch import Tensor
@@ -70,6 +70,31 @@ def sweep(
     return points
 
 
+def refine(
+    bench: Bench,
+    rows: Sequence[Row],
+    places: Sequence[Place],
+    directions: Directions,
+    points: Sequence[Point],
+) -> list[Point]:
+    """The finalists of the sweep, with the outcome on further rows added to theirs.
+
+    A few rows tell good settings from bad ones, but not good ones from each other.
+    """
+    plan = bench.plan
+    by_name = {place.name: place for place in places}
+    unedited = read_unedited(bench, rows)
+    found = []
+    for point in sorted(points, key=_rank, reverse=True)[: plan.finalists]:
+        place = by_name[point.place]
+        alphas = [point.strength] * len(rows)
+        edit = steer(bench, place, directions[point.place], point.window, alphas)
+        images = _draw(bench, rows, [edit], "refine")
+        more = judge(images, unedited, plan.source, plan.target)
+        found.append(replace(point, outcome=point.outcome + more))
+    return found
+
+
 def choose(points: Sequence[Point]) -> Point:
     """The point whose smaller share, of turned and of kept pictures, is the largest.
 
@@ -77,14 +102,14 @@ def choose(points: Sequence[Point]) -> Point:
     then to the weaker edit.
 
     Args:
-        points: of the sweep.
+        points: candidates.
     """
+    return max(points, key=_rank)
 
-    def rank(point: Point) -> tuple[float, float, float]:
-        turned, kept = (point.outcome.share(name).value for name in ("turned", "kept"))
-        return min(turned, kept), turned + kept, -point.strength
 
-    return max(points, key=rank)
+def _rank(point: Point) -> tuple[float, float, float]:
+    turned, kept = (point.outcome.share(name).value for name in ("turned", "kept"))
+    return min(turned, kept), turned + kept, -point.strength
 
 
 def confirm(

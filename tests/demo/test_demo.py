@@ -16,7 +16,17 @@ from dreamreader.zoo import scenes
 from dreamreader.zoo.detector import detect
 
 TINY = Plan(
-    steps=4, fit=1, choose=1, test=2, patch=1, curve=1, strengths=(1.0, 4.0), windows=2, batch=8
+    steps=4,
+    fit=1,
+    choose=1,
+    refine=1,
+    finalists=2,
+    test=2,
+    patch=1,
+    curve=1,
+    strengths=(1.0, 4.0),
+    windows=2,
+    batch=8,
 )
 
 
@@ -35,9 +45,10 @@ def picture(color: str, shape: str = "circle", row: str = "top") -> torch.Tensor
 def test_sets_are_disjoint_and_repeatable():
     plan = Plan()
     parts = split(plan)
-    rows = [*parts.fit, *parts.choose, *parts.test, *parts.patch]
-    assert [len(p) for p in (parts.fit, parts.choose, parts.test, parts.patch)] == [
-        plan.fit, plan.choose, plan.test, plan.patch,
+    sets = (parts.fit, parts.choose, parts.refine, parts.test, parts.patch)
+    rows = [row for each in sets for row in each]
+    assert [len(each) for each in sets] == [
+        plan.fit, plan.choose, plan.refine, plan.test, plan.patch,
     ]  # fmt: skip
     assert len({row.seed for row in rows}) == len(rows)
     assert len({row.prompt("red") for row in rows}) == len(rows)
@@ -120,6 +131,7 @@ def test_demo_writes_report_results_and_edit(finished):
     places = len(result.places)
     assert len(found["sweep"]) == places * 3 * 2 and len(found["patching"]) == places * 3
     assert found["test"]["direction"]["turned"]["n"] == 2
+    assert [point["turned"]["n"] for point in found["finalists"]] == [2, 2]
     assert found["pictures"] == result.pictures
     assert len(found["explained"]) == 3 * len(result.places[-1].sites)
     assert all(len(line) == TINY.steps for line in found["explained"].values())
@@ -159,6 +171,7 @@ def test_every_edit_fired_where_it_should(finished):
     titles = [title for title, _ in result.fired]
     assert titles == [
         *(f"steer {place.name}" for place in result.places),
+        *["refine"] * TINY.finalists,
         "test, direction", "test, random", "remove, projected out", "remove, random projected out",
         *(f"patch {place.name}" for place in result.places),
     ]  # fmt: skip
