@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +10,11 @@ from torch import Tensor
 from dreamreader.engine.clock_schedule import Instant
 from dreamreader.engine.now import Now, Positions
 from dreamreader.engine.subject import Subject
-from dreamreader.engine.tracker import Parameters, _watched
+from dreamreader.engine.tracker import ModuleTracker, Parameters
 from dreamreader.errors import ClockUnknown
 
 
-class LanguageTracker(AbstractContextManager):
+class LanguageTracker(ModuleTracker):
     """Follows a transformers decoder through forward and generate.
 
     Step 0 is the prompt. A later call is at step `past + length - prompt`, from the tokens that the
@@ -28,38 +27,17 @@ class LanguageTracker(AbstractContextManager):
     """
 
     def __init__(self, subject: Subject, prompt: int | None = None):
-        self.model = subject.components()[""]
-        self.now: Now | None = None
-        self.runs = 0
-        self.prompts: list[str] | None = None
+        super().__init__(subject)
         self.prompt = prompt
         self._given = prompt is not None
         self._ids: Tensor | None = None
         self._prompt_ids: Tensor | None = None
         self._pads: tuple[int, ...] = ()
-        self._parameters = Parameters(self.model)
-        self._stack: ExitStack | None = None
-
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            stack.enter_context(_watched(self.model, self._began, self._ended))
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        stack, self._stack = self._stack, None
-        if stack is not None:
-            stack.close()
+        self._parameters = Parameters(self.module)
 
     def outside(self, component: str) -> Now:
         why = ClockUnknown(f"{component} was called outside a forward of the whole model")
         return Now(component, "outside", self.runs, why, ("cond",), None)
-
-    def total(self) -> int | None:
-        return None
-
-    def schedule(self) -> list[Instant]:
-        return []
 
     def text_ids(self, component: str, branch: str) -> tuple[Tensor, Tensor | None] | None:
         return None if self._prompt_ids is None else (self._prompt_ids, None)
@@ -118,9 +96,6 @@ class LanguageTracker(AbstractContextManager):
                 "position"
             )
         return max(0, past + length - self.prompt)
-
-    def _ended(self) -> None:
-        self.now = None
 
 
 def _held(cache: Any) -> int:

@@ -1,6 +1,5 @@
 """Embedded models: small text-to-image pipelines of real diffusers classes, trained on scenes."""
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +89,7 @@ def load(name: str | Path) -> "Reader":
 
 def settings(**changes: Any) -> dict[str, Any]:
     """`SETTINGS` with changes, a new dict each time."""
-    return {**copy.deepcopy(SETTINGS), **changes}
+    return {**SETTINGS, **changes}
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,7 +1,6 @@
 """How well an embedded model draws what a caption says, by the detector: `dreamreader zoo eval`."""
 
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,17 +90,6 @@ def judge(scene: scenes.Scene, reading: Reading) -> list[tuple[str, bool]]:
     if scene.background_said:
         verdict.append(("background", reading.background == scene.background))
     return [*verdict, ("frame", reading.frame == scene.frame)]
-
-
-def seconds_for_sixteen(pipe: Any) -> float:
-    """Time of sixteen pictures at the settings of `zoo.SETTINGS`, best of two."""
-    batch = data.held_out_scenes(16, 1)
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
-        draw(pipe, batch, 0)
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def _judge_object(obj: scenes.Obj, region: Found | None) -> list[tuple[str, bool]]:

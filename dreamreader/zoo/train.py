@@ -5,12 +5,14 @@ hold the optimiser: a run that was stopped ends with the same weights as one tha
 """
 
 import contextlib
+import copy
 import json
 import math
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,18 +192,13 @@ def averaged(model: nn.Module, average: dict[str, Tensor]) -> Iterator[None]:
 def load_autoencoder(folder: Path) -> Any:
     from diffusers import AutoencoderKL
 
-    return (
-        AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
-        .eval()
-        .requires_grad_(False)
-    )
+    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+    vae.register_to_config(_name_or_path="shapes-vae")  # not the folder it came from
+    return vae.eval().requires_grad_(False)
 
 
 def save_pipeline(name: str, parts: dict[str, Any], vae: nn.Module, out: Path) -> None:
     """Writes a diffusers folder with float16 weights; the old one stays until the new is whole."""
-    import copy
-    import shutil
-
     pipe = models.assemble(
         name, {k: copy.deepcopy(v) for k, v in parts.items()}, copy.deepcopy(vae)
     )
@@ -213,11 +210,7 @@ def save_pipeline(name: str, parts: dict[str, Any], vae: nn.Module, out: Path) -
 
 
 def _with_steps(recipe: Recipe, steps: int | None) -> Recipe:
-    return (
-        recipe
-        if steps is None
-        else Recipe(steps, recipe.batch, recipe.rate, recipe.warmup, recipe.ema)
-    )
+    return recipe if steps is None else replace(recipe, steps=steps)
 
 
 def _generator(seed: int, step: int) -> torch.Generator:

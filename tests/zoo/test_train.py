@@ -1,11 +1,13 @@
 """Training: the pieces on a few real steps, and stopping without consequence."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from dreamreader import zoo
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.zoo import data, models, objectives, train
 
@@ -103,3 +105,14 @@ def test_bad_input_is_named(tmp_path):
         train.train("shapes-unett", tmp_path)
     with pytest.raises(InvalidInput, match="steps: expected at least 1, got 0"):
         train.train("shapes-unet", tmp_path, steps=0)
+
+
+def test_saved_models_name_no_folder_of_the_machine(tmp_path):
+    models.build_vae().save_pretrained(tmp_path / "vae")
+    vae = train.load_autoencoder(tmp_path / "vae")
+    train.save_pipeline(
+        "shapes-unet", models.build_parts("shapes-unet"), vae, tmp_path / "pipeline"
+    )
+    for folder in (tmp_path / "pipeline", *filter(Path.is_dir, zoo.WEIGHTS.glob("*"))):
+        configs = list(folder.rglob("*config.json"))
+        assert configs and not [each for each in configs if '"/' in each.read_text()]
