@@ -188,9 +188,10 @@ void run_piece(void* context, int64_t first, int64_t last) {
   call.engine.run(call.job, scratch(call.scratch_bytes), first, last);
 }
 
-// A piece of work is worth a thread from about 16 KiB of activation on; 128 KiB keeps the last
-// pieces short.
+// A piece of work is worth a thread from about 16 KiB of activation on. Few pieces, since each begins
+// with rows that were not prefetched, but enough of them that a slow thread holds up none.
 constexpr int64_t kPieceBytes = 128 << 10;
+constexpr int kPiecesPerThread = 8;
 
 template <typename W>
 void run_cpu(const Activation& in, const Activation& out, const Program<W>& p, int threads) {
@@ -215,8 +216,9 @@ void run_cpu(const Activation& in, const Activation& out, const Program<W>& p, i
   const int64_t items = in.rows * (by_rows ? in.tokens : (in.tokens + lanes - 1) / lanes);
   call.engine = by_rows ? kernels().rows[type] : kernels().columns[type];
   call.scratch_bytes = size_t(in.width * group) * sizeof(W);
-  const int64_t grain = std::max<int64_t>(1, kPieceBytes / (in.width * group * element));
-  if (items <= grain) {
+  const int64_t least = std::max<int64_t>(1, kPieceBytes / (in.width * group * element));
+  const int64_t grain = std::max(least, items / (int64_t{kPiecesPerThread} * threads));
+  if (items <= least) {
     run_piece(&call, 0, items);
   } else {
     py::gil_scoped_release release;

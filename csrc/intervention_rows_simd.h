@@ -162,8 +162,8 @@ DR_INLINE void accumulate(Reduction<W>& r, const Block<W>& y, int64_t d, int64_t
 }
 
 // One sweep: load from `from`, add up `before`, apply the pending actions, add up `after`, store to
-// `to` unless null. `next` is prefetched in step, so that the row after this one arrives while this
-// one is computed.
+// `to` unless null. `next`, a row two ahead, is prefetched in step: with one ahead the memory would
+// rest while a row is summed.
 template <typename W, typename From, typename To>
 static void sweep(const From* from, To* to, int64_t begin, int64_t end, const Action<W>* actions,
                   const int* pending, int count, Reduction<W>* before, int before_count,
@@ -263,6 +263,19 @@ static bool try_plain(const From* from, To* to, int64_t begin, int64_t end,
   return false;
 }
 
+// An item with its place; going on to the next one costs no division.
+struct Cursor {
+  int64_t item, row, token;
+
+  void advance(int64_t tokens) {
+    ++item;
+    if (++token == tokens) {
+      token = 0;
+      ++row;
+    }
+  }
+};
+
 // One row on its way through the program; kept from row to row, so that only scalars change.
 template <typename T>
 struct Row {
@@ -299,30 +312,24 @@ struct Row {
     }
   }
 
-  // The first of the items `item` .. last - 1 that a step touches, else last.
-  int64_t next_touched(int64_t item, int64_t last) const {
-    int64_t row = item / job.in.tokens, token = item % job.in.tokens;
-    for (; item < last; ++item) {
+  // The first item from `at` to last - 1 that a step touches, else last.
+  Cursor next_touched(Cursor at, int64_t last) const {
+    for (; at.item < last; at.advance(job.in.tokens)) {
       for (int i = 0; i < p.count; ++i)
-        if (strength_of(p, i, row, token) != W(0)) return item;
-      if (++token == job.in.tokens) {
-        ++row;
-        token = 0;
-      }
+        if (strength_of(p, i, at.row, at.token) != W(0)) return at;
     }
-    return last;
+    return at;
   }
 
-  const char* address(int64_t item) const {
-    const int64_t row = item / job.in.tokens, token = item % job.in.tokens;
+  const char* address(const Cursor& at) const {
     const T* data = static_cast<const T*>(job.in.data);
-    return reinterpret_cast<const char*>(data + row * job.in.stride_row +
-                                         token * job.in.stride_token + job.begin);
+    return reinterpret_cast<const char*>(data + at.row * job.in.stride_row +
+                                         at.token * job.in.stride_token + job.begin);
   }
 
-  void place(int64_t row, int64_t token) {
-    b = row;
-    t = token;
+  void place(const Cursor& at) {
+    b = at.row;
+    t = at.token;
     in = static_cast<const T*>(job.in.data) + b * job.in.stride_row + t * job.in.stride_token;
     out = static_cast<T*>(job.out.data) + b * job.out.stride_row + t * job.out.stride_token;
     if constexpr (sizeof(T) == sizeof(W))
@@ -457,17 +464,24 @@ static void run_rows(const InterventionJob& job, void* scratch, int64_t first, i
   using W = typename Work<T>::type;
   const int64_t tokens = job.in.tokens, width = job.in.width;
   Row<T> row(job, *static_cast<const Program<W>*>(job.program), scratch);
-  for (int64_t item = row.next_touched(first, last), copied = first;;) {
-    const int64_t stop = item;
-    for (; job.in.data != job.out.data && copied < stop; ++copied) {
-      row.place(copied / tokens, copied % tokens);
+  Cursor copied{first, first / tokens, first % tokens};
+  const auto after = [&](Cursor at) {
+    if (at.item < last) at.advance(tokens);
+    return row.next_touched(at, last);
+  };
+  Cursor at = row.next_touched(copied, last), next = after(at);
+  for (;;) {
+    for (; job.in.data != job.out.data && copied.item < at.item; copied.advance(tokens)) {
+      row.place(copied);
       copy_channels(row.in, row.out, 0, width);
     }
-    if (item == last) return;
-    copied = item + 1;
-    row.place(item / tokens, item % tokens);
-    item = row.next_touched(item + 1, last);
-    row.run(item < last ? row.address(item) : nullptr);
+    if (at.item == last) return;
+    row.place(at);
+    copied = at;
+    copied.advance(tokens);
+    at = next;
+    next = after(next);
+    row.run(next.item < last ? row.address(next) : nullptr);
     copy_channels(row.in, row.out, 0, job.begin);
     copy_channels(row.in, row.out, job.end, width);
   }

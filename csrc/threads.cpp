@@ -1,96 +1,42 @@
 #include "threads.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
-#include <mutex>
 #include <thread>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define DR_PAUSE _mm_pause()
-#else
-#define DR_PAUSE ((void)0)
-#endif
+#include <vector>
 
 namespace dreamreader {
 namespace {
 
 struct Work {
+  int64_t items, grain;
+  void (*run)(void*, int64_t, int64_t);
+  void* context;
   std::atomic<int64_t> next{0};
-  int64_t items = 0, grain = 1;
-  void (*run)(void*, int64_t, int64_t) = nullptr;
-  void* context = nullptr;
 
-  void drain() {
+  static void drain(void* of) {
+    Work& work = *static_cast<Work*>(of);
     for (;;) {
-      const int64_t first = next.fetch_add(grain, std::memory_order_relaxed);
-      if (first >= items) return;
-      run(context, first, first + grain < items ? first + grain : items);
+      const int64_t first = work.next.fetch_add(work.grain, std::memory_order_relaxed);
+      if (first >= work.items) return;
+      const int64_t last = first + work.grain;
+      work.run(work.context, first, last < work.items ? last : work.items);
     }
   }
 };
 
-// Helpers sleep on `round`. A round admits `seats` of them; each takes a seat or goes back to
-// sleep, and the caller closes the round by taking the seats that are left and waiting for the
-// helpers that sat down.
-class Pool {
- public:
-  void run(Work& work, int helpers) {
-    for (; started_ < helpers; ++started_) std::thread([this] { serve(); }).detach();
-    work_ = &work;
-    busy_.store(0, std::memory_order_relaxed);
-    seats_.store(helpers, std::memory_order_release);
-    round_.fetch_add(1, std::memory_order_release);
-    round_.notify_all();
-    work.drain();
-    const int left = seats_.exchange(0, std::memory_order_acq_rel);
-    const int seated = helpers - left;
-    while (busy_.load(std::memory_order_acquire) != seated) DR_PAUSE;
-  }
+// GOMP_parallel(function, data, threads, flags), the entry of GNU's OpenMP that LLVM's and Intel's
+// have too. Found where torch loaded it: its threads spin for a while after each of its operators,
+// and threads of our own would share the cores with them.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
- private:
-  void serve() {
-    uint32_t seen = 0;
-    for (;;) {
-      uint32_t now = round_.load(std::memory_order_acquire);
-      // A short spin catches calls that follow each other; the sleep after it costs a few
-      // microseconds to leave.
-      for (int i = 0; now == seen && i < 2000; ++i) {
-        DR_PAUSE;
-        now = round_.load(std::memory_order_acquire);
-      }
-      if (now == seen) {
-        round_.wait(seen, std::memory_order_acquire);
-        continue;
-      }
-      seen = now;
-      int seats = seats_.load(std::memory_order_acquire);
-      while (seats > 0 &&
-             !seats_.compare_exchange_weak(seats, seats - 1, std::memory_order_acq_rel)) {
-      }
-      if (seats > 0) {
-        work_->drain();
-        busy_.fetch_add(1, std::memory_order_release);
-      }
-    }
-  }
+std::atomic<bool> forked{false};
 
-  int started_ = 0;
-  Work* work_ = nullptr;
-  std::atomic<uint32_t> round_{0};
-  std::atomic<int> seats_{0}, busy_{0};
-};
-
-std::mutex gate;
-Pool* pool = nullptr;  // never destroyed: helpers may still sleep on it when the process ends
-
-void forget_in_child() {
-  pthread_atfork([] { gate.lock(); }, [] { gate.unlock(); },
-                 [] {
-                   pool = nullptr;  // its threads exist in the parent only
-                   gate.unlock();
-                 });
+Parallel find_parallel() {
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+  return reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
 }
 
 }  // namespace
@@ -98,21 +44,17 @@ void forget_in_child() {
 void parallel(int64_t items, int64_t grain, int threads, void (*run)(void*, int64_t, int64_t),
               void* context) {
   const int64_t pieces = (items + grain - 1) / grain;
-  const int helpers = int((threads < pieces ? threads : pieces) - 1);
-  std::unique_lock<std::mutex> lock(gate, std::defer_lock);
-  if (helpers < 1 || !lock.try_lock()) {
-    if (items > 0) run(context, 0, items);
-    return;
+  const int team = int(threads < pieces ? threads : pieces);
+  Work work{items, grain, run, context};
+  if (team <= 1) return Work::drain(&work);
+  static const Parallel openmp = find_parallel();
+  if (openmp && !forked) {  // after a fork the threads of OpenMP are gone, and it waits for them
+    return openmp(&Work::drain, &work, unsigned(team), 0);
   }
-  static const bool registered = (forget_in_child(), true);
-  (void)registered;
-  if (!pool) pool = new Pool;
-  Work work;
-  work.items = items;
-  work.grain = grain;
-  work.run = run;
-  work.context = context;
-  pool->run(work, helpers);
+  std::vector<std::thread> helpers;
+  for (int i = 1; i < team; ++i) helpers.emplace_back(&Work::drain, &work);
+  Work::drain(&work);
+  for (std::thread& helper : helpers) helper.join();
 }
 
 }  // namespace dreamreader

@@ -1,4 +1,4 @@
-// Runs independent items on a few threads that are kept between calls.
+// Runs independent items on the threads of torch's OpenMP.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace dreamreader {
 
 // Calls run(context, first, last) on pieces of `grain` items until all `items` are done, on up to
 // `threads` threads, the calling one among them. Which thread does which piece varies, so results
-// may not depend on it. A call from a second thread at the same time runs on that thread alone.
+// may not depend on it.
 void parallel(int64_t items, int64_t grain, int threads,
               void (*run)(void* context, int64_t first, int64_t last), void* context);
 

@@ -1,5 +1,6 @@
 """What the embedded models learn from: caption attributes, velocities of a diffusion or a flow."""
 
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from dreamreader.zoo import data, scenes
 
@@ -22,7 +24,6 @@ _WHOLE = {"background": (_UNSAID, *scenes.BACKGROUNDS), "frame": (False, True)}
 LAYOUT_BIAS = 0.6  # below 1 draws more of the high noise levels, where places are learned slowly
 _ABSENT = -100  # cross_entropy leaves these rows out
 T5_TOKENS = 256  # StableDiffusion3Pipeline puts so many zero rows where it has no T5 encoder
-T5_SHARE = 0.25  # of the batches that carry them; without them a step costs a third
 
 
 def heads(encoders: Any) -> nn.ModuleDict:
@@ -90,15 +91,36 @@ def flow_loss(net: Any, scheduler: Any, latents: Tensor, tokens: Tensor, generat
     shift = scheduler.config.shift
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     level = sigma.view(-1, 1, 1, 1)
-    absent = T5_TOKENS if torch.rand((), generator=generator) < T5_SHARE else 0
-    text, pooled = sd3_text(net, tokens, absent)
-    predicted = net["transformer"](
-        hidden_states=(1 - level) * latents + level * noise,
-        timestep=1000 * sigma,
-        encoder_hidden_states=text,
-        pooled_projections=pooled,
-    ).sample
+    text, pooled = sd3_text(net, tokens, absent=1)
+    with RepeatedLastKey(T5_TOKENS):
+        predicted = net["transformer"](
+            hidden_states=(1 - level) * latents + level * noise,
+            timestep=1000 * sigma,
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+        ).sample
     return F.mse_loss(predicted, noise - latents)
+
+
+class RepeatedLastKey(TorchFunctionMode):
+    """Attention in which the last key stands for `count` equal ones: log(count) joins its score.
+
+    Zero rows of text are equal in every layer of a joint transformer, which gives text no places;
+    one row of this weight is what all of them are, at a fifth of the time.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            query, key = args[:2]
+            score = query.new_zeros(query.shape[-2], key.shape[-2])
+            score[:, -1] = math.log(self.count)
+            kwargs = {**kwargs, "attn_mask": score}
+        return func(*args, **kwargs)
 
 
 def sd3_text(net: Any, tokens: Tensor, absent: int) -> tuple[Tensor, Tensor]:

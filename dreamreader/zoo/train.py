@@ -20,6 +20,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.zoo import data, models, objectives
@@ -46,7 +48,7 @@ class Recipe:
 VAE = Recipe(steps=2800, batch=16, rate=2e-3)
 CAPTIONS = Recipe(steps=450, batch=128, rate=1e-3)
 DENOISER = {
-    "shapes-unet": Recipe(steps=12_000, batch=64, rate=1e-3),
+    "shapes-unet": Recipe(steps=8_000, batch=64, rate=1e-3),
     "shapes-unet-b": Recipe(steps=12_000, batch=64, rate=1e-3),
     "shapes-dit": Recipe(steps=12_000, batch=64, rate=1e-3),
 }
@@ -146,7 +148,7 @@ def run_stage(
 ) -> None:
     """Optimises `model` in place; leaves the averaged weights in it, also while `keep` runs."""
     optimiser = torch.optim.AdamW(
-        model.parameters(), lr=recipe.rate, weight_decay=0.01, betas=(0.9, 0.99)
+        model.parameters(), lr=recipe.rate, weight_decay=0.01, betas=(0.9, 0.99), fused=True
     )
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     start = _restore(checkpoint, model, optimiser, average)
@@ -154,7 +156,8 @@ def run_stage(
     for step in range(start, recipe.steps):
         for group in optimiser.param_groups:
             group["lr"] = recipe.rate_at(step)
-        value = loss(step)
+        with BFloat16Products():
+            value = loss(step)
         value.backward()
         level = float(value.detach())
         if not math.isfinite(level):
@@ -176,6 +179,21 @@ def run_stage(
                     keep(done)
     model.load_state_dict(average, strict=False)
     model.eval()
+
+
+class BFloat16Products(TorchFunctionMode):
+    """Linear layers and convolutions in bfloat16, all else in float32.
+
+    A quarter faster than float32 where the CPU multiplies bfloat16; `torch.autocast` is not, since
+    it leaves the results in bfloat16, in which norms and activations are slow.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (F.linear, F.conv2d):
+            return func(*args, **(kwargs or {}))
+        halved = [a.bfloat16() if isinstance(a, Tensor) else a for a in args]
+        named = {k: a.bfloat16() if isinstance(a, Tensor) else a for k, a in (kwargs or {}).items()}
+        return func(*halved, **named).float()
 
 
 @contextlib.contextmanager

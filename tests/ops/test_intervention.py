@@ -156,6 +156,21 @@ def test_one_rounding_for_the_whole_program():
     assert torch.equal(out, torch.full_like(x, 1.0 + 2.0**-7))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_results_round_to_nearest_even_as_torch_does(dtype: torch.dtype):
+    g = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (2, 64, 200), generator=g, dtype=torch.int64)
+    ties = bits & ~0xFFFF | 0x8000  # of bfloat16
+    source = torch.cat([bits, ties], 1).int().view(torch.float32)  # NaN and subnormals among them
+    x = torch.zeros(source.shape, dtype=dtype)
+    index = torch.arange(256).view(2, 128)
+    patch = Instruction("patch", source=source.reshape(256, 200), index=index)
+    out = intervene(x, program(patch, shape=(2, 128, 200)))
+    expected = source.to(dtype)
+    assert torch.equal(out.isnan(), expected.isnan()) and out.isnan().any()
+    assert torch.equal(out.nan_to_num().view(torch.int16), expected.nan_to_num().view(torch.int16))
+
+
 def test_same_bits_every_time_on_any_number_of_threads():
     x = torch.randn(2, 700, 320)
     v = torch.linalg.qr(torch.randn(320, 3))[0].T.contiguous()

@@ -92,6 +92,30 @@ def test_the_objective_reads_text_as_the_pipeline_does():
     torch.testing.assert_close(pooled, theirs[2])
 
 
+def test_one_row_of_weight_stands_for_all_zero_rows_of_text():
+    parts = models.build_parts("shapes-dit")
+    net = nn.ModuleDict({k: v for k, v in parts.items() if isinstance(v, nn.Module)}).eval()
+    for p in net["transformer"].parameters():  # zero gates would hide the attention
+        nn.init.normal_(p, std=0.05)
+    tokens = data.tokenize(parts["tokenizer"], ["a red circle", "a star on a black background"])
+    noisy = torch.randn(2, 4, 16, 16)
+
+    def predict(absent: int, weight: int) -> torch.Tensor:
+        text, pooled = objectives.sd3_text(net, tokens, absent)
+        with objectives.RepeatedLastKey(weight):
+            return net["transformer"](
+                hidden_states=noisy,
+                timestep=torch.tensor([500.0, 800.0]),
+                encoder_hidden_states=text,
+                pooled_projections=pooled,
+            ).sample
+
+    with torch.no_grad():
+        every = predict(objectives.T5_TOKENS, weight=1)
+        torch.testing.assert_close(predict(1, weight=objectives.T5_TOKENS), every)
+        assert not torch.allclose(predict(1, weight=1), every, atol=1e-2)
+
+
 def test_saving_a_pipeline_does_not_touch_the_training_weights(tmp_path):
     parts = models.build_parts("shapes-unet")
     before = copy.deepcopy(parts["unet"].state_dict())
