@@ -188,35 +188,53 @@ void run_piece(void* context, int64_t first, int64_t last) {
   call.engine.run(call.job, scratch(call.scratch_bytes), first, last);
 }
 
-// A piece of work is worth a thread from about 16 KiB of activation on. Few pieces, since each begins
-// with rows that were not prefetched, but enough of them that a slow thread holds up none.
+// A piece of work is worth a thread from about 16 KiB of activation on. Few pieces, since each
+// begins with rows that were not prefetched, but enough of them that a slow thread holds up none.
 constexpr int64_t kPieceBytes = 128 << 10;
 constexpr int kPiecesPerThread = 8;
+
+// How one call is divided: which engine, how many tokens in one of its items, scratch values.
+struct Division {
+  const InterventionEngine* engines;  // by DType
+  int64_t tokens, scratch;
+};
+
+template <typename W>
+Division divide(const Activation& in, const Activation& out, const Program<W>& p) {
+  bool subspace = false, sums = false;
+  for (int i = 0; i < p.count; ++i) {
+    const Step& step = p.steps[i];
+    subspace |= step.count > 1;
+    sums |= step.kind != kSteer && step.kind != kScale && step.kind != kClamp && step.kind != kFill;
+  }
+  const bool single = in.width == 1;
+  if (!subspace && (in.stride_channel == 1 || single) && (out.stride_channel == 1 || single))
+    return {kernels().rows, 1, in.width};
+  if (!sums && in.stride_token == 1 && out.stride_token == 1)
+    return {kernels().planes, kPlaneTokens, kPlaneTokens * p.count};
+  const int64_t lanes = kLaneBytes / int64_t(sizeof(W));
+  return {kernels().columns, lanes, in.width * lanes};
+}
 
 template <typename W>
 void run_cpu(const Activation& in, const Activation& out, const Program<W>& p, int threads) {
   if (in.rows * in.tokens * in.width == 0) return;
   Call call{{in, out, &p, in.width, 0}, {}, 0};
-  bool subspace = false;
   for (int i = 0; i < p.count; ++i) {
     call.job.begin = std::min<int64_t>(call.job.begin, p.steps[i].begin);
     call.job.end = std::max<int64_t>(call.job.end, p.steps[i].end);
-    subspace |= p.steps[i].count > 1;
   }
   if (p.count == 0) {
     if (in.data == out.data) return;
     call.job.begin = 0;
   }
-  const bool by_rows = !subspace && (in.stride_channel == 1 || in.width == 1) &&
-                       (out.stride_channel == 1 || in.width == 1);
-  const int type = int(in.dtype);
+  const Division division = divide(in, out, p);
+  const int64_t items = in.rows * ((in.tokens + division.tokens - 1) / division.tokens);
+  call.engine = division.engines[int(in.dtype)];
+  call.scratch_bytes = size_t(division.scratch) * sizeof(W);
   const int64_t element = in.dtype == DType::f64 ? 8 : (in.dtype == DType::f32 ? 4 : 2);
-  const int64_t lanes = kLaneBytes / int64_t(sizeof(W));
-  const int64_t group = by_rows ? 1 : lanes;
-  const int64_t items = in.rows * (by_rows ? in.tokens : (in.tokens + lanes - 1) / lanes);
-  call.engine = by_rows ? kernels().rows[type] : kernels().columns[type];
-  call.scratch_bytes = size_t(in.width * group) * sizeof(W);
-  const int64_t least = std::max<int64_t>(1, kPieceBytes / (in.width * group * element));
+  const int64_t bytes = in.width * std::min(division.tokens, in.tokens) * element;  // of one item
+  const int64_t least = std::max<int64_t>(1, kPieceBytes / bytes);
   const int64_t grain = std::max(least, items / (int64_t{kPiecesPerThread} * threads));
   if (items <= least) {
     run_piece(&call, 0, items);

@@ -21,11 +21,14 @@ struct InterventionEngine {
 constexpr int64_t kLaneBytes =
     128;  // one group of tokens of the column engine: 32 floats or 16 doubles
 
+constexpr int64_t kPlaneTokens = 512;  // one run of tokens of the plane engine
+
 // rows: an item is one row; channels must be dense and no step may project out more than one
 // vector. columns: an item is one group of kLaneBytes / sizeof(W) tokens of one batch row; any
-// strides, any step.
+// strides, any step. planes: an item is one run of tokens of one batch row; tokens must be dense,
+// and steps one of steer, scale, clamp and fill.
 struct InterventionKernels {
-  InterventionEngine rows[4], columns[4];  // by DType
+  InterventionEngine rows[4], columns[4], planes[4];  // by DType
 };
 
 namespace portable {

@@ -1,6 +1,6 @@
 // The intervention program for one instruction set; compiled once for each (CMakeLists.txt sets
 // DR_ISA).
-#include "intervention_columns_simd.h"
+#include "intervention_planes_simd.h"
 
 namespace dreamreader::DR_ISA {
 
@@ -8,6 +8,7 @@ extern const InterventionKernels intervention;
 const InterventionKernels intervention = {
     {{run_rows<f16>}, {run_rows<bf16>}, {run_rows<float>}, {run_rows<double>}},
     {{run_columns<f16>}, {run_columns<bf16>}, {run_columns<float>}, {run_columns<double>}},
+    {{run_planes<f16>}, {run_planes<bf16>}, {run_planes<float>}, {run_planes<double>}},
 };
 
 }  // namespace dreamreader::DR_ISA

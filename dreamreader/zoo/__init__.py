@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from dreamreader.engine import Reader
 
 MODELS = {
-    "shapes-unet": "StableDiffusionPipeline, UNet widths 48-96-96, v-prediction",
-    "shapes-unet-b": "StableDiffusionPipeline, UNet widths 40-80-96, another seed",
+    "shapes-unet": "StableDiffusionPipeline, UNet widths 48-96-96-96, v-prediction",
+    "shapes-unet-b": "StableDiffusionPipeline, UNet widths 40-80-80-96, another seed",
     "shapes-dit": "StableDiffusion3Pipeline, 6 joint blocks of width 128, flow matching",
 }
-SETTINGS = {"num_inference_steps": 20, "guidance_scale": 4.0}
+SETTINGS = {"num_inference_steps": 20, "guidance_scale": 2.0}
 """What the embedded models are evaluated with; pass it to the pipeline call."""
 
 WEIGHTS = Path(__file__).parent / "weights"

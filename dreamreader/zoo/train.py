@@ -49,8 +49,8 @@ VAE = Recipe(steps=2800, batch=16, rate=2e-3)
 CAPTIONS = Recipe(steps=450, batch=128, rate=1e-3)
 DENOISER = {
     "shapes-unet": Recipe(steps=8_000, batch=64, rate=1e-3),
-    "shapes-unet-b": Recipe(steps=12_000, batch=64, rate=1e-3),
-    "shapes-dit": Recipe(steps=12_000, batch=64, rate=1e-3),
+    "shapes-unet-b": Recipe(steps=4_500, batch=64, rate=1e-3),
+    "shapes-dit": Recipe(steps=6_000, batch=64, rate=1e-3),
 }
 SCENES = 40_000
 SAVE_EVERY = 200

@@ -184,6 +184,16 @@ def masked(kind: str, choose: Callable[[Case, torch.Generator], Tensor]) -> Make
     return make
 
 
+def chain(c: Case, g: torch.Generator) -> list[Instruction]:
+    """Steps without sums over channels, on tokens of their own each."""
+    return [
+        Instruction("fill", soft(c, g).clamp(0, 1).round(), vectors=direction(c, g)),
+        Instruction("steer", soft(c, g), vectors=direction(c, g), channels=scattered(c, g)),
+        Instruction("scale", lo=per_row(c, g)),
+        Instruction("clamp", soft(c, g), lo=-0.5, hi=0.5),
+    ]
+
+
 def projection(count: int) -> Make:
     return lambda c, g: [Instruction("project", soft(c, g), vectors=subspace(c, g, count))]
 
@@ -232,6 +242,12 @@ CASES = [
         for name, shape in SHAPES.items()
         for layout in ("dense", "nchw")
     ),
+    *(
+        Case(f"{kind}-{name}-map", (2, 700, 9), masked(kind, choose), "nchw")  # two runs of tokens
+        for kind in ("steer", "scale", "clamp", "fill")
+        for name, choose in CHOICES.items()
+    ),
+    Case("overwrite_first-map", (2, 700, 9), chain, "nchw"),
     *(Case(f"subspace_{m}", (2, 33, 72), projection(m)) for m in SUBSPACES),
     *(Case(f"subspace_9-{layout}", (3, 5, 123), projection(9), layout) for layout in LAYOUTS),
 ]
