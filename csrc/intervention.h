@@ -10,10 +10,10 @@
 //   renorm           x (1 + s (|x0| / |x| - 1))        patch   x + s (source[index] - x)
 //
 // c = <x, v>, x0 = the row on entry of the program; sums run over the selected channels of the step
-// only. s = 0: the step does not touch the row; a row without any step is neither read nor written
-// in place, bit for bit. s = 1: clamp, fill and patch give their target exactly and fill and patch
-// do not let x (NaN included) through. Arithmetic in W (float; double for double x), one rounding
-// at the end. No torch, no pybind11 here.
+// only. s = 0: the step does not touch the row; a row without any step keeps its
+// bits. s = 1: clamp, fill and patch give their target exactly and fill and patch do not let x (NaN
+// included) through. Arithmetic in W (float; double for double x), one rounding at the end. No
+// torch, no pybind11 here.
 #pragma once
 
 #include <cstdint>
