@@ -1,5 +1,6 @@
 """Embedded models: small text-to-image pipelines of real diffusers classes, trained on scenes."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +43,7 @@ def load_pipeline(name: str | Path) -> Any:
 
     folder = find(name)
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            folder, dtype=torch.float32, **({"safety_checker": None} if name in MODELS else {})
-        )
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **_absent(folder))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InvalidInput(
             f"{folder}: not a whole diffusers pipeline ({_first_line(error)})"
@@ -90,6 +89,13 @@ def load(name: str | Path) -> "Reader":
 def settings(**changes: Any) -> dict[str, Any]:
     """`SETTINGS` with changes, a new dict each time."""
     return {**SETTINGS, **changes}
+
+
+def _absent(folder: str) -> dict[str, None]:
+    """Parts that a local pipeline was saved without; diffusers wants some of them named as None."""
+    index = Path(folder) / "model_index.json"
+    parts = json.loads(index.read_text()) if index.is_file() else {}
+    return {name: None for name, kind in parts.items() if kind == [None, None]}
 
 
 def _first_line(error: BaseException) -> str:
