@@ -75,7 +75,7 @@ def load_pipeline(folder: str) -> Any:
     """The pipeline in float32 on the CPU, without progress bar."""
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe = DiffusionPipeline.from_pretrained(folder, safety_checker=None).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
