@@ -1,6 +1,5 @@
-"""What makes a number trustworthy: intervals around it and the fingerprint of what produced it."""
+"""The fingerprint of what produced a number."""
 
 from dreamreader.audit.fingerprint import Fingerprint, fingerprint, hash_weights
-from dreamreader.audit.intervals import Interval, bootstrap, wilson
 
-__all__ = ["Fingerprint", "Interval", "bootstrap", "fingerprint", "hash_weights", "wilson"]
+__all__ = ["Fingerprint", "fingerprint", "hash_weights"]

@@ -84,9 +84,9 @@ def evaluate(
       dreamreader zoo eval shapes-unet
       dreamreader zoo eval shapes-dit -n 128 --pairs
     """
-    from dreamreader.audit import wilson
     from dreamreader.cli.progress import console, progress, table
     from dreamreader.cli.subject import quiet
+    from dreamreader.stats import wilson
     from dreamreader.zoo import load_pipeline
     from dreamreader.zoo.evaluate import evaluate as run
 

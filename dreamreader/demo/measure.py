@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dreamreader.audit import Interval, wilson
+from dreamreader.stats import Interval, wilson
 from dreamreader.zoo import scenes
 from dreamreader.zoo.detector import Found, Reading, detect
 

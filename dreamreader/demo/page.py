@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dreamreader.audit import Interval
 from dreamreader.demo.measure import Outcome
 from dreamreader.report import (
     Charts,
@@ -21,6 +20,7 @@ from dreamreader.report import (
     Table,
     Text,
 )
+from dreamreader.stats import Interval
 from dreamreader.zoo import scenes
 
 if TYPE_CHECKING:

@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dreamreader.audit import Interval, bootstrap
 from dreamreader.demo.bench import Bench, as_tensor
 from dreamreader.demo.data import Row
 from dreamreader.demo.directions import Place
 from dreamreader.demo.measure import main, tint
 from dreamreader.edits import Patch
 from dreamreader.engine import Record
+from dreamreader.stats import Interval, bootstrap
 from dreamreader.zoo.detector import detect
 
 

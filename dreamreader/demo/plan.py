@@ -30,12 +30,12 @@ class Plan:
     steps: int = int(SETTINGS["num_inference_steps"])
     guidance: float = float(SETTINGS["guidance_scale"])
     fit: int = 8
-    choose: int = 4
-    refine: int = 12
-    finalists: int = 6
+    choose: int = 3
+    refine: int = 9
+    finalists: int = 5
     test: int = 40
-    patch: int = 4
-    curve: int = 12
+    patch: int = 3
+    curve: int = 10
     strengths: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0)
     windows: int = 4
     keep: float = 0.8

@@ -1,7 +1,7 @@
 import pytest
 
-from dreamreader.audit import Interval, bootstrap, wilson
 from dreamreader.errors import InvalidInput
+from dreamreader.stats import Interval, bootstrap, wilson
 
 
 def test_wilson_matches_published_values():
