@@ -14,6 +14,7 @@ class Nnsight:
     def __init__(self, job: Job):
         self.job = job
         self.model = DiffusionModel(job.model, dispatch=True)
+        self.model.pipeline.to(torch.float32)  # the weights are stored in half precision
         self.model.pipeline.set_progress_bar_config(disable=True)
         self.modules = {site: self._envoy(site) for site in job.sites}
         widths = job.widths(self.model.pipeline.unet)
