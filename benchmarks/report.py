@@ -22,6 +22,7 @@ ENGINE = {
     "noop": "a no-op edit on every attention",
     "record": "recording every attention at every step",
     "steer": "steering every attention",
+    "sweep_batch": "a sweep of strengths in one batch, beside a plain batch",
 }
 
 

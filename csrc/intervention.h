@@ -18,19 +18,13 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define DR_HD __host__ __device__ __forceinline__
-#else
-#define DR_HD inline __attribute__((always_inline))
-#endif
+#include "dtype.h"
 
 namespace dreamreader {
 
 constexpr int kMaxSteps = 32;  // the limits of dreamreader/ops/program.py
 constexpr int kMaxSources = 8;
 constexpr int kMaxSubspace = 64;
-
-enum class DType : int32_t { f16, bf16, f32, f64 };
 
 enum Kind : int32_t { kSteer, kScale, kClamp, kClampComponent, kProject, kFill, kPatch, kRenorm };
 

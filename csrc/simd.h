@@ -195,6 +195,105 @@ DR_INLINE void store_lanes(f16* p, VF v) {
 }
 #endif
 
+// 2^r for |r| <= 0.5, within 1 ulp: 2e-9 from the polynomial, the rest from rounding.
+DR_INLINE VF exp2_polynomial(VF r) {
+  constexpr float c[] = {0x1.41fbb4p-13f, 0x1.5f3e56p-10f, 0x1.3b2d4ep-7f, 0x1.c6aee8p-5f,
+                         0x1.ebfbdcp-3f,  0x1.62e430p-1f,  1.0f};
+  VF y = VF{} + c[0];
+#pragma GCC unroll 8
+  for (int i = 1; i < 7; ++i) y = y * r + c[i];
+  return y;
+}
+
+// 2^(x factor - shift) for whole shifts and exponents up to 127, 0 for x = -inf; NaN stays. Below
+// 2^-126 it may be 0. The fraction of the exponent is taken from x itself, so that it has the error
+// of one rounding at 0.5, whatever the exponent. (Beyond 2^24 there is no fraction, but the sum of
+// the whole numbers is rounded: hence the bounds.)
+#if defined(__AVX512F__)
+DR_INLINE VF exp2_lanes(VF x, VF factor, VF shift) {
+  const __m512 v = _mm512_max_ps(_mm512_set1_ps(-200.0f), bits_as<__m512>(x * factor - shift));
+  const __m512 n = _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const VF r = x * factor - (shift + bits_as<VF>(n));
+  const __m512 least = _mm512_max_ps(_mm512_set1_ps(-1.0f), bits_as<__m512>(r));
+  const VF inside = bits_as<VF>(_mm512_min_ps(_mm512_set1_ps(1.0f), least));
+  return bits_as<VF>(_mm512_scalef_ps(bits_as<__m512>(exp2_polynomial(inside)), n));
+}
+#else
+DR_INLINE VF exp2_lanes(VF x, VF factor, VF shift) {
+  const VF exponent = x * factor - shift;
+  const VF v = exponent < -126.0f ? VF{} - 126.0f : exponent;
+  const VF shifted = v + 0x1.8p23f;  // a whole number, in the lower bits
+  VF r = x * factor - (shift + (shifted - 0x1.8p23f));
+  r = r < -1.0f ? VF{} - 1.0f : (r > 1.0f ? VF{} + 1.0f : r);
+  const VF y = bits_as<VF>(bits_as<VU>(exp2_polynomial(r)) + (bits_as<VU>(shifted) << 23));
+  return exponent < -126.0f ? VF{} : (exponent != exponent ? exponent : y);
+}
+#endif
+
+DR_INLINE VF whole_lanes(VF x) {  // rounded, for |x| < 2^22; larger, infinite and NaN stay
+  const VF rounded = (x + 0x1.8p23f) - 0x1.8p23f;
+  return x < 0x1p22f && x > -0x1p22f ? rounded : x;
+}
+
+// Columns of a square of kWidth<float> rows of lanes.
+DR_INLINE void transpose_lanes(VF (&v)[kWidth<float>]) {
+#if defined(__AVX512F__)
+  __m512 a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = bits_as<__m512>(v[i]);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // a[i + c]: column c of each 4 x 4 square of four rows
+    a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);
+    a[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xee);
+    a[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+    a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even_lo = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88);
+    const __m512 odd_lo = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
+    const __m512 even_hi = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
+    const __m512 odd_hi = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
+    v[c] = bits_as<VF>(_mm512_shuffle_f32x4(even_lo, even_hi, 0x88));
+    v[4 + c] = bits_as<VF>(_mm512_shuffle_f32x4(odd_lo, odd_hi, 0x88));
+    v[8 + c] = bits_as<VF>(_mm512_shuffle_f32x4(even_lo, even_hi, 0xdd));
+    v[12 + c] = bits_as<VF>(_mm512_shuffle_f32x4(odd_lo, odd_hi, 0xdd));
+  }
+#elif defined(__AVX2__)
+  __m256 a[8], b[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) a[i] = bits_as<__m256>(v[i]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    v[c] = bits_as<VF>(_mm256_permute2f128_ps(a[c], a[4 + c], 0x20));
+    v[4 + c] = bits_as<VF>(_mm256_permute2f128_ps(a[c], a[4 + c], 0x31));
+  }
+#else
+  constexpr int n = kWidth<float>;
+  float square[n][n];
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < n; ++j) square[j][i] = v[i][j];
+  for (int i = 0; i < n; ++i) v[i] = load_vector<VF>(square[i]);
+#endif
+}
+
 // Loads the first n lanes of a block (the rest are 0), converted to W.
 template <typename W, typename T>
 DR_INLINE Block<W> load(const T* p, int64_t n) {

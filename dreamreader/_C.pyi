@@ -29,3 +29,31 @@ def intervene_cuda(
     masks: Tensor,
     patches: Sequence[Tensor],
 ) -> None: ...
+def moments_cpu(
+    x: Tensor,
+    labels: Tensor,
+    shift: Tensor,
+    rows: Tensor,
+    total: Tensor,
+    square: Tensor,
+    threads: int,
+) -> None: ...
+def attention_words_cpu(
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    weights: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    threads: int,
+) -> None: ...
+def attention_words_cuda(
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    weights: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> None: ...

@@ -3,18 +3,17 @@
 `import dreamreader` loads torch and nothing heavier; every name below is imported on first use.
 """
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING
+
+from dreamreader._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from dreamreader.edits import Ablate, Clamp, Edit, Patch, Scale, Steer
     from dreamreader.engine import Activation, Cache, Reader, Record
+    from dreamreader.experiments import Experiment
     from dreamreader.zoo import load
 
-try:
-    __version__ = metadata.version("dreamreader")
-except metadata.PackageNotFoundError:  # imported from a checkout that is not installed
-    __version__ = "0+unknown"
 
 _HOME = {
     "Reader": "engine",
@@ -27,9 +26,22 @@ _HOME = {
     "Clamp": "edits",
     "Patch": "edits",
     "Edit": "edits",
+    "Experiment": "experiments",
     "load": "zoo",
 }
-_MODULES = ("edits", "engine", "errors", "ops", "steering", "zoo")
+_MODULES = (
+    "attention",
+    "edits",
+    "engine",
+    "errors",
+    "experiments",
+    "localise",
+    "metrics",
+    "ops",
+    "stats",
+    "steering",
+    "zoo",
+)
 
 __all__ = [
     "Ablate",
@@ -37,6 +49,7 @@ __all__ = [
     "Cache",
     "Clamp",
     "Edit",
+    "Experiment",
     "Patch",
     "Reader",
     "Record",

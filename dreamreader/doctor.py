@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-import dreamreader
 from dreamreader import _register
+from dreamreader._version import __version__
 from dreamreader.errors import BrokenExtension
 
 PACKAGES = (
@@ -33,7 +33,7 @@ def report() -> dict[str, Any]:
         reported under `native.error`, and then `operators` is empty.
     """
     found: dict[str, Any] = {
-        "dreamreader": dreamreader.__version__,
+        "dreamreader": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},

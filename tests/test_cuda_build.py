@@ -28,6 +28,7 @@ from tests.cases.intervention import (
     projection,
     scattered,
 )
+from tests.ops import test_attention_words as words
 from tests.test_ops import same_bits
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +94,10 @@ def test_native_module_with_cuda_imports_without_a_driver(tmp_path: Path):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     module = next(build.rglob("_C*.so"))
-    code = "import _C; info = _C.build_info(); print(info); assert hasattr(_C, 'intervene_cuda')"
+    code = (
+        "import _C; print(_C.build_info()); "
+        "assert hasattr(_C, 'intervene_cuda') and hasattr(_C, 'attention_words_cuda')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(module.parent)},
@@ -213,6 +217,34 @@ def test_twin_refuses_sums_over_rows_that_no_block_holds(intervention: Callable[
     x.fill_(1)
     intervention(x, x, *scale.tables(x.dtype))
     assert (x == 2).all()
+
+
+@pytest.fixture(scope="module")
+def attention_words(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., int]:
+    """The CUDA launcher of the attention maps on the CPU; it returns the number of launches."""
+    return twin.build_words(tmp_path_factory.mktemp("twin"))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_twin_of_attention_words(dtype: torch.dtype, attention_words: Callable[..., int]):
+    cases = words.cases_for(dtype)
+    for number, case in enumerate(cases if dtype == torch.float32 else cases[::3] + cases[-1:]):
+        factor = float(number % 2)
+        out, operands = case.out(dtype, factor), case.operands(dtype)
+        around = None if out._base is None else out._base.clone()
+        launches = attention_words(out, *operands)
+        extents = (*case.sizes[:2], *case.sizes[3:5], case.sizes.words)
+        assert launches == (1 if all(extents) else 0), case.name
+        assert_close(out, *words.expected(case, dtype, factor))
+        if around is not None:  # memory between the elements of out
+            where = (out.size(), out.stride(), out.storage_offset())
+            assert same_bits(around.as_strided_scatter(out, *where), out._base), case.name
+        if number % 8 == 0:  # blocks and threads run in another order now
+            again = case.out(dtype, factor)
+            attention_words(again, *operands)
+            assert same_bits(again, out), case.name
 
 
 @pytest.mark.gpu

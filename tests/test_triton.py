@@ -31,9 +31,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-@compiled
-@pytest.mark.slow
-def test_interpreted():
+def interpret(file: str) -> None:
+    """Runs the tests of a file that need the interpreter, and asserts that they pass."""
     command = [
         sys.executable,
         "-m",
@@ -41,7 +40,7 @@ def test_interpreted():
         "-q",
         "-p",
         "no:cacheprovider",
-        __file__,
+        file,
         "-k",
         "interpreter",
     ]
@@ -54,6 +53,12 @@ def test_interpreted():
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert "passed" in done.stdout and "failed" not in done.stdout
+
+
+@compiled
+@pytest.mark.slow
+def test_interpreted():
+    interpret(__file__)
 
 
 # numpy, which interprets, warns where the case divides by zero or makes a NaN on purpose.

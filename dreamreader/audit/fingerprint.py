@@ -112,7 +112,7 @@ def hash_weights(subject: Any) -> str:
 @cache
 def code_version() -> str:
     """Version of the package and a hash of its Python files, e.g. `0.1.0+3f9c52d1a0b4`."""
-    from dreamreader import __version__
+    from dreamreader._version import __version__
 
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()

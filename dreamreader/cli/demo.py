@@ -33,8 +33,8 @@ def demo(
       dreamreader demo --from green --to purple --out green-to-purple --open
     """
     from dreamreader.cli.progress import console, progress
-    from dreamreader.cli.subject import open_reader
     from dreamreader.demo import Plan, run_demo
+    from dreamreader.zoo.subject import open_reader
 
     plan = Plan(source=source, target=target, seed=seed)
     reader = open_reader(model)

@@ -38,7 +38,7 @@ def generate(
     """
     from dreamreader._files import replacing
     from dreamreader.cli.progress import console, progress
-    from dreamreader.cli.subject import open_reader
+    from dreamreader.zoo.subject import open_reader
 
     if any(not prompt.strip() for prompt in prompts):
         raise InvalidInput("a prompt is empty")

@@ -43,7 +43,7 @@ def sites(
     import json as encode
 
     from dreamreader.cli.progress import console, table
-    from dreamreader.cli.subject import open_reader
+    from dreamreader.zoo.subject import open_reader
 
     reader = open_reader(model)
     if shapes if shapes is not None else _parameters(reader) < SMALL:

@@ -85,10 +85,10 @@ def evaluate(
       dreamreader zoo eval shapes-dit -n 128 --pairs
     """
     from dreamreader.cli.progress import console, progress, table
-    from dreamreader.cli.subject import quiet
     from dreamreader.stats import wilson
     from dreamreader.zoo import load_pipeline
     from dreamreader.zoo.evaluate import evaluate as run
+    from dreamreader.zoo.subject import quiet
 
     with quiet():
         pipe = load_pipeline(name)

@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.stats import Interval, wilson
-from dreamreader.zoo import scenes
 from dreamreader.zoo.detector import Found, Reading, detect
 
 
@@ -72,20 +70,6 @@ def judge(
 def main(reading: Reading) -> Found | None:
     """The largest object, if there is any."""
     return reading.objects[0] if reading.objects else None
-
-
-def tint(
-    images: Float[Tensor, "n 3 h w"], masks: Bool[Tensor, "n h w"], source: str, target: str
-) -> Float[Tensor, " n"]:
-    """How far the mean colour within each mask lies on the way from `source` (0) to `target` (1).
-
-    `t = <c - c_source, c_target - c_source> / |c_target - c_source|^2` in RGB; the detector's
-    colour is a yes or no, this also sees half of an effect.
-    """
-    a, b = (torch.tensor(scenes.COLORS[name]) / 255 for name in (source, target))
-    weight = masks.float()
-    colour = (images * weight[:, None]).sum((2, 3)) / weight.sum((1, 2)).clamp(min=1)[:, None]
-    return (colour - a) @ (b - a) / (b - a).square().sum()
 
 
 def _same(a: Found | None, b: Found | None, names: Sequence[str]) -> bool:

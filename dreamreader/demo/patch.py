@@ -10,9 +10,10 @@ from torch import Tensor
 from dreamreader.demo.bench import Bench, as_tensor
 from dreamreader.demo.data import Row
 from dreamreader.demo.directions import Place
-from dreamreader.demo.measure import main, tint
+from dreamreader.demo.measure import main
 from dreamreader.edits import Patch
 from dreamreader.engine import Record
+from dreamreader.metrics.tint import tint
 from dreamreader.stats import Interval, bootstrap
 from dreamreader.zoo.detector import detect
 

@@ -26,12 +26,13 @@ class Ablate(ChannelEdit):
 
     Formula: zero 0; mean the mean of the source; resample the value of another row of the source;
     project x - V'Vx for an orthonormal basis V of the directions, with one_sided x - max(c, 0) v;
-    noise x + sigma e with e standard normal. Each is blended with x by `strength`.
+    noise x + sigma e with e standard normal. Each is blended with x by `strength`; a strength of 2
+    mirrors at what `project` leaves.
 
     Args:
         kind: `zero`, `mean`, `resample`, `project` or `noise`.
         direction: project: [features] or [m, features], m <= 64, any length and angle; also by
-            site.
+            site. With per_step [steps, features] or [steps, m, features].
         source: mean: a tensor [features] or [tokens, features], or an `Activation` or `Cache`,
             whose mean over rows is taken at the same token, step and branch. resample: an
             `Activation` or `Cache`.
@@ -40,6 +41,8 @@ class Ablate(ChannelEdit):
         seed: noise and resample: row i draws from seed + i, whatever batch it is in.
         one_sided: project: remove only positive components (one direction).
         strength: share that is taken out, one number or one for each row.
+        per_step: project: the direction has one entry for each step; all zeros remove nothing.
+        norm_match: project: rescale each token to the norm that it had before this edit.
 
     Raises:
         UnknownName: there is no such kind.
@@ -58,6 +61,8 @@ class Ablate(ChannelEdit):
     seed: int = field(default=0, kw_only=True)
     one_sided: bool = field(default=False, kw_only=True)
     strength: float | Sequence[float] | Tensor = field(default=1.0, kw_only=True)
+    per_step: bool = field(default=False, kw_only=True)
+    norm_match: bool = field(default=False, kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -69,6 +74,9 @@ class Ablate(ChannelEdit):
         for name in ("direction", "source"):
             if getattr(self, name) is not None and name != needed:
                 raise InvalidInput(f"Ablate: kind {self.kind!r} takes no {name}")
+        for name in ("per_step", "norm_match"):
+            if getattr(self, name) and self.kind != "project":
+                raise InvalidInput(f"Ablate: {name} belongs to kind 'project', not {self.kind!r}")
         if isinstance(self.direction, Tensor) and self.direction.numel():  # rank 0 is allowed
             check_finite("Ablate: direction", self.direction)
         if isinstance(self.source, Tensor):
@@ -82,7 +90,12 @@ class Ablate(ChannelEdit):
 
     @property
     def changes_with_step(self) -> bool:
-        return self.kind == "noise" or isinstance(self.source, Activation | Cache | Mapping)
+        cached = isinstance(self.source, Activation | Cache | Mapping)
+        return self.kind == "noise" or self.per_step or cached
+
+    @property
+    def keeps_norm(self) -> bool:
+        return self.norm_match
 
     def row_lengths(self) -> dict[str, int]:
         names = ("strength", "sigma", "from_rows")
@@ -131,7 +144,9 @@ class Ablate(ChannelEdit):
     ) -> list[Instruction]:
         assert self.direction is not None
         value = per_site(self.direction, place.site, "Ablate: direction")
-        if value.numel() == 0:
+        if self.per_step and value.dim() > 1:
+            value = value[place.step_of(value.shape[0], "direction")]
+        if value.numel() == 0 or (self.per_step and not bool((value != 0).any())):
             return []  # a subspace of rank 0 removes nothing
         vectors = place.vectors(value, self.heads, "direction")
         if channels is not None:
@@ -140,11 +155,13 @@ class Ablate(ChannelEdit):
         if self.one_sided and len(vectors) > 1:
             raise InvalidInput(f"Ablate: one_sided needs one direction, got {len(vectors)}")
         basis = unit(vectors) if len(vectors) == 1 else _basis(vectors)
-        return [
-            Instruction(
-                "project", strength, vectors=basis, channels=channels, one_sided=self.one_sided
-            )
-        ]
+        found = Instruction(
+            "project", strength, vectors=basis, channels=channels, one_sided=self.one_sided
+        )
+        if not self.norm_match:
+            return [found]
+        touched = (strength.detach() != 0).float()
+        return [found, Instruction("renorm", touched, channels=channels)]
 
     def _mean(self, place: Place) -> Any:
         if not isinstance(self.source, Activation | Cache):

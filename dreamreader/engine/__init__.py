@@ -2,14 +2,18 @@
 
 from dreamreader.engine.cache import Activation, Cache, Row
 from dreamreader.engine.firing import Firing, FiringReport
+from dreamreader.engine.probs import Attention
 from dreamreader.engine.reader import Reader, RunResult
-from dreamreader.engine.request import Box, EditRequest, Record, Request
+from dreamreader.engine.request import Box, EditRequest, Record, Request, Watch
 from dreamreader.engine.sites import Site, SiteList
+from dreamreader.engine.watch import Call
 
 __all__ = [
     "Activation",
+    "Attention",
     "Box",
     "Cache",
+    "Call",
     "EditRequest",
     "Firing",
     "FiringReport",
@@ -20,4 +24,5 @@ __all__ = [
     "RunResult",
     "Site",
     "SiteList",
+    "Watch",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dreamreader.engine.cache import Cache
 from dreamreader.engine.firing import FiringReport
-from dreamreader.engine.request import EditRequest, Record
+from dreamreader.engine.request import EditRequest, Record, Watch
 from dreamreader.engine.rows import Plan
 from dreamreader.errors import InvalidInput
 
@@ -21,7 +21,7 @@ def run_language(
     reader: "Reader",
     plan: Plan,
     edits: Sequence[EditRequest],
-    records: Sequence[Record],
+    records: Sequence[Record | Watch],
     batch_size: int | None,
     memory_limit: int | None,
     arguments: dict[str, Any],

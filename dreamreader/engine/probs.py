@@ -1,17 +1,20 @@
-"""Attention probabilities, recomputed from the queries and keys that an attention really uses.
+"""The attention that a module really computes: kept as queries and keys, formed only on request.
 
-While such a site is recorded, a torch function mode sees the fused attention call inside the module
-and forms softmax(q k' scale + mask) from its arguments, tile by tile, so that norms, rotations,
-joint streams, masks and grouped heads are those of the model. Attention that forms the
-probabilities itself (sliced, eager) is read where it does. Processors are never replaced.
+While a site with the port `probs` is read, a torch function mode sees the fused attention call
+inside the module, so that norms, rotations, joint streams, masks and grouped heads are those of
+the model. Attention that forms the probabilities itself (sliced, eager) is read where it does.
+Processors are never replaced.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dreamreader.errors import InvalidInput
@@ -20,36 +23,281 @@ _SOFTMAX = {torch.softmax, F.softmax, torch.Tensor.softmax, torch.nn.functional.
 _TILE = 2**22  # scores held at once
 
 
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """One attention of a running model, p = softmax(q k' scale + mask) in every head.
+
+    Attributes:
+        shape: (batch, heads, queries, keys).
+        dtype, device: of the model's own values.
+    """
+
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def is_start(self) -> bool:
+        """Whether it is the whole attention, or the first of the shares that the model forms."""
+        return True
+
+    def outline(self) -> Float[Tensor, "batch queries heads keys"]:
+        """A tensor of the shape, dtype and device of the probabilities, without their memory."""
+        batch, heads, queries, keys = self.shape
+        one = torch.empty((), dtype=self.dtype, device=self.device)
+        return one.expand(batch, queries, heads, keys)
+
+    def probabilities(self) -> Float[Tensor, "batch heads queries keys"]:
+        """All of them: as much memory as heads x queries x keys."""
+        raise NotImplementedError
+
+    def words_(
+        self,
+        out: Float[Tensor, "batch heads words queries"],
+        weights: Float[Tensor, "batch words keys"],
+        queries: slice = slice(None),
+    ) -> None:
+        """Add to `out` the attention that goes to weighted keys; probabilities are never formed.
+
+        out[b, h, w, q] += sum_k weights[b, w, k] p[b, h, q, k]
+
+        Args:
+            out: float32 (float64 where the model is), with as many queries as `queries` selects.
+            weights: in the dtype of `out`; the first axis may be 1.
+            queries: a range of the queries, such as the image tokens of a joint sequence.
+        """
+        raise NotImplementedError
+
+    def of(self, entries: Sequence[int]) -> "Attention":
+        """The attention of these batch entries only, in this order."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class FusedAttention(Attention):
+    """The arguments of one fused attention call.
+
+    Attributes:
+        query: [batch, heads, queries, d]. key: [batch, key heads, keys, d].
+        mask: [batch or 1, heads or 1, queries or 1, keys or 1]; bool (True takes part) or added.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    causal: bool
+    scale: float
+
+    @torch.no_grad()
+    def probabilities(self) -> Float[Tensor, "batch heads queries keys"]:
+        """In the dtype of the query, computed in float32, in tiles over the queries."""
+        batch, heads, queries, keys = self.shape
+        key = self.key.repeat_interleave(heads // self.key.shape[1], dim=1)
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        work = torch.float64 if self.dtype == torch.float64 else torch.float32
+        step = max(1, _TILE // max(1, batch * heads * keys))
+        transposed = key.to(work).transpose(-1, -2)
+        for start in range(0, queries, step):
+            tile = slice(start, min(start + step, queries))
+            scores = self.query[:, :, tile].to(work) @ transposed * self.scale
+            mask = self._mask(tile)
+            if mask is not None and mask.dtype == torch.bool:
+                scores.masked_fill_(~mask, -torch.inf)
+            elif mask is not None:
+                scores += mask
+            # A row without any key (padding) has no distribution: zeros, as fused kernels give.
+            empty = scores.isneginf().all(-1, keepdim=True)
+            out[:, :, tile] = torch.where(empty, 0, torch.softmax(scores, -1))
+        return out
+
+    def words_(
+        self,
+        out: Float[Tensor, "batch heads words queries"],
+        weights: Float[Tensor, "batch words keys"],
+        queries: slice = slice(None),
+    ) -> None:
+        from dreamreader.ops import attention_words_
+
+        first, last, _ = queries.indices(self.shape[2])
+        query = self.query[:, :, first:last]
+        # The kernel's own causality counts from query 0.
+        causal = self.causal and first == 0
+        mask = self._mask(slice(first, last), causal=not causal)
+        attention_words_(out, query, self.key, weights, mask=mask, causal=causal, scale=self.scale)
+
+    def of(self, entries: Sequence[int]) -> "FusedAttention":
+        mask = self.mask
+        if mask is not None and mask.shape[0] > 1:
+            mask = _chosen(mask, entries)
+        query, key = _chosen(self.query, entries), _chosen(self.key, entries)
+        shape = (len(entries), *self.shape[1:])
+        return FusedAttention(
+            shape, self.dtype, self.device, query, key, mask, self.causal, self.scale
+        )
+
+    def _mask(self, tile: slice, causal: bool = True) -> Tensor | None:
+        """The mask of a range of queries, with the causal one in it where that is asked for."""
+        mask = self.mask
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask[:, :, tile]
+        if not (self.causal and causal):
+            return mask
+        at = torch.arange(tile.start, tile.stop, device=self.device)[:, None]
+        past = torch.arange(self.shape[3], device=self.device) <= at
+        if mask is None:
+            return past[None, None]
+        return mask & past if mask.dtype == torch.bool else mask.masked_fill(~past, -torch.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class FormedAttention(Attention):
+    """Probabilities that the model formed itself: of all heads, or a share of them.
+
+    Attributes:
+        part: [n, queries, keys]: the heads `first` .. `first + n - 1` of batch * heads.
+        entries: the batch entries that count, by their number in the call.
+    """
+
+    part: Tensor
+    first: int
+    entries: tuple[int, ...]
+
+    @property
+    def is_start(self) -> bool:
+        return self.first == 0
+
+    def probabilities(self) -> Float[Tensor, "batch heads queries keys"]:
+        heads = self.shape[1]
+        if self.first or len(self.part) % heads or len(self.part) // heads <= max(self.entries):
+            raise InvalidInput(
+                "the model forms its attention in shares (attention slicing), so there is no "
+                "tensor of all heads: use words_, or switch slicing off"
+            )
+        return _chosen(self.part.unflatten(0, (-1, heads)), self.entries)
+
+    def words_(
+        self,
+        out: Float[Tensor, "batch heads words queries"],
+        weights: Float[Tensor, "batch words keys"],
+        queries: slice = slice(None),
+    ) -> None:
+        heads = self.shape[1]
+        for place, entry in enumerate(self.entries):
+            start = entry * heads
+            low = max(start, self.first)
+            high = min(start + heads, self.first + len(self.part))
+            if low >= high:
+                continue
+            wanted = weights[place if len(weights) > 1 else 0]  # [words, keys]
+            used = (wanted != 0).any(0).nonzero().flatten()
+            part = self.part[low - self.first : high - self.first, queries].index_select(2, used)
+            share = wanted[:, used] @ part.to(out.dtype).transpose(1, 2)  # [heads, words, queries]
+            out[place, low - start : high - start] += share
+
+    def of(self, entries: Sequence[int]) -> "FormedAttention":
+        kept = tuple(self.entries[each] for each in entries)
+        shape = (len(kept), *self.shape[1:])
+        return FormedAttention(shape, self.dtype, self.device, self.part, self.first, kept)
+
+
+@dataclass(eq=False)
+class _Open:
+    """An attention module at work, and what was seen of it.
+
+    `shares` gets what the model forms itself, piece by piece; without it the pieces are kept.
+    """
+
+    name: str
+    heads: int
+    batch: int
+    shares: Callable[[Attention], None] | None
+    fused: list[FusedAttention] = field(default_factory=list)
+    formed: list[Tensor] = field(default_factory=list)
+    done: int = 0
+    total: int = 0
+
+    def form(self, result: Tensor) -> None:
+        if self.shares is None:
+            self.formed.append(result)
+            return
+        batch, heads = result.shape[:2] if result.dim() == 4 else (self.batch, self.heads)
+        part = result.flatten(0, -3)
+        shape = (batch, heads, part.shape[1], part.shape[2])
+        first, self.done, self.total = self.done, self.done + len(part), batch * heads
+        if self.done > self.total:
+            raise self._unequal()
+        share = FormedAttention(
+            shape, result.dtype, result.device, part, first, tuple(range(batch))
+        )
+        self.shares(share)
+
+    def streamed(self) -> None:
+        """Check that the shares add up to the whole attention."""
+        if self.done != self.total:
+            raise self._unequal()
+
+    def _unequal(self) -> InvalidInput:
+        return InvalidInput(
+            f"{self.name}: {self.done} maps of probabilities are formed inside the module, "
+            f"{self.total} were expected (batch x heads), so their heads are not known"
+        )
+
+    def whole(self) -> FormedAttention:
+        """The pieces that were kept, as one."""
+        whole = torch.cat(self.formed) if len(self.formed) > 1 else self.formed[0]
+        whole = whole if whole.dim() == 4 else whole.unflatten(0, (-1, self.heads))
+        batch, heads, queries, keys = whole.shape
+        return FormedAttention(
+            (batch, heads, queries, keys),
+            whole.dtype,
+            whole.device,
+            whole.flatten(0, 1),
+            0,
+            tuple(range(batch)),
+        )
+
+
 class ProbsMode(TorchFunctionMode):
-    """Collects probabilities between `begin` and `end` of an attention module."""
+    """Sees the attentions that run between `begin` and `end` of an attention module."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._open: list[tuple[nn.Module, list[Tensor], list[Tensor]]] = []
+        self._open: list[_Open] = []
 
-    def begin(self, module: nn.Module) -> None:
-        """The module starts."""
-        self._open.append((module, [], []))
+    def begin(
+        self, name: str, heads: int, batch: int, shares: Callable[[Attention], None] | None = None
+    ) -> None:
+        """The module of a site starts.
 
-    def end(self, name: str, heads: int) -> Tensor:
-        """The module is done: [batch, heads, queries, keys] in float32 or the model's dtype.
+        Args:
+            heads, batch: what the module works on.
+            shares: called at once with every piece of attention that the model forms itself; else
+                the pieces are kept until `end`.
+        """
+        self._open.append(_Open(name, heads, batch, shares))
+
+    def end(self) -> Attention | None:
+        """The module is done: its attention; None where `shares` had all of it.
 
         Raises:
             InvalidInput: its attention went through no call that shows queries and keys.
         """
-        _, fused, formed = self._open.pop()
-        if len(fused) == 1:
-            return fused[0]
-        if not fused and formed:
-            whole = torch.cat(formed) if len(formed) > 1 else formed[0]
-            return whole if whole.dim() == 4 else whole.unflatten(0, (-1, heads))
-        if fused:
+        seen = self._open.pop()
+        if len(seen.fused) == 1 and not seen.done:
+            return seen.fused[0]
+        if not seen.fused and seen.formed:
+            return seen.whole()
+        if not seen.fused and seen.done:
+            seen.streamed()
+            return None
+        if seen.fused:
+            count = len(seen.fused) + bool(seen.done)
             raise InvalidInput(
-                f"{name}: {len(fused)} attentions ran inside the module, probs needs one"
+                f"{seen.name}: {count} attentions ran inside the module, probs needs one"
             )
         raise InvalidInput(
-            f"{name}: its attention shows no queries and keys (a special kernel?); choose torch's "
-            "own attention, for example model.set_attention_backend('native')"
+            f"{seen.name}: its attention shows no queries and keys (a special kernel?); choose "
+            "torch's own attention, for example model.set_attention_backend('native')"
         )
 
     def drop(self) -> None:
@@ -60,18 +308,16 @@ class ProbsMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._open:
             return func(*args, **kwargs)
-        _, fused, formed = self._open[-1]
         if func is F.scaled_dot_product_attention:
-            fused.append(probabilities(*args, **kwargs))
+            self._open[-1].fused.append(_fused(*args, **kwargs))
             return func(*args, **kwargs)
         result = func(*args, **kwargs)
         if func in _SOFTMAX and isinstance(result, Tensor) and result.dim() in (3, 4):
-            formed.append(result.detach())
+            self._open[-1].form(result.detach())
         return result
 
 
-@torch.no_grad()
-def probabilities(
+def _fused(
     query: Tensor,
     key: Tensor,
     value: Tensor | None = None,
@@ -80,41 +326,35 @@ def probabilities(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
-    """softmax(q k' scale + mask) of one attention call, in tiles over the queries.
+) -> FusedAttention:
+    """What one call of torch's fused attention computes; arguments as there."""
+    batch, heads, queries, width = query.shape
+    mask = None if attn_mask is None else attn_mask.detach()
+    return FusedAttention(
+        (batch, heads, queries, key.shape[2]),
+        query.dtype,
+        query.device,
+        query.detach(),
+        key.detach(),
+        None if mask is None else mask[(None,) * (4 - mask.dim())],
+        is_causal,
+        1 / math.sqrt(width) if scale is None else scale,
+    )
 
-    Args:
-        query: [batch, heads, queries, d]. key: [batch, key heads, keys, d].
-        attn_mask: bool (True takes part) or added to the scores.
 
-    Returns:
-        [batch, heads, queries, keys] in the dtype of the query, computed in float32.
-    """
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key = key.repeat_interleave(groups, dim=1)
-    batch, heads, queries, _ = query.shape
-    keys = key.shape[2]
-    out = torch.empty(batch, heads, queries, keys, dtype=query.dtype, device=query.device)
-    work = torch.float64 if query.dtype == torch.float64 else torch.float32
-    step = max(1, _TILE // max(1, batch * heads * keys))
-    transposed = key.to(work).transpose(-1, -2)
-    if attn_mask is not None:
-        attn_mask = attn_mask.expand(batch, heads, queries, keys)
-    for start in range(0, queries, step):
-        tile = slice(start, min(start + step, queries))
-        scores = query[:, :, tile].to(work) @ transposed * scale
-        if is_causal:
-            at = torch.arange(tile.start, tile.stop, device=query.device)[:, None]
-            scores.masked_fill_(torch.arange(keys, device=query.device) > at, -torch.inf)
-        if attn_mask is not None:
-            part = attn_mask[:, :, tile]
-            if part.dtype == torch.bool:
-                scores.masked_fill_(~part, -torch.inf)
-            else:
-                scores += part
-        # A row without any key (padding) has no distribution: zeros, as fused kernels give.
-        empty = scores.isneginf().all(-1, keepdim=True)
-        out[:, :, tile] = torch.where(empty, 0, torch.softmax(scores, -1))
-    return out
+def _chosen(x: Tensor, entries: Sequence[int]) -> Tensor:
+    """Entries of the first axis: a view where they follow each other."""
+    first = entries[0]
+    if list(entries) == list(range(first, first + len(entries))):
+        return x[first : first + len(entries)]
+    return x[torch.tensor(entries, device=x.device)]
+
+
+def entries_of(args: tuple, kwargs: dict[str, Any]) -> int:
+    """Batch entries of a module's call: those of its first tensor."""
+    given = (each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
+    first = next(given, None)
+    return first.shape[0] if first is not None and first.dim() else 1
+
+
+__all__ = ["Attention", "FormedAttention", "FusedAttention", "ProbsMode", "entries_of"]

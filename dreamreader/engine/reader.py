@@ -12,14 +12,14 @@ from dreamreader.engine import html
 from dreamreader.engine.cache import Activation, Cache, Row
 from dreamreader.engine.firing import FiringReport
 from dreamreader.engine.place import RowSet
-from dreamreader.engine.request import EditRequest, Record
+from dreamreader.engine.request import EditRequest, Record, Watch
 from dreamreader.engine.rows import Plan, chunked, plan_rows
 from dreamreader.engine.session import Session
 from dreamreader.engine.sites import SiteList, find
 from dreamreader.engine.subject import Subject
 from dreamreader.errors import InvalidInput, UnknownName
 
-Recordable = str | Record
+Recordable = str | Record | Watch
 
 
 @dataclass(eq=False)
@@ -106,7 +106,8 @@ class Reader:
             prompts, seeds: one or one for each row; see `plan_rows`. Every row draws from its own
                 generator, so its result does not depend on the batch around it.
             edits: applied in this order.
-            record: site strings or `Record`s. A recording sees the values after the edits.
+            record: site strings, `Record`s or `Watch`es. A recording sees the values after the
+                edits.
             batch_size: rows computed together; all by default.
             memory_limit: bytes that recordings may hold.
             arguments: passed on to the pipeline, or to the model's `generate` where it is a
@@ -119,7 +120,7 @@ class Reader:
         edits = _listed(edits, EditRequest, "edits")
         records = [
             Record(each) if isinstance(each, str) else each
-            for each in _listed(record, (str, Record), "record")
+            for each in _listed(record, (str, Record, Watch), "record")
         ]
         if self._subject.kind == "module":
             raise InvalidInput(
@@ -195,7 +196,7 @@ class Reader:
             "dtype": dtype,
             "device": device,
         }
-        listed = _listed(sites, (str, Record), "sites")
+        listed = _listed(sites, (str, Record, Watch), "sites")
         records = [Record(each, **common) if isinstance(each, str) else each for each in listed]
         session = Session(
             self._subject,
@@ -247,7 +248,7 @@ class Reader:
     def _session(
         self,
         edits: Sequence[EditRequest],
-        records: Sequence[Record],
+        records: Sequence[Record | Watch],
         plan: Plan,
         start: int,
         stop: int,

@@ -13,6 +13,8 @@ from dreamreader.errors import InvalidInput
 
 if TYPE_CHECKING:
     from dreamreader.engine.place import Place
+    from dreamreader.engine.probs import Attention
+    from dreamreader.engine.watch import Call
     from dreamreader.ops import Instruction
 
 Steps = int | slice | range | Iterable[int] | Callable[[int], bool] | None
@@ -161,6 +163,41 @@ class Record(Request):
     dtype: torch.dtype | None = field(default=None, kw_only=True)
     device: str | torch.device | None = field(default="cpu", kw_only=True)
     reduce: Callable[[Tensor], Tensor] | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Watch(Request):
+    """A reader of attentions while they run; the engine itself stores nothing of them.
+
+    Args:
+        site: sites with the port `probs`.
+        saw: called as `saw(attention, call)` wherever the selection holds. `attention` has the
+            batch entries of the selection only, `call` says which they are. Where the model forms
+            its attention in shares (attention slicing) it is called with each share.
+
+    Raises:
+        InvalidInput: a site has another port, or `tokens` is given: the whole sequence is seen.
+
+    Example:
+        >>> seen = []
+        >>> Watch("unet.**.attn2:probs", lambda attention, call: seen.append(attention.shape))
+        Watch(unet.**.attn2:probs)
+    """
+
+    saw: "Callable[[Attention, Call], None]"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not callable(self.saw):
+            raise InvalidInput(f"Watch: saw must be a function, got {type(self.saw).__name__}")
+        if self.tokens is not None:
+            raise InvalidInput("Watch: tokens has no meaning here, the whole attention is seen")
+        for site in self.sites:
+            if parse(site).port != "probs":
+                raise InvalidInput(f"Watch: {site} is no attention; name its probs: {site}:probs")
+
+    def __repr__(self) -> str:
+        return self.describe()
 
 
 @dataclass(frozen=True, eq=False)

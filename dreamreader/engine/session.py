@@ -9,31 +9,41 @@ from torch import nn
 
 from dreamreader.engine.cache import Activation, Row
 from dreamreader.engine.clock_schedule import Instant
-from dreamreader.engine.families.text import text_sources
 from dreamreader.engine.firing import Firing, FiringReport
 from dreamreader.engine.lm_tracker import LanguageTracker
 from dreamreader.engine.now import Now
 from dreamreader.engine.place import RowSet
 from dreamreader.engine.probs import ProbsMode
 from dreamreader.engine.recorder import Memory, Recorder
-from dreamreader.engine.request import EditRequest, Record, Request
+from dreamreader.engine.request import EditRequest, Record, Request, Watch
 from dreamreader.engine.sites import Site, find
 from dreamreader.engine.station import SiteRun, Station
 from dreamreader.engine.step_caches import StepCaches, cache_hooks, caches_batch
 from dreamreader.engine.subject import Subject, is_compiled
-from dreamreader.engine.tokens import word_positions
 from dreamreader.engine.tracker import ModuleTracker, PipelineTracker, Tracker
+from dreamreader.engine.watch import Watcher
+from dreamreader.engine.words import Words
 from dreamreader.errors import ClockUnknown, InvalidInput, NeverFired, UnknownName
 
 
 class Shared:
     """What the stations of one session have in common."""
 
-    def __init__(self, tracker: Tracker, subject: Subject, rowset: RowSet, seeds: Any):
+    def __init__(
+        self,
+        tracker: Tracker,
+        subject: Subject,
+        rowset: RowSet,
+        prompts: Sequence[str] | None,
+        seeds: Sequence[int] | None,
+        words: Words,
+    ):
         self.tracker = tracker
         self.subject = subject
         self.rowset = rowset
-        self.seeds: tuple[int, ...] | None = seeds
+        self.prompts = prompts
+        self.seeds = None if seeds is None else tuple(seeds)
+        self.words = words
         self.probs = ProbsMode()
         self.step_caches = StepCaches()
         self.requests: list[tuple[str, Request]] = []
@@ -98,6 +108,15 @@ class Shared:
         total = self.tracker.total()
         return sum(request.runs_at(each, total) for each in schedule)
 
+    def row(self, number: int) -> Row:
+        """A row of the run, with its prompt and seed as far as they are known."""
+        prompts, seeds = self.prompts or self.tracker.prompts or (), self.seeds or ()
+        return Row(
+            number,
+            prompts[number] if number < len(prompts) else None,
+            seeds[number] if number < len(seeds) else None,
+        )
+
     def words_for(self, now: Now, site: Site, branches: tuple[str, ...], rows: int):
         """A function that finds the token numbers of a word for every batch entry."""
 
@@ -110,32 +129,7 @@ class Shared:
         return find_word
 
     def _word(self, word: str, now: Now, site: Site, branch: str, rows: int) -> list[list[int]]:
-        if now.phase == "language":
-            sources = [("", 0, False)]
-        elif now.phase == "text":
-            sources = [(now.component, 0, False)]
-        else:
-            sources = text_sources(self.subject.model, now.layout)
-        places: list[list[int]] = [[] for _ in range(rows)]
-        known = False
-        for component, offset, packed in sources:
-            ids = self.tracker.text_ids(component, branch)
-            if ids is None:
-                continue
-            known = True
-            tokenizer = self._tokenizer(component)
-            for row in range(rows):
-                own = row if len(ids[0]) > 1 else 0
-                hits = word_positions(tokenizer, ids[0][own].tolist(), word)
-                mask = ids[1]
-                if packed and mask is not None:
-                    before = (mask[own].cumsum(0) - 1).tolist()
-                    hits = [before[at] for at in hits]
-                places[row] += [at + offset for at in hits if at + offset >= 0]
-        if not known and branch != "uncond":
-            raise ClockUnknown(
-                f"{site.name}: the tokens of the prompt ({branch}) are not known here"
-            )
+        places = self.words.positions(word, now, site.name, branch, rows) or [[]] * rows
         if branch == "cond":
             missing = [row for row, each in enumerate(places) if not each]
             if missing:
@@ -152,16 +146,6 @@ class Shared:
             pads = now.positions.pads
             places = [[at - pads[row] for at in each] for row, each in enumerate(places)]
         return places
-
-    def _tokenizer(self, component: str) -> Any:
-        model = self.subject.model
-        if self.subject.kind != "pipeline":
-            tokenizer = getattr(self, "tokenizer", None)
-        else:
-            tokenizer = getattr(model, component.replace("text_encoder", "tokenizer"), None)
-        if tokenizer is None:
-            raise InvalidInput("words of the prompt need a tokenizer: Reader(model, tokenizer)")
-        return tokenizer
 
     def _check_windows(self, now: Now) -> None:
         """Refuse a step window without any step of the schedule, before anything is computed."""
@@ -182,7 +166,7 @@ class Session(AbstractContextManager):
 
     Args:
         subject: what is hooked.
-        edits, records: requests in the order in which they apply.
+        edits, records: requests in the order in which they apply; `records` holds watches too.
         rowset: the rows of the run, where a plan exists.
         prompts, seeds: of these rows.
         prompt_length: tokens of a language model's padded prompt.
@@ -195,7 +179,7 @@ class Session(AbstractContextManager):
         self,
         subject: Subject,
         edits: Sequence[EditRequest] = (),
-        records: Sequence[Record] = (),
+        records: Sequence[Record | Watch] = (),
         *,
         rowset: RowSet | None = None,
         prompts: Sequence[str] | None = None,
@@ -208,19 +192,15 @@ class Session(AbstractContextManager):
         self.subject = subject
         self.edits = list(edits)
         self.records = list(records)
-        self.prompts = prompts
-        self.seeds = seeds
         self.report = FiringReport()
         self.recorders: list[Recorder] = []
         self._shapes = shapes if shapes is not None else {}
         self._memory = Memory(memory_limit)
         self._runs: dict[str, SiteRun] = {}
         self._stack: ExitStack | None = None
-        whole_seeds = tuple(seeds) if seeds is not None else None
-        self._shared = Shared(
-            _tracker(subject, prompt_length), subject, rowset or RowSet(), whole_seeds
-        )
-        self._shared.tokenizer = tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        tracker = _tracker(subject, prompt_length)
+        words = Words(tracker, subject, tokenizer)
+        self._shared = Shared(tracker, subject, rowset or RowSet(), prompts, seeds, words)
 
     def __enter__(self) -> Self:
         modules = self.subject.modules()
@@ -286,6 +266,8 @@ class Session(AbstractContextManager):
                     run.edits.append((number, request))
                 elif isinstance(request, Record):
                     self._record(request, name, number, run)
+                elif isinstance(request, Watch):
+                    run.watchers.append(Watcher(request, number))
                 self._shared.requests.append((site.component, request))
             number += 1
         return list(stations.values())
@@ -298,18 +280,10 @@ class Session(AbstractContextManager):
         run.recorders.append(recorder)
 
     def _rows(self) -> list[Row]:
-        rowset = self._shared.rowset
-        prompts = list(self.prompts or self._shared.tracker.prompts or ())
-        seeds = list(self.seeds or ())
-        count = rowset.total or max(len(prompts), len(seeds))
-        return [
-            Row(
-                number,
-                prompts[number] if number < len(prompts) else None,
-                seeds[number] if number < len(seeds) else None,
-            )
-            for number in range(count)
-        ]
+        shared = self._shared
+        prompts = shared.prompts or shared.tracker.prompts or ()
+        count = shared.rowset.total or max(len(prompts), len(shared.seeds or ()))
+        return list(map(shared.row, range(count)))
 
     def _finish(self) -> None:
         """Turn what the stations noted into the firing report."""
@@ -398,6 +372,18 @@ def _attach(station: Station, stack: ExitStack) -> None:
         stack.callback(module.register_forward_pre_hook(station.before, with_kwargs=True).remove)
     if sides & {"out", "delta", "probs"}:
         stack.callback(module.register_forward_hook(station.after).remove)
+        _observers_last(module)
+
+
+def _observers_last(module: nn.Module) -> None:
+    """Let the hooks by which transformers collects `hidden_states` see what edits give.
+
+    It installs them for good at the first call that asks for hidden states, so from the second run
+    on they would stand before ours, and a pipeline that reads hidden_states[-2] would lose edits.
+    """
+    for number, hook in list(module._forward_hooks.items()):
+        if getattr(hook, "__qualname__", "").endswith("output_capturing_hook"):
+            module._forward_hooks[number] = module._forward_hooks.pop(number)
 
 
 def _count(lines: dict[tuple[int, str], Firing], name: str, now: Now, plan: Any) -> None:
@@ -413,8 +399,9 @@ def _count(lines: dict[tuple[int, str], Firing], name: str, now: Now, plan: Any)
         elif number in hits:
             line.branches.update(hits[number].branches)
             line.rows.update(hits[number].rows)
-    for recorder, cut, _ in plan.cuts:
-        line = lines[recorder.number, name]
+    kept = [(each.number, cut) for each, cut, _ in plan.cuts]
+    for number, cut in kept + [(each.number, seen) for each, seen in plan.watched]:
+        line = lines[number, name]
         line.branches.update(cut.branches)
         line.rows.update(cut.rows)
 

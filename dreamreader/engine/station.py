@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from dreamreader.engine.compile import Active, Compiled, compiled
 from dreamreader.engine.now import Now
 from dreamreader.engine.place import Place, row_mask
+from dreamreader.engine.probs import Attention, entries_of
 from dreamreader.engine.recorder import Cut, Recorder
-from dreamreader.engine.request import EditRequest, Request
+from dreamreader.engine.request import EditRequest, Record, Request, Watch
 from dreamreader.engine.sites import Site
 from dreamreader.engine.taps import (
     Argument,
@@ -23,6 +24,7 @@ from dreamreader.engine.taps import (
     write_channels,
 )
 from dreamreader.engine.tokens import Sequence_, select, sequence
+from dreamreader.engine.watch import Call, Seen, Watcher
 from dreamreader.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -37,11 +39,12 @@ class Plan:
 
     edits: Compiled | None
     cuts: list[tuple[Recorder, Cut, int]]
+    watched: list[tuple[Watcher, Seen]]
     passed: tuple[int, ...]
     active: tuple[int, ...]
 
 
-_IDLE = Plan(None, [], (), ())
+_IDLE = Plan(None, [], [], (), ())
 
 
 class SiteRun:
@@ -52,6 +55,7 @@ class SiteRun:
         self.shared = shared
         self.edits: list[tuple[int, EditRequest]] = []
         self.recorders: list[Recorder] = []
+        self.watchers: list[Watcher] = []
         self.fired: list[tuple[Now, Plan]] = []
         self.skipped: list[tuple[Now, tuple[int, ...]]] = []
         self.changed: set[int] = set()
@@ -62,18 +66,13 @@ class SiteRun:
 
     def visit(self, view: View, heads_split: bool = False) -> Tensor | None:
         """Edit and record what `view` sees; the edited [batch, tokens, features], or None."""
-        now = self.shared.current(self.site)
-        x = view.x
-        call = self.shared.timeless if self._timeless else self.shared.serial
-        key = (call, now.run if self._follows_prompt else None, x.shape, x.dtype, x.device)
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plans[key] = self._plan(now, view, heads_split)
+        now, plan = self._planned(view, heads_split)
         if not plan.active:
             return None
         self.fired.append((now, plan))
-        y = None
+        x, y = view.x, None
         if plan.edits is not None:
+            self.shared.subject.edited += 1
             if plan.edits.numbers <= self.changed:
                 y = plan.edits.run(x)
             else:
@@ -85,6 +84,34 @@ class SiteRun:
             recorder.keep(x, cut, now, moments)
         return y
 
+    def visit_attention(self, attention: Attention) -> None:
+        """Record and watch an attention; probabilities are formed for recordings alone."""
+        outline = attention.outline()
+        view = View(outline.flatten(2))
+        view.x = outline  # [batch, queries, heads, keys]
+        now, plan = self._planned(view, heads_split=True)
+        if not plan.active:
+            return
+        if attention.is_start:
+            self.fired.append((now, plan))
+        if plan.cuts:
+            x = attention.probabilities().transpose(1, 2)
+            for recorder, cut, moments in plan.cuts:
+                recorder.keep(x, cut, now, moments)
+        for watcher, seen in plan.watched:
+            watcher.request.saw(attention.of(seen.entries), Call(seen, now))
+
+    def _planned(self, view: View, heads_split: bool) -> tuple[Now, Plan]:
+        """What is running, and what to do then."""
+        now = self.shared.current(self.site)
+        x = view.x
+        call = self.shared.timeless if self._timeless else self.shared.serial
+        key = (call, now.run if self._follows_prompt else None, x.shape, x.dtype, x.device)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._plan(now, view, heads_split)
+        return now, plan
+
     def pass_over(self) -> None:
         """A step cache skipped the site: nothing is edited or recorded, but it is reported."""
         now = self.shared.current(self.site)
@@ -93,11 +120,12 @@ class SiteRun:
         if numbers:
             self.skipped.append((now, numbers))
 
-    def _at_work(self, now: Now) -> tuple[list[tuple[int, EditRequest]], list[Recorder]]:
-        """The edits and recordings whose selection holds in this call."""
+    def _at_work(self, now: Now) -> tuple[list[tuple[int, EditRequest]], list[Recorder | Watcher]]:
+        """The edits, recordings and watches whose selection holds in this call."""
         name, is_active = self.site.name, self.shared.is_active
         edits = [(n, each) for n, each in self.edits if is_active(each, now, name)]
-        return edits, [each for each in self.recorders if is_active(each.request, now, name)]
+        readers = [*self.recorders, *self.watchers]
+        return edits, [each for each in readers if is_active(each.request, now, name)]
 
     def release(self) -> None:
         """Let go of everything that is not a result."""
@@ -120,14 +148,20 @@ class SiteRun:
         if found is None:
             place_of = _Places(self.site, now, view, self.shared, heads_split)
             edits = self._compiled(active, x, place_of) if active else None
-            cuts = [(each, _cut(each, place_of.make(each.request))) for each in wanted]
+            places = [(each, place_of.make(each.request)) for each in wanted]
+            cuts = [(each, place, _cut(each.request, place)) for each, place in places]
             hit = edits.numbers if edits else frozenset()
             found = self._shared_plans[key] = Plan(
                 edits if hit else None,
                 [
                     (each, cut, self.shared.moments(each.request, now))
-                    for each, cut in cuts
-                    if cut is not None
+                    for each, _, cut in cuts
+                    if cut is not None and isinstance(each, Recorder)
+                ],
+                [
+                    (each, self._seen(cut, place, x.shape[-1]))
+                    for each, place, cut in cuts
+                    if cut is not None and isinstance(each, Watcher)
                 ],
                 tuple(n for n, _ in active if n not in hit),
                 numbers,
@@ -150,7 +184,21 @@ class SiteRun:
         return any(isinstance(each.tokens, str) for each in self._requests())
 
     def _requests(self) -> list[Request]:
-        return [*(each for _, each in self.edits), *(each.request for each in self.recorders)]
+        readers = [*self.recorders, *self.watchers]
+        return [*(each for _, each in self.edits), *(each.request for each in readers)]
+
+    def _seen(self, cut: Cut, place: Place, keys: int) -> Seen:
+        entries = range(place.batch) if cut.entries is None else cut.entries.tolist()
+        return Seen(
+            self.site,
+            cut.branches,
+            cut.rows,
+            tuple(entries),
+            place.rows,
+            place.sequence,
+            keys,
+            self.shared,
+        )
 
     def _compiled(
         self, active: list[tuple[int, EditRequest]], x: Tensor, place_of: "_Places"
@@ -245,16 +293,15 @@ def _why_irregular(now: Now, shared: "Shared") -> str:
     return "The module does not work on one entry for each row"
 
 
-def _cut(recorder: Recorder, place: Place) -> Cut | None:
+def _cut(request: Record | Watch, place: Place) -> Cut | None:
     """The part of the batch that a recording keeps; None where it keeps nothing."""
-    request = recorder.request
     wanted = request.branches
     branches = tuple(name for name in place.branches if wanted is None or name in wanted)
     if not branches:
         return None
     rows = list(range(place.rows))
     if request.rows is not None:
-        touched = row_mask(type(request)(request.site, rows=request.rows), place)
+        touched = row_mask(Request(request.site, rows=request.rows), place)
         assert touched is not None
         rows = [row for row in rows if touched[row]]
         if not rows:
@@ -307,11 +354,16 @@ class Station:
         return {each.site.tap.side for each in self.runs}
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self.shared.subject.paused:
+            return None
         changed = False
         for run in self.runs:
             side = run.site.tap.side
             if side == "probs":
-                self.shared.probs.begin(module)
+                # Kept whole where probabilities are recorded, else seen share by share.
+                shares = None if run.recorders else run.visit_attention
+                heads, batch = run.site.heads or 1, entries_of(args, kwargs)
+                self.shared.probs.begin(run.site.name, heads, batch, shares)
             elif side in ("in", "delta"):
                 argument = self._argument(run)
                 value = self._input(run, argument.get(args, kwargs))
@@ -325,6 +377,8 @@ class Station:
         return (args, kwargs) if changed else None
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if self.shared.subject.paused:
+            return None
         computed = self.shared.step_caches.computed(module)
         changed = False
         for run in self.runs:
@@ -387,7 +441,6 @@ class Station:
             self.shared.probs.drop()
             run.pass_over()
             return
-        found = self.shared.probs.end(run.site.name, run.site.heads or 1)
-        view = View(found.flatten(1, 2))
-        view.x = found.transpose(1, 2)  # [batch, queries, heads, keys]
-        run.visit(view, heads_split=True)
+        attention = self.shared.probs.end()
+        if attention is not None:
+            run.visit_attention(attention)

@@ -16,10 +16,14 @@ class Subject:
 
     Attributes:
         kind: `pipeline`, `language` or `module`.
+        paused: the hooks of all sessions of this subject do nothing while it is true.
+        edited: how often edits have been applied so far.
     """
 
     def __init__(self, model: Any):
         self.model = model
+        self.paused = False
+        self.edited = 0
         components = getattr(model, "components", None)
         if isinstance(components, dict):
             self.kind = "pipeline"

@@ -2,6 +2,7 @@
 
 from dreamreader.report.blocks import (
     Charts,
+    Code,
     Curves,
     Facts,
     Folded,
@@ -18,6 +19,7 @@ from dreamreader.report.page import Report, Section
 
 __all__ = [
     "Charts",
+    "Code",
     "Curves",
     "Facts",
     "Folded",

@@ -23,6 +23,14 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Code:
+    """Text as it is, in lines of equal letters: a file, a command."""
+
+    body: str
+    kind = "code"
+
+
+@dataclass(frozen=True)
 class Number:
     """One large number with what it means; `tone` is "good", "poor" or "" (no judgement)."""
 

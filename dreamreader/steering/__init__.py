@@ -1,5 +1,24 @@
 """Steering vectors: directions in a site's feature space, fitted from recorded activations."""
 
-from dreamreader.steering.directions import LabelMeans, random_like
+from dreamreader.steering.directions import Directions, random_like
+from dreamreader.steering.evidence import Evidence
+from dreamreader.steering.files import from_layers, load, save, to_layers
+from dreamreader.steering.fit import fit, fit_pairs
+from dreamreader.steering.fitter import Fitter
+from dreamreader.steering.means import LabelMeans
+from dreamreader.steering.statistics import Statistics
 
-__all__ = ["LabelMeans", "random_like"]
+__all__ = [
+    "Directions",
+    "Evidence",
+    "Fitter",
+    "LabelMeans",
+    "Statistics",
+    "fit",
+    "fit_pairs",
+    "from_layers",
+    "load",
+    "random_like",
+    "save",
+    "to_layers",
+]

@@ -1,142 +1,128 @@
-"""Directions from label means: differences, contrasts and subspaces, summed batch by batch."""
+"""Directions: one vector for each site and step, with what speaks for them."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.edits import Ablate, Steer
+from dreamreader.engine.request import same
+from dreamreader.errors import UnknownName
+from dreamreader.steering.evidence import Evidence
 
-if TYPE_CHECKING:
-    from dreamreader.engine import Activation
 
+@dataclass(frozen=True, eq=False)
+class Directions(Mapping[str, Tensor]):
+    """Directions by site, as `Steer` takes them.
 
-class LabelMeans:
-    """Mean activation of every label at every site and step, over rows and tokens.
-
-    `mu[label, step] = 1/(n T) * sum_i sum_t h[i, step, t]`, summed in float64, so that the order of
-    the batches does not show in the float32 directions.
+    Attributes:
+        vectors: [steps, features] by site, one for each step of the run, or [features] for all
+            steps. Steps that were not recorded have zeros, so nothing is added there.
+        source, target: labels; adding a direction leads from the source to the target.
+        method: `mean`, `caa`, `pca`, `lda` or `logistic`.
+        norm: what was scaled to length 1: `channel` each vector over its features, `tensor` the
+            vector repeated at each recorded token, over tokens and features; or `none`.
+        evidence: by site, see `Evidence`.
 
     Example:
-        >>> means = LabelMeans()
-        >>> means.add(cache, ["red", "blue"])               # one label per row
-        >>> means.difference(site, "red", "blue").shape     # [steps, features]
-
-    Reference:
-        Difference of means as in contrastive activation addition, arXiv 2312.06681.
+        >>> directions = Directions({"0": torch.ones(4)}, "red", "blue", "mean", "none")
+        >>> directions.steer(alpha=[0.0, 2.0]).row_lengths()
+        {'alpha': 2}
     """
 
-    def __init__(self):
-        self._sums: dict[str, dict[str, Float[Tensor, "steps features"]]] = {}
-        self._counts: dict[str, dict[str, int]] = {}
-        self._squares: dict[
-            str, Float[Tensor, " steps"]
-        ] = {}  # sum over rows of |mean over tokens|^2
+    vectors: Mapping[str, Float[Tensor, "*steps features"]]
+    source: str
+    target: str
+    method: str
+    norm: str
+    evidence: Mapping[str, Evidence] = field(default_factory=dict)
 
-    def add(self, cache: "Mapping[str, Activation]", labels: Sequence[str]) -> None:
-        """Adds the rows of a cache.
+    def __getitem__(self, site: str) -> Tensor:
+        if site not in self.vectors:
+            raise UnknownName("site of directions", site, self.vectors)
+        return self.vectors[site]
 
-        Args:
-            cache: activations of one branch, [rows, steps, tokens, features] or with heads apart.
-            labels: one for each row.
+    def __contains__(self, site: object) -> bool:
+        return site in self.vectors
 
-        Raises:
-            InvalidInput: the number of labels is not that of the rows, several branches are
-                recorded, the steps differ from those added before, or a value is not finite.
-        """
-        for site, activation in cache.items():
-            values = _flat(site, activation)  # [rows, steps, tokens, features]
-            if len(labels) != len(values):
-                raise InvalidInput(f"{site}: {len(labels)} labels for {len(values)} rows")
-            means = values.double().mean(2)  # [rows, steps, features]
-            if not bool(means.isfinite().all()):
-                raise InvalidInput(f"{site}: recorded values are not finite")
-            sums, counts = self._sums.setdefault(site, {}), self._counts.setdefault(site, {})
-            for row, label in zip(means, labels, strict=True):
-                if any(total.shape != row.shape for total in sums.values()):
-                    had = [list(total.shape) for total in sums.values()][0]
-                    raise InvalidInput(
-                        f"{site}: [steps, features] is {list(row.shape)}, before {had}"
-                    )
-                sums[label] = sums[label] + row if label in sums else row.clone()
-                counts[label] = counts.get(label, 0) + 1
-            squares = means.square().sum((0, 2))
-            self._squares[site] = self._squares.get(site, torch.zeros_like(squares)) + squares
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.vectors)
 
-    @property
-    def sites(self) -> list[str]:
-        return list(self._sums)
+    def __len__(self) -> int:
+        return len(self.vectors)
 
-    @property
-    def labels(self) -> list[str]:
-        return sorted({label for sums in self._sums.values() for label in sums})
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Directions):
+            return NotImplemented
+        names = ("source", "target", "method", "norm", "vectors", "evidence")
+        return all(same(getattr(self, name), getattr(other, name)) for name in names)
 
-    def mean(self, site: str, label: str) -> Float[Tensor, "steps features"]:
-        """Mean of one label, float64.
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def __repr__(self) -> str:
+        lines = [f"Directions({self.source} -> {self.target}, {self.method}, norm {self.norm})"]
+        for site, found in self.evidence.items():
+            aucs = [each for each in found.auc if each == each]
+            shown = f"AUC {min(aucs):.2f} .. {max(aucs):.2f}" if aucs else "AUC unknown"
+            lines.append(f"  {site} {list(self.vectors[site].shape)}: {shown}")
+        return "\n".join(lines)
+
+    def only(self, *sites: str) -> "Directions":
+        """The directions of some sites.
 
         Raises:
-            UnknownName: nothing was added for this site or label.
+            UnknownName: there is none for a site.
         """
-        if site not in self._sums:
-            raise UnknownName("site", site, self._sums)
-        if label not in self._sums[site]:
-            raise UnknownName("label", label, self._sums[site])
-        return self._sums[site][label] / self._counts[site][label]
+        vectors = {site: self[site] for site in sites}
+        evidence = {site: self.evidence[site] for site in sites if site in self.evidence}
+        return Directions(vectors, self.source, self.target, self.method, self.norm, evidence)
 
-    def difference(self, site: str, source: str, target: str) -> Float[Tensor, "steps features"]:
-        """`mu[target] - mu[source]`, float32: adding it once moves the one mean to the other."""
-        return (self.mean(site, target) - self.mean(site, source)).float()
-
-    def contrast(self, site: str, label: str) -> Float[Tensor, "steps features"]:
-        """`mu[label]` less the mean of the other labels, float32: what is special about it."""
-        others = [other for other in self._sums.get(site, {}) if other != label]
-        own = self.mean(site, label)
-        if not others:
-            raise InvalidInput(f"{site}: {label!r} is the only label, there is nothing to contrast")
-        return (own - torch.stack([self.mean(site, other) for other in others]).mean(0)).float()
-
-    def explained(self, site: str) -> Float[Tensor, " steps"]:
-        """Share of the variance between rows that the labels explain, for each step (eta squared).
-
-        `sum_l n_l |mu_l - mu|^2 / sum_i |h_i - mu|^2` over token means h_i. Labels that say nothing
-        still explain about `(labels - 1) / (rows - 1)`.
+    def steer(self, alpha: Any = 1.0, **selection: Any) -> Steer:
+        """The edit x + alpha v at all sites.
 
         Args:
-            site: a site that was added.
-
-        Returns:
-            Values in [0, 1], float32; 0 where all rows are equal.
+            alpha: one number or one for each row.
+            selection: `steps`, `branch`, `tokens`, `rows`, `norm_match`, `gate`, as in `Steer`.
         """
-        labels = self._sums.get(site, {})
-        means = torch.stack([self.mean(site, label) for label in labels]) if labels else None
-        if means is None:
-            raise UnknownName("site", site, self._sums)
-        counts = torch.tensor([self._counts[site][label] for label in labels], dtype=torch.float64)
-        rows = counts.sum()
-        middle = (means * counts[:, None, None]).sum(0) / rows
-        between = ((means - middle).square().sum(2) * counts[:, None]).sum(0)
-        total = self._squares[site] - rows * middle.square().sum(1)
-        share = torch.where(total > 0, between / total.clamp(min=1e-300), torch.zeros_like(total))
-        return share.clamp(0, 1).float()
+        return Steer(list(self), self.vectors, alpha=alpha, **selection)
 
-    def subspace(self, site: str, rank: int) -> Float[Tensor, "rank features"]:
-        """Orthonormal rows that span most of what differs between labels, over all steps, float32.
+    def remove(self, strength: Any = 1.0, **selection: Any) -> Ablate:
+        """The edit x - strength max(<x, v>, 0) v at all sites, v scaled to length 1.
 
         Args:
-            site: a site that was added.
-            rank: rows wanted, at most the number of labels less one.
-
-        Raises:
-            InvalidInput: the labels span fewer directions.
+            strength: one number or one for each row; 2 mirrors what points along v.
+            selection: `one_sided=False` removes both signs, `norm_match=True` keeps each token's
+                norm; `steps`, `branch`, `tokens`, `rows` as in `Ablate`.
         """
-        means = torch.stack([self.mean(site, label) for label in self._sums.get(site, {})])
-        centred = (means - means.mean(0)).flatten(0, 1)  # [labels * steps, features]
-        limit = min(len(means) - 1, centred.shape[1])
-        if not 1 <= rank <= limit:
-            raise InvalidInput(f"{site}: rank {rank}; {len(means)} labels span at most {limit}")
-        return torch.linalg.svd(centred, full_matrices=False).Vh[:rank].float()
+        selection.setdefault("one_sided", True)
+        per_step = any(vector.dim() == 2 for vector in self.vectors.values())
+        selection |= {"per_step": per_step, "strength": strength}
+        return Ablate(list(self), "project", direction=self.vectors, **selection)
+
+    def random(self, seed: int) -> "Directions":
+        """Random directions of the same norms at the same sites: the control of what these do."""
+        vectors = {
+            site: random_like(vector, seed + number)
+            for number, (site, vector) in enumerate(self.vectors.items())
+        }
+        return Directions(vectors, self.source, self.target, "random", self.norm)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes vectors and evidence to a safetensors file, see `steering.files`."""
+        from dreamreader.steering.files import save
+
+        save(path, self)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Directions":
+        """Reads a file that `save` wrote; equal to what was saved, on the CPU."""
+        from dreamreader.steering.files import load
+
+        return load(path)
 
 
 def random_like(
@@ -158,13 +144,3 @@ def random_like(
     draw = torch.randn(direction.shape[-1], generator=generator, dtype=torch.float64)
     norm = direction.double().norm(dim=-1, keepdim=True)
     return (draw / draw.norm() * norm.cpu()).to(direction)
-
-
-def _flat(site: str, activation: "Activation") -> Float[Tensor, "rows steps tokens features"]:
-    if len(activation.branches) > 1:
-        raise InvalidInput(
-            f"{site}: recorded for the branches {', '.join(activation.branches)}; choose one, "
-            "e.g. with select(branch='cond')"
-        )
-    values = activation.tensor
-    return values.flatten(3) if values.ndim > 4 else values

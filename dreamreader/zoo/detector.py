@@ -112,18 +112,29 @@ def _read_object(picture: Tensor, mask: Tensor, distance: Tensor) -> Found:
     )
 
 
-def _shape(coverage: Tensor) -> str | None:
-    """The shape that overlaps best at the same centroid and area (soft intersection over union).
+def shape_overlaps(coverage: Float[Tensor, "h w"]) -> dict[str, float]:
+    """Soft intersection over union with each drawn shape, at the same centroid and area.
 
     Area and centroid survive the blur of an autoencoder; a bounding box does not.
+
+    Args:
+        coverage: 1 inside the object, 0 outside, such as `Found.mask.float()`; not all 0.
     """
     names, templates = _templates()
     mine = _normalised(coverage)
-    overlaps = torch.minimum(templates, mine).sum((1, 2)) / torch.maximum(templates, mine).sum(
-        (1, 2)
-    )
-    best = int(overlaps.argmax())
-    return names[best] if float(overlaps[best]) >= MIN_OVERLAP else None
+    shared, whole = torch.minimum(templates, mine), torch.maximum(templates, mine)
+    overlaps = (shared.sum((1, 2)) / whole.sum((1, 2))).tolist()
+    return {
+        name: max(value for other, value in zip(names, overlaps, strict=True) if other == name)
+        for name in dict.fromkeys(names)
+    }
+
+
+def _shape(coverage: Tensor) -> str | None:
+    """The shape that overlaps best, if it does so well enough."""
+    overlaps = shape_overlaps(coverage)
+    best = max(overlaps, key=lambda name: overlaps[name])
+    return best if overlaps[best] >= MIN_OVERLAP else None
 
 
 def _normalised(coverage: Tensor) -> Tensor:

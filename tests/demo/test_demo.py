@@ -8,7 +8,7 @@ from tiny.embedded import untrained
 
 from dreamreader.demo import Plan, run_demo
 from dreamreader.demo.data import split
-from dreamreader.demo.measure import Outcome, judge, tint
+from dreamreader.demo.measure import Outcome, judge
 from dreamreader.demo.steer import Point, choose
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput, UnknownName
@@ -77,14 +77,6 @@ def test_judge_reads_color_and_place():
     assert found.kept == [True, True, False, False]
     blank = judge(torch.full((1, 3, 64, 64), 0.96), before[:1], "red", "blue")
     assert (blank.turned, blank.kept, blank.rest) == ([False], [False], [False])
-
-
-def test_tint_runs_from_source_to_target():
-    images = torch.stack([picture("red"), picture("blue"), (picture("red") + picture("blue")) / 2])
-    masks = torch.stack([detect(images[:1])[0].objects[0].mask] * 3)
-    found = tint(images, masks, "red", "blue")
-    assert found[0] < 0.12 and found[1] > 0.88
-    assert found[2] == pytest.approx(float(found[0] + found[1]) / 2, abs=1e-5)
 
 
 def test_choice_is_as_good_as_its_worse_half():

@@ -28,6 +28,8 @@ ALL = [
     Ablate(
         "unet.**.attn2:heads", "project", direction=torch.randn(2, 4), heads=[1, 2], rows=range(3)
     ),
+    Steer("unet.a", V, gate={"unet.a": V * 2}, norm_match=True),
+    Ablate("unet.a", "project", direction=torch.ones(3, 4), per_step=True, norm_match=True),
     Ablate("unet.a", "mean", source=ACTIVATION, timesteps={999.0, 1.5}),
     Ablate("unet.a", "noise", sigma=0.5, seed=7, sigmas=(0.5, 1.5)),
     Scale("unet.a", -2.0, tokens=Box(0, 0, 0.5, 1), fraction=slice(0.5, None)),

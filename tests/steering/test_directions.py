@@ -1,122 +1,161 @@
+"""Directions as values: as edits, in files, by layer, and what they do to pictures."""
+
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from steering.recorded import gaussian
 
-from dreamreader.engine.cache import Activation, Row
-from dreamreader.engine.clock_schedule import Instant
+import dreamreader as dr
+from dreamreader import edits
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.steering import LabelMeans, random_like
-
-SITE = "unet.mid_block.attentions.0"
-
-
-def activation(tensor: torch.Tensor, branches: tuple[str, ...] = ("cond",)) -> Activation:
-    axis = 2 if len(branches) > 1 else 1
-    steps = tuple(Instant(i, 999.0 - i, 1.0, i / 10, 0) for i in range(tensor.shape[axis]))
-    rows = tuple(Row(i) for i in range(tensor.shape[0]))
-    heads = tensor.shape[-2] if tensor.ndim - len(branches) + 1 > 4 else None
-    return Activation(SITE, tensor, rows, branches, steps, heads=heads)
+from dreamreader.steering import (
+    Directions,
+    fit,
+    fit_pairs,
+    from_layers,
+    random_like,
+    to_layers,
+)
+from dreamreader.zoo.detector import detect
 
 
-def test_difference_is_the_difference_of_the_means_whatever_the_batches():
-    x = torch.randn(6, 3, 5, 4) * 1e3
-    labels = ["red", "blue", "red", "red", "blue", "red"]
-    whole, parts = LabelMeans(), LabelMeans()
-    whole.add({SITE: activation(x)}, labels)
-    for i in (slice(3, 6), slice(0, 1), slice(1, 3)):
-        parts.add({SITE: activation(x[i])}, labels[i])
-    red = torch.tensor([label == "red" for label in labels])
-    expected = x[~red].double().mean((0, 2)) - x[red].double().mean((0, 2))
-    assert torch.equal(whole.difference(SITE, "red", "blue"), expected.float())
-    assert torch.equal(parts.difference(SITE, "red", "blue"), expected.float())
-    assert whole.sites == [SITE] and whole.labels == ["blue", "red"]
+def fitted() -> Directions:
+    x, labels, _, _ = gaussian(40, 6)
+    rows = {"a.b": x[:, None].expand(40, 3, 6), "a.c": x[:, :4]}
+    return fit(rows, labels, "red", "blue", "caa")
 
 
-def test_half_precision_is_summed_in_double():
-    x = torch.full((4096, 1, 1, 2), 0.1, dtype=torch.bfloat16)
-    means = LabelMeans()
-    means.add({SITE: activation(x)}, ["a"] * 4096)
-    assert torch.equal(means.mean(SITE, "a"), x[:1, 0, 0].double())
+def test_a_saved_file_loads_back_equal(tmp_path: Path):
+    directions = fitted()
+    path = tmp_path / "new" / "color.safetensors"
+    directions.save(path)
+    again = Directions.load(path)
+    assert again == directions and again.evidence == directions.evidence
+    assert list(again) == ["a.b", "a.c"]
+    few = fit({"s": torch.randn(2, 3)}, ["red", "blue"], "red", "blue")  # NaN in its evidence
+    few.save(path)
+    assert Directions.load(path) == few != directions
+    assert [each.name for each in path.parent.iterdir()] == ["color.safetensors"]
+    assert set(load_file(path)) == {"s"}  # any reader of safetensors finds the vectors
 
 
-def test_contrast_and_subspace():
-    base = torch.randn(8)
-    vectors = {"red": torch.eye(8)[0] * 5, "blue": torch.eye(8)[1] * 3, "green": torch.eye(8)[2]}
-    means = LabelMeans()
-    for label, vector in vectors.items():
-        means.add({SITE: activation((base + vector).reshape(1, 1, 1, 8))}, [label])
-    expected = vectors["red"] - (vectors["blue"] + vectors["green"]) / 2
-    assert torch.allclose(means.contrast(SITE, "red")[0], expected, atol=1e-5)
-    basis = means.subspace(SITE, 2)
-    assert torch.allclose(basis @ basis.T, torch.eye(2), atol=1e-5)
-    for a in vectors.values():
-        for b in vectors.values():
-            assert torch.allclose((a - b) @ basis.T @ basis, a - b, atol=1e-4)
-    with pytest.raises(InvalidInput, match="rank 3; 3 labels span at most 2"):
-        means.subspace(SITE, 3)
+def test_whatever_differs_makes_directions_unequal():
+    one, other = fitted(), fitted()
+    assert one == other
+    other.vectors["a.c"][0] += 1  # pyright: ignore[reportIndexIssue]
+    assert one != other and one != {"a.b": one["a.b"]}
+    assert one != one.only("a.b") and one.only("a.b", "a.c") == one
 
 
-def test_explained_is_one_minus_the_variance_within_labels():
-    x = torch.randn(9, 2, 3, 4) + 5
-    labels = list("aabbbcccc")
-    means = LabelMeans()
-    means.add({SITE: activation(x)}, labels)
-    h = x.double().mean(2)  # [rows, steps, features]
-    within = sum(
-        (part - part.mean(0)).square().sum((0, 2))
-        for label in "abc"
-        for part in [h[[i for i, other in enumerate(labels) if other == label]]]
-    )
-    total = (h - h.mean(0)).square().sum((0, 2))
-    assert torch.allclose(means.explained(SITE), (1 - within / total).float(), atol=1e-6)
-    same = LabelMeans()
-    same.add({SITE: activation(torch.ones(4, 2, 3, 4))}, list("aabb"))
-    assert torch.equal(same.explained(SITE), torch.zeros(2))
-    with pytest.raises(UnknownName, match="unknown site 'unet'"):
-        means.explained("unet")
+def test_files_that_are_none_say_so(tmp_path: Path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(2)}, path)
+    with pytest.raises(InvalidInput, match="x.safetensors holds no directions of dreamreader"):
+        Directions.load(path)
+    save_file({"a": torch.ones(2)}, path, metadata={"dreamreader.directions": '{"version": 9}'})
+    with pytest.raises(InvalidInput, match="is of version 9, this reads 1"):
+        Directions.load(path)
+    fitted().save(path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(InvalidInput, match="is no safetensors file, or only a part of one"):
+        Directions.load(path)
 
 
-def test_heads_are_flattened():
-    x = torch.randn(2, 1, 3, 4, 5)
-    means = LabelMeans()
-    means.add({SITE: activation(x)}, ["a", "b"])
-    assert means.difference(SITE, "a", "b").shape == (1, 20)
+def test_directions_are_what_edits_take(tmp_path: Path):
+    directions = fitted()
+    steer = dr.Steer(list(directions), directions, alpha=[0.0, 2.0])
+    assert steer == directions.steer(alpha=[0.0, 2.0])
+    remove = directions.remove(2.0, norm_match=True)
+    assert remove.per_step and remove.one_sided and remove.keeps_norm
+    path = tmp_path / "edits.safetensors"
+    edits.save(path, [steer, remove])
+    assert edits.load(path) == [steer, remove]
+    with pytest.raises(UnknownName, match="unknown site of directions 'a.d'; nearest: a"):
+        directions["a.d"]
+    assert "a.d" not in directions and len(directions) == 2
+    assert "Directions(red -> blue, caa, norm channel)" in repr(directions)
+    assert "a.c [4]: AUC" in repr(directions)
+
+
+def test_random_directions_have_the_same_norms():
+    directions = fitted()
+    control = directions.random(seed=3)
+    assert list(control) == list(directions) and control.method == "random"
+    for site, vector in directions.items():
+        torch.testing.assert_close(control[site].norm(dim=-1), vector.norm(dim=-1))
+        assert not torch.allclose(control[site], vector, atol=0.1)
+
+
+def test_layers_there_and_back():
+    vectors = {3: torch.tensor([1.0, 2.0]), 12: torch.tensor([0.5, -1.0])}
+    directions = from_layers(vectors, "model.layers.{layer}", source="sad", target="happy")
+    assert list(directions) == ["model.layers.3", "model.layers.12"]
+    assert (directions.source, directions.target) == ("sad", "happy")
+    again = to_layers(directions)
+    assert list(again) == [3, 12] and all(torch.equal(again[n], vectors[n]) for n in vectors)
+    arrays = {n: np.asarray(each)[None] for n, each in vectors.items()}
+    assert from_layers(arrays, "model.layers.{layer}", source="sad", target="happy") == directions
+    named = to_layers({"unet.mid_block.attentions.0.transformer_blocks.0": torch.ones(2)}, LAYER)
+    assert list(named) == [7]
+
+
+LAYER = {"unet.mid_block.attentions.0.transformer_blocks.0": 7}
 
 
 @pytest.mark.parametrize(
-    "add, text",
+    ("call", "text"),
     [
-        (lambda m: m.add({SITE: activation(torch.ones(2, 1, 1, 4))}, ["a"]), "1 labels for 2 rows"),
+        (lambda: to_layers({"a.1": torch.ones(3, 2)}), "holds a vector for each step"),
+        (lambda: to_layers({"a.1.b.2": torch.ones(2)}), "the path has 2 numbers"),
+        (lambda: to_layers({"a.b": torch.ones(2)}), "the path has 0 numbers"),
+        (lambda: to_layers({"a.1": torch.ones(2), "b.1": torch.ones(2)}), "b.1: layer 1 has a"),
+        (lambda: to_layers({"a.1": torch.ones(2)}, LAYER), "unknown site in layers 'a.1'"),
+        (lambda: from_layers({1: torch.ones(2)}, "a.b"), r"has no \{layer\}"),
+        (lambda: from_layers({}, "a.{layer}"), "there are no vectors"),
+        (lambda: from_layers({-1: torch.ones(2)}, "a.{layer}"), "layer -1: a number from 0"),
         (
-            lambda m: m.add(
-                {SITE: activation(torch.ones(1, 2, 1, 1, 4), ("uncond", "cond"))}, ["a"]
-            ),
-            "recorded for the branches uncond, cond; choose one",
+            lambda: from_layers({1: torch.ones(2, 2)}, "a.{layer}"),
+            r"one row are needed, got \[2, 2\]",
         ),
         (
-            lambda m: m.add({SITE: activation(torch.ones(1, 3, 1, 4))}, ["a"]),
-            r"\[steps, features\] is \[3, 4\], before \[1, 4\]",
+            lambda: from_layers({1: torch.ones(2) / 0}, "a.{layer}"),
+            "layer 1: the vector is not finite",
         ),
-        (
-            lambda m: m.add({SITE: activation(torch.full((1, 1, 1, 4), torch.inf))}, ["a"]),
-            "not finite",
-        ),
-        (lambda m: m.contrast(SITE, "known"), "'known' is the only label"),
     ],
 )
-def test_wrong_inputs_say_what_is_wrong(add, text):
-    means = LabelMeans()
-    means.add({SITE: activation(torch.zeros(1, 1, 1, 4))}, ["known"])
-    with pytest.raises(InvalidInput, match=text):
-        add(means)
+def test_wrong_layers_say_what_is_wrong(call, text):
+    with pytest.raises((InvalidInput, UnknownName), match=text):
+        call()
 
 
-def test_unknown_names_get_the_nearest():
-    means = LabelMeans()
-    means.add({SITE: activation(torch.zeros(2, 1, 1, 4))}, ["red", "blue"])
-    with pytest.raises(UnknownName, match="unknown label 'rad'; nearest: red"):
-        means.difference(SITE, "rad", "blue")
-    with pytest.raises(UnknownName, match="unknown site 'unet.mid_block'; nearest: " + SITE):
-        means.difference("unet.mid_block", "red", "blue")
+def test_a_fitted_direction_turns_the_color_and_its_removal_and_control_do_not():
+    reader = dr.load("shapes-unet")
+    settings = dr.zoo.settings(num_inference_steps=8)
+    shapes, seeds = ("circle", "square", "star", "cross", "triangle"), range(20, 25)
+    wanted = dr.Record("unet.**.attn2", branch="cond", reduce=lambda x: x.mean(1, keepdim=True))
+    red, blue = (
+        reader.run([f"a large {color} {s}" for s in shapes], record=wanted, seeds=seeds, **settings)
+        for color in ("red", "blue")
+    )
+    directions = fit_pairs(red.cache, blue.cache, labels=("red", "blue"))
+    for evidence in directions.evidence.values():
+        assert evidence.rows == (4, 4) and evidence.held_out == (1, 1)
+        assert evidence.steps == tuple(range(8))
+    prompts, seeds = [f"a large red {s}" for s in shapes[:4]], range(40, 44)
+
+    def colors(edit) -> list[str]:
+        images = reader.run(prompts, edits=edit, seeds=seeds, **settings).images
+        return [found.objects[0].color if found.objects else "none" for found in detect(images)]
+
+    pushed = colors(directions.steer(alpha=4.0, branch="cond"))
+    control = colors(directions.random(0).steer(alpha=4.0, branch="cond"))
+    assert pushed.count("blue") >= 3 and control.count("blue") <= 1
+    back = fit_pairs(blue.cache, red.cache, labels=("blue", "red"))
+    lost = colors(back.remove(4.0, norm_match=True))
+    assert lost.count("red") < colors([]).count("red")
 
 
 def test_random_like_matches_norms_and_keeps_one_direction():

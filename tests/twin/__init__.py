@@ -18,6 +18,7 @@ FLAGS = (
     "-Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-class-memaccess -Wno-clobbered"
 )
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+MASKS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 
 
 class Call(ctypes.Structure):
@@ -42,21 +43,83 @@ class Call(ctypes.Structure):
     ]
 
 
-def build(folder: Path) -> Callable[..., int]:
-    """Compiles the twin into `folder`; returns its launcher, which gives the number of launches."""
-    library = folder / "libtwin.so"
+class WordsCall(ctypes.Structure):
+    """As `Call` in attention_words.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("query", "key", "weights", "mask", "out")),
+        ("dtype", ctypes.c_int64),
+        ("mask_type", ctypes.c_int64),
+        ("sizes", ctypes.c_int64 * 7),
+        ("query_strides", ctypes.c_int64 * 4),
+        ("key_strides", ctypes.c_int64 * 4),
+        ("weight_strides", ctypes.c_int64 * 3),
+        ("out_strides", ctypes.c_int64 * 4),
+        ("mask_strides", ctypes.c_int64 * 4),
+        ("causal", ctypes.c_int64),
+        ("scale", ctypes.c_double),
+    ]
+
+
+def compiled(name: str, folder: Path) -> Callable[[ctypes.Structure], int]:
+    """Compiles the twin of an operator; its function takes a call and returns the launches."""
+    library = folder / f"lib{name}.so"
     compiler = shutil.which("g++")
     assert compiler
     command = [
         compiler,
         *FLAGS.split(),
         f"-I{HERE}",
-        str(HERE / "intervention.cpp"),
+        str(HERE / f"{name}.cpp"),
         "-o",
         str(library),
     ]
     subprocess.run(command, check=True)
-    entry = ctypes.CDLL(str(library)).intervention
+    entry = ctypes.CDLL(str(library))[name]
+
+    def launch(call: ctypes.Structure) -> int:
+        launches, message = ctypes.c_int64(), ctypes.create_string_buffer(200)
+        error = entry(ctypes.byref(call), ctypes.byref(launches), message, ctypes.c_size_t(200))
+        assert error == 0, f"CUDA error {error}: {message.value.decode()}"
+        return launches.value
+
+    return launch
+
+
+def build_words(folder: Path) -> Callable[..., int]:
+    """The launcher of the attention maps of words; it gives the number of launches."""
+    launch = compiled("attention_words", folder)
+
+    def attention_words(
+        out: Tensor, query: Tensor, key: Tensor, weights: Tensor, mask, causal: bool, scale: float
+    ) -> int:
+        batch, heads, queries, width = query.shape
+        groups = max(heads // max(key.shape[1], 1), 1)
+        call = WordsCall(
+            query=query.data_ptr(),
+            key=key.data_ptr(),
+            weights=weights.data_ptr(),
+            out=out.data_ptr(),
+            dtype=DTYPES[query.dtype],
+            sizes=(batch, heads, queries, key.shape[2], width, weights.shape[1], groups),
+            query_strides=query.stride(),
+            key_strides=key.stride(),
+            weight_strides=weights.expand(batch, -1, -1).stride(),
+            out_strides=out.stride(),
+            causal=causal,
+            scale=scale,
+        )
+        if mask is not None:
+            call.mask, call.mask_type = mask.data_ptr(), MASKS[mask.dtype]
+            call.mask_strides[:] = mask.stride()
+        return launch(call)
+
+    return attention_words
+
+
+def build(folder: Path) -> Callable[..., int]:
+    """The launcher of the intervention program; it gives the number of launches."""
+    launch = compiled("intervention", folder)
 
     def intervention(
         x: Tensor, out: Tensor, code: str, strength, vectors, limits, masks, patches
@@ -87,9 +150,6 @@ def build(folder: Path) -> Callable[..., int]:
                 index.data_ptr(),
                 *index.stride(),
             )
-        launches, message = ctypes.c_int64(), ctypes.create_string_buffer(200)
-        error = entry(ctypes.byref(call), ctypes.byref(launches), message, ctypes.c_size_t(200))
-        assert error == 0, f"CUDA error {error}: {message.value.decode()}"
-        return launches.value
+        return launch(call)
 
     return intervention

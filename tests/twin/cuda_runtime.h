@@ -19,7 +19,7 @@
 #define __host__
 #define __shared__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
@@ -150,14 +150,17 @@ T shuffle_xor(unsigned mask, T value, int distance) {
   return other;
 }
 
-inline int any(int value, int first, int last, Wait what) {
+// Bit i is set where value of thread first + i is not 0, up to 64 threads.
+inline uint64_t ballot(int value, int first, int last, Wait what) {
   slots[current] = uint64_t(value != 0);
   wait(what);
-  int result = 0;
-  for (int i = first; i < last; ++i) result |= int(slots[i]);
+  uint64_t result = 0;
+  for (int i = first; i < last; ++i) result |= slots[i] << ((i - first) % 64);
   wait(what);
   return result;
 }
+
+inline int any(int value, int first, int last, Wait what) { return ballot(value, first, last, what) != 0; }
 
 // Allocates nothing: one block runs at a time.
 inline char* shared_memory();
@@ -207,6 +210,10 @@ struct uint4 {
   }
 };
 
+struct float4 {
+  float x, y, z, w;
+};
+
 template <typename T>
 T __ldg(const T* from) {
   return *from;
@@ -219,6 +226,11 @@ inline int __any_sync(unsigned mask, int value) {
   if (mask != 0xffffffffu) twin::fail("a warp primitive without all lanes");
   return twin::any(value, twin::warp_begin(), twin::warp_begin() + twin::kWarp, twin::Wait::vote);
 }
+inline unsigned __ballot_sync(unsigned mask, int value) {
+  if (mask != 0xffffffffu) twin::fail("a warp primitive without all lanes");
+  return unsigned(twin::ballot(value, twin::warp_begin(), twin::warp_begin() + twin::kWarp, twin::Wait::vote));
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline void __syncwarp() { twin::wait(twin::Wait::warp); }
 inline void __syncthreads() { twin::wait(twin::Wait::block); }
 inline int __syncthreads_or(int value) { return twin::any(value, 0, twin::live, twin::Wait::block); }

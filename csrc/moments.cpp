@@ -1,0 +1,132 @@
+// CPU side of the moments: how rows are cut into pieces, and adding the pieces up. At the foot its
+// binding.
+#include "moments.h"
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+
+#include "bind.h"
+#include "cpu.h"
+#include "tensor_view.h"
+#include "threads.h"
+
+namespace dreamreader {
+namespace {
+
+namespace py = pybind11;
+
+int element_of(const TensorView& x) {
+  if (x.is(kDLFloat, 16)) return 0;
+  if (x.is(kDLBfloat, 16)) return 1;
+  if (x.is(kDLFloat, 32)) return 2;
+  if (x.is(kDLFloat, 64)) return 3;
+  throw std::invalid_argument("moments: no kernel for a tensor " + x.describe());
+}
+
+const MomentsKernels& kernels() {
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) return avx512::moments;
+  if (isa() == Isa::avx2) return avx2::moments;
+#endif
+  return portable::moments;
+}
+
+// Depends on the shape alone. A piece of less than 64 blocks is not worth its own sums.
+void divide(MomentsJob& job) {
+  const int64_t bytes =
+      std::max<int64_t>(1, job.count * job.features * 2 * int64_t(sizeof(double)));
+  const int64_t most = std::min(
+      {kMomentsPieces / job.tiles, job.rows / (64 * kMomentsBlock), kMomentsBytes / bytes});
+  const int64_t blocks = (job.rows + kMomentsBlock - 1) / kMomentsBlock;
+  const int64_t each = (blocks + std::max<int64_t>(1, most) - 1) / std::max<int64_t>(1, most);
+  job.piece_rows = std::max<int64_t>(1, each) * kMomentsBlock;
+  job.pieces = std::max<int64_t>(1, (job.rows + job.piece_rows - 1) / job.piece_rows);
+}
+
+void add_up(const double* parts, int64_t pieces, double* sums, int64_t size) {
+  std::copy_n(parts, size, sums);
+  for (int64_t piece = 1; piece < pieces; ++piece)
+    for (int64_t i = 0; i < size; ++i) sums[i] += parts[piece * size + i];
+}
+
+void run_cpu(MomentsJob job, int element, int64_t* seen, int threads) {
+  std::fill(seen, seen + job.count, 0);
+  for (int64_t row = 0; row < job.rows; ++row) {
+    const int64_t label = job.labels[row * job.stride_label];
+    require(label < job.count, "moments: a label is outside the table");
+    if (label >= 0) ++seen[label];
+  }
+  const int64_t size = job.count * job.features;
+  if (size == 0) return;
+  job.tiles = (job.features + kMomentsTile - 1) / kMomentsTile;
+  divide(job);
+  double *total = job.total, *square = job.square;
+  std::unique_ptr<double[]> totals, squares;  // every piece begins by writing zeros to its own
+  if (job.pieces > 1) {
+    totals = std::make_unique_for_overwrite<double[]>(size_t(job.pieces * size));
+    job.total = totals.get();
+    if (square) {
+      squares = std::make_unique_for_overwrite<double[]>(size_t(job.pieces * size));
+      job.square = squares.get();
+    }
+  }
+  using Call = std::pair<const MomentsJob*, int>;
+  Call call{&job, element};
+  parallel(
+      job.pieces * job.tiles, 1, threads,
+      [](void* context, int64_t first, int64_t last) {
+        const Call& call = *static_cast<const Call*>(context);
+        kernels().run[call.second](*call.first, first, last);
+      },
+      &call);
+  if (job.pieces == 1) return;
+  add_up(totals.get(), job.pieces, total, size);
+  if (square) add_up(squares.get(), job.pieces, square, size);
+}
+
+bool dense_doubles(const TensorView& t, int64_t features) {
+  return t.dims() == 2 && t.size(1) == features && t.is(kDLFloat, 64) &&
+         (t.size(0) <= 1 || t.stride(0) == features) && (features <= 1 || t.stride(1) == 1);
+}
+
+void moments_cpu(py::handle x, py::handle labels, py::handle shift, py::handle seen,
+                 py::handle total, py::handle square, int threads) {
+  const TensorView in(x), names(labels), from(shift), counts(seen), sums(total), squares(square);
+  require(in.dims() == 2, "moments: x must be [rows, features]");
+  const int64_t rows = in.size(0), features = in.size(1);
+  require(names.dims() == 1 && names.size(0) == rows && names.is(kDLInt, 64),
+          "moments: labels must be int64 [rows]");
+  require(from.dims() == 1 && from.size(0) == features && from.is(kDLFloat, 64) &&
+              (features <= 1 || from.stride(0) == 1),
+          "moments: shift must be dense float64 [features]");
+  require(
+      counts.dims() == 1 && counts.is(kDLInt, 64) && (counts.size(0) <= 1 || counts.stride(0) == 1),
+      "moments: counts must be dense int64 [labels]");
+  require(dense_doubles(sums, features) && sums.size(0) == counts.size(0) &&
+              dense_doubles(squares, features) &&
+              (squares.size(0) == 0 || squares.size(0) == counts.size(0)),
+          "moments: sums must be dense float64 [labels, features]");
+  for (const TensorView* each : {&in, &names, &from, &counts, &sums, &squares})
+    require(each->device().type == kDLCPU, "moments_cpu: a tensor is not in CPU memory");
+  MomentsJob job{};
+  job.x = in.data();
+  job.rows = rows;
+  job.features = features;
+  job.stride_row = in.stride(0);
+  job.stride_feature = features == 1 ? 1 : in.stride(1);
+  job.labels = reinterpret_cast<const int64_t*>(names.data());
+  job.stride_label = names.stride(0);
+  job.count = counts.size(0);
+  job.shift = reinterpret_cast<const double*>(from.data());
+  job.total = reinterpret_cast<double*>(sums.data());
+  job.square = squares.size(0) ? reinterpret_cast<double*>(squares.data()) : nullptr;
+  const int element = element_of(in);
+  py::gil_scoped_release release;
+  run_cpu(job, element, reinterpret_cast<int64_t*>(counts.data()), threads);
+}
+
+Bind bind_moments([](py::module_& m) { m.def("moments_cpu", &moments_cpu); });
+
+}  // namespace
+}  // namespace dreamreader

@@ -1,0 +1,47 @@
+// Moments of labelled rows. For every label l and feature d, over the rows i of that label,
+//   total[l, d] = sum x[i, d] - shift[d]        square[l, d] = sum (x[i, d] - shift[d])^2
+// with every difference and sum in float64.
+#pragma once
+
+#include <cstdint>
+
+namespace dreamreader {
+
+struct MomentsJob {
+  const char* x;
+  int64_t rows, features;
+  int64_t stride_row, stride_feature;  // in elements
+  const int64_t* labels;               // below `count`; rows with a negative one take no part
+  int64_t stride_label;
+  int64_t count;
+  const double* shift;  // [features]
+  // Rows are cut into pieces and features into tiles; each pair of them is summed by one thread,
+  // and the pieces are added up in their order, so results do not depend on the threads.
+  int64_t pieces, piece_rows, tiles;
+  double* total;   // [pieces, count, features]
+  double* square;  // the same, or null
+};
+
+constexpr int64_t kMomentsTile = 2048;       // features
+constexpr int64_t kMomentsBlock = 64;        // rows that are ordered by label together
+constexpr int64_t kMomentsPieces = 64;       // of rows, at most
+constexpr int64_t kMomentsBytes = 64 << 20;  // of the sums of all pieces, about
+
+// Sums the pairs first .. last - 1, counted piece by piece; by element type f16, bf16, f32, f64.
+struct MomentsKernels {
+  void (*run[4])(const MomentsJob& job, int64_t first, int64_t last);
+};
+
+namespace portable {
+extern const MomentsKernels moments;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const MomentsKernels moments;
+}
+namespace avx512 {
+extern const MomentsKernels moments;
+}
+#endif
+
+}  // namespace dreamreader

@@ -1,0 +1,137 @@
+"""The result: heat maps with the rows, words and steps they belong to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dreamreader.attention import scores
+from dreamreader.engine import FiringReport, Row
+from dreamreader.errors import InvalidInput, UnknownName
+
+
+@dataclass(frozen=True, eq=False)
+class WordMaps:
+    """Heat maps of words, one for each row and word.
+
+    Attributes:
+        maps: [rows, words, height, width] float32, at least 0, on the CPU; where asked for with a
+            `steps` axis after words, and a `layers` or `heads` axis after that. NaN where a row
+            has fewer words than others.
+        axes: names of the dimensions.
+        rows: number, prompt and seed of each row.
+        words: of each row, in the order of the maps.
+        sites: the attentions that took part. heads: (site, number) along the axis of heads.
+        steps: the denoising steps that took part.
+        images: pictures of the run, where `word_maps` ran it. firing: its report.
+    """
+
+    maps: Float[Tensor, "rows words *axes h w"]
+    axes: tuple[str, ...]
+    rows: tuple[Row, ...]
+    words: tuple[tuple[str, ...], ...]
+    sites: tuple[str, ...]
+    heads: tuple[tuple[str, int], ...]
+    steps: tuple[int, ...]
+    images: Any = None
+    firing: FiringReport | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the maps."""
+        return self.maps.shape[-2], self.maps.shape[-1]
+
+    def of(self, word: str) -> Float[Tensor, "rows *axes h w"]:
+        """The maps of one word, in every row.
+
+        Raises:
+            UnknownName: a row does not have it; names row and prompt.
+        """
+        return torch.stack([self.maps[n, self._at(n, word)] for n in range(len(self.rows))])
+
+    def upsampled(self, size: int | tuple[int, int]) -> "WordMaps":
+        """The maps at another size (height, width), bicubic and clamped at 0."""
+        wanted = (size, size) if isinstance(size, int) else size
+        return replace(self, maps=resized(self.maps, wanted))
+
+    def iou(
+        self, masks: Bool[Tensor, "rows h w"], threshold: float | str = 0.4
+    ) -> Float[Tensor, "rows words *axes"]:
+        """Overlap of every map with its row's mask, at the size of the masks; see `iou`."""
+        return scores.iou(self._at_size_of(masks), masks, threshold)
+
+    def pointing(self, masks: Bool[Tensor, "rows h w"]) -> Float[Tensor, "rows words *axes"]:
+        """Whether the highest pixel of every map lies in its row's mask; see `pointing`."""
+        return scores.pointing(self._at_size_of(masks), masks)
+
+    def overlay(
+        self, images: Any = None, words: Sequence[str] | None = None, strength: float = 0.7
+    ) -> list[list[Any]]:
+        """Pictures under their heat maps, for each row one of each word (PIL).
+
+        Args:
+            images: PIL pictures, or a tensor [rows, 3, h, w] in [0, 1]; those of the run where
+                None. words: all of a row where None. strength: of the colour at the maximum.
+        """
+        from dreamreader.attention.pictures import overlay
+
+        images = self.images if images is None else images
+        if images is None or len(images) != len(self.rows):
+            got = "none" if images is None else str(len(images))
+            raise InvalidInput(f"overlay: {len(self.rows)} pictures are needed, got {got}")
+        found = []
+        for number, own in enumerate(self.words):
+            shown = own if words is None else words
+            heats = [self._flat()[number, self._at(number, word)] for word in shown]
+            found.append([overlay(images[number], heat, strength) for heat in heats])
+        return found
+
+    def _at(self, number: int, word: str) -> int:
+        known = [each.lower() for each in self.words[number]]
+        if word.lower() not in known:
+            row = self.rows[number]
+            raise UnknownName("word", word, known, f"Row {row.index}: {row.prompt!r}")
+        return known.index(word.lower())
+
+    def _at_size_of(self, masks: Tensor) -> Tensor:
+        return resized(self.maps, (masks.shape[-2], masks.shape[-1]))
+
+    def _flat(self) -> Float[Tensor, "rows words h w"]:
+        """Without the axes in between: their mean."""
+        return self.maps.mean(tuple(range(2, self.maps.dim() - 2))) if self.extra else self.maps
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """The axes between words and height."""
+        return self.axes[2:-2]
+
+    def __repr__(self) -> str:
+        shape = ", ".join(
+            f"{name} {size}" for name, size in zip(self.axes, self.maps.shape, strict=True)
+        )
+        lines = [f"WordMaps [{shape}] of {len(self.sites)} sites, {len(self.steps)} steps"]
+        for row, words in list(zip(self.rows, self.words, strict=True))[:10]:
+            lines.append(f"row {row.index} (seed {row.seed}): {', '.join(words)}")
+        if len(self.rows) > 10:
+            lines.append(f"... and {len(self.rows) - 10} more rows")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from dreamreader.attention.pictures import table
+
+        return table(self)
+
+
+def resized(
+    maps: Float[Tensor, "*axes h w"], size: tuple[int, int]
+) -> Float[Tensor, "*axes height width"]:
+    """Bicubic to a size (height, width), then clamped at 0."""
+    if tuple(maps.shape[-2:]) == size:
+        return maps.clamp(min=0)
+    flat = maps.reshape(1, -1, *maps.shape[-2:])
+    found = F.interpolate(flat, size, mode="bicubic", align_corners=False)
+    return found.clamp_(min=0).view(*maps.shape[:-2], *size)

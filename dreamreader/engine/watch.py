@@ -1,0 +1,175 @@
+"""What a `Watch` is told of each call: its rows, its time, its image and text tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from dreamreader.engine.cache import Row
+from dreamreader.engine.clock_schedule import Instant
+from dreamreader.engine.now import Now
+from dreamreader.engine.request import Watch
+from dreamreader.engine.sites import Site
+from dreamreader.engine.tokens import Sequence_
+from dreamreader.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from dreamreader.engine.session import Shared
+
+Region = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Watcher:
+    """A `Watch` in a session, with the number of its request."""
+
+    request: Watch
+    number: int
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What stays the same from step to step: made once for each kind of call.
+
+    Attributes:
+        branches: kept, in order. rows: numbers of the rows kept, in each branch.
+        entries: their batch entries. size: rows of each branch in the batch, kept or not.
+    """
+
+    site: Site
+    branches: tuple[str, ...]
+    rows: tuple[int, ...]
+    entries: tuple[int, ...]
+    size: int
+    queries: Sequence_
+    keys: int
+    shared: "Shared"
+
+
+class Call:
+    """One call of a watched attention. Its entries are branch after branch, rows in order.
+
+    Attributes:
+        site: name of the site. branches: kept by the selection.
+        run: equal for the calls of one run of the subject, and for no others.
+        instant: step, timestep, sigma, fraction and evaluation; None where time is unknown.
+    """
+
+    def __init__(self, seen: Seen, now: Now):
+        self._seen = seen
+        self._now = now
+        self.site = seen.site.name
+        self.branches = seen.branches
+        self.run: object = (seen.shared, now.run)
+        self.instant = now.instant if isinstance(now.instant, Instant) else None
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """Number, prompt and seed of the rows kept, the same in each branch."""
+        return tuple(map(self._seen.shared.row, self._seen.rows))
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(height, width) of the image queries; None where they are no grid."""
+        sequence, layout = self._seen.queries, self._now.layout
+        if sequence.kind == "joint" and layout is not None:
+            return layout.grid
+        return sequence.hw
+
+    @property
+    def whole_grid(self) -> tuple[int, int] | None:
+        """The finest grid of the denoiser: latents of a UNet, image tokens of a transformer."""
+        return self._now.layout.grid if self._now.layout is not None else None
+
+    @property
+    def has_words(self) -> bool:
+        """Whether image queries attend to text keys here."""
+        return self._image_kind and self._text_kind is not None
+
+    @property
+    def image(self) -> tuple[Region, ...]:
+        """First and last + 1 of the image queries, for each entry.
+
+        Raises:
+            InvalidInput: there are none.
+        """
+        if not self._image_kind:
+            kind = self._seen.queries.kind
+            raise InvalidInput(f"{self.site}: its queries are {kind}, no image tokens")
+        if self._seen.queries.kind == "image":
+            return ((0, self._seen.queries.tokens),) * len(self._seen.entries)
+        return self._regions("image")
+
+    @property
+    def text(self) -> tuple[Region, ...]:
+        """First and last + 1 of the text keys, for each entry.
+
+        Raises:
+            InvalidInput: there are none.
+        """
+        if self._text_kind is None:
+            raise InvalidInput(f"{self.site}: its {self._seen.keys} keys hold no text tokens")
+        if self._text_kind == "text":
+            return ((0, self._seen.keys),) * len(self._seen.entries)
+        return self._regions("text")
+
+    def positions(self, words: Sequence[str]) -> list[list[int]]:
+        """Keys that spell the word of each entry, at all its occurrences; none where it has none.
+
+        Args:
+            words: one for each row kept.
+        """
+        text, found = self.text, []
+        for branch_number, branch in enumerate(self.branches):
+            known: dict[str, list[list[int]] | None] = {}
+            for row, word in enumerate(words):
+                if word not in known:
+                    known[word] = self._words.positions(
+                        word, self._now, self.site, branch, self._seen.size
+                    )
+                start, stop = text[branch_number * len(words) + row]
+                found.append(self._kept(known[word], row, start, stop))
+        return found
+
+    def prompt(self) -> list[list[int]]:
+        """Keys of each entry's prompt, without start, end and padding."""
+        text, found, rows = self.text, [], len(self._seen.rows)
+        for branch_number, branch in enumerate(self.branches):
+            places = self._words.prompt(self._now, self.site, branch, self._seen.size)
+            for row in range(rows):
+                start, stop = text[branch_number * rows + row]
+                found.append(self._kept(places, row, start, stop))
+        return found
+
+    @property
+    def _words(self):
+        return self._seen.shared.words
+
+    def _kept(self, places: list[list[int]] | None, row: int, start: int, stop: int) -> list[int]:
+        """Keys of one row; what the encoder or the model cut off is left out."""
+        if places is None:
+            return []
+        own = places[self._seen.entries[row] % self._seen.size]
+        return [start + at for at in own if start + at < stop]
+
+    def _regions(self, stream: str) -> tuple[Region, ...]:
+        layout = self._now.layout
+        assert layout is not None
+        tokens = self._seen.queries.tokens
+        return tuple(layout.start_of(stream, each, tokens) for each in self._seen.entries)
+
+    @cached_property
+    def _image_kind(self) -> bool:
+        return self._seen.queries.kind in ("image", "joint")
+
+    @cached_property
+    def _text_kind(self) -> str | None:
+        """`text`, `joint` or None: what the keys hold."""
+        layout, keys, queries = self._now.layout, self._seen.keys, self._seen.queries
+        if layout is None or self._now.phase != "denoise":
+            return None
+        if queries.kind == "joint":
+            return "joint" if keys == queries.tokens else None
+        cross = getattr(self._seen.site.tap.module, "is_cross_attention", True)
+        # As many text tokens as image tokens: the module knows where its keys are from.
+        return "text" if keys == layout.text and (keys != queries.tokens or cross) else None

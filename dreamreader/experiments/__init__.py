@@ -1,0 +1,21 @@
+"""Experiments as data: spec, plan, run folder, report."""
+
+from dreamreader.experiments.compare import RunDifference, Verdict, diff, verify
+from dreamreader.experiments.experiment import Experiment
+from dreamreader.experiments.load import check_spec, load_spec
+from dreamreader.experiments.methods import Spec
+from dreamreader.experiments.plan import Plan
+from dreamreader.experiments.results import Results
+
+__all__ = [
+    "Experiment",
+    "Plan",
+    "Results",
+    "RunDifference",
+    "Spec",
+    "Verdict",
+    "check_spec",
+    "diff",
+    "load_spec",
+    "verify",
+]

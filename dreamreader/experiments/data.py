@@ -1,0 +1,240 @@
+"""The prompts of an experiment: inline, from files, or captions of the embedded world."""
+
+import csv
+import io
+import itertools
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.experiments.spec import Data, Scenes
+
+# Columns that the run makes itself.
+RESERVED = (
+    *("row", "item", "prompt", "seed", "condition", "base", "unit", "digest", "text", "strength"),
+    *("cell", "cell_place", "cell_steps", "cell_json", "source_prompt", "target_prompt"),
+)
+_SOURCE = ("source", "prompt", "corrupted")
+_TARGET = ("target", "clean")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt, or a pair.
+
+    Attributes:
+        id: unique; its place in the data where none is given.
+        prompt: what is run and edited (the source of a pair).
+        target: the other prompt of a pair.
+        columns: everything else, copied into the rows.
+    """
+
+    id: str
+    prompt: str
+    target: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_items(data: Data, label: str = "data") -> list[Item]:
+    """Reads the prompts of a spec.
+
+    Raises:
+        InvalidInput: a file is missing or cannot be read, a row has no prompt, two have one id, or
+            there are none at all.
+    """
+    if data.scenes is not None:
+        found = list(scene_items(data.scenes))
+    else:
+        found = [_item(n, row, where) for n, (row, where) in enumerate(_rows(data, label))]
+    if data.limit is not None:
+        found = found[: data.limit]
+    if not found:
+        raise InvalidInput(f"{label}: there are no prompts")
+    seen: dict[str, int] = {}
+    for number, item in enumerate(found):
+        if item.id in seen:
+            raise InvalidInput(
+                f"{label}: id {item.id!r} is that of entry {seen[item.id]} and of entry {number}"
+            )
+        seen[item.id] = number
+    return found
+
+
+def pairs_only(items: Sequence[Item], label: str) -> None:
+    """Refuse data without pairs.
+
+    Raises:
+        InvalidInput: an item has no target prompt.
+    """
+    alone = [item for item in items if item.target is None]
+    if alone:
+        raise InvalidInput(
+            f"{label}: entry {alone[0].id!r} has no target prompt; give pairs, a file with the "
+            "columns source and target, or scenes with target"
+        )
+
+
+def _rows(data: Data, label: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    if data.file is not None:
+        yield from _file_rows(Path(data.file))
+        return
+    for number, entry in enumerate(data.prompts or data.pairs or ()):
+        row = {"prompt": entry} if isinstance(entry, str) else entry
+        yield row, f"{label}.{'prompts' if data.prompts else 'pairs'}.{number}"
+
+
+def _item(number: int, row: Mapping[str, Any], where: str) -> Item:
+    rest = dict(row)
+    for names in (_SOURCE, _TARGET):
+        several = [name for name in names if name in rest]
+        if len(several) > 1:
+            raise InvalidInput(
+                f"{where}: {' and '.join(several)} both name the prompt; rename one of the columns"
+            )
+    prompt = next((rest.pop(name) for name in _SOURCE if name in rest), None)
+    target = next((rest.pop(name) for name in _TARGET if name in rest), None)
+    for name, value in (("prompt", prompt), ("target", target)):
+        if value is None and name == "target":
+            continue
+        if not isinstance(value, str) or not value.strip():
+            raise InvalidInput(f"{where}: {name} must be text, got {value!r}")
+    reserved = [name for name in rest if name in RESERVED]
+    if reserved:
+        raise InvalidInput(f"{where}: the column {reserved[0]!r} is made by the run; rename it")
+    name = rest.pop("id", None)
+    return Item(str(number if name is None else name), str(prompt), target, rest)
+
+
+def _file_rows(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
+    if not path.is_file():
+        raise InvalidInput(f"data.file: {path} does not exist")
+    kind = path.suffix.lower()
+    if kind == ".txt":
+        for number, line in enumerate(_text(path).splitlines(), 1):
+            if line.strip():
+                yield {"prompt": line.strip()}, f"{path}:{number}"
+    elif kind == ".csv":
+        yield from _csv_rows(path)
+    elif kind in (".jsonl", ".ndjson"):
+        yield from _json_rows(path)
+    elif kind == ".parquet":
+        yield from _parquet_rows(path)
+    else:
+        raise InvalidInput(f"data.file: {path} ends in {kind!r}; known: .txt .csv .jsonl .parquet")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{path}: no UTF-8 text ({error.reason})") from error
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+    try:
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in row:
+                raise InvalidInput(
+                    f"{where}: {len(row[None])} more values than columns; a value with a comma "
+                    'stands in "quotes"'
+                )
+            yield row, where
+    except csv.Error as error:
+        raise InvalidInput(f"{path}:{reader.line_num}: no CSV: {error}") from error
+
+
+def _json_rows(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InvalidInput(f"{path}:{number}: no JSON: {error.msg}") from error
+        if isinstance(row, str):
+            row = {"prompt": row}
+        if not isinstance(row, dict):
+            raise InvalidInput(f"{path}:{number}: an object or a text expected, got {row!r}")
+        yield row, f"{path}:{number}"
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InvalidInput(f"{path}: no whole Parquet file: {error}") from error
+    for number, row in enumerate(table.to_pylist()):
+        yield row, f"{path}: row {number}"
+
+
+def scene_items(wanted: Scenes) -> Iterator[Item]:
+    """Captions of scenes with one object, as pairs where a target is given.
+
+    Colour-shape pairs that training never shows are left out. All else is drawn evenly from `seed`.
+    The columns `source_color` and so on say what a prompt shows; where a pair differs in one
+    attribute, `source` and `target` are its two values.
+
+    Raises:
+        UnknownName: there is no such attribute or value.
+        InvalidInput: there are not so many different scenes.
+    """
+    from dreamreader.zoo import scenes
+
+    values: dict[str, list[str]] = {
+        "color": list(scenes.COLORS),
+        "shape": list(scenes.SHAPES),
+        "size": list(scenes.SIZES),
+        "place": [f"{row} {column}" for row in scenes.ROWS for column in scenes.COLUMNS],
+        "background": list(scenes.BACKGROUNDS),
+        "frame": ["no", "yes"],
+    }
+    for part in (wanted.source, wanted.target or {}):
+        for name, value in part.items():
+            if name not in values:
+                raise UnknownName("attribute of scenes", name, values)
+            if value not in values[name]:
+                raise UnknownName(f"{name} of scenes", value, values[name])
+    axes = [[wanted.source[n]] if n in wanted.source else v for n, v in values.items()]
+    every = [dict(zip(values, each, strict=True)) for each in itertools.product(*axes)]
+    pairs = [(each, {**each, **(wanted.target or {})}) for each in every]
+    pairs = [pair for pair in pairs if not any(_held_out(each) for each in pair)]
+    random.Random(wanted.seed).shuffle(pairs)
+    if wanted.count > len(pairs):
+        raise InvalidInput(f"data.scenes: {wanted.count} are asked for, there are {len(pairs)}")
+    said = frozenset({"color", "size", "place"}) - set(wanted.unsaid)
+    background = "background" not in wanted.unsaid
+    for number, (source, target) in enumerate(pairs[: wanted.count]):
+        captions = [_scene(each, said, background).caption() for each in (source, target)]
+        columns = {f"source_{k}": v for k, v in source.items()}
+        if wanted.target is None:
+            yield Item(str(number), captions[0], None, columns)
+            continue
+        columns |= {f"target_{k}": v for k, v in target.items()}
+        changed = [name for name in values if source[name] != target[name]]
+        if len(changed) == 1:  # what metrics such as tint ask for
+            columns |= {"source": source[changed[0]], "target": target[changed[0]]}
+        yield Item(str(number), captions[0], captions[1], columns)
+
+
+def _held_out(values: Mapping[str, str]) -> bool:
+    from dreamreader.zoo import scenes
+
+    return (values["color"], values["shape"]) in scenes.HELD_OUT_PAIRS
+
+
+def _scene(values: Mapping[str, str], said: frozenset[str], background: bool) -> Any:
+    from dreamreader.zoo import scenes
+
+    row, column = values["place"].split()
+    obj = scenes.Obj(values["shape"], values["color"], values["size"], row, column, said)
+    scene = scenes.Scene((obj,), values["background"], background_said=background)
+    return replace(scene, frame=values["frame"] == "yes")

@@ -1,0 +1,220 @@
+"""A job: a spec beside the subject that it opened, and the one way in which its rows are run."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dreamreader.engine import Reader, RunResult
+from dreamreader.errors import DreamreaderError, InvalidInput
+from dreamreader.experiments.data import Item, pairs_only, read_items
+from dreamreader.experiments.encode import encoded_once
+from dreamreader.experiments.row import Row
+from dreamreader.metrics import Metric, Outputs, build
+
+if TYPE_CHECKING:
+    from dreamreader.experiments.folder import RunFolder
+    from dreamreader.experiments.methods import Spec
+
+
+def _ignored(rows: float) -> None:
+    pass
+
+
+@dataclass(eq=False)
+class Job:
+    """What the methods and the runner work with.
+
+    Attributes:
+        spec: what is wanted. reader: of the subject.
+        items: prompts or pairs. metrics: as objects.
+        folder: the run folder; None while only planning.
+        batch: most rows of one call.
+        advance: told of every finished share of a row.
+    """
+
+    spec: "Spec"
+    reader: Reader
+    items: list[Item]
+    metrics: list[Metric]
+    folder: "RunFolder | None" = None
+    batch: int = 1
+    advance: Callable[[float], Any] = _ignored
+    memory: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def seeds(self) -> Sequence[int]:
+        return self.spec.seed_list
+
+    @property
+    def is_language(self) -> bool:
+        return not hasattr(self.reader.subject, "components")
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call: those of the embedded models, then the spec's."""
+        from dreamreader.zoo import MODELS, settings
+
+        own = dict(self.spec.pipeline)
+        return settings(**own) if self.spec.subject.model in MODELS else own
+
+    @cached_property
+    def steps(self) -> int | None:
+        """Denoising steps of a run; None for a language model."""
+        if self.is_language:
+            return None
+        named = self.settings.get("num_inference_steps")
+        if named is None:
+            call = inspect.signature(type(self.reader.subject).__call__)
+            named = call.parameters["num_inference_steps"].default
+        return int(named)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        return self.spec.method.rows(self)
+
+    def use_batch(self, size: int) -> None:
+        """Sets the rows of one call, and forgets what was made for another size."""
+        if size != self.batch:
+            self.__dict__.pop("rows", None)
+            self.memory.clear()
+        self.batch = size
+
+    def use_folder(self, folder: "RunFolder") -> None:
+        """Goes to a run folder, and forgets what was kept of another one."""
+        if self.folder is None or self.folder.path != folder.path:
+            self.memory.clear()
+        self.folder = folder
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What is run within does not count as rows that were finished."""
+        advance, self.advance = self.advance, _ignored
+        try:
+            yield
+        finally:
+            self.advance = advance
+
+    def needs(self, what: str) -> bool:
+        """Whether a metric reads these outputs (`images`, `latents`, `noise`, ...)."""
+        return any(what in metric.needs for metric in self.metrics)
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        edits: Sequence[Any] = (),
+        record: Sequence[Any] = (),
+        **changes: Any,
+    ) -> tuple[RunResult, Tensor | None]:
+        """Runs rows in one call of the subject; the result and the final latents."""
+        arguments, last = {**self.settings, **changes}, _Last(self, len(prompts))
+        if not self.is_language:
+            arguments |= {"output_type": "pt", "callback_on_step_end": last.tick}
+        with torch.inference_mode(), encoded_once(self.reader, [*edits, *record]):
+            result = self.reader.run(
+                list(prompts),
+                edits=list(edits),
+                record=list(record),
+                seeds=list(seeds),
+                **arguments,
+            )
+        if self.is_language:
+            self.advance(len(prompts))
+        return result, last.latents
+
+    def outputs(self, rows: Sequence[Row], result: RunResult, latents: Tensor | None) -> Outputs:
+        """What the metrics of these rows get."""
+        columns = [row.columns() for row in rows]
+        if not self.is_language:
+            images = result.images
+            images = images if isinstance(images, Tensor) else torch.stack(list(images))
+            return Outputs(columns, images.float(), latents, self._noise(result))
+        logits = getattr(result.output, "logits", None)
+        last = None if logits is None else logits[:, -1].float()
+        return Outputs(columns, logits=last, text=result.text, tokenizer=self.reader.tokenizer)
+
+    def _noise(self, result: RunResult) -> dict[int, Tensor]:
+        """What the denoiser gave, by step, [rows, values]."""
+        found = result.cache.get(self.noise_site or "")
+        if found is None:
+            return {}
+        return {each.step: found.tensor[:, n].flatten(1) for n, each in enumerate(found.steps)}
+
+    @cached_property
+    def noise_site(self) -> str | None:
+        """The denoiser as a site, where a metric reads what it gives."""
+        if not self.needs("noise"):
+            return None
+        names = getattr(self.reader.subject, "components", {})
+        return next((name for name in ("unet", "transformer", "prior") if name in names), None)
+
+    def noise_records(self) -> list[Any]:
+        """The recording that the metrics of noise predictions need."""
+        from dreamreader.engine import Record
+
+        if self.noise_site is None:
+            return []
+        guided = float(self.settings.get("guidance_scale", 7.5)) > 1
+        return [Record(self.noise_site, branch="cond" if guided else None)]
+
+
+class _Last:
+    """Follows the steps of one call: counts rows, keeps the latents of the last one."""
+
+    def __init__(self, job: Job, rows: int):
+        self.job = job
+        self.rows = rows
+        self.latents: Tensor | None = None
+        self._wanted = job.needs("latents")
+
+    def tick(self, pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        self.job.advance(self.rows / (self.job.steps or 1))
+        if self._wanted and isinstance(values.get("latents"), Tensor):
+            self.latents = values["latents"].detach().float().clone()
+        return values
+
+
+def open_job(spec: "Spec", reader: Reader | None = None, metrics: Sequence[Metric] = ()) -> Job:
+    """Reads the data, opens the subject and the metrics of a spec.
+
+    Args:
+        spec: what is wanted.
+        reader: used instead of opening `spec.subject`.
+        metrics: beside those of the spec.
+
+    Raises:
+        InvalidInput, UnknownName: a part of the spec does not fit the subject or the data.
+    """
+    items = read_items(spec.data)
+    if spec.method.pairs:
+        pairs_only(items, f"data, for method {spec.method.kind}")
+    found = [*_built(spec.metrics), *metrics]
+    return Job(spec, reader if reader is not None else _opened(spec), items, found)
+
+
+def _built(named: Sequence[Any]) -> list[Metric]:
+    found = []
+    for number, each in enumerate(named):
+        try:
+            found.append(build(each))
+        except DreamreaderError as error:
+            raise InvalidInput(f"metrics.{number}: {error}") from error
+    return found
+
+
+def _opened(spec: "Spec") -> Reader:
+    from dreamreader.zoo.subject import open_reader
+
+    reader = open_reader(spec.subject.model)  # in float32 on the CPU
+    moved: Any = reader.subject
+    if spec.subject.dtype != "float32":
+        moved.to(getattr(torch, spec.subject.dtype))
+    if spec.subject.device != "cpu":
+        moved.to(spec.subject.device)
+    return reader

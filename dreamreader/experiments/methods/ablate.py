@@ -1,0 +1,167 @@
+"""Ablation sweeps, with sets of random sites of the same sizes beside them."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from dreamreader.engine import Activation, Cache
+from dreamreader.errors import InvalidInput
+from dreamreader.experiments.data import read_items
+from dreamreader.experiments.methods.base import Places, Table
+from dreamreader.experiments.methods.chunked import Chunked, others
+from dreamreader.experiments.methods.grids import grid_of
+from dreamreader.experiments.row import Row, evenly
+from dreamreader.experiments.spec import AnySeeds, Data, Seeds, listed_seeds
+from dreamreader.localise import Cell, Grid, ablate_edits, random_cells, site_widths
+from dreamreader.localise.sweep import records_of
+
+if TYPE_CHECKING:
+    from dreamreader.experiments.job import Job
+    from dreamreader.experiments.results import Results
+
+
+class Ablate(Chunked, Places):
+    """Ablates every cell of a grid.
+
+    mean and resample draw on the prompts of `reference`, or on the unedited rows of the same batch:
+    then the mean still holds what all these prompts have in common.
+    """
+
+    base: ClassVar[str] = "unedited"
+    changed: ClassVar[str] = "ablated"
+    control: ClassVar[str] = "random_sites"
+    control_title: ClassVar[str] = "random sites of the same sizes (control)"
+
+    kind: Literal["ablate"] = "ablate"
+    ablation: Literal["zero", "mean", "resample"] = "mean"
+    reference: Data | None = Field(
+        None, description="Prompts whose activations mean and resample draw on."
+    )
+    reference_seeds: AnySeeds = Field(
+        default_factory=lambda: Seeds(start=200_000), description="Seeds of the reference."
+    )
+    floor: float | None = Field(
+        None, description="Value of that column where the attribute is gone; None: differences."
+    )
+    random_sets: int = Field(
+        3, ge=0, description="Control: sets of other sites of the same number and widths."
+    )
+    among: str | list[str] | None = Field(
+        None, description="Globs of the sites that random sets are drawn from; `sites` by default."
+    )
+
+    def check(self, job: "Job") -> None:
+        self.check_cells(job, 1 + self.random_sets)
+        if self.ablation == "zero" and self.reference is not None:
+            raise InvalidInput("method.reference: zero draws on nothing; use mean or resample")
+        alone = self.reference is None and len(job.items) * len(job.seeds) < 2
+        if self.ablation == "resample" and alone:
+            raise InvalidInput("method.ablation: resample needs a second row to take values from")
+
+    def inputs(self, job: "Job") -> dict[str, Any]:
+        if self.reference is None:
+            return {}
+        prompts = [item.prompt for item in read_items(self.reference, "method.reference")]
+        return {"reference": hashlib.sha256(repr(prompts).encode()).hexdigest()}
+
+    def controls(self, job: "Job") -> list[Cell]:
+        """The random cells."""
+        if "controls" not in job.memory:
+            job.memory["controls"] = []
+            if self.random_sets:
+                few = {} if job.is_language else {**job.settings, "num_inference_steps": 1}
+                prompt = job.items[0].prompt
+                pool = self.among if self.among is not None else self.sites
+                widths = site_widths(job.reader, pool, prompt, **few)
+                drawn = random_cells(self.cells(job), widths, self.random_sets)
+                job.memory["controls"] = [
+                    replace(cell, name=f"{cell.name} (set {number})")
+                    for number, each in enumerate(drawn, 1)
+                    for cell in each
+                ]
+        return job.memory["controls"]
+
+    def gives(self, condition: str) -> bool:
+        return condition == "unedited" and self.ablation != "zero" and self.reference is None
+
+    def read_cells(self, job: "Job") -> list[Cell]:
+        return [*self.cells(job), *self.controls(job)]
+
+    def rows(self, job: "Job") -> list[Row]:
+        pairs = [(item, seed) for item in job.items for seed in job.seeds]
+        cells, random = self.cells(job), self.controls(job)
+        pieces = evenly(len(pairs), job.batch)
+        among_themselves = self.ablation == "resample" and self.reference is None
+        if among_themselves and min(stop - start for start, stop in pieces) < 2:
+            raise InvalidInput(
+                f"batch: resample takes values from another row of the same batch; {job.batch} "
+                f"rows in one leave some of the {len(pairs)} alone"
+            )
+        table = Table()
+        for start, stop in pieces:
+            chunk = list(enumerate(pairs[start:stop]))
+            for n, (item, seed) in chunk:
+                table.add(item, seed, "unedited", entry=n)
+            table.next_group()
+            for condition, chosen in (("ablated", cells), ("random_sites", random)):
+                for number, cell in enumerate(chosen):
+                    axes = {"set": number // len(cells)} if condition == "random_sites" else {}
+                    for n, (item, seed) in chunk:
+                        table.add(item, seed, condition, cell=cell, entry=n, axes=axes)
+            table.next_group()
+        return table.rows
+
+    def edits_of(self, job: "Job", rows: Sequence[Row]) -> list[Any]:
+        cells = [row.cell for row in rows]
+        if not any(cells):
+            return []
+        if self.ablation == "zero":
+            return list(ablate_edits(cells, "zero"))
+        own = self.reference is None
+        source = self.source(job, rows[0].group - 1) if own else self._reference(job)
+        if self.ablation == "mean":
+            return list(ablate_edits(cells, "mean", source))
+        count = len(next(iter(source.values())).rows)
+        taken = others(rows, source) if own else [row.entry % count for row in rows]
+        return list(ablate_edits(cells, "resample", source, taken))
+
+    def _reference(self, job: "Job") -> Cache:
+        """Activations of the reference: all rows, or for mean only their mean."""
+        if "reference" not in job.memory:
+            assert self.reference is not None
+            items = read_items(self.reference, "method.reference")
+            seeds = listed_seeds(self.reference_seeds)
+            rows = [(item.prompt, seed) for item in items for seed in seeds]
+            wanted = records_of(self.read_cells(job))
+            parts = []
+            for start, stop in evenly(len(rows), job.batch):
+                prompts, numbers = zip(*rows[start:stop], strict=True)
+                with job.uncounted():
+                    result, _ = job.draw(prompts, numbers, record=wanted)
+                parts.append((stop - start, result.cache))
+            job.memory["reference"] = _together(parts, mean=self.ablation == "mean")
+        return job.memory["reference"]
+
+    def grid(self, results: "Results", condition: str) -> Grid:
+        return grid_of(results, condition, self.effect, self.base, None, self.floor)
+
+
+def _together(parts: Sequence[tuple[int, Cache]], mean: bool) -> Cache:
+    """One cache of several; of means, weighted by rows, where only the mean is wanted."""
+    import torch
+
+    total = sum(count for count, _ in parts)
+    found: list[Activation] = []
+    for site, first in parts[0][1].items():
+        tensors = [cache[site].tensor for _, cache in parts]
+        if mean:
+            sums = [tensor.double().sum(0, keepdim=True) for tensor in tensors]
+            middle = (torch.stack(sums).sum(0) / total).to(first.tensor.dtype)
+            found.append(replace(first, tensor=middle, rows=first.rows[:1]))
+        else:
+            rows = tuple(row for _, cache in parts for row in cache[site].rows)
+            found.append(replace(first, tensor=torch.cat(tensors), rows=rows))
+    return Cache(found)

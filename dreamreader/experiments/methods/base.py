@@ -1,0 +1,178 @@
+"""What a method of an experiment has to say: its rows, their edits, and how its result is read."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from dreamreader.errors import InvalidInput
+from dreamreader.experiments.row import Row, check_count
+from dreamreader.experiments.spec import Count, Part
+from dreamreader.localise import Cell, grid
+
+if TYPE_CHECKING:
+    from dreamreader.engine import RunResult
+    from dreamreader.engine.request import EditRequest
+    from dreamreader.experiments.data import Item
+    from dreamreader.experiments.job import Job
+    from dreamreader.experiments.results import Results
+    from dreamreader.report import Number, Section
+
+Tokens = int | str | list[int | str | list[int]] | None
+
+
+class Method(Part):
+    """Base of all methods. A method decides what the rows are; batches, files and resuming are not
+    its concern."""
+
+    pairs: ClassVar[bool] = False  # whether the data must be pairs
+
+    def check(self, job: "Job") -> None:
+        """Refuse a sweep that is too long, or does not fit the subject, before anything runs."""
+
+    def inputs(self, job: "Job") -> dict[str, Any]:
+        """What the numbers depend on beside the spec and the data, for the fingerprint."""
+        return {}
+
+    def rows(self, job: "Job") -> list[Row]:
+        """All rows of the run, in the order in which they are computed."""
+        raise NotImplementedError
+
+    def prepare(self, job: "Job") -> None:
+        """What has to be fitted before the first row; kept in the run folder."""
+
+    def edits_of(self, job: "Job", rows: Sequence[Row]) -> "list[EditRequest]":
+        """Edits of one batch; a strength has one value for each of its rows."""
+        return []
+
+    def around(self, job: "Job") -> AbstractContextManager[Any]:
+        """What every batch runs inside of."""
+        return nullcontext()
+
+    def records(self, job: "Job", rows: Sequence[Row]) -> list[Any]:
+        """What is recorded in one batch."""
+        return []
+
+    def columns(
+        self, job: "Job", rows: Sequence[Row], result: "RunResult"
+    ) -> Mapping[str, Sequence[Any]]:
+        """Columns of the rows that come from the method itself."""
+        return {}
+
+    def numbers(self, results: "Results") -> "list[Number]":
+        """What its report says first, in large."""
+        return []
+
+    def shown(self, results: "Results") -> Mapping[str, Any]:
+        """Values of columns: of the changed rows, those that the report shows pictures of."""
+        return {}
+
+    def sections(self, results: "Results") -> "list[Section]":
+        """Its part of the report."""
+        return []
+
+    def summary(self, results: "Results") -> list[str]:
+        """The result in a few lines, for the terminal."""
+        return []
+
+
+class Places(Part):
+    """Where a sweep goes: sites x heads x tokens x step windows, each a cell of its own."""
+
+    sites: str | list[str] = Field(description="Site strings or globs.")
+    group: Literal["each", "block", "all"] | dict[str, str | list[str]] = Field(
+        "each", description="Which sites change together: each alone, by block, all, or named sets."
+    )
+    windows: Count | list[tuple[int, int]] | None = Field(
+        None, description="Step windows: a number of equal ones, or (start, stop) pairs."
+    )
+    branch: str | list[str] | None = Field(None, description="Guidance branch; all by default.")
+    tokens: Tokens = Field(
+        None, description="Tokens: an index, a word, a list of selections, or each."
+    )
+    positions: Count | None = Field(None, description="Number of tokens, for tokens: each.")
+    heads: Literal["each"] | list[int | list[int]] | None = Field(
+        None, description="Heads at ports that have them: each, or a list."
+    )
+
+    def check_cells(self, job: "Job", times: int = 1, **parts: int) -> None:
+        """Refuse a sweep that is too long; a long axis of tokens before its cells exist.
+
+        Args:
+            times: rows of each cell and prompt. parts: sizes of further axes.
+        """
+        rest = {"prompts": len(job.items), "seeds": len(job.seeds), **parts}
+        counted(positions=self.positions or 1, **rest)
+        counted(cells=len(self.cells(job)) * times, **rest)
+
+    def cells(self, job: "Job") -> list[Cell]:
+        """The cells of a subject, windows before places in the order of `grid`."""
+        if "cells" not in job.memory:
+            job.memory["cells"] = self._cells(job)
+        return job.memory["cells"]
+
+    def _cells(self, job: "Job") -> list[Cell]:
+        if isinstance(self.windows, int) and job.steps is None:
+            raise InvalidInput(
+                "method.windows: a language model has no denoising steps; leave windows out"
+            )
+        return grid(
+            job.reader,
+            self.sites,
+            group=self.group,
+            windows=self.windows,
+            steps=job.steps,
+            branch=self.branch,
+            tokens=_tokens(self.tokens),
+            positions=self.positions,
+            heads=_tokens(self.heads),
+        )
+
+
+class Table:
+    """Collects rows: numbers them, and finds the row that another is compared with."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self._bases: dict[tuple[str, str, int], int] = {}
+        self.group = 0
+
+    def add(
+        self,
+        item: "Item",
+        seed: int,
+        condition: str,
+        *,
+        target: bool = False,
+        base: str | None = "unedited",
+        **rest: Any,
+    ) -> Row:
+        """Appends a row; `base` names the condition of the row that it is compared with."""
+        prompt = item.target if target else item.prompt
+        assert prompt is not None
+        number = len(self.rows)
+        compared = self._bases.get((base, item.id, seed)) if base and base != condition else None
+        row = Row(number, item, prompt, seed, condition, base=compared, group=self.group, **rest)
+        self._bases.setdefault((condition, item.id, seed), number)
+        self.rows.append(row)
+        return row
+
+    def next_group(self) -> None:
+        """What follows shares no batch with what is there."""
+        self.group += 1
+
+
+def counted(**parts: int) -> None:
+    """Refuse a table that is too long, by the sizes of its axes."""
+    total = 1
+    for size in parts.values():
+        total *= size
+    check_count(total, {name.replace("_", " "): size for name, size in parts.items()})
+
+
+def _tokens(value: Any) -> Any:
+    """Inner lists as tuples, which stand for tokens (or heads) that are chosen together."""
+    if not isinstance(value, list):
+        return value
+    return [tuple(each) if isinstance(each, list) else each for each in value]

@@ -1,0 +1,323 @@
+"""Edits as they are written in the spec, swept over named values."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from dreamreader import edits as kinds
+from dreamreader.engine.request import Box
+from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.experiments.data import RESERVED
+from dreamreader.experiments.methods.base import Method, Table, counted
+from dreamreader.experiments.row import Row
+from dreamreader.experiments.spec import Part
+
+if TYPE_CHECKING:
+    from dreamreader.experiments.job import Job
+    from dreamreader.experiments.results import Results
+    from dreamreader.report import Section
+
+# "$name": the value of a sweep axis in each row
+Swept = Annotated[str, Field(pattern=r"^\$")]
+Number = float | Swept
+_NUMBERS = ("alpha", "sigma", "strength", "factor", "low", "high")
+Window = int | tuple[int, int] | Swept | None
+
+
+class Direction(Part):
+    """A direction: from a file, random, or its numbers."""
+
+    file: str | None = Field(None, description="Safetensors file with one tensor for each site.")
+    random: int | None = Field(None, description="Seed of a random unit direction.")
+    norm: float = Field(1.0, gt=0, description="Norm of a random direction.")
+    values: list[float] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Direction":
+        given = [n for n in ("file", "random", "values") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of file, random and values, got {given or 'none'}")
+        return self
+
+
+class Rectangle(Part):
+    """A box of the picture, in shares of width and height."""
+
+    box: tuple[float, float, float, float] = Field(description="Left, top, right, bottom.")
+
+
+class EditPart(Part):
+    """What all edits of a spec have: where, when, and on which rows of guidance."""
+
+    site: str | list[str]
+    steps: Window = Field(None, description="A step, or (start, stop).")
+    fraction: tuple[float, float] | Swept | None = Field(
+        None, description="Share of the trajectory, low and high."
+    )
+    branch: str | list[str] | None = None
+    tokens: int | str | list[int] | Rectangle | None = Field(
+        None, description="Indices, a word of the prompt, or box: [left, top, right, bottom]."
+    )
+    heads: int | list[int] | Swept | None = None
+    channels: list[int] | None = None
+
+    def make(self, values: Mapping[str, Any], rows: Sequence[int], job: "Job") -> Any:
+        """The edit of rows that share all values."""
+        raise NotImplementedError
+
+    def common(self, values: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+        """Arguments that all edits take."""
+        steps = filled(self.steps, values)
+        tokens = self.tokens
+        if isinstance(tokens, Rectangle):
+            tokens = Box(*tokens.box)
+        return {
+            "steps": range(*steps) if isinstance(steps, list | tuple) else steps,
+            "fraction": _pair(filled(self.fraction, values)),
+            "branch": self.branch,
+            "tokens": tokens,
+            "heads": filled(self.heads, values),
+            "channels": self.channels,
+            "rows": list(rows),
+        }
+
+    def at(self, values: Mapping[str, Any]) -> Any:
+        site = filled(self.site, values)
+        return site if isinstance(site, str) else tuple(site)
+
+
+class Steer(EditPart):
+    """x + alpha v."""
+
+    kind: Literal["steer"]
+    direction: Direction
+    alpha: Number = 1.0
+    norm_match: bool = False
+
+    def make(self, values: Mapping[str, Any], rows: Sequence[int], job: "Job") -> Any:
+        site, alpha = self.at(values), number(self.alpha, values)
+        vector = directions(self.direction, site, job)
+        more = self.common(values, rows)
+        return kinds.Steer(site, vector, alpha, norm_match=self.norm_match, **more)
+
+
+class Ablate(EditPart):
+    """Zero, noise, or the component along a direction taken out."""
+
+    kind: Literal["ablate"]
+    ablation: Literal["zero", "project", "noise"] = "zero"
+    direction: Direction | None = None
+    sigma: Number = 1.0
+    strength: Number = 1.0
+    one_sided: bool = False
+
+    def make(self, values: Mapping[str, Any], rows: Sequence[int], job: "Job") -> Any:
+        site = self.at(values)
+        vector = None if self.direction is None else directions(self.direction, site, job)
+        return kinds.Ablate(
+            site,
+            self.ablation,
+            direction=vector,
+            sigma=number(self.sigma, values),
+            strength=number(self.strength, values),
+            one_sided=self.one_sided,
+            **self.common(values, rows),
+        )
+
+
+class Scale(EditPart):
+    """gamma x."""
+
+    kind: Literal["scale"]
+    factor: Number
+
+    def make(self, values: Mapping[str, Any], rows: Sequence[int], job: "Job") -> Any:
+        factor = number(self.factor, values)
+        return kinds.Scale(self.at(values), factor, **self.common(values, rows))
+
+
+class Clamp(EditPart):
+    """Values held between low and high."""
+
+    kind: Literal["clamp"]
+    low: Number | None = None
+    high: Number | None = None
+
+    def make(self, values: Mapping[str, Any], rows: Sequence[int], job: "Job") -> Any:
+        bounds = [None if each is None else number(each, values) for each in (self.low, self.high)]
+        return kinds.Clamp(self.at(values), bounds[0], bounds[1], **self.common(values, rows))
+
+
+AnyEdit = Annotated[Steer | Ablate | Scale | Clamp, Field(discriminator="kind")]
+
+
+class Edit(Method):
+    """Runs edits as they are written, at every combination of the swept values.
+
+    `$name` in an edit stands for the value of the axis `name` of `sweep`.
+    """
+
+    kind: Literal["edit"] = "edit"
+    edits: list[AnyEdit] = Field(min_length=1)
+    sweep: dict[str, list[Any]] = Field(
+        default_factory=dict, description="Named values; all combinations are run."
+    )
+
+    @model_validator(mode="after")
+    def _axes_fit(self) -> "Edit":
+        used = {name for edit in self.edits for name in _names(edit.model_dump())}
+        for name in used - set(self.sweep):
+            raise ValueError(f"${name} is in an edit, but sweep has no {name}")
+        for name in set(self.sweep) - used:
+            raise ValueError(f"sweep.{name}: no edit has ${name}")
+        for edit in self.edits:
+            for field in _NUMBERS:
+                axis = str(getattr(edit, field, "")).removeprefix("$")
+                for value in self.sweep.get(axis, ()):
+                    if isinstance(value, bool) or not isinstance(value, int | float):
+                        raise ValueError(f"sweep.{axis}: {field} needs numbers, got {value!r}")
+        for name, values in self.sweep.items():
+            if name in RESERVED:
+                raise ValueError(f"sweep.{name}: every row has a column {name}, rename the axis")
+            if not values:
+                raise ValueError(f"sweep.{name} is empty")
+            if len(set(map(str, values))) < len(values):
+                raise ValueError(f"sweep.{name} has a value twice")
+        return self
+
+    def check(self, job: "Job") -> None:
+        axes = {name: len(values) for name, values in self.sweep.items()}
+        counted(prompts=len(job.items), seeds=len(job.seeds), **axes)
+
+    def inputs(self, job: "Job") -> dict[str, Any]:
+        found = {}
+        for number, edit in enumerate(self.edits):
+            direction = getattr(edit, "direction", None)
+            if direction is not None and direction.file is not None:
+                vectors = _of_file(Path(direction.file))
+                found[f"edits.{number}.direction"] = {k: vectors[k] for k in sorted(vectors)}
+        return found
+
+    def rows(self, job: "Job") -> list[Row]:
+        points = list(itertools.product(*map(self._shown, self.sweep)))
+        table = Table()
+        for item in job.items:
+            for seed in job.seeds:
+                table.add(item, seed, "unedited")
+        for point in points:
+            for item in job.items:
+                for seed in job.seeds:
+                    table.add(item, seed, "edited", axes=dict(zip(self.sweep, point, strict=True)))
+        return table.rows
+
+    def edits_of(self, job: "Job", rows: Sequence[Row]) -> list[Any]:
+        groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
+        for number, row in enumerate(rows):
+            if row.condition == "edited":
+                point = dict(row.axes)
+                groups.setdefault(repr(point), (self._point(point), []))[1].append(number)
+        return [
+            edit.make(values, numbers, job)
+            for values, numbers in groups.values()
+            for edit in self.edits
+        ]
+
+    def _point(self, shown: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of the sweep that a row shows."""
+        return {
+            name: self.sweep[name][self._shown(name).index(value)] for name, value in shown.items()
+        }
+
+    def _shown(self, name: str) -> list[Any]:
+        """The values of an axis as one column of a table holds them: as text unless they are all
+        numbers, all truth values or all text."""
+        values = self.sweep[name]
+        kinds = {float if type(each) is int else type(each) for each in values}
+        return values if len(kinds) == 1 and kinds <= {float, bool, str} else list(map(str, values))
+
+    def sections(self, results: "Results") -> "list[Section]":
+        found = []
+        for name in self.sweep:
+            found += results.by_axis(name, "edited", f"Over {name}")
+        return found
+
+    def summary(self, results: "Results") -> list[str]:
+        return [line for name in self.sweep for line in results.axis_lines(name, "edited")]
+
+
+def filled(value: Any, values: Mapping[str, Any]) -> Any:
+    """A value of the spec with `$name` replaced."""
+    if isinstance(value, str) and value.startswith("$"):
+        return values[value[1:]]
+    return value
+
+
+def number(value: Any, values: Mapping[str, Any]) -> float:
+    """A number of the spec, or that of a sweep."""
+    return float(filled(value, values))
+
+
+def directions(source: Direction, site: Any, job: "Job") -> Any:
+    """A direction as `Steer` takes it: a tensor, or one by site.
+
+    Raises:
+        InvalidInput: the file is missing, or no safetensors file.
+        UnknownName: it has no direction for a site.
+    """
+    if source.values is not None:
+        return torch.tensor(source.values)
+    patterns = [site] if isinstance(site, str) else list(site)
+    names = [name for each in patterns for name in job.reader.sites(each).names]
+    if source.random is not None:
+        return {
+            name: _random(width, source.random + n, source.norm)
+            for n, (name, width) in enumerate(_widths(job, names).items())
+        }
+    path = Path(source.file or "")
+    found = _of_file(path)
+    for name in names:
+        if name not in found:
+            raise UnknownName(f"direction in {path} for site", name, found)
+    return {name: found[name] for name in names}
+
+
+def _of_file(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InvalidInput(f"direction file {path}: {error}") from error
+
+
+def _widths(job: "Job", names: Sequence[str]) -> dict[str, int]:
+    from dreamreader.localise import site_widths
+
+    key = ("widths", tuple(names))
+    if key not in job.memory:
+        few = {} if job.is_language else {**job.settings, "num_inference_steps": 1}
+        job.memory[key] = site_widths(job.reader, list(names), job.items[0].prompt, **few)
+    return job.memory[key]
+
+
+def _random(width: int, seed: int, norm: float) -> Tensor:
+    vector = torch.randn(width, generator=torch.Generator().manual_seed(seed))
+    return vector * (norm / vector.norm())
+
+
+def _pair(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _names(value: Any) -> set[str]:
+    """Names behind `$` anywhere in plain values."""
+    if isinstance(value, str):
+        return {value[1:]} if value.startswith("$") else set()
+    parts = value.values() if isinstance(value, dict) else value
+    return set().union(*map(_names, parts)) if isinstance(value, dict | list | tuple) else set()

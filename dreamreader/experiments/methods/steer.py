@@ -1,0 +1,260 @@
+"""Steering: directions fitted from pairs, swept over strengths, sites and step windows."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field
+
+from dreamreader import edits as kinds
+from dreamreader.errors import InvalidInput
+from dreamreader.experiments.data import Item, pairs_only, read_items
+from dreamreader.experiments.methods.base import Method, Places, Table
+from dreamreader.experiments.row import Row, evenly
+from dreamreader.experiments.spec import AnySeeds, Data, Seeds, listed_seeds
+from dreamreader.localise import Cell
+
+if TYPE_CHECKING:
+    from dreamreader.experiments.job import Job
+    from dreamreader.experiments.results import Results
+    from dreamreader.report import Number, Section
+    from dreamreader.steering import Directions
+
+CONTROLS = ("random_direction", "shuffled_labels", "target_prompt")
+_FILES = {"edited": "directions", "shuffled_labels": "directions-shuffled"}
+
+
+class Steer(Method, Places):
+    """Fits a direction from pairs of prompts at every site, and adds it to the prompts of `data`.
+
+    Controls: a random direction of the same norms, the direction of shuffled labels brought to the
+    same norms, and the target prompt itself where `data` are pairs.
+    """
+
+    kind: Literal["steer"] = "steer"
+    fit: Data = Field(description="Pairs that the directions are fitted from.")
+    fit_seeds: AnySeeds = Field(
+        default_factory=lambda: Seeds(start=100_000), description="Seeds of the pairs."
+    )
+    direction: Literal["mean", "caa", "pca", "lda", "logistic"] = Field(
+        "mean", description="How a direction follows from the pairs, see `dreamreader.steering`."
+    )
+    norm: Literal["none", "channel", "tensor"] | None = None
+    per_step: bool = Field(True, description="A direction for every step, or one for all.")
+    strengths: list[float] = Field(min_length=1, description="Multiples of the direction.")
+    norm_match: bool = Field(False, description="Every token keeps its norm.")
+    asymmetric: bool = Field(
+        False, description="Change only the predicted picture of each step (Asyrp)."
+    )
+    effect: str | None = Field(
+        None, description="Column of a metric that the best cell and strength are chosen by."
+    )
+    controls: list[Literal["random_direction", "shuffled_labels", "target_prompt"]] = Field(
+        default_factory=lambda: list(CONTROLS)
+    )
+
+    @property
+    def swept(self) -> list[str]:
+        """Conditions that are run at every cell and strength."""
+        return ["edited", *(each for each in self.controls if each != "target_prompt")]
+
+    def check(self, job: "Job") -> None:
+        axes = {"strengths": len(self.strengths), "conditions": len(self.swept)}
+        self.check_cells(job, **axes)
+
+    def inputs(self, job: "Job") -> dict[str, Any]:
+        pairs = [[item.prompt, item.target] for item in self._fit_items()]
+        return {"fit": hashlib.sha256(repr(pairs).encode()).hexdigest()}
+
+    def rows(self, job: "Job") -> list[Row]:
+        cells = self.cells(job)
+        pairs = [(item, seed) for item in job.items for seed in job.seeds]
+        table = Table()
+        for item, seed in pairs:
+            table.add(item, seed, "unedited")
+        if "target_prompt" in self.controls and all(item.target for item, _ in pairs):
+            for item, seed in pairs:
+                table.add(item, seed, "target_prompt", target=True)
+        for condition in self.swept:
+            for cell in cells:
+                for strength in self.strengths:
+                    for item, seed in pairs:
+                        table.add(item, seed, condition, cell=cell, strength=strength)
+        return table.rows
+
+    def prepare(self, job: "Job") -> None:
+        """Directions of the run folder; those that are missing are fitted and written there."""
+        from dreamreader.steering import Directions
+
+        assert job.folder is not None
+        files = {
+            name: self.directions_file(job.folder.path, name)
+            for name in ("edited", "shuffled_labels")
+            if name in self.swept
+        }
+        missing = [name for name, file in files.items() if not file.is_file()]
+        fitted = self._fitted(job, missing) if missing else {}
+        found: dict[str, Directions] = {}
+        for name, file in files.items():
+            if name in missing:
+                made = fitted[name]
+                _write(made if name == "edited" else _of_norms(made, found["edited"]), file)
+            found[name] = Directions.load(file)
+        job.memory["directions"] = {**found, "random_direction": found["edited"].random(seed=1)}
+
+    def edits_of(self, job: "Job", rows: Sequence[Row]) -> list[Any]:
+        groups: dict[tuple[str, Cell], list[float]] = {}
+        for number, row in enumerate(rows):
+            if row.cell is not None and row.strength is not None:
+                key = (row.condition, row.cell)
+                groups.setdefault(key, [0.0] * len(rows))[number] = row.strength
+        return [
+            kinds.Steer(
+                cell.sites,
+                job.memory["directions"][condition].only(*cell.sites).vectors,
+                alpha,
+                norm_match=self.norm_match,
+                steps=cell.window,
+                branch=cell.branch,
+                tokens=list(cell.tokens) if isinstance(cell.tokens, tuple) else cell.tokens,
+                heads=None if cell.heads is None else list(cell.heads),
+            )
+            for (condition, cell), alpha in groups.items()
+        ]
+
+    def around(self, job: "Job") -> AbstractContextManager[Any]:
+        if not self.asymmetric:
+            return nullcontext()
+        from dreamreader.localise.hspace import asymmetric
+
+        return asymmetric(job.reader)
+
+    def numbers(self, results: "Results") -> "list[Number]":
+        from dreamreader.experiments.methods.steer_page import numbers
+
+        return numbers(self, results)
+
+    def shown(self, results: "Results") -> dict[str, Any]:
+        from dreamreader.experiments.methods.steer_page import best
+
+        column = results.effect_column(self.effect, "edited", "unedited")
+        return dict(zip(("cell", "strength"), best(results, column), strict=True))
+
+    def sections(self, results: "Results") -> "list[Section]":
+        from dreamreader.experiments.methods.steer_page import sections
+
+        return sections(self, results)
+
+    def summary(self, results: "Results") -> list[str]:
+        from dreamreader.experiments.methods.steer_page import summary
+
+        return summary(self, results)
+
+    def directions_file(self, folder: Path, condition: str = "edited") -> Path:
+        return folder / "artifacts" / f"{_FILES[condition]}.safetensors"
+
+    def _fitted(self, job: "Job", conditions: Sequence[str]) -> "dict[str, Directions]":
+        """Directions of the fit's pairs in one pass; where labels are shuffled, source and target
+        are swapped in a random half of the pairs."""
+        from dreamreader.steering import Fitter
+        from dreamreader.steering.methods import NEEDS
+
+        steps = "each" if self.per_step and not job.is_language else "shared"
+        keep: Any = "rows" if self.direction in NEEDS else "moments"
+        fitters = {name: Fitter(steps=steps, keep=keep) for name in conditions}
+        draw = torch.Generator().manual_seed(0)
+        for source, target in self._recorded(job):
+            count = len(next(iter(source.values())).rows)
+            swap = torch.rand(count, generator=draw) < 0.5
+            for name, fitter in fitters.items():
+                if name == "edited":
+                    fitter.add_pairs(source, target)
+                else:
+                    fitter.add_pairs(_swapped(source, target, swap), _swapped(target, source, swap))
+        return {
+            name: fitter.fit("source", "target", self.direction, norm=self.norm)
+            for name, fitter in fitters.items()
+        }
+
+    def _fit_items(self) -> list[Item]:
+        items = read_items(self.fit, "method.fit")
+        pairs_only(items, "method.fit")
+        return items
+
+    def _recorded(self, job: "Job") -> Iterator[tuple[Any, Any]]:
+        """Caches of both prompts of the pairs, batch by batch."""
+        pairs = [
+            (item, seed) for item in self._fit_items() for seed in listed_seeds(self.fit_seeds)
+        ]
+        for start, stop in evenly(len(pairs), job.batch):
+            chunk = pairs[start:stop]
+            yield self._record(job, chunk, False), self._record(job, chunk, True)
+
+    def _record(self, job: "Job", pairs: Sequence[tuple[Item, int]], target: bool) -> Any:
+        prompts = [str(item.target if target else item.prompt) for item, _ in pairs]
+        result, _ = job.draw(prompts, [seed for _, seed in pairs], record=self._readings(job))
+        return result.cache
+
+    def _readings(self, job: "Job") -> list[Any]:
+        """A recording for every site: the mean over the cell's tokens."""
+        from dreamreader.engine import Record
+
+        found: dict[str, Any] = {}
+        for cell in self.cells(job):
+            chosen = list(cell.tokens) if isinstance(cell.tokens, tuple) else cell.tokens
+            for site in cell.sites:
+                held = found.setdefault(site, chosen)
+                if held != chosen:
+                    raise InvalidInput(
+                        f"method.tokens: {site} is steered at different tokens ({held}, {chosen}); "
+                        "a direction is fitted from one selection, write a spec for each"
+                    )
+        branch = self.branch if self.branch is not None else self._only_branch(job)
+        return [
+            Record(site, branch=branch, tokens=tokens, reduce=_token_mean)
+            for site, tokens in found.items()
+        ]
+
+    def _only_branch(self, job: "Job") -> str | None:
+        """Directions are read from one branch: that of the prompt where there are several."""
+        guided = float(job.settings.get("guidance_scale", 7.5)) > 1
+        return "cond" if guided and not job.is_language else None
+
+
+def _write(directions: "Directions", file: Path) -> None:
+    from dreamreader.experiments.folder import explained
+
+    with explained(file.parent.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        directions.save(file)
+
+
+def _token_mean(x: torch.Tensor) -> torch.Tensor:
+    return x.float().mean(1, keepdim=True)
+
+
+def _swapped(a: Any, b: Any, swap: torch.Tensor) -> dict[str, Any]:
+    """Rows of a, those of b where swapped."""
+    from dataclasses import replace
+
+    found = {}
+    for site in a:
+        mask = swap.reshape(-1, *(1,) * (a[site].tensor.dim() - 1))
+        found[site] = replace(a[site], tensor=torch.where(mask, b[site].tensor, a[site].tensor))
+    from dreamreader.engine import Cache
+
+    return Cache(list(found.values()))  # pyright: ignore[reportReturnType]
+
+
+def _of_norms(directions: "Directions", like: "Directions") -> "Directions":
+    """Directions scaled, step by step, to the norms of others."""
+    from dataclasses import replace
+
+    vectors = {}
+    for site, vector in directions.items():
+        norm = vector.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(vector.dtype).tiny)
+        vectors[site] = vector * (like[site].norm(dim=-1, keepdim=True) / norm)
+    return replace(directions, vectors=vectors)

@@ -1,0 +1,297 @@
+"""Running an experiment: batch after batch, to a folder that a stopped run goes on from."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from dreamreader.audit import fingerprint
+from dreamreader.errors import InvalidInput
+from dreamreader.experiments.folder import FORMAT, RunFolder
+from dreamreader.experiments.job import Job
+from dreamreader.experiments.plan import Plan, make_plan
+from dreamreader.experiments.row import Row, Unit
+from dreamreader.metrics import Outputs
+
+
+def run_job(job: Job, folder: RunFolder, started: Any = None) -> None:
+    """Runs what is missing of a job, and merges its rows.
+
+    Args:
+        job: opened.
+        folder: new, or of the same job: then it goes on where that stopped.
+        started: called with the plan and the number of rows that are there already.
+
+    Raises:
+        InvalidInput: the folder is of another spec, version or subject, in use, damaged, or cannot
+            be written.
+    """
+    with folder.locked():
+        plan = begun(job, folder)
+        done = folder.finished(plan.units)
+        if folder.is_complete:
+            done = {unit.number for unit in plan.units}
+        missing = [unit for unit in plan.units if unit.number not in done]
+        if started is not None:
+            started(plan, len(plan.rows) - sum(unit.stop - unit.start for unit in missing))
+        if missing:
+            with job.uncounted():
+                job.spec.method.prepare(job)
+        for unit in missing:
+            folder.write_unit(unit, *computed(job, unit))
+        if not folder.is_complete:
+            folder.merge(plan.units)
+        folder.tidy(plan.units)
+
+
+def begun(job: Job, folder: RunFolder) -> Plan:
+    """The plan of a folder: that of the run that began there, or a new one.
+
+    `fingerprint.json` is written last: without it nothing was computed, and what is there is
+    written anew.
+    """
+    job.use_folder(folder)
+    earlier = folder.read_json("fingerprint.json")
+    if earlier is None and folder.has_rows:
+        raise InvalidInput(
+            f"{folder.path} has rows, but no fingerprint.json that says of what; give another "
+            "folder"
+        )
+    before = None if earlier is None else folder.read_json("plan.json")
+    _check_version(folder, before)
+    plan = make_plan(job, None if before is None else before["batch"], estimates=False)
+    taken = fingerprint(job.reader.subject, _settings(job, plan), job.seeds)
+    if earlier is not None and earlier["digest"] != taken.digest:
+        raise InvalidInput(
+            f"{folder.path} holds another run: {_first_difference(earlier, taken.as_dict())}. Give "
+            "another folder, or delete this one"
+        )
+    listed = [[unit.start, unit.stop] for unit in plan.units]
+    if before is not None and before["units"] != listed:
+        raise InvalidInput(f"{folder.path}/plan.json does not fit its spec; give another folder")
+    if before is None:
+        folder.write_json("plan.json", {"format": FORMAT, "batch": job.batch, "units": listed})
+    if earlier is None:
+        folder.write_text("spec.yaml", spec_yaml(job))
+        folder.write_json("fingerprint.json", taken.as_dict())
+    return plan
+
+
+def spec_yaml(job: Job) -> str:
+    """The spec as YAML, with all defaults."""
+    return yaml.safe_dump(job.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def computed(
+    job: Job, unit: Unit, keep: bool = True
+) -> tuple[list[dict[str, Any]], list[str], list[dict[str, Any]]]:
+    """Runs one batch: its rows, the columns that were measured, what fired.
+
+    Args:
+        keep: whether its pictures and what later rows are compared with are written.
+    """
+    rows = unit.of(job.rows)
+    outputs, result = drawn(job, rows)
+    columns = dict(job.spec.method.columns(job, rows, result))
+    compared = references(job, rows, outputs)
+    for metric in job.metrics:
+        measured = metric.measure(outputs, compared if metric.compares else None)
+        _check_columns(metric.name, measured, columns, len(rows))
+        columns |= measured
+    if keep:
+        keep_references(job, unit, rows, outputs)
+        keep_images(job, rows, outputs)
+    found = []
+    for number, row in enumerate(rows):
+        text = {} if outputs.text is None else {"text": outputs.text[number]}
+        given = {**row.columns(), "unit": unit.number, **text, "digest": _digest(outputs, number)}
+        taken = [name for name in columns if name in given]
+        if taken:
+            raise InvalidInput(
+                f"a metric gives the column {taken[0]!r}, which every row has already; rename it"
+            )
+        found.append({**given, **{name: _plain(each[number]) for name, each in columns.items()}})
+    return found, list(columns), [_fired(line) for line in result.firing if line.kind == "edit"]
+
+
+def _check_columns(
+    name: str, measured: Mapping[str, Any], known: Mapping[str, Any], count: int
+) -> None:
+    """Refuse columns that another metric gave, or that do not have a value for each row."""
+    for column, values in measured.items():
+        if column in known:
+            raise InvalidInput(f"metrics: {name} gives the column {column!r}, which is there twice")
+        if len(values) != count:
+            raise InvalidInput(
+                f"metrics: {name} gives {len(values)} values of {column} for {count} rows"
+            )
+
+
+def keep_images(job: Job, rows: Sequence[Row], outputs: Outputs) -> None:
+    """Writes the pictures of a batch as files."""
+    if job.spec.save.images and outputs.images is not None and job.folder is not None:
+        for row, image in zip(rows, outputs.images, strict=True):
+            job.folder.keep_image(row.number, image)
+
+
+def drawn(job: Job, rows: Sequence[Row]) -> tuple[Outputs, Any]:
+    """Runs the rows of one batch."""
+    method = job.spec.method
+    edits = method.edits_of(job, rows)
+    record = [*method.records(job, rows), *job.noise_records()]
+    with method.around(job):
+        result, latents = job.draw([r.prompt for r in rows], [r.seed for r in rows], edits, record)
+    return job.outputs(rows, result, latents), result
+
+
+# What rows are compared with: the outputs of their base rows, as exact as they were.
+
+
+def keep_references(job: Job, unit: Unit, rows: Sequence[Row], outputs: Outputs) -> None:
+    """Keeps what later rows of this run will be compared with."""
+    if not any(metric.compares for metric in job.metrics):
+        return
+    wanted = {row.base for row in job.rows if row.base is not None}
+    kept = [n for n, row in enumerate(rows) if row.number in wanted]
+    if not kept:
+        return
+    tensors = {
+        "rows": torch.tensor([rows[n].number for n in kept]),
+        **_tensors(outputs, kept),
+    }
+    assert job.folder is not None
+    job.folder.keep_tensors(f"references/{unit.number:06d}", tensors)
+    job.memory.setdefault("references", {})[unit.number] = tensors
+
+
+def references(job: Job, rows: Sequence[Row], outputs: Outputs) -> Outputs | None:
+    """Outputs of the base row of every row; a row without one is compared with itself."""
+    if not any(metric.compares for metric in job.metrics):
+        return None
+    own = [_tensors(outputs, n) for n in range(len(rows))]
+    found = []
+    for row in rows:
+        base = row.number if row.base is None else row.base
+        inside = base - rows[0].number
+        found.append(own[inside] if inside >= 0 else _reference(job, base))
+    stacked = {name: torch.stack([each[name] for each in found]) for name in own[0]}
+    columns = [(row if row.base is None else job.rows[row.base]).columns() for row in rows]
+    return Outputs(
+        columns,
+        stacked.get("images"),
+        stacked.get("latents"),
+        {int(name[6:]): v for name, v in stacked.items() if name.startswith("noise.")},
+        stacked.get("logits"),
+        tokenizer=job.reader.tokenizer,
+    )
+
+
+def _tensors(outputs: Outputs, rows: Any) -> dict[str, Tensor]:
+    """The tensors of some rows, or of one, by name."""
+    names = ("images", "latents", "logits")
+    found = {name: getattr(outputs, name) for name in names}
+    found |= {f"noise.{step}": value for step, value in outputs.noise.items()}
+    return {name: value[rows] for name, value in found.items() if value is not None}
+
+
+def _reference(job: Job, number: int) -> dict[str, Tensor]:
+    """What a base row of an earlier batch gave.
+
+    Raises:
+        InvalidInput: the folder lacks it.
+    """
+    unit = next(u for u in _units(job) if u.start <= number < u.stop)
+    memory = job.memory.setdefault("references", {})
+    assert job.folder is not None
+    if unit.number not in memory:
+        memory[unit.number] = job.folder.tensors(f"references/{unit.number:06d}")
+    tensors = memory[unit.number]
+    if tensors is None:
+        raise InvalidInput(
+            f"{job.folder.path}/artifacts/references/{unit.number:06d}.safetensors is missing; "
+            f"delete rows/batch-{unit.number:06d}.parquet and run again"
+        )
+    at = tensors["rows"].tolist().index(number)
+    return {name: value[at] for name, value in tensors.items() if name != "rows"}
+
+
+def _units(job: Job) -> list[Unit]:
+    from dreamreader.experiments.row import units
+
+    if "units" not in job.memory:
+        job.memory["units"] = units(job.rows, job.batch)
+    return job.memory["units"]
+
+
+def _settings(job: Job, plan: Plan) -> dict[str, Any]:
+    """All that the numbers depend on: the spec with its defaults, the prompts, and the batches."""
+    items = [[item.id, item.prompt, item.target, dict(item.columns)] for item in job.items]
+    text = repr(items).encode()
+    return {
+        "spec": _portable(job.spec.model_dump(mode="json", exclude={"name", "save"})),
+        "prompts": hashlib.sha256(text).hexdigest(),
+        "inputs": job.spec.method.inputs(job),
+        "metrics": [metric.name for metric in job.metrics],
+        "batches": [[unit.start, unit.stop] for unit in plan.units],
+    }
+
+
+def _portable(value: Any) -> Any:
+    """Files by name, as what they hold is hashed apart; floats as text where JSON has none."""
+    if isinstance(value, Mapping):
+        return {
+            key: Path(each).name if key == "file" and isinstance(each, str) else _portable(each)
+            for key, each in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_portable(each) for each in value]
+    return value if not isinstance(value, float) or value - value == 0 else repr(value)
+
+
+def _check_version(folder: RunFolder, plan: Any) -> None:
+    if plan is not None and plan.get("format") != FORMAT:
+        raise InvalidInput(
+            f"{folder.path} was written in format {plan.get('format')}, this version writes "
+            f"{FORMAT}: give another folder"
+        )
+
+
+def _first_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    from dreamreader.experiments.compare import differences
+
+    skipped = ("digest", "machine")
+    left, right = ({k: v for k, v in each.items() if k not in skipped} for each in (a, b))
+    name, old, new = next(iter(differences(left, right)), ("content", "?", "?"))
+    return f"{name} was {old}, is {new}"
+
+
+def _digest(outputs: Outputs, number: int) -> str:
+    """SHA-256 of what a row gave, to the bit: pictures, else logits, else text."""
+    for value in (outputs.images, outputs.logits):
+        if value is not None:
+            flat = value[number].detach().cpu().contiguous()
+            return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+    return hashlib.sha256((outputs.text or [""])[number].encode()).hexdigest()
+
+
+def _fired(line: Any) -> dict[str, Any]:
+    from dreamreader.engine.firing import ranges
+
+    return {
+        "request": line.request,
+        "site": line.site,
+        "calls": line.calls,
+        "passed_over": line.passed_over,
+        "steps": ranges(line.steps),
+        "branches": sorted(line.branches),
+        "rows": len(line.rows),
+        "notes": list(line.notes),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value

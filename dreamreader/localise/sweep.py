@@ -1,0 +1,214 @@
+"""Running a sweep: every cell on every pair as rows of shared batches, measured as they come."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dreamreader.engine import Record, Row, RunResult
+from dreamreader.engine.rows import plan_rows
+from dreamreader.errors import InvalidInput
+from dreamreader.localise.cells import Cell
+from dreamreader.localise.grids import Values
+
+if TYPE_CHECKING:
+    from dreamreader.engine import Reader
+
+Metric = Callable[[RunResult], Sequence[float] | Tensor | Values]
+"""From a run to one number for each of its rows; `result.rows[i].index` is the number of the pair,
+whatever the cell. NaN: there is nothing to measure."""
+
+_BATCHES = 4  # a run of the sweep holds about so many batches, and the edits of its cells only
+
+
+@dataclass(frozen=True)
+class Job:
+    """Prompts and seeds of the rows, and how they are run.
+
+    Attributes:
+        arguments: of the pipeline; entries with one value for each row are repeated with the rows.
+    """
+
+    reader: "Reader"
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    metric: Metric
+    batch_size: int | None
+    arguments: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        pairs = zip(self.prompts, self.seeds, strict=True)
+        return tuple(Row(n, prompt, seed) for n, (prompt, seed) in enumerate(pairs))
+
+    def run(
+        self, repeats: int = 1, edits: Sequence[Any] = (), record: Sequence[Any] = ()
+    ) -> tuple[RunResult, Values]:
+        """All rows `repeats` times over, cell by cell, and their metric [repeats * rows]."""
+        result = self.reader.run(
+            list(self.prompts) * repeats,
+            edits=list(edits),
+            record=list(record),
+            seeds=list(self.seeds) * repeats,
+            batch_size=self.batch_size,
+            **_repeated(self.arguments, len(self), repeats),
+        )
+        result = replace(result, rows=self.rows * repeats)
+        return result, _values(self.metric(result), len(self) * repeats)
+
+
+def job(
+    reader: "Reader",
+    prompts: str | Sequence[str],
+    seeds: int | Sequence[int],
+    metric: Metric,
+    batch_size: int | None,
+    arguments: Mapping[str, Any],
+) -> Job:
+    """Prompts and seeds brought to one length, as in `Reader.run`.
+
+    Raises:
+        InvalidInput: they do not fit, or the metric cannot be called.
+    """
+    if not callable(metric):
+        raise InvalidInput(f"metric: a function of a RunResult is needed, got {metric!r}")
+    if batch_size is not None and batch_size < 1:
+        raise InvalidInput(f"batch_size must be at least 1, got {batch_size}")
+    plan = plan_rows(prompts, seeds, ())
+    return Job(reader, plan.prompts, plan.seeds, metric, batch_size, dict(arguments))
+
+
+def over_cells(
+    cells: Sequence[Cell],
+    work: Job,
+    edits_of: Callable[[list[Cell | None], list[int]], Sequence[Any]],
+) -> Values:
+    """Gives the metric [cells, rows] of every cell on every row.
+
+    Each run takes whole cells over all rows, so that prompts of a language model are padded alike
+    everywhere, and holds the edits of these cells only.
+
+    Args:
+        cells: the sweep.
+        work: rows of one cell.
+        edits_of: from the cell and the pair of each row of a run to its edits.
+    """
+    count = len(work)
+    at_once = len(cells)
+    if work.batch_size is not None:
+        at_once = max(1, min(at_once, _BATCHES * work.batch_size // count))
+    found = []
+    for start in range(0, len(cells), at_once):
+        chosen = cells[start : start + at_once]
+        of_rows: list[Cell | None] = [cell for cell in chosen for _ in range(count)]
+        pairs = list(range(count)) * len(chosen)
+        _, values = work.run(len(chosen), edits_of(of_rows, pairs))
+        found.append(values.reshape(len(chosen), count))
+    return np.concatenate(found)
+
+
+def resolved(reader: "Reader", cells: Sequence[Cell]) -> list[Cell]:
+    """The cells with the names of their sites in full.
+
+    Raises:
+        InvalidInput: there are no cells.
+        UnknownName: a site does not exist.
+    """
+    if not cells:
+        raise InvalidInput("the grid is empty: no cells are given")
+    names: dict[str, tuple[str, ...]] = {}
+    for cell in cells:
+        if not isinstance(cell, Cell):
+            raise InvalidInput(f"cells: a Cell expected, got {type(cell).__name__} {cell!r}")
+        for site in cell.sites:
+            if site not in names:
+                names[site] = tuple(reader.sites(site).names)
+    found = []
+    for cell in cells:
+        if not cell.sites:
+            raise InvalidInput(f"cell {cell.label!r} has no sites")
+        sites = dict.fromkeys(name for site in cell.sites for name in names[site])
+        found.append(replace(cell, sites=tuple(sites)))
+    return found
+
+
+def records_of(cells: Sequence[Cell]) -> list[Record]:
+    """One recording for each site of the cells, of the steps and branches that some cell needs."""
+    steps: dict[str, set[int] | None] = {}
+    branches: dict[str, set[str] | None] = {}
+    for cell in cells:
+        window = None if cell.window is None else set(cell.window)
+        named = cell.branch if isinstance(cell.branch, tuple) else (cell.branch,)
+        wanted = None if cell.branch is None else {str(each) for each in named}
+        for site in cell.sites:
+            steps[site] = _union(steps.get(site, set()), window)
+            branches[site] = _union(branches.get(site, set()), wanted)
+    return [Record(site, steps=steps[site], branch=_ordered(branches[site])) for site in steps]
+
+
+def _union(seen: set[Any] | None, more: set[Any] | None) -> set[Any] | None:
+    return None if seen is None or more is None else seen | more
+
+
+def _ordered(names: set[str] | None) -> tuple[str, ...] | None:
+    return None if names is None else tuple(sorted(names))
+
+
+def check_pairs(reader: "Reader", clean: Any, corrupted: Any) -> None:
+    """Refuse prompts that are no pairs, or whose tokens in a language model do not line up."""
+    sides = [[each] if isinstance(each, str) else list(each) for each in (clean, corrupted)]
+    if len(sides[0]) != len(sides[1]):
+        raise InvalidInput(
+            f"pairs: {len(sides[0])} clean prompts and {len(sides[1])} corrupted ones; each clean "
+            "prompt needs its corrupted one"
+        )
+    if hasattr(reader.subject, "components") or reader.tokenizer is None:
+        return
+    for number, (one, other) in enumerate(zip(*sides, strict=True)):
+        a, b = (len(reader.tokenizer(each).input_ids) for each in (one, other))
+        if a != b:
+            raise InvalidInput(
+                f"pair {number}: the clean prompt has {a} tokens, the corrupted one {b}; values "
+                f"go from position to position, so both need as many ({one!r}, {other!r})"
+            )
+
+
+def _repeated(arguments: Mapping[str, Any], count: int, repeats: int) -> dict[str, Any]:
+    """Arguments with one entry for each row, repeated with the rows."""
+    found = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == count > 1:
+            value = torch.cat([value] * repeats)
+        elif isinstance(value, list | tuple) and len(value) == count > 1 and _per_row(name):
+            value = list(value) * repeats
+        found[name] = value
+    return found
+
+
+def _per_row(name: str) -> bool:
+    return "prompt" in name or "image" in name
+
+
+def _values(given: Any, count: int) -> Values:
+    """What a metric gave, as [rows]."""
+    if isinstance(given, Tensor):
+        given = given.detach().float().cpu().numpy()
+    try:
+        found = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"metric: numbers are needed, got {type(given).__name__}") from error
+    if found.shape != (count,):
+        raise InvalidInput(
+            f"metric: one number for each of {count} rows is needed, got {list(found.shape)}"
+        )
+    endless = [value for value in found if math.isinf(value)]
+    if endless:
+        raise InvalidInput(f"metric: {len(endless)} of {count} values are infinite")
+    return found

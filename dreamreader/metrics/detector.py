@@ -1,0 +1,102 @@
+"""What the detector of the embedded world reads from each picture."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.metrics.base import Column, Outputs, needed
+from dreamreader.zoo import scenes
+from dreamreader.zoo.detector import Reading, detect
+
+VALUES = {
+    "color": tuple(scenes.COLORS),
+    "shape": scenes.SHAPES,
+    "size": tuple(scenes.SIZES),
+    "place": tuple(f"{row} {column}" for row in scenes.ROWS for column in scenes.COLUMNS),
+    "background": tuple(scenes.BACKGROUNDS),
+}
+"""Attributes and the values they can have; no value belongs to two."""
+
+_GROUPS = {
+    "color_kept": ("color",),
+    "shape_kept": ("shape",),
+    "place_kept": ("place",),
+    "rest_kept": ("size", "background", "frame", "objects"),
+}
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Attributes of the largest object and of the picture, and which of them an edit changed.
+
+    Columns: `color`, `shape`, `size`, `place` of the largest object (None without one),
+    `background`, `frame`, `objects` (their number). `turned`: the attribute that the row's target
+    belongs to has this value; None where a row has no target. Beside a reference also `color_kept`,
+    `shape_kept`, `place_kept` and `rest_kept` (size, background, frame, number of objects), False
+    where one of the two pictures has no object.
+
+    Args:
+        target: column of the rows with the wanted value, such as "blue" or "star".
+        kept: whether to compare with the reference.
+
+    Reference:
+        `dreamreader.zoo.detector`.
+    """
+
+    target: str = "target"
+    kept: bool = True
+
+    name: ClassVar[str] = "detector"
+    needs: ClassVar[frozenset[str]] = frozenset({"images"})
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.target, str) or not isinstance(self.kept, bool):
+            raise InvalidInput(
+                f"detector: target is the name of a column and kept true or false, got "
+                f"{self.target!r} and {self.kept!r}"
+            )
+
+    @property
+    def compares(self) -> bool:
+        return self.kept
+
+    def measure(self, got: Outputs, reference: Outputs | None) -> dict[str, Column]:
+        found = [attributes(each) for each in detect(needed(self.name, "images", got))]
+        columns: dict[str, Column] = {
+            name: [each[name] for each in found] for name in (*VALUES, "frame", "objects")
+        }
+        targets = got.column(self.target)
+        columns["turned"] = [_turned(each, t) for each, t in zip(found, targets, strict=True)]
+        if self.kept:
+            before = detect(needed(self.name, "images", reference))
+            pairs = list(zip(found, map(attributes, before), strict=True))
+            for name, group in _GROUPS.items():
+                columns[name] = [_same(a, b, group) for a, b in pairs]
+        return columns
+
+
+def attributes(reading: Reading) -> dict[str, Any]:
+    """Attributes of the largest object and of the whole picture."""
+    main = reading.objects[0] if reading.objects else None
+    own = {name: getattr(main, name, None) for name in ("color", "shape", "size")}
+    return {
+        **own,
+        "place": None if main is None else f"{main.row} {main.column}",
+        "background": reading.background,
+        "frame": reading.frame,
+        "objects": len(reading.objects),
+    }
+
+
+def _turned(found: dict[str, Any], target: Any) -> bool | None:
+    if target is None:
+        return None
+    for name, values in VALUES.items():
+        if target in values:
+            return found[name] == target
+    raise UnknownName("target", str(target), [v for values in VALUES.values() for v in values])
+
+
+def _same(a: dict[str, Any], b: dict[str, Any], names: tuple[str, ...]) -> bool:
+    there = bool(a["objects"]) and bool(b["objects"])
+    return there and all(a[name] == b[name] for name in names)

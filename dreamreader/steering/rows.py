@@ -1,0 +1,107 @@
+"""Recordings and tensors as rows [rows, steps, features] of one site."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dreamreader.engine.cache import Activation
+from dreamreader.errors import InvalidInput
+
+Recorded = Activation | Mapping[str, Activation] | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class SiteRows:
+    """The rows of one site in one batch.
+
+    Attributes:
+        values: mean over tokens; features with heads side by side.
+        steps: index of each step; () where the rows have no steps of a run, so that one direction
+            serves all.
+        tokens: how many tokens were recorded.
+    """
+
+    values: Float[Tensor, "rows steps features"]
+    steps: tuple[int, ...]
+    tokens: int
+
+
+def site_rows(recorded: Recorded, shared: bool) -> dict[str, SiteRows]:
+    """The rows of every site.
+
+    Args:
+        recorded: a cache, an activation, or tensors by site, which are [rows, features], [rows,
+            steps, features] or [rows, steps, tokens, features].
+        shared: whether a row is averaged over its steps.
+
+    Raises:
+        InvalidInput: there is no site, several branches are recorded, or a tensor's shape is wrong.
+    """
+    if isinstance(recorded, Activation):
+        recorded = {recorded.site: recorded}
+    if isinstance(recorded, Tensor) or not isinstance(recorded, Mapping):
+        kind = type(recorded).__name__
+        raise InvalidInput(
+            f"rows come as a Cache, an Activation or a mapping from site to tensor, got {kind}"
+        )
+    if not recorded:
+        raise InvalidInput("the recording has no sites")
+    return {site: _site(site, found, shared) for site, found in recorded.items()}
+
+
+def one_branch(site: str, activation: Activation) -> Float[Tensor, "rows steps tokens features"]:
+    """The recorded values, heads side by side.
+
+    Raises:
+        InvalidInput: several branches are recorded.
+    """
+    if len(activation.branches) > 1:
+        raise InvalidInput(
+            f"{site}: recorded for the branches {', '.join(activation.branches)}; choose one, "
+            "e.g. with select(branch='cond')"
+        )
+    values = activation.tensor
+    return values.flatten(3) if values.ndim > 4 else values
+
+
+def _site(site: str, found: Activation | Tensor, shared: bool) -> SiteRows:
+    if isinstance(found, Activation):
+        values = one_branch(site, found)
+        steps = tuple(moment.step for moment in found.steps)
+        if len(steps) == 1 and math.isnan(found.steps[0].timestep):
+            steps = ()  # outside of the denoising, such as a text encoder or a prompt
+    else:
+        values, steps = _tensor(site, found)
+    tokens = values.shape[2]
+    if tokens == 0 or values.shape[1] == 0 or values.shape[3] == 0:
+        raise InvalidInput(f"{site}: {list(values.shape)} holds no values")
+    # One token is a view: a million rows are read once, by the sums.
+    rows = values[:, :, 0] if tokens == 1 else values.double().mean(2)
+    if shared:
+        rows = rows if rows.shape[1] == 1 else rows.double().mean(1, keepdim=True)
+        return SiteRows(rows, (), tokens)
+    distinct = tuple(dict.fromkeys(steps))
+    if len(distinct) < len(steps):  # a second-order solver evaluates a step twice
+        places = [[n for n, step in enumerate(steps) if step == each] for each in distinct]
+        rows = torch.stack([rows[:, place].double().mean(1) for place in places], 1)
+    return SiteRows(rows, distinct, tokens)
+
+
+def _tensor(site: str, values: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """[rows, steps, tokens, features] and the indices of the steps."""
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        kind = str(values.dtype) if isinstance(values, Tensor) else type(values).__name__
+        raise InvalidInput(f"{site}: floating point values are needed, got {kind}")
+    if values.dim() == 2:
+        return values[:, None, None], ()
+    if values.dim() in (3, 4):
+        whole = values if values.dim() == 4 else values[:, :, None]
+        return whole, tuple(range(values.shape[1]))
+    raise InvalidInput(
+        f"{site}: [rows, features], [rows, steps, features] or [rows, steps, tokens, features] is "
+        f"needed, got {list(values.shape)}"
+    )

@@ -1,0 +1,76 @@
+"""Cases of the moments: shapes around every division of the work, labels, layouts and values."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LABELS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
+    "many": lambda n, g: torch.randint(0, 300, (n,), generator=g),
+    "mixed": lambda n, g: torch.randint(0, 3, (n,), generator=g),
+    "some_left_out": lambda n, g: torch.randint(-1, 3, (n,), generator=g),
+    "all_left_out": lambda n, g: torch.full((n,), -1),
+    "one": lambda n, g: torch.full((n,), 2),
+    "sorted": lambda n, g: torch.randint(0, 3, (n,), generator=g).sort().values,
+    "strided": lambda n, g: torch.randint(0, 3, (2 * n,), generator=g)[::2],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Labelled rows."""
+
+    name: str
+    shape: tuple[int, int]  # rows, features
+    labels: str = "mixed"
+    layout: str = "dense"
+    scale: float = 1.0
+    offset: float = 0.0
+
+    count: int = 3
+
+    def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows in the memory layout of the case, labels, and a shift near the rows."""
+        g = torch.Generator().manual_seed(3)
+        x = torch.randn(self.shape, generator=g) * self.scale + self.offset
+        shift = (torch.randn(self.shape[1], generator=g) + self.offset).to(dtype).double()
+        labels = LABELS[self.labels](self.shape[0], g)
+        return lay_out(x.to(dtype), self.layout), labels, shift
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """The same values in other memory."""
+    rows, features = x.shape
+    match layout:
+        case "dense":
+            return x
+        case "wide_rows":  # cut from wider rows, starting one element in
+            wide = x.new_full((rows, features + 3), torch.nan)
+            wide[:, 1 : features + 1] = x
+            return wide[:, 1 : features + 1]
+        case "transposed":
+            return x.T.contiguous().T
+        case "every_second":
+            wide = x.new_full((rows, 2 * features), torch.nan)
+            wide[:, ::2] = x
+            return wide[:, ::2]
+        case "expanded":  # one row, many times
+            return x[:1].expand(rows, features)
+    raise AssertionError(layout)
+
+
+SHAPES = [(0, 5), (1, 1), (3, 1), (5, 8), (31, 7), (33, 64), (65, 100), (700, 33), (40, 2049)]
+CASES = [
+    *(Case(f"{rows}x{features}", (rows, features)) for rows, features in SHAPES),
+    *(Case(labels, (97, 19), labels=labels) for labels in LABELS if labels != "many"),
+    *(
+        Case(layout, (70, 21), layout=layout)
+        for layout in ("wide_rows", "transposed", "every_second", "expanded")
+    ),
+    Case("many_pieces", (13_000, 12), labels="some_left_out"),
+    Case("pieces_and_tiles", (8200, 2050), layout="wide_rows"),
+    Case("far_from_zero", (200, 16), offset=1000.0),
+    Case("many_labels", (170, 9), labels="many", count=300),
+    Case("tiny", (50, 16), scale=1e-6),
+]

@@ -1,0 +1,202 @@
+"""Plans: what a run would do, without doing it."""
+
+import time
+
+import pytest
+
+from dreamreader.engine import Reader
+from dreamreader.errors import InvalidInput
+from dreamreader.experiments import Experiment
+from dreamreader.experiments.plan import MOST_ROWS, probe
+
+from .conftest import MIDDLE, PAIRS
+
+
+@pytest.fixture
+def calls(reader: Reader):
+    """Rows of each call of the denoiser."""
+    seen: list[int] = []
+    handle = reader.subject.unet.register_forward_pre_hook(
+        lambda m, args: seen.append(len(args[0]))
+    )
+    yield seen
+    handle.remove()
+
+
+def test_a_plan_says_rows_batches_sites_memory_and_time(experiment, calls, tmp_path) -> None:
+    made = experiment(seeds=3)
+    plan = made.plan()
+    assert len(plan.rows) == 18 and plan.conditions == {"unedited": 6, "edited": 12}
+    assert {unit.stop - unit.start for unit in plan.units} == {3, 4}
+    assert len(plan.units) == 5 and plan.row_bytes > 10_000 and plan.seconds > 0
+    lines = repr(plan).splitlines()
+    assert lines[0] == "rows      18: 6 unedited, 12 edited"
+    assert lines[1] == "batches   5 of up to 4 rows"
+    assert lines[3].startswith("memory    about ") and lines[3].endswith("GiB for activations")
+    assert lines[4].startswith("time      about ")
+    # one row for a step; four rows for a step and for three: guidance doubles them
+    assert calls == [2, 8, 8, 8, 8] and made.job.folder is None
+
+
+def test_sites_of_cells_are_listed(experiment) -> None:
+    made = experiment(
+        data={"pairs": PAIRS}, method={"kind": "patch", "sites": "unet.**.attn2", "controls": []}
+    )
+    plan = made.plan()
+    assert len(plan.sites) == len(made.job.reader.sites("unet.**.attn2"))
+    lines = repr(plan).splitlines()
+    assert lines[2] == f"sites     {len(plan.sites)}" and f"          {plan.sites[0]}" in lines
+    assert f"          ... {len(plan.sites) - 6} more" in lines
+
+
+def test_the_estimate_of_memory_grows_with_the_picture(experiment, reader) -> None:
+    small = probe(experiment().job)
+    wide = probe(experiment(pipeline={"num_inference_steps": 2, "height": 128, "width": 64}).job)
+    assert 1.5 * small < wide < 3 * small
+
+
+def test_the_memory_allowed_decides_the_batch(experiment) -> None:
+    row = probe(experiment().job)
+    for rows in (1, 5):
+        allowed = (rows + 0.5) * row / 2**30
+        plan = experiment(seeds=30, batch={"memory": allowed}).plan()
+        assert plan.batch <= rows and len(plan.units) == -(-180 // rows)
+    assert experiment(seeds=30, batch={"memory": 1e6}).plan().batch <= MOST_ROWS
+    assert len(experiment(seeds=30, batch={"memory": 1e6}).plan().units) == -(-180 // MOST_ROWS)
+    with pytest.raises(InvalidInput, match=r"batch.memory: one row takes about .* GiB, .* GiB are"):
+        experiment(batch={"memory": row / 2**31}).plan()
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        (
+            {"seeds": 10_000_000},
+            r"the sweep has 40,000,000 rows \(2 prompts x 10,000,000 seeds x 2 factor\)",
+        ),
+        (
+            {
+                "seeds": 5000,
+                "method": {
+                    "kind": "edit",
+                    "edits": [
+                        {"kind": "scale", "site": "unet.conv_in", "factor": "$a", "steps": "$b"}
+                    ],
+                    "sweep": {"a": list(range(1000)), "b": [0, 1]},
+                },
+            },
+            r"the sweep has 20,000,000 rows \(2 prompts x 5,000 seeds x 1,000 a x 2 b\)",
+        ),
+        (
+            {
+                "data": {"pairs": PAIRS},
+                "seeds": 100_000,
+                "method": {"kind": "patch", "sites": "unet.**.attn2", "windows": 2},
+            },
+            r"the sweep has 5,600,000 rows \(28 cells x 2 prompts x 100,000 seeds\)",
+        ),
+        (
+            {
+                "data": {"pairs": PAIRS},
+                "method": {
+                    "kind": "patch",
+                    "sites": "unet.**.attn2",
+                    "tokens": "each",
+                    "positions": 10_000_000,
+                },
+            },
+            r"the sweep has 20,000,000 rows \(10,000,000 positions x 2 prompts\)",
+        ),
+        (
+            {"seeds": 100_000, "method": {"kind": "ablate", "sites": "unet.**.attn2"}},
+            r"the sweep has 5,600,000 rows \(28 cells x 2 prompts x 100,000 seeds\)",
+        ),
+        (
+            {"data": {"pairs": PAIRS}, "seeds": 500_000, "method": {"kind": "windows"}},
+            r"the sweep has 14,000,000 rows \(14 cells x 2 prompts x 500,000 seeds\)",
+        ),
+        (
+            {"seeds": 1_000_000, "method": {"kind": "lens"}},
+            r"the sweep has \d,000,000 rows \(\d layers x 2 prompts x 1,000,000 seeds\)",
+        ),
+        (
+            {"seeds": 10_000_000, "method": {"kind": "heatmap", "word": "red"}},
+            r"the sweep has 20,000,000 rows \(2 prompts x 10,000,000 seeds\)",
+        ),
+        (
+            {
+                "seeds": 10_000,
+                "method": {
+                    "kind": "steer",
+                    "sites": MIDDLE,
+                    "fit": {"pairs": PAIRS},
+                    "strengths": list(range(200)),
+                },
+            },
+            r"has 12,000,000 rows \(2 prompts x 10,000 seeds x 200 strengths x 3 conditions\)",
+        ),
+    ],
+)
+def test_ten_million_rows_are_refused_before_anything_runs(
+    experiment, calls, tmp_path, changes, text
+) -> None:
+    made = experiment(**changes)
+    began = time.perf_counter()
+    with pytest.raises(InvalidInput, match=text):
+        made.run(tmp_path / "run")
+    assert time.perf_counter() - began < 2 and calls == []
+    assert "rows" not in made.job.__dict__ and not (tmp_path / "run" / "plan.json").exists()
+
+
+def test_a_language_model_has_a_plan(language) -> None:
+    made = Experiment(
+        name="heads",
+        reader=language,
+        data={"prompts": ["a red cat"]},
+        method={"kind": "ablate", "sites": "transformer.h.*.attn:heads", "heads": [0]},
+        metrics=[],
+    )
+    plan = made.plan()
+    assert plan.conditions == {"unedited": 1, "ablated": 3, "random_sites": 9}
+    with pytest.raises(InvalidInput, match="method.windows: a language model has no denoising st"):
+        Experiment(
+            made.spec.model_copy(
+                update={"method": made.spec.method.model_copy(update={"windows": 2})}
+            ),
+            reader=language,
+        ).plan()
+
+
+def test_a_column_of_the_data_that_is_an_axis(experiment) -> None:
+    made = experiment(data={"prompts": [{"prompt": "a star", "factor": 3}]})
+    with pytest.raises(InvalidInput, match="data: the column 'factor' is also an axis of the meth"):
+        made.plan()
+
+
+def test_pairs_of_a_language_model_need_as_many_tokens(language) -> None:
+    made = Experiment(
+        name="x",
+        reader=language,
+        data={"pairs": [{"source": "a red cat", "target": "a cat"}]},
+        method={"kind": "patch", "sites": "transformer.h.*"},
+    )
+    with pytest.raises(InvalidInput, match="pair 0: the clean prompt has 2 tokens, the corrupted"):
+        made.plan()
+
+
+def test_a_plan_does_not_bind_the_run(experiment, tmp_path, monkeypatch) -> None:
+    """Rows that depend on the batch are made anew where more memory is free than at the plan."""
+    fields = {
+        "data": {"pairs": PAIRS},
+        "method": {"kind": "patch", "sites": MIDDLE},
+        "batch": {"rows": "auto"},
+    }
+    made = experiment(**fields)
+    row = probe(made.job)
+    free = {"bytes": 2 * 1.5 * row}
+    monkeypatch.setattr("dreamreader.engine.recorder._available", lambda: free["bytes"])
+    assert made.plan().batch == 1
+    free["bytes"] = 2 * 4.5 * row
+    rows = made.run(tmp_path / "a").rows
+    assert rows == experiment(**fields).run(tmp_path / "b").rows
+    assert [row["condition"] for row in rows[:4]] == ["corrupted"] * 2 + ["clean"] * 2

@@ -1,0 +1,94 @@
+"""Layer by position in a language model, against a loop of plain hooks."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from dreamreader.engine import Reader, RunResult
+from dreamreader.errors import InvalidInput
+from dreamreader.localise import grid, patch_grid
+
+CLEAN, CORRUPTED = ["a red cat", "a dog on a red tree"], ["a blue cat", "a cat on a red tree"]
+ANSWERS = torch.tensor([[40, 41], [50, 60]])  # (right, wrong) token of each pair
+
+
+@pytest.fixture(scope="module")
+def reader() -> Reader:
+    reader = Reader(*tiny.language_model("gpt2"))
+    for pair in zip(CLEAN, CORRUPTED, strict=True):
+        assert len({len(reader.tokenizer(each).input_ids) for each in pair}) == 1
+    return reader
+
+
+def logit_difference(result: RunResult) -> torch.Tensor:
+    last = result.output.logits[:, -1]
+    right, wrong = ANSWERS[[row.index for row in result.rows]].unbind(1)
+    rows = torch.arange(len(last))
+    return last[rows, right] - last[rows, wrong]
+
+
+def test_a_layer_by_position_grid_is_a_loop_of_plain_hooks(reader: Reader) -> None:
+    model = reader.subject
+    shortest = min(len(reader.tokenizer(each).input_ids) for each in CLEAN)
+    cells = grid(reader, "transformer.h.*", tokens="each", positions=shortest)
+    assert len(cells) == 3 * shortest
+    found = patch_grid(reader, CLEAN, CORRUPTED, cells, metric=logit_difference, batch_size=3)
+
+    def score(ids: Any, pair: int) -> float:
+        with torch.no_grad():
+            last = model(ids).logits[0, -1]
+        return float(last[ANSWERS[pair, 0]] - last[ANSWERS[pair, 1]])
+
+    for pair, (clean, corrupted) in enumerate(zip(CLEAN, CORRUPTED, strict=True)):
+        given, taking = (
+            reader.tokenizer(e, return_tensors="pt").input_ids for e in (clean, corrupted)
+        )
+        kept: dict[str, torch.Tensor] = {}
+        for cell in cells[::shortest]:
+            module = model.get_submodule(cell.sites[0])
+
+            def keep(
+                module: Any, args: Any, out: Any, name: str = cell.name, kept: Any = kept
+            ) -> None:
+                kept[name] = (out[0] if isinstance(out, tuple) else out).clone()
+
+            handle = module.register_forward_hook(keep)
+            score(given, pair)
+            handle.remove()
+        assert found.base[pair] == pytest.approx(score(taking, pair), abs=1e-4)
+        assert found.goal is not None
+        assert found.goal[pair] == pytest.approx(score(given, pair), abs=1e-4)
+        for number, cell in enumerate(cells):
+            assert isinstance(cell.tokens, int)
+
+            def put(module: Any, args: Any, out: Any, cell: Any = cell, kept: Any = kept) -> Any:
+                new = (out[0] if isinstance(out, tuple) else out).clone()
+                new[0, cell.tokens] = kept[cell.name][0, cell.tokens]
+                return (new, *out[1:]) if isinstance(out, tuple) else new
+
+            handle = model.get_submodule(cell.sites[0]).register_forward_hook(put)
+            truth = score(taking, pair)
+            handle.remove()
+            assert found.values[number, pair] == pytest.approx(truth, abs=1e-4)
+    # the last position of the last layer holds all; before the words differ, nothing
+    end = grid(reader, "transformer.h.2", tokens=-1)
+    whole = patch_grid(reader, CLEAN, CORRUPTED, end, metric=logit_difference)
+    assert whole.effects[0].value == pytest.approx(1, abs=1e-3)
+    assert found.heat_map().columns == ["all steps"] and len(found.heat_map().rows) == len(cells)
+    assert np.abs(found.values[0] - found.base).max() < 1e-5
+
+
+def test_heads_of_a_language_model(reader: Reader) -> None:
+    cells = grid(reader, "transformer.h.*.attn:heads", heads="each", tokens=-1)
+    assert len(cells) == 12
+    found = patch_grid(reader, CLEAN, CORRUPTED, cells, metric=logit_difference)
+    assert (np.abs(found.values - found.base).max(1) > 1e-5).all()
+
+
+def test_prompts_whose_tokens_do_not_line_up_are_refused(reader: Reader) -> None:
+    cells = grid(reader, "transformer.h.*")
+    with pytest.raises(InvalidInput, match="pair 1: the clean prompt has [0-9]+ tokens, the corr"):
+        patch_grid(reader, CLEAN, [CORRUPTED[0], "a cat"], cells, metric=logit_difference)
