@@ -40,9 +40,7 @@ def main() -> int:
         if one is not None:
             found[spec.stem] = one
             print(f"{spec.stem}: {one['seconds']:.0f} s", *one["lines"], sep="\n", flush=True)
-    names = {spec.stem for spec in (ROOT / "examples").glob("*.yaml")}
-    found = {name: each for name, each in sorted(found.items()) if name in names}
-    write({"benchmark": "examples", "environment": environment(), "specs": found}, "examples")
+            found = keep(found)
     if options.write:
         text = PAGE.read_text()
         head, tail = text.split(START)[0], text.split(END)[1]
@@ -51,6 +49,14 @@ def main() -> int:
     if slow:
         print(f"longer than {LIMIT:.0f} s: {', '.join(slow)}", file=sys.stderr)
     return 1 if slow else 0
+
+
+def keep(found: dict[str, Any]) -> dict[str, Any]:
+    """Writes what was found so far; findings of specs that are gone are dropped."""
+    names = {spec.stem for spec in (ROOT / "examples").glob("*.yaml")}
+    kept = {name: each for name, each in sorted(found.items()) if name in names}
+    write({"benchmark": "examples", "environment": environment(), "specs": kept}, "examples")
+    return kept
 
 
 def run(spec: Path, folder: Path) -> dict[str, Any] | None:

@@ -61,7 +61,22 @@ def read_items(data: Data, label: str = "data") -> list[Item]:
                 f"{label}: id {item.id!r} is that of entry {seen[item.id]} and of entry {number}"
             )
         seen[item.id] = number
+    _check_columns(found, label)
     return found
+
+
+def _check_columns(items: Sequence[Item], label: str) -> None:
+    """Refuse a column of different kinds of values, which no table of rows can hold."""
+    kinds: dict[str, str] = {}
+    for item in items:
+        for name, value in item.columns.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            kind = "numbers" if number else type(value).__name__
+            if value is not None and kinds.setdefault(name, kind) != kind:
+                raise InvalidInput(
+                    f"{label}: the column {name!r} holds {kinds[name]}, but {kind} in entry "
+                    f"{item.id!r}; a column has one kind of values"
+                )
 
 
 def pairs_only(items: Sequence[Item], label: str) -> None:

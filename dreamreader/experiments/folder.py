@@ -151,7 +151,8 @@ class RunFolder:
     ) -> None:
         """Writes the rows of a batch: which columns were measured, and what fired, go with them."""
         names = list(dict.fromkeys(name for row in rows for name in row))  # rows may differ
-        table = pa.table({name: [row.get(name) for row in rows] for name in names})
+        with one_kind():
+            table = pa.table({name: [row.get(name) for row in rows] for name in names})
         notes = {_FIRED: json.dumps(fired).encode(), _MEASURED: json.dumps(measured).encode()}
         table = table.replace_schema_metadata(notes)
         with explained(self.path), replacing(self._unit_file(unit)) as part:
@@ -177,7 +178,8 @@ class RunFolder:
         notes = [table.schema.metadata or {} for table in tables]
         fired = [json.loads(each.get(_FIRED, b"[]")) for each in notes]
         plain = [table.replace_schema_metadata(None) for table in tables]
-        whole = pa.concat_tables(plain, promote_options="permissive")
+        with one_kind():
+            whole = pa.concat_tables(plain, promote_options="permissive")
         whole = whole.replace_schema_metadata({_MEASURED: notes[0].get(_MEASURED, b"[]")})
         self.write_json("firing.json", fired)
         with explained(self.path), replacing(self.rows_file) as part:
@@ -219,6 +221,16 @@ def _read(file: Path, hint: str) -> pa.Table:
         return parquet.ParquetFile(file, page_checksum_verification=True).read()
     except (pa.ArrowInvalid, OSError) as error:
         raise InvalidInput(f"{file} is damaged ({str(error).splitlines()[0]}); {hint}") from error
+
+
+@contextmanager
+def one_kind() -> Iterator[None]:
+    """Says of a metric's column that no table can hold it."""
+    try:
+        yield
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidInput(f"metrics: a column holds different kinds of values: {reason}") from None
 
 
 @contextmanager

@@ -35,6 +35,10 @@ def run_job(job: Job, folder: RunFolder, started: Any = None) -> None:
         done = folder.finished(plan.units)
         if folder.is_complete:
             done = {unit.number for unit in plan.units}
+        else:
+            for unit in plan.units:
+                if unit.number in done:
+                    folder.read_unit(unit)  # a damaged file is named before anything is computed
         missing = [unit for unit in plan.units if unit.number not in done]
         if started is not None:
             started(plan, len(plan.rows) - sum(unit.stop - unit.start for unit in missing))

@@ -67,9 +67,9 @@ def moments(
         raise InvalidInput(f"moments: labels must be int64 [{len(x)}], got {_seen(labels)}")
     if labels.device != x.device:
         raise InvalidInput(f"moments: x is on {x.device}, labels on {labels.device}")
-    if count < 0 or (len(labels) and int(labels.max()) >= count):
-        above = int(labels.max()) if len(labels) else "none"
-        raise InvalidInput(f"moments: {count} labels are announced, the largest is {above}")
+    largest = _largest(labels) if len(labels) else -1
+    if largest >= max(count, 0) or count < 0:
+        raise InvalidInput(f"moments: {count} labels are announced, the largest is {largest}")
     if shift is None:
         shift = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     elif shift.dtype != torch.float64 or shift.shape != x.shape[1:] or shift.device != x.device:
@@ -122,6 +122,11 @@ def _empty(x: Tensor, count: int, squares: bool) -> tuple[Tensor, Tensor, Tensor
         _alloc.empty((count, wide), dtype=torch.float64, device=device),
         _alloc.empty((count if squares else 0, wide), dtype=torch.float64, device=device),
     )
+
+
+def _largest(labels: Tensor) -> int:
+    # By numpy: torch would wake its threads for this, and wait for them on a busy machine.
+    return int(labels.numpy().max() if labels.device.type == "cpu" else labels.max())
 
 
 def _seen(value: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -17,6 +18,7 @@ from dreamreader.steering.split import HELD_OUT, Split
 from dreamreader.steering.statistics import KEEPS, Keep, Statistics
 
 STEPS = ("each", "shared")
+Numbers = Int[np.ndarray, " rows"]
 
 
 class Fitter:
@@ -100,7 +102,7 @@ class Fitter:
             if groups is not None and len(groups) != count:
                 raise InvalidInput(f"{site}: {len(groups)} groups for {count} rows")
             at = self._site(site, found)
-            seen = torch.bincount(numbers).tolist()
+            seen = np.bincount(numbers).tolist()
             places = places_of(at, numbers, seen, groups)
             self._enter(site, at, found.values, numbers, places)
             for label, more in enumerate(seen):
@@ -123,18 +125,18 @@ class Fitter:
         for site, found in first.items():
             count = len(found.values)
             both = torch.cat([found.values, second[site].values])
-            s, t = (int(self._numbers(site, label, 1)) for label in labels)
-            numbers = torch.tensor([s, t]).repeat_interleave(count)
+            s, t = (int(self._numbers(site, label, 1)[0]) for label in labels)
+            numbers = np.repeat([s, t], count)
             at = self._site(site, found)
-            places = torch.arange(at.paired, at.paired + count)
-            self._enter(site, at, both, numbers, places.repeat(2))
+            places = np.arange(at.paired, at.paired + count)
+            self._enter(site, at, both, numbers, np.tile(places, 2))
             at.paired += count
             for label in (s, t):
                 at.seen[label] = at.seen.get(label, 0) + count
             if self._keep != "moments":
                 apart = at.pairs.setdefault((s, t), Statistics(self._keep))
                 change = second[site].values.double() - found.values.double()
-                apart.add(change, self._split.of(places))
+                apart.add(change, torch.from_numpy(self._split.of(places)), 2)
 
     def mean(self, site: str, label: str) -> Float[Tensor, "steps features"]:
         """Mean of the rows of a label that are in the fit, float64."""
@@ -213,16 +215,19 @@ class Fitter:
         )
 
     def _enter(
-        self, site: str, at: Gathered, rows: Tensor, numbers: Tensor, places: Tensor
+        self, site: str, at: Gathered, rows: Tensor, numbers: Numbers, places: Numbers
     ) -> None:
         """Adds rows to the fit or to those that are kept out; the site is known from then on."""
         halves = self._split.of(places)
-        out = halves == HELD_OUT
-        held = rows[out.to(rows.device)]
+        out = np.flatnonzero(halves == HELD_OUT)
+        held = rows[torch.from_numpy(out).to(rows.device)]
+        slots = 2 * numbers
+        slots += halves
+        slots[out] = HELD_OUT
         try:
             if held.numel() and not all(bool(end.isfinite()) for end in held.aminmax()):
                 raise InvalidInput("values are not finite")
-            at.statistics.add(rows, torch.where(out, HELD_OUT, 2 * numbers + halves))
+            at.statistics.add(rows, torch.from_numpy(slots), 2 * len(self._labels))
         except InvalidInput as error:
             raise InvalidInput(f"{site}: {error}") from error
         at.hold(held, numbers[out])
@@ -238,15 +243,15 @@ class Fitter:
             raise InvalidInput(f"{site}: {found.tokens} tokens were recorded, before {at.tokens}")
         return at
 
-    def _numbers(self, site: str, labels: str | Sequence[str] | Tensor, count: int) -> Tensor:
+    def _numbers(self, site: str, labels: str | Sequence[str] | Tensor, count: int) -> Numbers:
         """int64 [count]; names that are new are entered."""
         if isinstance(labels, Tensor):
-            numbers = labels.cpu()
-            if numbers.dtype != torch.int64 or numbers.shape != (count,):
+            numbers = labels.cpu().numpy()
+            if numbers.dtype != np.int64 or numbers.shape != (count,):
                 got = f"{str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}"
                 raise InvalidInput(f"{site}: label numbers must be int64 [{count}], got {got}")
-            if count and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(self._labels):
-                got = f"{int(numbers.min())} .. {int(numbers.max())}"
+            if count and not 0 <= numbers.min() <= numbers.max() < len(self._labels):
+                got = f"{numbers.min()} .. {numbers.max()}"
                 raise InvalidInput(
                     f"{site}: label numbers run over {got}, {len(self._labels)} labels are named"
                 )
@@ -256,7 +261,7 @@ class Fitter:
             raise InvalidInput(f"{site}: {len(names)} labels for {count} rows")
         self._labels = list(dict.fromkeys([*self._labels, *names]))
         numbers = {name: number for number, name in enumerate(self._labels)}
-        return torch.tensor([numbers[name] for name in names], dtype=torch.int64)
+        return np.array([numbers[name] for name in names], dtype=np.int64)
 
     def _at(self, site: str) -> Gathered:
         if site not in self._sites:

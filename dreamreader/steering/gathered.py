@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -35,10 +36,10 @@ class Gathered:
     pairs: dict[tuple[int, int], Statistics] = field(default_factory=dict)
     paired: int = 0
 
-    def hold(self, rows: Tensor, labels: Tensor) -> None:
+    def hold(self, rows: Tensor, labels: Int[np.ndarray, " rows"]) -> None:
         """Keeps rows that have no part in the fit."""
-        for label in labels.unique().tolist():
-            kept = rows[(labels == label).to(rows.device)]
+        for label in np.unique(labels).tolist():
+            kept = rows[torch.from_numpy(labels == label).to(rows.device)]
             self.held.setdefault(label, []).append(kept.to("cpu", torch.float32))
 
     def held_rows(self, label: int) -> Float[Tensor, "rows steps features"]:
@@ -53,17 +54,20 @@ def span(steps: tuple[int, ...]) -> str:
 
 
 def places_of(
-    at: Gathered, numbers: Tensor, seen: list[int], groups: Sequence[Hashable] | None
-) -> Int[Tensor, " rows"]:
+    at: Gathered,
+    numbers: Int[np.ndarray, " rows"],
+    seen: list[int],
+    groups: Sequence[Hashable] | None,
+) -> Int[np.ndarray, " rows"]:
     """The number of each row within its label, or that of its group."""
     if groups is not None:
-        return torch.tensor([at.groups.setdefault(each, len(at.groups)) for each in groups])
-    places = torch.zeros_like(numbers)
+        places = [at.groups.setdefault(each, len(at.groups)) for each in groups]
+        return np.array(places, dtype=np.int64)
+    places = np.zeros_like(numbers)
     for label, count in enumerate(seen):
         first = at.seen.get(label, 0)
         if count:
-            mine = numbers == label
-            places = torch.where(mine, mine.cumsum(0) + (first - 1), places)
+            places[np.flatnonzero(numbers == label)] = np.arange(first, first + count)
     return places
 
 

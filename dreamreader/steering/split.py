@@ -1,16 +1,18 @@
 """Which rows are fitted and which are kept out: fixed by a row's number, whatever the batches."""
 
+import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
 
 from dreamreader.errors import InvalidInput
 
 HELD_OUT = -1
 _FINE = 4096  # rows of a label that go to the halves one by one, at least
-# Later rows go there by stretches: memory then holds few labels at a time, which sums faster.
-_STRETCH = 64
-_STRETCHES = 1024  # before the pattern repeats
+# Later rows go there by stretches of 64: memory then holds few labels at a time, which sums faster.
+_STRETCH_BITS = 6
+_STRETCHES = 1024  # before the pattern repeats, a power of 2
+# Numbers of rows are numpy's here: torch would wake its threads for each of these small steps, and
+# wait for them on a busy machine.
 
 
 class Split:
@@ -31,29 +33,29 @@ class Split:
         if kept < 0:
             raise InvalidInput(f"kept must not be negative, got {kept}")
         generator = torch.Generator().manual_seed(seed)
-        self._first = torch.full((max(_FINE, holdout * kept),), HELD_OUT)
-        out = torch.zeros(len(self._first), dtype=torch.bool)
+        self._first = np.full(max(_FINE, holdout * kept), HELD_OUT)
+        out = np.zeros(len(self._first), dtype=bool)
         if holdout and kept:
-            places = torch.randint(holdout, (kept,), generator=generator)
+            places = torch.randint(holdout, (kept,), generator=generator).numpy()
             places[0] = holdout - 1  # a few rows are all fitted
-            out[torch.arange(kept) * holdout + places] = True
+            out[np.arange(kept) * holdout + places] = True
         self._first[~out] = _halves(len(out), generator)[: int((~out).sum())]
         self._later = _halves(_STRETCHES, generator)
 
-    def of(self, numbers: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    def of(self, numbers: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
         """The half 0 or 1 of each row, or `HELD_OUT`.
 
         Args:
             numbers: of the rows within their label (or of their groups), from 0.
         """
         last = len(self._first) - 1
-        later = self._later[numbers // _STRETCH % _STRETCHES]
-        if len(numbers) and int(numbers.min()) > last:
+        later = self._later[(numbers >> _STRETCH_BITS) & (_STRETCHES - 1)]
+        if len(numbers) and numbers.min() > last:
             return later
-        return torch.where(numbers <= last, self._first[numbers.clamp(max=last)], later)
+        return np.where(numbers <= last, self._first[np.minimum(numbers, last)], later)
 
 
-def _halves(count: int, generator: torch.Generator) -> Int[Tensor, " count"]:
+def _halves(count: int, generator: torch.Generator) -> Int[np.ndarray, " count"]:
     """Zeros and ones, one of each in every two."""
     first = torch.randint(2, (count // 2 + 1, 1), generator=generator)
-    return torch.cat([first, 1 - first], 1).flatten()[:count]
+    return torch.cat([first, 1 - first], 1).flatten()[:count].numpy()

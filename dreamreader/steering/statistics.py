@@ -58,8 +58,18 @@ class Statistics:
         """One more than the largest label so far."""
         return len(self._counts)
 
-    def add(self, rows: Float[Tensor, "rows steps features"], labels: Int[Tensor, " rows"]) -> None:
+    def add(
+        self,
+        rows: Float[Tensor, "rows steps features"],
+        labels: Int[Tensor, " rows"],
+        count: int | None = None,
+    ) -> None:
         """Adds rows; those with a negative label are left out.
+
+        Args:
+            rows: to add.
+            labels: a number for each.
+            count: how many labels there are, where that is known; else one more than the largest.
 
         Raises:
             InvalidInput: the steps or features differ from those before, or a value is not finite;
@@ -72,7 +82,7 @@ class Statistics:
             return
         shift = rows[0].double() if self._shift is None else self._shift
         shift = shift.to(rows.device)
-        count = max(int(labels.max()) + 1, self.labels)
+        count = max(int(labels.max()) + 1 if count is None else count, self.labels)
         sums = moments(rows.flatten(1), labels.to(rows.device), count, shift=shift.flatten())
         if not bool(sums.total.isfinite().all()) or not bool(shift.isfinite().all()):
             raise InvalidInput("values are not finite")

@@ -211,6 +211,7 @@ def test_verify_holds_and_notices(finished, tmp_path) -> None:
     assert line.split()[0] == "5" and "1 of 6 repeated rows differ" in found.stdout
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on(spec, finished, tmp_path) -> None:
     """The real command in another process, killed when its first batch is there."""
     out = tmp_path / "run"

@@ -122,6 +122,14 @@ def test_data_that_cannot_be_right(fields: dict[str, Any], text: str) -> None:
     assert str(error.value).startswith(text)
 
 
+def test_a_column_has_one_kind_of_values() -> None:
+    rows = [{"prompt": "a", "tag": 1}, {"prompt": "b", "tag": None}, {"prompt": "c", "tag": 0.5}]
+    assert len(of(prompts=rows)) == 3
+    text = "data: the column 'tag' holds numbers, but str in entry '3'; a column has one kind"
+    with pytest.raises(InvalidInput, match=text):
+        of(prompts=[*rows, {"prompt": "d", "tag": "x"}])
+
+
 @pytest.mark.parametrize("name", sorted(set(RESERVED) - {"prompt"}))
 def test_a_reserved_column(name: str) -> None:
     with pytest.raises(InvalidInput, match=f"data.prompts.0: the column '{name}' is made by the"):

@@ -1,6 +1,5 @@
 """Run folders: whole files, damaged files, full disks, other processes."""
 
-import fcntl
 import json
 import resource
 import subprocess
@@ -126,8 +125,9 @@ def test_the_lock_is_free_after_an_error(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     with pytest.raises(KeyError), folder.locked():
         raise KeyError
-    with folder.locked(), open(folder.path / ".lock") as file, pytest.raises(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    text = "run: another process runs here"
+    with folder.locked(), pytest.raises(InvalidInput, match=text), RunFolder(folder.path).locked():
+        pass
 
 
 @contextmanager
@@ -254,6 +254,27 @@ def test_a_damaged_table_of_a_finished_run(experiment, tmp_path: Path) -> None:
     file.unlink()
     assert experiment().run(out).rows == rows
     assert Results.of_folder(out).rows == rows
+
+
+def test_rows_of_a_batch_can_have_different_columns(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.write_unit(UNITS[0], [{"row": 0}, {"row": 1, "axis": 2}], [], [])
+    assert folder.read_unit(UNITS[0]).to_pylist() == [
+        {"row": 0, "axis": None},
+        {"row": 1, "axis": 2},
+    ]
+
+
+def test_columns_of_different_kinds_are_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    text = "metrics: a column holds different kinds of values: "
+    with pytest.raises(InvalidInput, match=text):
+        folder.write_unit(UNITS[0], [{"row": 0, "x": 1}, {"row": 1, "x": "a"}], ["x"], [])
+    units = [Unit(0, 0, 1), Unit(1, 1, 2)]
+    for unit, value in zip(units, (True, "a"), strict=True):
+        folder.write_unit(unit, [{"row": unit.start, "x": value}], ["x"], [])
+    with pytest.raises(InvalidInput, match=text):
+        folder.merge(units)
 
 
 def test_columns_that_were_empty_in_the_first_batch_keep_their_values(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from pyarrow import parquet
 
 from . import killed
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
