@@ -30,6 +30,8 @@ def table() -> str:
     """The tables of all results, with the machine and commit of each."""
     parts = [ops(each) for each in found("ops-*.json")]
     parts += [engine(each) for each in found("engine-*.json")]
+    parts += [attention(each) for each in found("attention-*.json")]
+    parts += [directions(each) for each in found("directions-*.json")]
     parts += [peers(each) for each in found("peers-*.json")]
     return "\n".join(parts) if parts else "No results yet.\n"
 
@@ -75,6 +77,47 @@ def engine(result: dict[str, Any]) -> str:
         f"A sweep of {result['pictures']} strengths as one batch is {swept} as fast as one by one."
     )
     return titled("Engine", result, head, lines) + f"\n{tail}\n"
+
+
+def attention(result: dict[str, Any]) -> str:
+    """Word maps from queries and keys, beside probabilities that are formed."""
+    lines = []
+    for row in result["rows"]:
+        layout = {"tokens": "as models hold them", "dense": "contiguous"}[row["layout"]]
+        count = row["sizes"]["words"]
+        words = f"{count} word" + "s" * (count > 1)
+        peak = row["peak_bytes"]
+        lines.append(
+            (
+                f"{words}, q and k {layout}, {row['dtype']}",
+                f"{row['milliseconds']['fused']:.2f} ms",
+                f"{times(row['speedup']['eager'])} faster",
+                f"{peak['fused'] / 2**20:.2f} MiB, not {peak['eager'] / 2**20:.0f}",
+            )
+        )
+    sizes = result["rows"][0]["sizes"]
+    what = f"Word maps, {sizes['heads']} heads × {sizes['queries']} queries × {sizes['keys']} keys"
+    head = (
+        what,
+        "time",
+        f"against plain torch (goal {result['goal']:g}×)",
+        "memory beside the result",
+    )
+    return titled("Attention", result, head, lines)
+
+
+def directions(result: dict[str, Any]) -> str:
+    """Fitting a direction beside reading the rows."""
+    speed = times(result["speed_of_plain_read"])
+    text = (
+        f"A direction (means and variances in float64) from {result['rows'] / 1e6:g} M × "
+        f"{result['features']} rows of {result['dtype']} takes "
+        f"{result['seconds']['fit']['median']:.2f} s: {speed} the speed of a plain read "
+        f"(goal {result['goal']:g}×)."
+    )
+    where = result["environment"]
+    note = f"{where['device']}, {where['threads']} threads, commit {where['commit'].rstrip('+')}"
+    return f"**Directions** ({note})\n\n{text}\n"
 
 
 def peers(result: dict[str, Any]) -> str:
