@@ -14,7 +14,7 @@ from dreamreader.engine import Reader, RunResult
 from dreamreader.errors import DreamreaderError, InvalidInput
 from dreamreader.experiments.data import Item, pairs_only, read_items
 from dreamreader.experiments.encode import encoded_once
-from dreamreader.experiments.row import Row
+from dreamreader.experiments.row import Row, Unit, units
 from dreamreader.metrics import Metric, Outputs, build
 
 if TYPE_CHECKING:
@@ -78,10 +78,27 @@ class Job:
     def rows(self) -> list[Row]:
         return self.spec.method.rows(self)
 
+    @cached_property
+    def units(self) -> list[Unit]:
+        """The batches that the rows are run in."""
+        return units(self.rows, self.batch)
+
+    @cached_property
+    def bases(self) -> frozenset[int]:
+        """Numbers of the rows that others are compared with."""
+        return frozenset(row.base for row in self.rows if row.base is not None)
+
+    @property
+    def prompt_branch(self) -> str | None:
+        """The branch of the prompt where guidance has several; None where there is one."""
+        guided = float(self.settings.get("guidance_scale", 7.5)) > 1
+        return "cond" if guided and not self.is_language else None
+
     def use_batch(self, size: int) -> None:
         """Sets the rows of one call, and forgets what was made for another size."""
         if size != self.batch:
-            self.__dict__.pop("rows", None)
+            for name in ("rows", "units", "bases"):
+                self.__dict__.pop(name, None)
             self.memory.clear()
         self.batch = size
 
@@ -160,8 +177,7 @@ class Job:
 
         if self.noise_site is None:
             return []
-        guided = float(self.settings.get("guidance_scale", 7.5)) > 1
-        return [Record(self.noise_site, branch="cond" if guided else None)]
+        return [Record(self.noise_site, branch=self.prompt_branch)]
 
 
 class _Last:

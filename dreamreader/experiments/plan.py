@@ -10,7 +10,7 @@ from torch import nn
 
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.job import Job
-from dreamreader.experiments.row import Row, Unit, units
+from dreamreader.experiments.row import Row, Unit
 
 MOST_ROWS = 48  # in one call; more gain nothing on a CPU and little on a GPU
 TIMED_ROWS = 4
@@ -79,7 +79,7 @@ def make_plan(job: Job, batch: int | None = None, estimates: bool = True) -> Pla
     for row in rows:
         conditions[row.condition] = conditions.get(row.condition, 0) + 1
     sites = list(dict.fromkeys(site for row in rows if row.cell for site in row.cell.sites))
-    return Plan(rows, units(rows, job.batch), row_bytes, seconds * len(rows), conditions, sites)
+    return Plan(rows, job.units, row_bytes, seconds * len(rows), conditions, sites)
 
 
 def _check_axes(rows: Sequence[Row]) -> None:

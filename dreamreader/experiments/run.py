@@ -1,6 +1,7 @@
 """Running an experiment: batch after batch, to a folder that a stopped run goes on from."""
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,8 +160,7 @@ def keep_references(job: Job, unit: Unit, rows: Sequence[Row], outputs: Outputs)
     """Keeps what later rows of this run will be compared with."""
     if not any(metric.compares for metric in job.metrics):
         return
-    wanted = {row.base for row in job.rows if row.base is not None}
-    kept = [n for n, row in enumerate(rows) if row.number in wanted]
+    kept = [n for n, row in enumerate(rows) if row.number in job.bases]
     if not kept:
         return
     tensors = {
@@ -208,7 +208,7 @@ def _reference(job: Job, number: int) -> dict[str, Tensor]:
     Raises:
         InvalidInput: the folder lacks it.
     """
-    unit = next(u for u in _units(job) if u.start <= number < u.stop)
+    unit = job.units[bisect_right(job.units, number, key=lambda each: each.start) - 1]
     memory = job.memory.setdefault("references", {})
     assert job.folder is not None
     if unit.number not in memory:
@@ -221,14 +221,6 @@ def _reference(job: Job, number: int) -> dict[str, Tensor]:
         )
     at = tensors["rows"].tolist().index(number)
     return {name: value[at] for name, value in tensors.items() if name != "rows"}
-
-
-def _units(job: Job) -> list[Unit]:
-    from dreamreader.experiments.row import units
-
-    if "units" not in job.memory:
-        job.memory["units"] = units(job.rows, job.batch)
-    return job.memory["units"]
 
 
 def _settings(job: Job, plan: Plan) -> dict[str, Any]:

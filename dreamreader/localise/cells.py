@@ -61,6 +61,13 @@ class Cell:
         return None if self.steps is None else range(*self.steps)
 
     @property
+    def selection(self) -> dict[str, Any]:
+        """Steps, branch, tokens and heads as arguments of an edit."""
+        tokens = list(self.tokens) if isinstance(self.tokens, tuple) else self.tokens
+        heads = None if self.heads is None else list(self.heads)
+        return {"steps": self.window, "branch": self.branch, "tokens": tokens, "heads": heads}
+
+    @property
     def place(self) -> str:
         """Name, heads, tokens and branch: everything but the time."""
         return " · ".join([self.name, *self._heads_said(), *self._tokens_said(), *self._branches()])

@@ -49,7 +49,7 @@ def patch_edits(
                 _of_cell(source, cell, "patch_edits"),
                 strength=strength,
                 from_rows=_each_row(from_rows),
-                **_where(cell),
+                **cell.selection,
             )
         )
     return found
@@ -91,7 +91,7 @@ def ablate_edits(
                 seed=seed,
                 one_sided=one_sided,
                 strength=strength,
-                **_where(cell),
+                **cell.selection,
             )
         )
     return found
@@ -118,13 +118,6 @@ def one_hot(cells_of_rows: Rows) -> dict[Cell, list[float]]:
         key = (cell.sites, cell.steps, cell.branch, cell.tokens, cell.heads)
         found.setdefault(first.setdefault(key, cell), [0.0] * len(rows))[number] = 1.0
     return found
-
-
-def _where(cell: Cell) -> dict[str, Any]:
-    """The selection of a cell as arguments of an edit."""
-    tokens = list(cell.tokens) if isinstance(cell.tokens, tuple) else cell.tokens
-    heads = None if cell.heads is None else list(cell.heads)
-    return {"steps": cell.window, "branch": cell.branch, "tokens": tokens, "heads": heads}
 
 
 def _each_row(from_rows: int | Sequence[int] | None) -> int | list[int] | None:

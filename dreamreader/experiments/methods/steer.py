@@ -117,10 +117,7 @@ class Steer(Method, Places):
                 job.memory["directions"][condition].only(*cell.sites).vectors,
                 alpha,
                 norm_match=self.norm_match,
-                steps=cell.window,
-                branch=cell.branch,
-                tokens=list(cell.tokens) if isinstance(cell.tokens, tuple) else cell.tokens,
-                heads=None if cell.heads is None else list(cell.heads),
+                **cell.selection,
             )
             for (condition, cell), alpha in groups.items()
         ]
@@ -204,7 +201,7 @@ class Steer(Method, Places):
 
         found: dict[str, Any] = {}
         for cell in self.cells(job):
-            chosen = list(cell.tokens) if isinstance(cell.tokens, tuple) else cell.tokens
+            chosen = cell.selection["tokens"]
             for site in cell.sites:
                 held = found.setdefault(site, chosen)
                 if held != chosen:
@@ -212,16 +209,11 @@ class Steer(Method, Places):
                         f"method.tokens: {site} is steered at different tokens ({held}, {chosen}); "
                         "a direction is fitted from one selection, write a spec for each"
                     )
-        branch = self.branch if self.branch is not None else self._only_branch(job)
+        branch = self.branch if self.branch is not None else job.prompt_branch
         return [
             Record(site, branch=branch, tokens=tokens, reduce=_token_mean)
             for site, tokens in found.items()
         ]
-
-    def _only_branch(self, job: "Job") -> str | None:
-        """Directions are read from one branch: that of the prompt where there are several."""
-        guided = float(job.settings.get("guidance_scale", 7.5)) > 1
-        return "cond" if guided and not job.is_language else None
 
 
 def _write(directions: "Directions", file: Path) -> None:
