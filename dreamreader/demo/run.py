@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dreamreader._files import replacing, write_atomic
+from dreamreader._files import write_atomic
 from dreamreader.audit import Fingerprint, fingerprint
 from dreamreader.demo import data, directions, patch, remove, steer
 from dreamreader.demo.bench import Bench
@@ -98,6 +98,7 @@ def run_demo(reader: "Reader", plan: Plan, out: Path, progress: "Progress | None
         InvalidInput: the subject has no UNet, or the plan does not fit the embedded world.
     """
     from dreamreader.demo import page
+    from dreamreader.edits import save
 
     start = time.perf_counter()
     stage = _stages(progress)
@@ -132,7 +133,7 @@ def run_demo(reader: "Reader", plan: Plan, out: Path, progress: "Progress | None
         bench.pictures, time.perf_counter() - start,
     )  # fmt: skip
     edit = steer.steer(bench, place, found[place.name], best.window, [best.strength])
-    _save_edit(edit, out / "edits" / f"{plan.source}-to-{plan.target}.safetensors")
+    save(out / "edits" / f"{plan.source}-to-{plan.target}.safetensors", edit)
     write_atomic(out / "results.json", json.dumps(result.as_dict(), indent=1, allow_nan=True))
     page.build(result).write(out / "report.html")
     return result
@@ -146,13 +147,6 @@ def _point(point: steer.Point) -> dict[str, Any]:
 def _seeds(rows: data.Split) -> list[int]:
     parts = (rows.fit, rows.choose, rows.refine, rows.test, rows.patch)
     return [row.seed for part in parts for row in part]
-
-
-def _save_edit(edit: Any, path: Path) -> None:
-    from dreamreader.edits import save
-
-    with replacing(path) as part:
-        save(part, [edit])
 
 
 def _stages(progress: "Progress | None") -> Callable[..., Any]:

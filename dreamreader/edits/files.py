@@ -1,15 +1,14 @@
 """Edits in a safetensors file: tensors as tensors, everything else as JSON in its metadata."""
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from dreamreader._tensor_files import load_described, save_described
 from dreamreader.edits.ablate import Ablate
 from dreamreader.edits.patch import Patch
 from dreamreader.edits.simple import Clamp, Scale
@@ -19,8 +18,7 @@ from dreamreader.engine.clock_schedule import Instant
 from dreamreader.engine.request import Box, EditRequest
 from dreamreader.errors import InvalidInput, UnknownName
 
-_KEY = "dreamreader.edits"
-_VERSION = 1
+_KIND = "edits"
 _KINDS: dict[str, type[EditRequest]] = {
     each.__name__: each for each in (Steer, Ablate, Scale, Clamp, Patch)
 }
@@ -36,20 +34,10 @@ def save(path: str | os.PathLike[str], edits: EditRequest | Sequence[EditRequest
     Raises:
         InvalidInput: an edit holds a function (a predicate, or `Edit`), which no file can hold.
     """
-    from safetensors.torch import save_file
-
     listed = [edits] if isinstance(edits, EditRequest) else list(edits)
     tensors: dict[str, Tensor] = {}
     found = [_packed_edit(each, tensors) for each in listed]
-    text = json.dumps({"version": _VERSION, "edits": found}, allow_nan=False)
-    target = Path(path)
-    # Written beside it first: a half-written file never has the final name.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        save_file(tensors, temporary, metadata={_KEY: text})
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_described(path, _KIND, tensors, {"edits": found})
 
 
 def load(path: str | os.PathLike[str]) -> list[EditRequest]:
@@ -59,23 +47,7 @@ def load(path: str | os.PathLike[str]) -> list[EditRequest]:
         InvalidInput: the file holds no edits, or is of a newer version.
         UnknownName: it holds an edit of an unknown kind.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise InvalidInput(
-            f"{os.fspath(path)} is no safetensors file, or only a part of one: {error}"
-        ) from error
-    if text is None:
-        raise InvalidInput(f"{os.fspath(path)} holds no edits of dreamreader")
-    content = json.loads(text)
-    if content.get("version") != _VERSION:
-        raise InvalidInput(
-            f"{os.fspath(path)} is of version {content.get('version')}, this one reads {_VERSION}"
-        )
+    content, tensors = load_described(path, _KIND)
     return [_unpacked_edit(each, tensors) for each in content["edits"]]
 
 

@@ -4,7 +4,6 @@ A file holds one tensor for each site, named by the site, and in the metadata of
 the key `dreamreader.directions`, JSON with labels, method, norm and evidence.
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -15,14 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dreamreader._files import replacing
+from dreamreader._tensor_files import load_described, save_described
 from dreamreader.engine.pattern import parse
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.steering.directions import Directions
 from dreamreader.steering.evidence import Evidence
 
-_KEY = "dreamreader.directions"
-_VERSION = 1
+_KIND = "directions"
 _NAMES = ("source", "target", "method", "norm")
 
 
@@ -33,18 +31,13 @@ def save(path: str | os.PathLike[str], directions: Directions) -> None:
         path: of the file, usually with the ending .safetensors; an existing file is replaced.
         directions: what to write.
     """
-    from safetensors.torch import save_file
-
     content = {
-        "version": _VERSION,
         **{name: getattr(directions, name) for name in _NAMES},
         "evidence": {site: _plain(each) for site, each in directions.evidence.items()},
         "sites": list(directions),
     }
-    text = json.dumps(content, allow_nan=False)
     tensors = {site: each.detach().cpu().clone() for site, each in directions.items()}
-    with replacing(path) as part:
-        save_file(tensors, part, metadata={_KEY: text})
+    save_described(path, _KIND, tensors, content)
 
 
 def load(path: str | os.PathLike[str]) -> Directions:
@@ -53,22 +46,7 @@ def load(path: str | os.PathLike[str]) -> Directions:
     Raises:
         InvalidInput: the file holds no directions, or is of another version.
     """
-    from safetensors import SafetensorError, safe_open
-
-    name = os.fspath(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise InvalidInput(
-            f"{name} is no safetensors file, or only a part of one: {error}"
-        ) from error
-    if text is None:
-        raise InvalidInput(f"{name} holds no directions of dreamreader")
-    content = json.loads(text)
-    if content.get("version") != _VERSION:
-        raise InvalidInput(f"{name} is of version {content.get('version')}, this reads {_VERSION}")
+    content, tensors = load_described(path, _KIND)
     return Directions(
         {site: tensors[site] for site in content["sites"]},
         *(content[each] for each in _NAMES),
