@@ -1,10 +1,14 @@
 """Writing files so that an interruption leaves the old file or the new one, never a part."""
 
+import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from dreamreader.errors import InvalidInput
 
 
 @contextmanager
@@ -59,3 +63,45 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes a folder and keeps a second process out of it, until the block ends or we are killed.
+
+    Raises:
+        InvalidInput: another one is in it, or the folder cannot be written.
+    """
+    import fcntl  # not on Windows
+
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InvalidInput(f"{folder}: another process runs here") from None
+        yield
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turns a full disk or a folder that cannot be written into an error that says what to do."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors tells the system's error only in its text
+        said = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+        full = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up"}
+        full[errno.EFBIG] = "a file would exceed the size limit"
+        if number in full:
+            raise InvalidInput(
+                f"{folder}: {full[number]}; what was finished is kept. Make room and run "
+                "the same command again to go on"
+            ) from error
+        reason = str(error) if number is None else os.strerror(number)
+        raise InvalidInput(f"{folder} cannot be written: {reason}") from error

@@ -12,13 +12,9 @@ A file appears whole or not at all. What a batch found is in its file in rows/: 
 missing, the batch counts as not run.
 """
 
-import errno
-import fcntl
 import json
-import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +22,7 @@ import pyarrow as pa
 from pyarrow import parquet
 from torch import Tensor
 
-from dreamreader._files import replacing, write_atomic
+from dreamreader._files import explained, locked, replacing, write_atomic
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.row import Unit
 
@@ -63,22 +59,9 @@ class RunFolder:
         """Whether something was computed here."""
         return self.is_complete or any((self.path / "rows").glob("batch-*.parquet"))
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps a second process out.
-
-        Raises:
-            InvalidInput: another one runs here, or the folder cannot be written.
-        """
-        with explained(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / ".lock", "w")
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InvalidInput(f"{self.path}: another process runs here") from None
-            yield
+    def locked(self) -> AbstractContextManager[None]:
+        """Keeps a second process out; see `locked`."""
+        return locked(self.path)
 
     # small files
 
@@ -231,25 +214,3 @@ def one_kind() -> Iterator[None]:
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         reason = str(error).splitlines()[0]
         raise InvalidInput(f"metrics: a column holds different kinds of values: {reason}") from None
-
-
-@contextmanager
-def explained(folder: Path) -> Iterator[None]:
-    """Turns a full disk or a folder that cannot be written into an error that says what to do."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        # safetensors tells the system's error only in its text
-        said = re.search(r"os error (\d+)", str(error))
-        number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
-        full = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up"}
-        full[errno.EFBIG] = "a file would exceed the size limit"
-        if number in full:
-            raise InvalidInput(
-                f"{folder}: {full[number]}; every finished batch is kept. Make room and run "
-                "the same command again to go on"
-            ) from error
-        reason = str(error) if number is None else os.strerror(number)
-        raise InvalidInput(f"{folder} cannot be written: {reason}") from error

@@ -1,6 +1,5 @@
 """A job: a spec beside the subject that it opened, and the one way in which its rows are run."""
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,10 +11,11 @@ from torch import Tensor
 
 from dreamreader.engine import Reader, RunResult
 from dreamreader.errors import DreamreaderError, InvalidInput
-from dreamreader.experiments.data import Item, pairs_only, read_items
 from dreamreader.experiments.encode import encoded_once
 from dreamreader.experiments.row import Row, Unit, units
 from dreamreader.metrics import Metric, Outputs, build
+from dreamreader.specs.data import Item, pairs_only, read_items
+from dreamreader.specs.subject import call_settings, is_language, opened, steps_of
 
 if TYPE_CHECKING:
     from dreamreader.experiments.folder import RunFolder
@@ -53,26 +53,17 @@ class Job:
 
     @property
     def is_language(self) -> bool:
-        return not hasattr(self.reader.subject, "components")
+        return is_language(self.reader)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Arguments of the pipeline's call: those of the embedded models, then the spec's."""
-        from dreamreader.zoo import MODELS, settings
-
-        own = dict(self.spec.pipeline)
-        return settings(**own) if self.spec.subject.model in MODELS else own
+        """Arguments of the subject's call."""
+        return call_settings(self.spec.subject, self.spec.pipeline)
 
     @cached_property
     def steps(self) -> int | None:
         """Denoising steps of a run; None for a language model."""
-        if self.is_language:
-            return None
-        named = self.settings.get("num_inference_steps")
-        if named is None:
-            call = inspect.signature(type(self.reader.subject).__call__)
-            named = call.parameters["num_inference_steps"].default
-        return int(named)
+        return steps_of(self.reader, self.settings)
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -211,7 +202,7 @@ def open_job(spec: "Spec", reader: Reader | None = None, metrics: Sequence[Metri
     if spec.method.pairs:
         pairs_only(items, f"data, for method {spec.method.kind}")
     found = [*_built(spec.metrics), *metrics]
-    return Job(spec, reader if reader is not None else _opened(spec), items, found)
+    return Job(spec, reader if reader is not None else opened(spec.subject), items, found)
 
 
 def _built(named: Sequence[Any]) -> list[Metric]:
@@ -222,15 +213,3 @@ def _built(named: Sequence[Any]) -> list[Metric]:
         except DreamreaderError as error:
             raise InvalidInput(f"metrics.{number}: {error}") from error
     return found
-
-
-def _opened(spec: "Spec") -> Reader:
-    from dreamreader.zoo.subject import open_reader
-
-    reader = open_reader(spec.subject.model)  # in float32 on the CPU
-    moved: Any = reader.subject
-    if spec.subject.dtype != "float32":
-        moved.to(getattr(torch, spec.subject.dtype))
-    if spec.subject.device != "cpu":
-        moved.to(spec.subject.device)
-    return reader

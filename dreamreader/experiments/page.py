@@ -29,7 +29,7 @@ TONES = 5
 
 def write_report(results: Results) -> Path:
     """Writes `report.html` into the run folder."""
-    from dreamreader.experiments.folder import explained
+    from dreamreader._files import explained
 
     with explained(results.folder.path):
         return build(results).write(results.folder.path / "report.html")

@@ -161,7 +161,7 @@ def test_a_full_disk_loses_nothing(experiment, tmp_path, kind, size) -> None:
     changes = {} if METHODS[kind] is None else {"method": METHODS[kind]}
     made = experiment(**changes)
     assert made.job.items  # opened before the disk is full
-    text = "run: a file would exceed the size limit; every finished batch is kept. Make room and ru"
+    text = "run: a file would exceed the size limit; what was finished is kept. Make room and ru"
     with no_file_above(size), pytest.raises(InvalidInput, match=text):
         made.run(tmp_path / "run")
     assert not list((tmp_path / "run").rglob("*.part"))
@@ -190,7 +190,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_really_is_full(experiment, small_disk: Path) -> None:
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(36 * 1024))
-    text = "run: the disk is full; every finished batch is kept. Make room and run the same command"
+    text = "run: the disk is full; what was finished is kept. Make room and run the same command"
     with pytest.raises(InvalidInput, match=text):
         experiment(save={"images": False}).run(small_disk / "run")
     ballast.unlink()

@@ -3,9 +3,9 @@
 import pytest
 
 from dreamreader.errors import InvalidInput
-from dreamreader.experiments.data import Item
 from dreamreader.experiments.methods.base import Table, counted
 from dreamreader.experiments.row import MOST, Row, Unit, apart, evenly, units
+from dreamreader.specs.data import Item
 
 
 def rows(*groups: int) -> list[Row]:

@@ -9,14 +9,14 @@ from pydantic import Field
 
 from dreamreader.engine import Activation, Cache
 from dreamreader.errors import InvalidInput
-from dreamreader.experiments.data import read_items
 from dreamreader.experiments.methods.base import Places, Table
 from dreamreader.experiments.methods.chunked import Chunked, others
 from dreamreader.experiments.methods.grids import grid_of
 from dreamreader.experiments.row import Row, evenly
-from dreamreader.experiments.spec import AnySeeds, Data, Seeds, listed_seeds
 from dreamreader.localise import Cell, Grid, ablate_edits, random_cells, site_widths
 from dreamreader.localise.sweep import records_of
+from dreamreader.specs.data import read_items
+from dreamreader.specs.parts import AnySeeds, Data, Seeds, listed_seeds
 
 if TYPE_CHECKING:
     from dreamreader.experiments.job import Job

@@ -8,16 +8,16 @@ from pydantic import Field
 
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.row import Row, check_count
-from dreamreader.experiments.spec import Count, Part
 from dreamreader.localise import Cell, grid
+from dreamreader.specs.parts import Count, Part
 
 if TYPE_CHECKING:
     from dreamreader.engine import RunResult
     from dreamreader.engine.request import EditRequest
-    from dreamreader.experiments.data import Item
     from dreamreader.experiments.job import Job
     from dreamreader.experiments.results import Results
     from dreamreader.report import Number, Section
+    from dreamreader.specs.data import Item
 
 Tokens = int | str | list[int | str | list[int]] | None
 

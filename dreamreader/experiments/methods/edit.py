@@ -12,10 +12,10 @@ from torch import Tensor
 from dreamreader import edits as kinds
 from dreamreader.engine.request import Box
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.experiments.data import RESERVED
 from dreamreader.experiments.methods.base import Method, Table, counted
 from dreamreader.experiments.row import Row
-from dreamreader.experiments.spec import Part
+from dreamreader.specs.data import RESERVED
+from dreamreader.specs.parts import Part
 
 if TYPE_CHECKING:
     from dreamreader.experiments.job import Job

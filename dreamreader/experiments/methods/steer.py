@@ -11,11 +11,11 @@ from pydantic import Field
 
 from dreamreader import edits as kinds
 from dreamreader.errors import InvalidInput
-from dreamreader.experiments.data import Item, pairs_only, read_items
 from dreamreader.experiments.methods.base import Method, Places, Table
 from dreamreader.experiments.row import Row, evenly
-from dreamreader.experiments.spec import AnySeeds, Data, Seeds, listed_seeds
 from dreamreader.localise import Cell
+from dreamreader.specs.data import Item, pairs_only, read_items
+from dreamreader.specs.parts import AnySeeds, Data, Seeds, listed_seeds
 
 if TYPE_CHECKING:
     from dreamreader.experiments.job import Job
@@ -217,7 +217,7 @@ class Steer(Method, Places):
 
 
 def _write(directions: "Directions", file: Path) -> None:
-    from dreamreader.experiments.folder import explained
+    from dreamreader._files import explained
 
     with explained(file.parent.parent):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The prompts of an experiment: inline, from files, or captions of the embedded world."""
+"""The prompts of a spec: inline, from files, or captions of the embedded world."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.experiments.spec import Data, Scenes
+from dreamreader.specs.parts import Data, Scenes
 
 # Columns that the run makes itself.
 RESERVED = (

@@ -8,8 +8,8 @@ import pytest
 from pyarrow import parquet
 
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.experiments.data import RESERVED, Item, pairs_only, read_items
-from dreamreader.experiments.spec import Data
+from dreamreader.specs.data import RESERVED, Item, pairs_only, read_items
+from dreamreader.specs.parts import Data
 from dreamreader.zoo import scenes
 
 ROWS = [{"id": "a", "prompt": "a red circle", "tag": 1}, {"id": "b", "prompt": "ein Quadrät, blau"}]

@@ -1,0 +1,47 @@
+"""The subject of a spec: opened, with the arguments of its call."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dreamreader.engine import Reader
+from dreamreader.specs.parts import Subject
+
+
+def opened(subject: Subject) -> Reader:
+    """A reader of the named model, in the dtype and on the device that the spec says."""
+    from dreamreader.zoo.subject import open_reader
+
+    reader = open_reader(subject.model)  # in float32 on the CPU
+    moved: Any = reader.subject
+    if subject.dtype != "float32":
+        moved.to(getattr(torch, subject.dtype))
+    if subject.device != "cpu":
+        moved.to(subject.device)
+    return reader
+
+
+def is_language(reader: Reader) -> bool:
+    """Whether the subject is a language model, no pipeline."""
+    return not hasattr(reader.subject, "components")
+
+
+def call_settings(subject: Subject, pipeline: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the subject's call: those of the embedded models, then the spec's."""
+    from dreamreader.zoo import MODELS, settings
+
+    own = dict(pipeline)
+    return settings(**own) if subject.model in MODELS else own
+
+
+def steps_of(reader: Reader, settings: Mapping[str, Any]) -> int | None:
+    """Denoising steps of a run with these arguments; None for a language model."""
+    if is_language(reader):
+        return None
+    named = settings.get("num_inference_steps")
+    if named is None:
+        call = inspect.signature(type(reader.subject).__call__)
+        named = call.parameters["num_inference_steps"].default
+    return int(named)
