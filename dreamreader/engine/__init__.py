@@ -4,8 +4,9 @@ from dreamreader.engine.cache import Activation, Cache, Row
 from dreamreader.engine.firing import Firing, FiringReport
 from dreamreader.engine.probs import Attention
 from dreamreader.engine.reader import Reader, RunResult
-from dreamreader.engine.request import Box, EditRequest, Record, Request, Watch
+from dreamreader.engine.request import Box, EditRequest, Record, Request, Stream, Watch
 from dreamreader.engine.sites import Site, SiteList
+from dreamreader.engine.stream import Flowing
 from dreamreader.engine.watch import Call
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "EditRequest",
     "Firing",
     "FiringReport",
+    "Flowing",
     "Reader",
     "Record",
     "Request",
@@ -24,5 +26,6 @@ __all__ = [
     "RunResult",
     "Site",
     "SiteList",
+    "Stream",
     "Watch",
 ]

@@ -159,8 +159,18 @@ class Clock:
 
         Empty until a denoiser has been called.
         """
-        trajectory = self._runs[-1].trajectory if self._runs else self._last
+        trajectory = self._trajectory
         return [] if trajectory is None else trajectory.steps()
+
+    @property
+    def entries(self) -> list[Instant]:
+        """Like `schedule`, with every evaluation of the steps of second-order solvers."""
+        trajectory = self._trajectory
+        return [] if trajectory is None else trajectory.entries()
+
+    @property
+    def _trajectory(self) -> Trajectory | None:
+        return self._runs[-1].trajectory if self._runs else self._last
 
     # what the listeners tell
 

@@ -63,6 +63,7 @@ class Trajectory:
         self._stride = timesteps.element_size()
         self._has_index = hasattr(type(scheduler), "step_index")
         self._later: list[tuple[Tensor, int, float]] = []
+        self._entries: list[Instant] = []
         self._steps: list[Instant] = []
 
     def locate(self, argument: Any, precision: float) -> int:
@@ -103,11 +104,15 @@ class Trajectory:
 
     def steps(self) -> list[Instant]:
         """The steps from the first of the run to the last of the schedule, at their beginnings."""
-        if self.start is not None and not self._steps:
-            entries = range(self.start, len(self.values))
-            firsts = [i for i in entries if place(self.scheduler, i, self.start)[1] == 0]
-            self._steps = [self.instant(i) for i in firsts]  # asked for at every call of every site
+        if not self._steps:  # asked for at every call of every site
+            self._steps = [each for each in self.entries() if each.evaluation == 0]
         return self._steps
+
+    def entries(self) -> list[Instant]:
+        """Like `steps`, with every evaluation of each."""
+        if self.start is not None and not self._entries:
+            self._entries = [self.instant(i) for i in range(self.start, len(self.values))]
+        return self._entries
 
     def postpone(self, argument: Tensor, index: int, precision: float) -> None:
         """Keep an argument that lives on the device, to be compared with its entry by `settle`."""

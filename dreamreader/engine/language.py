@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dreamreader.engine.cache import Cache
 from dreamreader.engine.firing import FiringReport
-from dreamreader.engine.request import EditRequest, Record, Watch
+from dreamreader.engine.request import EditRequest, Record, Stream, Watch
 from dreamreader.engine.rows import Plan
 from dreamreader.errors import InvalidInput
 
@@ -21,7 +21,7 @@ def run_language(
     reader: "Reader",
     plan: Plan,
     edits: Sequence[EditRequest],
-    records: Sequence[Record | Watch],
+    records: Sequence[Record | Watch | Stream],
     batch_size: int | None,
     memory_limit: int | None,
     arguments: dict[str, Any],
@@ -74,7 +74,8 @@ def _encoded(reader: "Reader", prompts: list[str]) -> dict[str, Tensor]:
         raise InvalidInput("several prompts need padding: set tokenizer.pad_token")
     try:
         tokenizer.padding_side = "left"
-        encoded = tokenizer(prompts, return_tensors="pt", padding=several)
+        cut = {"truncation": True, "max_length": most} if (most := reader.max_tokens) else {}
+        encoded = tokenizer(prompts, return_tensors="pt", padding=several, **cut)
     finally:
         tokenizer.padding_side = side
     if encoded["input_ids"].shape[1] == 0:

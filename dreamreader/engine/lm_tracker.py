@@ -33,6 +33,7 @@ class LanguageTracker(ModuleTracker):
         self._ids: Tensor | None = None
         self._prompt_ids: Tensor | None = None
         self._pads: tuple[int, ...] = ()
+        self._padded_inside = False
         self._parameters = Parameters(self.module)
 
     def outside(self, component: str) -> Now:
@@ -54,13 +55,16 @@ class LanguageTracker(ModuleTracker):
         step = self._step(ids if isinstance(ids, Tensor) else None, past, given.shape[1])
         mask = arguments.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point():
-            self._pads = tuple((mask.cumsum(1) == 0).sum(1).tolist())
+            masked = torch.stack([(mask.cumsum(1) == 0).sum(1), (mask == 0).sum(1)]).tolist()
+            self._pads, self._padded_inside = tuple(masked[0]), masked[0] != masked[1]
         elif past == 0:
-            self._pads = (0,) * given.shape[0]
+            self._pads, self._padded_inside = (0,) * given.shape[0], False
         instant = (
             step if isinstance(step, ClockUnknown) else Instant(step, math.nan, None, math.nan, 0)
         )
-        positions = Positions(past, given.shape[1], self.prompt or 0, self._pads)
+        positions = Positions(
+            past, given.shape[1], self.prompt or 0, self._pads, self._padded_inside
+        )
         self.now = Now(
             "",
             "language",

@@ -20,12 +20,21 @@ class Positions:
         length: tokens of this call.
         prompt: tokens of the padded prompt.
         pads: padding tokens on the left of each row.
+        padded_inside: whether tokens are masked elsewhere, as padding on the right is.
     """
 
     past: int
     length: int
     prompt: int
     pads: tuple[int, ...]
+    padded_inside: bool = False
+
+    @property
+    def padding(self) -> tuple:
+        """Everything that decides which tokens of the call are padding."""
+        behind = self.past >= max(self.pads, default=0)
+        key = self.length, self.padded_inside
+        return key if behind else (*key, self.past, self.pads)
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +74,12 @@ class Now:
     def shape_key(self) -> tuple:
         """Everything that decides a program except the time."""
         return (self.component, self.stamp[2], self.batch, self.layout, self.positions)
+
+    @property
+    def placeless_key(self) -> tuple:
+        """Everything that decides a program which selects no tokens, except the time."""
+        padding = None if self.positions is None else self.positions.padding
+        return (self.component, self.stamp[2], self.batch, self.layout, padding)
 
     @property
     def names(self) -> tuple[str, ...]:

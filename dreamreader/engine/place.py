@@ -180,6 +180,35 @@ def row_mask(request: Request, place: Place) -> Tensor | None:
     return torch.cat(picked)
 
 
+@dataclass(frozen=True)
+class Entries:
+    """The part of a batch that a reader keeps: `numbers` branch after branch, rows in order.
+
+    Attributes:
+        branches: names kept, in order. rows: rows kept of each, as numbers in the run.
+        numbers: batch entries.
+    """
+
+    branches: tuple[str, ...]
+    rows: tuple[int, ...]
+    numbers: list[int]
+
+
+def kept_entries(request: Request, place: Place) -> Entries | None:
+    """What a request's branch and rows keep of a batch; None where that is nothing."""
+    wanted = request.branches
+    branches = tuple(name for name in place.branches if wanted is None or name in wanted)
+    rows = list(range(place.rows))
+    if request.rows is not None:
+        touched = row_mask(Request(request.site, rows=request.rows), place)
+        assert touched is not None
+        rows = [row for row in rows if touched[row]]
+    if not branches or not rows:
+        return None
+    numbers = [place.branches.index(name) * place.rows + row for name in branches for row in rows]
+    return Entries(branches, tuple(place.first + row for row in rows), numbers)
+
+
 def _of_indices(chosen: Any, count: int, label: str) -> Tensor:
     """bool [count] from indices, a slice or a mask."""
     mask = torch.zeros(count, dtype=torch.bool)

@@ -12,14 +12,14 @@ from dreamreader.engine import html
 from dreamreader.engine.cache import Activation, Cache, Row
 from dreamreader.engine.firing import FiringReport
 from dreamreader.engine.place import RowSet
-from dreamreader.engine.request import EditRequest, Record, Watch
+from dreamreader.engine.request import EditRequest, Record, Stream, Watch
 from dreamreader.engine.rows import Plan, chunked, plan_rows
 from dreamreader.engine.session import Session
 from dreamreader.engine.sites import SiteList, find
 from dreamreader.engine.subject import Subject
 from dreamreader.errors import InvalidInput, UnknownName
 
-Recordable = str | Record | Watch
+Recordable = str | Record | Watch | Stream
 
 
 @dataclass(eq=False)
@@ -64,6 +64,7 @@ class Reader:
     Args:
         subject: a diffusers pipeline, a transformers language model, or any `nn.Module`.
         tokenizer: of a language model, for prompts as strings.
+        max_tokens: longer prompts of a language model are cut, where its tokenizer cuts them.
 
     Example:
         >>> reader = Reader(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU()))
@@ -71,9 +72,10 @@ class Reader:
         ['0', '1']
     """
 
-    def __init__(self, subject: Any, tokenizer: Any = None):
+    def __init__(self, subject: Any, tokenizer: Any = None, max_tokens: int | None = None):
         self._subject = Subject(subject)
         self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     @property
@@ -106,8 +108,8 @@ class Reader:
             prompts, seeds: one or one for each row; see `plan_rows`. Every row draws from its own
                 generator, so its result does not depend on the batch around it.
             edits: applied in this order.
-            record: site strings, `Record`s or `Watch`es. A recording sees the values after the
-                edits.
+            record: site strings, `Record`s, `Watch`es or `Stream`s. A recording sees the values
+                after the edits.
             batch_size: rows computed together; all by default.
             memory_limit: bytes that recordings may hold.
             arguments: passed on to the pipeline, or to the model's `generate` where it is a
@@ -120,7 +122,7 @@ class Reader:
         edits = _listed(edits, EditRequest, "edits")
         records = [
             Record(each) if isinstance(each, str) else each
-            for each in _listed(record, (str, Record, Watch), "record")
+            for each in _listed(record, (str, Record, Watch, Stream), "record")
         ]
         if self._subject.kind == "module":
             raise InvalidInput(
@@ -196,7 +198,7 @@ class Reader:
             "dtype": dtype,
             "device": device,
         }
-        listed = _listed(sites, (str, Record, Watch), "sites")
+        listed = _listed(sites, (str, Record, Watch, Stream), "sites")
         records = [Record(each, **common) if isinstance(each, str) else each for each in listed]
         session = Session(
             self._subject,
@@ -248,7 +250,7 @@ class Reader:
     def _session(
         self,
         edits: Sequence[EditRequest],
-        records: Sequence[Record | Watch],
+        records: Sequence[Record | Watch | Stream],
         plan: Plan,
         start: int,
         stop: int,

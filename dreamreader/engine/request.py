@@ -14,6 +14,7 @@ from dreamreader.errors import InvalidInput
 if TYPE_CHECKING:
     from dreamreader.engine.place import Place
     from dreamreader.engine.probs import Attention
+    from dreamreader.engine.stream import Flowing
     from dreamreader.engine.watch import Call
     from dreamreader.ops import Instruction
 
@@ -195,6 +196,41 @@ class Watch(Request):
         for site in self.sites:
             if parse(site).port != "probs":
                 raise InvalidInput(f"Watch: {site} is no attention; name its probs: {site}:probs")
+
+    def __repr__(self) -> str:
+        return self.describe()
+
+
+@dataclass(frozen=True, eq=False)
+class Stream(Request):
+    """A reader of activations while the model runs; the engine keeps and copies nothing of them.
+
+    Args:
+        site: sites with any port but `probs`.
+        keep: called as `keep(flowing)` wherever the selection holds, after the edits. It has to
+            copy what it wants before it returns: the values are the model's own memory.
+
+    Raises:
+        InvalidInput: `keep` is no function, or a site has the port `probs`.
+
+    Example:
+        >>> norms = []
+        >>> Stream("unet.mid_block", lambda flowing: norms.append(flowing.x.norm()), branch="cond")
+        Stream(unet.mid_block, branch='cond')
+    """
+
+    keep: "Callable[[Flowing], None]"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not callable(self.keep):
+            raise InvalidInput(f"Stream: keep must be a function, got {type(self.keep).__name__}")
+        for site in self.sites:
+            if parse(site).port == "probs":
+                raise InvalidInput(
+                    f"Stream: {site} are attention probabilities, which no model holds in memory; "
+                    "use Watch or Record for them"
+                )
 
     def __repr__(self) -> str:
         return self.describe()

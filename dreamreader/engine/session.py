@@ -15,10 +15,11 @@ from dreamreader.engine.now import Now
 from dreamreader.engine.place import RowSet
 from dreamreader.engine.probs import ProbsMode
 from dreamreader.engine.recorder import Memory, Recorder
-from dreamreader.engine.request import EditRequest, Record, Request, Watch
+from dreamreader.engine.request import EditRequest, Record, Request, Stream, Watch
 from dreamreader.engine.sites import Site, find
 from dreamreader.engine.station import SiteRun, Station
 from dreamreader.engine.step_caches import StepCaches, cache_hooks, caches_batch
+from dreamreader.engine.stream import Streamer
 from dreamreader.engine.subject import Subject, is_compiled
 from dreamreader.engine.tracker import ModuleTracker, PipelineTracker, Tracker
 from dreamreader.engine.watch import Watcher
@@ -52,12 +53,17 @@ class Shared:
         self.drops_branch = False
         self.serial = -1
         self.timeless = -1
+        self.placeless = -1
         self._serials: dict[tuple, int] = {}
         self._now: Now | None = None
         self._checked_run = -1
 
     def current(self, site: Site) -> Now:
-        """What is running; `serial` stands for its kind of call, `timeless` for it at any time."""
+        """What is running.
+
+        `serial` stands for its kind of call, `timeless` for it at any time, `placeless` for it at
+        any time and decoding position.
+        """
         now = self.tracker.now
         if now is None:
             now = self.tracker.outside(site.component)
@@ -65,6 +71,7 @@ class Shared:
             self._now = now
             self.serial = self._serials.setdefault(now.stamp, len(self._serials))
             self.timeless = self._serials.setdefault(now.shape_key, len(self._serials))
+            self.placeless = self._serials.setdefault(now.placeless_key, len(self._serials))
             if isinstance(now.branches, tuple):
                 self.branches_seen.update(dict.fromkeys(now.branches))
             if isinstance(now.instant, Instant):
@@ -166,7 +173,8 @@ class Session(AbstractContextManager):
 
     Args:
         subject: what is hooked.
-        edits, records: requests in the order in which they apply; `records` holds watches too.
+        edits, records: requests in the order in which they apply; `records` holds watches and
+            streams too.
         rowset: the rows of the run, where a plan exists.
         prompts, seeds: of these rows.
         prompt_length: tokens of a language model's padded prompt.
@@ -179,7 +187,7 @@ class Session(AbstractContextManager):
         self,
         subject: Subject,
         edits: Sequence[EditRequest] = (),
-        records: Sequence[Record | Watch] = (),
+        records: Sequence[Record | Watch | Stream] = (),
         *,
         rowset: RowSet | None = None,
         prompts: Sequence[str] | None = None,
@@ -268,6 +276,8 @@ class Session(AbstractContextManager):
                     self._record(request, name, number, run)
                 elif isinstance(request, Watch):
                     run.watchers.append(Watcher(request, number))
+                elif isinstance(request, Stream):
+                    run.streamers.append(Streamer(request, number, site, self._shared))
                 self._shared.requests.append((site.component, request))
             number += 1
         return list(stations.values())
@@ -400,7 +410,7 @@ def _count(lines: dict[tuple[int, str], Firing], name: str, now: Now, plan: Any)
             line.branches.update(hits[number].branches)
             line.rows.update(hits[number].rows)
     kept = [(each.number, cut) for each, cut, _ in plan.cuts]
-    for number, cut in kept + [(each.number, seen) for each, seen in plan.watched]:
+    for number, cut in kept + [(each.number, cut) for each, cut in [*plan.watched, *plan.flows]]:
         line = lines[number, name]
         line.branches.update(cut.branches)
         line.rows.update(cut.rows)

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from dreamreader.engine.compile import Active, Compiled, compiled
 from dreamreader.engine.now import Now
-from dreamreader.engine.place import Place, row_mask
+from dreamreader.engine.place import Place, kept_entries, row_mask
 from dreamreader.engine.probs import Attention, entries_of
 from dreamreader.engine.recorder import Cut, Recorder
 from dreamreader.engine.request import EditRequest, Record, Request, Watch
 from dreamreader.engine.sites import Site
+from dreamreader.engine.stream import Kept, Streamer
 from dreamreader.engine.taps import (
     Argument,
     View,
@@ -40,15 +41,17 @@ class Plan:
     edits: Compiled | None
     cuts: list[tuple[Recorder, Cut, int]]
     watched: list[tuple[Watcher, Seen]]
+    flows: list[tuple[Streamer, Kept]]
     passed: tuple[int, ...]
     active: tuple[int, ...]
 
 
-_IDLE = Plan(None, [], [], (), ())
+_IDLE = Plan(None, [], [], [], (), ())
+_Reading = Recorder | Watcher | Streamer
 
 
 class SiteRun:
-    """The edits and recordings of one site during a session."""
+    """The edits and readings of one site during a session."""
 
     def __init__(self, site: Site, shared: "Shared"):
         self.site = site
@@ -56,6 +59,7 @@ class SiteRun:
         self.edits: list[tuple[int, EditRequest]] = []
         self.recorders: list[Recorder] = []
         self.watchers: list[Watcher] = []
+        self.streamers: list[Streamer] = []
         self.fired: list[tuple[Now, Plan]] = []
         self.skipped: list[tuple[Now, tuple[int, ...]]] = []
         self.changed: set[int] = set()
@@ -64,13 +68,19 @@ class SiteRun:
         self._plans: dict[Any, Plan] = {}
         self._shared_plans: dict[Any, Plan] = {}
 
-    def visit(self, view: View, heads_split: bool = False) -> Tensor | None:
-        """Edit and record what `view` sees; the edited [batch, tokens, features], or None."""
-        now, plan = self._planned(view, heads_split)
+    def visit(self, view: View, minus: Tensor | None = None) -> Tensor | None:
+        """Edit and record what `view` sees; the edited [batch, tokens, features], or None.
+
+        `minus`, of the same shape, is taken off first; streams of an unedited site get the two
+        apart, so that nothing is computed for them.
+        """
+        now, plan = self._planned(view)
         if not plan.active:
             return None
         self.fired.append((now, plan))
         x, y = view.x, None
+        if minus is not None and (plan.edits is not None or plan.cuts):
+            x = x - minus
         if plan.edits is not None:
             self.shared.subject.edited += 1
             if plan.edits.numbers <= self.changed:
@@ -82,6 +92,11 @@ class SiteRun:
             x = y
         for recorder, cut, moments in plan.cuts:
             recorder.keep(x, cut, now, moments)
+        for streamer, kept in plan.flows:
+            if y is None:
+                streamer.hand_on(view.x, minus, kept, now)
+            else:
+                streamer.hand_on(y, None, kept, now)
         return y
 
     def visit_attention(self, attention: Attention) -> None:
@@ -89,7 +104,7 @@ class SiteRun:
         outline = attention.outline()
         view = View(outline.flatten(2))
         view.x = outline  # [batch, queries, heads, keys]
-        now, plan = self._planned(view, heads_split=True)
+        now, plan = self._planned(view)
         if not plan.active:
             return
         if attention.is_start:
@@ -101,15 +116,15 @@ class SiteRun:
         for watcher, seen in plan.watched:
             watcher.request.saw(attention.of(seen.entries), Call(seen, now))
 
-    def _planned(self, view: View, heads_split: bool) -> tuple[Now, Plan]:
+    def _planned(self, view: View) -> tuple[Now, Plan]:
         """What is running, and what to do then."""
         now = self.shared.current(self.site)
         x = view.x
-        call = self.shared.timeless if self._timeless else self.shared.serial
+        call = self._any_time() if self._timeless else self.shared.serial
         key = (call, now.run if self._follows_prompt else None, x.shape, x.dtype, x.device)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._plan(now, view, heads_split)
+            plan = self._plans[key] = self._plan(now, view)
         return now, plan
 
     def pass_over(self) -> None:
@@ -120,19 +135,21 @@ class SiteRun:
         if numbers:
             self.skipped.append((now, numbers))
 
-    def _at_work(self, now: Now) -> tuple[list[tuple[int, EditRequest]], list[Recorder | Watcher]]:
-        """The edits, recordings and watches whose selection holds in this call."""
+    def _at_work(self, now: Now) -> tuple[list[tuple[int, EditRequest]], list[_Reading]]:
+        """The edits and the readings whose selection holds in this call."""
         name, is_active = self.site.name, self.shared.is_active
         edits = [(n, each) for n, each in self.edits if is_active(each, now, name)]
-        readers = [*self.recorders, *self.watchers]
-        return edits, [each for each in readers if is_active(each.request, now, name)]
+        return edits, [each for each in self._readings() if is_active(each.request, now, name)]
+
+    def _readings(self) -> list[_Reading]:
+        return [*self.recorders, *self.watchers, *self.streamers]
 
     def release(self) -> None:
         """Let go of everything that is not a result."""
         self._plans.clear()
         self._shared_plans.clear()
 
-    def _plan(self, now: Now, view: View, heads_split: bool) -> Plan:
+    def _plan(self, now: Now, view: View) -> Plan:
         x = view.x
         self.shape = tuple(x.shape)
         active, wanted = self._at_work(now)
@@ -143,13 +160,17 @@ class SiteRun:
         time = now.stamp[1] if any(n in self._moving for n, _ in active) else None
         run = now.run if self._follows_prompt else None
         numbers = tuple(n for n, _ in active) + tuple(each.number for each in wanted)
-        key = (numbers, time, run, self.shared.timeless, x.shape, x.dtype, x.device)
+        key = (numbers, time, run, self._any_time(), x.shape, x.dtype, x.device)
         found = self._shared_plans.get(key)
         if found is None:
-            place_of = _Places(self.site, now, view, self.shared, heads_split)
+            place_of = _Places(self.site, now, view, self.shared)
             edits = self._compiled(active, x, place_of) if active else None
             places = [(each, place_of.make(each.request)) for each in wanted]
-            cuts = [(each, place, _cut(each.request, place)) for each, place in places]
+            cuts = [
+                (each, place, _cut(each.request, place))
+                for each, place in places
+                if not isinstance(each, Streamer)
+            ]
             hit = edits.numbers if edits else frozenset()
             found = self._shared_plans[key] = Plan(
                 edits if hit else None,
@@ -162,6 +183,11 @@ class SiteRun:
                     (each, self._seen(cut, place, x.shape[-1]))
                     for each, place, cut in cuts
                     if cut is not None and isinstance(each, Watcher)
+                ],
+                [
+                    (each, kept)
+                    for each, place in places
+                    if isinstance(each, Streamer) and (kept := each.kept(place, x)) is not None
                 ],
                 tuple(n for n, _ in active if n not in hit),
                 numbers,
@@ -178,14 +204,21 @@ class SiteRun:
         """Whether every step has the same plan."""
         return not self._moving and not any(each.needs_time for each in self._requests())
 
+    def _any_time(self) -> int:
+        """What stands for the calls that differ in nothing but the time."""
+        return self.shared.timeless if self._selects_tokens else self.shared.placeless
+
+    @cached_property
+    def _selects_tokens(self) -> bool:
+        return any(each.tokens is not None for each in self._requests())
+
     @cached_property
     def _follows_prompt(self) -> bool:
         """Whether a plan holds for one run only: the place of a word changes with the prompt."""
         return any(isinstance(each.tokens, str) for each in self._requests())
 
     def _requests(self) -> list[Request]:
-        readers = [*self.recorders, *self.watchers]
-        return [*(each for _, each in self.edits), *(each.request for each in readers)]
+        return [*(each for _, each in self.edits), *(each.request for each in self._readings())]
 
     def _seen(self, cut: Cut, place: Place, keys: int) -> Seen:
         entries = range(place.batch) if cut.entries is None else cut.entries.tolist()
@@ -218,12 +251,11 @@ class SiteRun:
 class _Places:
     """Makes the place of each request at one site in one kind of call."""
 
-    def __init__(self, site: Site, now: Now, view: View, shared: "Shared", heads_split: bool):
+    def __init__(self, site: Site, now: Now, view: View, shared: "Shared"):
         self.site = site
         self.now = now
         self.shared = shared
         self.x = view.x
-        self.heads_split = heads_split
         batch = self.x.shape[0]
         self.branches = now.names
         self.regular = now.batch is None or now.batch == batch
@@ -295,27 +327,17 @@ def _why_irregular(now: Now, shared: "Shared") -> str:
 
 def _cut(request: Record | Watch, place: Place) -> Cut | None:
     """The part of the batch that a recording keeps; None where it keeps nothing."""
-    wanted = request.branches
-    branches = tuple(name for name in place.branches if wanted is None or name in wanted)
-    if not branches:
+    found = kept_entries(request, place)
+    if found is None:
         return None
-    rows = list(range(place.rows))
-    if request.rows is not None:
-        touched = row_mask(Request(request.site, rows=request.rows), place)
-        assert touched is not None
-        rows = [row for row in rows if touched[row]]
-        if not rows:
-            return None
-    entries = [place.branches.index(name) * place.rows + row for name in branches for row in rows]
-    whole = entries == list(range(place.batch))
-    kept = None if whole else torch.tensor(entries, device=place.device)
-    tokens = _kept_tokens(request, place, entries)
+    whole = found.numbers == list(range(place.batch))
+    kept = None if whole else torch.tensor(found.numbers, device=place.device)
+    tokens = _kept_tokens(request, place, found.numbers)
     stream = place.sequence.stream
     full = request.tokens is None and (stream in (None, "image") or place.sequence.kind == stream)
-    numbers = tuple(place.first + row for row in rows)
     index = None if tokens is None else tokens.to(place.device)
-    heads = place.heads
-    return Cut(branches, kept, numbers, index, place.hw if full else None, heads)
+    hw = place.hw if full else None
+    return Cut(found.branches, kept, found.rows, index, hw, place.heads)
 
 
 def _kept_tokens(request: Request, place: Place, entries: list[int]) -> Tensor | None:
@@ -433,8 +455,12 @@ class Station:
                 f"{run.site.name}: its input is {list(given.shape)}, its result "
                 f"{list(value.shape)}; delta needs equal shapes"
             )
-        new = self._visited(run, value - given)
-        return None if new is None else given + new
+        if given.dtype != value.dtype:  # the difference has a type of its own
+            new = self._visited(run, value - given)
+            return None if new is None else given + new
+        view = View(value, self._channels_last)
+        y = run.visit(view, minus=View(given, self._channels_last).x)
+        return None if y is None else given + view.back(y)
 
     def _probs(self, run: SiteRun, computed: bool) -> None:
         if not computed:

@@ -28,6 +28,7 @@ class Tracker(Protocol):
     def outside(self, component: str) -> Now: ...
     def total(self) -> int | None: ...
     def schedule(self) -> list[Instant]: ...
+    def entries(self) -> list[Instant]: ...
     def text_ids(self, component: str, branch: str) -> tuple[Tensor, Tensor | None] | None: ...
 
 
@@ -104,6 +105,10 @@ class PipelineTracker(AbstractContextManager):
 
     def schedule(self) -> list[Instant]:
         return self.clock.schedule
+
+    def entries(self) -> list[Instant]:
+        """The schedule with every evaluation of its steps."""
+        return self.clock.entries
 
     def text_ids(self, component: str, branch: str) -> tuple[Tensor, Tensor | None] | None:
         return self._ids.get((component, branch))
@@ -187,6 +192,9 @@ class ModuleTracker(AbstractContextManager):
         return None
 
     def schedule(self) -> list[Instant]:
+        return []
+
+    def entries(self) -> list[Instant]:
         return []
 
     def text_ids(self, component: str, branch: str) -> tuple[Tensor, Tensor | None] | None:
