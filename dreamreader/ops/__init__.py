@@ -1,19 +1,39 @@
 """Functions of tensors, each with a reference, a schema, a gradient and, where built, kernels."""
 
 from dreamreader.ops.attention_words import attention_words_, attention_words_reference_
+from dreamreader.ops.choose import (
+    Chosen,
+    choose,
+    choose_reference,
+    counts_of_budget,
+    stream_of,
+    streams_of,
+)
 from dreamreader.ops.intervention import intervene, intervene_, intervene_reference
 from dreamreader.ops.moments import Sums, moments, moments_reference
+from dreamreader.ops.pack import pack, pack_reference
+from dreamreader.ops.permutation import permuted, permuted_reference
 from dreamreader.ops.program import Instruction, Program
 
 __all__ = [
+    "Chosen",
     "Instruction",
     "Program",
     "Sums",
     "attention_words_",
     "attention_words_reference_",
+    "choose",
+    "choose_reference",
+    "counts_of_budget",
     "intervene",
     "intervene_",
     "intervene_reference",
     "moments",
     "moments_reference",
+    "pack",
+    "pack_reference",
+    "permuted",
+    "permuted_reference",
+    "stream_of",
+    "streams_of",
 ]

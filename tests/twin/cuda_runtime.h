@@ -230,6 +230,11 @@ inline unsigned __ballot_sync(unsigned mask, int value) {
   if (mask != 0xffffffffu) twin::fail("a warp primitive without all lanes");
   return unsigned(twin::ballot(value, twin::warp_begin(), twin::warp_begin() + twin::kWarp, twin::Wait::vote));
 }
+inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {
+  const unsigned long long before = *to;
+  *to += value;
+  return before;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline void __syncwarp() { twin::wait(twin::Wait::warp); }
 inline void __syncthreads() { twin::wait(twin::Wait::block); }

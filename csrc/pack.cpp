@@ -1,0 +1,195 @@
+// CPU side of the packing: choice of instruction set and threads, from tensors to a job. At the foot
+// the bindings, for CUDA too.
+#include <algorithm>
+
+#include "bind.h"
+#include "cpu.h"
+#include "pack_cpu.h"
+#include "tensor_view.h"
+#include "threads.h"
+#ifdef DREAMREADER_CUDA
+#include "pack_cuda.h"
+#endif
+
+namespace dreamreader {
+
+constexpr int64_t kPackPiece = 64 << 10;   // elements of one piece of work, about
+constexpr int64_t kPackSerial = 64 << 10;  // elements below which no other thread is woken
+
+static const PackKernels& kernels() {
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) return avx512::pack;
+  if (isa() == Isa::avx2) return avx2::pack;
+#endif
+  return portable::pack;
+}
+
+void pack_cpu(const PackJob& job, int threads) {
+  if (job.rows <= 0) return;
+  const int64_t places = job.groups ? job.groups[job.rows] - job.groups[0] : job.rows;
+  const int64_t elements = places * job.features;
+  const int64_t rows = kPackPiece * job.rows / std::max<int64_t>(elements, 1);
+  const int64_t grain = job.x_stride[2] == 1 ? std::max<int64_t>(rows, 1)
+                                             : std::max(rows / kPackTile, int64_t{1}) * kPackTile;
+  parallel(
+      job.rows, grain, elements < kPackSerial ? 1 : threads,
+      [](void* context, int64_t first, int64_t last) {
+        const PackJob& job = *static_cast<const PackJob*>(context);
+        kernels().run[int(job.source)](job, first, last);
+      },
+      const_cast<PackJob*>(&job));
+}
+
+namespace {
+
+namespace py = pybind11;
+
+DType source_of(const TensorView& x) {
+  if (x.is(kDLFloat, 16)) return DType::f16;
+  if (x.is(kDLBfloat, 16)) return DType::bf16;
+  if (x.is(kDLFloat, 32)) return DType::f32;
+  if (x.is(kDLFloat, 64)) return DType::f64;
+  throw std::invalid_argument("pack: no kernel for a tensor " + x.describe());
+}
+
+// Whether a tensor of this element type, [rows] or [rows, width], lies in memory without gaps.
+bool dense(const TensorView& t, uint8_t code, int bits, int64_t rows, int64_t width) {
+  if (!t.is(code, bits) || t.dims() != (width < 0 ? 1 : 2) || t.size(0) != rows) return false;
+  if (width < 0) return rows <= 1 || t.stride(0) == 1;
+  return t.size(1) == width && (width <= 1 || rows == 0 || t.stride(1) == 1) &&
+         (rows <= 1 || width == 0 || t.stride(0) == width);
+}
+
+void strides_of(const TensorView& x, int64_t* strides) {
+  for (int i = 0; i < 3; ++i) strides[i] = x.size(i) == 1 ? (i == 2) : x.stride(i);
+}
+
+
+// A job from the operator's arguments; `out` of f8 comes as bytes.
+PackJob job_of(py::handle out, py::handle scales, py::handle not_finite, py::handle x,
+               py::handle places, py::handle minus, py::handle groups, int pool, int stored,
+               int device) {
+  static constexpr int kBits[] = {32, 16, 16, 8, 8};
+  static constexpr uint8_t kCodes[] = {kDLFloat, kDLBfloat, kDLFloat, kDLUInt, kDLInt};
+  const TensorView in(x), at(places), to(out);
+  require(in.dims() == 3, "pack: x must be [entries, tokens, features]");
+  require(0 <= pool && pool <= 2 && 0 <= stored && stored <= 4, "pack: unknown pool or type");
+  require((pool != 0) == !groups.is_none(), "pack: groups go with a pool");
+  require((stored >= 3) == !scales.is_none(), "pack: scales go with 8-bit types");
+  PackJob job{};
+  job.source = source_of(in);
+  job.pool = Pool(pool);
+  job.stored = Stored(stored);
+  job.rows = to.dims() == 2 ? to.size(0) : -1;
+  job.features = in.size(2);
+  const int64_t count = at.dims() == 2 ? at.size(0) : -1;
+  require(dense(at, kDLInt, 32, count, 2), "pack: places must be dense int32 [places, 2]");
+  require(dense(to, kCodes[stored], kBits[stored], job.rows, job.features),
+          "pack: out must be dense [rows, features]");
+  require(pool != 0 || job.rows == count, "pack: out must have a row for each place");
+  strides_of(in, job.x_stride);
+  job.x = in.data();
+  job.places = reinterpret_cast<const int32_t*>(at.data());
+  job.out = to.data();
+  auto check_device = [device](const TensorView& t) {
+    require(t.device().type == device, "pack: a tensor is on another kind of device");
+  };
+  for (const TensorView* each : {&in, &at, &to}) check_device(*each);
+  if (!minus.is_none()) {
+    const TensorView view(minus);
+    check_device(view);
+    require(view.dims() == 3 && view.size(0) == in.size(0) && view.size(1) == in.size(1) &&
+                view.size(2) == in.size(2) && source_of(view) == job.source,
+            "pack: minus must have the shape and type of x");
+    strides_of(view, job.minus_stride);
+    job.minus = view.data();
+  }
+  if (!groups.is_none()) {
+    const TensorView view(groups);
+    check_device(view);
+    require(dense(view, kDLInt, 32, job.rows + 1, -1), "pack: groups must be int32 [rows + 1]");
+    job.groups = reinterpret_cast<const int32_t*>(view.data());
+  }
+  if (!scales.is_none()) {
+    const TensorView view(scales);
+    check_device(view);
+    require(dense(view, kDLFloat, 32, job.rows, -1), "pack: scales must be float32 [rows]");
+    job.scales = reinterpret_cast<float*>(view.data());
+  }
+  if (!not_finite.is_none()) {
+    const TensorView view(not_finite);
+    check_device(view);
+    require(dense(view, kDLInt, 64, 1, -1), "pack: not_finite must be int64 [1]");
+    job.not_finite = reinterpret_cast<int64_t*>(view.data());
+  }
+  return job;
+}
+
+void check_places(const PackJob& job, int64_t count, int64_t entries, int64_t tokens) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t *at = job.places + 2 * i;
+    require(0 <= at[0] && at[0] < entries && 0 <= at[1] && at[1] < tokens,
+            "pack: a place is outside x");
+  }
+  if (!job.groups) return;
+  require(job.groups[0] >= 0 && job.groups[job.rows] <= count, "pack: a group is outside places");
+  for (int64_t row = 0; row < job.rows; ++row)
+    require(job.groups[row] < job.groups[row + 1], "pack: a group is empty");
+}
+
+void pack_tensors(py::handle out, py::handle scales, py::handle not_finite, py::handle x,
+                  py::handle places, py::handle minus, py::handle groups, int pool, int stored,
+                  int threads) {
+  const PackJob job =
+      job_of(out, scales, not_finite, x, places, minus, groups, pool, stored, kDLCPU);
+  const TensorView in(x), at(places);
+  check_places(job, at.size(0), in.size(0), in.size(1));
+  py::gil_scoped_release release;
+  pack_cpu(job, threads);
+}
+
+#ifdef DREAMREADER_CUDA
+
+void check_cuda(cudaError_t error) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("pack_cuda: ") + cudaGetErrorString(error));
+}
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check_cuda(cudaGetDevice(&before_));
+    if (device != before_) check_cuda(cudaSetDevice(device));
+    changed_ = device != before_;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+void pack_tensors_cuda(py::handle out, py::handle scales, py::handle not_finite, py::handle x,
+                       py::handle places, py::handle minus, py::handle groups, int pool,
+                       int stored) {
+  const PackJob job =
+      job_of(out, scales, not_finite, x, places, minus, groups, pool, stored, kDLCUDA);
+  const TensorView in(x);
+  const DeviceGuard guard(in.device().id);
+  check_cuda(pack_cuda(job, static_cast<cudaStream_t>(in.stream())));
+}
+
+#endif
+
+Bind bind_pack([](py::module_& m) {
+  m.def("pack_cpu", &pack_tensors);
+#ifdef DREAMREADER_CUDA
+  m.def("pack_cuda", &pack_tensors_cuda);
+#endif
+});
+
+}  // namespace
+}  // namespace dreamreader

@@ -1,0 +1,27 @@
+// CPU kernels of the packing, one set per instruction set.
+#pragma once
+
+#include "pack.h"
+
+namespace dreamreader {
+
+constexpr int64_t kPackTile = 64;  // places that are read together where features are apart in memory
+
+// Packs the rows first .. last - 1; by element type of x: f16, bf16, f32, f64.
+struct PackKernels {
+  void (*run[4])(const PackJob& job, int64_t first, int64_t last);
+};
+
+namespace portable {
+extern const PackKernels pack;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const PackKernels pack;
+}
+namespace avx512 {
+extern const PackKernels pack;
+}
+#endif
+
+}  // namespace dreamreader

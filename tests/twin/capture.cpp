@@ -1,0 +1,186 @@
+// The writer with rows that are packed on a GPU, whose streams are threads here: its files must be those of rows that
+// are packed in host memory, and after the first unit it may not allocate nor wait for a stream. Packing itself is
+// plain: float32 in, float32 or int8 out.
+#include <cmath>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+
+#include "../../csrc/capture/crc32c.cpp"
+#include "../../csrc/capture/cuda_packer.cpp"
+#include "../../csrc/capture/file.cpp"
+#include "../../csrc/capture/packer.cpp"
+#include "../../csrc/capture/ring.cpp"
+#include "../../csrc/capture/writer.cpp"
+#define DR_ISA portable
+#include "../../csrc/capture/crc32c_simd.cpp"
+
+namespace dreamreader {
+
+Isa isa() { return Isa::portable; }
+
+void pack_cpu(const PackJob& job, int) {
+  for (int64_t r = 0; r < job.rows; ++r) {
+    const int64_t first = job.groups ? job.groups[r] : r, last = job.groups ? job.groups[r + 1] : r + 1;
+    bool finite = true;
+    float values[512], most = 0;
+    for (int64_t d = 0; d < job.features; ++d) {
+      float v = 0;
+      for (int64_t p = first; p < last; ++p)
+        v += static_cast<const float*>(
+            job.x)[job.places[2 * p] * job.x_stride[0] + job.places[2 * p + 1] * job.x_stride[1] + d];
+      values[d] = v;
+      finite = finite && std::isfinite(v);
+      if (std::isfinite(v)) most = std::fmax(most, std::fabs(v));
+    }
+    *job.not_finite += !finite;
+    if (job.scales) job.scales[r] = most;
+    for (int64_t d = 0; d < job.features; ++d) {
+      const int64_t at = r * job.features + d;
+      if (job.scales)
+        static_cast<int8_t*>(job.out)[at] = int8_t(std::fmin(127, std::fmax(-127, 127 * values[d] / most)));
+      else
+        static_cast<float*>(job.out)[at] = values[d];
+    }
+  }
+}
+
+cudaError_t pack_cuda(const PackJob& job, cudaStream_t stream) {
+  stream->add([=] { pack_cpu(job, 1); });
+  return cudaSuccess;
+}
+
+}  // namespace dreamreader
+
+using namespace dreamreader;
+namespace fs = std::filesystem;
+
+struct Input {
+  int site;
+  std::vector<float> x;
+  std::vector<int32_t> places, groups, keys;
+  int64_t features;
+};
+
+// 16 entries of 64 tokens; a row of the third site is the sum of `pooled` places.
+Input input(int site, int64_t features, int64_t rows, int pooled, int32_t moment, std::mt19937& random) {
+  Input in{site, {}, {}, {}, {}, features};
+  for (int64_t i = 0; i < 16 * 64 * features; ++i) in.x.push_back(float(random() % 2001) - 1000);
+  in.x[features * (random() % (16 * 64))] = INFINITY;
+  for (int64_t r = 0; r < rows; ++r) {
+    in.groups.push_back(int32_t(r) * pooled);
+    for (int p = 0; p < pooled; ++p) in.places.insert(in.places.end(), {int32_t(random() % 16), int32_t(random() % 64)});
+    in.keys.insert(in.keys.end(), {int32_t(r % 4), moment, int32_t(r / 40 % 2), int32_t(r)});
+  }
+  in.groups.push_back(int32_t(rows) * pooled);
+  return in;
+}
+
+bool failed = false;
+void expect(bool condition, const char* what) {
+  if (!condition) std::fprintf(stderr, "%s\n", what);
+  failed = failed || !condition;
+}
+
+Tail tail_of(const Writer& writer, int site) {
+  const SiteShape& shape = writer.shape(site);
+  const int64_t rows = writer.rows(site);
+  Tail tail;
+  tail.keys = kHeader + round_up(rows * shape.row_bytes, 8);
+  tail.scales = tail.keys + 16 * rows;
+  tail.checksums = tail.scales + (shape.scaled ? round_up(4 * rows, 8) : 0);
+  tail.segments = tail.checksums + round_up(4 * rows, 8);
+  tail.moments = tail.segments + 16 * int64_t(writer.segments(site).size());
+  tail.bytes = tail.moments + 56;
+  return tail;
+}
+
+// Two units; returns the rows that are not finite.
+std::vector<std::vector<int64_t>> fill(Writer& writer, Packer& packer, const std::vector<Input>& inputs,
+                                       const fs::path& folder, cudaStream_t* streams) {
+  std::vector<std::vector<int64_t>> found;
+  for (int unit = 0; unit < 2; ++unit) {
+    const fs::path own = folder / std::to_string(unit);
+    fs::create_directories(own);
+    writer.begin(own.string());
+    packer.clear();
+    const int64_t allocations = twin::allocations, waits = twin::waits;
+    for (size_t n = 0; n < inputs.size(); ++n) {
+      const Input& in = inputs[n];
+      if (streams) static_cast<CudaPacker&>(packer).use(0, streams[n / 3 % 2]);
+      const SiteShape& shape = writer.shape(in.site);
+      PackJob job{};
+      job.x = in.x.data();
+      job.source = DType::f32;
+      job.x_stride[0] = 64 * in.features;
+      job.x_stride[1] = in.features;
+      job.x_stride[2] = 1;
+      job.places = in.places.data();
+      job.pool = shape.pool;
+      job.groups = shape.pool == Pool::none ? nullptr : in.groups.data();
+      job.rows = int64_t(in.keys.size()) / 4;
+      job.features = in.features;
+      job.stored = shape.stored;
+      writer.put(in.site, job, int64_t(in.places.size()) / 2, in.keys.data(), packer);
+    }
+    expect(unit == 0 || allocations == twin::allocations, "the second unit allocated memory");
+    expect(waits == twin::waits, "a put waited for a stream");
+    writer.flush();
+    for (int site = 0; site < writer.sites(); ++site) {
+      found.push_back(writer.not_finite(site));
+      writer.finish(site, std::string(kHeader, 'h'), std::string(56, 'm'), tail_of(writer, site));
+    }
+    writer.wait();
+  }
+  return found;
+}
+
+std::string content(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+int main(int, char** arguments) {
+  const fs::path folder = arguments[1];
+  std::mt19937 random(3);
+  std::vector<Input> inputs;
+  for (int n = 0; n < 12; ++n) {
+    inputs.push_back(input(0, 333, 60 + n, 1, n / 4, random));
+    inputs.push_back(input(1, 77, 200 + n, 1, n / 4, random));
+    inputs.push_back(input(2, 3, 64, 3000, n / 4, random));  // more places than a part of the stage holds
+  }
+  // No ring is full meanwhile, so the stage has to hold these back.
+  for (int n = 0; n < 8; ++n) inputs.push_back(input(2, 3, 64, 3000, 2, random));
+  twin::Stream one(300), two(40);
+  cudaStream_t streams[] = {&one, &two};
+  std::vector<std::vector<int64_t>> counts[2];
+  for (int gpu = 0; gpu < 2; ++gpu) {
+    Writer writer({1 << 18, 2, false, 100});
+    writer.site({"rows", 333, 4 * 333, Stored::f32, Pool::none, false});
+    writer.site({"scaled", 77, 77, Stored::i8, Pool::none, true});
+    writer.site({"pooled", 3, 12, Stored::f32, Pool::mean, false});
+    std::unique_ptr<Packer> packer;
+    if (gpu)
+      packer = std::make_unique<CudaPacker>(0, writer.ring());
+    else
+      packer = std::make_unique<HostPacker>(1);
+    counts[gpu] = fill(writer, *packer, inputs, folder / (gpu ? "gpu" : "host"), gpu ? streams : nullptr);
+    expect(writer.counts().waits > 0, "the ring was never full");
+    if (gpu) {  // a unit that is dropped while its rows are on their way
+      writer.begin((folder / "gpu").string());
+      writer.put(0, PackJob{inputs[0].x.data(), nullptr, DType::f32, {64 * 333, 333, 1}, {}, inputs[0].places.data(),
+                            nullptr, Pool::none, 60, 333, Stored::f32, nullptr, nullptr, nullptr},
+                 60, inputs[0].keys.data(), *packer);
+      writer.abandon();
+      for (cudaStream_t each : streams) cudaStreamSynchronize(each);
+    }
+  }
+  expect(counts[0] == counts[1], "rows that are not finite were counted differently");
+  for (const char* unit : {"0", "1"})
+    for (const char* name : {"rows", "scaled", "pooled"}) {
+      const std::string host = content(folder / "host" / unit / name), gpu = content(folder / "gpu" / unit / name);
+      expect(host.size() > kHeader && host == gpu, name);
+    }
+  return failed;
+}

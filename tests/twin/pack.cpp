@@ -1,0 +1,46 @@
+// The CUDA source of the packing, compiled for the CPU, behind one C function.
+#include <cstdio>
+
+#include "../../csrc/pack.cu"
+
+namespace dreamreader {
+namespace {
+alignas(16) char shared[twin::kShared];  // what the kernels declare as extern
+}
+}  // namespace dreamreader
+
+char* twin::shared_memory() { return dreamreader::shared; }
+
+// Plain integers and pointers, in the order of tests/twin/__init__.py.
+struct Call {
+  const void *x, *minus, *places, *groups;
+  void *out, *scales, *not_finite;
+  int64_t source, stored, pool, rows, features;
+  int64_t x_strides[3], minus_strides[3];
+};
+
+// Returns the CUDA error, or -1 with a message where the twin found something; counts the launches.
+extern "C" int pack(const Call* c, int64_t* launches, char* message, size_t size) {
+  using namespace dreamreader;
+  PackJob job = {};
+  job.x = c->x;
+  job.minus = c->minus;
+  job.places = static_cast<const int32_t*>(c->places);
+  job.groups = static_cast<const int32_t*>(c->groups);
+  job.out = c->out;
+  job.scales = static_cast<float*>(c->scales);
+  job.not_finite = static_cast<int64_t*>(c->not_finite);
+  job.source = DType(c->source);
+  job.stored = Stored(c->stored);
+  job.pool = Pool(c->pool);
+  job.rows = c->rows;
+  job.features = c->features;
+  std::memcpy(job.x_stride, c->x_strides, sizeof(c->x_strides));
+  std::memcpy(job.minus_stride, c->minus_strides, sizeof(c->minus_strides));
+  twin::error.clear();
+  twin::launches = 0;
+  const cudaError_t error = pack_cuda(job, nullptr);
+  *launches = twin::launches;
+  std::snprintf(message, size, "%s", twin::error.c_str());
+  return twin::error.empty() ? int(error) : -1;
+}
