@@ -57,3 +57,106 @@ def attention_words_cuda(
     causal: bool,
     scale: float,
 ) -> None: ...
+def permuted_cpu(indices: Tensor, out: Tensor, n: int, seed: int) -> None: ...
+def pack_cpu(
+    out: Tensor,
+    scales: Tensor | None,
+    not_finite: Tensor | None,
+    x: Tensor,
+    places: Tensor,
+    minus: Tensor | None,
+    groups: Tensor | None,
+    pool: int,
+    stored: int,
+    threads: int,
+) -> None: ...
+def pack_cuda(
+    out: Tensor,
+    scales: Tensor | None,
+    not_finite: Tensor | None,
+    x: Tensor,
+    places: Tensor,
+    minus: Tensor | None,
+    groups: Tensor | None,
+    pool: int,
+    stored: int,
+) -> None: ...
+def choose_cpu(
+    tokens: Tensor,
+    offsets: Tensor,
+    entries: Tensor,
+    samples: Tensor,
+    branches: Tensor,
+    streams: Tensor,
+    counts: Tensor | None,
+    shift: Tensor | None,
+    moment: int,
+    places: Tensor,
+    keys: Tensor,
+) -> int: ...
+def counts_of_budget_cpu(
+    budget: int, calls: int, call: int, streams: Tensor, counts: Tensor
+) -> None: ...
+
+class Gather:
+    open: int
+    def __init__(
+        self,
+        names: list[str],
+        file_rows: Tensor,
+        file: Tensor,
+        first: Tensor,
+        start: Tensor,
+        stored: int,
+        width: int,
+        most: int,
+    ) -> None: ...
+    def choose(self, rows: Tensor, begin: int, span: int, every: int, table: bytes) -> None: ...
+    def count(self, counts: Tensor, threads: int) -> tuple[str, int, int, str] | None: ...
+    def read(
+        self,
+        position: int,
+        seed: int | None,
+        out: Tensor,
+        mean: Tensor | None,
+        scale: Tensor | None,
+        keys: Tensor | None,
+        checked: bool,
+        threads: int,
+    ) -> tuple[str, int, int, str] | None: ...
+
+def crc32c(parts: Sequence[Any], out: Any) -> None: ...
+
+class ShardWriter:
+    def __init__(
+        self,
+        ring_bytes: int,
+        threads: int,
+        pack_threads: int,
+        leave_out: bool,
+        wait_micro: int = 0,  # before each write; for tests, as a slow disk
+    ) -> None: ...
+    def close(self) -> None: ...
+    def site(self, file: str, features: int, stored: int, pool: int) -> int: ...
+    def begin(self, folder: str) -> None: ...
+    def put(
+        self,
+        site: int,
+        x: Tensor,
+        places: Tensor,
+        keys: Tensor,
+        minus: Tensor | None,
+        groups: Tensor | None,
+    ) -> int: ...
+    def flush(self) -> None: ...
+    def used(self) -> list[int]: ...
+    def rows(self, site: int) -> int: ...
+    def segments(self, site: int) -> bytes: ...
+    def not_finite(self, site: int) -> list[int]: ...
+    def left_out(self, site: int) -> list[int]: ...
+    def finish(
+        self, site: int, header: bytes, moments: bytes, tail: tuple[int, int, int, int, int, int]
+    ) -> None: ...
+    def wait(self) -> None: ...
+    def abandon(self) -> None: ...
+    def info(self) -> dict[str, Any]: ...

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +57,28 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> Path:
     with replacing(path) as part:
         part.write_bytes(data)
     return Path(path)
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a temporary folder beside `path`, renamed to `path` when the block ends well.
+
+    Raises:
+        InvalidInput: there is something at `path` already, or it cannot be written.
+    """
+    target = Path(path)
+    if target.exists():
+        raise InvalidInput(f"{target} is there already; name a new folder")
+    with explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    try:
+        yield part
+        with explained(target):
+            part.chmod(0o777 & ~_umask())
+            part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _umask() -> int:

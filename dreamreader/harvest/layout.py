@@ -183,6 +183,18 @@ def is_sealed(name: str) -> bool:
     return re.fullmatch(r"\d{6,}", name) is not None
 
 
+def check_format(where: object, found: object) -> None:
+    """Refuses what a newer version wrote.
+
+    Raises:
+        InvalidInput: the format is not one that this version reads.
+    """
+    if not isinstance(found, int) or not 1 <= found <= FORMAT:
+        raise InvalidInput(
+            f"{where} is of format {found}, this version of dreamreader reads up to {FORMAT}"
+        )
+
+
 def _bytes(kind: str, shape: list[int]) -> int:
     size = {"F64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I8": 1}
     count = size[kind]

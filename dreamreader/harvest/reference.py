@@ -12,14 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dreamreader._files import explained
-from dreamreader.harvest.checksum import crc32c
+from dreamreader.harvest.checksum import crc32c_reference
 from dreamreader.harvest.layout import Moment, SiteLayout, header_of, tensors_of
 from dreamreader.harvest.unit import Shard, begin_unit, crc32c_of, seal_unit
+from dreamreader.ops.pack import POOLS, pack_reference
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-_LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
 
 @dataclass
@@ -73,13 +72,17 @@ class ReferenceWriter:
         Returns:
             How many rows were kept: all, or 0 where there was no room and the job leaves out.
         """
+        if not len(keys):
+            return 0
         layout, held = self.sites[site], self._rows.setdefault(site, _Rows())
-        rows, finite = _rows(x, places, minus, groups, layout.pool)
-        values, scales = _stored(rows, layout.stored)
-        if layout.stored.is_floating_point and not layout.scaled:
-            finite &= values.isfinite().all(1)
-        moment = int(keys[0, 1]) if len(keys) else 0
-        held.not_finite[moment] = held.not_finite.get(moment, 0) + int((~finite).sum())
+        values = torch.empty(len(keys), layout.width, dtype=layout.stored)
+        scales = torch.empty(len(keys)) if layout.scaled else None
+        odd = torch.zeros(1, dtype=torch.int64)
+        less = None if minus is None else minus.detach()
+        pool = POOLS.index(layout.pool)
+        pack_reference(values, scales, odd, x.detach(), places, less, groups, pool)
+        moment = int(keys[0, 1])
+        held.not_finite[moment] = held.not_finite.get(moment, 0) + int(odd)
         held.values.append(values)
         held.keys.append(keys.clone())
         if scales is not None:
@@ -99,7 +102,6 @@ class ReferenceWriter:
             found = [
                 self._write(site, held, moments, list(branches))
                 for site, held in sorted(self._rows.items())
-                if held.keys
             ]
         seal_unit(self._part, self._unit, self.run, found, samples)
         self._part = None
@@ -146,7 +148,7 @@ class ReferenceWriter:
             whole[start : start + part.size] = part.reshape(-1)
         whole[: at.values] = np.frombuffer(header, dtype=np.uint8)
         for start, part in (
-            (at.checksums, crc32c(*parts)),
+            (at.checksums, crc32c_reference(*parts)),
             (at.segments, segments),
             (at.moments, times),
         ):
@@ -163,32 +165,6 @@ def segments_of(keys: Int[np.ndarray, "rows 4"]) -> Int[np.ndarray, "segments 4"
     first = np.concatenate([[0], starts]).astype(np.int32)
     rows = np.diff(np.append(first, len(keys))).astype(np.int32)
     return np.column_stack([pair[first], first, rows]).astype(np.int32)
-
-
-def _rows(
-    x: Tensor, places: Tensor, minus: Tensor | None, groups: Tensor | None, pool: str
-) -> tuple[Tensor, Tensor]:
-    """The rows before they are converted, and which of them are finite."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    entry, token = places.long().unbind(1)
-    rows = x[entry, token].to(wide)
-    if minus is not None:
-        rows = rows - minus[entry, token].to(wide)
-    if pool != "none":
-        assert groups is not None
-        parts = rows.split(groups.diff().tolist())
-        rows = torch.stack([each.mean(0) if pool == "mean" else each.amax(0) for each in parts])
-    return rows, rows.isfinite().all(1)
-
-
-def _stored(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    if dtype not in _LARGEST:
-        return rows.to(dtype), None
-    largest = _LARGEST[dtype]
-    scales = rows.where(rows.isfinite(), 0).abs().amax(1).float() / largest
-    scales = scales.where(scales > 0, 1)
-    q = (rows / scales[:, None].to(rows.dtype)).clamp(-largest, largest)
-    return (q.nan_to_num(0).round() if dtype == torch.int8 else q).to(dtype), scales
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dreamreader._files import explained, write_atomic
+from dreamreader.errors import InvalidInput
 from dreamreader.harvest.checksum import crc32c
-from dreamreader.harvest.layout import FORMAT, SiteLayout, unit_folder
+from dreamreader.harvest.layout import FORMAT, SiteLayout, check_format, unit_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -91,8 +92,21 @@ def seal_unit(
 
 
 def read_unit(folder: Path) -> Mapping[str, Any]:
-    """The content of unit.json."""
-    return json.loads((folder / "unit.json").read_text())
+    """The content of unit.json.
+
+    Raises:
+        InvalidInput: it is missing, damaged, or of a newer format.
+    """
+    file = folder / "unit.json"
+    try:
+        content = json.loads(file.read_bytes())
+        found = content["format"]
+    except FileNotFoundError:
+        raise InvalidInput(f"{file} is missing") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidInput(f"{file} is damaged: {error}") from error
+    check_format(file, found)
+    return content
 
 
 def _whole(file: Path) -> dict[str, int]:
