@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dreamreader.edits import Ablate, Clamp, Edit, Patch, Scale, Steer
     from dreamreader.engine import Activation, Cache, Reader, Record
     from dreamreader.experiments import Experiment
+    from dreamreader.harvest import Harvest
     from dreamreader.zoo import load
 
 
@@ -27,6 +28,7 @@ _HOME = {
     "Patch": "edits",
     "Edit": "edits",
     "Experiment": "experiments",
+    "Harvest": "harvest",
     "load": "zoo",
 }
 _MODULES = (
@@ -35,6 +37,7 @@ _MODULES = (
     "engine",
     "errors",
     "experiments",
+    "harvest",
     "localise",
     "metrics",
     "ops",
@@ -50,6 +53,7 @@ __all__ = [
     "Clamp",
     "Edit",
     "Experiment",
+    "Harvest",
     "Patch",
     "Reader",
     "Record",

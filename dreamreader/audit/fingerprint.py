@@ -173,6 +173,18 @@ def plain(value: Any) -> Any:
     raise InvalidInput(f"a setting of type {type(value).__name__} has no canonical form")
 
 
+def portable(value: Any) -> Any:
+    """Files by name, as what they hold is hashed apart; floats as text where JSON has none."""
+    if isinstance(value, Mapping):
+        return {
+            key: Path(each).name if key == "file" and isinstance(each, str) else portable(each)
+            for key, each in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [portable(each) for each in value]
+    return value if not isinstance(value, float) or value - value == 0 else repr(value)
+
+
 def _bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes()

@@ -4,7 +4,19 @@ from typing import Annotated
 
 import typer
 
-from dreamreader.cli import bench, demo, doctor, generate, plan, run, runs, sites, zoo
+from dreamreader.cli import (
+    bench,
+    demo,
+    doctor,
+    generate,
+    harvest,
+    plan,
+    run,
+    runs,
+    sites,
+    store,
+    zoo,
+)
 
 HELP = """Read and change what happens inside diffusion pipelines and language models.
 
@@ -12,6 +24,7 @@ HELP = """Read and change what happens inside diffusion pipelines and language m
 Examples:
   dreamreader demo                               steer a model, measured, in two minutes
   dreamreader run examples/patch-colour.yaml     an experiment from a file
+  dreamreader harvest examples/harvest/attention.yaml -o activations
   dreamreader sites shapes-unet "unet.**.attn2"  where an edit can go
   dreamreader generate "a red circle" --seed 3   pictures from an embedded model
   dreamreader doctor                             which kernels run here, and why
@@ -25,9 +38,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (demo, run, plan, runs, sites, generate, doctor, bench):
+for command in (demo, run, plan, runs, harvest, sites, generate, doctor, bench):
     command.register(app)
 app.add_typer(zoo.app, name="zoo")
+app.add_typer(store.app, name="store")
 
 
 def _version(wanted: bool) -> None:

@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
+    ProgressColumn,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -30,12 +31,13 @@ def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
     return found
 
 
-def progress() -> Progress:
-    """A progress display on stderr; only its last state where there is no terminal."""
+def progress(*columns: ProgressColumn) -> Progress:
+    """A progress display on stderr, with more columns; only its last state without a terminal."""
     return Progress(
         TextColumn("{task.description:<14}", markup=False),
         BarColumn(bar_width=28),
         TaskProgressColumn(),
+        *columns,
         TimeElapsedColumn(),
         TimeRemainingColumn(compact=True),
         console=console(stderr=True),

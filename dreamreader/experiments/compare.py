@@ -1,8 +1,7 @@
 """Comparing runs: what differs between two, and whether one can be repeated."""
 
-import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import numpy as np
 import yaml
 
+from dreamreader.audit.differences import Difference, differences
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.folder import RunFolder
 from dreamreader.experiments.job import Job
 from dreamreader.experiments.row import Unit
 
-Difference = tuple[str, Any, Any]
 _NOT_RESULTS = {"row", "seed", "base", "unit", "strength"}
 
 
@@ -62,16 +61,6 @@ def diff(first: Path, second: Path) -> RunDifference:
         sum(digests[0][n] == digests[1][n] for n in shared),
         (len(rows[0]), len(rows[1])),
     )
-
-
-def differences(a: Any, b: Any, at: str = "") -> Iterator[Difference]:
-    """Places where two nested values differ, with both values; None where one has nothing."""
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        for key in dict.fromkeys([*a, *b]):
-            inner = f"{at}.{key}" if at else str(key)
-            yield from differences(a.get(key), b.get(key), inner)
-    elif json.dumps(a, sort_keys=True, default=str) != json.dumps(b, sort_keys=True, default=str):
-        yield at, a, b
 
 
 def condition_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -5,16 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.job import Job
 from dreamreader.experiments.row import Row, Unit
+from dreamreader.specs.batch import GIB, activation_bytes, duration, rows_that_fit
 
-MOST_ROWS = 48  # in one call; more gain nothing on a CPU and little on a GPU
 TIMED_ROWS = 4
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -49,8 +45,8 @@ class Plan:
                 f"rows      {len(self.rows):,}: {listed}",
                 f"batches   {len(self.units):,} of up to {self.batch} rows",
                 f"sites     {len(self.sites)}" + "".join(f"\n          {each}" for each in sites),
-                f"memory    about {self.batch * self.row_bytes / _GIB:.2g} GiB for activations",
-                f"time      about {_duration(self.seconds)}",
+                f"memory    about {self.batch * self.row_bytes / GIB:.2g} GiB for activations",
+                f"time      about {duration(self.seconds)}",
             ]
         )
 
@@ -72,7 +68,7 @@ def make_plan(job: Job, batch: int | None = None, estimates: bool = True) -> Pla
     with job.uncounted():
         row_bytes = probe(job) if sized else 0
         seconds = time_of_row(job) if estimates else 0.0
-    job.use_batch(batch or _rows_that_fit(job, row_bytes))
+    job.use_batch(batch or rows_that_fit(job.spec.batch, row_bytes))
     rows = job.rows
     _check_axes(rows)
     conditions: dict[str, int] = {}
@@ -93,34 +89,11 @@ def _check_axes(rows: Sequence[Row]) -> None:
 
 
 def probe(job: Job) -> int:
-    """Bytes of activations of one row, from running one for a single step.
-
-    An estimate from what modules give: three times the largest result, and half of all others,
-    which residual connections and attention may hold at the same time.
-    """
-    sizes: list[int] = []
-
-    def measure(module: nn.Module, args: Any, output: Any) -> None:
-        tensors = output if isinstance(output, tuple) else (output,)
-        sizes.append(sum(each.nbytes for each in tensors if isinstance(each, torch.Tensor)))
-
-    subject: Any = job.reader.subject
-    parts = getattr(subject, "components", {"": subject}).values()
-    leaves = [
-        module
-        for part in parts
-        if isinstance(part, nn.Module)
-        for module in part.modules()
-        if not any(True for _ in module.children())
-    ]
-    handles = [module.register_forward_hook(measure) for module in leaves]
+    """Bytes of activations of one row, from running one for a single step."""
     changes: dict[str, Any] = {} if job.is_language else {"num_inference_steps": 1}
-    try:
-        job.draw([job.items[0].prompt], [0], **changes)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return 3 * max(sizes, default=0) + sum(sizes) // 2
+    return activation_bytes(
+        job.reader.subject, lambda: job.draw([job.items[0].prompt], [0], **changes)
+    )
 
 
 def time_of_row(job: Job) -> float:
@@ -137,28 +110,3 @@ def time_of_row(job: Job) -> float:
     once, thrice = (timed({"num_inference_steps": n}) for n in (1, 3))
     step = max(thrice - once, 0.0) / 2
     return (max(once - step, 0.0) + step * (job.steps or 1)) / len(rows)
-
-
-def _rows_that_fit(job: Job, row_bytes: int) -> int:
-    wanted = job.spec.batch.rows
-    if isinstance(wanted, int):
-        return wanted
-    from dreamreader.engine.recorder import _available as available
-
-    limit = job.spec.batch.memory
-    allowed = limit * _GIB if limit is not None else available() / 2
-    fitting = int(allowed // max(row_bytes, 1))
-    if fitting < 1:
-        raise InvalidInput(
-            f"batch.memory: one row takes about {row_bytes / _GIB:.2g} GiB, {allowed / _GIB:.2g} "
-            "GiB are allowed"
-        )
-    return min(fitting, MOST_ROWS)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

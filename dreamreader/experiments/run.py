@@ -3,7 +3,6 @@
 import hashlib
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,8 @@ import yaml
 from torch import Tensor
 
 from dreamreader.audit import fingerprint
+from dreamreader.audit.differences import first_difference
+from dreamreader.audit.fingerprint import portable
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.folder import FORMAT, RunFolder
 from dreamreader.experiments.job import Job
@@ -72,7 +73,7 @@ def begun(job: Job, folder: RunFolder) -> Plan:
     taken = fingerprint(job.reader.subject, _settings(job, plan), job.seeds)
     if earlier is not None and earlier["digest"] != taken.digest:
         raise InvalidInput(
-            f"{folder.path} holds another run: {_first_difference(earlier, taken.as_dict())}. Give "
+            f"{folder.path} holds another run: {first_difference(earlier, taken.as_dict())}. Give "
             "another folder, or delete this one"
         )
     listed = [[unit.start, unit.stop] for unit in plan.units]
@@ -228,24 +229,12 @@ def _settings(job: Job, plan: Plan) -> dict[str, Any]:
     items = [[item.id, item.prompt, item.target, dict(item.columns)] for item in job.items]
     text = repr(items).encode()
     return {
-        "spec": _portable(job.spec.model_dump(mode="json", exclude={"name", "save"})),
+        "spec": portable(job.spec.model_dump(mode="json", exclude={"name", "save"})),
         "prompts": hashlib.sha256(text).hexdigest(),
         "inputs": job.spec.method.inputs(job),
         "metrics": [metric.name for metric in job.metrics],
         "batches": [[unit.start, unit.stop] for unit in plan.units],
     }
-
-
-def _portable(value: Any) -> Any:
-    """Files by name, as what they hold is hashed apart; floats as text where JSON has none."""
-    if isinstance(value, Mapping):
-        return {
-            key: Path(each).name if key == "file" and isinstance(each, str) else _portable(each)
-            for key, each in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [_portable(each) for each in value]
-    return value if not isinstance(value, float) or value - value == 0 else repr(value)
 
 
 def _check_version(folder: RunFolder, plan: Any) -> None:
@@ -254,15 +243,6 @@ def _check_version(folder: RunFolder, plan: Any) -> None:
             f"{folder.path} was written in format {plan.get('format')}, this version writes "
             f"{FORMAT}: give another folder"
         )
-
-
-def _first_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    from dreamreader.experiments.compare import differences
-
-    skipped = ("digest", "machine")
-    left, right = ({k: v for k, v in each.items() if k not in skipped} for each in (a, b))
-    name, old, new = next(iter(differences(left, right)), ("content", "?", "?"))
-    return f"{name} was {old}, is {new}"
 
 
 def _digest(outputs: Outputs, number: int) -> str:

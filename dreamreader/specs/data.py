@@ -1,9 +1,6 @@
 """The prompts of a spec: inline, from files, or captions of the embedded world."""
 
-import csv
-import io
 import itertools
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.specs.files import FileRows
 from dreamreader.specs.parts import Data, Scenes
 
 # Columns that the run makes itself.
@@ -49,7 +47,7 @@ def read_items(data: Data, label: str = "data") -> list[Item]:
     if data.scenes is not None:
         found = list(scene_items(data.scenes))
     else:
-        found = [_item(n, row, where) for n, (row, where) in enumerate(_rows(data, label))]
+        found = [item_of(n, row, where) for n, (row, where) in enumerate(_rows(data, label))]
     if data.limit is not None:
         found = found[: data.limit]
     if not found:
@@ -95,100 +93,50 @@ def pairs_only(items: Sequence[Item], label: str) -> None:
 
 def _rows(data: Data, label: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     if data.file is not None:
-        yield from _file_rows(Path(data.file))
+        yield from FileRows(Path(data.file))
         return
     for number, entry in enumerate(data.prompts or data.pairs or ()):
         row = {"prompt": entry} if isinstance(entry, str) else entry
         yield row, f"{label}.{'prompts' if data.prompts else 'pairs'}.{number}"
 
 
-def _item(number: int, row: Mapping[str, Any], where: str) -> Item:
+def item_of(
+    number: int,
+    row: Mapping[str, Any],
+    where: str,
+    names: Sequence[str] = _SOURCE,
+    targets: Sequence[str] = _TARGET,
+    reserved: Sequence[str] = RESERVED,
+) -> Item:
+    """The prompt, or pair, that a row of the data holds.
+
+    Args:
+        number: its place in the data. where: the same for messages.
+        names: columns that the prompt may be in. targets: those of the other prompt of a pair.
+        reserved: columns that it may not have.
+
+    Raises:
+        InvalidInput: the row has no prompt, several, or a column that it may not have.
+    """
     rest = dict(row)
-    for names in (_SOURCE, _TARGET):
-        several = [name for name in names if name in rest]
+    for each in (names, targets):
+        several = [name for name in each if name in rest]
         if len(several) > 1:
             raise InvalidInput(
                 f"{where}: {' and '.join(several)} both name the prompt; rename one of the columns"
             )
-    prompt = next((rest.pop(name) for name in _SOURCE if name in rest), None)
-    target = next((rest.pop(name) for name in _TARGET if name in rest), None)
+    prompt = next((rest.pop(name) for name in names if name in rest), None)
+    target = next((rest.pop(name) for name in targets if name in rest), None)
     for name, value in (("prompt", prompt), ("target", target)):
         if value is None and name == "target":
             continue
         if not isinstance(value, str) or not value.strip():
             raise InvalidInput(f"{where}: {name} must be text, got {value!r}")
-    reserved = [name for name in rest if name in RESERVED]
-    if reserved:
-        raise InvalidInput(f"{where}: the column {reserved[0]!r} is made by the run; rename it")
+    taken = [name for name in rest if name in reserved]
+    if taken:
+        raise InvalidInput(f"{where}: the column {taken[0]!r} is made by the run; rename it")
     name = rest.pop("id", None)
     return Item(str(number if name is None else name), str(prompt), target, rest)
-
-
-def _file_rows(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    if not path.is_file():
-        raise InvalidInput(f"data.file: {path} does not exist")
-    kind = path.suffix.lower()
-    if kind == ".txt":
-        for number, line in enumerate(_text(path).splitlines(), 1):
-            if line.strip():
-                yield {"prompt": line.strip()}, f"{path}:{number}"
-    elif kind == ".csv":
-        yield from _csv_rows(path)
-    elif kind in (".jsonl", ".ndjson"):
-        yield from _json_rows(path)
-    elif kind == ".parquet":
-        yield from _parquet_rows(path)
-    else:
-        raise InvalidInput(f"data.file: {path} ends in {kind!r}; known: .txt .csv .jsonl .parquet")
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"{path}: no UTF-8 text ({error.reason})") from error
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
-    try:
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in row:
-                raise InvalidInput(
-                    f"{where}: {len(row[None])} more values than columns; a value with a comma "
-                    'stands in "quotes"'
-                )
-            yield row, where
-    except csv.Error as error:
-        raise InvalidInput(f"{path}:{reader.line_num}: no CSV: {error}") from error
-
-
-def _json_rows(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InvalidInput(f"{path}:{number}: no JSON: {error.msg}") from error
-        if isinstance(row, str):
-            row = {"prompt": row}
-        if not isinstance(row, dict):
-            raise InvalidInput(f"{path}:{number}: an object or a text expected, got {row!r}")
-        yield row, f"{path}:{number}"
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        table = parquet.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InvalidInput(f"{path}: no whole Parquet file: {error}") from error
-    for number, row in enumerate(table.to_pylist()):
-        yield row, f"{path}: row {number}"
 
 
 def scene_items(wanted: Scenes) -> Iterator[Item]:

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from dreamreader.audit.differences import differences
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments import Experiment, diff, verify
-from dreamreader.experiments.compare import differences
 from dreamreader.experiments.folder import RunFolder
 
 from .conftest import MIDDLE, PAIRS

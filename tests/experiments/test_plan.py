@@ -7,7 +7,8 @@ import pytest
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments import Experiment
-from dreamreader.experiments.plan import MOST_ROWS, probe
+from dreamreader.experiments.plan import probe
+from dreamreader.specs.batch import MOST_ROWS
 
 from .conftest import MIDDLE, PAIRS
 

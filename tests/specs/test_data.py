@@ -144,7 +144,7 @@ def test_a_reserved_column(name: str) -> None:
         ("p.csv", "promt\na\n", "{path}:2: prompt must be text, got None"),
         ("p.csv", 'prompt,tag\n"a\nb",1\n,2\n', "{path}:4: prompt must be text, got ''"),
         ("p.csv", "prompt,tag\na, big, one,1\n", "{path}:2: 2 more values than columns; a value"),
-        ("p.csv", 'prompt\n"a', "{path}:1: no CSV: "),
+        ("p.csv", 'prompt\n"a', "{path}:2: no CSV: "),
         ("p.csv", "prompt\nk\xe4se\n".encode("latin-1"), "{path}: no UTF-8 text"),
         ("p.txt", b"\xff\xfe\x00", "{path}: no UTF-8 text"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', "{path}:2: no JSON: "),

@@ -1,0 +1,156 @@
+"""A harvest that is opened: the spec beside the subject and the prompts that it names."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from dreamreader.engine import Reader
+from dreamreader.errors import InvalidInput
+from dreamreader.harvest.capture import Collector, Sink
+from dreamreader.harvest.prompts import Prompts
+from dreamreader.harvest.spec import Capture, Choice, Spec
+from dreamreader.specs.data import Item
+from dreamreader.specs.subject import call_settings, is_language, opened, steps_of
+
+
+@dataclass(eq=False)
+class HarvestJob:
+    """What is run, and how.
+
+    A sample is a prompt with a seed; they are numbered prompt by prompt, and for each prompt seed
+    by seed.
+
+    Attributes:
+        spec: what is wanted. reader: of the subject.
+        prompts: of the spec. captures: of the spec, each with the names of its sites.
+    """
+
+    spec: Spec
+    reader: Reader
+    prompts: Prompts
+    captures: list[tuple[Capture, list[str]]] = field(default_factory=list)
+
+    @property
+    def is_language(self) -> bool:
+        return is_language(self.reader)
+
+    @property
+    def samples(self) -> int:
+        return self.prompts.count * len(self.spec.seed_list)
+
+    @property
+    def sites(self) -> list[str]:
+        return [name for _, names in self.captures for name in names]
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Arguments of the subject's call. Pictures are not decoded unless the decoder is read."""
+        found = call_settings(self.spec.subject, self.spec.pipeline)
+        if self.is_language or "output_type" in self.spec.pipeline:
+            return found
+        known = inspect.signature(type(self.reader.subject).__call__).parameters
+        if "output_type" in known and not any(name.startswith("vae") for name in self.sites):
+            found["output_type"] = "latent"
+        return found
+
+    @property
+    def steps(self) -> int | None:
+        """Denoising steps of a run; None for a language model."""
+        return steps_of(self.reader, self.settings)
+
+    def read(self, start: int, stop: int) -> tuple[list[Item], list[int]]:
+        """Prompts and seeds of samples number `start` .. `stop - 1`."""
+        seeds = self.spec.seed_list
+        first = start // len(seeds)
+        items = self.prompts.read(first, -(-stop // len(seeds)))
+        numbers = range(start, stop)
+        return (
+            [items[n // len(seeds) - first] for n in numbers],
+            [seeds[n % len(seeds)] for n in numbers],
+        )
+
+    def collector(self, sink: Sink) -> Collector:
+        generates = self.is_language and bool(self.settings)
+        calls = 1 if self.is_language and not generates else None
+        return Collector(self.captures, self.spec.token_seed, sink, calls)
+
+    def run(
+        self, items: Sequence[Item], seeds: Sequence[int], record: Sequence[Any], **changes: Any
+    ) -> None:
+        """Runs samples in one call of the subject."""
+        with torch.inference_mode():
+            self.reader.run(
+                [item.prompt for item in items],
+                record=list(record),
+                seeds=list(seeds),
+                **{**self.settings, **changes},
+            )
+
+
+def open_job(spec: Spec, reader: Reader | None = None) -> HarvestJob:
+    """Opens the subject of a spec and counts its prompts.
+
+    Args:
+        spec: what is wanted.
+        reader: used instead of opening `spec.subject`.
+
+    Raises:
+        InvalidInput, UnknownName: a part of the spec does not fit the subject or the data.
+    """
+    prompts = Prompts(spec.data)
+    if reader is None:
+        reader = opened(spec.subject)
+        tokenizer = reader.tokenizer
+        if tokenizer is not None and tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token  # padding is masked, and never stored
+    if is_language(reader):
+        reader = Reader(reader.subject, reader.tokenizer, _most_tokens(spec, reader))
+    elif spec.max_tokens is not None:
+        raise InvalidInput("max_tokens: the subject is no language model; leave it out")
+    job = HarvestJob(spec, reader, prompts, _captures(spec, reader))
+    if job.is_language and job.settings and any(_is_budget(c) for c in spec.capture):
+        raise InvalidInput(
+            "capture: a budget of tokens needs to know how many steps come, which a language model "
+            "that generates does not say; give tokens: {random: ...}"
+        )
+    return job
+
+
+def _captures(spec: Spec, reader: Reader) -> list[tuple[Capture, list[str]]]:
+    found, homes = [], {}
+    for number, capture in enumerate(spec.capture):
+        names: list[str] = []
+        for pattern in capture.patterns:
+            for name in reader.sites(pattern).names:
+                if homes.setdefault(name, number) != number:
+                    raise InvalidInput(
+                        f"capture.{number}.sites: {name} is in capture.{homes[name]} too; a site "
+                        "is stored once"
+                    )
+                if name not in names:
+                    names.append(name)
+        found.append((capture, names))
+    return found
+
+
+def _most_tokens(spec: Spec, reader: Reader) -> int | None:
+    """Tokens that a text may have: what the spec says, or the context without what is generated."""
+    config = reader.subject.config
+    context = getattr(config, "max_position_embeddings", None)
+    context = context or getattr(getattr(config, "text_config", None), "max_position_embeddings", 0)
+    room = context - int(spec.pipeline.get("max_new_tokens", 0)) if context else None
+    if spec.max_tokens is None:
+        return room
+    if room is not None and spec.max_tokens > room:
+        raise InvalidInput(
+            f"max_tokens: {spec.max_tokens} do not fit the model, which takes {room}"
+        )
+    return spec.max_tokens
+
+
+def _is_budget(capture: Capture) -> bool:
+    return isinstance(capture.tokens, Choice) and capture.tokens.budget is not None
