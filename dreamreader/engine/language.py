@@ -26,7 +26,7 @@ def run_language(
     memory_limit: int | None,
     arguments: dict[str, Any],
 ) -> "RunResult":
-    """Forward (no arguments) or generate (with arguments such as max_new_tokens) over rows.
+    """Forward (no arguments, or logits_to_keep) or generate (with others) over rows.
 
     All batches are padded on the left to the longest prompt of the run, so that a row's positions
     do not depend on its batch. Sampling runs row by row, each from its own seed.
@@ -47,10 +47,10 @@ def run_language(
         with session, torch.no_grad(), torch.random.fork_rng(enabled=sampling):
             if sampling:
                 torch.manual_seed(plan.seeds[start])
-            if arguments:
+            if arguments.keys() - {"logits_to_keep"}:
                 outputs.append(model.generate(**inputs, **arguments))
             else:
-                outputs.append(model(**inputs, **_positions(model, inputs)))
+                outputs.append(model(**inputs, **_positions(model, inputs), **arguments))
         found.append(session.activations(plan.rows))
         report.merge(session.report)
     output, text = _together(outputs, reader.tokenizer, length)

@@ -113,7 +113,7 @@ class Reader:
             batch_size: rows computed together; all by default.
             memory_limit: bytes that recordings may hold.
             arguments: passed on to the pipeline, or to the model's `generate` where it is a
-                language model (its plain forward where none are given).
+                language model (its plain forward where none but `logits_to_keep` are given).
 
         Raises:
             InvalidInput, UnknownName: an argument cannot be right; nothing is computed then.

@@ -58,6 +58,24 @@ class HarvestJob:
         return found
 
     @property
+    def generates(self) -> bool:
+        """Whether the subject is a language model that writes on, and not only reads."""
+        return self.is_language and bool(self.settings)
+
+    @cached_property
+    def call(self) -> dict[str, Any]:
+        """The settings; a language model that only reads makes the logits of its last token alone,
+        unless its head is captured: those of all tokens would take most of the memory."""
+        if not self.is_language or self.generates:
+            return self.settings
+        model = self.reader.subject
+        head = model.get_output_embeddings()
+        homes = [name for name, module in model.named_modules() if module is head]
+        read = any(site.startswith(home) for home in homes for site in self.sites)
+        takes = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        return {"logits_to_keep": 1} if takes and not read else {}
+
+    @property
     def steps(self) -> int | None:
         """Denoising steps of a run; None for a language model."""
         return steps_of(self.reader, self.settings)
@@ -74,8 +92,7 @@ class HarvestJob:
         )
 
     def collector(self, sink: Sink) -> Collector:
-        generates = self.is_language and bool(self.settings)
-        calls = 1 if self.is_language and not generates else None
+        calls = 1 if self.is_language and not self.generates else None
         return Collector(self.captures, self.spec.token_seed, sink, calls)
 
     def run(
@@ -87,7 +104,7 @@ class HarvestJob:
                 [item.prompt for item in items],
                 record=list(record),
                 seeds=list(seeds),
-                **{**self.settings, **changes},
+                **{**self.call, **changes},
             )
 
 
@@ -112,7 +129,7 @@ def open_job(spec: Spec, reader: Reader | None = None) -> HarvestJob:
     elif spec.max_tokens is not None:
         raise InvalidInput("max_tokens: the subject is no language model; leave it out")
     job = HarvestJob(spec, reader, prompts, _captures(spec, reader))
-    if job.is_language and job.settings and any(_is_budget(c) for c in spec.capture):
+    if job.generates and any(_is_budget(c) for c in spec.capture):
         raise InvalidInput(
             "capture: a budget of tokens needs to know how many steps come, which a language model "
             "that generates does not say; give tokens: {random: ...}"

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 
+from dreamreader.errors import InvalidInput
 from dreamreader.harvest.capture import Counter, Taken
 from dreamreader.harvest.job import HarvestJob
 from dreamreader.harvest.layout import tensors_of
@@ -90,6 +91,14 @@ def make_plan(
     spec = job.spec
     unit = spec.store.unit if isinstance(spec.store.unit, int) else unit
     batch = spec.batch.rows if isinstance(spec.batch.rows, int) else batch
+    if job.generates:
+        # Beside longer ones, a text that has ended would be followed by padding.
+        if batch not in (None, 1):
+            raise InvalidInput(
+                f"batch.rows: {batch} texts that are generated end at different places, so each is "
+                "run alone; leave it out"
+            )
+        batch = 1
     if batch is None:
         batch = rows_that_fit(spec.batch, _row_bytes(job))
     found = estimated(job, batch) if estimates or unit is None else None

@@ -82,12 +82,51 @@ def test_texts_are_stored_without_their_padding(tmp_path: Path) -> None:
 
 def test_generated_tokens_are_stored_at_their_positions(tmp_path: Path) -> None:
     made = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    store = texts(pipeline=made, data={"prompts": TEXTS[:2]}).run(tmp_path / "s")
+    changes = {"pipeline": made, "data": {"prompts": TEXTS[:2]}, "batch": {}}
+    store = texts(**changes).run(tmp_path / "s")
     for prompt in TEXTS[:2]:
         length = len(gpt2().tokenizer(prompt).input_ids)
         own = [key for key, _ in lines(store, LAYER) if key["prompt"] == prompt]
         assert [key["token"] for key in own] == list(range(length + 3))
         assert [key["step"] for key in own] == [0] * length + [1, 2, 3]
+
+
+def test_a_text_that_ended_has_no_rows_of_what_comes_after(tmp_path: Path) -> None:
+    model, tokenizer = gpt2().subject, gpt2().tokenizer
+    writes = {"max_new_tokens": 6, "do_sample": False}
+    ids = tokenizer(TEXTS[0], return_tensors="pt").input_ids
+    written = model.generate(ids, **writes, pad_token_id=0)[0].tolist()
+    made = {
+        **writes,
+        "eos_token_id": written[ids.shape[1] + 2],
+    }  # ends with the third at the latest
+    changes = {"pipeline": made, "data": {"prompts": TEXTS[:2]}, "batch": {}}
+    found = lines(texts(**changes).run(tmp_path / "s"), LAYER)
+    for prompt in TEXTS[:2]:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        length = model.generate(ids, **made, pad_token_id=0).shape[1]
+        # what is written last is not read any more
+        assert [k["token"] for k, _ in found if k["prompt"] == prompt] == list(range(length - 1))
+    with pytest.raises(
+        InvalidInput, match="batch.rows: 2 texts that are generated end at differen"
+    ):
+        texts(pipeline=made).plan()
+
+
+def test_logits_are_of_all_tokens_only_where_the_head_is_captured(tmp_path: Path) -> None:
+    seen = []
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        seen.append(output.shape[1])
+
+    handle = gpt2().subject.lm_head.register_forward_hook(note)
+    try:
+        texts().run(tmp_path / "s")
+        assert set(seen) == {1}
+        head = texts(capture=[{"sites": "lm_head"}]).run(tmp_path / "t")
+    finally:
+        handle.remove()
+    assert head.rows == sum(len(gpt2().tokenizer(each).input_ids) for each in TEXTS)
 
 
 def test_sites_of_several_widths_steps_and_dtypes_in_one_pass(tmp_path: Path) -> None:
