@@ -1,13 +1,14 @@
-"""Opening a store whose index describes a billion rows, and what a row costs to index and verify.
+"""Opening a store whose index describes a billion rows, and what one of its rows costs.
 
     python benchmarks/store_scale.py [--rows 1000000000] [--shards 10000] [--segments 1000000]
 
 Simulated: the large store has a manifest and an index, and no shards; its index is made by the
 code that indexes real ones, from headers that exist in memory only. It is opened in a process of
 its own, whose memory is what the kernel says, beside what it had after its imports. Measured on
-real files: stores of 1e5 to 1e7 short rows are indexed and verified, and what one row costs must
-not grow with their number. Nothing is written unless the segments of the large store sum to its
-rows and the real stores verify.
+real files: stores of 1e5 to 1e7 short rows are written, indexed and verified, and what one row
+costs must not grow with their number; shuffling (the place of a row in the order of an epoch, and
+the shard that has it) is timed on indexes of 1e5 to 1e9 rows. Nothing is written unless the
+segments of the large store sum to its rows and the real stores verify.
 """
 
 import argparse
@@ -29,9 +30,10 @@ from paired import environment, write
 from dreamreader.harvest.index import Index, save_index, table_of, write_index
 from dreamreader.harvest.layout import Moment, SiteLayout, tensors_of
 from dreamreader.harvest.manifest import Job, Manifest
-from dreamreader.harvest.reference import ReferenceWriter
 from dreamreader.harvest.shard import ShardFile
 from dreamreader.harvest.verify import verify
+from dreamreader.harvest.writer import open_writer
+from dreamreader.ops import permuted
 
 RUN = "0" * 64
 SITES = [
@@ -39,8 +41,10 @@ SITES = [
 ]
 STEPS, BRANCHES = 50, ("cond", "uncond")
 REAL = (100_000, 1_000_000, 10_000_000)  # rows
+SHUFFLED = (10**5, 10**6, 10**7, 10**8, 10**9)
+ASKED = 1_000_000  # rows of each whose places are asked for
 UNIT, RUN_ROWS, WIDTH = 100_000, 1000, 16  # of the real stores
-GOALS = {"open": 2.0, "segments_of_all_sites": 1.0, "megabytes": 300.0}
+GOALS = {"open": 2.0, "first_shuffled_batch": 1.0, "megabytes": 300.0}
 
 OPEN = """
 import json, sys, time
@@ -50,6 +54,8 @@ def memory(name):
     return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(name))
 
 import torch, numpy, pyarrow.parquet, dreamreader.harvest.store as stores
+from dreamreader.harvest import StoreDataset
+from dreamreader.ops import permuted
 before = memory("VmRSS")
 begun = time.perf_counter()
 store = stores.Store(sys.argv[1])
@@ -59,11 +65,17 @@ asked = time.perf_counter()
 sites = [store.segments(site) for site in store.sites]
 whole = time.perf_counter()
 one = store.segments(next(iter(store.sites)), steps=range(0, 50, 7), branch="cond")
+chosen = time.perf_counter()
+dataset = StoreDataset(store, next(iter(store.sites)), batch_size=4096, branch="cond")
+picked = dataset._picked
+run, within = picked.runs_of(permuted(numpy.arange(4096), picked.total, 1))
+plan = picked.file[run], picked.first[run] + within
 end = time.perf_counter()
 print(json.dumps({
     "rows": rows, "bytes": size, "segments": sum(each.total for each in sites),
     "chosen": one.total, "seconds": {"open": opened - begun, "count": asked - opened,
-    "segments_of_all_sites": whole - asked, "segments_of_a_selection": end - whole},
+    "segments_of_all_sites": whole - asked, "segments_of_a_selection": chosen - whole,
+    "first_shuffled_batch": end - chosen},
     "megabytes": {"imported": before, "peak": memory("VmHWM"), "after": memory("VmRSS")},
 }))
 """
@@ -103,9 +115,29 @@ def opened(folder: Path) -> dict[str, Any]:
     return json.loads(found.stdout)
 
 
-def real(folder: Path, rows: int) -> None:
-    """Writes a store of one site, in units of UNIT rows and segments of RUN_ROWS."""
-    writer = ReferenceWriter(folder, RUN)
+def shuffled(rows: int) -> float:
+    """Nanoseconds to find the shard and the row of a place in the order of an epoch."""
+    runs = max(rows // RUN_ROWS, 1)
+    start = np.linspace(0, rows, runs + 1).astype(np.int64)
+    best = float("inf")
+    for begin in range(3):
+        begun = time.perf_counter()
+        places = permuted(np.arange(begin, begin + min(ASKED, rows - 3)), rows, 1)
+        found = np.searchsorted(start, places, side="right")
+        best = min(best, time.perf_counter() - begun)
+        if not (found.min() >= 1 and found.max() <= runs):
+            raise SystemExit(f"{rows:,} rows: a place lies outside")
+    return best / min(ASKED, rows) * 1e9
+
+
+def real(folder: Path, rows: int) -> float:
+    """Writes a store of one site, in units of UNIT rows and segments of RUN_ROWS.
+
+    Returns:
+        Nanoseconds that one row took.
+    """
+    begun = time.perf_counter()
+    writer = open_writer(folder, RUN)
     site = SiteLayout("block", WIDTH, torch.bfloat16, torch.bfloat16)
     times = [Moment(step, 0, 999.0 - step, 1.0, step / STEPS) for step in range(STEPS)]
     x = torch.randn(RUN_ROWS, 1, WIDTH)
@@ -117,6 +149,8 @@ def real(folder: Path, rows: int) -> None:
             keys = torch.column_stack([torch.zeros(RUN_ROWS), where, torch.arange(RUN_ROWS)])
             writer.put(writer.site(site), x, place.int(), keys.int())
         writer.seal(pa.table({"id": ["0"]}), times, BRANCHES)
+    writer.close()
+    return (time.perf_counter() - begun) / rows * 1e9
 
 
 def per_row(folder: Path, rows: int) -> dict[str, float]:
@@ -141,8 +175,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         costs = {}
         for rows in REAL:
             folder = Path(name) / str(rows)
-            real(folder, rows)
-            costs[str(rows)] = per_row(folder, rows)
+            written = real(folder, rows)
+            costs[str(rows)] = {"write": written, **per_row(folder, rows)}
     return {
         "benchmark": "store scale",
         "environment": environment(),
@@ -161,6 +195,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             ),
         },
         "measured": {"row_bytes": WIDTH * 2 + 20, "nanoseconds_per_row": costs},
+        "shuffle_nanoseconds_per_row": {str(rows): shuffled(rows) for rows in SHUFFLED},
         "goals": GOALS,
     }
 
@@ -174,7 +209,12 @@ def main() -> None:
     parser.add_argument("--out", default="store-scale", help="name, or path of a JSON file")
     args = parser.parse_args()
     result = measure(args)
-    print(json.dumps({key: result[key] for key in ("simulated", "measured")}, indent=1))
+    print(
+        json.dumps(
+            {key: result[key] for key in ("simulated", "measured", "shuffle_nanoseconds_per_row")},
+            indent=1,
+        )
+    )
     print(write(result, Path(args.out) if args.out.endswith(".json") else args.out))
 
 

@@ -164,8 +164,7 @@ class ReferenceGather:
     def _found(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """File and row of each place among the wanted rows."""
         p = self.picked
-        run = np.searchsorted(p.start, places, side="right") - 1
-        within = places - p.start[run]
+        run, within = p.runs_of(places)
         if p.tokens is None:
             return p.file[run], p.first[run] + within
         row = np.empty(len(places), np.int64)

@@ -102,6 +102,13 @@ class Picked:
         found.update(repr(self.tokens).encode())
         return found.hexdigest()[:16]
 
+    def runs_of(
+        self, places: Int[np.ndarray, " n"]
+    ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """The run of each place among the wanted rows, and its place among those of the run."""
+        run = np.searchsorted(self.start, places, side="right") - 1
+        return run, places - self.start[run]
+
     def counted(self, wanted: Int[np.ndarray, " runs"]) -> "Picked":
         """The runs that have wanted rows, of which so many are wanted."""
         some = wanted > 0
