@@ -36,7 +36,7 @@ class Job:
     def __init__(self, options: argparse.Namespace, folder: Path):
         self.harvest = dr.Harvest(
             name="benchmark",
-            subject=options.model,
+            subject={"model": options.model, "device": options.device},
             data={"scenes": {"count": options.pictures}},
             pipeline={"num_inference_steps": options.steps},
             capture=[{"sites": SITES, "tokens": {"random": 0.25}}],
@@ -57,6 +57,8 @@ class Job:
                 generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
                 prompts = [item.prompt for item in items[part]]
                 self.job.reader.subject(prompts, generator=generators, **self.job.settings)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
     def units(self) -> None:
         shutil.rmtree(self.folder / "units", ignore_errors=True)
@@ -135,6 +137,7 @@ def show(result: dict[str, Any]) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="shapes-unet", help="embedded model")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--pictures", type=int, default=32)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=16)

@@ -18,6 +18,13 @@ OPS = {
     "ablate": "project out a direction",
     "three": "steer, project, clamp at once",
 }
+LOADER = {
+    "copy": "copying the same bytes in order",
+    "stored": "StoreDataset, shuffled, checked, float16 as stored",
+    "float32": "StoreDataset, shuffled, checked, float32",
+    "datasets": "HF datasets (arrow), shuffled",
+    "saelens": "SAELens, shuffled within its buffer",
+}
 ENGINE = {
     "noop": "a no-op edit on every attention",
     "record": "recording every attention at every step",
@@ -32,6 +39,10 @@ def table() -> str:
     parts += [engine(each) for each in found("engine-*.json")]
     parts += [attention(each) for each in found("attention-*.json")]
     parts += [directions(each) for each in found("directions-*.json")]
+    parts += [harvest(each) for each in found("harvest-*.json")]
+    parts += [writer(each) for each in found("writer-*.json")]
+    parts += [loader(each) for each in found("loader-*.json")]
+    parts += [scale(each) for each in found("store-scale-*.json")]
     parts += [peers(each) for each in found("peers-*.json")]
     return "\n".join(parts) if parts else "No results yet.\n"
 
@@ -115,9 +126,78 @@ def directions(result: dict[str, Any]) -> str:
         f"{result['seconds']['fit']['median']:.2f} s: {speed} the speed of a plain read "
         f"(goal {result['goal']:g}×)."
     )
-    where = result["environment"]
-    note = f"{where['device']}, {where['threads']} threads, commit {where['commit'].rstrip('+')}"
-    return f"**Directions** ({note})\n\n{text}\n"
+    return noted("Directions", result, text)
+
+
+def harvest(result: dict[str, Any]) -> str:
+    """What storing activations adds to generation."""
+    ratio = result["ratio"]
+    text = (
+        f"{result['pictures']} pictures, {result['steps']} steps of {result['model']} "
+        f"({result['seconds']['plain']['median']:.1f} s): storing a quarter of the tokens of all "
+        f"{result['sites']} attentions at all steps in bfloat16 "
+        f"({result['bytes'] / 1e6:.0f} MB) adds {percent(ratio['units'])} "
+        f"(goal ≤ {100 * (result['goal'] - 1):.0f} %); {percent(ratio['run'])} with the "
+        "fingerprint, manifest and index of the whole job."
+    )
+    return noted("Harvest", result, text)
+
+
+def writer(result: dict[str, Any]) -> str:
+    """Writing shards beside plain writes of the same bytes."""
+    goals, cores = result["goals"], result["core_seconds_per_gigabyte"]["writer"]["median"]
+    rate = result["gigabytes"] / result["seconds"]["writer"]["median"]
+    text = (
+        f"{rate:.2f} GB/s of {result['stored']} to disk: {times(result['of_raw'])} the speed of "
+        f"plain O_DIRECT writes of the same bytes (goal {goals['of_raw']:g}×), "
+        f"{times(result['of_save'])} that of `safetensors.save_file` "
+        f"(goal {goals['of_save']:g}×; {times(result['of_synced'])} where that syncs), for "
+        f"{cores - result['packing']:.2f} core seconds per GB beside the conversion "
+        f"(goal {goals['core_seconds_per_gigabyte']:g})."
+    )
+    return noted("Writing a store", result, text)
+
+
+def loader(result: dict[str, Any]) -> str:
+    """Shuffled rows per second beside other readers of the same rows."""
+    rates, lines = result["rows_per_second"], []
+    for name, each in rates.items():
+        ratio, wanted = result["ratio"].get(name), result["goal"].get(name)
+        lines.append(
+            (
+                LOADER[name],
+                f"{each['median']:,.0f}",
+                f"{times(ratio)} (goal {wanted:g}×)" if ratio else "",
+            )
+        )
+    what = f"Batches of {result['batch']} rows of {result['row_bytes']} bytes, page cache warm"
+    return titled("Loading a store", result, (what, "rows/s", "our speed in theirs"), lines)
+
+
+def scale(result: dict[str, Any]) -> str:
+    """A store of a billion rows that is simulated, and what a row of real ones costs."""
+    large, goals = result["simulated"], result["goals"]
+    seconds, real = large["median_seconds"], result["measured"]["nanoseconds_per_row"]
+    cost = {
+        name: ", ".join(f"{each[name]:.0f}" for each in real.values())
+        for name in ("write", "verify")
+    }
+    shuffle = ", ".join(f"{each:.0f}" for each in result["shuffle_nanoseconds_per_row"].values())
+    row, sizes = result["measured"]["row_bytes"], result["shuffle_nanoseconds_per_row"]
+    text = (
+        f"An index of {large['rows']:.0e} rows in {large['shards']:,} shards (simulated) opens in "
+        f"{seconds['open']:.2f} s (goal {goals['open']:g} s) with "
+        f"{large['added_megabytes']:.0f} MB (goal {goals['megabytes']:g} MB); its first shuffled "
+        f"batch is planned in {seconds['first_shuffled_batch']:.2f} s (goal "
+        f"{goals['first_shuffled_batch']:g} s). Nanoseconds for a row of {row} bytes: to write "
+        f"{cost['write']} and to verify {cost['verify']} in stores of {powers(real)} rows, to "
+        f"shuffle {shuffle} of {powers(sizes)}."
+    )
+    return noted("Size of a store", result, text)
+
+
+def powers(sizes: dict[str, Any]) -> str:
+    return ", ".join(f"10^{len(size) - 1}" for size in sizes)
 
 
 def peers(result: dict[str, Any]) -> str:
@@ -146,6 +226,13 @@ def titled(name: str, result: dict[str, Any], head: tuple[str, ...], lines: list
     commit = where["commit"].rstrip("+")
     note = f"{where['device']}, {where['threads']} threads, torch {where['versions']['torch']}"
     return f"**{name}** ({note}, commit {commit})\n\n{text}\n"
+
+
+def noted(name: str, result: dict[str, Any], text: str) -> str:
+    """A sentence under the name of the benchmark and the machine it ran on."""
+    where = result["environment"]
+    note = f"{where['device']}, {where['threads']} threads, commit {where['commit'].rstrip('+')}"
+    return f"**{name}** ({note})\n\n{text}\n"
 
 
 def times(ratio: dict[str, float]) -> str:
