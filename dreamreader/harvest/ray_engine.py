@@ -4,6 +4,7 @@ Workers share nothing but the folder of the store: each is given a unit, and sea
 """
 
 import os
+import socket
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from dreamreader.harvest.run import Work, expected, tidy
 
 _TRIES = 3  # workers lost with the same unit, or one after the other at their start, that end it
 _MEMORY = 200 << 20
+_PATIENCE = 20.0  # seconds for a connection
 _OPENING = -1  # what a worker does that has no unit yet
 
 
@@ -31,8 +33,8 @@ class RayEngine:
 
     Args:
         workers: how many; one for each GPU or, on the CPU, for each machine by default.
-        address: of a running cluster, RAY_ADDRESS by default. Without both a cluster is started on
-            this machine, and ends with the harvest.
+        address: host:port of the head of a running cluster that this machine is in, RAY_ADDRESS by
+            default. Without both a cluster is started on this machine, and ends with the harvest.
 
     Raises:
         InvalidInput: Ray is not installed, or `workers` is not positive.
@@ -265,13 +267,23 @@ def _cluster(address: str | None) -> Iterator[None]:
     if address == "local":  # only specs and numbers go through its memory
         own = {"include_dashboard": False, "object_store_memory": _MEMORY}
     try:
+        _reached(address)
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise InvalidInput(f"no Ray cluster at {address}: {error}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _reached(address: str) -> None:
+    """Raises OSError where nobody listens: Ray would try for many minutes."""
+    if "://" in address:
+        raise ValueError("give host:port of its head, on a machine of the cluster")
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
 
 
 def _machines() -> list[Machine]:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,8 +16,9 @@ import torch
 from harvest.jobs import MIDDLE, content, pictures
 from tiny.embedded import untrained
 
+from dreamreader.cli.harvest import engine_of
 from dreamreader.errors import InvalidInput
-from dreamreader.harvest import Harvest, Manifest, RayEngine
+from dreamreader.harvest import Harvest, Manifest, RayEngine, Store
 from dreamreader.harvest.plan import Plan
 from dreamreader.harvest.ray_engine import Machine, _Room, threads_of
 from dreamreader.harvest.ray_worker import Order, Worker
@@ -31,7 +34,7 @@ def nine(**changes: Any) -> Harvest:
         "reader": None,
         "data": {"prompts": PROMPTS},
         "seeds": 1,
-        "pipeline": {"num_inference_steps": 4},
+        "pipeline": {"num_inference_steps": 3},
         "capture": [{"sites": MIDDLE, "tokens": {"random": 0.5}}],
         "store": {"unit": 1},
     }
@@ -130,18 +133,32 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path, cluster, one_thread):
 
 
 @pytest.mark.slow
-def test_a_harvest_goes_on_with_ray_and_without(tmp_path: Path, cluster, one_thread):
+def test_the_command_goes_on_with_a_running_cluster_and_without(
+    tmp_path: Path, cluster, one_thread
+):
     whole = nine().run(tmp_path / "whole")
     unit, folder = whole.nbytes / 9 / 1e9, tmp_path / "store"
     nine().run(folder, limit_gb=2.5 * unit)
     made = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
     assert len(made) == 2
-    seen: list[Progress] = []
-    options: dict[str, Any] = {"engine": RayEngine(2), "started": lambda _, p: seen.append(p)}
-    store = nine().run(folder, limit_gb=5.5 * unit, **options)
-    assert list(store.units) == [0, 1, 2, 3, 4]
-    assert (seen[0].there, seen[0].samples, seen[0].stopped) == (2, 5, True)
-    assert not store.manifest.complete
+    spec = tmp_path / "spec.json"
+    spec.write_text(nine().spec.model_dump_json())
+    address = ray.get_runtime_context().gcs_address
+    options = [
+        "--limit-gb",
+        str(5.5 * unit),
+        "--engine",
+        "ray",
+        "--workers=2",
+        "--address",
+        address,
+    ]
+    command = [sys.executable, "-m", "dreamreader", "harvest", spec, "-o", folder, *options]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "9 samples (2 are there) in 9 units of 1" in said.stderr
+    assert "in 5 of 9 units\nstopped before the limit" in said.stdout
+    store = Store(folder)
+    assert list(store.units) == [0, 1, 2, 3, 4] and not store.manifest.complete
     assert nine().run(folder).manifest.complete
     assert content(folder) == content(tmp_path / "whole")
     assert all(file.stat().st_mtime_ns == at for file, at in made.items())
@@ -173,10 +190,26 @@ def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch):
 def test_refuses_what_cannot_be_right(tmp_path: Path):
     with pytest.raises(InvalidInput, match="workers=0: must be positive"):
         RayEngine(0)
+    with pytest.raises(InvalidInput, match="--workers and --address are of --engine ray"):
+        engine_of("local", 2, None)
     with pytest.raises(InvalidInput, match="a reader of your own cannot go there"):
         pictures().run(tmp_path, engine=RayEngine(1))
     with pytest.raises(InvalidInput, match="subject.device=meta: workers with Ray take cpu or"):
         RayEngine()(_work(nine(subject={"model": "shapes-unet", "device": "meta"}), tmp_path))
+
+
+def test_a_cluster_that_is_not_there_is_named_at_once(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as taken:  # bound, but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(InvalidInput, match=f"no Ray cluster at {address}: .*refused"):
+            RayEngine(1, address)(_work(nine(), tmp_path))
+        with pytest.raises(InvalidInput, match=f"at ray://{address}: give host:port of its head"):
+            RayEngine(1, f"ray://{address}")(_work(nine(), tmp_path))
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(InvalidInput, match=f"no Ray cluster at {address}: .*refused"):
+            RayEngine(1)(_work(nine(), tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -257,7 +290,7 @@ def test_a_worker_says_what_it_sees_otherwise(tmp_path: Path, order: Callable[..
         ({"run": "1" * 64}, "is another store here, of run"),
         (
             {"spec": nine(data={"prompts": PROMPTS[1:2]}).spec},
-            "would harvest other rows than the command that started it: settings.spec.data.prompts",
+            "would harvest other rows than the command that started it: settings.prompts was",
         ),
     ):
         found = Worker(order(**changes)).open()
