@@ -232,8 +232,9 @@ class Gather {
                 (to.size(0) <= 1 || to.stride(0) == format_.width) &&
                 (format_.width == 1 || to.stride(1) == 1),
             "gather: out must be dense [rows, width] in CPU memory");
-    require(position >= 0 && position + to.size(0) <= start_.back(),
+    require(position >= 0 && position <= start_.back() - to.size(0),
             "gather: positions are beyond the last row");
+    require(threads > 0, "gather: threads must be positive");
     GatherFormat format = with(to, checked);
     format.mean = vector_of(mean);
     format.scale = vector_of(scale);

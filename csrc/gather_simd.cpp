@@ -1,5 +1,6 @@
 // Checking and converting gathered rows for one instruction set; compiled once for each
 // (CMakeLists.txt sets DR_ISA).
+#include "crc32c_words_simd.h"
 #include "gather.h"
 #include "simd.h"
 
@@ -40,57 +41,7 @@ DR_INLINE void rounded(VF& v) {
 #endif
 }
 
-#if defined(__SSE4_2__)
-DR_INLINE uint64_t crc_word(uint64_t crc, const char* p) {
-  return _mm_crc32_u64(crc, load_vector<uint64_t>(p));
-}
-DR_INLINE uint64_t crc_byte(uint64_t crc, const char* p) {
-  return _mm_crc32_u8(uint32_t(crc), uint8_t(*p));
-}
-#else
-struct CrcTables {
-  uint32_t of[8][256];  // of[k][b]: byte b, followed by k zero bytes
-};
-constexpr CrcTables crc_tables() {
-  CrcTables tables{};
-  for (uint32_t b = 0; b < 256; ++b) {
-    uint32_t crc = b;
-    for (int i = 0; i < 8; ++i) crc = (crc >> 1) ^ (crc & 1 ? 0x82f63b78u : 0u);
-    tables.of[0][b] = crc;
-  }
-  for (int k = 1; k < 8; ++k)
-    for (int b = 0; b < 256; ++b) {
-      const uint32_t before = tables.of[k - 1][b];
-      tables.of[k][b] = (before >> 8) ^ tables.of[0][before & 0xff];
-    }
-  return tables;
-}
-constexpr CrcTables kCrc = crc_tables();
-DR_INLINE uint64_t crc_byte(uint64_t crc, const char* p) {
-  return (crc >> 8) ^ kCrc.of[0][(crc ^ uint8_t(*p)) & 0xff];
-}
-DR_INLINE uint64_t crc_word(uint64_t crc, const char* p) {
-  uint32_t next = 0;
-  for (int i = 0; i < 8; ++i) {
-    const uint8_t byte = uint8_t(p[i]) ^ (i < 4 ? uint8_t(crc >> (8 * i)) : uint8_t(0));
-    next ^= kCrc.of[7 - i][byte];
-  }
-  return next;
-}
-#endif
-
-constexpr int kTogether = 4;  // rows: a checksum waits 3 cycles for each word, the unit only 1
-
-DR_INLINE void add(const char* const* from, int64_t bytes, uint64_t* crc) {
-  int64_t at = 0;
-#pragma GCC unroll 4
-  for (; at + 8 <= bytes; at += 8)
-#pragma GCC unroll 4
-    for (int r = 0; r < kTogether; ++r) crc[r] = crc_word(crc[r], from[r] + at);
-  for (; at < bytes; ++at)
-#pragma GCC unroll 4
-    for (int r = 0; r < kTogether; ++r) crc[r] = crc_byte(crc[r], from[r] + at);
-}
+constexpr int kTogether = 4;  // rows, for the sake of their checksums
 
 // Writes past the caches: what is written is not read again here.
 template <typename T>
@@ -167,7 +118,7 @@ struct Converted {
 };
 
 // Gives kTogether rows; returns the number of the first whose checksum is wrong, or kTogether.
-template <typename Step, bool kChecked>
+template <typename Step, typename Crc, bool kChecked>
 DR_INLINE int give(const GatherFormat& format, const GatherRow* rows, const GatherRow* next) {
   using S = typename Step::Source;
   uint64_t crc[kTogether];
@@ -188,22 +139,22 @@ DR_INLINE int give(const GatherFormat& format, const GatherRow* rows, const Gath
       const char* from[kTogether];
       for (int r = 0; r < kTogether; ++r) from[r] = values[r] + at;
       if (n == kBlock<float>) {
-        add(from, kBlock<float> * int64_t(sizeof(S)), crc);
+        add_bytes<Crc, kTogether>(from, kBlock<float> * int64_t(sizeof(S)), crc);
       } else {
-        add(from, bytes, crc);
+        add_bytes<Crc, kTogether>(from, bytes, crc);
       }
     }
     Step::run(format, rows, d, n);
   }
   if constexpr (!kChecked) return kTogether;
-  add(keys, 16, crc);
-  if constexpr (kScaled<S>) add(scales, 4, crc);
+  add_bytes<Crc, kTogether>(keys, 16, crc);
+  if constexpr (kScaled<S>) add_bytes<Crc, kTogether>(scales, 4, crc);
   for (int r = 0; r < kTogether; ++r)
     if (~uint32_t(crc[r]) != load_vector<uint32_t>(rows[r].checksum)) return r;
   return kTogether;
 }
 
-template <typename Step, bool kChecked>
+template <typename Step, typename Crc, bool kChecked>
 int64_t run_rows(const GatherFormat& format, const GatherRow* rows, int64_t count) {
   GatherRow group[2][kTogether];  // this one and the next; a short group repeats its last row
   const auto load_group = [&](int64_t at) {
@@ -224,7 +175,7 @@ int64_t run_rows(const GatherFormat& format, const GatherRow* rows, int64_t coun
     }
     const GatherRow* now = group[at / kTogether % 2];
     const GatherRow* next = group[(at / kTogether + (last ? 0 : 1)) % 2];
-    const int wrong = give<Step, kChecked>(format, now, next);
+    const int wrong = give<Step, Crc, kChecked>(format, now, next);
     if (wrong < kTogether) return at + wrong;
   }
 #if defined(__AVX2__)
@@ -237,7 +188,8 @@ using Run = int64_t (*)(const GatherFormat&, const GatherRow*, int64_t);
 
 template <typename Step>
 Run checked(const GatherFormat& format) {
-  return format.checked ? run_rows<Step, true> : run_rows<Step, false>;
+  if (!format.checked) return run_rows<Step, CrcTables, false>;
+  return crc_instruction() ? run_rows<Step, CrcInstruction, true> : run_rows<Step, CrcTables, true>;
 }
 template <typename S, typename O>
 Run normal(const GatherFormat& format) {

@@ -34,8 +34,10 @@ using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 std::atomic<bool> forked{false};
 
+// From the start: torch may have used the threads of OpenMP before there is a call here.
+[[maybe_unused]] const int watched = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
 Parallel find_parallel() {
-  pthread_atfork(nullptr, nullptr, [] { forked = true; });
   return reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
 }
 

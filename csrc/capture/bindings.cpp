@@ -89,12 +89,13 @@ class ShardWriter {
   // Runs without the lock of Python, alone, and says what the system said.
   template <typename F>
   auto run(F&& call) {
+    // Before the lock, which a thread of the parent may have held.
+    if (getpid() != process_)
+      throw std::runtime_error("writer: this process is a fork; open a writer in it");
     try {
       py::gil_scoped_release release;
       const std::lock_guard one(calls_);
       require(writer_ != nullptr, "writer: it is closed");
-      if (getpid() != process_)
-        throw std::runtime_error("writer: this process is a fork; open a writer in it");
       return call(*writer_);
     } catch (const FileError& error) {
       errno = error.number;
@@ -127,8 +128,8 @@ class ShardWriter {
               py::object groups) {
     const TensorView in(x), at(places), key(keys), less(minus.is_none() ? x : minus);
     PackJob job{};
-    const int64_t count = at.size(0);
     job.places = numbers_of(at, 2, "writer: places must be dense int32 [places, 2] on the CPU");
+    const int64_t count = at.size(0);
     const int32_t* names =
         numbers_of(key, kKey, "writer: keys must be dense int32 [rows, 4] on the CPU");
     job.rows = key.size(0);
@@ -155,7 +156,7 @@ class ShardWriter {
     for (int64_t row = 0; row < job.rows; ++row)
       require(names[kKey * row + 1] == names[1] && names[1] >= 0,
               "writer: the rows of one put have one moment, not negative");
-    Packer& packer = packer_of(in);
+    void* stream = in.device().type == kDLCUDA ? in.stream() : nullptr;
     return run([&](Writer& writer) {
       const SiteShape& shape = writer.shape(site);
       require(shape.features == job.features, "writer: x has other features than its site");
@@ -163,7 +164,7 @@ class ShardWriter {
               "writer: groups are for sites with a pool");
       job.pool = shape.pool;
       job.stored = shape.stored;
-      return writer.put(site, job, count, names, packer);
+      return writer.put(site, job, count, names, packer_of(writer, in.device(), stream));
     });
   }
 
@@ -246,15 +247,14 @@ class ShardWriter {
       require(job.groups[row] < job.groups[row + 1], "writer: a group without a place");
   }
 
-  Packer& packer_of(const TensorView& x) {
-    if (x.device().type == kDLCPU) return host_;
+  // Within a call, so that no other one makes, uses or frees it meanwhile.
+  Packer& packer_of([[maybe_unused]] Writer& writer, DLDevice device,
+                    [[maybe_unused]] void* stream) {
+    if (device.type == kDLCPU) return host_;
 #ifdef DREAMREADER_CUDA
-    if (x.device().type == kDLCUDA) {
-      if (!cuda_)
-        cuda_ = run([&](Writer& writer) {
-          return std::make_unique<CudaPacker>(x.device().id, writer.ring());
-        });
-      cuda_->use(x.device().id, static_cast<cudaStream_t>(x.stream()));
+    if (device.type == kDLCUDA) {
+      if (!cuda_) cuda_ = std::make_unique<CudaPacker>(device.id, writer.ring());
+      cuda_->use(device.id, static_cast<cudaStream_t>(stream));
       return *cuda_;
     }
 #endif

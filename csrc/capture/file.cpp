@@ -23,6 +23,7 @@ void File::create(const std::string& path) {
 
 void File::write(const char* from, int64_t bytes, int64_t at) {
   while (bytes > 0) {
+    const bool direct = direct_;  // before the write: another thread may change it meanwhile
     const ssize_t written = pwrite(handle_, from, size_t(bytes), at);
     if (written >= 0) {
       from += written;
@@ -32,7 +33,7 @@ void File::write(const char* from, int64_t bytes, int64_t at) {
     }
     if (errno == EINTR) continue;
     // Some file systems refuse at the first write, and none takes the rest after a short one.
-    if (errno != EINVAL || !direct_) throw FileError(errno, path_);
+    if (errno != EINVAL || !direct) throw FileError(errno, path_);
     if (fcntl(handle_, F_SETFL, O_WRONLY) != 0) throw FileError(errno, path_);
     direct_ = false;
   }

@@ -9,6 +9,7 @@
 namespace dreamreader {
 namespace {
 
+constexpr int64_t kMostRows = INT32_MAX;  // of a shard, whose segments count them
 constexpr int64_t kSlab = 4 << 20;   // above it, larger writes are not faster
 constexpr int64_t kLeast = 64 << 10;  // a slab of less is not worth its write
 
@@ -91,6 +92,9 @@ int64_t Writer::put(int number, const PackJob& job, int64_t places, const int32_
     throw std::invalid_argument("writer: a row of " + site.shape.file + " needs more than " +
                                 std::to_string(ring_.slab_bytes()) +
                                 " bytes; make its site known before the unit begins");
+  if (job.rows > kMostRows - site.rows)
+    throw std::invalid_argument("writer: " + site.shape.file + " would have more than " +
+                                std::to_string(kMostRows) + " rows; make units of fewer samples");
   const int32_t moment = keys[1];
   if (!has_room(site, job.rows)) {
     if (size_t(moment) >= site.left_out.size()) grow(site.left_out, size_t(moment) + 1);
@@ -185,8 +189,10 @@ std::vector<int64_t> Writer::not_finite(int number) const {
   std::vector<int64_t> found(site.counters.size());
   if (!site.packer) return found;
   const std::vector<int64_t> counted = site.packer->counted();
-  for (size_t moment = 0; moment < found.size(); ++moment)
-    if (site.counters[moment] >= 0) found[moment] = counted[size_t(site.counters[moment])];
+  for (size_t moment = 0; moment < found.size(); ++moment) {
+    const int counter = site.counters[moment];  // without a count where packing failed
+    if (counter >= 0 && size_t(counter) < counted.size()) found[moment] = counted[size_t(counter)];
+  }
   return found;
 }
 

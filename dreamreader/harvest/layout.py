@@ -31,6 +31,7 @@ STORED = {
     torch.int8: "I8",
 }
 SCALED = (torch.float8_e4m3fn, torch.int8)  # with a float32 scale for each row
+MOST_ROWS = 2**31 - 1  # of a shard, as segments count them in int32
 POOLED = -1  # token of a row that was pooled over tokens
 
 
@@ -140,8 +141,13 @@ def header_of(
         run: digest of the fingerprint.
 
     Raises:
-        InvalidInput: the names are too long for the header.
+        InvalidInput: there are more rows than segments can count, or the names are too long.
     """
+    if rows > MOST_ROWS:
+        raise InvalidInput(
+            f"{site.name}: a shard has {MOST_ROWS:,} rows at most, not {rows:,}; "
+            "make units of fewer samples"
+        )
     at = tensors_of(site, rows, segments, moments)
     shapes: list[tuple[str, str, list[int], int]] = [
         ("values", STORED[site.stored], [rows, site.width], at.values),

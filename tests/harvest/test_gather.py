@@ -206,9 +206,12 @@ def test_the_native_gather_refuses_what_is_not_safe(tmp_path: Path) -> None:
         (torch.empty(3, 2).T, 0),
         (torch.empty(2, 3), chosen.total - 1),
         (torch.empty(2, 3), -1),
+        (torch.empty(2, 3), 2**63 - 1),
     ):
         with pytest.raises(ValueError, match="gather: "):
             gather.read(position, out)
+    with pytest.raises(ValueError, match="threads must be positive"):
+        gather.read(0, torch.empty(2, 3), threads=0)
     with pytest.raises(ValueError, match="keys must be dense int32"):
         gather.read(0, torch.empty(2, 3), keys=torch.zeros(2, 5, dtype=torch.int64))
     outside = Picked(

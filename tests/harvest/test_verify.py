@@ -13,7 +13,7 @@ from pyarrow import parquet
 from dreamreader.errors import InvalidInput
 from dreamreader.harvest import verify as module
 from dreamreader.harvest.index import write_index
-from dreamreader.harvest.layout import tensors_of
+from dreamreader.harvest.layout import header_of, tensors_of
 from dreamreader.harvest.manifest import Job, Manifest
 from dreamreader.harvest.reference import ReferenceWriter
 from dreamreader.harvest.shard import open_shard
@@ -210,3 +210,10 @@ def test_not_a_store(store, tmp_path) -> None:
 def test_offsets_are_where_the_header_says(sound) -> None:
     shard = open_shard(sound / SHARD)
     assert tensors_of(shard.site, ROWS, len(shard.segments), len(shard.moments)) == shard.at
+
+
+def test_a_shard_with_more_rows_than_segments_can_count_is_refused(sound) -> None:
+    shard = open_shard(sound / SHARD)
+    assert header_of(shard.site, 2**31 - 1, 1, 1, ["cond"], shard.run)
+    with pytest.raises(InvalidInput, match="2,147,483,647 rows at most, not 2,147,483,648; make"):
+        header_of(shard.site, 2**31, 1, 1, ["cond"], shard.run)

@@ -437,6 +437,29 @@ def test_a_fork_has_no_writer_and_leaves_ours_alone(make, tmp_path: Path):
     same_files(writer.shards, plain.shards)
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_during_a_call_does_not_wait_for_it(make):
+    writer = make(slow=500_000)
+    site = writer.site(WIDE)
+    writer.begin(0)
+    writer.put(site, *rows_of(WIDE, 4))
+    sealing = threading.Thread(target=writer.seal, args=(SAMPLES, MOMENTS, ["cond", "uncond"]))
+    sealing.start()
+    time.sleep(0.1)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(5)
+        try:
+            writer.info
+        except RuntimeError as error:
+            os._exit(0 if "open a writer in it" in str(error) else 1)
+        finally:
+            os._exit(2)
+    assert sealing.is_alive()
+    sealing.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_calls_of_several_threads_come_one_after_the_other(make):
 
     writer = make(slow=500)

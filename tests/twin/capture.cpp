@@ -9,7 +9,26 @@
 
 #include "../../csrc/capture/crc32c.cpp"
 #include "../../csrc/capture/cuda_packer.cpp"
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <atomic>
+
+// A file system that refuses O_DIRECT at the first write, to two threads at once: the second hears of it when the
+// first has given O_DIRECT up already.
+std::atomic<int> refused{-1};  // how many writes were; -1: it is like any other
+ssize_t write_at(int file, const void* from, size_t bytes, off_t at) {
+  if (refused < 0 || !(fcntl(file, F_GETFL) & O_DIRECT)) return pwrite(file, from, bytes, at);
+  const bool first = refused++ == 0;
+  for (int wait = 0; wait < 5000 && (first ? refused < 2 : fcntl(file, F_GETFL) & O_DIRECT); ++wait) usleep(1000);
+  if (!first) usleep(50'000);
+  errno = EINVAL;
+  return -1;
+}
+
+#define pwrite write_at
 #include "../../csrc/capture/file.cpp"
+#undef pwrite
 #include "../../csrc/capture/packer.cpp"
 #include "../../csrc/capture/ring.cpp"
 #include "../../csrc/capture/writer.cpp"
@@ -141,8 +160,54 @@ std::string content(const fs::path& path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
+// Two threads write blocks of one file, which ends up whole and in the page cache.
+void check_refusal(const std::string& path) {
+  constexpr int64_t bytes = 4096;
+  alignas(bytes) static char block[bytes];
+  std::fill_n(block, bytes, 'b');
+  File file;
+  file.create(path);
+  if (!file.direct()) return;
+  refused = 0;
+  std::atomic<int> errors{0};
+  const auto write = [&](int64_t at) {
+    try {
+      file.write(block, bytes, at);
+    } catch (const FileError&) {
+      ++errors;
+    }
+  };
+  std::thread other(write, bytes);
+  write(0);
+  other.join();
+  file.finish(2 * bytes);
+  expect(refused == 2, "two writes were to be refused");
+  refused = -1;
+  expect(errors == 0 && !file.direct(), "a refusal of O_DIRECT became an error");
+  expect(content(path) == std::string(2 * bytes, 'b'), "the file that refused O_DIRECT");
+}
+
+void check_most_rows(const fs::path& folder) {
+  Writer writer({1 << 18, 1, false, 0});
+  HostPacker packer(1);
+  const int site = writer.site({"many", 1, 4, Stored::f32, Pool::none, false});
+  writer.begin(folder.string());
+  PackJob job{};
+  job.rows = int64_t{1} << 31;
+  const int32_t key[kKey] = {};
+  std::string said;
+  try {
+    writer.put(site, job, job.rows, key, packer);
+  } catch (const std::invalid_argument& error) {
+    said = error.what();
+  }
+  expect(said.starts_with("writer: many would have more than 2147483647 rows"), "too many rows were not refused");
+}
+
 int main(int, char** arguments) {
   const fs::path folder = arguments[1];
+  check_refusal(folder / "refusing");
+  check_most_rows(folder);
   std::mt19937 random(3);
   std::vector<Input> inputs;
   for (int n = 0; n < 12; ++n) {
