@@ -10,6 +10,9 @@
 #include "cpu.h"
 #include "tensor_view.h"
 #include "threads.h"
+#ifdef DREAMREADER_CUDA
+#include "cuda_device.h"
+#endif
 
 namespace dreamreader {
 namespace {
@@ -196,36 +199,15 @@ void attention_words_cpu(py::handle out, py::handle query, py::handle key, py::h
 
 #ifdef DREAMREADER_CUDA
 
-void check_cuda(cudaError_t error) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("attention_words_cuda: ") + cudaGetErrorString(error));
-}
-
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check_cuda(cudaGetDevice(&before_));
-    if (device != before_) check_cuda(cudaSetDevice(device));
-    changed_ = device != before_;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
 void attention_words_cuda(py::handle out, py::handle query, py::handle key, py::handle weights,
                           py::handle mask, bool causal, double scale) {
   const AttentionWords call =
       call_of(out, query, key, weights, mask, causal, scale, kDLCUDA);
   if (nothing_to_do(call)) return;
   const TensorView q(query);
-  const DeviceGuard guard(q.device().id);
-  check_cuda(launch_attention_words(call, static_cast<cudaStream_t>(q.stream())));
+  const OnDevice on(q.device().id);
+  check_cuda(launch_attention_words(call, static_cast<cudaStream_t>(q.stream())),
+             "attention_words_cuda");
 }
 
 #endif

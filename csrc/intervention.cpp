@@ -8,23 +8,18 @@
 #include "intervention_cpu.h"
 #include "tensor_view.h"
 #include "threads.h"
+#ifdef DREAMREADER_CUDA
+#include "cuda_device.h"
+#endif
 
 namespace dreamreader {
 namespace {
 
 namespace py = pybind11;
 
-DType dtype_of(const TensorView& tensor) {
-  if (tensor.is(kDLFloat, 32)) return DType::f32;
-  if (tensor.is(kDLBfloat, 16)) return DType::bf16;
-  if (tensor.is(kDLFloat, 16)) return DType::f16;
-  if (tensor.is(kDLFloat, 64)) return DType::f64;
-  throw std::invalid_argument("intervene: no kernel for a tensor " + tensor.describe());
-}
-
 Activation activation_of(const TensorView& x) {
   require(x.dims() == 3, "intervene: x must have three dimensions");
-  return {x.data(),  dtype_of(x), x.size(0),   x.size(1),
+  return {x.data(),  float_type(x, "intervene"), x.size(0),   x.size(1),
           x.size(2), x.stride(0), x.stride(1), x.stride(2)};
 }
 
@@ -83,7 +78,7 @@ Source source_of(const TensorView& data, const TensorView& index, const Activati
   require(index.dims() == 2 && index.size(0) == x.rows && index.size(1) == x.tokens &&
               index.is(kDLInt, 64),
           "intervene: a patch index must be int64 [rows, tokens]");
-  return {data.data(),     dtype_of(data), data.size(0),
+  return {data.data(),     float_type(data, "intervene"), data.size(0),
           data.stride(0),  data.stride(1), reinterpret_cast<const int64_t*>(index.data()),
           index.stride(0), index.stride(1)};
 }
@@ -261,28 +256,6 @@ void intervene_cpu(py::handle x, py::handle out, std::string_view code, py::hand
 
 #ifdef DREAMREADER_CUDA
 
-void check_cuda(cudaError_t error) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("intervene_cuda: ") + cudaGetErrorString(error));
-}
-
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check_cuda(cudaGetDevice(&before_));
-    if (device != before_) check_cuda(cudaSetDevice(device));
-    changed_ = device != before_;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
 void intervene_cuda(py::handle x, py::handle out, std::string_view code, py::handle strength,
                     py::handle vectors, py::handle limits, py::handle masks,
                     const py::sequence& patches) {
@@ -293,14 +266,15 @@ void intervene_cuda(py::handle x, py::handle out, std::string_view code, py::han
   check_pair(in, to, from, result);
   require(in.device().type == kDLCUDA, "intervene_cuda: x is not on a CUDA device");
   if (from.rows * from.tokens * from.width == 0) return;
-  const DeviceGuard guard(in.device().id);
+  const OnDevice on(in.device().id);
   const auto stream = static_cast<cudaStream_t>(in.stream());
+  const auto launch = [&](const auto& program) {
+    check_cuda(launch_intervention(from, result, program, stream), "intervene_cuda");
+  };
   if (from.dtype == DType::f64)
-    check_cuda(launch_intervention(
-        from, result, program_of<double>(code, tables, patches, from, in.device()), stream));
+    launch(program_of<double>(code, tables, patches, from, in.device()));
   else
-    check_cuda(launch_intervention(
-        from, result, program_of<float>(code, tables, patches, from, in.device()), stream));
+    launch(program_of<float>(code, tables, patches, from, in.device()));
 }
 
 #endif

@@ -8,6 +8,7 @@
 #include "tensor_view.h"
 #include "threads.h"
 #ifdef DREAMREADER_CUDA
+#include "cuda_device.h"
 #include "pack_cuda.h"
 #endif
 
@@ -44,14 +45,6 @@ namespace {
 
 namespace py = pybind11;
 
-DType source_of(const TensorView& x) {
-  if (x.is(kDLFloat, 16)) return DType::f16;
-  if (x.is(kDLBfloat, 16)) return DType::bf16;
-  if (x.is(kDLFloat, 32)) return DType::f32;
-  if (x.is(kDLFloat, 64)) return DType::f64;
-  throw std::invalid_argument("pack: no kernel for a tensor " + x.describe());
-}
-
 // Whether a tensor of this element type, [rows] or [rows, width], lies in memory without gaps.
 bool dense(const TensorView& t, uint8_t code, int bits, int64_t rows, int64_t width) {
   if (!t.is(code, bits) || t.dims() != (width < 0 ? 1 : 2) || t.size(0) != rows) return false;
@@ -63,7 +56,6 @@ bool dense(const TensorView& t, uint8_t code, int bits, int64_t rows, int64_t wi
 void strides_of(const TensorView& x, int64_t* strides) {
   for (int i = 0; i < 3; ++i) strides[i] = x.size(i) == 1 ? (i == 2) : x.stride(i);
 }
-
 
 // A job from the operator's arguments; `out` of f8 comes as bytes.
 PackJob job_of(py::handle out, py::handle scales, py::handle not_finite, py::handle x,
@@ -77,7 +69,7 @@ PackJob job_of(py::handle out, py::handle scales, py::handle not_finite, py::han
   require((pool != 0) == !groups.is_none(), "pack: groups go with a pool");
   require((stored >= 3) == !scales.is_none(), "pack: scales go with 8-bit types");
   PackJob job{};
-  job.source = source_of(in);
+  job.source = float_type(in, "pack");
   job.pool = Pool(pool);
   job.stored = Stored(stored);
   job.rows = to.dims() == 2 ? to.size(0) : -1;
@@ -99,7 +91,7 @@ PackJob job_of(py::handle out, py::handle scales, py::handle not_finite, py::han
     const TensorView view(minus);
     check_device(view);
     require(view.dims() == 3 && view.size(0) == in.size(0) && view.size(1) == in.size(1) &&
-                view.size(2) == in.size(2) && source_of(view) == job.source,
+                view.size(2) == in.size(2) && float_type(view, "pack") == job.source,
             "pack: minus must have the shape and type of x");
     strides_of(view, job.minus_stride);
     job.minus = view.data();
@@ -150,36 +142,14 @@ void pack_tensors(py::handle out, py::handle scales, py::handle not_finite, py::
 
 #ifdef DREAMREADER_CUDA
 
-void check_cuda(cudaError_t error) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("pack_cuda: ") + cudaGetErrorString(error));
-}
-
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check_cuda(cudaGetDevice(&before_));
-    if (device != before_) check_cuda(cudaSetDevice(device));
-    changed_ = device != before_;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
 void pack_tensors_cuda(py::handle out, py::handle scales, py::handle not_finite, py::handle x,
                        py::handle places, py::handle minus, py::handle groups, int pool,
                        int stored) {
   const PackJob job =
       job_of(out, scales, not_finite, x, places, minus, groups, pool, stored, kDLCUDA);
   const TensorView in(x);
-  const DeviceGuard guard(in.device().id);
-  check_cuda(pack_cuda(job, static_cast<cudaStream_t>(in.stream())));
+  const OnDevice on(in.device().id);
+  check_cuda(pack_cuda(job, static_cast<cudaStream_t>(in.stream())), "pack_cuda");
 }
 
 #endif

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "dlpack.h"
+#include "dtype.h"
 
 namespace dreamreader {
 
@@ -83,6 +84,15 @@ class TensorView {
   pybind11::object capsule_;  // owns the view where there is no exchange table
   DLTensor tensor_{};
 };
+
+// The element type of numbers that kernels compute with; `where` names the operator in the error.
+inline DType float_type(const TensorView& x, const char* where) {
+  if (x.is(kDLFloat, 32)) return DType::f32;
+  if (x.is(kDLBfloat, 16)) return DType::bf16;
+  if (x.is(kDLFloat, 16)) return DType::f16;
+  if (x.is(kDLFloat, 64)) return DType::f64;
+  throw std::invalid_argument(std::string(where) + ": no kernel for a tensor " + x.describe());
+}
 
 // Throws ValueError unless the condition that memory safety needs holds.
 inline void require(bool condition, const char* message) {

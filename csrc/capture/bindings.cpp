@@ -39,14 +39,6 @@ void crc32c(const py::sequence& parts, const py::buffer& out) {
   crc32c_rows(rows.data(), int(rows.size()), sums.size, static_cast<uint32_t*>(sums.ptr));
 }
 
-DType type_of(const TensorView& x) {
-  if (x.is(kDLFloat, 16)) return DType::f16;
-  if (x.is(kDLBfloat, 16)) return DType::bf16;
-  if (x.is(kDLFloat, 32)) return DType::f32;
-  if (x.is(kDLFloat, 64)) return DType::f64;
-  throw std::invalid_argument("writer: no kernel for a tensor " + x.describe());
-}
-
 // int32, dense and in the memory of the host.
 const int32_t* numbers_of(const TensorView& t, int64_t columns, const char* message) {
   const int dims = columns ? 2 : 1;
@@ -136,14 +128,14 @@ class ShardWriter {
     require(in.dims() == 3 && less.dims() == 3, "writer: x must be [entries, tokens, features]");
     job.x = in.data();
     job.minus = minus.is_none() ? nullptr : less.data();
-    job.source = type_of(in);
+    job.source = float_type(in, "writer");
     job.features = in.size(2);
     for (int i = 0; i < 3; ++i) {
       job.x_stride[i] = in.size(i) == 1 ? i == 2 : in.stride(i);
       job.minus_stride[i] = less.size(i) == 1 ? i == 2 : less.stride(i);
       require(less.size(i) == in.size(i), "writer: x and minus differ in shape");
     }
-    require(type_of(less) == job.source && less.device().type == in.device().type &&
+    require(float_type(less, "writer") == job.source && less.device().type == in.device().type &&
                 less.device().id == in.device().id,
             "writer: x and minus differ in type or device");
     if (!groups.is_none()) {

@@ -7,28 +7,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda_device.h"
 #include "pack_cuda.h"
 
 namespace dreamreader {
 namespace {
 
-void check(cudaError_t error) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("writer: ") + cudaGetErrorString(error));
-}
-
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_));
-    if (before_ != device) check(cudaSetDevice(device));
-  }
-  ~OnDevice() { cudaSetDevice(before_); }
-  OnDevice(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-};
+void check(cudaError_t error) { check_cuda(error, "writer"); }
 
 cudaEvent_t new_event() {
   cudaEvent_t event = nullptr;
