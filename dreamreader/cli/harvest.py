@@ -21,7 +21,7 @@ def harvest(
         typer.Option(help="Stop before the store has more GB (10^9 bytes) than this.", min=0),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option(help="Print sites, rows, GiB, units and time; a few samples are run.")
+        bool, typer.Option(help="Print sites, rows, GB, units and time; a few samples are run.")
     ] = False,
     engine: Annotated[
         Literal["local", "ray"], typer.Option(help="This process, or workers of a Ray cluster.")
@@ -58,13 +58,14 @@ def harvest(
     if out is None:
         raise InvalidInput("give --out, the folder of the store; or --dry-run")
     with progress(TextColumn("{task.fields[speed]}", markup=False)) as bar:
-        task = bar.add_task("samples", total=None, speed="")
+        task = bar.add_task("opening", total=None, speed="")
         seen, began = [], time.perf_counter()
 
         def started(plan, found) -> None:
-            nonlocal task
+            nonlocal task, began
             seen.append((plan, found))
-            bar.remove_task(task)  # what is there already is no part of the speed
+            began = time.perf_counter()  # opening the subject is no part of the speed
+            bar.remove_task(task)  # nor is what is there already
             task = bar.add_task("samples", total=found.total, completed=found.there, speed="")
             note = f" ({found.there:,} are there)" if found.there else ""
             console(stderr=True).print(
@@ -75,7 +76,12 @@ def harvest(
             shown = speed(found, time.perf_counter() - began)
             bar.update(task, completed=found.samples, speed=shown)
 
-        store = job.run(out, limit_gb=limit_gb, started=started, advance=advance, engine=chosen)
+        try:
+            store = job.run(out, limit_gb=limit_gb, started=started, advance=advance, engine=chosen)
+        except KeyboardInterrupt:
+            if seen:
+                console(stderr=True).print("the same command goes on after the last sealed unit")
+            raise
     for line in summary(job.spec.name, store, *seen[0]):
         console().print(line)
 

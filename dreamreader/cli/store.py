@@ -214,7 +214,9 @@ def _lines(store: "Store") -> Iterator[str]:
     for job in manifest.jobs:
         first, stop = job.units
         yield f"run         {job.run}, units {first} to {stop - 1}"
-    if not manifest.complete:
+    if not manifest.complete and len(manifest.jobs) > 1:
+        yield "to go on    finish each harvest in its own folder, and merge them again"
+    elif not manifest.complete:
         yield f"to go on    run the same harvest again with --out {store.path}"
 
 

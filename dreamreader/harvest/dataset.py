@@ -183,6 +183,10 @@ class StoreDataset(IterableDataset):
         """Batches of this rank, from where the next iteration starts."""
         return self.order.batches(self._from())
 
+    def __repr__(self) -> str:
+        share = f", rank {self.order.rank} of {self.order.world}" if self.order.world > 1 else ""
+        return f"StoreDataset({self.site.name!r}: {self.rows:,} rows{share})"
+
     def __iter__(self) -> Iterator[Float[Tensor, "rows width"] | Batch]:
         worker = get_worker_info()
         first, workers = (worker.id, worker.num_workers) if worker else (0, 1)

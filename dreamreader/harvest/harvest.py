@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from dreamreader.errors import InvalidInput
 from dreamreader.harvest.job import HarvestJob, open_job
-from dreamreader.harvest.plan import Plan, make_plan
-from dreamreader.harvest.run import GB, Engine, Progress, run_job
+from dreamreader.harvest.plan import GB, Plan, make_plan
+from dreamreader.harvest.run import Engine, Progress, run_job
 from dreamreader.harvest.spec import Spec
 from dreamreader.harvest.store import Store
 from dreamreader.specs.load import check_spec, load_spec

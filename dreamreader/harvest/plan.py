@@ -7,9 +7,10 @@ from dreamreader.errors import InvalidInput
 from dreamreader.harvest.capture import Counter, Taken
 from dreamreader.harvest.job import HarvestJob
 from dreamreader.harvest.layout import tensors_of
-from dreamreader.specs.batch import GIB, activation_bytes, duration, rows_that_fit
+from dreamreader.specs.batch import activation_bytes, duration, rows_that_fit
 
 MIB = 2**20
+GB = 10**9
 _TIMED = 4  # samples that are run to learn sizes and time
 _TIMED_TEXTS = 8
 
@@ -62,13 +63,13 @@ class Plan:
             return "\n".join(lines)
         share = self.samples / found.samples
         rows = sum(each.rows for each in found.taken)
-        kinds = _grouped(found.taken)
+        kinds = _grouped(found.taken, found.samples)
         lines += [
             f"sites     {len(found.taken):,}",
             *(f"          {line}" for line in kinds[:12]),
             *([f"          ... {len(kinds) - 12} more"] if len(kinds) > 12 else []),
             f"rows      about {rows * share:,.0f}",
-            f"disk      about {found.bytes * self.samples / GIB:.3g} GiB",
+            f"disk      about {found.bytes * self.samples / GB:.3g} GB",
             f"time      about {duration(found.seconds * self.samples)}",
         ]
         return "\n".join(lines)
@@ -138,13 +139,14 @@ def _row_bytes(job: HarvestJob) -> float:
     return found * max(1.0, job.spec.max_tokens / max(length, 1))
 
 
-def _grouped(taken: tuple[Taken, ...]) -> list[str]:
-    """Sites of one width and dtype in one line."""
+def _grouped(taken: tuple[Taken, ...], samples: int) -> list[str]:
+    """Sites of one width and dtype, with equally many rows, in one line."""
     groups: dict[tuple[int, str, int], list[str]] = {}
     for each in taken:
         kind = str(each.layout.stored).removeprefix("torch.")
         groups.setdefault((each.layout.width, kind, each.rows), []).append(each.layout.name)
     return [
-        f"{len(names)} x {width} {kind}: {names[0]}" + (" ..." if len(names) > 1 else "")
-        for (width, kind, _), names in groups.items()
+        f"{len(names)} of width {width}, {kind}, {rows / samples:,.6g} rows a sample: {names[0]}"
+        + (" ..." if len(names) > 1 else "")
+        for (width, kind, rows), names in groups.items()
     ]

@@ -22,7 +22,6 @@ from dreamreader.harvest.reference import ReferenceWriter
 from dreamreader.harvest.unit import read_unit
 from dreamreader.harvest.writer import NativeWriter, open_writer
 
-GB = 10**9
 _REFRESHED = 60.0  # seconds between two writings of the index
 
 
@@ -152,6 +151,11 @@ def begun(job: HarvestJob, store: Path) -> tuple[Plan, Manifest]:
         raise InvalidInput(
             f"{store} holds another harvest: {first_difference(earlier, taken.as_dict())}. Give "
             "another folder, or delete this one"
+        )
+    if manifest.jobs[0].units != (0, plan.units):
+        raise InvalidInput(
+            f"{store} was merged from a part of this harvest, its units have other numbers; go on "
+            "in the folder that it was merged from"
         )
     return plan, manifest
 

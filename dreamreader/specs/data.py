@@ -130,6 +130,10 @@ def item_of(
     for name, value in (("prompt", prompt), ("target", target)):
         if value is None and name == "target":
             continue
+        if name == "prompt" and not any(each in row for each in names):
+            raise InvalidInput(
+                f"{where}: needs a column {' or '.join(names)}, has {', '.join(row) or 'none'}"
+            )
         if not isinstance(value, str) or not value.strip():
             raise InvalidInput(f"{where}: {name} must be text, got {value!r}")
     taken = [name for name in rest if name in reserved]

@@ -104,6 +104,7 @@ def test_ctrl_c_stops_between_two_units_and_the_command_goes_on(spec: Path, tmp_
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=60)
     assert child.returncode == 130 and "stopped; no file was left half-written" in said
+    assert "the same command goes on after the last sealed unit" in said
     assert not list(out.rglob("*.part"))
     manifest = json.loads((out / "manifest.json").read_text())
     assert not manifest["complete"] and manifest["jobs"][0]["units"] == [0, 200]

@@ -60,6 +60,14 @@ def test_info(store) -> None:
     ]
 
 
+def test_info_of_a_merged_store_that_is_not_complete(store, tmp_path) -> None:
+    folder = shutil.copytree(store, tmp_path / "store")
+    Manifest((Job("0" * 64, (0, 1)), Job("1" * 64, (1, 2)))).write(folder)
+    found = run("info", folder).stdout
+    assert "to go on    finish each harvest in its own folder, and merge them again" in found
+    assert "run the same harvest again" not in found
+
+
 def test_info_of_a_complete_store(store, tmp_path) -> None:
     folder = shutil.copytree(store, tmp_path / "store")
     Manifest(

@@ -220,6 +220,13 @@ def test_units_that_are_sealed_later_are_not_seen(written) -> None:
     assert StoreDataset(folder, HEADS, batch_size=40).rows == 432
 
 
+def test_it_says_what_it_is(store: Path) -> None:
+    alone = StoreDataset(store, HEADS, batch_size=8)
+    assert repr(alone) == f"StoreDataset({HEADS!r}: {alone.rows:,} rows)"
+    part = StoreDataset(store, HEADS, batch_size=8, rank=1, world=3)
+    assert repr(part) == f"StoreDataset({HEADS!r}: {alone.rows:,} rows, rank 1 of 3)"
+
+
 def test_normalising(store: Path) -> None:
     mean, scale = torch.randn(12), torch.rand(12)
     plain = torch.cat(list(StoreDataset(store, HEADS, batch_size=99)))

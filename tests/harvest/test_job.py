@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
 from dreamreader.harvest import Manifest, Store
 from dreamreader.harvest import run as running
+from dreamreader.harvest.layout import unit_folder
+from dreamreader.harvest.merge import merge
 
 from .jobs import LAYER, MIDDLE, PROMPTS, TEXTS, content, gpt2, pictures, texts, unet
 
@@ -28,9 +31,12 @@ def test_a_plan_says_what_will_be_there(tmp_path: Path) -> None:
     assert "samples   6\nunits     2 of up to 4 samples, in batches of up to 3" in shown
     store = harvest.run(tmp_path / "s")
     assert f"rows      about {store.rows:,}" in shown
-    found = re.search(r"disk      about (\S+) GiB", shown)
-    assert found and float(found[1]) * 2**30 == pytest.approx(store.nbytes - 2 * 8 * 8192, rel=0.2)
-    assert "sites     8\n          3 x 96 bfloat16: unet.down_blocks.1." in shown
+    found = re.search(r"disk      about (\S+) GB", shown)
+    assert found and float(found[1]) * 1e9 == pytest.approx(store.nbytes - 2 * 8 * 8192, rel=0.2)
+    assert (
+        "sites     8\n          3 of width 96, bfloat16, 128 rows a sample: unet.down_blocks.1."
+        in shown
+    )
 
 
 def test_the_size_of_a_unit_follows_from_that_of_its_rows() -> None:
@@ -146,6 +152,15 @@ def test_another_job_is_refused_with_the_first_difference(tmp_path: Path) -> Non
         texts(reader=other).run(tmp_path / "s")
     assert content(tmp_path / "s") == before
     texts(name="another title", store={"unit": 3, "not_finite": "keep"}).run(tmp_path / "s")
+
+
+def test_a_merged_part_of_a_harvest_does_not_go_on(tmp_path: Path) -> None:
+    whole = texts().run(tmp_path / "s")
+    shutil.rmtree(tmp_path / "s" / "shards" / unit_folder(0))  # as Ray may leave it
+    merge([whole.path], tmp_path / "t")
+    with pytest.raises(InvalidInput, match="t was merged from a part of this harvest, its units"):
+        texts().run(tmp_path / "t")
+    assert texts().run(tmp_path / "s").units == whole.units
 
 
 def test_a_second_job_on_one_store_is_refused(tmp_path: Path) -> None:

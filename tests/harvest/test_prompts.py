@@ -105,6 +105,11 @@ def test_further_columns_have_one_type_in_every_table(tmp_path: Path) -> None:
         ("p.csv", 'prompt,tag\n"a\nb",1\n,2\n', "{path}:4: prompt must be text, got ''"),
         ("p.csv", "prompt,tag\na,1\nb, c,1,2\n", "{path}:3: 2 more values than columns"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', "{path}:2: no JSON: "),
+        (
+            "p.jsonl",
+            '{"text": "a"}\n{"txt": "b", "n": 1}\n',
+            "{path}:2: needs a column prompt or text, has",
+        ),
         ("p.jsonl", '{"text": "a"}\n\n{"text": "  "}\n', "{path}:3: prompt must be text, got '  '"),
         ("p.jsonl", '{"prompt": "a", "text": "b"}', "{path}:1: prompt and text both name the"),
         ("p.jsonl", '{"prompt": "a", "seed": 1}', "{path}:1: the column 'seed' is made by the run"),

@@ -95,7 +95,10 @@ def test_more_scenes_than_there_are() -> None:
     "fields, text",
     [
         ({"prompts": ["a", " "]}, "data.prompts.1: prompt must be text, got ' '"),
-        ({"prompts": [{"text": "a"}]}, "data.prompts.0: prompt must be text, got None"),
+        (
+            {"prompts": [{"text": "a"}]},
+            "data.prompts.0: needs a column source or prompt or corrupted, has text",
+        ),
         ({"prompts": [{"prompt": 3}]}, "data.prompts.0: prompt must be text, got 3"),
         ({"pairs": [{"source": "a", "target": ""}]}, "data.pairs.0: target must be text, got ''"),
         (
@@ -141,7 +144,11 @@ def test_a_reserved_column(name: str) -> None:
     [
         ("p.txt", "\n \n", "data: there are no prompts"),
         ("p.csv", "prompt,tag\n", "data: there are no prompts"),
-        ("p.csv", "promt\na\n", "{path}:2: prompt must be text, got None"),
+        (
+            "p.csv",
+            "promt\na\n",
+            "{path}:2: needs a column source or prompt or corrupted, has promt",
+        ),
         ("p.csv", 'prompt,tag\n"a\nb",1\n,2\n', "{path}:4: prompt must be text, got ''"),
         ("p.csv", "prompt,tag\na, big, one,1\n", "{path}:2: 2 more values than columns; a value"),
         ("p.csv", 'prompt\n"a', "{path}:2: no CSV: "),
@@ -149,7 +156,7 @@ def test_a_reserved_column(name: str) -> None:
         ("p.txt", b"\xff\xfe\x00", "{path}: no UTF-8 text"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', "{path}:2: no JSON: "),
         ("p.jsonl", "[1]\n", "{path}:1: an object or a text expected, got [1]"),
-        ("p.jsonl", '{"prompt": "a"}\n\n{"text": "b"}\n', "{path}:3: prompt must be text, got No"),
+        ("p.jsonl", '{"prompt": "a"}\n\n{"text": "b"}\n', "{path}:3: needs a column source or pr"),
         ("p.jsonl", '{"prompt": "a", "seed": 1}', "{path}:1: the column 'seed' is made by the run"),
         ("p.parquet", b"PAR1 and no more", "{path}: no whole Parquet file: "),
         ("p.parquet", b"", "{path}: no whole Parquet file: "),
