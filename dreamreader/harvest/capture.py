@@ -13,7 +13,7 @@ from dreamreader.engine import Flowing, Stream
 from dreamreader.errors import InvalidInput
 from dreamreader.harvest.layout import POOLED, STORED, Moment, SiteLayout, tensors_of
 from dreamreader.harvest.spec import Capture, Choice
-from dreamreader.ops.choose import choose, counts_of_budget, streams_of
+from dreamreader.ops.choose import choose_unchecked, counts_of_budget, streams_of
 
 if TYPE_CHECKING:
     from dreamreader.engine.clock_schedule import Instant
@@ -96,6 +96,7 @@ class Collector:
     _calls: "dict[Kept, _Call]" = field(default_factory=dict)
     _alike: dict[tuple, int] = field(default_factory=dict)
     _choices: dict[int, _Choice] = field(default_factory=dict)
+    _drawn: dict[tuple, Int64[Tensor, " entries"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.streams = [
@@ -111,7 +112,7 @@ class Collector:
     def batch(self, offset: int) -> None:
         """Starts a run of the model, whose first row is this sample of the unit."""
         self._offset, self._at = offset, -1
-        for each in (self._calls, self._alike, self._choices):
+        for each in (self._calls, self._alike, self._choices, self._drawn):
             each.clear()
 
     @property
@@ -132,6 +133,7 @@ class Collector:
         if moment != self._at:
             self._at = moment
             self._choices.clear()
+            self._drawn.clear()
         choice = self._choices.get(call.choice)
         if choice is None:
             choice = self._choices[call.choice] = self._choose(number, call, flowing, moment)
@@ -172,7 +174,7 @@ class Collector:
         """The rows of a call that are kept: places in x, and keys."""
         capture, kept = self.captures[number][0], flowing.key
         counts, streams = self._counts(capture, call, flowing, self.moments[moment])
-        places, keys = choose(
+        places, keys = choose_unchecked(
             kept.tokens,
             kept.offsets,
             kept.index,
@@ -181,7 +183,7 @@ class Collector:
             streams,
             moment,
             counts,
-            shift=flowing.shift,
+            flowing.shift,
         )
         if capture.pool == "none":
             return _Choice(places, keys, None)
@@ -222,10 +224,13 @@ class Collector:
         self, call: _Call, branches: tuple[str, ...], step: int, evaluation: int
     ) -> Int64[Tensor, " entries"]:
         """A seed for each entry, by its sample and branch and the moment, whatever its batch is."""
-        rows = len(call.samples) // len(branches)
-        samples = call.samples[:rows].numpy().astype(np.int64) + self._first
-        found = [streams_of(self.seed, samples, step, evaluation, name) for name in branches]
-        return torch.from_numpy(np.concatenate(found))
+        samples = call.samples[: len(call.samples) // len(branches)].numpy()
+        key = (samples.tobytes(), branches, step, evaluation)
+        if key not in self._drawn:
+            numbers = samples.astype(np.int64) + self._first
+            found = [streams_of(self.seed, numbers, step, evaluation, name) for name in branches]
+            self._drawn[key] = torch.from_numpy(np.concatenate(found))
+        return self._drawn[key]
 
     def _site(self, number: int, flowing: Flowing) -> Taken:
         capture, x, name = self.captures[number][0], flowing.x, flowing.site.name

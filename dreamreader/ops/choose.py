@@ -75,6 +75,24 @@ def choose(
         [[7, 3, 0, 2], [7, 3, 0, 3]]
     """
     _check(tokens, offsets, entries, samples, branches, streams, counts, shift, out)
+    return choose_unchecked(
+        tokens, offsets, entries, samples, branches, streams, moment, counts, shift, out
+    )
+
+
+def choose_unchecked(
+    tokens: Tensor,
+    offsets: Tensor,
+    entries: Tensor,
+    samples: Tensor,
+    branches: Tensor,
+    streams: Tensor,
+    moment: int,
+    counts: Tensor | None = None,
+    shift: Tensor | None = None,
+    out: Chosen | None = None,
+) -> Chosen:
+    """`choose` of tensors that are known to be right: checks take longer than a short choice."""
     if out is None:
         out = _room(_rows(offsets, counts), tokens.device)
     call = _reference if _native is None else _native.choose_cpu
