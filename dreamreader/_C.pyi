@@ -131,6 +131,7 @@ class ShardWriter:
     def __init__(
         self,
         ring_bytes: int,
+        slab_bytes: int,
         threads: int,
         pack_threads: int,
         leave_out: bool,

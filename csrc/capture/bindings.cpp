@@ -54,10 +54,12 @@ const int32_t* numbers_of(const TensorView& t, int64_t columns, const char* mess
 // outlive a fork: the child has none of its threads.
 class ShardWriter {
  public:
-  ShardWriter(int64_t ring_bytes, int threads, int pack_threads, bool leave_out, int64_t wait_micro)
+  ShardWriter(int64_t ring_bytes, int64_t slab_bytes, int threads, int pack_threads, bool leave_out,
+              int64_t wait_micro)
       : process_(getpid()), host_(pack_threads) {
-    require(ring_bytes > 0 && threads > 0, "writer: ring_bytes and threads must be positive");
-    writer_ = std::make_unique<Writer>(Options{ring_bytes, threads, leave_out, wait_micro});
+    require(ring_bytes > 0 && slab_bytes > 0 && threads > 0,
+            "writer: ring_bytes, slab_bytes and threads must be positive");
+    writer_ = std::make_unique<Writer>(Options{ring_bytes, slab_bytes, threads, leave_out, wait_micro});
   }
   ~ShardWriter() { close(); }
 
@@ -265,8 +267,8 @@ class ShardWriter {
 Bind bind_capture([](py::module_& m) {
   m.def("crc32c", &crc32c);
   py::class_<ShardWriter>(m, "ShardWriter")
-      .def(py::init<int64_t, int, int, bool, int64_t>(), py::arg("ring_bytes"), py::arg("threads"),
-           py::arg("pack_threads"), py::arg("leave_out"), py::arg("wait_micro") = 0)
+      .def(py::init<int64_t, int64_t, int, int, bool, int64_t>(), py::arg("ring_bytes"),
+           py::arg("slab_bytes"), py::arg("threads"), py::arg("pack_threads"), py::arg("leave_out"), py::arg("wait_micro") = 0)
       .def("close", &ShardWriter::close)
       .def("site", &ShardWriter::site)
       .def("begin", &ShardWriter::begin)

@@ -10,7 +10,6 @@ namespace dreamreader {
 namespace {
 
 constexpr int64_t kMostRows = INT32_MAX;  // of a shard, whose segments count them
-constexpr int64_t kSlab = 4 << 20;   // above it, larger writes are not faster
 constexpr int64_t kLeast = 64 << 10;  // a slab of less is not worth its write
 
 int64_t row_memory(const SiteShape& shape) {  // with its scale, its key and its checksum
@@ -69,7 +68,7 @@ void Writer::begin(const std::string& folder) {
     least = std::max(least, round_up(2 * kBlock + row_memory(site->shape), kBlock));
   }
   const int64_t share = ring_.bytes() / (3 * std::max(1, sites())) / kBlock * kBlock;
-  ring_.divide(std::max(least, std::min(kSlab, share)));
+  ring_.divide(std::max(least, std::min(options_.slab_bytes / kBlock * kBlock, share)));
   if (ring_.count() < 2)
     throw std::invalid_argument("writer: ring_bytes must be at least " +
                                 std::to_string(2 * ring_.slab_bytes()) + " for these sites, not " +

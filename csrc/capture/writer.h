@@ -29,6 +29,7 @@ constexpr int kKey = 4;            // sample, moment, branch, token
 
 struct Options {
   int64_t ring_bytes;
+  int64_t slab_bytes;  // less where the sites are many
   int threads;
   bool leave_out;      // rows for which no slab is free, instead of waiting
   int64_t wait_micro;  // before each write; for tests, as a slow disk

@@ -215,7 +215,8 @@ def writer_for(job: HarvestJob, store: Path, run: str) -> NativeWriter | Referen
     """A writer of the store, as the spec wants it."""
     options = job.spec.store
     ring = int(options.ring_mb * MIB)
-    return open_writer(store, run, ring_bytes=ring, pressure=options.pressure)
+    device = job.spec.subject.device
+    return open_writer(store, run, device=device, ring_bytes=ring, pressure=options.pressure)
 
 
 def _harvest(work: Work) -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Pressure = Literal["block", "sample"]
 PRESSURES = ("block", "sample")
 _STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
+# Bytes: a slab is still in the caches of a CPU when it is written; a GPU wants long copies.
+_SLABS = {"cpu": 1 << 20, "cuda": 4 << 20}
 _POOLS = ("none", "mean", "max")
 
 
@@ -31,6 +33,7 @@ def open_writer(
     store: Path | str,
     run: str,
     *,
+    device: str | torch.device = "cpu",
     ring_bytes: int = 256 << 20,
     threads: int = 2,
     pressure: Pressure = "block",
@@ -40,6 +43,7 @@ def open_writer(
     Args:
         store: its folder.
         run: digest of the fingerprint.
+        device: of the model.
         ring_bytes: memory for rows on their way to the disk.
         threads: that write.
         pressure: what happens to rows while the disk is behind and the memory is full: `block`
@@ -56,7 +60,9 @@ def open_writer(
     module = native()[0] if narrowed() in (None, "native") else None
     if module is None:
         return ReferenceWriter(Path(store), run)
-    core = module.ShardWriter(ring_bytes, threads, torch.get_num_threads(), pressure == "sample")
+    slab = _SLABS.get(torch.device(device).type, _SLABS["cpu"])
+    pack_threads, leave_out = torch.get_num_threads(), pressure == "sample"
+    core = module.ShardWriter(ring_bytes, slab, threads, pack_threads, leave_out)
     return NativeWriter(Path(store), run, core)
 
 

@@ -48,7 +48,9 @@ def make(tmp_path: Path) -> Iterator[Callable[..., NativeWriter]]:
         leave_out = options["pressure"] == "sample"
         module = native()[0]
         assert module
-        core = module.ShardWriter(options["ring_bytes"], options["threads"], 1, leave_out, slow)
+        core = module.ShardWriter(
+            options["ring_bytes"], 4 << 20, options["threads"], 1, leave_out, slow
+        )
         writers.append(NativeWriter(tmp_path / name, RUN, core))
         return writers[-1]
 

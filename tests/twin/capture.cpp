@@ -188,7 +188,7 @@ void check_refusal(const std::string& path) {
 }
 
 void check_most_rows(const fs::path& folder) {
-  Writer writer({1 << 18, 1, false, 0});
+  Writer writer({1 << 18, 4 << 20, 1, false, 0});
   HostPacker packer(1);
   const int site = writer.site({"many", 1, 4, Stored::f32, Pool::none, false});
   writer.begin(folder.string());
@@ -221,7 +221,7 @@ int main(int, char** arguments) {
   cudaStream_t streams[] = {&one, &two};
   std::vector<std::vector<int64_t>> counts[2];
   for (int gpu = 0; gpu < 2; ++gpu) {
-    Writer writer({1 << 18, 2, false, 100});
+    Writer writer({1 << 18, 4 << 20, 2, false, 100});
     writer.site({"rows", 333, 4 * 333, Stored::f32, Pool::none, false});
     writer.site({"scaled", 77, 77, Stored::i8, Pool::none, true});
     writer.site({"pooled", 3, 12, Stored::f32, Pool::mean, false});
