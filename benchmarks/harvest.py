@@ -41,7 +41,6 @@ class Job:
             pipeline={"num_inference_steps": options.steps},
             capture=[{"sites": SITES, "tokens": {"random": 0.25}}],
             batch={"rows": options.batch},
-            store={"unit": options.pictures // 2},
         )
         self.job = self.harvest.job
         self.plan: Plan = make_plan(self.job, estimates=False)

@@ -131,14 +131,14 @@ def directions(result: dict[str, Any]) -> str:
 
 def harvest(result: dict[str, Any]) -> str:
     """What storing activations adds to generation."""
-    ratio = result["ratio"]
+    seconds = {name: each["median"] for name, each in result["seconds"].items()}
     text = (
         f"{result['pictures']} pictures, {result['steps']} steps of {result['model']} "
-        f"({result['seconds']['plain']['median']:.1f} s): storing a quarter of the tokens of all "
-        f"{result['sites']} attentions at all steps in bfloat16 "
-        f"({result['bytes'] / 1e6:.0f} MB) adds {percent(ratio['units'])} "
-        f"(goal ≤ {100 * (result['goal'] - 1):.0f} %); {percent(ratio['run'])} with the "
-        "fingerprint, manifest and index of the whole job."
+        f"({seconds['plain']:.1f} s): storing a quarter of the tokens of all {result['sites']} "
+        f"attentions at all steps in bfloat16 ({result['bytes'] / 1e6:.0f} MB) adds "
+        f"{percent(result['ratio']['units'])} (goal ≤ {100 * (result['goal'] - 1):.0f} %). A job "
+        f"takes {seconds['run'] - seconds['units']:.1f} s once for the size of its units, the "
+        "fingerprint, manifest and index."
     )
     return noted("Harvest", result, text)
 
