@@ -4,7 +4,7 @@
 
 Every attention output of all steps, bfloat16, a random quarter of the tokens, to the disk that
 holds --folder; against the plain pipeline with the same prompts, seeds and batches. Neither decodes
-pictures. `run` is the whole job, with its fingerprint, manifest and index; `units` its units alone,
+pictures. `run` is the whole job, from the size of its units to its index; `units` its units alone,
 which is what a long job is made of. No time is printed unless stored rows are those that a plain
 recording gives.
 """
