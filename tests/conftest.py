@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import os
+from collections.abc import Iterator
 
 # Triton warns while this is unset, and its default is about to change.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from dreamreader import _alloc
+from dreamreader._register import native
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +31,17 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     empty, empty_like = _alloc.empty, _alloc.empty_like
     monkeypatch.setattr(_alloc, "empty", lambda *args, **kw: fill(empty(*args, **kw)))
     monkeypatch.setattr(_alloc, "empty_like", lambda x: fill(empty_like(x)))
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The native kernels of one instruction set, for as long as the test runs."""
+    module = native()[0]
+    if module is None:
+        pytest.skip("the native module is not built")
+    try:
+        module.use_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    module.use_isa("best")

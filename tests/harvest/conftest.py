@@ -1,14 +1,16 @@
 """A small store that is written by the reference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
 
+from dreamreader._register import native
 from dreamreader.harvest.layout import Moment, SiteLayout
 from dreamreader.harvest.reference import ReferenceWriter
+from dreamreader.harvest.writer import NativeWriter
 
 STEPS = 3
 
@@ -57,3 +59,24 @@ def written(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def native_writer(tmp_path: Path) -> Iterator[Callable[..., NativeWriter]]:
+    """Opens native writers, with few threads and little memory, and closes them."""
+    writers: list[NativeWriter] = []
+
+    def writer(name: str = "store", *, slow: int = 0, **options) -> NativeWriter:
+        options = {"ring_bytes": 1 << 18, "threads": 2, "pressure": "block"} | options
+        leave_out = options["pressure"] == "sample"
+        module = native()[0]
+        assert module
+        core = module.ShardWriter(
+            options["ring_bytes"], 4 << 20, options["threads"], 1, leave_out, slow
+        )
+        writers.append(NativeWriter(tmp_path / name, "0" * 64, core))
+        return writers[-1]
+
+    yield writer
+    for each in writers:
+        each.close()

@@ -19,17 +19,6 @@ KNOWN = {
 }
 
 
-@pytest.fixture(params=["portable", "best"])
-def isa(request: pytest.FixtureRequest):
-    """The instruction set that the kernel uses."""
-    module = native()[0]
-    if module is None:
-        pytest.skip("the native module is not built")
-    module.use_isa(request.param)
-    yield
-    module.use_isa("best")
-
-
 def drawn(rows: int, width: int) -> np.ndarray:
     return np.random.default_rng(rows + width).integers(0, 256, (rows, width), dtype=np.uint8)
 

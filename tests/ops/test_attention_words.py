@@ -13,8 +13,9 @@ from dreamreader.errors import InvalidInput
 from dreamreader.ops import attention_words_, attention_words_reference_
 from tests.cases._compare import assert_close
 from tests.cases.attention_words import CASES, HALF, LONG, SMALL, TEXT, Case
-from tests.test_ops import ISAS, NATIVE, same_bits
+from tests.test_ops import same_bits
 
+NATIVE = _register.native()[0]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -58,19 +59,10 @@ def test_active_backend(case: Case, dtype: torch.dtype):
     check(case, dtype)
 
 
-@pytest.mark.skipif(NATIVE is None, reason="the native module is not built")
-@pytest.mark.parametrize("isa", ISAS)
 @by_dtype
 def test_every_instruction_set(isa: str, dtype: torch.dtype):
-    try:
-        NATIVE.use_isa(isa)
-    except ValueError as error:
-        pytest.skip(str(error))
-    try:
-        for case in cases_for(dtype):
-            check(case, dtype)
-    finally:
-        NATIVE.use_isa("best")
+    for case in cases_for(dtype):
+        check(case, dtype)
 
 
 @pytest.mark.gpu

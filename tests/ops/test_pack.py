@@ -71,20 +71,12 @@ def test_active_backend(source: torch.dtype, stored: torch.dtype):
         check(case, source, stored, operator)
 
 
-@NEEDS_NATIVE
-@pytest.mark.parametrize("isa", ("portable", "avx2"))
+@pytest.mark.parametrize("isa", ["portable", "avx2"], indirect=True)
 @by_source
 @by_stored
 def test_every_instruction_set(isa: str, source: torch.dtype, stored: torch.dtype):
-    try:
-        NATIVE.use_isa(isa)
-    except ValueError as error:
-        pytest.skip(str(error))
-    try:
-        for case in CASES["pack"]:
-            check(case, source, stored, operator)
-    finally:
-        NATIVE.use_isa("best")
+    for case in CASES["pack"]:
+        check(case, source, stored, operator)
 
 
 @pytest.fixture(scope="module")
