@@ -13,7 +13,7 @@ from dreamreader.engine import Flowing, Stream
 from dreamreader.errors import InvalidInput
 from dreamreader.harvest.layout import POOLED, STORED, Moment, SiteLayout, tensors_of
 from dreamreader.harvest.spec import Capture, Choice
-from dreamreader.ops.choose import choose_unchecked, counts_of_budget, streams_of
+from dreamreader.ops.choose import choose, counts_of_budget, streams_of
 
 if TYPE_CHECKING:
     from dreamreader.engine.clock_schedule import Instant
@@ -174,7 +174,7 @@ class Collector:
         """The rows of a call that are kept: places in x, and keys."""
         capture, kept = self.captures[number][0], flowing.key
         counts, streams = self._counts(capture, call, flowing, self.moments[moment])
-        places, keys = choose_unchecked(
+        places, keys = choose(
             kept.tokens,
             kept.offsets,
             kept.index,
@@ -183,7 +183,8 @@ class Collector:
             streams,
             moment,
             counts,
-            flowing.shift,
+            shift=flowing.shift,
+            checked=False,
         )
         if capture.pool == "none":
             return _Choice(places, keys, None)

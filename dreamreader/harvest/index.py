@@ -17,6 +17,7 @@ from dreamreader._files import explained, replacing
 from dreamreader.errors import InvalidInput
 from dreamreader.harvest.layout import (
     FORMAT,
+    MOMENTS,
     SiteLayout,
     check_format,
     is_sealed,
@@ -155,8 +156,8 @@ def current(folder: Path, known: Index | None) -> Index:
     shards = [(unit, shard) for unit in new for shard in open_unit(folder, unit)]
     for _, shard in shards:
         add_site(sites, shard.site, shard.path)
-        for column, count in zip((5, 6), counts, strict=True):
-            _count(count, shard, column)
+        for name, count in zip(("left_out", "not_finite"), counts, strict=True):
+            _count(count, shard, MOMENTS.index(name))
     table = pa.concat_tables([known.table, table_of(shards)])
     if known.units and new[0] < known.units[-1]:
         table = table.take(np.argsort(table["unit"].to_numpy(), kind="stable"))
@@ -195,11 +196,6 @@ def add_site(sites: dict[str, SiteLayout], found: SiteLayout, where: object) -> 
             f"{where}: rows of {found.name} have {second}, those before them {first}"
         )
     sites[found.name] = replace(known, hw=None)
-
-
-def lines_of(folder: Path, unit: int) -> "pa.Table":
-    """The lines of one unit, from its shards."""
-    return table_of([(unit, shard) for shard in open_unit(folder, unit)])
 
 
 def table_of(shards: Sequence[tuple[int, ShardFile]]) -> "pa.Table":

@@ -11,9 +11,12 @@ STORE/
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 
+import numpy as np
 import torch
+from jaxtyping import Float
 
 from dreamreader.errors import InvalidInput
 
@@ -102,6 +105,21 @@ class Moment:
     timestep: float
     sigma: float
     fraction: float
+
+
+def moments_table(
+    moments: Sequence[Moment], left_out: Mapping[int, int], not_finite: Mapping[int, int]
+) -> Float[np.ndarray, "moments 7"]:
+    """The table `moments` of a shard.
+
+    Args:
+        moments: of the unit. left_out, not_finite: rows of the shard's site by moment.
+    """
+    rows = [
+        (*astuple(moment), left_out.get(number, 0), not_finite.get(number, 0))
+        for number, moment in enumerate(moments)
+    ]
+    return np.array(rows, dtype=np.float64).reshape(-1, len(MOMENTS))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dreamreader._files import explained
 from dreamreader.harvest.checksum import crc32c_reference
-from dreamreader.harvest.layout import Moment, SiteLayout, header_of, tensors_of
+from dreamreader.harvest.layout import Moment, SiteLayout, header_of, moments_table, tensors_of
 from dreamreader.harvest.unit import Shard, begin_unit, crc32c_of, seal_unit
 from dreamreader.ops.pack import POOLS, pack_reference
 
@@ -125,21 +125,7 @@ class ReferenceWriter:
         keys = torch.cat(held.keys)
         parts = [values, _bytes(keys), *([_bytes(torch.cat(held.scales))] if held.scales else [])]
         segments = segments_of(keys.numpy())
-        times = np.array(
-            [
-                [
-                    m.step,
-                    m.evaluation,
-                    m.timestep,
-                    m.sigma,
-                    m.fraction,
-                    0,
-                    held.not_finite.get(n, 0),
-                ]
-                for n, m in enumerate(moments)
-            ],
-            dtype=np.float64,
-        )
+        times = moments_table(moments, {}, held.not_finite)
         header = header_of(layout, len(keys), len(segments), len(times), branches, self.run)
         at = tensors_of(layout, len(keys), len(segments), len(times))
         whole = np.zeros(at.bytes, dtype=np.uint8)

@@ -14,7 +14,13 @@ from torch import Tensor
 from dreamreader._files import explained
 from dreamreader._register import narrowed, native
 from dreamreader.errors import InvalidInput
-from dreamreader.harvest.layout import MOMENTS, Moment, SiteLayout, header_of, tensors_of
+from dreamreader.harvest.layout import (
+    Moment,
+    SiteLayout,
+    header_of,
+    moments_table,
+    tensors_of,
+)
 from dreamreader.harvest.reference import ReferenceWriter
 from dreamreader.harvest.unit import Shard, begin_unit, crc32c_of, seal_unit
 
@@ -185,18 +191,10 @@ class NativeWriter:
         layout, rows = self.sites[site], self._core.rows(site)
         segments = self._core.segments(site)
         count = len(segments) // 16
-        times = self._times(site, moments)
+        times = moments_table(moments, self.left_out(site), self.not_finite(site))
         at = tensors_of(layout, rows, count, len(times))
         header = header_of(layout, rows, count, len(times), branches, self.run)
         tail = (at.keys, at.scales, at.checksums, at.segments, at.moments, at.bytes)
         self._core.finish(site, header, times.tobytes(), tail)
         described = np.frombuffer(header + segments + times.tobytes(), dtype=np.uint8)
         return Shard(layout, rows, count, len(times), at.bytes, crc32c_of(described))
-
-    def _times(self, site: int, moments: Sequence[Moment]) -> Float[np.ndarray, "moments 7"]:
-        left_out, not_finite = self.left_out(site), self.not_finite(site)
-        rows = [
-            (*(getattr(m, name) for name in MOMENTS[:5]), left_out.get(n, 0), not_finite.get(n, 0))
-            for n, m in enumerate(moments)
-        ]
-        return np.array(rows, dtype=np.float64).reshape(-1, len(MOMENTS))

@@ -41,6 +41,7 @@ def choose(
     *,
     shift: Int[Tensor, " n"] | None = None,
     out: Chosen | None = None,
+    checked: bool = True,
 ) -> Chosen:
     """Keeps candidates of every entry: all, or so many that its own stream draws.
 
@@ -59,6 +60,8 @@ def choose(
         shift: int32, added to the token in the keys only (tokens behind padding).
         out: int32 places [room, 2] and keys [room, 4], dense, that the rows are written into; then
             nothing is allocated.
+        checked: False for tensors that are known to be right; a short choice takes less than its
+            checks.
 
     Returns:
         The rows, entry by entry; with `out` its first rows.
@@ -74,25 +77,8 @@ def choose(
         >>> choose(tokens, offsets, one, one + 7, one, one.long(), 3, one + 2).keys.tolist()
         [[7, 3, 0, 2], [7, 3, 0, 3]]
     """
-    _check(tokens, offsets, entries, samples, branches, streams, counts, shift, out)
-    return choose_unchecked(
-        tokens, offsets, entries, samples, branches, streams, moment, counts, shift, out
-    )
-
-
-def choose_unchecked(
-    tokens: Tensor,
-    offsets: Tensor,
-    entries: Tensor,
-    samples: Tensor,
-    branches: Tensor,
-    streams: Tensor,
-    moment: int,
-    counts: Tensor | None = None,
-    shift: Tensor | None = None,
-    out: Chosen | None = None,
-) -> Chosen:
-    """`choose` of tensors that are known to be right: checks take longer than a short choice."""
+    if checked:
+        _check(tokens, offsets, entries, samples, branches, streams, counts, shift, out)
     if out is None:
         out = _room(_rows(offsets, counts), tokens.device)
     call = _reference if _native is None else _native.choose_cpu
