@@ -49,6 +49,8 @@ class Stage:
         if self.program is not None:
             return intervene(x, self.program)
         assert self.active is not None
+        if self.active.edit.selects:
+            return self.active.edit.apply(x, self.active.place)
         return _blended(x, self.active)
 
 
@@ -100,7 +102,7 @@ def compiled(active: Sequence[Active], shape: tuple[int, int, int]) -> Compiled:
     for each in active:
         each.edit.check(each.place)
         if each.edit.is_function:
-            hit = _hit(each, each.place.selected)
+            hit = _hit(each, each.edit.touched(each.place))
             if hit is not None:
                 stages.append(Stage((each.number,), active=each))
                 hits.append(hit)

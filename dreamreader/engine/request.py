@@ -255,6 +255,15 @@ class EditRequest(Request):
         """Whether it restores the norm that a row had before this edit."""
         return False
 
+    @property
+    def selects(self) -> bool:
+        """Whether `apply` itself leaves rows bit for bit that are not selected (else it is seen to)."""
+        return False
+
+    def touched(self, place: "Place") -> Tensor:
+        """Where a function acts: not 0 in a tensor that broadcasts to [batch, tokens]."""
+        return place.selected
+
     def row_lengths(self) -> dict[str, int]:
         """Length of every per-row argument."""
         return {}

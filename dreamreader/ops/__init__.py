@@ -9,8 +9,11 @@ from dreamreader.ops.choose import (
     stream_of,
     streams_of,
 )
+from dreamreader.ops.guide import guide, guide_reference, probe_gradient
 from dreamreader.ops.intervention import intervene, intervene_, intervene_reference
+from dreamreader.ops.low_rank import low_rank, low_rank_, low_rank_reference
 from dreamreader.ops.moments import Sums, moments, moments_reference
+from dreamreader.ops.orthonormal import orthonormal
 from dreamreader.ops.pack import pack, pack_reference
 from dreamreader.ops.permutation import permuted, permuted_reference
 from dreamreader.ops.program import Instruction, Program
@@ -25,15 +28,22 @@ __all__ = [
     "choose",
     "choose_reference",
     "counts_of_budget",
+    "guide",
+    "guide_reference",
     "intervene",
     "intervene_",
     "intervene_reference",
+    "low_rank",
+    "low_rank_",
+    "low_rank_reference",
     "moments",
     "moments_reference",
+    "orthonormal",
     "pack",
     "pack_reference",
     "permuted",
     "permuted_reference",
+    "probe_gradient",
     "stream_of",
     "streams_of",
 ]
