@@ -257,7 +257,7 @@ class EditRequest(Request):
 
     @property
     def selects(self) -> bool:
-        """Whether `apply` itself leaves rows bit for bit that are not selected (else it is seen to)."""
+        """Whether `apply` itself leaves what is not selected, bit for bit."""
         return False
 
     def touched(self, place: "Place") -> Tensor:
