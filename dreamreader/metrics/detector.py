@@ -17,6 +17,8 @@ VALUES = {
 }
 """Attributes and the values they can have; no value belongs to two."""
 
+_FRAME = {"no": False, "yes": True}
+
 _GROUPS = {
     "color_kept": ("color",),
     "shape_kept": ("shape",),
@@ -31,12 +33,14 @@ class Detector:
 
     Columns: `color`, `shape`, `size`, `place` of the largest object (None without one),
     `background`, `frame`, `objects` (their number). `turned`: the attribute that the row's target
-    belongs to has this value; None where a row has no target. Beside a reference also `color_kept`,
-    `shape_kept`, `place_kept` and `rest_kept` (size, background, frame, number of objects), False
-    where one of the two pictures has no object.
+    belongs to has this value; None where a row has no target. Beside a reference also
+    `others_kept` (all that the target does not name), `color_kept`, `shape_kept`, `place_kept` and
+    `rest_kept` (size, background, frame, number of objects), False where one of the two pictures
+    has no object.
 
     Args:
-        target: column of the rows with the wanted value, such as "blue" or "star".
+        target: column of the rows with the wanted value, such as "blue" or "star", "yes" or "no"
+            for the frame; several, such as "blue + white", must all be there.
         kept: whether to compare with the reference.
 
     Reference:
@@ -70,6 +74,9 @@ class Detector:
         if self.kept:
             before = detect(needed(self.name, "images", reference))
             pairs = list(zip(found, map(attributes, before), strict=True))
+            columns["others_kept"] = [
+                _same(a, b, _others(t)) for (a, b), t in zip(pairs, targets, strict=True)
+            ]
             for name, group in _GROUPS.items():
                 columns[name] = [_same(a, b, group) for a, b in pairs]
         return columns
@@ -91,10 +98,32 @@ def attributes(reading: Reading) -> dict[str, Any]:
 def _turned(found: dict[str, Any], target: Any) -> bool | None:
     if target is None:
         return None
-    for name, values in VALUES.items():
-        if target in values:
-            return found[name] == target
-    raise UnknownName("target", str(target), [v for values in VALUES.values() for v in values])
+    return all(found[name] == value for name, value in wanted(target).items())
+
+
+def _others(target: Any) -> tuple[str, ...]:
+    """The attributes that a target does not name."""
+    named = {} if target is None else wanted(target)
+    return tuple(name for name in (*VALUES, "frame", "objects") if name not in named)
+
+
+def wanted(target: Any) -> dict[str, Any]:
+    """Attributes and values that a target such as "blue + white" names.
+
+    Raises:
+        UnknownName: no attribute has such a value.
+    """
+    found: dict[str, Any] = {}
+    for value in str(target).split(" + "):
+        if value in _FRAME:
+            found["frame"] = _FRAME[value]
+            continue
+        name = next((name for name, values in VALUES.items() if value in values), None)
+        if name is None:
+            every = [v for values in (*VALUES.values(), _FRAME) for v in values]
+            raise UnknownName("target", value, every)
+        found[name] = value
+    return found
 
 
 def _same(a: dict[str, Any], b: dict[str, Any], names: tuple[str, ...]) -> bool:

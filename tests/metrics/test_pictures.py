@@ -72,6 +72,24 @@ def test_turned_and_kept() -> None:
     assert found["objects"][6] == 2
 
 
+def test_a_target_can_be_the_frame_or_several_values() -> None:
+    before = [scene(), scene(frame=True), scene(), scene(), scene(), scene()]
+    after = [
+        scene(frame=True),
+        scene(),
+        scene("blue", background="black"),
+        scene("blue"),
+        scene("blue", size="small"),
+        BLANK,
+    ]
+    targets = ["yes", "no", "blue + black", "blue + black", "blue", "yes"]
+    found = build("detector").measure(outputs(after, target=targets), outputs(before))
+    assert found["turned"] == [True, True, True, False, True, False]
+    assert found["others_kept"] == [True, True, True, True, False, False]
+    with pytest.raises(UnknownName, match="unknown target 'mauve'"):
+        build("detector").measure(outputs([scene()], target=["blue + mauve"]), outputs([scene()]))
+
+
 def test_another_column_can_hold_the_target() -> None:
     got = outputs([scene("blue")] * 2, wanted=["blue", "red"])
     found = build({"detector": {"target": "wanted", "kept": False}}).measure(got, None)
