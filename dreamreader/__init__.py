@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dreamreader._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from dreamreader.edits import Ablate, Clamp, Edit, Patch, Scale, Steer
+    from dreamreader.edits import Ablate, Clamp, Edit, Patch, ProbeGuidance, Scale, Steer
     from dreamreader.engine import Activation, Cache, Reader, Record
     from dreamreader.experiments import Experiment
     from dreamreader.harvest import Harvest
@@ -26,6 +26,7 @@ _HOME = {
     "Scale": "edits",
     "Clamp": "edits",
     "Patch": "edits",
+    "ProbeGuidance": "edits",
     "Edit": "edits",
     "Experiment": "experiments",
     "Harvest": "harvest",
@@ -55,6 +56,7 @@ __all__ = [
     "Experiment",
     "Harvest",
     "Patch",
+    "ProbeGuidance",
     "Reader",
     "Record",
     "Scale",

@@ -3,9 +3,23 @@
 from dreamreader.edits.ablate import Ablate
 from dreamreader.edits.custom import Edit
 from dreamreader.edits.files import load, save
+from dreamreader.edits.mlp import Mlp
 from dreamreader.edits.patch import Patch
+from dreamreader.edits.probe_guidance import ProbeGuidance
 from dreamreader.edits.simple import Clamp, Scale
 from dreamreader.edits.steer import Steer
 from dreamreader.engine.request import Box
 
-__all__ = ["Ablate", "Box", "Clamp", "Edit", "Patch", "Scale", "Steer", "load", "save"]
+__all__ = [
+    "Ablate",
+    "Box",
+    "Clamp",
+    "Edit",
+    "Mlp",
+    "Patch",
+    "ProbeGuidance",
+    "Scale",
+    "Steer",
+    "load",
+    "save",
+]

@@ -3,14 +3,16 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
 
 from dreamreader._tensor_files import load_described, save_described
 from dreamreader.edits.ablate import Ablate
+from dreamreader.edits.mlp import Mlp
 from dreamreader.edits.patch import Patch
+from dreamreader.edits.probe_guidance import ProbeGuidance
 from dreamreader.edits.simple import Clamp, Scale
 from dreamreader.edits.steer import Steer
 from dreamreader.engine.cache import Activation, Cache, Row
@@ -20,7 +22,7 @@ from dreamreader.errors import InvalidInput, UnknownName
 
 _KIND = "edits"
 _KINDS: dict[str, type[EditRequest]] = {
-    each.__name__: each for each in (Steer, Ablate, Scale, Clamp, Patch)
+    each.__name__: each for each in (Steer, Ablate, Scale, Clamp, Patch, ProbeGuidance)
 }
 
 
@@ -97,10 +99,7 @@ def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
         return {"is": "mapping", "of": {key: _packed(each, tensors) for key, each in value.items()}}
     if is_dataclass(value) and type(value).__name__ in _VALUES:
-        if isinstance(value, Activation):
-            content = {each.name: getattr(value, each.name) for each in fields(value)}
-        else:
-            content = asdict(value)  # pyright: ignore[reportArgumentType]
+        content = {each.name: getattr(value, each.name) for each in fields(value)}
         return {
             "is": type(value).__name__,
             "of": {key: _packed(each, tensors) for key, each in content.items()},
@@ -108,7 +107,7 @@ def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"{type(value).__name__} is no value that a file can hold")
 
 
-_VALUES = {each.__name__: each for each in (Activation, Box, Instant, Row)}
+_VALUES = {each.__name__: each for each in (Activation, Box, Instant, Mlp, Row)}
 _CONTAINERS = {"tuple": tuple, "set": set, "frozenset": frozenset}
 
 

@@ -11,7 +11,7 @@ the width only at the beginning and at the end: with G = W1 W1', the first layer
 a_t = a_0 - G e_t, and the change has the squared norm e' G e.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -107,19 +107,45 @@ def guide_reference(
     Returns:
         [B, T, D] like x.
     """
-    h0 = x.to(strength.dtype)
     c = coefficients.unsqueeze(1)  # [B, 1, K]
-    s = strength.unsqueeze(-1)  # [B, T, 1]
-    limit = trust * torch.linalg.vector_norm(h0, dim=-1, keepdim=True)  # [B, T, 1]
+    h = descend(
+        x.to(strength.dtype),
+        strength.unsqueeze(-1),
+        gamma,
+        iterations,
+        trust,
+        lambda h: probe_gradient(h, weights, biases, activation, c),
+    )
+    out = _alloc.empty_like(x)
+    out.copy_(torch.where(strength.unsqueeze(-1) != 0, h.to(x.dtype), x))
+    return out
+
+
+def descend(
+    h0: Tensor,
+    s: Tensor,
+    gamma: float,
+    iterations: int,
+    trust: float,
+    gradient: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """[B, T, D]: h_0 after all steps along any gradient, each within the trust region.
+
+    Args:
+        h0: [B, T, D]. s: [B, T, 1]. gradient: of h, shaped like it.
+    """
     h = h0
     for t in range(iterations):
-        h = h - s * gamma**t * probe_gradient(h, weights, biases, activation, c)
-        change = h - h0
-        norm = torch.linalg.vector_norm(change, dim=-1, keepdim=True)
-        h = torch.where(norm > limit, h0 + change * (limit / norm), h)
-    out = _alloc.empty_like(x)
-    out.copy_(torch.where(s != 0, h.to(x.dtype), x))
-    return out
+        h = h - s * gamma**t * gradient(h)
+        if trust < torch.inf:
+            change = h - h0
+            norm = torch.linalg.vector_norm(change, dim=-1, keepdim=True)  # [B, T, 1]
+            limit = trust * torch.linalg.vector_norm(h0, dim=-1, keepdim=True)
+            beyond = norm > limit
+            # 1 where nothing is cut: the derivative of a quotient by 0 would be NaN there
+            share = limit / torch.where(beyond, norm, 1)
+            h = torch.where(beyond, h0 + change * share, h)
+    return h
 
 
 def probe_gradient(
