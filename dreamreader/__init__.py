@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 from dreamreader._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from dreamreader.edits import Ablate, Clamp, Edit, Patch, ProbeGuidance, Scale, Steer
+    from dreamreader.edits import (
+        Ablate,
+        Clamp,
+        Edit,
+        LoReFT,
+        Patch,
+        ProbeGuidance,
+        Scale,
+        Steer,
+    )
     from dreamreader.engine import Activation, Cache, Reader, Record
     from dreamreader.experiments import Experiment
     from dreamreader.harvest import Harvest
@@ -28,6 +37,7 @@ _HOME = {
     "Patch": "edits",
     "ProbeGuidance": "edits",
     "Edit": "edits",
+    "LoReFT": "edits",
     "Experiment": "experiments",
     "Harvest": "harvest",
     "load": "zoo",
@@ -42,6 +52,7 @@ _MODULES = (
     "localise",
     "metrics",
     "ops",
+    "reft",
     "stats",
     "steering",
     "zoo",
@@ -55,6 +66,7 @@ __all__ = [
     "Edit",
     "Experiment",
     "Harvest",
+    "LoReFT",
     "Patch",
     "ProbeGuidance",
     "Reader",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dreamreader._tensor_files import load_described, save_described
 from dreamreader.edits.ablate import Ablate
+from dreamreader.edits.loreft import LoReFT
 from dreamreader.edits.mlp import Mlp
 from dreamreader.edits.patch import Patch
 from dreamreader.edits.probe_guidance import ProbeGuidance
@@ -22,7 +23,7 @@ from dreamreader.errors import InvalidInput, UnknownName
 
 _KIND = "edits"
 _KINDS: dict[str, type[EditRequest]] = {
-    each.__name__: each for each in (Steer, Ablate, Scale, Clamp, Patch, ProbeGuidance)
+    each.__name__: each for each in (Steer, Ablate, Scale, Clamp, Patch, LoReFT, ProbeGuidance)
 }
 
 
