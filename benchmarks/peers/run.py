@@ -130,18 +130,25 @@ def ask(peer: str, job: Job, cache: Path) -> dict[str, Any]:
 
 
 def interpreter(peer: str, cache: Path) -> Path:
-    """The Python of the peer's environment, which is made where it does not exist yet."""
+    """The Python of the peer's environment, which is made where it does not exist yet.
+
+    Packages of requirements-<peer>-alone.txt come without the packages that they ask for.
+    """
     requirements = HERE / f"requirements-{peer}.txt"
     if not requirements.exists():
         return Path(sys.executable)
-    key = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()[:12]
+    alone = HERE / f"requirements-{peer}-alone.txt"
+    pinned = requirements.read_bytes() + (alone.read_bytes() if alone.exists() else b"")
+    key = hashlib.sha256(pinned + sys.version.encode()).hexdigest()[:12]
     folder = cache / f"{peer}-{key}"
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
         print(f"{peer}: installing into {folder}", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        install = [python, "-m", "pip", "install", "-qq", "-r", requirements]
-        subprocess.run(install, check=True, stdout=sys.stderr)
+        install = [python, "-m", "pip", "install", "-qq", "-r"]
+        subprocess.run([*install, requirements], check=True, stdout=sys.stderr)
+        if alone.exists():
+            subprocess.run([*install, alone, "--no-deps"], check=True, stdout=sys.stderr)
         (folder / "complete").touch()
     return python
 
