@@ -43,6 +43,7 @@ def table() -> str:
     parts += [writer(each) for each in found("writer-*.json")]
     parts += [loader(each) for each in found("loader-*.json")]
     parts += [scale(each) for each in found("store-scale-*.json")]
+    parts += [reft(each) for each in found("reft-*.json")]
     parts += [peers(each) for each in found("peers-*.json")]
     return "\n".join(parts) if parts else "No results yet.\n"
 
@@ -198,6 +199,32 @@ def scale(result: dict[str, Any]) -> str:
 
 def powers(sizes: dict[str, Any]) -> str:
     return ", ".join(f"10^{len(size) - 1}" for size in sizes)
+
+
+def reft(result: dict[str, Any]) -> str:
+    """LoReFT beside pyreft and the fastest of plain torch, and training to the same error."""
+    lines = []
+    for row in result["rows"]:
+        what = f"{row['tokens']}×{row['width']}, rank {row['rank']}, {row['dtype']}"
+        for name, suffix in (("forward + backward", ""), ("forward", " forward")):
+            time = row["milliseconds"][f"dreamreader{suffix}"]["median"]
+            ratios = [aimed(row, f"{peer}{suffix}") for peer in ("pyreft", "torch")]
+            lines.append((f"{what}: {name}", f"{time:.2f} ms", *ratios))
+    for row in result["training"]:
+        data = {"made": "made activations"}.get(row["data"], f"activations of {row['data']}")
+        what = f"training on {data}, width {row['width']}, rank {row['rank']}"
+        time = row["seconds"]["dreamreader"]["median"]
+        lines.append((what, f"{time:.2f} s", aimed(row, "pyreft"), ""))
+    peer = f"against pyreft {result['peers']['pyreft']}"
+    head = ("LoReFT, with its orthonormality", "time", peer, "against plain torch")
+    tail = "Training ends at the held-out error that pyreft reaches; both have the same settings."
+    return titled("LoReFT", result, head, lines) + f"\n{tail}\n"
+
+
+def aimed(row: dict[str, Any], name: str) -> str:
+    """How many times as fast, and the goal where there is one."""
+    wanted = row["goal"].get(name)
+    return times(row["speedup"][name]) + (f" (goal {wanted:g}×)" if wanted else "")
 
 
 def peers(result: dict[str, Any]) -> str:
