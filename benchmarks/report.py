@@ -39,6 +39,7 @@ def table() -> str:
     parts += [engine(each) for each in found("engine-*.json")]
     parts += [attention(each) for each in found("attention-*.json")]
     parts += [directions(each) for each in found("directions-*.json")]
+    parts += [guidance(each) for each in found("guide-*.json")]
     parts += [harvest(each) for each in found("harvest-*.json")]
     parts += [writer(each) for each in found("writer-*.json")]
     parts += [loader(each) for each in found("loader-*.json")]
@@ -128,6 +129,23 @@ def directions(result: dict[str, Any]) -> str:
         f"(goal {result['goal']:g}×)."
     )
     return noted("Directions", result, text)
+
+
+def guidance(result: dict[str, Any]) -> str:
+    """Guidance by a probe beside autograd of the same, and its gradient written by hand."""
+    lines = [
+        (
+            f"{row['steps']} inner step" + "s" * (row["steps"] > 1) + f", {row['dtype']}",
+            f"{row['milliseconds']['kernel']:.1f} ms ({row['gigaflops']:.0f} GFLOP/s)",
+            f"{times(row['speedup']['autograd'])} faster",
+            f"{times(row['speedup']['by_hand'])} faster",
+        )
+        for row in result["rows"]
+    ]
+    sizes = result["sizes"]
+    what = f"Probe of two layers of {sizes['hidden']}, {sizes['rows']}×{sizes['width']}"
+    head = (what, "time", f"against autograd (goal {result['goal']:g}×)", "against plain torch")
+    return titled("Probe guidance", result, head, lines)
 
 
 def harvest(result: dict[str, Any]) -> str:

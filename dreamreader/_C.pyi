@@ -38,6 +38,20 @@ def moments_cpu(
     square: Tensor,
     threads: int,
 ) -> None: ...
+def guide_cpu(
+    x: Tensor,
+    out: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    gram: Tensor,
+    activation: int,
+    coefficients: Tensor,
+    strength: Tensor,
+    gamma: float,
+    iterations: int,
+    trust: float,
+    threads: int,
+) -> None: ...
 def attention_words_cpu(
     out: Tensor,
     query: Tensor,

@@ -19,11 +19,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader import _alloc
-from dreamreader._register import native, register
+from dreamreader._register import Kernel, native, register
 from dreamreader.errors import InvalidInput, UnknownName
 
 ACTIVATIONS = ("relu", "gelu", "silu")
 MAX_LAYERS = 3
+
+# Of the kernel for the CPU, which packs the first layer before it uses it.
+MAX_HIDDEN = 1024
+FEW_TOKENS = 16
+MANY_WEIGHTS = 1 << 18
 
 ARGUMENTS = (
     "Tensor[] weights, Tensor[] biases, str activation, Tensor coefficients, Tensor strength, "
@@ -241,6 +246,51 @@ def _checked(
     return [each.detach() for each in weights], [first, *rest], activation, c, strength
 
 
+def _cpu(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: str,
+    coefficients: Tensor,
+    strength: Tensor,
+    gamma: float,
+    iterations: int,
+    trust: float,
+) -> Tensor:
+    if x.dtype == torch.float64 or _rather_plain(x, weights):
+        arguments = weights, biases, activation, coefficients, strength
+        return guide_reference(x, *arguments, gamma, iterations, trust)
+    out = _alloc.empty_like(x)
+    if bool((strength == 0).any()):
+        out.copy_(x)
+    gram = strength.new_empty(0, 0)
+    if trust < torch.inf or (len(weights) > 1 and iterations > 1):
+        wide = weights[0].double()
+        gram = (wide @ wide.T).float()
+    _native.guide_cpu(
+        x,
+        out,
+        weights,
+        biases,
+        gram,
+        ACTIVATIONS.index(activation),
+        coefficients,
+        strength,
+        gamma,
+        iterations,
+        trust,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _rather_plain(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether the kernel has no gain: layers that are too wide for it, or more work to pack than to
+    use. Not a matter of the batch, whose rows must not feel each other."""
+    hidden = max((len(each) for each in weights[:-1]), default=0)
+    return hidden > MAX_HIDDEN or (x.shape[1] < FEW_TOKENS and weights[0].numel() > MANY_WEIGHTS)
+
+
 def _fake(x: Tensor, *arguments) -> Tensor:
     return torch.empty_like(x)
 
@@ -268,6 +318,7 @@ _guide = register(
     f"(Tensor x, {ARGUMENTS}) -> Tensor",
     reference=guide_reference,
     fake=_fake,
+    cpu=Kernel("guide_cpu", _cpu),
     setup_context=_setup_context,
     backward=_backward,
 )
