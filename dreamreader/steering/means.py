@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dreamreader.engine.recorded import one_branch
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.steering.rows import one_branch
 from dreamreader.steering.statistics import Statistics
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.engine.cache import Activation
+from dreamreader.engine.recorded import of_tensor, one_branch
 from dreamreader.errors import InvalidInput
 
 Recorded = Activation | Mapping[str, Activation] | Mapping[str, Tensor]
@@ -53,21 +54,6 @@ def site_rows(recorded: Recorded, shared: bool) -> dict[str, SiteRows]:
     return {site: _site(site, found, shared) for site, found in recorded.items()}
 
 
-def one_branch(site: str, activation: Activation) -> Float[Tensor, "rows steps tokens features"]:
-    """The recorded values, heads side by side.
-
-    Raises:
-        InvalidInput: several branches are recorded.
-    """
-    if len(activation.branches) > 1:
-        raise InvalidInput(
-            f"{site}: recorded for the branches {', '.join(activation.branches)}; choose one, "
-            "e.g. with select(branch='cond')"
-        )
-    values = activation.tensor
-    return values.flatten(3) if values.ndim > 4 else values
-
-
 def _site(site: str, found: Activation | Tensor, shared: bool) -> SiteRows:
     if isinstance(found, Activation):
         values = one_branch(site, found)
@@ -75,7 +61,7 @@ def _site(site: str, found: Activation | Tensor, shared: bool) -> SiteRows:
         if len(steps) == 1 and math.isnan(found.steps[0].timestep):
             steps = ()  # outside of the denoising, such as a text encoder or a prompt
     else:
-        values, steps = _tensor(site, found)
+        values, steps = of_tensor(site, found)
     tokens = values.shape[2]
     if tokens == 0 or values.shape[1] == 0 or values.shape[3] == 0:
         raise InvalidInput(f"{site}: {list(values.shape)} holds no values")
@@ -89,19 +75,3 @@ def _site(site: str, found: Activation | Tensor, shared: bool) -> SiteRows:
         places = [[n for n, step in enumerate(steps) if step == each] for each in distinct]
         rows = torch.stack([rows[:, place].double().mean(1) for place in places], 1)
     return SiteRows(rows, distinct, tokens)
-
-
-def _tensor(site: str, values: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """[rows, steps, tokens, features] and the indices of the steps."""
-    if not isinstance(values, Tensor) or not values.is_floating_point():
-        kind = str(values.dtype) if isinstance(values, Tensor) else type(values).__name__
-        raise InvalidInput(f"{site}: floating point values are needed, got {kind}")
-    if values.dim() == 2:
-        return values[:, None, None], ()
-    if values.dim() in (3, 4):
-        whole = values if values.dim() == 4 else values[:, :, None]
-        return whole, tuple(range(values.shape[1]))
-    raise InvalidInput(
-        f"{site}: [rows, features], [rows, steps, features] or [rows, steps, tokens, features] is "
-        f"needed, got {list(values.shape)}"
-    )

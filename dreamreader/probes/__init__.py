@@ -1,0 +1,18 @@
+"""Probes: classifiers and regressors of activations, with controls, calibration and cards."""
+
+from dreamreader.probes.calibration import brier, expected_calibration_error, temperature
+from dreamreader.probes.card import Card
+from dreamreader.probes.files import load, save
+from dreamreader.probes.fit import fit
+from dreamreader.probes.probe import Probe
+
+__all__ = [
+    "Card",
+    "Probe",
+    "brier",
+    "expected_calibration_error",
+    "fit",
+    "load",
+    "save",
+    "temperature",
+]

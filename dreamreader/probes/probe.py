@@ -1,0 +1,243 @@
+"""Probe: a trained classifier or regressor of a site's activations, and what it was trained on."""
+
+import os
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dreamreader.edits.mlp import Mlp
+from dreamreader.engine.request import same
+from dreamreader.errors import InvalidInput
+from dreamreader.probes.card import Card
+from dreamreader.probes.labels import Task
+from dreamreader.probes.rows import Recorded, rows_of
+from dreamreader.probes.scores import probabilities
+
+if TYPE_CHECKING:
+    from dreamreader.edits import ProbeGuidance  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Reads labels or numbers from the activations of one site.
+
+    Attributes:
+        mlps: one perceptron for all steps, or one for each; on raw activations.
+        task: what it tells. loss: `softmax` within each attribute, or `sigmoid`.
+        temperature: by which logits are divided before they become probabilities, for each
+            perceptron and attribute.
+        site, branch: where its rows came from, None where they had no name.
+        pool: how tokens become rows: `mean`, `token` or `flat`.
+        card: what it was trained on, and how it was measured.
+    """
+
+    mlps: tuple[Mlp, ...]
+    task: Task
+    loss: str
+    temperature: Float[Tensor, "count attributes"]
+    site: str | None
+    branch: str | None
+    pool: str
+    card: Card
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the logits."""
+        return self.task.labels
+
+    @property
+    def width(self) -> int:
+        """Features that it reads."""
+        return self.mlps[0].width
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The step of each perceptron; () where one serves all."""
+        return tuple(step for each in self.mlps for step in each.steps or ())
+
+    @property
+    def hears_noise(self) -> bool:
+        """Whether its logits depend on the share of the trajectory done."""
+        return self.mlps[0].noise is not None
+
+    def at(self, step: int | None) -> Mlp:
+        """The perceptron of a step, or the one for all.
+
+        Raises:
+            InvalidInput: it has one for each step, and none for this.
+        """
+        return self.mlps[self._number(step)]
+
+    def logits(
+        self, x: Recorded, *, step: int | None = None, fraction: Tensor | float | None = None
+    ) -> Float[Tensor, "*rows outputs"]:
+        """The logits, or the numbers of a regression; differentiable in a tensor x.
+
+        Args:
+            x: raw rows [..., features] (for the pool `flat` all tokens side by side); or a
+                recording of its site, which brings its steps: then [rows, steps, outputs], for the
+                pool `token` [rows, steps, tokens, outputs].
+            step: of a tensor's rows, where the probe has a perceptron for each.
+            fraction: share of the trajectory done, where it hears of the noise level; a number, or
+                a tensor that broadcasts to the rows.
+
+        Raises:
+            InvalidInput: another width or site, a step that it has not, or a step or fraction that
+                is not given.
+        """
+        if not isinstance(x, Tensor):
+            found = self._recorded(
+                x, lambda each, step, f: self.logits(each, step=step, fraction=f)
+            )
+            return found if self.pool == "token" else found.squeeze(2)
+        if x.shape[-1] != self.width:
+            raise InvalidInput(
+                f"{self._name}: it reads {self.width} features, x is {list(x.shape)}"
+            )
+        if self.hears_noise and fraction is None:
+            raise InvalidInput(f"{self._name}: it hears of the noise level; give fraction=")
+        return _on(self.at(step), x.device).logits(x, fraction)
+
+    def probabilities(
+        self, x: Recorded, *, step: int | None = None, fraction: Tensor | float | None = None
+    ) -> Float[Tensor, "*rows outputs"]:
+        """Calibrated probabilities: softmax or sigmoid of logits / temperature.
+
+        Args:
+            x, step, fraction: as in `logits`.
+
+        Raises:
+            InvalidInput: as `logits`, or the task is `regress`.
+        """
+        if self.task.kind == "regress":
+            raise InvalidInput(f"{self._name}: a regression has no probabilities")
+        found = self.logits(x, step=step, fraction=fraction)
+        if isinstance(x, Tensor):
+            own = self.temperature[self._number(step)]
+            return probabilities(found, self.task, self.loss, own)
+        steps = rows_of(x, self.pool).steps or (None,)
+        each = [
+            probabilities(found[:, n], self.task, self.loss, self.temperature[self._number(at)])
+            for n, at in enumerate(steps)
+        ]
+        return torch.stack(each, 1)
+
+    def predict(
+        self, x: Recorded, *, step: int | None = None, fraction: Tensor | float | None = None
+    ) -> Any:
+        """Names of the likeliest class, nested like the rows; by attribute where there are several.
+
+        Of a multilabel task the set of labels of each row; of a regression the numbers.
+
+        Args:
+            x, step, fraction: as in `logits`.
+        """
+        found = self.logits(x, step=step, fraction=fraction)
+        if self.task.kind == "regress":
+            return found
+        if self.task.kind == "multilabel":
+            return _named((found > 0).tolist(), self._set)
+        told = {
+            attribute: _named(
+                found[..., part].argmax(-1).tolist(), self.task.classes[attribute].__getitem__
+            )
+            for attribute, part in self.task.parts.items()
+        }
+        return told[""] if list(told) == [""] else told
+
+    def guidance(
+        self, target: Any = None, avoid: Any = None, alpha: Any = 1.0, **fields: Any
+    ) -> "ProbeGuidance":
+        """The edit that moves activations toward labels, and away from others, by its gradient.
+
+        Args:
+            target, avoid: names of labels, one set for all rows or one for each.
+            alpha: strength, one number or one for each row.
+            fields: of `ProbeGuidance`: `iterations`, `gamma`, `trust`, `steps`, `rows`, ...; `site`
+                and `branch` are those of the probe unless given.
+        """
+        from dreamreader import edits
+
+        fields = {"pool": self.pool, "branch": self.branch, **fields}
+        site = fields.pop("site", self.site)
+        if site is None:
+            raise InvalidInput(f"{self._name}: it was trained on rows without a site; give site=")
+        guide = edits.ProbeGuidance  # pyright: ignore[reportAttributeAccessIssue]
+        probe = self.mlps if self.steps else self.mlps[0]
+        return guide(site, probe, target, avoid, alpha, **fields)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the weights and the card to one safetensors file that `load` reads back equal."""
+        from dreamreader.probes.files import save
+
+        save(path, self)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Probe":
+        """The probe of a file, on the CPU.
+
+        Raises:
+            InvalidInput: the file holds no probe, or is of another version.
+        """
+        from dreamreader.probes.files import load
+
+        return load(path)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Probe):
+            return NotImplemented
+        return all(same(getattr(self, e.name), getattr(other, e.name)) for e in fields(self))
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def __repr__(self) -> str:
+        kinds = f"{len(self.steps)} steps" if self.steps else self.card.per_step
+        return f"{self._name}, {kinds}, {self.task.kind} {', '.join(self.labels)}"
+
+    @property
+    def _name(self) -> str:
+        return f"Probe of {self.site or 'activations'}"
+
+    def _number(self, step: int | None) -> int:
+        if not self.steps:
+            return 0
+        if step is None:
+            raise InvalidInput(f"{self._name}: it has a perceptron for each step; give step=")
+        if step not in self.steps:
+            had = ", ".join(map(str, self.steps))
+            raise InvalidInput(f"{self._name}: it has none for step {step}; trained at {had}")
+        return self.steps.index(step)
+
+    def _recorded(self, recorded: Recorded, read: Any) -> Tensor:
+        """[rows, steps, tokens, outputs] of a recording."""
+        rows = rows_of(recorded, self.pool)
+        if rows.site is not None and self.site is not None and rows.site != self.site:
+            raise InvalidInput(f"{self._name}: the rows are of {rows.site}")
+        steps = rows.steps or (None,)
+        each = [
+            read(rows.values[:, n], at, rows.fractions[n] if self.hears_noise else None)
+            for n, at in enumerate(steps)
+        ]
+        return torch.stack(each, 1)
+
+    def _set(self, flags: list[bool]) -> set[str]:
+        return {name for name, on in zip(self.labels, flags, strict=True) if on}
+
+
+def _named(values: Any, name: Any) -> Any:
+    """A nest of lists with its innermost entries named."""
+    if isinstance(values, list) and not (values and isinstance(values[0], bool)):
+        return [_named(each, name) for each in values]
+    return name(values)
+
+
+def _on(mlp: Mlp, device: torch.device) -> Mlp:
+    """The perceptron with its weights on a device."""
+    if mlp.weights[0].device == device:
+        return mlp
+    weights, biases = (tuple(e.to(device) for e in each) for each in (mlp.weights, mlp.biases))
+    noise = None if mlp.noise is None else mlp.noise.to(device)
+    return replace(mlp, weights=weights, biases=biases, noise=noise)
