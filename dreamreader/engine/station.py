@@ -77,6 +77,8 @@ class SiteRun:
         now, plan = self._planned(view)
         if not plan.active:
             return None
+        if self.shared.subject.rehearsing:
+            return None if plan.edits is None else plan.edits.run(_less(view.x, minus))
         self.fired.append((now, plan))
         x, y = view.x, None
         if minus is not None and (plan.edits is not None or plan.cuts):
@@ -248,6 +250,10 @@ class SiteRun:
         return compiled(works, tuple(x.shape))  # pyright: ignore
 
 
+def _less(x: Tensor, minus: Tensor | None) -> Tensor:
+    return x if minus is None else x - minus
+
+
 class _Places:
     """Makes the place of each request at one site in one kind of call."""
 
@@ -381,7 +387,7 @@ class Station:
         changed = False
         for run in self.runs:
             side = run.site.tap.side
-            if side == "probs":
+            if side == "probs" and not self.shared.subject.rehearsing:
                 # Kept whole where probabilities are recorded, else seen share by share.
                 shares = None if run.recorders else run.visit_attention
                 heads, batch = run.site.heads or 1, entries_of(args, kwargs)
@@ -408,7 +414,8 @@ class Station:
             if tap.side == "in":
                 continue
             if tap.side == "probs":
-                self._probs(run, computed)
+                if not self.shared.subject.rehearsing:
+                    self._probs(run, computed)
                 continue
             value = pick(output, tap.element, run.site.name)
             if not computed:

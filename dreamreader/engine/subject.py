@@ -17,12 +17,15 @@ class Subject:
     Attributes:
         kind: `pipeline`, `language` or `module`.
         paused: the hooks of all sessions of this subject do nothing while it is true.
+        rehearsing: while it is true edits act, but nothing is recorded, watched or reported: the
+            subject is evaluated once more beside the run.
         edited: how often edits have been applied so far.
     """
 
     def __init__(self, model: Any):
         self.model = model
         self.paused = False
+        self.rehearsing = False
         self.edited = 0
         components = getattr(model, "components", None)
         if isinstance(components, dict):

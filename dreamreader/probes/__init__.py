@@ -4,14 +4,17 @@ from dreamreader.probes.calibration import brier, expected_calibration_error, te
 from dreamreader.probes.card import Card
 from dreamreader.probes.files import load, save
 from dreamreader.probes.fit import fit
+from dreamreader.probes.latent_guidance import Guided, latent_guidance
 from dreamreader.probes.probe import Probe
 
 __all__ = [
     "Card",
+    "Guided",
     "Probe",
     "brier",
     "expected_calibration_error",
     "fit",
+    "latent_guidance",
     "load",
     "save",
     "temperature",

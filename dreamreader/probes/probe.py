@@ -17,7 +17,7 @@ from dreamreader.probes.rows import Recorded, rows_of
 from dreamreader.probes.scores import probabilities
 
 if TYPE_CHECKING:
-    from dreamreader.edits import ProbeGuidance  # pyright: ignore[reportAttributeAccessIssue]
+    from dreamreader.edits import ProbeGuidance
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +71,10 @@ class Probe:
         """
         return self.mlps[self._number(step)]
 
+    def temperature_at(self, step: int | None) -> Float[Tensor, " attributes"]:
+        """The temperature of each attribute at a step."""
+        return self.temperature[self._number(step)]
+
     def logits(
         self, x: Recorded, *, step: int | None = None, fraction: Tensor | float | None = None
     ) -> Float[Tensor, "*rows outputs"]:
@@ -116,11 +120,10 @@ class Probe:
             raise InvalidInput(f"{self._name}: a regression has no probabilities")
         found = self.logits(x, step=step, fraction=fraction)
         if isinstance(x, Tensor):
-            own = self.temperature[self._number(step)]
-            return probabilities(found, self.task, self.loss, own)
+            return probabilities(found, self.task, self.loss, self.temperature_at(step))
         steps = rows_of(x, self.pool).steps or (None,)
         each = [
-            probabilities(found[:, n], self.task, self.loss, self.temperature[self._number(at)])
+            probabilities(found[:, n], self.task, self.loss, self.temperature_at(at))
             for n, at in enumerate(steps)
         ]
         return torch.stack(each, 1)
@@ -165,9 +168,8 @@ class Probe:
         site = fields.pop("site", self.site)
         if site is None:
             raise InvalidInput(f"{self._name}: it was trained on rows without a site; give site=")
-        guide = edits.ProbeGuidance  # pyright: ignore[reportAttributeAccessIssue]
         probe = self.mlps if self.steps else self.mlps[0]
-        return guide(site, probe, target, avoid, alpha, **fields)
+        return edits.ProbeGuidance(site, probe, target, avoid, alpha, **fields)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the weights and the card to one safetensors file that `load` reads back equal."""
