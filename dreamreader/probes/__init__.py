@@ -6,6 +6,7 @@ from dreamreader.probes.files import load, save
 from dreamreader.probes.fit import fit
 from dreamreader.probes.latent_guidance import Guided, latent_guidance
 from dreamreader.probes.probe import Probe
+from dreamreader.probes.stream import fit_batches
 
 __all__ = [
     "Card",
@@ -14,6 +15,7 @@ __all__ = [
     "brier",
     "expected_calibration_error",
     "fit",
+    "fit_batches",
     "latent_guidance",
     "load",
     "save",

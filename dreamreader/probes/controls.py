@@ -13,7 +13,7 @@ from torch import Tensor
 from dreamreader.probes.scores import measured
 from dreamreader.probes.train import Problem, Trained, train
 
-_WIDTH = 128
+WIDTH = 128
 
 
 def controls(problem: Problem, trained: Trained) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def controls(problem: Problem, trained: Trained) -> dict[str, Any]:
     seed, task = problem.recipe.seed + 1, problem.objective.task
     drawn = torch.stack([random_rows(each, seed + n) for n, each in enumerate(problem.x)])
     hidden = problem.recipe.hidden
-    other = () if hidden else (_WIDTH,)
+    other = () if hidden else (WIDTH,)
     changed = problem.changed(recipe=replace(problem.recipe, hidden=other))
     sizes = {(hidden or (0,))[0]: trained, (other or (0,))[0]: train(changed)}
     return {

@@ -9,8 +9,8 @@ from torch import Tensor
 from dreamreader.errors import UnknownName
 from dreamreader.probes.card import Card
 from dreamreader.probes.controls import controls as measured_controls
-from dreamreader.probes.labels import Targets, check_taught, encoded
-from dreamreader.probes.objective import Objective, counted, objective
+from dreamreader.probes.labels import Targets, encoded
+from dreamreader.probes.objective import Objective, check_counts, counted, objective
 from dreamreader.probes.probe import Probe
 from dreamreader.probes.rows import Recorded, Rows, rows_of
 from dreamreader.probes.scores import scores, temperatures
@@ -102,20 +102,25 @@ def fit(
     count = len(rows.values)
     group = numbered(range(count) if belonging is None else belonging, count)
     part = dealt(group, targets, holdout, seed)
-    check_taught(told, targets[part == TRAIN])
     counts = counted(told, targets[part == TRAIN])
+    check_counts(told, counts)
     goal = objective(told, loss, class_weights, counts)
     problem = _problem(rows, targets, part, group, per_step, goal, recipe)
     trained = train(problem)
-    given = {
+    known = {
+        "subject": subject,
+        "site": rows.site,
+        "branch": rows.branch,
+        "steps": list(rows.steps),
+        "pool": pool,
+        "per_step": per_step,
         "rows": {name: int((part == each).sum()) for name, each in PARTS.items()},
         "groups": {name: len(group[part == each].unique()) for name, each in PARTS.items()},
         "counts": dict(zip(told.labels, counts.tolist(), strict=False)),
         "training": {**recipe.as_dict(), "loss": goal.loss, "holdout": holdout},
-        "subject": subject,
+        "controls": measured_controls(problem, trained) if controls else {},
     }
-    found = measured_controls(problem, trained) if controls else {}
-    return assembled(goal, trained, rows, pool, per_step, given, found)
+    return assembled(goal, trained, known)
 
 
 def _problem(
@@ -147,30 +152,20 @@ def _problem(
     return Problem(x, targets, fraction, part, group, goal, noisy, recipe, own)
 
 
-def assembled(
-    goal: Objective,
-    trained: Trained,
-    rows: Rows,
-    pool: str,
-    per_step: str,
-    given: Mapping[str, Any],
-    controls: Mapping[str, Any],
-) -> Probe:
-    """The probe of what was trained, calibrated by its validation rows, with its card."""
+def assembled(goal: Objective, trained: Trained, known: Mapping[str, Any]) -> Probe:
+    """The probe of what was trained, calibrated by its validation rows, with its card.
+
+    Args:
+        known: what the card tells beside the task and what is measured here.
+    """
     told = goal.task
     heat = temperatures(trained.validation, told, len(trained.mlps))
     card = Card(
-        site=rows.site,
-        branch=rows.branch,
-        steps=list(rows.steps),
-        pool=pool,
         task=told.kind,
         classes={attribute: list(names) for attribute, names in told.classes.items()},
-        per_step=per_step,
         class_weights=dict(zip(told.labels, goal.weights.tolist(), strict=True)),
         epochs=list(trained.epochs),
         held_out=scores(trained.held_out, told, goal.loss, heat),
-        controls=dict(controls),
-        **given,
+        **known,
     )
-    return Probe(trained.mlps, told, goal.loss, heat, rows.site, rows.branch, pool, card)
+    return Probe(trained.mlps, told, goal.loss, heat, card.site, card.branch, card.pool, card)

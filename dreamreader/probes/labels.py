@@ -20,7 +20,8 @@ class Task:
     Attributes:
         kind: `classify`, one class of each attribute; `multilabel`, each label or not; `regress`,
             numbers.
-        classes: names of the outputs by attribute; the name of a single attribute is "".
+        classes: names of the outputs by attribute; the name of a single attribute, and of all
+            numbers together, is "".
     """
 
     kind: str
@@ -81,7 +82,10 @@ def encoded(
         if len({len(values) for _, values in found.values()}) > 1:
             sizes = ", ".join(f"{name} {len(values)}" for name, (_, values) in found.items())
             raise InvalidInput(f"labels: the attributes have different numbers of rows ({sizes})")
-        task = Task(kind, {name: names for name, (names, _) in found.items()})
+        by_attribute = {name: names for name, (names, _) in found.items()}
+        if kind == "regress":
+            by_attribute = {"": tuple(name for names in by_attribute.values() for name in names)}
+        task = Task(kind, by_attribute)
         targets = torch.stack([values for _, values in found.values()], 1)
     if rows is not None and len(targets) != rows:
         raise InvalidInput(f"labels: {len(targets)} for {rows} rows")
@@ -141,31 +145,3 @@ def _flags(labels: Any, classes: Sequence[str] | None) -> tuple[Task, Tensor]:
         raise UnknownName("label", unknown[0], known)
     flags = torch.tensor([[name in each for name in known] for each in sets])
     return Task("multilabel", {"": known}), flags.float().reshape(len(sets), len(known))
-
-
-def check_taught(task: Task, targets: Targets) -> None:
-    """Refuse rows to train on that lack a class.
-
-    Raises:
-        InvalidInput: a class has no rows, or all rows have the same.
-    """
-    if task.kind == "regress":
-        return
-    for number, (attribute, names) in enumerate(task.classes.items()):
-        if task.kind == "multilabel":
-            counts = targets.sum(0).long()
-            poor = [n for n, each in enumerate(counts.tolist()) if each in (0, len(targets))]
-            if poor:
-                state = "no row" if counts[poor[0]] == 0 else "every row"
-                raise InvalidInput(f"labels: {state} to train on has {names[poor[0]]!r}")
-            continue
-        counts = torch.bincount(targets[:, number].long(), minlength=len(names))
-        what = f"labels of {attribute!r}" if attribute else "labels"
-        if int((counts > 0).sum()) == 1:
-            only = names[int(counts.argmax())]
-            raise InvalidInput(f"{what}: all {len(targets)} rows to train on are {only!r}")
-        if 0 in counts.tolist():
-            raise InvalidInput(
-                f"{what}: no row to train on is {names[counts.tolist().index(0)]!r}; give "
-                "more rows, or leave it out of the classes"
-            )

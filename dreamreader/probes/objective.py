@@ -107,5 +107,27 @@ def counted(task: Task, targets: Targets) -> Tensor:
     return torch.cat([*each, n])
 
 
+def check_counts(task: Task, counts: Tensor) -> None:
+    """Refuse rows to train on that lack a class; `counts` as `counted` gives them.
+
+    Raises:
+        InvalidInput: a class has no rows, or all rows have the same.
+    """
+    if task.kind == "regress":
+        return
+    n = int(counts[-1])
+    for attribute, part in task.parts.items():
+        own, names = counts[:-1][part].tolist(), task.classes[attribute]
+        what = f"labels of {attribute!r}" if attribute else "labels"
+        if n in own:
+            only = names[own.index(n)]
+            raise InvalidInput(f"{what}: all {n} rows to train on are {only!r}")
+        if 0 in own:
+            raise InvalidInput(
+                f"{what}: no row to train on is {names[own.index(0)]!r}; give more rows, or leave "
+                "it out of the classes"
+            )
+
+
 def _range(classes: Tensor) -> Tensor:
     return torch.arange(len(classes), device=classes.device)

@@ -1,0 +1,255 @@
+"""Training probes on more rows than memory holds: batch by batch, several times over."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.probes.controls import WIDTH, random_rows
+from dreamreader.probes.fit import PER_STEP, assembled
+from dreamreader.probes.net import Perceptrons
+from dreamreader.probes.objective import Objective, check_counts, objective
+from dreamreader.probes.probe import Probe
+from dreamreader.probes.scores import Held, measured
+from dreamreader.probes.source import Batches, Part, Source, Survey, surveyed
+from dreamreader.probes.train import Best, Recipe, Trained, step
+
+Change = Callable[[Part, torch.Generator], Part]
+
+
+def fit_batches(
+    batches: Batches,
+    validation: Batches,
+    held_out: Batches,
+    *,
+    classes: Any = None,
+    task: str = "classify",
+    hidden: Sequence[int] = (128, 128),
+    activation: str = "relu",
+    per_step: str = "shared",
+    pool: str = "token",
+    loss: str = "softmax",
+    class_weights: str | Mapping[str, float] | None = None,
+    epochs: int = 5,
+    patience: int = 2,
+    lr: float = 1e-3,
+    batch_size: int = 64,
+    seed: int = 0,
+    controls: bool = True,
+    site: str | None = None,
+    branch: str | None = None,
+    subject: str | None = None,
+) -> Probe:
+    """Trains a probe as `fit` does, on rows that come in batches.
+
+    The rows to train on are read once for their mean, deviation and labels, then once in every
+    epoch; memory holds a batch, and the logits of the rows that validate and measure.
+
+    Args:
+        batches: tuples (x [rows, features], labels[, fraction[, step]]) in an iterable that can be
+            read again, such as a list or a `StoreDataset` with labels; or a function that gives one
+            for the number of an epoch. Their order is that of the training: they come shuffled.
+        validation, held_out: the same, of rows that choose the state that is kept and the
+            temperature, and of rows that only measure. Rows of one prompt belong to one of the
+            three.
+        classes: names of the classes in their order, by attribute where there are several; needed
+            but for regression.
+        per_step: `shared`; `noise` (needs fractions); or `each` (needs steps).
+        pool: how tokens became rows, for the card and for guidance.
+        site, branch, subject: where the rows are from, for the card and for guidance.
+        task, hidden, activation, loss, class_weights, epochs, patience, lr, batch_size, seed,
+            controls: as in `fit`.
+
+    Returns:
+        A probe on raw activations, with its card.
+
+    Raises:
+        UnknownName: of a task, loss, label or other choice.
+        InvalidInput: batches that can be read once only or lack what is needed, a class without
+            rows, values that are not finite, or nothing that validates or is held out.
+    """
+    if per_step not in PER_STEP:
+        raise UnknownName("per_step of a probe", per_step, PER_STEP)
+    if classes is None and task != "regress":
+        raise InvalidInput("fit_batches: give classes=, a batch may lack some of them")
+    recipe = Recipe(tuple(hidden), activation, epochs, patience, lr, batch_size, seed)
+    slots: dict[int, int] = {}
+    sources = [
+        Source(each, name, task, classes, per_step, slots)
+        for each, name in zip(
+            (batches, validation, held_out), ("batches", "validation", "held_out"), strict=True
+        )
+    ]
+    survey = surveyed(sources[0])
+    told = sources[0].told
+    assert told is not None
+    check_counts(told, survey.counts)
+    goal = objective(told, loss, class_weights, survey.counts)
+    run = _Run(sources, survey, goal)
+    trained = run.trained(recipe)
+    sizes = [int(survey.counts[-1]), len(trained.validation.slot), len(trained.held_out.slot)]
+    counts = dict(zip(("train", "validation", "held_out"), sizes, strict=True))
+    known = {
+        "subject": subject,
+        "site": site,
+        "branch": branch,
+        "steps": list(slots),
+        "pool": pool,
+        "per_step": per_step,
+        "rows": counts,
+        "groups": counts,
+        "counts": dict(zip(told.labels, survey.counts.tolist(), strict=False)),
+        "training": {**recipe.as_dict(), "loss": goal.loss},
+        "controls": run.controls(recipe, trained) if controls else {},
+    }
+    return assembled(goal, trained, known)
+
+
+class _Run:
+    """Trains on batches, once for the probe and once for each control."""
+
+    def __init__(self, sources: Sequence[Source], survey: Survey, goal: Objective):
+        self.train, self.validation, self.held_out = sources
+        self.survey, self.goal = survey, goal
+        self.noisy = self.train.per_step == "noise"
+
+    def controls(self, recipe: Recipe, trained: Trained) -> dict[str, Any]:
+        """As `controls.controls`; labels change hands, and random rows are drawn, by batch."""
+        hidden, task = recipe.hidden, self.goal.task
+        other = () if hidden else (WIDTH,)
+        found = {(hidden or (0,))[0]: trained}
+        found[(other or (0,))[0]] = self.trained(replace(recipe, hidden=other))
+        return {
+            "shuffled_labels": measured(self.trained(recipe, _shuffled).held_out, task),
+            "random_feature": measured(self.trained(recipe, _random).held_out, task),
+            "capacity_sweep": {
+                str(width): measured(each.held_out, task) for width, each in sorted(found.items())
+            },
+        }
+
+    def trained(self, recipe: Recipe, change: Change = lambda part, _: part) -> Trained:
+        count = len(self.survey.mean)
+        learners = [_Learner(self.survey, n, self.goal, recipe, self.noisy) for n in range(count)]
+        for epoch in range(recipe.epochs):
+            draw = torch.Generator().manual_seed(recipe.seed + epoch)
+            for part in self.train.parts(epoch):
+                learners[part.slot].add(change(part, draw))
+            for each in learners:
+                each.rest()
+            held = self._held(self.validation, learners, change, recipe.seed)
+            for n, each in enumerate(learners):
+                own = held.slot == n
+                each.offer(epoch, held.logits[own], held.targets[own])
+            if min(each.best.waited(epoch) for each in learners) >= recipe.patience:
+                break
+        for each in learners:
+            each.best.restore()
+        held = [
+            self._held(each, learners, change, recipe.seed)
+            for each in (self.validation, self.held_out)
+        ]
+        steps = list(self.train.slots) or None
+        mlps = tuple(each.folded(None if steps is None else steps[each.slot]) for each in learners)
+        return Trained(mlps, held[0], held[1], tuple(each.best.epochs()[0] for each in learners))
+
+    def _held(
+        self, source: Source, learners: Sequence["_Learner"], change: Change, seed: int
+    ) -> Held:
+        """The logits of all rows; those who have none are an error."""
+        draw = torch.Generator().manual_seed(seed)
+        logits, targets, slots = [], [], []
+        for part in source.parts(0):
+            part = change(part, draw)
+            logits.append(learners[part.slot].logits(part).cpu())
+            targets.append(part.targets.cpu())
+            slots.append(torch.full((len(part.x),), part.slot))
+        found = torch.cat(slots) if slots else torch.zeros(0, dtype=torch.int64)
+        lacking = set(range(len(learners))) - set(found.tolist())
+        if lacking:
+            steps = list(self.train.slots)
+            where = f" of step {steps[min(lacking)]}" if steps else ""
+            raise InvalidInput(f"{source.name}: there are no rows{where}")
+        return Held(torch.cat(logits), torch.cat(targets), torch.arange(len(found)), found)
+
+
+class _Learner:
+    """One perceptron that trains on standardised rows as they come."""
+
+    def __init__(self, survey: Survey, slot: int, goal: Objective, recipe: Recipe, noisy: bool):
+        self.slot, self.goal, self.size = slot, goal, recipe.batch_size
+        self.mean, self.scale = survey.mean[slot], survey.scale[slot]
+        regress = goal.task.kind == "regress"
+        self.middle = survey.middle if regress else torch.zeros(())
+        self.spread = survey.spread if regress else torch.ones(())
+        outputs = len(goal.task.labels)
+        sizes = (len(self.mean), *recipe.hidden, outputs)
+        net = Perceptrons(1, sizes, recipe.activation, noisy, recipe.seed)
+        self.net = net.to(self.mean.device)
+        self.best = Best(self.net)
+        self.optimiser = torch.optim.Adam(self.net.parameters(), lr=recipe.lr)
+        self.waiting: list[Part] = []
+
+    def add(self, part: Part) -> None:
+        """Trains as soon as there are rows for a step."""
+        self.waiting.append(part)
+        if sum(len(each.x) for each in self.waiting) >= self.size:
+            self._train(self._taken())
+
+    def rest(self) -> None:
+        """Trains on what is left at the end of an epoch."""
+        if self.waiting:
+            self._train(self._taken())
+
+    def _taken(self) -> Part:
+        waiting, self.waiting = self.waiting, []
+        x, targets, fraction = (
+            torch.cat([getattr(each, name) for each in waiting])
+            for name in ("x", "targets", "fraction")
+        )
+        return Part(x, targets, fraction, self.slot)
+
+    def _train(self, part: Part) -> None:
+        x = self._standard(part.x)
+        targets = part.targets
+        if targets.is_floating_point():
+            targets = (targets - self.middle) / self.spread
+        for batch in torch.arange(len(part.x), device=x.device).split(self.size):
+            step(self.net, self.optimiser, self.goal, x[:, batch], targets[batch],
+                 part.fraction[batch])  # fmt: skip
+
+    def _standard(self, x: Tensor) -> Tensor:
+        return ((x.float() - self.mean) / self.scale).unsqueeze(0)
+
+    @torch.no_grad()
+    def logits(self, part: Part) -> Tensor:
+        """[rows, outputs], in the units of the targets."""
+        found = self.net(self._standard(part.x), part.fraction)[0]
+        return found * self.spread + self.middle
+
+    def offer(self, epoch: int, logits: Tensor, targets: Tensor) -> None:
+        """How the state of this epoch validates."""
+        spread, middle = self.spread.cpu(), self.middle.cpu()
+        if targets.is_floating_point():
+            targets = (targets - middle) / spread
+        losses = self.goal.losses(((logits - middle) / spread).unsqueeze(0), targets)
+        self.best.offer(epoch, losses.to(self.mean.device))
+
+    def folded(self, step: int | None) -> Any:
+        """The perceptron on raw rows."""
+        means = self.mean.unsqueeze(0), self.scale.unsqueeze(0)
+        steps = None if step is None else [step]
+        labels = self.goal.task.labels
+        return self.net.folded(*means, labels, steps, self.middle, self.spread)[0]
+
+
+def _shuffled(part: Part, draw: torch.Generator) -> Part:
+    order = torch.randperm(len(part.x), generator=draw).to(part.targets.device)
+    return replace(part, targets=part.targets[order])
+
+
+def _random(part: Part, draw: torch.Generator) -> Part:
+    seed = int(torch.randint(2**31, (), generator=draw))
+    return replace(part, x=random_rows(part.x, seed))

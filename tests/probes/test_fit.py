@@ -1,0 +1,272 @@
+"""Probes on rows whose labels are known."""
+
+import pytest
+import torch
+from probes.made import SITE, activation, blobs, shifting
+
+from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.probes import Probe, fit
+from dreamreader.probes.fit import PARTS
+from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION, dealt, numbered
+
+QUICK = {"controls": False, "epochs": 40, "lr": 1e-2}
+
+
+def accuracy(probe: Probe) -> float:
+    return probe.card.held_out[""]["accuracy"]["value"]
+
+
+@pytest.mark.parametrize("hidden", [(), (16,), (16, 8)], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+def test_separable_rows_are_told_apart(hidden: tuple[int, ...], activation: str):
+    x, y = blobs()
+    names = ["abc"[each] for each in y]
+    probe = fit(x, names, hidden=hidden, activation=activation, **QUICK)
+    assert accuracy(probe) > 0.9 and probe.labels == ("a", "b", "c") and probe.width == 8
+    fresh, truth = blobs(seed=9)
+    told = probe.predict(fresh)
+    assert sum(a == "abc"[b] for a, b in zip(told, truth, strict=True)) > 0.9 * len(truth)
+    sure = probe.probabilities(fresh)
+    assert torch.allclose(sure.sum(-1), torch.ones(len(fresh)))
+
+
+def test_noise_is_told_by_chance_and_controls_are_near_it():
+    x, y = blobs(rows=300, apart=0.0)
+    assert abs(accuracy(fit(x, y, hidden=(16,), **QUICK)) - 1 / 3) < 0.2
+    x, y = blobs(rows=300)
+    probe = fit(x, y, hidden=(16,), epochs=30, lr=1e-2)
+    controls = probe.card.controls
+    for name in ("shuffled_labels", "random_feature"):
+        found = controls[name][""]
+        assert abs(found["accuracy"]["value"] - 1 / 3) < 0.2 and abs(found["auroc"] - 0.5) < 0.2
+    assert list(controls["capacity_sweep"]) == ["0", "16"]
+    assert controls["capacity_sweep"]["0"][""]["auroc"] > 0.95
+    assert controls["capacity_sweep"]["16"][""]["accuracy"] == probe.card.held_out[""]["accuracy"]
+
+
+def test_the_best_validated_state_is_kept_and_never_the_untrained_one():
+    from dreamreader.probes.net import Perceptrons
+    from dreamreader.probes.train import Best
+
+    net = Perceptrons(2, (3, 2), "relu", False, 0)
+    best = Best(net)
+    for epoch, losses in enumerate(([9.0, 1.0], [5.0, 2.0], [7.0, 3.0])):
+        with torch.no_grad():
+            net.weights[0].fill_(float(epoch + 1))
+        best.offer(epoch, torch.tensor(losses))
+    best.restore()
+    assert net.weights[0][:, 0, 0].tolist() == [2.0, 1.0] and best.epochs() == (1, 0)
+    assert best.waited(2) == 1
+    x, y = blobs(apart=0.0)
+    assert fit(x, y, controls=False, epochs=1, patience=1).card.epochs == [0]
+
+
+def test_folding_the_standardisation_is_exact():
+    from dreamreader.probes.net import Perceptrons
+
+    g = torch.Generator().manual_seed(0)
+    for hidden in ((), (5,), (5, 4)):
+        net = Perceptrons(2, (6, *hidden, 3), "gelu", True, 1)
+        with torch.no_grad():
+            assert net.noise is not None
+            net.noise.normal_(generator=g)
+        x = 50 + 3 * torch.randn(2, 20, 6, generator=g)
+        mean, scale = x.mean(1), x.std(1)
+        middle, spread = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([2.0, 0.5, 1.0])
+        f = torch.rand(20, generator=g)
+        whole = net((x - mean[:, None]) / scale[:, None], f) * spread + middle
+        for n, mlp in enumerate(net.folded(mean, scale, ("a", "b", "c"), None, middle, spread)):
+            assert torch.allclose(mlp.logits(x[n], f), whole[n], atol=1e-4)
+
+
+def test_a_probe_reads_raw_rows_of_any_scale():
+    x, y = blobs()
+    plain = fit(x, y, hidden=(8,), **QUICK)
+    moved = fit(1e-4 * x - 7e-3, y, hidden=(8,), **QUICK)
+    assert torch.allclose(plain.logits(x), moved.logits(1e-4 * x - 7e-3), atol=1e-2)
+
+
+def test_each_step_has_a_probe_of_its_own():
+    x, y = shifting()
+    x[:, ::2, 0] *= -1  # the sign of the boundary changes from step to step
+    probe = fit(x, y, hidden=(), **QUICK)
+    assert probe.steps == tuple(range(6)) and min(probe.card.held_out[""]["by_step"]) > 0.9
+    assert len(probe.mlps) == 6 and probe.at(3).steps == (3,)
+    with pytest.raises(InvalidInput, match=r"has none for step 6; trained at 0, 1, 2, 3, 4, 5"):
+        probe.logits(x[:, 0], step=6)
+    with pytest.raises(InvalidInput, match="a perceptron for each step; give step="):
+        probe.logits(x[:, 0])
+
+
+def test_a_probe_that_hears_the_noise_beats_a_shared_one():
+    x, y = shifting()
+    more = QUICK | {"epochs": 100}
+    shared, noise = (fit(x, y, hidden=(), per_step=how, **more) for how in ("shared", "noise"))
+    assert accuracy(noise) > 0.95 > accuracy(shared) + 0.2
+    assert noise.hears_noise and not shared.hears_noise
+    told = noise.predict(x[:, 4], fraction=4 / 6)
+    assert sum(int(a) == b for a, b in zip(told, y.tolist(), strict=True)) > 190
+    with pytest.raises(InvalidInput, match="hears of the noise level; give fraction="):
+        noise.logits(x[:, 4])
+
+
+def test_several_attributes_are_told_by_one_probe():
+    x, y = blobs(classes=4)
+    labels = {"color": ["rgby"[each] for each in y], "odd": [bool(each % 2) for each in y]}
+    probe = fit(x, labels, classes={"color": "rgby", "odd": ("no", "yes")}, **QUICK)
+    assert probe.labels == ("color=r", "color=g", "color=b", "color=y", "odd=no", "odd=yes")
+    told = probe.predict(x)
+    assert told["color"][:4] == list("rgby") and told["odd"][:4] == ["no", "yes", "no", "yes"]
+    sure = probe.probabilities(x)
+    assert torch.allclose(sure[:, :4].sum(-1), torch.ones(len(x)))
+    assert torch.allclose(sure[:, 4:].sum(-1), torch.ones(len(x)))
+    assert set(probe.card.held_out) == {"color", "odd"}
+    assert "| odd | probe |" in probe.card.markdown()
+
+
+def test_sets_of_labels_and_numbers():
+    x, y = blobs()
+    sets = [{"first"} if each == 0 else {"second", "other"} if each == 1 else () for each in y]
+    probe = fit(x, sets, task="multilabel", **QUICK)
+    assert probe.predict(x[:3]) == [{"first"}, {"other", "second"}, set()]
+    assert probe.card.held_out[""]["accuracy"]["value"] > 0.9
+    size = 100 + x[:, 0] - 2 * x[:, 5]
+    probe = fit(x, {"size": size}, task="regress", hidden=(), **QUICK | {"epochs": 200})
+    assert probe.card.held_out[""]["r2"]["size"] > 0.99
+    assert torch.allclose(probe.predict(x)[:, 0], size, atol=3.0)
+    with pytest.raises(InvalidInput, match="a regression has no probabilities"):
+        probe.probabilities(x)
+    assert "| size | probe |" in probe.card.markdown()
+
+
+def test_sigmoid_loss_and_class_weights():
+    x, y = blobs(rows=200, classes=2, apart=1.0)
+    rare = torch.where(torch.arange(200) % 10 < 8, 0, y)  # one row of ten has class 1
+    plain, fair = (
+        fit(x, rare, hidden=(), class_weights=weights, loss="sigmoid", **QUICK)
+        for weights in (None, "balanced")
+    )
+    counts = list(fair.card.counts.values())
+    assert fair.card.class_weights["1"] == pytest.approx(sum(counts) / (2 * counts[1]))
+    assert fair.probabilities(x)[:, 1].mean() > plain.probabilities(x)[:, 1].mean() + 0.1
+    given = fit(x, rare, class_weights={"1": 3.0}, **QUICK)
+    assert given.card.class_weights == {"0": 1.0, "1": 3.0}
+    with pytest.raises(UnknownName, match="label in class_weights '2'"):
+        fit(x, rare, class_weights={"2": 3.0}, **QUICK)
+
+
+@pytest.mark.parametrize("pool, width", [("mean", 4), ("token", 4), ("flat", 12)])
+def test_pools(pool: str, width: int):
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(100) % 2
+    x = torch.randn(100, 2, 3, 4, generator=g) + 3.0 * y[:, None, None, None]
+    found = activation(x)
+    probe = fit(found, y, pool=pool, hidden=(), subject="tiny", **QUICK)
+    assert probe.width == width and probe.site == SITE and probe.branch == "cond"
+    assert probe.card.rows["train"] == 60 and accuracy(probe) > 0.9
+    shape = (100, 2, 3, 2) if pool == "token" else (100, 2, 2)
+    assert probe.logits(found).shape == shape == probe.probabilities(found).shape
+    rows = x[:, 1] if pool == "token" else x[:, 1].mean(1) if pool == "mean" else x[:, 1].flatten(1)
+    assert torch.allclose(probe.logits(found)[:, 1], probe.logits(rows, step=1), atol=1e-5)
+    heat = probe.temperature_at(1)
+    own = (probe.logits(rows, step=1) / heat).softmax(-1)
+    assert torch.allclose(probe.probabilities(found)[:, 1], own, atol=1e-5)
+
+
+def test_groups_are_never_split():
+    group = numbered([n // 5 for n in range(100)], 100)
+    targets = (group % 4).unsqueeze(1)
+    part = dealt(group, targets, 5, 0)
+    for each in range(20):
+        assert len(part[group == each].unique()) == 1
+    sizes = [int((part == each).sum()) for each in (TRAIN, VALIDATION, HELD_OUT)]
+    assert sizes == [60, 20, 20]
+    assert part.equal(dealt(group, targets, 5, 0)) and not part.equal(dealt(group, targets, 5, 1))
+    for each in PARTS.values():  # every class has its share
+        assert len(targets[part == each].unique()) == 4
+
+
+def test_rows_of_one_prompt_belong_together():
+    """Rows that tell their prompt, whose labels are drawn: only a split by row could be right."""
+    g = torch.Generator().manual_seed(0)
+    prompts = [f"prompt {n // 6}" for n in range(240)]
+    centre = 20 * torch.randn(40, 8, generator=g)
+    x = centre.repeat_interleave(6, 0) + torch.randn(240, 8, generator=g)
+    y = torch.randint(2, (40,), generator=g).repeat_interleave(6)
+    found = activation(x[:, None, None], prompts)
+    probe = fit(found, y, hidden=(64,), **QUICK)
+    assert probe.card.groups == {"train": 24, "validation": 8, "held_out": 8}
+    assert accuracy(probe) < 0.85
+    leaking = fit(found, y, hidden=(64,), groups=range(240), **QUICK)
+    assert accuracy(leaking) > 0.95
+    interval = probe.card.held_out[""]["accuracy"]
+    assert interval["n"] == 8 and interval["high"] - interval["low"] > 0.3
+
+
+def test_what_cannot_be_right_says_so():
+    x, y = blobs(rows=30)
+    for labels, message in (
+        (y[:20], "labels: 20 for 30 rows"),
+        (torch.zeros(30, dtype=torch.long), r"a classifier needs two different classes .* \['0'\]"),
+        (["a"] * 30, r"a classifier needs two different classes or more, got \['a'\]"),
+        (-y, "-1 is out of range, there are"),
+        (torch.rand(30), "names or numbers of classes are needed, got float"),
+        ({"a": y, "b": y[:2]}, r"different numbers of rows \(a 30, b 2\)"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            fit(x, labels, **QUICK)
+    with pytest.raises(InvalidInput, match="2 is out of range, there are 2 classes"):
+        fit(x, y, classes=("a", "b"), **QUICK)
+    with pytest.raises(InvalidInput, match="all 18 rows to train on are 'a'"):
+        fit(x, ["a"] * 30, classes=("a", "b"), **QUICK)
+    with pytest.raises(InvalidInput, match="no row to train on is 'd'; give more rows"):
+        fit(x, y, classes=("a", "b", "c", "d"), **QUICK)
+    with pytest.raises(UnknownName, match="unknown class 'z'"):
+        fit(x, ["z"] * 30, classes=("a", "b"), **QUICK)
+    with pytest.raises(InvalidInput, match="2 of 30 rows have values that are not finite.* row 3"):
+        fit(x.index_fill(0, torch.tensor([3, 8]), torch.nan), y, **QUICK)
+    with pytest.raises(InvalidInput, match="holdout=40: no row is held out of 30 groups"):
+        fit(x, y, holdout=40, **QUICK)
+    with pytest.raises(InvalidInput, match="holdout=0: no row is held out"):
+        fit(x, y, holdout=0, **QUICK)
+    with pytest.raises(InvalidInput, match="2 groups of rows cannot be split"):
+        fit(x, y, groups=[0, 1] * 15, **QUICK)
+    with pytest.raises(InvalidInput, match="groups: 3 for 30 rows"):
+        fit(x, y, groups=[0, 1, 2], **QUICK)
+    with pytest.raises(InvalidInput, match=r"the recording has 2 \(a, b\)"):
+        fit({"a": x, "b": x}, y, **QUICK)
+    with pytest.raises(InvalidInput, match=r"branches uncond, cond; choose one"):
+        fit(activation(x[:, None, None, None].repeat(1, 2, 1, 1, 1), branches=("uncond", "cond")), y)
+    with pytest.raises(InvalidInput, match=r"none to two widths from 1, got \(3, 3, 3\)"):
+        fit(x, y, hidden=(3, 3, 3))
+    with pytest.raises(InvalidInput, match="the loss of the probe is not finite"):
+        fit(x, y, hidden=(8,), lr=1e30)
+    for wrong in ({"pool": "max"}, {"loss": "hinge"}, {"per_step": "all"}, {"task": "rank"}):
+        with pytest.raises(UnknownName, match=next(iter(wrong.values()))):
+            fit(x, y, **wrong)
+
+
+def test_a_probe_on_another_width_or_site_says_so():
+    x, y = blobs()
+    probe = fit(activation(x[:, None, None]), y, **QUICK)
+    with pytest.raises(InvalidInput, match=rf"{SITE}: it reads 8 features, x is \[150, 7\]"):
+        probe.logits(x[:, :7], step=0)
+    with pytest.raises(InvalidInput, match=f"{SITE}: the rows are of unet.conv_out"):
+        probe.logits({"unet.conv_out": x})
+    plain = fit(x, y, **QUICK)
+    with pytest.raises(InvalidInput, match="rows without a site; give site="):
+        plain.guidance("0")
+
+
+def test_a_probe_writes_the_edit_that_it_guides():
+    import dreamreader as dr
+
+    x, y = blobs()
+    probe = fit(activation(x[:, None, None]), y, classes=("a", "b", "c"), **QUICK)
+    edit = probe.guidance(target="a", avoid={"b", "c"}, alpha=[1.0, 2.0], iterations=3)
+    same = dr.ProbeGuidance(
+        SITE, probe.mlps, "a", {"b", "c"}, [1.0, 2.0], iterations=3, pool="mean", branch="cond"
+    )
+    assert edit == same
+    with pytest.raises(UnknownName, match="'d'"):
+        probe.guidance(target="d")
