@@ -67,7 +67,9 @@ def test_auroc_by_hand():
 
 def test_a_card_tells_calibration_before_and_after():
     x, y = blobs(rows=300)
-    probe = fit(x, y, hidden=(), epochs=6, lr=1e-2, controls=False)  # too short to be as sure as right
+    probe = fit(
+        x, y, hidden=(), epochs=6, lr=1e-2, controls=False
+    )  # too short to be as sure as right
     found = probe.card.held_out[""]
     (before, after), (first, second) = found["ece"], found["brier"]
     assert found["accuracy"]["value"] - before > 0.3 and after < before / 2 and second < first

@@ -57,7 +57,9 @@ def test_a_card_tells_what_was_trained_on_what():
     assert own["accuracy"]["value"] == pytest.approx(hits / 24) and own["accuracy"]["n"] == 6
     assert set(card.controls) == {"shuffled_labels", "random_feature", "capacity_sweep"}
     text = card.markdown()
-    assert "- subject: tiny" in text and "| - | random feature |" in text and "| - | linear |" in text
+    assert (
+        "- subject: tiny" in text and "| - | random feature |" in text and "| - | linear |" in text
+    )
 
 
 def test_a_card_is_a_part_of_a_report():

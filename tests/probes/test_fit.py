@@ -236,7 +236,9 @@ def test_what_cannot_be_right_says_so():
     with pytest.raises(InvalidInput, match=r"the recording has 2 \(a, b\)"):
         fit({"a": x, "b": x}, y, **QUICK)
     with pytest.raises(InvalidInput, match=r"branches uncond, cond; choose one"):
-        fit(activation(x[:, None, None, None].repeat(1, 2, 1, 1, 1), branches=("uncond", "cond")), y)
+        fit(
+            activation(x[:, None, None, None].repeat(1, 2, 1, 1, 1), branches=("uncond", "cond")), y
+        )
     with pytest.raises(InvalidInput, match=r"none to two widths from 1, got \(3, 3, 3\)"):
         fit(x, y, hidden=(3, 3, 3))
     with pytest.raises(InvalidInput, match="the loss of the probe is not finite"):
