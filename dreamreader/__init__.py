@@ -52,6 +52,7 @@ _MODULES = (
     "localise",
     "metrics",
     "ops",
+    "probes",
     "reft",
     "stats",
     "steering",
