@@ -7,6 +7,7 @@ from probes.made import SITE, activation, blobs, shifting
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.probes import Probe, fit
 from dreamreader.probes.fit import PARTS
+from dreamreader.probes.rows import rows_of
 from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION, dealt, numbered
 
 QUICK = {"controls": False, "epochs": 40, "lr": 1e-2}
@@ -171,6 +172,17 @@ def test_pools(pool: str, width: int):
     heat = probe.temperature_at(1)
     own = (probe.logits(rows, step=1) / heat).softmax(-1)
     assert torch.allclose(probe.probabilities(found)[:, 1], own, atol=1e-5)
+
+
+def test_the_first_evaluation_of_a_step_stands_for_it():
+    from dataclasses import replace
+
+    found = activation(torch.arange(12.0).reshape(2, 3, 1, 2))
+    first, second, third = found.steps
+    again = replace(first, evaluation=1)
+    rows = rows_of(replace(found, steps=(first, again, third)), "mean")
+    assert rows.steps == (0, 2) and rows.fractions == (0.0, 2 / 3)
+    assert torch.equal(rows.values, found.tensor[:, [0, 2]]) and second.step == 1
 
 
 def test_groups_are_never_split():

@@ -14,6 +14,7 @@ import dreamreader as dr
 from dreamreader.engine.clock import Moment
 from dreamreader.errors import InvalidInput, NeverFired, UnknownName
 from dreamreader.probes import Probe, fit, latent_guidance
+from dreamreader.probes.latent_guidance import _Guide
 from dreamreader.probes.prediction import weight
 
 SITES = {
@@ -201,6 +202,17 @@ def test_scale_zero_is_bit_equal_and_rows_are_apart():
     with latent_guidance(reader, probe, target="b", scale=30.0):
         alone = _run(reader, slice(1, 2)).images
     assert torch.allclose(alone[0], both[1], atol=1e-4)
+
+
+def test_a_row_of_scale_zero_hears_nothing_of_its_gradient():
+    given = "a", None, [0.0, 2.0], "logits", None, None, False
+    guide = _Guide(dr.Reader(_pipe()), _probe(), *given)
+    guide.change = _moment(1.0), torch.tensor([[math.nan], [3.0]])
+    left, moved = guide.changed(torch.tensor([[-0.0], [1.0]])).flatten().tolist()
+    assert math.copysign(1.0, left) == -1.0 and left == 0.0 and moved == 4.0
+    guide.change = _moment(1.0), torch.ones(2, 1)
+    with pytest.raises(InvalidInput, match=r"steps \[2, 3\], the denoiser has latents \[2, 1\]"):
+        guide.changed(torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("family", ["sd", "sd3"])
