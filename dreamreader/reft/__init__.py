@@ -1,6 +1,38 @@
 """Learned edits: LoReFT and its variants, their losses and their training."""
 
 from dreamreader.reft.adapter import Adapter
+from dreamreader.reft.calls import Calls, record_calls
+from dreamreader.reft.diffusion import Denoising, NoiseMatch, encode_pictures
+from dreamreader.reft.fit import fit_pairs
+from dreamreader.reft.language import LanguageKeep, LanguageLoss
+from dreamreader.reft.losses import ActivationMatch, Batch, Loss, Together, keep_activations
 from dreamreader.reft.model import Reft
+from dreamreader.reft.pairs import Pairs, pairs_of_calls, record_pairs
+from dreamreader.reft.train import History, NonFiniteLoss, Recipe, train
+from dreamreader.reft.variants import VARIANTS
 
-__all__ = ["Adapter", "Reft"]
+__all__ = [
+    "VARIANTS",
+    "ActivationMatch",
+    "Adapter",
+    "Batch",
+    "Calls",
+    "Denoising",
+    "History",
+    "LanguageKeep",
+    "LanguageLoss",
+    "Loss",
+    "NoiseMatch",
+    "NonFiniteLoss",
+    "Pairs",
+    "Recipe",
+    "Reft",
+    "Together",
+    "encode_pictures",
+    "fit_pairs",
+    "keep_activations",
+    "pairs_of_calls",
+    "record_calls",
+    "record_pairs",
+    "train",
+]

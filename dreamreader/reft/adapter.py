@@ -1,9 +1,13 @@
 """Adapter: the parameters of a learned edit at one site."""
 
+from collections.abc import Sequence
+
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dreamreader.errors import InvalidInput
+from dreamreader.ops import low_rank
 from dreamreader.reft.variants import Tables, initial, variant_of
 
 
@@ -75,6 +79,31 @@ class Adapter(nn.Module):
             with torch.no_grad():
                 kept = self._kept = (key, self.variant.tables(parameters))
         return kept[1]
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens width"], steps: Sequence[int] | None = None
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Phi(x), the edited activation.
+
+        Args:
+            x: activations of any floating point type.
+            steps: the step of each batch entry, where there is an adapter for each.
+
+        Raises:
+            InvalidInput: steps are needed and not given, or there is no adapter for one.
+        """
+        index = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        if self.steps is not None:
+            if steps is None or not all(0 <= each < self.steps for each in steps):
+                raise InvalidInput(
+                    f"{self.site}: has adapters for steps 0 .. {self.steps - 1}, asked for {steps}"
+                )
+            index = torch.tensor(list(steps), device=x.device)
+        down, bias, up = self.tables()
+        if self.variant.name == "diagonal":
+            wide = x.to(down.dtype)
+            return (wide + down[index] * wide + up[index]).to(x.dtype)
+        return low_rank(x, down, bias, up, 1.0, index)
 
     def _apply(self, fn, recurse: bool = True):
         """Moves to a device; a change of type is left out, the rotation needs float32."""

@@ -28,7 +28,8 @@ class Reft(nn.Module):
         seed: of the first values. device: of the parameters.
 
     Raises:
-        InvalidInput, UnknownName: there are no sites, a rank is above a width, or a name is unknown.
+        InvalidInput: there are no sites, or a rank is above a width.
+        UnknownName: there is no such variant or initialisation, or no rank for a site.
 
     Example:
         >>> reft = Reft({"unet.mid_block": 1280}, rank=32)
@@ -150,9 +151,8 @@ class Reft(nn.Module):
         for site, adapter in self.adapters.items():
             with torch.set_grad_enabled(graph):
                 tables = adapter.tables()
-            if self.steps is None:
-                tables = tuple(each[0] for each in tables)
-            made.append(LoReFT(site, *tables, alpha, **common))
+            down, bias, up = tables if self.steps is not None else (each[0] for each in tables)
+            made.append(LoReFT(site, down, bias, up, alpha, **common))
         return made
 
     def print_trainable_parameters(self) -> None:

@@ -1,0 +1,199 @@
+"""What adapters are trained on: activations of a teacher, and the parts that all losses share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dreamreader.edits import Edit
+from dreamreader.engine import Reader
+from dreamreader.engine.request import EditRequest
+from dreamreader.errors import InvalidInput
+from dreamreader.reft.model import Reft
+from dreamreader.reft.pairs import Pairs
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Examples of one step of training.
+
+    Attributes:
+        rows, moments: int64 [n], each a row at one of its calls. seed: of what a loss draws.
+    """
+
+    rows: Tensor
+    moments: Tensor
+    seed: int
+
+    @property
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+
+class Loss(ABC):
+    """A loss over rows and their calls.
+
+    Attributes:
+        rows: examples; validation holds out whole ones. moments: calls of each.
+    """
+
+    rows: int
+    moments: int
+
+    @abstractmethod
+    def terms(self, reft: Reft, batch: Batch) -> dict[str, Tensor]:
+        """Parts of the loss by name, with graphs to the adapters; their sum is minimised."""
+
+    def culprit(self, reft: Reft, batch: Batch) -> str:
+        """The first site where values stop being finite."""
+        with torch.no_grad():
+            terms = self.terms(reft, batch)
+        return next((name for name, each in terms.items() if not bool(each.isfinite())), "none")
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Around a training."""
+        yield
+
+
+class ModelLoss(Loss):
+    """A loss that runs the model, whose own weights get no gradient meanwhile."""
+
+    def __init__(self, reader: Reader):
+        self.reader = reader
+        self._watching: list[EditRequest] = []
+
+    def culprit(self, reft: Reft, batch: Batch) -> str:
+        found: list[str] = []
+
+        def look(x: Tensor, place) -> None:
+            if not bool(x.isfinite().all()):
+                found.append(place.site)
+
+        self._watching = [Edit(site, look) for site in reft.sites]
+        try:
+            super().culprit(reft, batch)
+        finally:
+            self._watching = []
+        return found[0] if found else "none, the model itself gives no finite values"
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        parts = self.reader._subject.components().values()
+        learning = [p for part in parts for p in part.parameters() if p.requires_grad]
+        try:
+            for each in learning:
+                each.requires_grad_(False)
+            yield
+        finally:
+            for each in learning:
+                each.requires_grad_(True)
+
+
+class ActivationMatch(Loss):
+    """Edited activations of the base against those of the teacher, each site by itself.
+
+    Formula: sum over sites of mean (Phi(h_base) - h_teacher)^2 / mean (h_base - h_teacher)^2, so
+    that sites weigh alike and 1 is no edit at all.
+
+    Args:
+        pairs: recorded activations.
+        scales: denominators by site, instead of those of the pairs.
+
+    Raises:
+        InvalidInput: at a site both are the same, so there is nothing to learn.
+
+    Reference:
+        DreamReader (2603.13299): LoReFT between paired prompts.
+    """
+
+    def __init__(self, pairs: Pairs, scales: dict[str, float] | None = None):
+        self.pairs = pairs
+        self.rows, self.moments = pairs.rows, pairs.calls
+        self.scales = scales or {site: _distance(pairs, site) for site in pairs.base}
+        for site, scale in self.scales.items():
+            if not scale > 0:
+                raise InvalidInput(
+                    f"{site}: base and teacher have the same activations, there is nothing to learn"
+                )
+
+    def terms(self, reft: Reft, batch: Batch) -> dict[str, Tensor]:
+        steps = None
+        if reft.steps is not None:
+            if self.pairs.steps is None:
+                raise InvalidInput("these sites have no steps: train adapters without per_step")
+            steps = [self.pairs.steps[each] for each in batch.moments.tolist()]
+        found: dict[str, Tensor] = {}
+        for site, adapter in reft.adapters.items():
+            device = next(adapter.parameters()).device
+            base, teacher = (
+                self._of(values, site, batch, device)
+                for values in (self.pairs.base, self.pairs.teacher)
+            )
+            found[site] = (adapter(base, steps) - teacher).square().mean() / self.scales[site]
+        return found
+
+    def _of(
+        self, values: dict[str, Tensor], site: str, batch: Batch, device: torch.device
+    ) -> Tensor:
+        if site not in values:
+            raise InvalidInput(
+                f"{site}: there are no activations of this site; recorded are {', '.join(values)}"
+            )
+        return values[site][batch.rows, batch.moments].to(device).float()
+
+
+class Together(Loss):
+    """A loss and what shall stay as it is: main + weight keep.
+
+    Args:
+        main: decides the rows. keep: its rows are drawn beside those of `main`.
+        weight: of `keep`, above 0.
+    """
+
+    def __init__(self, main: Loss, keep: Loss, weight: float = 1.0):
+        if not weight > 0:
+            raise InvalidInput(f"the weight of what is kept must be above 0, got {weight}")
+        self.main, self.keep, self.weight = main, keep, weight
+        self.rows, self.moments = main.rows, main.moments
+
+    def terms(self, reft: Reft, batch: Batch) -> dict[str, Tensor]:
+        kept = self.keep.terms(reft, self._drawn(batch))
+        found = dict(self.main.terms(reft, batch))
+        return found | {f"keep {name}": self.weight * each for name, each in kept.items()}
+
+    def culprit(self, reft: Reft, batch: Batch) -> str:
+        with torch.no_grad():
+            terms = self.main.terms(reft, batch).values()
+            fine = all(bool(each.isfinite()) for each in terms)
+        return (
+            self.keep.culprit(reft, self._drawn(batch)) if fine else self.main.culprit(reft, batch)
+        )
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        with self.main.ready(), self.keep.ready():
+            yield
+
+    def _drawn(self, batch: Batch) -> Batch:
+        generator, count = batch.generator, (len(batch.rows),)
+        rows = torch.randint(self.keep.rows, count, generator=generator)
+        moments = torch.randint(self.keep.moments, count, generator=generator)
+        return Batch(rows, moments, batch.seed + 1)
+
+
+def keep_activations(pairs: Pairs, like: ActivationMatch) -> ActivationMatch:
+    """The loss that leaves the base of `pairs` as it is, on the scale of another."""
+    return ActivationMatch(Pairs(pairs.base, pairs.base, pairs.steps), like.scales)
+
+
+def _distance(pairs: Pairs, site: str) -> float:
+    """mean (h_base - h_teacher)^2, without a copy of all of them."""
+    total, count = 0.0, 0
+    for base, teacher in zip(pairs.base[site], pairs.teacher[site], strict=True):
+        total += float((base.double() - teacher.double()).square().sum())
+        count += base.numel()
+    return total / count
