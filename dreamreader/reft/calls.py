@@ -24,7 +24,7 @@ class Calls:
     """What a denoiser was called with, for the rows of one branch of a run.
 
     Attributes:
-        denoiser: the module. sample: name of its latents.
+        denoiser: the module. sample: name of its latents. order: of its arguments.
         moments: time of each call, in order.
         moving: arguments that change from call to call, [rows, calls, ...]; the latents among them.
         still: arguments of each row that do not, [rows, ...]: the prompt's embeddings.
@@ -33,6 +33,7 @@ class Calls:
 
     denoiser: nn.Module
     sample: str
+    order: tuple[Path, ...]
     moments: tuple[Moment, ...]
     moving: dict[Path, Tensor]
     still: dict[Path, Tensor]
@@ -66,7 +67,8 @@ class Calls:
         found |= {path: [value[n] for n in rows.tolist()] for path, value in self.listed.items()}
         if latents is not None:
             found[(self.sample,)] = latents
-        return pick(self.denoiser(**_nested(found)), None, type(self.denoiser).__name__)
+        arguments = _nested({path: found[path] for path in self.order})
+        return pick(self.denoiser(**arguments), None, type(self.denoiser).__name__)
 
 
 def record_calls(
@@ -96,7 +98,7 @@ def record_calls(
         raise InvalidInput(f"calls of a denoiser need a pipeline, got {reader._subject.name}")
     listed = list(prompts)
     numbers = row_seeds(seeds, len(listed))
-    asked = {"output_type": "latent"} | arguments
+    asked: dict[str, Any] = {"output_type": "latent"} | arguments
     parts: list[_Batch] = []
     for start in range(0, len(listed), batch_size):
         chosen = slice(start, start + batch_size)
@@ -223,7 +225,8 @@ def _joined(parts: list[_Batch]) -> Calls:
             into = still if same else moving
             into[path] = _rows(path, [each[0] if same else torch.stack(each, 1) for each in series])
     name = _sample_name(first.arguments[0])
-    return Calls(first.denoiser, name, tuple(first.moments), moving, still, listed, constant)
+    order, moments = tuple(first.arguments[0]), tuple(first.moments)
+    return Calls(first.denoiser, name, order, moments, moving, still, listed, constant)
 
 
 def _rows(path: Path, parts: list[Tensor]) -> Tensor:

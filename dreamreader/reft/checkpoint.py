@@ -42,7 +42,8 @@ def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
-        return tensors[value["tensor"]]
+        # a copy, as sums depend on where in memory a tensor begins
+        return tensors[value["tensor"]].clone()
     if "tuple" in value:
         return tuple(_unpacked(each, tensors) for each in value["tuple"])
     return {key: _unpacked(each, tensors) for key, each in value["items"]}

@@ -158,8 +158,10 @@ class Reft(nn.Module):
     def print_trainable_parameters(self) -> None:
         """Prints how many numbers are trained, and their share of the model's where it is known."""
         count = sum(each.numel() for each in self.parameters())
-        rest = f" || all params: {self.of:,} || trainable%: {100 * count / self.of:.4f}"
-        print(f"trainable params: {count:,}" + (rest if self.of else ""))
+        said = f"trainable params: {count:,}"
+        if self.of:
+            said += f" || all params: {self.of:,} || trainable%: {100 * count / self.of:.4f}"
+        print(said)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, with the sites and shapes as JSON in its header."""

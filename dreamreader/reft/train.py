@@ -261,10 +261,14 @@ class _Run:
                 self._fail(batch, "a parameter is not finite", site)
 
     def _check_gradients(self, batch: Batch) -> None:
-        for site, adapter in self.reft.adapters.items():
-            grads = [each.grad for each in adapter.parameters() if each.grad is not None]
-            if not all(bool(each.isfinite().all()) for each in grads):
-                self._fail(batch, "a gradient is not finite", site)
+        bad = [
+            site
+            for site, adapter in self.reft.adapters.items()
+            for each in adapter.parameters()
+            if each.grad is not None and not bool(each.grad.isfinite().all())
+        ]
+        if bad:
+            self._fail(batch, "a gradient is not finite", ", ".join(dict.fromkeys(bad)))
         if self.recipe.grad_clip is not None:
             torch.nn.utils.clip_grad_norm_(self.reft.parameters(), self.recipe.grad_clip)
 

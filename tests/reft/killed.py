@@ -1,0 +1,16 @@
+"""Trains adapters in a process that kills itself: `killed.py FOLDER STEP`."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from reft.training import trained
+
+    def kill(done: int, steps: int, loss: float) -> None:
+        if done == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trained(Path(sys.argv[1]), progress=kill)
