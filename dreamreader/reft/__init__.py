@@ -8,6 +8,7 @@ from dreamreader.reft.language import LanguageKeep, LanguageLoss
 from dreamreader.reft.losses import ActivationMatch, Batch, Loss, Together, keep_activations
 from dreamreader.reft.model import Reft
 from dreamreader.reft.pairs import Pairs, pairs_of_calls, record_pairs
+from dreamreader.reft.pyreft import from_pyreft
 from dreamreader.reft.train import History, NonFiniteLoss, Recipe, train
 from dreamreader.reft.variants import VARIANTS
 
@@ -30,6 +31,7 @@ __all__ = [
     "Together",
     "encode_pictures",
     "fit_pairs",
+    "from_pyreft",
     "keep_activations",
     "pairs_of_calls",
     "record_calls",

@@ -61,7 +61,7 @@ class Adapter(nn.Module):
             self.register_parameter(name, nn.Parameter(value.to(device)))
         if init == "identity" and variant in ("loreft", "noreft"):
             with torch.no_grad():
-                self.weight.copy_(self.tables()[2])
+                self.get_parameter("weight").copy_(self.tables()[2])
         self._kept: tuple[tuple, Tables] | None = None
 
     def tables(self) -> Tables:
@@ -70,7 +70,7 @@ class Adapter(nn.Module):
         Rows of `up` are orthonormal where the variant says so. Without gradients the tables are
         made once for as long as the parameters stay the same.
         """
-        parameters = dict(self.named_parameters())
+        parameters: dict[str, Tensor] = dict(self.named_parameters())
         if torch.is_grad_enabled() and any(each.requires_grad for each in parameters.values()):
             return self.variant.tables(parameters)
         key = tuple((each.data_ptr(), each._version) for each in parameters.values())
