@@ -9,7 +9,9 @@ from dreamreader.reft.losses import ActivationMatch, Batch, Loss, Together, keep
 from dreamreader.reft.model import Reft
 from dreamreader.reft.pairs import Pairs, pairs_of_calls, record_pairs
 from dreamreader.reft.pyreft import from_pyreft
-from dreamreader.reft.train import History, NonFiniteLoss, Recipe, train
+from dreamreader.reft.recipe import Recipe
+from dreamreader.reft.sweep import sweep
+from dreamreader.reft.train import History, NonFiniteLoss, train
 from dreamreader.reft.variants import VARIANTS
 
 __all__ = [
@@ -36,5 +38,6 @@ __all__ = [
     "pairs_of_calls",
     "record_calls",
     "record_pairs",
+    "sweep",
     "train",
 ]

@@ -52,6 +52,7 @@ class Adapter(nn.Module):
         self.variant = variant_of(variant)
         self.rank = 1 if self.variant.per_channel else rank
         self.steps = steps
+        self._kept: tuple[tuple, Tables] | None = None
         made = generator or torch.Generator().manual_seed(0)
         try:
             first = initial(variant, init, steps or 1, rank, width, made)
@@ -62,7 +63,6 @@ class Adapter(nn.Module):
         if init == "identity" and variant in ("loreft", "noreft"):
             with torch.no_grad():
                 self.get_parameter("weight").copy_(self.tables()[2])
-        self._kept: tuple[tuple, Tables] | None = None
 
     def tables(self) -> Tables:
         """down [n, rank, width], bias [n, rank] and up [n, rank, width]; n is 1 without steps.
@@ -74,7 +74,7 @@ class Adapter(nn.Module):
         if torch.is_grad_enabled() and any(each.requires_grad for each in parameters.values()):
             return self.variant.tables(parameters)
         key = tuple((each.data_ptr(), each._version) for each in parameters.values())
-        kept = getattr(self, "_kept", None)
+        kept = self._kept
         if kept is None or kept[0] != key:
             with torch.no_grad():
                 kept = self._kept = (key, self.variant.tables(parameters))
