@@ -53,6 +53,24 @@ def test_any_optimiser_of_torch_resumes_exactly(tmp_path: Path, name: str):
     assert equal(trained(tmp_path, **common)[0], trained(**common)[0])
 
 
+def test_patience_counts_on_after_a_stop(tmp_path: Path):
+    class Stop(Exception):
+        pass
+
+    common: dict[str, Any] = {"lr": 0.5, "steps": 200, "schedule": "constant", "patience": 3}
+    common |= {"grad_clip": None, "save_every": 5}
+    _, whole = trained(**common)
+    last = len(whole.losses) - 5  # two validations without a better one are over
+
+    def stop(done: int, *_: Any) -> None:
+        if done == last:
+            raise Stop
+
+    with pytest.raises(Stop):
+        trained(tmp_path, progress=stop, **common)
+    assert trained(tmp_path, **common)[1] == whole and whole.stopped
+
+
 def test_a_function_makes_the_optimiser_with_rates_of_its_own():
     def half(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=0.01)
@@ -90,6 +108,9 @@ def test_batches_take_every_training_row_once_and_no_held_out_row():
         batch = batches[step]
         seen += list(zip(batch.rows.tolist(), batch.moments.tolist(), strict=True))
     assert len(set(seen)) == 24 and not {row for row, _ in seen} & set(batches.held.tolist())
+    later = [(batches[step].rows * 3 + batches[step].moments).tolist() for step in (3, 4, 5)]
+    assert sorted(sum(later, [])) == sorted(3 * row + call for row, call in seen)
+    assert sum(later, []) != [3 * row + call for row, call in seen]
     again = Batches(loss, 8, 0.2, 0)
     assert torch.equal(again[2].rows, batches[2].rows) and again[2].seed == batches[2].seed
     assert not torch.equal(Batches(loss, 8, 0.2, 1)[2].rows, batches[2].rows)
