@@ -37,6 +37,7 @@ def fit(
     patience: int = 10,
     lr: float = 1e-3,
     batch_size: int = 64,
+    jitter: float = 0.0,
     holdout: int = 5,
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
@@ -67,6 +68,9 @@ def fit(
         epochs: at most so many passes; patience: it stops after so many without a better validated
             state.
         lr: of Adam. batch_size: rows in a step.
+        jitter: noise on the inputs in training, as a multiple of each feature's deviation. A probe
+            that is to guide needs about 1: the gradient of one that only reads clean rows points
+            to where no activations are.
         holdout: one group of so many validates (it chooses the state that is kept, and the
             temperature), and one is held out and only measures.
         groups: rows that belong together and are never split; by default rows of one prompt, where
@@ -95,7 +99,7 @@ def fit(
     """
     if per_step not in PER_STEP:
         raise UnknownName("per_step of a probe", per_step, PER_STEP)
-    recipe = Recipe(tuple(hidden), activation, epochs, patience, lr, batch_size, seed)
+    recipe = Recipe(tuple(hidden), activation, epochs, patience, lr, batch_size, seed, jitter)
     rows = rows_of(recorded, pool)
     told, targets = encoded(labels, task, classes, len(rows.values))
     belonging = rows.prompts if groups is None and rows.prompts is not None else groups

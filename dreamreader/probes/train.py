@@ -24,6 +24,8 @@ class Recipe:
     Attributes:
         hidden: widths of none to two hidden layers; () is linear.
         epochs: at most so many. patience: epochs without a better validated state before it stops.
+        jitter: deviation of noise that is added to inputs in training and validation, as a multiple
+            of that of each feature.
     """
 
     hidden: tuple[int, ...]
@@ -33,6 +35,7 @@ class Recipe:
     lr: float
     batch_size: int
     seed: int
+    jitter: float = 0.0
 
     def __post_init__(self):
         object.__setattr__(self, "hidden", tuple(self.hidden))
@@ -43,6 +46,8 @@ class Recipe:
         for name in ("epochs", "patience", "batch_size", "lr"):
             if getattr(self, name) <= 0:
                 raise InvalidInput(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.jitter >= 0:
+            raise InvalidInput(f"jitter must be 0 or more, got {self.jitter}")
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "hidden": list(self.hidden)}
@@ -111,13 +116,15 @@ def train(problem: Problem) -> Trained:
     optimiser = torch.optim.Adam(net.parameters(), lr=recipe.lr)
     generator = torch.Generator().manual_seed(recipe.seed)
     proof = problem.rows(VALIDATION)
+    proven = _jittered(x[:, proof], recipe.jitter, generator)
     for epoch in range(recipe.epochs):
         order = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
         for batch in order.split(recipe.batch_size):
-            step(net, optimiser, problem.objective, x[:, batch], targets[batch],
+            seen = _jittered(x[:, batch], recipe.jitter, generator)
+            step(net, optimiser, problem.objective, seen, targets[batch],
                  problem.fraction[batch])  # fmt: skip
         with torch.no_grad():
-            found = net(x[:, proof], problem.fraction[proof])
+            found = net(proven, problem.fraction[proof])
             keep.offer(epoch, problem.objective.losses(found, targets[proof]))
         if keep.waited(epoch) >= recipe.patience:
             break
@@ -129,6 +136,13 @@ def train(problem: Problem) -> Trained:
         for each in (proof, problem.rows(HELD_OUT))
     ]
     return Trained(mlps, held[0], held[1], keep.epochs())
+
+
+def _jittered(x: Tensor, jitter: float, generator: torch.Generator) -> Tensor:
+    """Standardised inputs with noise."""
+    if not jitter:
+        return x
+    return x + jitter * torch.randn(x.shape, generator=generator).to(x)
 
 
 def _held(problem: Problem, rows: Tensor, logits: Float[Tensor, "count rows outputs"]) -> Held:

@@ -31,6 +31,23 @@ def test_separable_rows_are_told_apart(hidden: tuple[int, ...], activation: str)
     assert torch.allclose(sure.sum(-1), torch.ones(len(fresh)))
 
 
+def test_jitter_turns_the_gradient_towards_the_means():
+    """A clean probe takes a shared disturbance off by the second feature, where no mean differs."""
+    draw = torch.Generator().manual_seed(0)
+    y = torch.arange(600) % 2
+    shared = 3 * torch.randn(600, generator=draw)
+    own = 0.2 * torch.randn(600, generator=draw)
+    x = torch.stack([2.0 * y - 1 + shared + own, shared], 1)
+    found = []
+    for jitter in (0.0, 1.0):
+        probe = fit(x, y, hidden=(), jitter=jitter, controls=False, epochs=60, lr=0.05)
+        along = probe.mlps[0].weights[0][1] - probe.mlps[0].weights[0][0]
+        found.append(float(along[0] / along.norm()))
+    assert found[0] < 0.75 < 0.85 < found[1]
+    with pytest.raises(InvalidInput, match="jitter must be 0 or more, got -1"):
+        fit(x, y, jitter=-1, controls=False)
+
+
 def test_noise_is_told_by_chance_and_controls_are_near_it():
     x, y = blobs(rows=300, apart=0.0)
     assert abs(accuracy(fit(x, y, hidden=(16,), **QUICK)) - 1 / 3) < 0.2
