@@ -1,0 +1,164 @@
+"""The loss that a spec asks for, on what its prompts give."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from dreamreader.errors import InvalidInput
+from dreamreader.reft import (
+    ActivationMatch,
+    Batch,
+    Denoising,
+    LanguageKeep,
+    LanguageLoss,
+    Loss,
+    NoiseMatch,
+    Reft,
+    Together,
+    encode_pictures,
+    keep_activations,
+    record_calls,
+    record_pairs,
+)
+from dreamreader.training.examples import Examples, pictures_of
+from dreamreader.training.parts import Training
+
+if TYPE_CHECKING:
+    from dreamreader.engine import Reader
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where adapters are, and how the model runs.
+
+    Attributes:
+        reader: of the model. sites: site strings or patterns.
+        branch, tokens: of the edits. settings: of a run.
+        batch: rows of a call while activations are recorded.
+    """
+
+    reader: "Reader"
+    sites: str | list[str]
+    branch: str = "cond"
+    tokens: Any = None
+    settings: Mapping[str, Any] | None = None
+    batch: int = 16
+
+    @property
+    def is_language(self) -> bool:
+        return self.reader._subject.kind == "language"
+
+
+def loss_of(training: Training, place: Place, examples: Examples) -> tuple[Loss, int | None]:
+    """Runs what the loss needs before training.
+
+    Returns:
+        The loss, whose rows are prompts, and the number of denoising steps; None where the sites
+        have none.
+
+    Raises:
+        InvalidInput: the loss does not fit the model or the examples.
+    """
+    if training.loss == "language" or place.is_language:
+        if training.loss not in ("language", "activations"):
+            raise InvalidInput(f"training.loss: {training.loss} is for pipelines, not for texts")
+        if training.loss == "language" and not place.is_language:
+            raise InvalidInput("training.loss: language is for language models, not for pipelines")
+    make = {"activations": _activations, "noise": _noise, "denoising": _denoising}
+    found, kept, steps = make.get(training.loss, _language)(training, place, examples)
+    if len(examples.seeds) > 1:
+        found = Seeded(found, len(examples.seeds))
+    if training.keep is not None and kept is not None:
+        found = Together(found, kept, training.keep.weight)
+    return found, steps
+
+
+class Seeded(Loss):
+    """A loss whose rows of one prompt count as one: none of them is held out without the others.
+
+    Args:
+        own: has rows prompt by prompt, and for each prompt seed by seed. seeds: of each prompt.
+    """
+
+    def __init__(self, own: Loss, seeds: int):
+        self.own, self.seeds = own, seeds
+        self.rows, self.moments = own.rows // seeds, own.moments * seeds
+
+    def terms(self, reft: Reft, batch: Batch) -> dict[str, Tensor]:
+        return self.own.terms(reft, self._of(batch))
+
+    def culprit(self, reft: Reft, batch: Batch) -> str:
+        return self.own.culprit(reft, self._of(batch))
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        with self.own.ready():
+            yield
+
+    def _of(self, batch: Batch) -> Batch:
+        rows = batch.rows * self.seeds + batch.moments // self.own.moments
+        return Batch(rows, batch.moments % self.own.moments, batch.seed)
+
+
+_Made = tuple[Loss, Loss | None, int | None]
+
+
+def _run(place: Place) -> dict[str, Any]:
+    return {"branch": place.branch, "batch_size": place.batch, **(place.settings or {})}
+
+
+def _activations(training: Training, place: Place, examples: Examples) -> _Made:
+    given = {"tokens": place.tokens, **_run(place)}
+    pairs = record_pairs(
+        place.reader,
+        examples.each(examples.prompts),
+        examples.each(examples.partners),
+        place.sites,
+        seeds=examples.row_seeds,
+        trajectory=training.trajectory,
+        **given,
+    )
+    loss = ActivationMatch(pairs)
+    steps = None if pairs.steps is None else max(pairs.steps) + 1
+    if not examples.keep:
+        return loss, None, steps
+    kept, first = list(examples.keep), examples.seeds[0]
+    same = record_pairs(place.reader, kept, kept, place.sites, seeds=first, **given)
+    return loss, keep_activations(same, loss), steps
+
+
+def _noise(training: Training, place: Place, examples: Examples) -> _Made:
+    base, teacher = (
+        record_calls(place.reader, examples.each(each), seeds=examples.row_seeds, **_run(place))
+        for each in (examples.prompts, examples.partners)
+    )
+    loss = NoiseMatch(place.reader, base, teacher, training.trajectory)
+    return loss, _keep_noise(place, examples), max(each.step for each in base.moments) + 1
+
+
+def _denoising(training: Training, place: Place, examples: Examples) -> _Made:
+    calls = record_calls(
+        place.reader, examples.each(examples.prompts), seeds=examples.row_seeds, **_run(place)
+    )
+    pictures = encode_pictures(place.reader, pictures_of(examples.partners))
+    loss = Denoising(place.reader, calls, pictures.repeat_interleave(len(examples.seeds), 0))
+    return loss, _keep_noise(place, examples), max(each.step for each in calls.moments) + 1
+
+
+def _keep_noise(place: Place, examples: Examples) -> Loss | None:
+    if not examples.keep:
+        return None
+    first = examples.seeds[0]
+    same = record_calls(place.reader, list(examples.keep), seeds=first, **_run(place))
+    return NoiseMatch(place.reader, same, same)
+
+
+def _language(training: Training, place: Place, examples: Examples) -> _Made:
+    loss = LanguageLoss(
+        place.reader, examples.each(examples.prompts), examples.each(examples.partners)
+    )
+    kept = LanguageKeep(place.reader, examples.keep) if examples.keep else None
+    return loss, kept, None

@@ -1,0 +1,208 @@
+"""Parts of specs that say how adapters and probes are trained."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.specs.parts import Count, Data, Part, Seed
+
+if TYPE_CHECKING:
+    from dreamreader.engine import Reader
+    from dreamreader.probes import Probe
+    from dreamreader.reft import Reft
+    from dreamreader.training.examples import Examples
+    from dreamreader.training.fit import Fitted
+    from dreamreader.training.losses import Place
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+# Steps and rows of a step, by loss: what runs the model costs seconds a step.
+_USUAL = {
+    "activations": (300, 64),
+    "noise": (100, 16),
+    "denoising": (200, 16),
+    "language": (100, 8),
+}
+
+
+class Keep(Part):
+    """Prompts without a partner, on which the adapters shall change nothing."""
+
+    data: Data
+    weight: Positive = Field(1.0, description="Of their loss, beside the other with weight 1.")
+
+
+class Training(Part):
+    """How adapters are made and trained."""
+
+    variant: Literal["loreft", "direft", "noreft", "diagonal", "bias"] = "loreft"
+    rank: Count | dict[str, Count] = Field(8, description="Of all adapters, or by site.")
+    per_step: bool = Field(False, description="An adapter for every denoising step, or one.")
+    init: Literal["identity", "pyreft", "zero"] = Field(
+        "identity", description="First values; identity changes nothing, bit for bit."
+    )
+    loss: Literal["activations", "noise", "denoising", "language"] = Field(
+        "activations",
+        description="Match the teacher's activations, or its noise predictions; denoise given "
+        "pictures; predict the completions of a language model.",
+    )
+    trajectory: Literal["base", "teacher", "own"] = Field(
+        "base", description="Whose latents both prompts of a pair see."
+    )
+    keep: Keep | None = None
+    optimizer: str | dict[str, dict[str, Any]] = Field(
+        "AdamW", description="A name of torch.optim, or {name: {option: value}}."
+    )
+    lr: Positive = 1e-2
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Annotated[int, Field(ge=0)] = Field(0, description="Steps of rising learning rate.")
+    grad_clip: Positive | None = Field(None, description="Largest norm of all gradients.")
+    steps: Count | None = Field(
+        None, description="By default 300, noise and language 100, denoising 200."
+    )
+    batch_size: Count | None = Field(
+        None, description="By default 64, noise and denoising 16, language 8."
+    )
+    validation: Share = Field(
+        0.125, description="Share of rows that are held out; they choose the state that is kept."
+    )
+    validate_every: Count = 25
+    patience: Count | None = Field(
+        None, description="Validations without a better one, after which it ends."
+    )
+    seed: Seed = 0
+
+    @field_validator("optimizer")
+    @classmethod
+    def _known(cls, value: str | dict[str, dict[str, Any]]) -> str | dict[str, dict[str, Any]]:
+        from torch import optim
+
+        if isinstance(value, dict) and len(value) != 1:
+            raise ValueError(f"is a name, or one name with options, got {list(value)}")
+        name = value if isinstance(value, str) else next(iter(value))
+        kinds = {key: each for key, each in vars(optim).items() if isinstance(each, type)}
+        known = [key for key, each in kinds.items() if issubclass(each, optim.Optimizer)]
+        if name not in known:
+            raise ValueError(str(UnknownName("optimizer", name, known)))
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Training":
+        if self.loss in ("noise", "denoising") and self.trajectory == "own":
+            raise ValueError("trajectory: own is for the loss activations; give base or teacher")
+        if self.patience is not None and not self.validation:
+            raise ValueError("patience needs rows that are held out; give validation")
+        return self
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Arguments of `reft.train`, beside adapters and loss."""
+        same = ("lr", "weight_decay", "schedule", "warmup", "grad_clip", "validation")
+        found = {name: getattr(self, name) for name in (*same, "validate_every", "patience")}
+        steps, batch = _USUAL[self.loss]
+        return {
+            **found,
+            "seed": self.seed,
+            "optimizer": self._optimizer(),
+            "steps": self.steps or steps,
+            "batch_size": self.batch_size or batch,
+        }
+
+    def adapters(
+        self,
+        reader: "Reader",
+        sites: str | list[str],
+        *,
+        steps: int | None = None,
+        tokens: Any = None,
+        **settings: Any,
+    ) -> "Reft":
+        """Adapters with their first values.
+
+        Args:
+            reader: of the model. sites: site strings or patterns.
+            steps: denoising steps of a run; None where the sites have none.
+            tokens: which are edited. settings: of the run.
+
+        Raises:
+            UnknownName, NeverFired: a site is not there, or never runs.
+            InvalidInput: a rank is above a width, or `per_step` where there are no steps.
+        """
+        from dreamreader.reft import Reft
+
+        if self.per_step and steps is None:
+            raise InvalidInput("training.per_step: these sites have no denoising steps")
+        return Reft.for_sites(
+            reader,
+            sites,
+            self.rank,
+            self.variant,
+            per_step=steps if self.per_step else None,
+            tokens=tokens,
+            init=self.init,
+            seed=self.seed,
+            **settings,
+        )
+
+    def build(
+        self, place: "Place", examples: "Examples", folder: Path | None = None, told: Any = None
+    ) -> "Fitted":
+        """Trains adapters; see `dreamreader.training.fit.fitted`."""
+        from dreamreader.training.fit import fitted
+
+        return fitted(self, place, examples, folder, told)
+
+    def _optimizer(self) -> Any:
+        if isinstance(self.optimizer, str):
+            return self.optimizer
+        (name, options), decay = next(iter(self.optimizer.items())), self.weight_decay
+
+        def made(parameters: Any) -> Any:
+            import torch
+
+            decaying = {"weight_decay": decay} if decay or name.startswith("AdamW") else {}
+            try:
+                return getattr(torch.optim, name)(parameters, lr=self.lr, **{**decaying, **options})
+            except (TypeError, ValueError) as error:
+                raise InvalidInput(f"training.optimizer: {name}: {error}") from error
+
+        return made
+
+
+class ProbeTraining(Part):
+    """How a probe is made and trained; see `dreamreader.probes.fit`."""
+
+    task: Literal["classify", "multilabel", "regress"] = "classify"
+    hidden: list[Count] = Field(
+        default_factory=lambda: [128, 128],
+        max_length=2,
+        description="Widths of hidden layers; [] is a linear probe.",
+    )
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+    per_step: Literal["each", "shared", "noise"] = Field(
+        "each", description="A probe for every step, one for all, or one that hears of the noise."
+    )
+    pool: Literal["mean", "token", "flat"] = Field("mean", description="How tokens become rows.")
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    class_weights: Literal["balanced"] | dict[str, float] | None = None
+    epochs: Count = 200
+    patience: Count = Field(10, description="Epochs without a better one, after which it ends.")
+    lr: Positive = 1e-3
+    batch_size: Count = 64
+    holdout: Annotated[int, Field(ge=3)] = Field(
+        5, description="One prompt of so many validates, and one is held out and only measures."
+    )
+    seed: Seed = 0
+    controls: bool = Field(
+        True, description="Train shuffled labels, random features and another capacity as well."
+    )
+
+    def build(self, recorded: Any, labels: Any, **given: Any) -> "Probe":
+        """Fits a probe; `given` goes to `probes.fit` too: `classes`, `groups`, `subject`."""
+        from dreamreader.probes import fit
+
+        return fit(recorded, labels, **self.model_dump(), **given)
