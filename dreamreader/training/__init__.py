@@ -1,1 +1,1 @@
-"""Training from spec files: adapters and probes, to folders that a stopped training goes on from."""
+"""Training from spec files: adapters and probes, in folders where a stopped training goes on."""

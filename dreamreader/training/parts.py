@@ -32,47 +32,54 @@ class Keep(Part):
     """Prompts without a partner, on which the adapters shall change nothing."""
 
     data: Data
-    weight: Positive = Field(1.0, description="Of their loss, beside the other with weight 1.")
+    weight: Positive = Field(
+        default=1.0, description="Of their loss, beside the other with weight 1."
+    )
 
 
 class Training(Part):
     """How adapters are made and trained."""
 
     variant: Literal["loreft", "direft", "noreft", "diagonal", "bias"] = "loreft"
-    rank: Count | dict[str, Count] = Field(8, description="Of all adapters, or by site.")
-    per_step: bool = Field(False, description="An adapter for every denoising step, or one.")
+    rank: Count | dict[str, Count] = Field(default=8, description="Of all adapters, or by site.")
+    per_step: bool = Field(
+        default=False, description="An adapter for every denoising step, or one."
+    )
     init: Literal["identity", "pyreft", "zero"] = Field(
-        "identity", description="First values; identity changes nothing, bit for bit."
+        default="identity", description="First values; identity changes nothing, bit for bit."
     )
     loss: Literal["activations", "noise", "denoising", "language"] = Field(
-        "activations",
+        default="activations",
         description="Match the teacher's activations, or its noise predictions; denoise given "
         "pictures; predict the completions of a language model.",
     )
     trajectory: Literal["base", "teacher", "own"] = Field(
-        "base", description="Whose latents both prompts of a pair see."
+        default="base", description="Whose latents both prompts of a pair see."
     )
     keep: Keep | None = None
     optimizer: str | dict[str, dict[str, Any]] = Field(
-        "AdamW", description="A name of torch.optim, or {name: {option: value}}."
+        default="AdamW", description="A name of torch.optim, or {name: {option: value}}."
     )
     lr: Positive = 1e-2
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: Annotated[int, Field(ge=0)] = Field(0, description="Steps of rising learning rate.")
-    grad_clip: Positive | None = Field(None, description="Largest norm of all gradients.")
+    warmup: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Steps of rising learning rate."
+    )
+    grad_clip: Positive | None = Field(default=None, description="Largest norm of all gradients.")
     steps: Count | None = Field(
-        None, description="By default 300, noise and language 100, denoising 200."
+        default=None, description="By default 300, noise and language 100, denoising 200."
     )
     batch_size: Count | None = Field(
-        None, description="By default 64, noise and denoising 16, language 8."
+        default=None, description="By default 64, noise and denoising 16, language 8."
     )
     validation: Share = Field(
-        0.125, description="Share of rows that are held out; they choose the state that is kept."
+        default=0.125,
+        description="Share of rows that are held out; they choose the state that is kept.",
     )
     validate_every: Count = 25
     patience: Count | None = Field(
-        None, description="Validations without a better one, after which it ends."
+        default=None, description="Validations without a better one, after which it ends."
     )
     seed: Seed = 0
 
@@ -184,21 +191,28 @@ class ProbeTraining(Part):
     )
     activation: Literal["relu", "gelu", "silu"] = "relu"
     per_step: Literal["each", "shared", "noise"] = Field(
-        "each", description="A probe for every step, one for all, or one that hears of the noise."
+        default="each",
+        description="A probe for every step, one for all, or one that hears of the noise.",
     )
-    pool: Literal["mean", "token", "flat"] = Field("mean", description="How tokens become rows.")
+    pool: Literal["mean", "token", "flat"] = Field(
+        default="mean", description="How tokens become rows."
+    )
     loss: Literal["softmax", "sigmoid"] = "softmax"
     class_weights: Literal["balanced"] | dict[str, float] | None = None
     epochs: Count = 200
-    patience: Count = Field(10, description="Epochs without a better one, after which it ends.")
+    patience: Count = Field(
+        default=10, description="Epochs without a better one, after which it ends."
+    )
     lr: Positive = 1e-3
     batch_size: Count = 64
     holdout: Annotated[int, Field(ge=3)] = Field(
-        5, description="One prompt of so many validates, and one is held out and only measures."
+        default=5,
+        description="One prompt of so many validates, and one is held out and only measures.",
     )
     seed: Seed = 0
     controls: bool = Field(
-        True, description="Train shuffled labels, random features and another capacity as well."
+        default=True,
+        description="Train shuffled labels, random features and another capacity as well.",
     )
 
     def build(self, recorded: Any, labels: Any, **given: Any) -> "Probe":

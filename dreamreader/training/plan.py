@@ -1,0 +1,113 @@
+"""The plan of adapters: sites, parameters and calls, with what they will take."""
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dreamreader.reft import ActivationMatch, Loss, Reft
+from dreamreader.reft.batches import Batches
+from dreamreader.reft.pairs import MEMORY
+from dreamreader.specs.batch import GIB, duration
+from dreamreader.training.losses import loss_of
+
+if TYPE_CHECKING:
+    from dreamreader.training.reft import ReftJob
+
+_ROWS, _STEPS = 2, 2  # that are run to learn the time
+
+
+@dataclass(frozen=True)
+class ReftPlan:
+    """What a training will do.
+
+    Attributes:
+        widths: features by site. parameters: that are trained.
+        prompts, seeds, calls: rows are prompts x seeds, each with so many calls.
+        steps, batch: of the training. recording, training: estimated seconds.
+        bytes: estimated memory, beside the model.
+    """
+
+    widths: dict[str, int]
+    parameters: int
+    prompts: int
+    seeds: int
+    calls: int
+    steps: int
+    batch: int
+    recording: float
+    training: float
+    bytes: int
+
+    def __repr__(self) -> str:
+        listed = [f"{site}, width {width}" for site, width in self.widths.items()]
+        more = [f"... {len(listed) - 12} more"] if len(listed) > 12 else []
+        rows = self.prompts * self.seeds
+        return "\n".join(
+            [
+                f"sites       {len(listed)}",
+                *(f"            {each}" for each in [*listed[:12], *more]),
+                f"parameters  {self.parameters:,}",
+                f"rows        {rows:,}: {self.prompts:,} prompts, {self.seeds:,} seeds",
+                f"calls       {rows * self.calls:,} to train on and to hold out",
+                f"steps       {self.steps:,} of {self.batch} calls",
+                f"memory      about {self.bytes / GIB:.2g} GiB",
+                f"time        about {duration(self.recording + self.training)}, "
+                f"{duration(self.recording)} of them to record",
+            ]
+        )
+
+
+def plan_of(job: "ReftJob") -> ReftPlan:
+    """Makes the plan of a job; two rows are run for two steps, and learned from twice.
+
+    Raises:
+        InvalidInput, UnknownName, NeverFired: a part of the spec does not fit the subject.
+    """
+    training, place, recipe = job.spec.training, job.place(_ROWS), job.spec.training.recipe
+    row_bytes = job.row_bytes  # the first run of a model takes longer
+    few = dict(job.settings)
+    if job.steps is not None:
+        few["num_inference_steps"] = min(_STEPS, job.steps)
+    began = time.perf_counter()
+    reader, examples = place.reader, job.examples.few(_ROWS)
+    short = type(place)(reader, place.sites, place.branch, place.tokens, few, _ROWS)
+    loss, steps = loss_of(training, short, examples)
+    recorded = time.perf_counter() - began
+    reft = training.adapters(
+        reader, place.sites, steps=steps and job.steps, tokens=place.tokens, **job.settings
+    )
+    calls = loss.moments if steps is None else job.steps or 1
+    share = job.examples.rows * calls / (loss.rows * loss.moments)
+    return ReftPlan(
+        widths={site: each.width for site, each in reft.adapters.items()},
+        parameters=sum(each.numel() for each in reft.parameters()),
+        prompts=len(job.examples.prompts),
+        seeds=len(job.examples.seeds),
+        calls=calls,
+        steps=recipe["steps"],
+        batch=recipe["batch_size"],
+        recording=recorded * share,
+        training=_step_seconds(loss, reft, recipe["batch_size"]) * recipe["steps"],
+        bytes=_bytes(loss, share, recipe["batch_size"] * row_bytes),
+    )
+
+
+def _step_seconds(loss: Loss, reft: Reft, size: int) -> float:
+    """Of the second step; the first one also makes what is kept."""
+    batches, seconds = Batches(loss, size, 0.0, 0), 0.0
+    with loss.ready():
+        for number in range(2):
+            began = time.perf_counter()
+            sum(loss.terms(reft, batches[number]).values()).backward()  # pyright: ignore
+            seconds = time.perf_counter() - began
+    return seconds
+
+
+def _bytes(loss: Loss, share: float, step_bytes: int) -> int:
+    """Activations that are kept, which go to a file where they are many, or those of a step."""
+    inner = getattr(loss, "main", loss)
+    if not isinstance(inner, ActivationMatch):
+        return 2 * step_bytes  # for the gradient they stay until the backward pass
+    sides = (inner.pairs.base, inner.pairs.teacher)
+    held = sum(each.nbytes for side in sides for each in side.values())
+    return int(min(held * share, 2 * MEMORY))
