@@ -11,6 +11,8 @@ from dreamreader.cli import (
     generate,
     harvest,
     plan,
+    probes,
+    reft,
     run,
     runs,
     sites,
@@ -25,6 +27,8 @@ Examples:
   dreamreader demo                               steer a model, measured, in two minutes
   dreamreader run examples/patch-colour.yaml     an experiment from a file
   dreamreader harvest examples/harvest/attention.yaml -o activations
+  dreamreader reft train examples/reft/frame.yaml -o frame
+  dreamreader probes train examples/probes/colour.yaml -o colour
   dreamreader sites shapes-unet "unet.**.attn2"  where an edit can go
   dreamreader generate "a red circle" --seed 3   pictures from an embedded model
   dreamreader doctor                             which kernels run here, and why
@@ -42,6 +46,8 @@ for command in (demo, run, plan, runs, harvest, sites, generate, doctor, bench):
     command.register(app)
 app.add_typer(zoo.app, name="zoo")
 app.add_typer(store.app, name="store")
+app.add_typer(reft.app, name="reft")
+app.add_typer(probes.app, name="probes")
 
 
 def _version(wanted: bool) -> None:

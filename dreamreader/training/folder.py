@@ -9,7 +9,6 @@ A file appears whole or not at all.
 """
 
 import json
-from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import yaml
 from pydantic import BaseModel
 
 from dreamreader._files import explained, locked, write_atomic
-from dreamreader.audit import fingerprint
+from dreamreader.audit import Fingerprint
 from dreamreader.audit.differences import first_difference
 from dreamreader.errors import InvalidInput
 
@@ -43,19 +42,16 @@ class TrainingFolder:
         """Keeps a second process out."""
         return locked(self.path)
 
-    def begin(
-        self, spec: BaseModel, subject: Any, settings: Mapping[str, Any], seeds: Sequence[int]
-    ) -> None:
+    def begin(self, spec: BaseModel, taken: Fingerprint) -> None:
         """Says what the folder is of, or checks that it is of the same.
 
         Args:
-            spec: as it is shown. subject: whose weights count.
-            settings: all else that the numbers depend on. seeds: of the rows.
+            spec: as it is shown. taken: what the numbers depend on.
 
         Raises:
             InvalidInput: the folder is of another training, or of something else.
         """
-        taken, earlier = fingerprint(subject, settings, seeds), self.read("fingerprint.json")
+        earlier = self.read("fingerprint.json")
         if earlier is None:
             there = [each.name for each in self.path.glob("[!.]*") if each.name != "plan.json"]
             if sorted(there) not in ([], ["spec.yaml"]):

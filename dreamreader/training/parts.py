@@ -199,9 +199,12 @@ class ProbeTraining(Part):
     )
     loss: Literal["softmax", "sigmoid"] = "softmax"
     class_weights: Literal["balanced"] | dict[str, float] | None = None
-    epochs: Count = 200
-    patience: Count = Field(
-        default=10, description="Epochs without a better one, after which it ends."
+    epochs: Count | None = Field(
+        default=None, description="At most; by default 200, of rows from a store 5."
+    )
+    patience: Count | None = Field(
+        default=None,
+        description="Epochs without a better one, after which it ends; 10, of a store 2.",
     )
     lr: Positive = 1e-3
     batch_size: Count = 64
@@ -219,4 +222,9 @@ class ProbeTraining(Part):
         """Fits a probe; `given` goes to `probes.fit` too: `classes`, `groups`, `subject`."""
         from dreamreader.probes import fit
 
-        return fit(recorded, labels, **self.model_dump(), **given)
+        return fit(recorded, labels, **self.options, **given)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of `probes.fit`, those that are left to it not among them."""
+        return self.model_dump(exclude_none=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from dreamreader._files import explained
+from dreamreader.audit import fingerprint
 from dreamreader.audit.fingerprint import portable
 from dreamreader.errors import InvalidInput
 from dreamreader.reft import Reft
@@ -194,7 +195,7 @@ class ReftJob:
             "examples": self.examples.digest(pictures),
             "batch": batch,
         }
-        folder.begin(self.spec, self.reader.subject, settings, self.examples.seeds)
+        folder.begin(self.spec, fingerprint(self.reader.subject, settings, self.examples.seeds))
         return batch
 
     def __repr__(self) -> str:
