@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 
-# Steps and rows of a step, by loss: what runs the model costs seconds a step.
-_USUAL = {
-    "activations": (300, 64),
-    "noise": (100, 16),
-    "denoising": (200, 16),
-    "language": (100, 8),
+# What runs the model takes seconds a step; joint attention needs the smaller rate and the clipping.
+_USUAL: dict[str, dict[str, Any]] = {
+    "activations": {"steps": 300, "batch_size": 64, "lr": 1e-2, "grad_clip": None},
+    "noise": {"steps": 150, "batch_size": 16, "lr": 5e-3, "grad_clip": 1.0},
+    "denoising": {"steps": 200, "batch_size": 16, "lr": 5e-3, "grad_clip": 1.0},
+    "language": {"steps": 100, "batch_size": 8, "lr": 5e-3, "grad_clip": 1.0},
 }
 
 
@@ -60,18 +60,24 @@ class Training(Part):
     optimizer: str | dict[str, dict[str, Any]] = Field(
         default="AdamW", description="A name of torch.optim, or {name: {option: value}}."
     )
-    lr: Positive = 1e-2
+    lr: Positive | None = Field(
+        default=None, description="By default 0.01 with activations, else 0.005."
+    )
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Steps of rising learning rate."
     )
-    grad_clip: Positive | None = Field(default=None, description="Largest norm of all gradients.")
+    grad_clip: Positive | None = Field(
+        default=None,
+        description="Largest norm of all gradients; by default none with activations, else 1.",
+    )
     steps: Count | None = Field(
-        default=None, description="By default 300, noise and language 100, denoising 200."
+        default=None,
+        description="By default: activations 300, noise 150, denoising 200, language 100.",
     )
     batch_size: Count | None = Field(
-        default=None, description="By default 64, noise and denoising 16, language 8."
+        default=None, description="By default: activations 64, noise and denoising 16, language 8."
     )
     validation: Share = Field(
         default=0.125,
@@ -108,16 +114,11 @@ class Training(Part):
     @property
     def recipe(self) -> dict[str, Any]:
         """Arguments of `reft.train`, beside adapters and loss."""
-        same = ("lr", "weight_decay", "schedule", "warmup", "grad_clip", "validation")
-        found = {name: getattr(self, name) for name in (*same, "validate_every", "patience")}
-        steps, batch = _USUAL[self.loss]
-        return {
-            **found,
-            "seed": self.seed,
-            "optimizer": self._optimizer(),
-            "steps": self.steps or steps,
-            "batch_size": self.batch_size or batch,
-        }
+        same = ("weight_decay", "schedule", "warmup", "validation", "validate_every", "patience")
+        found = {name: getattr(self, name) for name in (*same, "seed")}
+        for name, usual in _USUAL[self.loss].items():
+            found[name] = usual if getattr(self, name) is None else getattr(self, name)
+        return found | {"optimizer": self._optimizer(found["lr"])}
 
     def adapters(
         self,
@@ -163,7 +164,7 @@ class Training(Part):
 
         return fitted(self, place, examples, folder, told)
 
-    def _optimizer(self) -> Any:
+    def _optimizer(self, lr: float) -> Any:
         if isinstance(self.optimizer, str):
             return self.optimizer
         (name, options), decay = next(iter(self.optimizer.items())), self.weight_decay
@@ -173,7 +174,7 @@ class Training(Part):
 
             decaying = {"weight_decay": decay} if decay or name.startswith("AdamW") else {}
             try:
-                return getattr(torch.optim, name)(parameters, lr=self.lr, **{**decaying, **options})
+                return getattr(torch.optim, name)(parameters, lr=lr, **{**decaying, **options})
             except (TypeError, ValueError) as error:
                 raise InvalidInput(f"training.optimizer: {name}: {error}") from error
 
