@@ -38,9 +38,11 @@ class Fitted:
 
     @property
     def explained(self) -> dict[str, float]:
-        """Share of the loss that the adapters take away, by term."""
+        """Share of the loss that the adapters take away, by term; not of what is kept."""
         return {
-            name: 1 - after / before for name, (before, after) in self.held_out.items() if before
+            name: 1 - after / before
+            for name, (before, after) in self.held_out.items()
+            if before and not name.startswith("keep ")
         }
 
 
@@ -63,12 +65,9 @@ def fitted(
             `reft.train`.
     """
     say = told or (lambda *_: None)
+    reft = training.adapters(place)
     say("recording", 0, 1, None)
-    settings = dict(place.settings or {})
-    loss, steps = loss_of(training, place, examples)
-    reft = training.adapters(
-        place.reader, place.sites, steps=steps, tokens=place.tokens, **settings
-    )
+    loss = loss_of(training, place, examples)
     say("recording", 1, 1, None)
     recipe = training.recipe
     history = train(

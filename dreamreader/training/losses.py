@@ -23,6 +23,7 @@ from dreamreader.reft import (
     record_calls,
     record_pairs,
 )
+from dreamreader.specs.subject import is_language, steps_of
 from dreamreader.training.examples import Examples, pictures_of
 from dreamreader.training.parts import Training
 
@@ -49,15 +50,16 @@ class Place:
 
     @property
     def is_language(self) -> bool:
-        return self.reader._subject.kind == "language"
+        return is_language(self.reader)
+
+    @property
+    def steps(self) -> int | None:
+        """Denoising steps of a run; None for a language model."""
+        return steps_of(self.reader, self.settings or {})
 
 
-def loss_of(training: Training, place: Place, examples: Examples) -> tuple[Loss, int | None]:
-    """Runs what the loss needs before training.
-
-    Returns:
-        The loss, whose rows are prompts, and the number of denoising steps; None where the sites
-        have none.
+def loss_of(training: Training, place: Place, examples: Examples) -> Loss:
+    """Runs what the loss needs before training; its rows are prompts.
 
     Raises:
         InvalidInput: the loss does not fit the model or the examples.
@@ -68,12 +70,12 @@ def loss_of(training: Training, place: Place, examples: Examples) -> tuple[Loss,
         if training.loss == "language" and not place.is_language:
             raise InvalidInput("training.loss: language is for language models, not for pipelines")
     make = {"activations": _activations, "noise": _noise, "denoising": _denoising}
-    found, kept, steps = make.get(training.loss, _language)(training, place, examples)
+    found, kept = make.get(training.loss, _language)(training, place, examples)
     if len(examples.seeds) > 1:
         found = Seeded(found, len(examples.seeds))
     if training.keep is not None and kept is not None:
         found = Together(found, kept, training.keep.weight)
-    return found, steps
+    return found
 
 
 class Seeded(Loss):
@@ -103,7 +105,7 @@ class Seeded(Loss):
         return Batch(rows, batch.moments % self.own.moments, batch.seed)
 
 
-_Made = tuple[Loss, Loss | None, int | None]
+_Made = tuple[Loss, Loss | None]
 
 
 def _run(place: Place) -> dict[str, Any]:
@@ -122,12 +124,11 @@ def _activations(training: Training, place: Place, examples: Examples) -> _Made:
         **given,
     )
     loss = ActivationMatch(pairs)
-    steps = None if pairs.steps is None else max(pairs.steps) + 1
     if not examples.keep:
-        return loss, None, steps
+        return loss, None
     kept, first = list(examples.keep), examples.seeds[0]
     same = record_pairs(place.reader, kept, kept, place.sites, seeds=first, **given)
-    return loss, keep_activations(same, loss), steps
+    return loss, keep_activations(same, loss)
 
 
 def _noise(training: Training, place: Place, examples: Examples) -> _Made:
@@ -136,7 +137,7 @@ def _noise(training: Training, place: Place, examples: Examples) -> _Made:
         for each in (examples.prompts, examples.partners)
     )
     loss = NoiseMatch(place.reader, base, teacher, training.trajectory)
-    return loss, _keep_noise(place, examples), max(each.step for each in base.moments) + 1
+    return loss, _keep_noise(place, examples)
 
 
 def _denoising(training: Training, place: Place, examples: Examples) -> _Made:
@@ -145,7 +146,7 @@ def _denoising(training: Training, place: Place, examples: Examples) -> _Made:
     )
     pictures = encode_pictures(place.reader, pictures_of(examples.partners))
     loss = Denoising(place.reader, calls, pictures.repeat_interleave(len(examples.seeds), 0))
-    return loss, _keep_noise(place, examples), max(each.step for each in calls.moments) + 1
+    return loss, _keep_noise(place, examples)
 
 
 def _keep_noise(place: Place, examples: Examples) -> Loss | None:
@@ -160,5 +161,4 @@ def _language(training: Training, place: Place, examples: Examples) -> _Made:
     loss = LanguageLoss(
         place.reader, examples.each(examples.prompts), examples.each(examples.partners)
     )
-    kept = LanguageKeep(place.reader, examples.keep) if examples.keep else None
-    return loss, kept, None
+    return loss, LanguageKeep(place.reader, examples.keep) if examples.keep else None

@@ -9,7 +9,6 @@ from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.specs.parts import Count, Data, Part, Seed
 
 if TYPE_CHECKING:
-    from dreamreader.engine import Reader
     from dreamreader.probes import Probe
     from dreamreader.reft import Reft
     from dreamreader.training.examples import Examples
@@ -120,21 +119,8 @@ class Training(Part):
             found[name] = usual if getattr(self, name) is None else getattr(self, name)
         return found | {"optimizer": self._optimizer(found["lr"])}
 
-    def adapters(
-        self,
-        reader: "Reader",
-        sites: str | list[str],
-        *,
-        steps: int | None = None,
-        tokens: Any = None,
-        **settings: Any,
-    ) -> "Reft":
+    def adapters(self, place: "Place") -> "Reft":
         """Adapters with their first values.
-
-        Args:
-            reader: of the model. sites: site strings or patterns.
-            steps: denoising steps of a run; None where the sites have none.
-            tokens: which are edited. settings: of the run.
 
         Raises:
             UnknownName, NeverFired: a site is not there, or never runs.
@@ -142,18 +128,18 @@ class Training(Part):
         """
         from dreamreader.reft import Reft
 
-        if self.per_step and steps is None:
-            raise InvalidInput("training.per_step: these sites have no denoising steps")
+        if self.per_step and place.steps is None:
+            raise InvalidInput("training.per_step: a language model has no denoising steps")
         return Reft.for_sites(
-            reader,
-            sites,
+            place.reader,
+            place.sites,
             self.rank,
             self.variant,
-            per_step=steps if self.per_step else None,
-            tokens=tokens,
+            per_step=place.steps if self.per_step else None,
+            tokens=place.tokens,
             init=self.init,
             seed=self.seed,
-            **settings,
+            **(place.settings or {}),
         )
 
     def build(

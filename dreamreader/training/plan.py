@@ -1,10 +1,10 @@
 """The plan of adapters: sites, parameters and calls, with what they will take."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dreamreader.reft import ActivationMatch, Loss, Reft
+from dreamreader.reft import Loss, Pairs, Reft
 from dreamreader.reft.batches import Batches
 from dreamreader.reft.pairs import MEMORY
 from dreamreader.specs.batch import GIB, duration
@@ -64,19 +64,15 @@ def plan_of(job: "ReftJob") -> ReftPlan:
         InvalidInput, UnknownName, NeverFired: a part of the spec does not fit the subject.
     """
     training, place, recipe = job.spec.training, job.place(_ROWS), job.spec.training.recipe
-    row_bytes = job.row_bytes  # the first run of a model takes longer
-    few = dict(job.settings)
-    if job.steps is not None:
-        few["num_inference_steps"] = min(_STEPS, job.steps)
+    reft, row_bytes = training.adapters(place), job.row_bytes  # a first run takes longer
+    few = {} if place.steps is None else {"num_inference_steps": min(_STEPS, place.steps)}
+    short, examples = replace(place, settings={**job.settings, **few}), job.examples.few(_ROWS)
     began = time.perf_counter()
-    reader, examples = place.reader, job.examples.few(_ROWS)
-    short = type(place)(reader, place.sites, place.branch, place.tokens, few, _ROWS)
-    loss, steps = loss_of(training, short, examples)
+    loss = loss_of(training, short, examples)
     recorded = time.perf_counter() - began
-    reft = training.adapters(
-        reader, place.sites, steps=steps and job.steps, tokens=place.tokens, **job.settings
-    )
-    calls = loss.moments if steps is None else job.steps or 1
+    pairs = getattr(getattr(loss, "main", loss), "pairs", None)
+    timed = short.steps is not None and (pairs is None or pairs.steps is not None)
+    calls = loss.moments * (place.steps or 1) // (short.steps or 1) if timed else loss.moments
     share = job.examples.rows * calls / (loss.rows * loss.moments)
     return ReftPlan(
         widths={site: each.width for site, each in reft.adapters.items()},
@@ -88,7 +84,7 @@ def plan_of(job: "ReftJob") -> ReftPlan:
         batch=recipe["batch_size"],
         recording=recorded * share,
         training=_step_seconds(loss, reft, recipe["batch_size"]) * recipe["steps"],
-        bytes=_bytes(loss, share, recipe["batch_size"] * row_bytes),
+        bytes=2 * recipe["batch_size"] * row_bytes if pairs is None else _bytes(pairs, share),
     )
 
 
@@ -103,11 +99,7 @@ def _step_seconds(loss: Loss, reft: Reft, size: int) -> float:
     return seconds
 
 
-def _bytes(loss: Loss, share: float, step_bytes: int) -> int:
-    """Activations that are kept, which go to a file where they are many, or those of a step."""
-    inner = getattr(loss, "main", loss)
-    if not isinstance(inner, ActivationMatch):
-        return 2 * step_bytes  # for the gradient they stay until the backward pass
-    sides = (inner.pairs.base, inner.pairs.teacher)
-    held = sum(each.nbytes for side in sides for each in side.values())
+def _bytes(pairs: Pairs, share: float) -> int:
+    """Activations of all pairs; where they are many they go to a file."""
+    held = sum(each.nbytes for side in (pairs.base, pairs.teacher) for each in side.values())
     return int(min(held * share, 2 * MEMORY))

@@ -19,7 +19,7 @@ from dreamreader.specs import parts
 from dreamreader.specs.batch import activation_bytes, rows_that_fit
 from dreamreader.specs.data import read_items
 from dreamreader.specs.load import check_spec, load_spec
-from dreamreader.specs.subject import call_settings, is_language, opened, steps_of
+from dreamreader.specs.subject import call_settings, is_language, opened
 from dreamreader.training.examples import Examples, examples_of, folder_of
 from dreamreader.training.fit import Fitted, Told, fitted, orthonormality
 from dreamreader.training.folder import RESULT, TrainingFolder
@@ -120,11 +120,6 @@ class ReftJob:
             return {}
         return call_settings(self.spec.subject, self.spec.pipeline)
 
-    @property
-    def steps(self) -> int | None:
-        """Denoising steps of a run; None for a language model."""
-        return steps_of(self.reader, self.settings)
-
     def place(self, batch: int) -> Place:
         spec = self.spec
         return Place(self.reader, spec.sites, spec.branch, spec.tokens, self.settings, batch)
@@ -133,7 +128,7 @@ class ReftJob:
     def row_bytes(self) -> int:
         """Bytes of activations of one row, from running one for a step."""
         changes: dict[str, Any] = dict(self.settings)
-        if self.steps is not None:
+        if not is_language(self.reader):
             changes |= {"num_inference_steps": 1, "output_type": "latent"}
         prompt = self.examples.prompts[0]
         return activation_bytes(
