@@ -66,6 +66,8 @@ def show(
     from dreamreader.cli.progress import console, table
     from dreamreader.probes import Probe
 
+    if not file.is_file():
+        raise InvalidInput(f"{file}: no such file; probes are in the folder probes of a training")
     card = Probe.load(file).card
     facts = table("", "")
     for name, value in card.facts():

@@ -65,7 +65,10 @@ def show(
     from dreamreader.reft import Reft
     from dreamreader.training.reft import ADAPTER
 
-    reft = Reft.load(file / ADAPTER if file.is_dir() else file)
+    path = file / ADAPTER if file.is_dir() else file
+    if not path.is_file():
+        raise InvalidInput(f"{path}: no such file")
+    reft = Reft.load(path)
     listed = table("site", "width", "rank", "parameters", right=("width", "rank", "parameters"))
     for site, adapter in reft.adapters.items():
         count = sum(each.numel() for each in adapter.parameters())

@@ -9,6 +9,7 @@ A file appears whole or not at all.
 """
 
 import json
+import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,13 @@ class TrainingFolder:
                 f"{first_difference(earlier, taken.as_dict())}. Give another folder, or delete "
                 "this one"
             )
+
+    def tidy(self, *folders: str) -> None:
+        """Takes away what a complete training does not need, and what stopped writes have left."""
+        for name in folders:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for part in self.path.rglob(".*.part"):
+            part.unlink()
 
     def read(self, name: str) -> Any:
         """The content of a JSON file, None where it does not exist.

@@ -187,6 +187,7 @@ class ProbeJob:
                 folder.write(RESULT, {"sites": list(files)})
             if not (folder.path / "report.html").is_file():
                 write_report(self.spec, folder)
+            folder.tidy()
         return {site: Probe.load(file) for site, file in files.items()}
 
     def _begun(self, folder: TrainingFolder) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -169,9 +168,9 @@ class ReftJob:
                         self.spec.training, self.place(batch), self.examples, checkpoints, told
                     )
                     _keep(folder, found)
-            shutil.rmtree(folder.path / _CHECKPOINTS, ignore_errors=True)
             if not (folder.path / "report.html").is_file():
                 write_report(self.spec, folder)
+            folder.tidy(_CHECKPOINTS)
         return Reft.load(folder.path / ADAPTER)
 
     def _begun(self, folder: TrainingFolder) -> int:

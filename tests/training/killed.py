@@ -23,13 +23,12 @@ Moment = tuple[str, int]
 # What kills the next process: the end of a step, or the n-th writing of a file of this name.
 MOMENTS: dict[str, list[Moment]] = {
     "reft": [
-        *[("spec.yaml", 1), ("fingerprint.json", 1), ("step", 1), ("step", 5)],
-        *[("training.safetensors", 3), ("step", 11), ("adapter.safetensors", 1)],
-        *[("history.jsonl", 1), ("result.json", 1), ("report.html", 1)],
+        *[("fingerprint.json", 1), ("step", 1), ("training.safetensors", 3), ("step", 11)],
+        *[("adapter.safetensors", 1), ("result.json", 1), ("report.html", 1)],
     ],
     "probes": [
-        *[("plan.json", 1), (f"{DOWN}.json", 1), (f"{DOWN}.safetensors", 1)],
-        *[(f"{MIDDLE}.safetensors", 1), ("result.json", 1)],
+        *[("plan.json", 1), (f"{DOWN}.json", 1), (f"{MIDDLE}.safetensors", 1)],
+        *[("result.json", 1)],
     ],
 }
 
