@@ -195,6 +195,9 @@ class ProbeTraining(Part):
     )
     lr: Positive = 1e-3
     batch_size: Count = 64
+    jitter: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Noise on inputs in training, in deviations; about 1 to guide by."
+    )
     holdout: Annotated[int, Field(ge=3)] = Field(
         default=5,
         description="One prompt of so many validates, and one is held out and only measures.",
