@@ -5,6 +5,7 @@
 LoReFT is U = R, A = W - R with orthonormal rows of R; DiReFT leaves the difference out, A = W.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dreamreader import _alloc
-from dreamreader._register import native, register
+from dreamreader._register import Kernel, native, register
 from dreamreader.errors import InvalidInput
 
 MAX_RANK = 256
 
 TABLES = "Tensor down, Tensor bias, Tensor up, Tensor strength, Tensor index"
+NEEDS = (True, True, True, True)  # gradients of x, of down and bias, of up, of strength
 
 
 def low_rank(
@@ -115,6 +117,7 @@ def low_rank_backward_reference(
     up: Tensor,
     strength: Tensor,
     index: Tensor,
+    needs: Sequence[bool] = NEEDS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, down, bias, up and strength, in plain torch on any device.
 
@@ -123,27 +126,42 @@ def low_rank_backward_reference(
 
     Args:
         grad: [B, T, D], gradient of the result; the others as in `low_rank_reference`.
+        needs: which of x, (down, bias), up and strength need theirs.
 
     Returns:
-        [B, T, D] like grad, [n, r, D], [n, r], [n, r, D], [B, T], the last four like the tables.
+        [B, T, D] like grad, [n, r, D], [n, r], [n, r, D], [B, T], the last four like the tables;
+        [0] in place of what is not needed.
     """
     z, s = _hidden(x, down, bias, strength, index)
     on = s != 0
     g = grad.to(s.dtype)  # [B, T, D]
     along = g @ up[index].mT  # [B, T, r]: U g
     d = torch.where(on, s * along, 0)
-    dx = torch.where(on, (g + d @ down[index]).to(grad.dtype), grad)
-    rows = torch.where(on, x.to(s.dtype), 0)
-    heard = torch.where(on, s * z, 0)
-    said = torch.where(on, g, 0)
-    per_entry = (d.mT @ rows, d.sum(1), heard.mT @ said)  # [B, r, D], [B, r], [B, r, D]
-    d_down, d_bias, d_up = [
-        torch.zeros_like(table).index_add(0, index, part)
-        for table, part in zip((down, bias, up), per_entry, strict=True)
-    ]
-    out = _alloc.empty_like(grad)
-    out.copy_(dx)
-    return out, d_down, d_bias, d_up, (along * z).sum(-1)
+    dx, d_down, d_bias, d_up, d_strength = _empty_gradients(grad, down, bias, up, strength, needs)
+    if needs[0]:
+        dx.copy_(torch.where(on, (g + d @ down[index]).to(grad.dtype), grad))
+    if needs[1]:
+        rows = torch.where(on, x.to(s.dtype), 0)
+        d_down.zero_().index_add_(0, index, d.mT @ rows)  # [B, r, D]
+        d_bias.zero_().index_add_(0, index, d.sum(1))
+    if needs[2]:
+        heard = torch.where(on, s * z, 0)
+        d_up.zero_().index_add_(0, index, heard.mT @ torch.where(on, g, 0))
+    if needs[3]:
+        d_strength.copy_((along * z).sum(-1))
+    return dx, d_down, d_bias, d_up, d_strength
+
+
+def _empty_gradients(
+    grad: Tensor, down: Tensor, bias: Tensor, up: Tensor, strength: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def room(like: Tensor, needed: bool) -> Tensor:
+        shape = like.shape if needed else (0,)
+        return _alloc.empty(shape, dtype=like.dtype, device=like.device)
+
+    x, tables, said, scaled = needs
+    dx = _alloc.empty_like(grad) if x else room(grad, False)
+    return dx, room(down, tables), room(bias, tables), room(up, said), room(strength, scaled)
 
 
 def _hidden(
@@ -199,7 +217,33 @@ def _tables(
     elif index.dtype != torch.int64 or index.shape != x.shape[:1] or index.device != x.device:
         wanted = f"int64 [{x.shape[0]}] on {x.device}"
         raise InvalidInput(f"{name}: index must be {wanted}, got {_s(index)} on {index.device}")
-    return down, bias, up, strength, index
+    return down.contiguous(), bias.contiguous(), up.contiguous(), strength, index
+
+
+def _cpu(x: Tensor, *tables) -> Tensor:
+    out = _alloc.empty_like(x)
+    _native.low_rank_cpu(x, out, *tables, _threads())
+    return out
+
+
+def _cpu_(x: Tensor, *tables) -> None:
+    _native.low_rank_cpu(x, x, *tables, _threads())
+    _increment_version(x)
+
+
+def _cpu_backward(
+    grad: Tensor,
+    x: Tensor,
+    down: Tensor,
+    bias: Tensor,
+    up: Tensor,
+    strength: Tensor,
+    index: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out = _empty_gradients(grad, down, bias, up, strength, needs)
+    _native.low_rank_backward_cpu(grad, x, down, bias, up, strength, index, *out, _threads())
+    return out
 
 
 def _reference_(x: Tensor, *tables) -> None:
@@ -215,11 +259,16 @@ def _fake_(x: Tensor, *tables) -> None:
 
 
 def _fake_backward(
-    grad: Tensor, x: Tensor, down: Tensor, bias: Tensor, up: Tensor, strength: Tensor, index: Tensor
+    grad: Tensor,
+    x: Tensor,
+    down: Tensor,
+    bias: Tensor,
+    up: Tensor,
+    strength: Tensor,
+    index: Tensor,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    empty = torch.empty_like
-    per_row = strength.new_empty(strength.shape)
-    return empty(grad), empty(down), empty(bias), empty(up), per_row
+    return _empty_gradients(grad, down, bias, up, strength, needs)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -227,7 +276,17 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor) -> tuple:
-    return *_low_rank_backward(grad, *ctx.saved_tensors), None
+    x, down, bias, up, strength, _ = ctx.needs_input_grad
+    needs = (x, down or bias, up, strength)
+    dx, d_down, d_bias, d_up, d_strength = _low_rank_backward(grad, *ctx.saved_tensors, needs)
+    return (
+        dx if x else None,
+        d_down if down else None,
+        d_bias if bias else None,
+        d_up if up else None,
+        d_strength if strength else None,
+        None,
+    )
 
 
 def _s(value: Tensor) -> str:
@@ -235,12 +294,15 @@ def _s(value: Tensor) -> str:
 
 
 _native: Any = native()[0]
+_threads = torch.get_num_threads
+_increment_version = torch.autograd.graph.increment_version
 
 _low_rank = register(
     "low_rank",
     f"(Tensor x, {TABLES}) -> Tensor",
     reference=low_rank_reference,
     fake=_fake,
+    cpu=Kernel("low_rank_cpu", _cpu),
     setup_context=_setup_context,
     backward=_backward,
 )
@@ -249,10 +311,12 @@ _low_rank_ = register(
     f"(Tensor(a!) x, {TABLES}) -> ()",
     reference=_reference_,
     fake=_fake_,
+    cpu=Kernel("low_rank_cpu", _cpu_),
 )
 _low_rank_backward = register(
     "low_rank_backward",
-    f"(Tensor grad, Tensor x, {TABLES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, Tensor x, {TABLES}, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=low_rank_backward_reference,
     fake=_fake_backward,
+    cpu=Kernel("low_rank_backward_cpu", _cpu_backward),
 )

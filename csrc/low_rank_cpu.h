@@ -1,0 +1,56 @@
+// What the CPU kernel of the low-rank edit offers for each instruction set, and how its work is
+// divided.
+#pragma once
+
+#include "low_rank.h"
+
+namespace dreamreader {
+
+// Rows that one thread works through in order, all of one adapter. Rows are counted through the
+// entries in the order of LowRankJob::order.
+struct LowRankPiece {
+  int64_t adapter, first, last;
+  void *d_down, *d_bias, *d_up;  // sums of this piece, or null: [rank, width], [rank]
+};
+
+// One call. `program` is a LowRank<double> for f64 activations and a LowRank<float> otherwise.
+struct LowRankJob {
+  const void* program;
+  LowRankRows x, out;  // forward: y; backward: dx, without data where nobody asks for it
+  LowRankRows grad;    // backward only
+  const int64_t* order;
+  const LowRankPiece* pieces;
+  void* d_strength;  // dense [entries, tokens], or null
+  int64_t block;     // rows that stay in the second cache while they are worked on
+  bool stream;       // results are not kept in the caches
+};
+
+constexpr int64_t kLowRankBlock = 64;  // rows, at most
+
+// Distance of gathered rows: not a multiple of 4 KiB, where all of them would share cache lines.
+DR_HD int64_t low_rank_pitch(int64_t width) { return (width + 31) / 16 * 16; }
+
+// Values of scratch: two blocks of rows, three of ranks, and the sums of four rows in lanes.
+DR_HD int64_t low_rank_scratch(int64_t block, int64_t width, int64_t rank) {
+  return 2 * block * low_rank_pitch(width) + 3 * block * rank + 64 * rank;
+}
+
+// Work on pieces first .. last - 1; by DType.
+struct LowRankKernels {
+  void (*forward[4])(const LowRankJob& job, void* scratch, int64_t first, int64_t last);
+  void (*backward[4])(const LowRankJob& job, void* scratch, int64_t first, int64_t last);
+};
+
+namespace portable {
+extern const LowRankKernels low_rank;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const LowRankKernels low_rank;
+}
+namespace avx512 {
+extern const LowRankKernels low_rank;
+}
+#endif
+
+}  // namespace dreamreader
