@@ -22,17 +22,21 @@ struct LowRankJob {
   const LowRankPiece* pieces;
   void* d_strength;  // dense [entries, tokens], or null
   int64_t block;     // rows that stay in the second cache while they are worked on
-  bool stream;       // results are not kept in the caches
 };
 
 constexpr int64_t kLowRankBlock = 64;  // rows, at most
 
-// Distance of gathered rows: not a multiple of 4 KiB, where all of them would share cache lines.
-DR_HD int64_t low_rank_pitch(int64_t width) { return (width + 31) / 16 * 16; }
+constexpr int64_t kLowRankTile = 128;  // channels of a tile of a panel
 
-// Values of scratch: two blocks of rows, three of ranks, and the sums of four rows in lanes.
+// Channels with memory in a panel.
+DR_HD int64_t low_rank_pitch(int64_t width) {
+  return (width + kLowRankTile - 1) / kLowRankTile * kLowRankTile;
+}
+
+// Values of scratch: two blocks of rows, the tables and their sums, three blocks of ranks, and the
+// sums of four rows in lanes.
 DR_HD int64_t low_rank_scratch(int64_t block, int64_t width, int64_t rank) {
-  return 2 * block * low_rank_pitch(width) + 3 * block * rank + 64 * rank;
+  return (2 * block + 4 * rank) * low_rank_pitch(width) + 64 * rank + 3 * block * rank;
 }
 
 // Work on pieces first .. last - 1; by DType.

@@ -1,4 +1,4 @@
-// Rows of an activation as dense rows in the arithmetic type, and back.
+// Rows of an activation as rows of a panel in the arithmetic type, and back.
 #pragma once
 
 #include "low_rank_tile_simd.h"
@@ -15,30 +15,37 @@ DR_INLINE T* row_at(const LowRankRows& rows, Place at) {
   return static_cast<T*>(rows.data) + row_offset(rows, at.entry, at.token);
 }
 
-// Whether the kernel can work in the memory of the rows.
-template <typename T>
-DR_INLINE bool direct(const LowRankRows& rows) {
-  return __is_same(T, typename Work<T>::type) && rows.stride_channel == 1;
-}
-
+// n <= kBlock channels of a row, the rest of `to` up to whole vectors 0.
 template <typename T, typename W>
-DR_INLINE void gather_row(const T* from, int64_t stride, int64_t begin, int64_t width, W* to) {
-  for (int64_t c = begin; c < width; c += kBlock<W>) {
-    const int64_t n = width - c < kBlock<W> ? width - c : int64_t(kBlock<W>);
-    T part[kBlock<W>];
-    const T* dense = stride == 1 ? from + c : part;
-    for (int64_t i = 0; stride != 1 && i < n; ++i) part[i] = from[(c + i) * stride];
-    store(to + c, load<W>(dense, n), n);
+DR_INLINE void gather_block(const T* from, int64_t stride, int64_t n, W* to) {
+  if (stride == 1 && n == kBlock<W>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i)
+      store_lanes(to + i * kWidth<W>, load_lanes(from + i * kWidth<W>));
+    return;
   }
+  T part[kBlock<W>];
+  for (int64_t i = 0; i < n; ++i) part[i] = from[i * stride];
+  const Block<W> block = load<W>(part, n);
+  for (int i = 0; i < kVectors && i * kWidth<W> < n; ++i) store_lanes(to + i * kWidth<W>, block.v[i]);
 }
 
 template <typename T, typename W>
-DR_INLINE void scatter_row(const W* from, int64_t begin, int64_t width, T* to, int64_t stride) {
-  for (int64_t c = begin; c < width; c += kBlock<W>) {
-    const int64_t n = width - c < kBlock<W> ? width - c : int64_t(kBlock<W>);
-    T part[kBlock<W>];
-    store(part, load<W>(from + c, n), n);
-    for (int64_t i = 0; i < n; ++i) to[(c + i) * stride] = part[i];
+DR_INLINE void scatter_block(const W* from, int64_t n, T* to, int64_t stride) {
+  T part[kBlock<W>];
+  store(part, load<W>(from, n), n);
+  for (int64_t i = 0; i < n; ++i) to[i * stride] = part[i];
+}
+
+// Channels d .. of one row, block by block: run(channel, channels of the block, its place in the
+// panel).
+template <typename W, typename Run>
+DR_INLINE void each_block(const Panel<W>& panel, int64_t row, int64_t begin, int64_t width, Run run) {
+  for (int64_t c = begin; c < width;) {
+    const int64_t in_tile = c % kTile, left = width - c < kTile - in_tile ? width - c : kTile - in_tile;
+    const int64_t n = left < kBlock<W> ? left : int64_t(kBlock<W>);
+    run(c, n, panel.at(row, c - in_tile) + in_tile);
+    c += n;
   }
 }
 
@@ -54,84 +61,74 @@ DR_INLINE int64_t run_of(const LowRankRows& rows, const Place* places, int64_t f
 }
 
 // Squares of kWidth tokens and channels go through registers, the rest value by value.
-template <typename T>
-static void gather_runs(const LowRankRows& rows, const Place* places, int64_t count, int64_t width,
-                        float* const* to) {
+template <bool kScatter, typename T>
+static void move_runs(const LowRankRows& rows, const Place* places, int64_t count, int64_t width,
+                      const Panel<float>& panel) {
   constexpr int kSide = kWidth<float>;
   const int64_t whole = width / kSide * kSide;
   for (int64_t first = 0, n; first < count; first += n) {
     n = run_of(rows, places, first, count);
-    const T* from = row_at<T>(rows, places[first]);
+    T* data = row_at<T>(rows, places[first]);
     const int64_t squares = n / kSide * kSide;
     for (int64_t c = 0; c < whole; c += kSide)
       for (int64_t t = 0; t < squares; t += kSide) {
         VF square[kSide];
+        T* outside = data + t + c * rows.stride_channel;
+        float* inside = panel.at(first + t, c / kTile * kTile) + c % kTile;
 #pragma GCC unroll 16
         for (int i = 0; i < kSide; ++i)
-          square[i] = load_lanes(from + t + (c + i) * rows.stride_channel);
-        transpose_lanes(square);
-#pragma GCC unroll 16
-        for (int i = 0; i < kSide; ++i) store_lanes(to[first + t + i] + c, square[i]);
-      }
-    for (int64_t t = 0; t < n; ++t)
-      gather_row(from + t * rows.stride_token, rows.stride_channel, t < squares ? whole : 0, width,
-                 to[first + t]);
-  }
-}
-
-template <typename T>
-static void scatter_runs(const LowRankRows& rows, const Place* places, int64_t count, int64_t width,
-                         float* const* from) {
-  constexpr int kSide = kWidth<float>;
-  const int64_t whole = width / kSide * kSide;
-  for (int64_t first = 0, n; first < count; first += n) {
-    n = run_of(rows, places, first, count);
-    T* to = row_at<T>(rows, places[first]);
-    const int64_t squares = n / kSide * kSide;
-    for (int64_t c = 0; c < whole; c += kSide)
-      for (int64_t t = 0; t < squares; t += kSide) {
-        VF square[kSide];
-#pragma GCC unroll 16
-        for (int i = 0; i < kSide; ++i) square[i] = load_lanes(from[first + t + i] + c);
+          square[i] = kScatter ? load_lanes(inside + i * kTile)
+                               : load_lanes(outside + i * rows.stride_channel);
         transpose_lanes(square);
 #pragma GCC unroll 16
         for (int i = 0; i < kSide; ++i)
-          store_lanes(to + t + (c + i) * rows.stride_channel, square[i]);
+          if constexpr (kScatter)
+            store_lanes(outside + i * rows.stride_channel, square[i]);
+          else
+            store_lanes(inside + i * kTile, square[i]);
       }
-    for (int64_t t = 0; t < n; ++t)
-      scatter_row(from[first + t], t < squares ? whole : 0, width, to + t * rows.stride_token,
-                  rows.stride_channel);
-  }
-}
-
-// Points `to` at the rows: where they are, or at copies in scratch.
-template <typename T, typename W>
-DR_INLINE void gather(const LowRankRows& rows, const Place* places, int64_t count, int64_t width,
-                      W* scratch, W** to) {
-  const int64_t pitch = low_rank_pitch(width);
-  for (int64_t i = 0; i < count; ++i) to[i] = scratch + i * pitch;
-  if constexpr (__is_same(T, W)) {
-    if (direct<T>(rows)) {
-      for (int64_t i = 0; i < count; ++i) to[i] = row_at<T>(rows, places[i]);
-      return;
+    for (int64_t t = 0; t < n; ++t) {
+      T* row = data + t * rows.stride_token;
+      each_block(panel, first + t, t < squares ? whole : 0, width,
+                 [&](int64_t c, int64_t n, float* inside) {
+                   T* outside = row + c * rows.stride_channel;
+                   if constexpr (kScatter)
+                     scatter_block(inside, n, outside, rows.stride_channel);
+                   else
+                     gather_block(outside, rows.stride_channel, n, inside);
+                 });
     }
   }
+}
+
+template <typename T, typename W>
+DR_INLINE void gather(const LowRankRows& rows, const Place* places, int64_t count, int64_t width,
+                      const Panel<W>& panel) {
   if constexpr (__is_same(W, float)) {
     if (rows.stride_token == 1 && rows.stride_channel != 1)
-      return gather_runs<T>(rows, places, count, width, to);
+      return move_runs<false, T>(rows, places, count, width, panel);
   }
-  for (int64_t i = 0; i < count; ++i)
-    gather_row(row_at<T>(rows, places[i]), rows.stride_channel, 0, width, to[i]);
+  for (int64_t i = 0; i < count; ++i) {
+    const T* row = row_at<T>(rows, places[i]);
+    each_block(panel, i, 0, width, [&](int64_t c, int64_t n, W* inside) {
+      gather_block(row + c * rows.stride_channel, rows.stride_channel, n, inside);
+    });
+  }
 }
 
 template <typename T, typename W>
 DR_INLINE void scatter(const LowRankRows& rows, const Place* places, int64_t count, int64_t width,
-                       W* const* from) {
+                       const Panel<W>& panel) {
   if constexpr (__is_same(W, float)) {
-    if (rows.stride_token == 1) return scatter_runs<T>(rows, places, count, width, from);
+    if (rows.stride_token == 1)
+      return move_runs<true, T>(rows, places, count, width, panel);
   }
-  for (int64_t i = 0; i < count; ++i)
-    scatter_row(from[i], 0, width, row_at<T>(rows, places[i]), rows.stride_channel);
+  for (int64_t i = 0; i < count; ++i) {
+    T* row = row_at<T>(rows, places[i]);
+    each_block(panel, i, 0, width, [&](int64_t c, int64_t n, W* inside) {
+      scatter_block(inside, n, row + c * rows.stride_channel, rows.stride_channel);
+    });
+  }
 }
 
 // The bits of one row.

@@ -5,8 +5,6 @@
 namespace dreamreader {
 namespace {
 
-constexpr int64_t kMixTile = 256;  // values of rows, tables and sums that are worked on together
-
 // Rows of one adapter, worked on block by block.
 template <typename T>
 struct Worker {
@@ -14,27 +12,53 @@ struct Worker {
   const LowRankJob& job;
   const LowRank<W>& p;
   const LowRankPiece& piece;
-  const W *down[kMaxRank], *up[kMaxRank], *bias;
-  W *x_rows, *g_rows, *z, *a, *heard, *sums;  // scratch
+  const W* bias;
+  Panel<W> x, g, down, up, d_down, d_up;  // in scratch
+  W *sums, *z, *a, *heard;                // the last three: [block, rank]
   // The block.
   int64_t count;
   Place places[kLowRankBlock];
   W strength[kLowRankBlock];
-  W *x[kLowRankBlock], *g[kLowRankBlock];
 
   Worker(const LowRankJob& job, const LowRankPiece& piece, void* scratch)
       : job(job), p(*static_cast<const LowRank<W>*>(job.program)), piece(piece) {
-    for (int64_t k = 0; k < p.rank; ++k) {
-      down[k] = p.down + (piece.adapter * p.rank + k) * p.width;
-      up[k] = p.up + (piece.adapter * p.rank + k) * p.width;
-    }
-    bias = p.bias + piece.adapter * p.rank;
-    x_rows = static_cast<W*>(scratch);
-    g_rows = x_rows + job.block * low_rank_pitch(p.width);
-    sums = g_rows + job.block * low_rank_pitch(p.width);
+    W* next = static_cast<W*>(scratch);
+    const auto panel = [&](int64_t rows) {
+      next += rows * low_rank_pitch(p.width);
+      return Panel<W>{next - rows * low_rank_pitch(p.width), rows};
+    };
+    x = panel(job.block);
+    g = panel(job.block);
+    down = panel(p.rank);
+    up = panel(p.rank);
+    d_down = panel(p.rank);
+    d_up = panel(p.rank);
+    sums = next;
     z = sums + 64 * p.rank;
     a = z + job.block * p.rank;
     heard = a + job.block * p.rank;
+    bias = p.bias + piece.adapter * p.rank;
+    fill(down, p.down);
+    fill(up, p.up);
+  }
+
+  void fill(const Panel<W>& panel, const W* tables) {
+    for (int64_t k = 0; k < p.rank; ++k)
+      each_block(panel, k, 0, p.width, [&](int64_t c, int64_t n, W* to) {
+        gather_block(tables + (piece.adapter * p.rank + k) * p.width + c, 1, n, to);
+      });
+  }
+
+  void clear(const Panel<W>& panel) {
+    __builtin_memset(panel.data, 0,
+                     std::size_t(panel.rows * low_rank_pitch(p.width)) * sizeof(W));
+  }
+
+  void give(const Panel<W>& panel, void* tables) {
+    for (int64_t k = 0; k < p.rank; ++k)
+      each_block(panel, k, 0, p.width, [&](int64_t c, int64_t n, const W* from) {
+        store(static_cast<W*>(tables) + k * p.width + c, load<W>(from, n), n);
+      });
   }
 
   // The next rows from `row` on, without those of strength 0 unless all are wanted; these get the
@@ -55,36 +79,40 @@ struct Worker {
 
   // z = A x + b
   void hidden() {
-    dots<W>(x, count, down[0], p.width, p.rank, sums, z);
+    dots<W>(x, count, down, p.width, sums, z);
     for (int64_t i = 0; i < count; ++i)
       for (int64_t k = 0; k < p.rank; ++k) z[i * p.rank + k] += bias[k];
   }
 
-  // result = base + combinations of the tables, by the coefficients [count, rank].
-  void write(const W* coef, const W* const* tables, W* const* base, W* spare) {
-    const int64_t rank = p.rank, width = p.width;
-    if (job.out.stride_channel == 1) {
-      T* to[kLowRankBlock];
-      for (int64_t i = 0; i < count; ++i) to[i] = row_at<T>(job.out, places[i]);
-      for (int64_t d = 0; d < width; d += kMixTile)
-        mix<T, W>(count, coef, rank, 1, rank, tables, base, to, d, end_of(d));
-      return;
+  // result = base + combinations of the tables by the coefficients [count, rank].
+  void write(const W* coef, const Panel<W>& tables, const Panel<W>& base) {
+    const bool dense = job.out.stride_channel == 1;
+    T* rows[kLowRankBlock];
+    for (int64_t i = 0; dense && i < count; ++i) rows[i] = row_at<T>(job.out, places[i]);
+    for (int64_t d = 0; d < p.width; d += kTile) {
+      const int64_t n = tile_width<W>(p.width, d);
+      const int64_t exist = p.width - d < n ? p.width - d : n;
+      if (dense)
+        mix(count, coef, p.rank, 1, p.rank, tables.at(0, d),
+            IntoRows<T>{base.at(0, d), rows, d, p.width}, exist, n);
+      else
+        mix(count, coef, p.rank, 1, p.rank, tables.at(0, d), IntoPanel<W>{base.at(0, d)}, n, n);
     }
-    W* to[kLowRankBlock];
-    for (int64_t i = 0; i < count; ++i) to[i] = spare + i * low_rank_pitch(width);
-    for (int64_t d = 0; d < width; d += kMixTile)
-      mix<W, W>(count, coef, rank, 1, rank, tables, base, to, d, end_of(d));
-    scatter<T>(job.out, places, count, width, to);
+    if (!dense) scatter<T>(job.out, places, count, p.width, base);
   }
 
-  int64_t end_of(int64_t d) const { return p.width - d < kMixTile ? p.width : d + kMixTile; }
+  // Moves row i of a block to the place of a row before it that has left.
+  void move(const Panel<W>& panel, int64_t i, int64_t to) {
+    for (int64_t d = 0; i != to && d < p.width; d += kTile)
+      __builtin_memcpy(panel.at(to, d), panel.at(i, d), kTile * sizeof(W));
+  }
 
   void forward() {
     const bool all = job.x.stride_channel != 1;  // then longer runs are gathered at once
     for (int64_t row = piece.first; row < piece.last;) {
       row = collect(row, all, job.x);
       if (count == 0) continue;
-      gather<T>(job.x, places, count, p.width, x_rows, x);
+      gather<T>(job.x, places, count, p.width, x);
       hidden();
       int64_t kept = 0;
       for (int64_t i = 0; i < count; ++i) {
@@ -98,48 +126,44 @@ struct Worker {
           copy_row<T>(job.x, job.out, places[i], p.width);
           continue;
         }
-        x[kept] = x[i];
+        move(x, i, kept);
         places[kept++] = places[i];
       }
       count = kept;
-      write(a, up, x, g_rows);
+      write(a, up, x);
     }
   }
 
   void backward() {
     const bool dx = job.out.data, ds = job.d_strength;
-    const bool need_along = dx || ds || piece.d_down, need_z = ds || piece.d_up;
+    const bool need_z = ds || piece.d_up;
     const bool all = ds || job.x.stride_channel != 1 || job.grad.stride_channel != 1;
-    W *d_down[kMaxRank], *d_up[kMaxRank];
-    for (int64_t k = 0; k < p.rank; ++k) {
-      d_down[k] = static_cast<W*>(piece.d_down) + k * p.width;
-      d_up[k] = static_cast<W*>(piece.d_up) + k * p.width;
-    }
-    clear(piece.d_down, p.rank * p.width);
-    clear(piece.d_up, p.rank * p.width);
-    clear(piece.d_bias, p.rank);
+    if (piece.d_down) clear(d_down);
+    if (piece.d_up) clear(d_up);
+    W* d_bias = static_cast<W*>(piece.d_bias);
+    for (int64_t k = 0; d_bias && k < p.rank; ++k) d_bias[k] = 0;
     for (int64_t row = piece.first; row < piece.last;) {
       row = collect(row, all, job.grad);
       if (count == 0) continue;
-      gather<T>(job.grad, places, count, p.width, g_rows, g);
-      gather<T>(job.x, places, count, p.width, x_rows, x);
-      if (need_along) dots<W>(g, count, up[0], p.width, p.rank, sums, a);
+      gather<T>(job.grad, places, count, p.width, g);
+      if (need_z || piece.d_down) gather<T>(job.x, places, count, p.width, x);
+      if (dx || ds || piece.d_down) dots<W>(g, count, up, p.width, sums, a);
       if (need_z) hidden();
       if (ds) strengths();
       weigh();
-      for (int64_t k = 0; piece.d_bias && k < p.rank; ++k)
-        for (int64_t i = 0; i < count; ++i)
-          static_cast<W*>(piece.d_bias)[k] += a[i * p.rank + k];
-      for (int64_t d = 0; d < p.width; d += kMixTile) {
-        if (piece.d_down) mix<W, W>(p.rank, a, 1, p.rank, count, x, d_down, d_down, d, end_of(d));
-        if (piece.d_up) mix<W, W>(p.rank, heard, 1, p.rank, count, g, d_up, d_up, d, end_of(d));
+      for (int64_t i = 0; d_bias && i < count; ++i)
+        for (int64_t k = 0; k < p.rank; ++k) d_bias[k] += a[i * p.rank + k];
+      for (int64_t d = 0; d < p.width; d += kTile) {
+        const int64_t n = tile_width<W>(p.width, d);
+        if (piece.d_down)
+          mix(p.rank, a, 1, p.rank, count, x.at(0, d), IntoPanel<W>{d_down.at(0, d)}, n, n);
+        if (piece.d_up)
+          mix(p.rank, heard, 1, p.rank, count, g.at(0, d), IntoPanel<W>{d_up.at(0, d)}, n, n);
       }
-      if (dx) write(a, down, g, x_rows);
+      if (dx) write(a, down, g);
     }
-  }
-
-  void clear(void* sums, int64_t size) {
-    if (sums) __builtin_memset(sums, 0, std::size_t(size) * sizeof(W));
+    if (piece.d_down) give(d_down, piece.d_down);
+    if (piece.d_up) give(d_up, piece.d_up);
   }
 
   void strengths() {
@@ -162,8 +186,8 @@ struct Worker {
         a[kept * p.rank + k] = strength[i] * a[i * p.rank + k];
         heard[kept * p.rank + k] = strength[i] * z[i * p.rank + k];
       }
-      x[kept] = x[i];
-      g[kept] = g[i];
+      move(x, i, kept);
+      move(g, i, kept);
       places[kept++] = places[i];
     }
     count = kept;

@@ -1,5 +1,9 @@
-// The two loops that the low-rank edit and its gradient are made of, on rows in the arithmetic type:
-// dots of rows with rows, and rows plus combinations of rows.
+// The two loops that the low-rank edit and its gradient are made of: dots of rows with rows, and
+// rows plus combinations of rows.
+//
+// Rows lie in panels, in the arithmetic type: tile by tile of kTile channels, in each tile row by
+// row, zeros behind the last channel up to whole vectors. Rows of an activation themselves are
+// often a multiple of 4 KiB apart and would share the same few lines of the first cache.
 #pragma once
 
 #include "low_rank_cpu.h"
@@ -11,148 +15,210 @@ namespace {
 // Accumulators fill about half of the registers: 4 x 4 vectors of AVX-512, else 4 x 2.
 constexpr int kTileRows = 4;
 constexpr int kTileVectors = DR_VECTOR_BYTES == 64 ? 4 : 2;
-constexpr int64_t kDotsTile = 512;  // values of a row that are read for all ranks at once
+constexpr int64_t kTile = kLowRankTile;
+constexpr int64_t kDotsTiles = 4;  // tiles of a row that are read for all ranks at once
 
 template <typename W>
 using VectorOf = typename Lanes<W>::V;
 
-// The first n lanes, n < kWidth; the others are 0.
+// Channels of the tile that begins at d, as whole vectors.
 template <typename W>
-DR_INLINE VectorOf<W> load_part(const W* p, int64_t n) {
-  W part[kWidth<W>] = {};
-  __builtin_memcpy(part, p, std::size_t(n) * sizeof(W));
-  return load_lanes(part);
-}
-template <typename W, typename T>
-DR_INLINE void store_part(T* p, VectorOf<W> v, int64_t n) {
-  T part[kWidth<W>];
-  store_lanes(part, v);
-  __builtin_memcpy(p, part, std::size_t(n) * sizeof(T));
+DR_INLINE int64_t tile_width(int64_t width, int64_t d) {
+  const int64_t n = width - d < kTile ? width - d : kTile;
+  return (n + kWidth<W> - 1) / kWidth<W> * kWidth<W>;
 }
 
+// Sums of the lanes of `count` vectors. (From shuffles in a loop GCC 12 makes code that builds their
+// index vectors each time.)
 template <typename W>
-DR_INLINE W lane_sum(VectorOf<W> v) {
-#pragma GCC unroll 4
-  for (int half = kWidth<W> / 2; half > 0; half /= 2) {
-    typename Lanes<W>::I other;
-#pragma GCC unroll 16
-    for (int i = 0; i < kWidth<W>; ++i) other[i] = (i + half) % kWidth<W>;
-    v += DR_SHUFFLE(v, other);
+DR_INLINE void lane_sums(const W* vectors, int64_t count, W* sums) {
+  for (int64_t i = 0; i < count; ++i) {
+    W total = 0;
+    for (int l = 0; l < kWidth<W>; ++l) total += vectors[i * kWidth<W> + l];
+    sums[i] = total;
   }
-  return v[0];
 }
+#if defined(__AVX2__)
+DR_INLINE __m128 folded(const float* vector) {
+#if defined(__AVX512F__)
+  const __m256 half = _mm256_add_ps(_mm256_loadu_ps(vector), _mm256_loadu_ps(vector + 8));
+#else
+  const __m256 half = _mm256_loadu_ps(vector);
+#endif
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+DR_INLINE void lane_sums(const float* vectors, int64_t count, float* sums) {
+  constexpr int n = kWidth<float>;
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    __m128 a = folded(vectors + i * n), b = folded(vectors + (i + 1) * n);
+    __m128 c = folded(vectors + (i + 2) * n), d = folded(vectors + (i + 3) * n);
+    a = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
+    c = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+    _mm_storeu_ps(sums + i, _mm_add_ps(_mm_movelh_ps(a, c), _mm_movehl_ps(c, a)));
+  }
+  for (; i < count; ++i) {
+    const __m128 a = folded(vectors + i * n);
+    const __m128 b = _mm_add_ps(a, _mm_movehl_ps(a, a));
+    sums[i] = _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+  }
+}
+#endif
 
-// sums[i][k] += lanes of <row i, table k> over the values from .. to - 1, for kRanks tables.
+// One panel: `rows` rows have memory in each tile.
+template <typename W>
+struct Panel {
+  W* data;
+  int64_t rows;
+
+  W* at(int64_t row, int64_t d) const { return data + d * rows + row * kTile; }  // d: of a tile
+};
+
+// sums[i][k] += lanes of <row i, table k>, channels from .. to - 1, for kRanks tables from the
+// first on.
 template <typename W, int kRanks>
-DR_INLINE void dots_tile(const W* const* rows, const W* table, int64_t width, int64_t from,
+DR_INLINE void dots_tile(const Panel<W>& x, const int64_t (&rows)[kTileRows],
+                         const Panel<W>& tables, int64_t first, int64_t width, int64_t from,
                          int64_t to, W* sums, int64_t rank) {
   using V = VectorOf<W>;
   V acc[kTileRows][kRanks] = {};
-  int64_t d = from;
-  for (; d + kWidth<W> <= to; d += kWidth<W>) {
-    V x[kTileRows];
+  for (int64_t d = from; d < to; d += kTile) {
+    const W* row[kTileRows];
 #pragma GCC unroll 4
-    for (int i = 0; i < kTileRows; ++i) x[i] = load_lanes(rows[i] + d);
+    for (int i = 0; i < kTileRows; ++i) row[i] = x.at(rows[i], d);
+    const W* table = tables.at(first, d);
+    const int64_t n = tile_width<W>(width, d);
+    for (int64_t c = 0; c < n; c += kWidth<W>) {
+      V value[kTileRows];
 #pragma GCC unroll 4
-    for (int k = 0; k < kRanks; ++k) {
-      const V a = load_lanes(table + k * width + d);
+      for (int i = 0; i < kTileRows; ++i) value[i] = load_lanes(row[i] + c);
 #pragma GCC unroll 4
-      for (int i = 0; i < kTileRows; ++i) acc[i][k] += x[i] * a;
-    }
-  }
-  if (d < to) {
-    for (int k = 0; k < kRanks; ++k) {
-      const V a = load_part(table + k * width + d, to - d);
-      for (int i = 0; i < kTileRows; ++i) acc[i][k] += load_part(rows[i] + d, to - d) * a;
+      for (int k = 0; k < kRanks; ++k) {
+        const V a = load_lanes(table + k * kTile + c);
+#pragma GCC unroll 4
+        for (int i = 0; i < kTileRows; ++i) acc[i][k] += value[i] * a;
+      }
     }
   }
 #pragma GCC unroll 4
   for (int i = 0; i < kTileRows; ++i)
 #pragma GCC unroll 4
     for (int k = 0; k < kRanks; ++k) {
-      W* sum = sums + (i * rank + k) * kWidth<W>;
+      W* sum = sums + (i * rank + first + k) * kWidth<W>;
       store_lanes(sum, load_lanes(sum) + acc[i][k]);
     }
 }
 
-// z[i, k] = <row i, table k> for `count` rows and all ranks. Rows are taken by fours; those beyond
+// z[i, k] = <row i, table k> for `count` rows and all tables. Rows are taken by fours; those beyond
 // the last repeat it. sums: kTileRows * rank vectors.
 template <typename W>
-static void dots(const W* const* rows, int64_t count, const W* table, int64_t width, int64_t rank,
-                 W* sums, W* z) {
+static void dots(const Panel<W>& x, int64_t count, const Panel<W>& tables, int64_t width, W* sums,
+                 W* z) {
+  const int64_t rank = tables.rows;
   for (int64_t first = 0; first < count; first += kTileRows) {
-    const W* four[kTileRows];
-    for (int i = 0; i < kTileRows; ++i) four[i] = rows[first + i < count ? first + i : count - 1];
+    const int64_t left = count - first < kTileRows ? count - first : int64_t(kTileRows);
+    int64_t rows[kTileRows];
+    for (int i = 0; i < kTileRows; ++i) rows[i] = first + (i < left ? i : left - 1);
     __builtin_memset(sums, 0, std::size_t(kTileRows * rank) * DR_VECTOR_BYTES);
-    for (int64_t from = 0; from < width; from += kDotsTile) {
-      const int64_t to = width - from < kDotsTile ? width : from + kDotsTile;
+    for (int64_t from = 0; from < width; from += kDotsTiles * kTile) {
+      const int64_t end = from + kDotsTiles * kTile, to = width < end ? width : end;
       int64_t k = 0;
       for (; k + kTileVectors <= rank; k += kTileVectors)
-        dots_tile<W, kTileVectors>(four, table + k * width, width, from, to,
-                                   sums + k * kWidth<W>, rank);
-      for (; k < rank; ++k)
-        dots_tile<W, 1>(four, table + k * width, width, from, to, sums + k * kWidth<W>, rank);
+        dots_tile<W, kTileVectors>(x, rows, tables, k, width, from, to, sums, rank);
+      for (; k < rank; ++k) dots_tile<W, 1>(x, rows, tables, k, width, from, to, sums, rank);
     }
-    const int64_t left = count - first < kTileRows ? count - first : int64_t(kTileRows);
-    for (int64_t i = 0; i < left * rank; ++i)
-      z[first * rank + i] = lane_sum<W>(load_lanes(sums + i * kWidth<W>));
+    lane_sums(sums, left * rank, z + first * rank);
   }
 }
 
-// out[i] = base[i] + sum over k of coef[i row_step + k k_step] b[k], values from .. to - 1, for
-// kRows rows. Summed apart from base: the terms are smaller than it, and so are their rounding
-// errors.
-template <typename T, int kRows, typename W>
-DR_INLINE void mix_tile(const W* coef, int64_t row_step, int64_t k_step, int64_t count,
-                        const W* const* b, const W* const* base, T* const* out, int64_t from,
-                        int64_t to) {
+// What combinations are added to, and where the results go: back into the panel ...
+template <typename W>
+struct IntoPanel {
+  W* tile;
+
+  template <int n>
+  inline __attribute__((always_inline)) void put(int64_t row, int64_t c, const VectorOf<W> (&v)[n]) const {
+    W* p = tile + row * kTile + c;
+#pragma GCC unroll 4
+    for (int i = 0; i < n; ++i)
+      store_lanes(p + i * kWidth<W>, load_lanes(p + i * kWidth<W>) + v[i]);
+  }
+};
+
+// ... or, rounded, to the rows of a tensor.
+template <typename T>
+struct IntoRows {
+  using W = typename Work<T>::type;
+  const W* tile;
+  T* const* rows;
+  int64_t d, width;
+
+  template <int n>
+  inline __attribute__((always_inline)) void put(int64_t row, int64_t c, const VectorOf<W> (&v)[n]) const {
+    const W* p = tile + row * kTile + c;
+    T* to = rows[row] + d + c;
+    if constexpr (n > 1) {
+#pragma GCC unroll 4
+      for (int i = 0; i < n; i += 2)
+        store_pair(to + i * kWidth<W>, load_lanes(p + i * kWidth<W>) + v[i],
+                   load_lanes(p + (i + 1) * kWidth<W>) + v[i + 1]);
+    } else {
+      T part[kWidth<W>];
+      store_lanes(part, load_lanes(p) + v[0]);
+      const int64_t left = width - d - c < kWidth<W> ? width - d - c : int64_t(kWidth<W>);
+      __builtin_memcpy(to, part, std::size_t(left) * sizeof(T));
+    }
+  }
+};
+
+// Adds sum over k of coef[i row_step + k k_step] b[k] to kRows rows i, n channels of a tile; `b` is
+// the tile of the combined rows. Summed apart from what it is added to: the terms are smaller, and
+// so are their rounding errors. `dense` channels are known to exist in full.
+template <int kRows, typename W, typename Into>
+DR_INLINE void mix_tile(const W* coef, int64_t row_step, int64_t k_step, int64_t count, const W* b,
+                        const Into& into, int64_t row, int64_t dense, int64_t n) {
   using V = VectorOf<W>;
   constexpr int64_t kStep = kTileVectors * kWidth<W>;
-  int64_t d = from;
-  for (; d + kStep <= to; d += kStep) {
+  int64_t c = 0;
+  for (; c + kStep <= dense; c += kStep) {
     V acc[kRows][kTileVectors] = {};
     for (int64_t k = 0; k < count; ++k) {
-      V row[kTileVectors];
+      V value[kTileVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v) row[v] = load_lanes(b[k] + d + v * kWidth<W>);
+      for (int v = 0; v < kTileVectors; ++v) value[v] = load_lanes(b + k * kTile + c + v * kWidth<W>);
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) {
-        const V c = coef[i * row_step + k * k_step] - V{};
+        const V factor = coef[i * row_step + k * k_step] - V{};
 #pragma GCC unroll 4
-        for (int v = 0; v < kTileVectors; ++v) acc[i][v] += c * row[v];
+        for (int v = 0; v < kTileVectors; ++v) acc[i][v] += factor * value[v];
       }
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; v += 2) {
-        const W* p = base[i] + d + v * kWidth<W>;
-        store_pair(out[i] + d + v * kWidth<W>, load_lanes(p) + acc[i][v],
-                   load_lanes(p + kWidth<W>) + acc[i][v + 1]);
-      }
+    for (int i = 0; i < kRows; ++i) into.put(row + i, c, acc[i]);
   }
-  for (; d < to; d += kWidth<W>) {
-    const int64_t n = to - d < kWidth<W> ? to - d : int64_t(kWidth<W>);
-    for (int i = 0; i < kRows; ++i) {
-      V acc{};
-      for (int64_t k = 0; k < count; ++k)
-        acc += (coef[i * row_step + k * k_step] - V{}) * load_part(b[k] + d, n);
-      store_part<W>(out[i] + d, load_part(base[i] + d, n) + acc, n);
+  for (; c < n; c += kWidth<W>) {
+    V acc[kRows][1] = {};
+    for (int64_t k = 0; k < count; ++k) {
+      const V value = load_lanes(b + k * kTile + c);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) acc[i][0] += coef[i * row_step + k * k_step] * value;
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) into.put(row + i, c, acc[i]);
   }
 }
 
 // mix_tile for any number of rows.
-template <typename T, typename W>
+template <typename W, typename Into>
 static void mix(int64_t rows, const W* coef, int64_t row_step, int64_t k_step, int64_t count,
-                const W* const* b, const W* const* base, T* const* out, int64_t from, int64_t to) {
+                const W* b, const Into& into, int64_t dense, int64_t n) {
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4)
-    mix_tile<T, 4, W>(coef + i * row_step, row_step, k_step, count, b, base + i, out + i, from, to);
+    mix_tile<4>(coef + i * row_step, row_step, k_step, count, b, into, i, dense, n);
   coef += i * row_step;
-  if (rows - i == 3) mix_tile<T, 3, W>(coef, row_step, k_step, count, b, base + i, out + i, from, to);
-  if (rows - i == 2) mix_tile<T, 2, W>(coef, row_step, k_step, count, b, base + i, out + i, from, to);
-  if (rows - i == 1) mix_tile<T, 1, W>(coef, row_step, k_step, count, b, base + i, out + i, from, to);
+  if (rows - i == 3) mix_tile<3>(coef, row_step, k_step, count, b, into, i, dense, n);
+  if (rows - i == 2) mix_tile<2>(coef, row_step, k_step, count, b, into, i, dense, n);
+  if (rows - i == 1) mix_tile<1>(coef, row_step, k_step, count, b, into, i, dense, n);
 }
 
 }  // namespace
