@@ -307,7 +307,8 @@ W* sums_of(const TensorView& sums, const TensorView& table) {
               sums.device().type == kDLCPU;
   for (int i = 0; same && i < sums.dims(); ++i) same = sums.size(i) == table.size(i);
   require(same, "low_rank_backward: a gradient is not dense or unlike its table");
-  return reinterpret_cast<W*>(sums.data());
+  static W nothing;  // tensors without elements have no memory
+  return sums.data() ? reinterpret_cast<W*>(sums.data()) : &nothing;
 }
 
 void low_rank_backward_cpu(py::handle grad, py::handle x, py::handle down, py::handle bias,

@@ -29,6 +29,31 @@ def intervene_cuda(
     masks: Tensor,
     patches: Sequence[Tensor],
 ) -> None: ...
+def low_rank_cpu(
+    x: Tensor,
+    out: Tensor,
+    down: Tensor,
+    bias: Tensor,
+    up: Tensor,
+    strength: Tensor,
+    index: Tensor,
+    threads: int,
+) -> None: ...
+def low_rank_backward_cpu(
+    grad: Tensor,
+    x: Tensor,
+    down: Tensor,
+    bias: Tensor,
+    up: Tensor,
+    strength: Tensor,
+    index: Tensor,
+    dx: Tensor,
+    d_down: Tensor,
+    d_bias: Tensor,
+    d_up: Tensor,
+    d_strength: Tensor,
+    threads: int,
+) -> None: ...
 def moments_cpu(
     x: Tensor,
     labels: Tensor,

@@ -1,0 +1,98 @@
+"""Cases of the low-rank edit: ranks, shapes, memory layouts, adapters, strengths and values."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tests.cases.intervention import VALUES, lay_out
+
+Make = Callable[[int, int, torch.Generator], Tensor]
+
+STRENGTHS: dict[str, Make] = {
+    "one": lambda b, t, g: torch.ones(()).expand(b, t),
+    "half": lambda b, t, g: torch.full((), 0.5).expand(b, t),
+    "zero": lambda b, t, g: torch.zeros(()).expand(b, t),
+    "per_entry": lambda b, t, g: torch.randn(b, 1, generator=g).expand(b, t),
+    "per_token": lambda b, t, g: torch.tensor([0.0, 1.0, -1.5])[
+        torch.randint(0, 3, (t,), generator=g)
+    ].expand(b, t),
+    "soft": lambda b, t, g: torch.tensor([0.0, 1.0, 0.5, -1.5])[
+        torch.randint(0, 4, (b, t), generator=g)
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One edit of one activation."""
+
+    name: str
+    shape: tuple[int, int, int]  # entries, tokens, width
+    rank: int = 4
+    layout: str = "dense"
+    values: str = "normal"
+    strength: str = "soft"
+    adapters: int = 1
+    index: tuple[int, ...] | None = None  # by entry
+
+    def inputs(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """x in the memory layout of the case, down, bias, up, strength and index."""
+        entries, tokens, width = self.shape
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        g = torch.Generator().manual_seed(4)
+        x = VALUES[self.values](torch.randn(self.shape, generator=g)).to(dtype)
+        tables = torch.randn(2, self.adapters, self.rank, width, generator=g) / max(width, 1) ** 0.5
+        down, up = tables.to(wide)
+        bias = torch.randn(self.adapters, self.rank, generator=g).to(wide)
+        strength = STRENGTHS[self.strength](entries, tokens, g).to(wide)
+        index = torch.tensor(self.index or [0] * entries, dtype=torch.int64)
+        return lay_out(x, self.layout), down, bias, up, strength, index
+
+    def gradient(self, dtype: torch.dtype) -> Tensor:
+        """A gradient of the result, in the memory layout of the case."""
+        noise = torch.randn(self.shape, generator=torch.Generator().manual_seed(5))
+        return lay_out(noise.to(dtype), self.layout)
+
+
+RANKS = (1, 2, 3, 5, 8, 32, 64, 65, 200, 256)
+# Blocks hold up to 64 rows, pieces 128, tiles 128 channels, four of them are one sum.
+SHAPES = {
+    "one_element": (1, 1, 1),
+    "one_row": (1, 1, 64),
+    "odd": (3, 5, 123),
+    "above_tile": (1, 6, 129),
+    "many_tiles": (1, 5, 517),
+    "above_block": (1, 65, 40),
+    "above_piece": (1, 131, 24),
+    "single_tokens": (70, 1, 33),
+    "no_rows": (0, 4, 8),
+    "no_tokens": (2, 0, 8),
+    "no_width": (2, 3, 0),
+}
+LAYOUTS = ("nchw", "unaligned", "every_second", "swapped")
+
+CASES = [
+    *(Case(f"rank_{rank}", (2, 9, 261), rank) for rank in RANKS),
+    *(
+        Case(f"{name}-{lay}", s, layout=lay)
+        for name, s in SHAPES.items()
+        for lay in ("dense", "nchw")
+    ),
+    *(Case(layout, (3, 37, 123), 5, layout) for layout in LAYOUTS),
+    *(
+        Case(f"{strength}-{layout}", (2, 33, 72), layout=layout, strength=strength)
+        for strength in STRENGTHS
+        for layout in ("dense", "nchw")
+    ),
+    *(
+        Case(f"{values}-{layout}", (2, 33, 72), layout=layout, values=values)
+        for values in VALUES
+        for layout in ("dense", "nchw")
+    ),
+    Case("adapters", (5, 7, 40), 3, adapters=4, index=(2, 0, 2, 3, 0)),
+    Case("adapters-nchw", (5, 70, 40), 3, "nchw", adapters=4, index=(3, 3, 1, 0, 1)),
+    Case("adapter_each", (6, 1, 40), 3, adapters=6, index=(5, 4, 3, 2, 1, 0)),
+    Case("adapter_of_pieces", (3, 150, 16), 3, adapters=2, index=(1, 0, 1)),
+]
