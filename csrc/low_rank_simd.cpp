@@ -19,6 +19,7 @@ struct Worker {
   int64_t count;
   Place places[kLowRankBlock];
   W strength[kLowRankBlock];
+  Ahead ahead;
 
   Worker(const LowRankJob& job, const LowRankPiece& piece, void* scratch)
       : job(job), p(*static_cast<const LowRank<W>*>(job.program)), piece(piece) {
@@ -77,6 +78,22 @@ struct Worker {
     return row;
   }
 
+  // The rows after this block, where they are dense; some of them may have strength 0.
+  void look_ahead(int64_t row, const LowRankRows& rows) {
+    if (rows.stride_channel != 1) return;
+    for (int64_t i = row; i < piece.last && i < row + job.block; ++i) {
+      const Place at{job.order[i / p.tokens], i % p.tokens};
+      ahead.rows[ahead.count++] = reinterpret_cast<const char*>(row_at<T>(rows, at));
+    }
+  }
+
+  // Begins the tile at channel d; returns its channels as whole vectors.
+  int64_t begin_tile(int64_t d) {
+    const int64_t n = tile_width<W>(p.width, d);
+    ahead.tile(d * int64_t(sizeof(T)), (d + n) * int64_t(sizeof(T)));
+    return n;
+  }
+
   // z = A x + b
   void hidden() {
     dots<W>(x, count, down, p.width, sums, z);
@@ -84,21 +101,21 @@ struct Worker {
       for (int64_t k = 0; k < p.rank; ++k) z[i * p.rank + k] += bias[k];
   }
 
-  // result = base + combinations of the tables by the coefficients [count, rank].
-  void write(const W* coef, const Panel<W>& tables, const Panel<W>& base) {
-    const bool dense = job.out.stride_channel == 1;
-    T* rows[kLowRankBlock];
-    for (int64_t i = 0; dense && i < count; ++i) rows[i] = row_at<T>(job.out, places[i]);
-    for (int64_t d = 0; d < p.width; d += kTile) {
-      const int64_t n = tile_width<W>(p.width, d);
-      const int64_t exist = p.width - d < n ? p.width - d : n;
-      if (dense)
-        mix(count, coef, p.rank, 1, p.rank, tables.at(0, d),
-            IntoRows<T>{base.at(0, d), rows, d, p.width}, exist, n);
-      else
-        mix(count, coef, p.rank, 1, p.rank, tables.at(0, d), IntoPanel<W>{base.at(0, d)}, n, n);
-    }
-    if (!dense) scatter<T>(job.out, places, count, p.width, base);
+  // One tile of result = base + combinations of the tables by the coefficients [count, rank].
+  void write(const W* coef, const Panel<W>& tables, const Panel<W>& base, T* const* rows,
+             int64_t d, int64_t n) {
+    const int64_t exist = p.width - d < n ? p.width - d : n;
+    if (job.out.stride_channel == 1)
+      mix(count, coef, p.rank, 1, p.rank, tables.at(0, d),
+          IntoRows<T>{base.at(0, d), rows, d, p.width, ahead}, exist, n);
+    else
+      mix(count, coef, p.rank, 1, p.rank, tables.at(0, d), IntoPanel<W>{base.at(0, d), ahead}, n,
+          n);
+  }
+
+  // Where the results of the block go.
+  void aim(T** rows) {
+    for (int64_t i = 0; i < count; ++i) rows[i] = row_at<T>(job.out, places[i]);
   }
 
   // Moves row i of a block to the place of a row before it that has left.
@@ -130,13 +147,16 @@ struct Worker {
         places[kept++] = places[i];
       }
       count = kept;
-      write(a, up, x);
+      T* rows[kLowRankBlock];
+      aim(rows);
+      for (int64_t d = 0; d < p.width; d += kTile) write(a, up, x, rows, d, begin_tile(d));
+      if (job.out.stride_channel != 1) scatter<T>(job.out, places, count, p.width, x);
     }
   }
 
   void backward() {
     const bool dx = job.out.data, ds = job.d_strength;
-    const bool need_z = ds || piece.d_up;
+    const bool need_z = ds || piece.d_up, need_x = need_z || piece.d_down;
     const bool all = ds || job.x.stride_channel != 1 || job.grad.stride_channel != 1;
     if (piece.d_down) clear(d_down);
     if (piece.d_up) clear(d_up);
@@ -146,21 +166,28 @@ struct Worker {
       row = collect(row, all, job.grad);
       if (count == 0) continue;
       gather<T>(job.grad, places, count, p.width, g);
-      if (need_z || piece.d_down) gather<T>(job.x, places, count, p.width, x);
+      if (need_x) gather<T>(job.x, places, count, p.width, x);
       if (dx || ds || piece.d_down) dots<W>(g, count, up, p.width, sums, a);
       if (need_z) hidden();
       if (ds) strengths();
       weigh();
       for (int64_t i = 0; d_bias && i < count; ++i)
         for (int64_t k = 0; k < p.rank; ++k) d_bias[k] += a[i * p.rank + k];
+      ahead.count = 0;
+      look_ahead(row, job.grad);
+      if (need_x) look_ahead(row, job.x);
+      T* rows[kLowRankBlock];
+      if (dx) aim(rows);
       for (int64_t d = 0; d < p.width; d += kTile) {
-        const int64_t n = tile_width<W>(p.width, d);
+        const int64_t n = begin_tile(d);
         if (piece.d_down)
-          mix(p.rank, a, 1, p.rank, count, x.at(0, d), IntoPanel<W>{d_down.at(0, d)}, n, n);
+          mix(p.rank, a, 1, p.rank, count, x.at(0, d), IntoPanel<W>{d_down.at(0, d), ahead}, n, n);
         if (piece.d_up)
-          mix(p.rank, heard, 1, p.rank, count, g.at(0, d), IntoPanel<W>{d_up.at(0, d)}, n, n);
+          mix(p.rank, heard, 1, p.rank, count, g.at(0, d), IntoPanel<W>{d_up.at(0, d), ahead}, n,
+              n);
+        if (dx) write(a, down, g, rows, d, n);
       }
-      if (dx) write(a, down, g);
+      if (dx && job.out.stride_channel != 1) scatter<T>(job.out, places, count, p.width, g);
     }
     if (piece.d_down) give(d_down, piece.d_down);
     if (piece.d_up) give(d_up, piece.d_up);

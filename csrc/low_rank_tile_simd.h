@@ -131,13 +131,41 @@ static void dots(const Panel<W>& x, int64_t count, const Panel<W>& tables, int64
   }
 }
 
+// Rows that the next block will read, fetched into the second cache a little with every result: while
+// the rows of this block are combined, memory would otherwise wait.
+struct Ahead {
+  const char* rows[2 * kLowRankBlock];
+  int64_t count = 0;
+  int64_t row = 0, byte = 0;  // what comes next, within the tile
+  int64_t begin = 0, end = 0;
+
+  void tile(int64_t from, int64_t to) {  // bytes of a row
+    row = 0;
+    byte = begin = from;
+    end = to;
+  }
+
+  inline __attribute__((always_inline)) void step() {
+    if (row >= count) return;
+#pragma GCC unroll 4
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(rows[row] + byte + line * 64, 0, 2);
+    byte += 256;
+    if (byte >= end) {
+      byte = begin;
+      ++row;
+    }
+  }
+};
+
 // What combinations are added to, and where the results go: back into the panel ...
 template <typename W>
 struct IntoPanel {
   W* tile;
+  Ahead& ahead;
 
   template <int n>
   inline __attribute__((always_inline)) void put(int64_t row, int64_t c, const VectorOf<W> (&v)[n]) const {
+    ahead.step();
     W* p = tile + row * kTile + c;
 #pragma GCC unroll 4
     for (int i = 0; i < n; ++i)
@@ -152,9 +180,11 @@ struct IntoRows {
   const W* tile;
   T* const* rows;
   int64_t d, width;
+  Ahead& ahead;
 
   template <int n>
   inline __attribute__((always_inline)) void put(int64_t row, int64_t c, const VectorOf<W> (&v)[n]) const {
+    ahead.step();
     const W* p = tile + row * kTile + c;
     T* to = rows[row] + d + c;
     if constexpr (n > 1) {
