@@ -213,14 +213,19 @@ class Settings(NamedTuple):
     block_k: int
     block_d: int
     warps: int
+    stages: int
 
 
-def launch_settings(tokens: int, hidden: int, deep: int) -> Settings:
-    """The tile of one program instance; hidden units are padded to powers of two."""
+def launch_settings(tokens: int, hidden: int, deep: int, *, layers: int) -> Settings:
+    """The tile of one program instance; hidden units are padded to powers of two.
+
+    Three layers hold more at once, and load less ahead so that no register spills.
+    """
     p1, p2 = (max(16, triton.next_power_of_2(each)) for each in (hidden, deep))
     most = min(64, max(16, 4096 // max(p1, p2)))
     block_t = min(most, max(16, triton.next_power_of_2(tokens)))
-    return Settings(p1, p2, block_t, 32, 64, 8)
+    block_k, stages = (16, 2) if layers == 3 else (32, 3)
+    return Settings(p1, p2, block_t, block_k, 64, 8, stages)
 
 
 def supported(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -255,7 +260,7 @@ def guide(
     # In float64, since neither may depend on whether tf32 is allowed.
     gram = (first.double() @ first.double().T).float()  # [H1, H1]
     top = coefficients if layers == 1 else coefficients.double() @ weights[-1].double()
-    chosen = launch_settings(tokens, hidden, deep)
+    chosen = launch_settings(tokens, hidden, deep, layers=layers)
     programs = batch * triton.cdiv(tokens, chosen.block_t)
     pitch = 2 * chosen.p1 + chosen.p2
     scratch = _alloc.empty(
@@ -292,4 +297,5 @@ def guide(
         BLOCK_K=chosen.block_k,
         BLOCK_D=chosen.block_d,
         num_warps=chosen.warps,
+        num_stages=chosen.stages,
     )

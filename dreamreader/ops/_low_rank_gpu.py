@@ -1,0 +1,96 @@
+"""Which calls of `low_rank` the GPU kernels take, and their launches.
+
+What they do not take, by its dtype, rank or width, goes to the reference.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreamreader import _alloc
+from dreamreader._register import native
+
+TRITON = "dreamreader.triton_kernels.low_rank"
+MAX_RANK = 64
+MAX_WIDTH = 8192
+
+_native: Any = native()[0]
+
+
+def taken(x: Tensor, down: Tensor) -> bool:
+    """Whether the kernels take this call."""
+    fits = 1 <= down.shape[1] <= MAX_RANK and down.shape[2] <= MAX_WIDTH
+    return fits and len(down) > 0 and x.numel() > 0 and x.dtype != torch.float64
+
+
+def edit(launch: Callable[..., None], reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The operator `low_rank` through launch(x, out, *tables)."""
+
+    def low_rank(x: Tensor, *tables: Tensor) -> Tensor:
+        if not taken(x, tables[0]):
+            return reference(x, *tables)
+        out = _alloc.empty_like(x)
+        launch(x, out, *tables)
+        return out
+
+    return low_rank
+
+
+def edit_(launch: Callable[..., None], reference: Callable[..., None]) -> Callable[..., None]:
+    """The operator `low_rank_`, in the memory of x."""
+
+    def low_rank_(x: Tensor, *tables: Tensor) -> None:
+        if not taken(x, tables[0]):
+            return reference(x, *tables)
+        launch(x, x, *tables)
+        torch.autograd.graph.increment_version(x)
+
+    return low_rank_
+
+
+def gradient(launch: Callable[..., None], reference: Callable) -> Callable:
+    """The operator `low_rank_backward` through launch(grad, x, *tables, *results)."""
+
+    def low_rank_backward(grad: Tensor, x: Tensor, *rest) -> tuple[Tensor, ...]:
+        down, bias, up, strength, index, needs = rest
+        if not taken(x, down):
+            return reference(grad, x, *rest)
+        wanted = (needs[0], needs[1], needs[1], needs[2], needs[3])
+        results = [
+            _alloc.empty_like(each) if want else None
+            for each, want in zip((grad, down, bias, up), wanted, strict=False)
+        ]
+        rows = _alloc.empty(x.shape[:2], dtype=strength.dtype, device=x.device)
+        results.append(rows if wanted[4] else None)
+        launch(grad, x, down, bias, up, strength, index, *results)
+        return tuple(
+            _alloc.empty((0,), dtype=like.dtype, device=x.device) if each is None else each
+            for each, like in zip(results, (grad, down, bias, up, strength), strict=True)
+        )
+
+    return low_rank_backward
+
+
+def cuda(*arguments: Tensor) -> None:
+    """The CUDA kernel."""
+    _native.low_rank_cuda(*arguments)
+
+
+def cuda_backward(grad: Tensor, x: Tensor, down: Tensor, *rest: Tensor | None) -> None:
+    """The CUDA kernels of the gradient, with the memory that they need."""
+    floats = _native.low_rank_workspace_cuda(*x.shape, down.shape[1], len(down))
+    workspace = _alloc.empty((floats,), dtype=torch.float32, device=x.device)
+    _native.low_rank_backward_cuda(grad, x, down, *rest, workspace)
+
+
+def triton(*arguments: Tensor) -> None:
+    """The Triton kernel."""
+    import_module(TRITON).low_rank(*arguments)
+
+
+def triton_backward(*arguments: Tensor | None) -> None:
+    """The Triton kernels of the gradient."""
+    import_module(TRITON).low_rank_backward(*arguments)
