@@ -51,25 +51,21 @@ def edit_(launch: Callable[..., None], reference: Callable[..., None]) -> Callab
     return low_rank_
 
 
-def gradient(launch: Callable[..., None], reference: Callable) -> Callable:
-    """The operator `low_rank_backward` through launch(grad, x, *tables, *results)."""
+def gradient(launch: Callable[..., None], reference: Callable, room: Callable) -> Callable:
+    """The operator `low_rank_backward` through launch(grad, x, *tables, *results).
+
+    `room` allocates the results; those that are not needed reach the launch as None.
+    """
 
     def low_rank_backward(grad: Tensor, x: Tensor, *rest) -> tuple[Tensor, ...]:
-        down, bias, up, strength, index, needs = rest
-        if not taken(x, down):
+        *tables, needs = rest
+        if not taken(x, tables[0]):
             return reference(grad, x, *rest)
+        results = room(grad, *tables[:4], needs)
         wanted = (needs[0], needs[1], needs[1], needs[2], needs[3])
-        results = [
-            _alloc.empty_like(each) if want else None
-            for each, want in zip((grad, down, bias, up), wanted, strict=False)
-        ]
-        rows = _alloc.empty(x.shape[:2], dtype=strength.dtype, device=x.device)
-        results.append(rows if wanted[4] else None)
-        launch(grad, x, down, bias, up, strength, index, *results)
-        return tuple(
-            _alloc.empty((0,), dtype=like.dtype, device=x.device) if each is None else each
-            for each, like in zip(results, (grad, down, bias, up, strength), strict=True)
-        )
+        pairs = zip(results, wanted, strict=True)
+        launch(grad, x, *tables, *(each if needed else None for each, needed in pairs))
+        return results
 
     return low_rank_backward
 

@@ -5,7 +5,7 @@
 LoReFT is U = R, A = W - R with orthonormal rows of R; DiReFT leaves the difference out, A = W.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from dreamreader import _alloc
 from dreamreader._register import Kernel, native, register
 from dreamreader.errors import InvalidInput
+from dreamreader.ops import _low_rank_gpu as gpu
 
 MAX_RANK = 256
 
@@ -246,6 +247,10 @@ def _cpu_backward(
     return out
 
 
+def _on_gpu(launch: Callable[..., None]) -> Callable:
+    return gpu.gradient(launch, low_rank_backward_reference, _empty_gradients)
+
+
 def _reference_(x: Tensor, *tables) -> None:
     x.copy_(low_rank_reference(x, *tables))
 
@@ -303,6 +308,8 @@ _low_rank = register(
     reference=low_rank_reference,
     fake=_fake,
     cpu=Kernel("low_rank_cpu", _cpu),
+    cuda=Kernel("low_rank_cuda", gpu.edit(gpu.cuda, low_rank_reference)),
+    triton=Kernel(gpu.TRITON, gpu.edit(gpu.triton, low_rank_reference)),
     setup_context=_setup_context,
     backward=_backward,
 )
@@ -312,6 +319,8 @@ _low_rank_ = register(
     reference=_reference_,
     fake=_fake_,
     cpu=Kernel("low_rank_cpu", _cpu_),
+    cuda=Kernel("low_rank_cuda", gpu.edit_(gpu.cuda, _reference_)),
+    triton=Kernel(gpu.TRITON, gpu.edit_(gpu.triton, _reference_)),
 )
 _low_rank_backward = register(
     "low_rank_backward",
@@ -319,4 +328,6 @@ _low_rank_backward = register(
     reference=low_rank_backward_reference,
     fake=_fake_backward,
     cpu=Kernel("low_rank_backward_cpu", _cpu_backward),
+    cuda=Kernel("low_rank_backward_cuda", _on_gpu(gpu.cuda_backward)),
+    triton=Kernel(gpu.TRITON, _on_gpu(gpu.triton_backward)),
 )
