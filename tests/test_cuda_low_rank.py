@@ -1,7 +1,6 @@
 """The CUDA kernels of the low-rank edit without a GPU, as tests/test_cuda_build.py does it."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -56,8 +55,8 @@ def check(case: Case, dtype: torch.dtype, kernels: twin.LowRankTwin) -> None:
 
 def check_gradient(case: Case, dtype: torch.dtype, kernels: twin.LowRankTwin) -> None:
     (x, *tables), grad = case.inputs(dtype), case.gradient(dtype)
-    same = low_rank_backward_reference(grad, x, *tables, NEEDS)
-    exact = low_rank_backward_reference(grad.double(), x.double(), *doubled(tables), NEEDS)
+    same = low_rank_backward_reference(grad, x, *tables, needs=NEEDS)
+    exact = low_rank_backward_reference(grad.double(), x.double(), *doubled(tables), needs=NEEDS)
     found, again = (poisoned(grad, tables) for _ in range(2))
     launches = kernels.backward(grad, x, *tables, *found)
     assert launches in (2, 3), case.name
@@ -68,7 +67,7 @@ def check_gradient(case: Case, dtype: torch.dtype, kernels: twin.LowRankTwin) ->
 
 
 def close(case: Case, got: Tensor, same: Tensor, exact: Tensor) -> None:
-    """The tolerance rule; a result of one or two numbers may be exact in the reference by chance."""
+    """The tolerance rule; one or two numbers may be exact in the reference by chance."""
     if case.shape[0] * case.shape[1] < 5:
         torch.testing.assert_close(got, same, equal_nan=True)
     else:
@@ -133,7 +132,7 @@ def test_twin_does_not_visit_rows_of_strength_0(kernels: twin.LowRankTwin):
     (x, *tables), grad = case.inputs(torch.float32), case.gradient(torch.float32)
     idle = tables[3] == 0
     assert idle.any() and not idle.all()
-    expected = low_rank_backward_reference(grad, x, *tables, NEEDS)[1:4]
+    expected = low_rank_backward_reference(grad, x, *tables, needs=NEEDS)[1:4]
     for each in (x, grad):
         each[idle] = torch.nan
     found = poisoned(grad, tables)
@@ -184,8 +183,12 @@ def test_gradient_through_a_launch_gives_what_is_needed(kernels: twin.LowRankTwi
     operator = gradient(kernels.backward, low_rank_backward_reference, _empty_gradients)
     case = Case("some", (2, 9, 40), 5)
     (x, *tables), grad = case.inputs(torch.float32), case.gradient(torch.float32)
-    for needs in ((True, True, True, True), (False, True, False, False), (True, False, True, False)):
-        expected = low_rank_backward_reference(grad, x, *tables, needs)
+    for needs in (
+        (True, True, True, True),
+        (False, True, False, False),
+        (True, False, True, False),
+    ):
+        expected = low_rank_backward_reference(grad, x, *tables, needs=needs)
         for one, other in zip(operator(grad, x, *tables, needs), expected, strict=True):
             assert one.shape == other.shape
             torch.testing.assert_close(one, other)
@@ -210,8 +213,8 @@ def test_gpu_agrees_with_the_reference_and_repeats(dtype: torch.dtype):
         assert_close(out.cpu(), *expected)
         torch.ops.dreamreader.low_rank_(*there)
         assert same_bits(there[0], out), case.name
-        same = low_rank_backward_reference(grad, x, *tables, NEEDS)
-        exact = low_rank_backward_reference(grad.double(), *exact, NEEDS)
+        same = low_rank_backward_reference(grad, x, *tables, needs=NEEDS)
+        exact = low_rank_backward_reference(grad.double(), *exact, needs=NEEDS)
         for one, other, *each in zip(found, repeated, same, exact, strict=True):
             assert same_bits(one, other), case.name
             close(case, one.cpu(), *each)

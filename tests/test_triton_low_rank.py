@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dreamreader.ops.low_rank import NEEDS, low_rank_backward_reference, low_rank_reference
-from tests.cases._compare import assert_close
+from tests.cases._compare import assert_close, ulp
 from tests.cases.low_rank import Case
 from tests.test_cuda_low_rank import DTYPES, FEW, LARGE, close, doubled, poisoned
 from tests.test_ops import same_bits
@@ -25,20 +26,32 @@ def test_interpreted():
     interpret(__file__)
 
 
+def near(got: Tensor, same: Tensor, exact: Tensor) -> None:
+    """The tolerance rule; in float32 numpy rounds every product and every sum, unlike a GPU."""
+    if got.dtype == torch.float32:
+        largest = (
+            exact[exact.isfinite()].abs().amax() if exact.isfinite().any() else exact.new_ones(())
+        )
+        atol = 32 * ulp(largest, got.dtype)
+        torch.testing.assert_close(got, same, rtol=0, atol=atol, equal_nan=True)
+    else:
+        assert_close(got, same, exact)
+
+
 @interpreted
 @quiet  # numpy, which interprets, warns of the infinities that a case holds on purpose
 @by_dtype
 def test_interpreter_agrees_with_the_reference(dtype: torch.dtype):
     from dreamreader.triton_kernels.low_rank import low_rank
 
-    for case in FEW[::2] if dtype == torch.float32 else FEW[1::8] + LARGE:
+    for case in FEW[::4] if dtype == torch.float32 else FEW[1::16] + LARGE[:3]:
         x, *tables = case.inputs(dtype)
         before = x.clone()
         out = torch.empty_like(x).fill_(torch.nan)
         low_rank(x, out, *tables)
         assert same_bits(x, before), case.name
         exact = low_rank_reference(x.double(), *doubled(tables))
-        assert_close(out, low_rank_reference(x, *tables), exact)
+        near(out, low_rank_reference(x, *tables), exact)
         idle = tables[3] == 0
         assert same_bits(out[idle], before[idle]), case.name
         low_rank(x, x, *tables)
@@ -51,14 +64,16 @@ def test_interpreter_agrees_with_the_reference(dtype: torch.dtype):
 def test_interpreter_agrees_with_the_gradient_of_the_reference(dtype: torch.dtype):
     from dreamreader.triton_kernels.low_rank import low_rank_backward
 
-    for case in FEW[1::2] if dtype == torch.float32 else FEW[::10] + LARGE:
+    for case in FEW[1::5] if dtype == torch.float32 else FEW[::16] + LARGE[-1:]:
         (x, *tables), grad = case.inputs(dtype), case.gradient(dtype)
         found = poisoned(grad, tables)
-        low_rank_backward(grad, x, *tables, *found)
-        same = low_rank_backward_reference(grad, x, *tables, NEEDS)
-        exact = low_rank_backward_reference(grad.double(), x.double(), *doubled(tables), NEEDS)
+        low_rank_backward(grad, x, *(*tables, *found))
+        same = low_rank_backward_reference(grad, x, *tables, needs=NEEDS)
+        exact = low_rank_backward_reference(
+            grad.double(), x.double(), *doubled(tables), needs=NEEDS
+        )
         for each in zip(found, same, exact, strict=True):
-            close(case, *each)
+            near(*each)
 
 
 @interpreted
@@ -70,8 +85,9 @@ def test_interpreter_writes_only_the_gradients_that_are_asked_for(wanted: tuple[
     (x, *tables), grad = case.inputs(torch.float32), case.gradient(torch.float32)
     kept = tables[3].clone()
     every, some = (poisoned(grad, tables) for _ in range(2))
-    low_rank_backward(grad, x, *tables, *every)
-    low_rank_backward(grad, x, *tables, *(some[n] if n in wanted else None for n in range(5)))
+    low_rank_backward(grad, x, *(*tables, *every))
+    asked: list[Any] = [some[n] if n in wanted else None for n in range(5)]
+    low_rank_backward(grad, x, *(*tables, *asked))
     for n in range(5):
         assert same_bits(some[n], every[n]) if n in wanted else some[n].isnan().all(), n
     assert same_bits(tables[3], kept) and same_bits(grad, case.gradient(torch.float32))
@@ -83,10 +99,10 @@ def test_interpreter_turns_rows_of_a_missing_adapter_into_nan():
     from dreamreader.triton_kernels.low_rank import low_rank, low_rank_backward
 
     x, *tables, _ = Case("missing", (3, 2, 8), 2, strength="one", adapters=2).inputs(torch.float32)
-    index = torch.tensor([1, 2, -1])
+    tables.append(torch.tensor([1, 2, -1]))
     dx, *tables_of = poisoned(x, tables)
-    low_rank_backward(x, x, *tables, index, dx, *tables_of)
-    low_rank(x, x, *tables, index)
+    low_rank_backward(x, x, *(*tables, dx, *tables_of))
+    low_rank(x, x, *tables)
     for rows in (x, dx):
         assert rows[0].isfinite().all() and rows[1:].isnan().all()
     assert all(each.isfinite().all() for each in tables_of[:3])
@@ -130,6 +146,7 @@ TABLES = {
 }
 STRIDES = {"strength_strides": ("i64", "i64"), "index_stride": "i64"}
 SIZES = dict.fromkeys(("tokens", "width", "rank", "adapters"), "i32")
+HALF_WIDE = r"ld\.global[.\w:]*\.v(4\.b32|2\.b64|2\.b32)"
 WIDE = r"(ld\.global[.\w:]*\.v(4\.b32|2\.b64)|cp\.async)"
 
 
@@ -147,7 +164,7 @@ def kernels_ahead(dtype: str, rank: int, arch: int) -> dict[str, Any]:
     names = ("coefficients_ptr", "strength_ptr", "table_ptr", "bias_ptr")
     sums = {"rows_ptr": f"*{dtype}"} | dict.fromkeys(names, "*fp32") | SIZES | STRIDES
     sums |= {"index_ptr": "*i64", "count": "i32", "rows_strides": ROWS}
-    warps = {"num_warps": chosen.warps}
+    warps = {"num_warps": chosen.warps, "num_stages": 1}
     wanted = dict.fromkeys(("HIDDEN", "DX", "DS"), True)
     return {
         "edit": ahead(module._low_rank_kernel, edit, blocks | {"COPY": True}, arch, **warps),
@@ -165,7 +182,8 @@ def test_compiles_within_limits(dtype: str, rank: int, arch: int):
     for name, code in kernels_ahead(dtype, rank, arch).items():
         within_limits(code, arch)
         assert re.search(r"mma(\.sync|_async)", code.asm["ptx"]), name
-        assert re.search(WIDE, code.asm["ptx"]), name
+        # Tiles for more than 16 ranks leave a thread four channels.
+        assert re.search(WIDE if rank <= 16 else HALF_WIDE, code.asm["ptx"]), name
         assert not re.search(r"ld\.global[.\w:]*\.b(8|16)\b", code.asm["ptx"]), name
 
 
@@ -189,9 +207,11 @@ def test_gpu_agrees_with_the_reference_and_repeats(dtype: torch.dtype):
         assert_close(out.cpu(), low_rank_reference(x, *tables), exact)
         found, again = ([each.cuda() for each in poisoned(grad, tables)] for _ in range(2))
         for each in (found, again):
-            low_rank_backward(g, there, *tables_there, *each)
-        same = low_rank_backward_reference(grad, x, *tables, NEEDS)
-        exact = low_rank_backward_reference(grad.double(), x.double(), *doubled(tables), NEEDS)
+            low_rank_backward(g, there, *(*tables_there, *each))
+        same = low_rank_backward_reference(grad, x, *tables, needs=NEEDS)
+        exact = low_rank_backward_reference(
+            grad.double(), x.double(), *doubled(tables), needs=NEEDS
+        )
         for one, other, *expected in zip(found, again, same, exact, strict=True):
             assert same_bits(one, other), case.name
             close(case, one.cpu(), *expected)

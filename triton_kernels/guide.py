@@ -161,7 +161,17 @@ def _guide_kernel(
             )  # [BLOCK_T, P2]
             _keep(scratch + 2 * P1 + m[None, :], top * _slope(a + second_bias, ACTIVATION))
             v, _ = _product(
-                scratch + 2 * P1, 1, every, second_ptr, deep, hidden, hidden, 1, BLOCK_T, BLOCK_K, P1
+                scratch + 2 * P1,
+                1,
+                every,
+                second_ptr,
+                deep,
+                hidden,
+                hidden,
+                1,
+                BLOCK_T,
+                BLOCK_K,
+                P1,
             )  # [BLOCK_T, P1]
             v = v * _slope(start - q, ACTIVATION)
         e += f[:, None] * tl.where((n < hidden)[None, :], v, 0.0)
@@ -222,7 +232,7 @@ def launch_settings(tokens: int, hidden: int, deep: int, *, layers: int) -> Sett
     Three layers hold more at once, and load less ahead so that no register spills.
     """
     p1, p2 = (max(16, triton.next_power_of_2(each)) for each in (hidden, deep))
-    most = min(64, max(16, 4096 // max(p1, p2)))
+    most = min(32 if layers == 3 else 64, max(16, 4096 // max(p1, p2)))
     block_t = min(most, max(16, triton.next_power_of_2(tokens)))
     block_k, stages = (16, 2) if layers == 3 else (32, 3)
     return Settings(p1, p2, block_t, block_k, 64, 8, stages)
@@ -263,9 +273,7 @@ def guide(
     chosen = launch_settings(tokens, hidden, deep, layers=layers)
     programs = batch * triton.cdiv(tokens, chosen.block_t)
     pitch = 2 * chosen.p1 + chosen.p2
-    scratch = _alloc.empty(
-        (programs, chosen.block_t, pitch), dtype=torch.float32, device=x.device
-    )
+    scratch = _alloc.empty((programs, chosen.block_t, pitch), dtype=torch.float32, device=x.device)
     _guide_kernel[(programs,)](
         x,
         out,

@@ -2,8 +2,8 @@
 
 A program instance owns a tile of BLOCK_T tokens of one entry of the batch and reads their channels
 twice: for A x + b, and for what is added. The gradient does the same and leaves d and s z of every
-row behind; a second kernel forms the sums of d x' and s z g' over the rows of each adapter. Products
-of float32 are formed from three products of its halves in tf32.
+row behind; a second kernel forms the sums of d x' and s z g' over the rows of each adapter. A
+product of float32 is formed from three products of its halves in tf32.
 """
 
 from typing import NamedTuple
@@ -300,15 +300,15 @@ class Settings(NamedTuple):
 
 
 def launch_settings(tokens: int, rank: int) -> Settings:
-    """The tile of one program instance; the parts of sums of rows take as many rows at a time."""
+    """The tile of one program instance, such that no register spills."""
     r = max(16, triton.next_power_of_2(rank))
-    return Settings(r, min(32, max(16, triton.next_power_of_2(tokens))), 64, 4)
+    block_t = min(32, max(16, triton.next_power_of_2(tokens)))
+    return Settings(r, block_t, 64, 4) if r == 16 else Settings(r, block_t, 32, 8)
 
 
-def parts_of(adapters: int, rows: int, width: int) -> int:
-    """Into how many parts the rows are cut so that their sums fill a GPU."""
-    windows = adapters * triton.cdiv(width, 64)
-    return max(1, min(16, triton.cdiv(rows, 256), triton.cdiv(512, max(windows, 1))))
+def parts_of(windows: int, rows: int) -> int:
+    """Into how many parts the rows are cut so that the sums of all windows fill a GPU."""
+    return max(1, min(16, triton.cdiv(rows, 256), triton.cdiv(512, windows)))
 
 
 def low_rank(
@@ -350,6 +350,7 @@ def low_rank(
         BLOCK_T=chosen.block_t,
         BLOCK_D=chosen.block_d,
         num_warps=chosen.warps,
+        num_stages=1,  # loading ahead takes more registers than there are
     )
 
 
@@ -404,6 +405,7 @@ def low_rank_backward(
         BLOCK_T=chosen.block_t,
         BLOCK_D=chosen.block_d,
         num_warps=chosen.warps,
+        num_stages=1,  # loading ahead takes more registers than there are
     )
     if d_down is not None:
         _sums(x, kept[0], strength, index, d_down, d_bias, chosen)
@@ -423,13 +425,14 @@ def _sums(
     """Writes the sums over the rows of each adapter to table [n, r, D] and bias [n, r]."""
     batch, tokens, width = rows.shape
     adapters, rank = table.shape[:2]
-    parts = parts_of(adapters, batch * tokens, width)
+    windows = adapters * triton.cdiv(width, chosen.block_d)
+    parts = parts_of(windows, batch * tokens)
     results = [each for each in (table, bias) if each is not None]
     partial = [
         each if parts == 1 else torch.empty((parts, *each.shape), device=rows.device)
         for each in results
     ]
-    _low_rank_sums_kernel[(adapters * triton.cdiv(width, chosen.block_d), parts)](
+    _low_rank_sums_kernel[(windows, parts)](
         rows,
         coefficients,
         strength,
@@ -449,6 +452,7 @@ def _sums(
         BLOCK_T=32,
         BLOCK_D=chosen.block_d,
         num_warps=chosen.warps,
+        num_stages=1,  # loading ahead takes more registers than there are
     )
     if parts > 1:
         for result, each in zip(results, partial, strict=True):

@@ -51,7 +51,7 @@ def edit_(launch: Callable[..., None], reference: Callable[..., None]) -> Callab
     return low_rank_
 
 
-def gradient(launch: Callable[..., None], reference: Callable, room: Callable) -> Callable:
+def gradient(launch: Callable[..., Any], reference: Callable, room: Callable) -> Callable:
     """The operator `low_rank_backward` through launch(grad, x, *tables, *results).
 
     `room` allocates the results; those that are not needed reach the launch as None.

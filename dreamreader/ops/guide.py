@@ -12,6 +12,7 @@ a_t = a_0 - G e_t, and the change has the squared norm e' G e.
 """
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -291,6 +292,15 @@ def _rather_plain(x: Tensor, weights: Sequence[Tensor]) -> bool:
     return hidden > MAX_HIDDEN or (x.shape[1] < FEW_TOKENS and weights[0].numel() > MANY_WEIGHTS)
 
 
+def _triton(x: Tensor, weights: Sequence[Tensor], *arguments) -> Tensor:
+    kernel = import_module(_TRITON)
+    if not kernel.supported(x, weights):
+        return guide_reference(x, weights, *arguments)
+    out = _alloc.empty_like(x)
+    kernel.guide(x, out, [each.contiguous() for each in weights], *arguments)
+    return out
+
+
 def _fake(x: Tensor, *arguments) -> Tensor:
     return torch.empty_like(x)
 
@@ -312,6 +322,7 @@ def _backward(ctx, grad: Tensor) -> tuple:
 
 
 _native: Any = native()[0]
+_TRITON = "dreamreader.triton_kernels.guide"
 
 _guide = register(
     "guide",
@@ -319,6 +330,7 @@ _guide = register(
     reference=guide_reference,
     fake=_fake,
     cpu=Kernel("guide_cpu", _cpu),
+    triton=Kernel(_TRITON, _triton),
     setup_context=_setup_context,
     backward=_backward,
 )
