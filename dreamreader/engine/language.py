@@ -34,23 +34,23 @@ def run_language(
     from dreamreader.engine.reader import RunResult, _merged
 
     model = reader.subject
-    encoded = _encoded(reader, list(plan.prompts))
+    inputs = encoded(reader, list(plan.prompts))
     sampling = bool(arguments.get("do_sample"))
     size = 1 if sampling else batch_size or len(plan)
     outputs: list[Any] = []
     found, report = [], FiringReport()
-    length = encoded["input_ids"].shape[1]
+    length = inputs["input_ids"].shape[1]
     for start in range(0, len(plan), size):
         stop = min(start + size, len(plan))
-        inputs = {name: value[start:stop] for name, value in encoded.items()}
+        part = {name: value[start:stop] for name, value in inputs.items()}
         session = reader._session(edits, records, plan, start, stop, memory_limit, length)
         with session, torch.no_grad(), torch.random.fork_rng(enabled=sampling):
             if sampling:
                 torch.manual_seed(plan.seeds[start])
             if arguments.keys() - {"logits_to_keep"}:
-                outputs.append(model.generate(**inputs, **arguments))
+                outputs.append(model.generate(**part, **arguments))
             else:
-                outputs.append(model(**inputs, **_positions(model, inputs), **arguments))
+                outputs.append(model(**part, **_positions(model, part), **arguments))
         found.append(session.activations(plan.rows))
         report.merge(session.report)
     output, text = _together(outputs, reader.tokenizer, length)
@@ -64,7 +64,8 @@ def _positions(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 
 
-def _encoded(reader: "Reader", prompts: list[str]) -> dict[str, Tensor]:
+def encoded(reader: "Reader", prompts: list[str]) -> dict[str, Tensor]:
+    """Tokens of prompts and their mask, both [rows, tokens], padded on the left."""
     tokenizer = reader.tokenizer
     if tokenizer is None:
         raise InvalidInput("prompts as strings need a tokenizer: Reader(model, tokenizer)")
@@ -75,13 +76,13 @@ def _encoded(reader: "Reader", prompts: list[str]) -> dict[str, Tensor]:
     try:
         tokenizer.padding_side = "left"
         cut = {"truncation": True, "max_length": most} if (most := reader.max_tokens) else {}
-        encoded = tokenizer(prompts, return_tensors="pt", padding=several, **cut)
+        found = tokenizer(prompts, return_tensors="pt", padding=several, **cut)
     finally:
         tokenizer.padding_side = side
-    if encoded["input_ids"].shape[1] == 0:
+    if found["input_ids"].shape[1] == 0:
         raise InvalidInput("the prompts have no tokens")
     device = reader.subject.device
-    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+    return {name: found[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
 def _together(outputs: list[Any], tokenizer: Any, prompt: int) -> tuple[Any, list[str] | None]:

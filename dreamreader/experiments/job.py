@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.engine import Reader, RunResult
+from dreamreader.engine.language import encoded
 from dreamreader.errors import DreamreaderError, InvalidInput
 from dreamreader.experiments.encode import encoded_once
 from dreamreader.experiments.row import Row, Unit, units
@@ -147,6 +148,29 @@ class Job:
         last = None if logits is None else logits[:, -1].float()
         return Outputs(columns, logits=last, text=result.text, tokenizer=self.reader.tokenizer)
 
+    def surprisal(self, rows: Sequence[Row], edits: Sequence[Any]) -> Tensor | None:
+        """[rows] mean surprisal of the texts that a metric asks for, under the edits of the rows.
+
+        Raises:
+            InvalidInput: the subject is no language model, a row has no such text, or it is one
+                token.
+        """
+        columns = [each.text for each in self.metrics if "surprisal" in each.needs]  # pyright: ignore
+        if not columns:
+            return None
+        texts = [row.columns().get(columns[0]) for row in rows]
+        missing = next((n for n, text in enumerate(texts) if not isinstance(text, str)), None)
+        if missing is not None or not self.is_language:
+            where = f"entry {rows[missing or 0].item.id!r}"
+            raise InvalidInput(
+                f"perplexity needs a language model, and a text in the column {columns[0]!r} of "
+                f"{where}"
+            )
+        listed = list(map(str, texts))
+        with torch.inference_mode():
+            found = self.reader.run(listed, edits=list(edits), seeds=[row.seed for row in rows])
+            return _surprisal(found.output.logits, **encoded(self.reader, listed))
+
     def _noise(self, result: RunResult) -> dict[int, Tensor]:
         """What the denoiser gave, by step, [rows, values]."""
         found = result.cache.get(self.noise_site or "")
@@ -169,6 +193,16 @@ class Job:
         if self.noise_site is None:
             return []
         return [Record(self.noise_site, branch=self.prompt_branch)]
+
+
+def _surprisal(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """[rows] mean of -log p over the tokens behind each row's first."""
+    shown = logits[:, :-1].float().log_softmax(-1)
+    each = -shown.gather(2, input_ids[:, 1:, None]).squeeze(2)  # [rows, tokens - 1]
+    known = (attention_mask[:, :-1] * attention_mask[:, 1:]).bool()
+    if not bool(known.any(1).all()):
+        raise InvalidInput("perplexity: a text must have two tokens or more")
+    return torch.where(known, each, 0).sum(1).cpu() / known.sum(1).cpu()
 
 
 class _Last:

@@ -3,6 +3,7 @@
 import hashlib
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -151,7 +152,8 @@ def drawn(job: Job, rows: Sequence[Row]) -> tuple[Outputs, Any]:
     record = [*method.records(job, rows), *job.noise_records()]
     with method.around(job):
         result, latents = job.draw([r.prompt for r in rows], [r.seed for r in rows], edits, record)
-    return job.outputs(rows, result, latents), result
+        surprisal = job.surprisal(rows, edits)
+    return replace(job.outputs(rows, result, latents), surprisal=surprisal), result
 
 
 # What rows are compared with: the outputs of their base rows, as exact as they were.
