@@ -42,7 +42,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     reader = dreamreader.load("shapes-unet")
 
-    def run(kind: str, out: Path, killer: Moment | None) -> int:
+    def run(kind: str, out: Path, killer: Moment | None, first: Callable[[int], Any]) -> int:
         calls = 0
 
         def called(*_: Any) -> None:
@@ -50,21 +50,25 @@ def main(folder: Path) -> None:
             calls += 1
 
         reader.subject.unet.register_forward_pre_hook(called)
-        told = watched(killer)
+        told = watched(killer, first)
         if kind == "reft":
             ReftJob(reader=reader, **REFT).run(out, told=told)
         else:
             ProbeJob(reader=reader, **{**PROBES, "sites": [DOWN, MIDDLE]}).run(out)
         return calls
 
-    def watched(killer: Moment | None) -> Callable[..., None] | None:
-        """Ends the process for good at a moment."""
-        if killer is None:
-            return None
-        name, left = killer
+    def watched(killer: Moment | None, first: Callable[[int], Any]) -> Callable[..., None]:
+        """Says which step came first, and ends the process for good at a moment."""
+        name, left = killer or ("", 0)
+        steps: list[int] = []
 
         def step(stage: str, done: int, *_: Any) -> None:
-            if name == "step" and stage == "training" and done == killer[1]:
+            if stage != "training":
+                return
+            if not steps:
+                first(done)
+            steps.append(done)
+            if (name, left) == ("step", done):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         def audit(event: str, about: tuple[Any, ...]) -> None:
@@ -78,12 +82,14 @@ def main(folder: Path) -> None:
         return step
 
     def forked(kind: str, out: Path, killer: Moment | None = None) -> dict[str, Any]:
-        """A training in a process of its own: what ended it, and its calls of the denoiser."""
+        """A training in a process of its own: what ended it, its first step, its calls of the
+        denoiser, and the probes that are there then."""
         ends, given = os.pipe()
         child = os.fork()
         if not child:
             try:
-                os.write(given, str(run(kind, out, killer)).encode())
+                calls = run(kind, out, killer, lambda n: os.write(given, b"%d;" % n))
+                os.write(given, b"calls %d" % calls)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
@@ -93,7 +99,13 @@ def main(folder: Path) -> None:
             text = pipe.read()
         status = os.waitpid(child, 0)[1]
         ended = os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-        return {"ended": ended, "calls": text}
+        first, calls = text.partition(";")[0], text.partition("calls ")[2]
+        files = {
+            each.name: each.stat().st_mtime_ns
+            for each in (out / "probes").glob("[!.]*.safetensors")
+        }
+        first = int(first) if ";" in text else None
+        return {"ended": ended, "first": first, "calls": calls, "files": files}
 
     log: dict[str, Any] = {}
     for kind, moments in MOMENTS.items():

@@ -10,7 +10,7 @@ import torch
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.harvest import Harvest
 from dreamreader.probes import Probe
-from dreamreader.training import ProbeJob
+from dreamreader.training import ProbeJob, ProbeTraining
 from dreamreader.training.labels import told
 
 from .jobs import DOWN, MIDDLE, PROBES
@@ -90,14 +90,24 @@ def test_rows_without_a_label_are_left_out():
     assert rows == [0, 3] and labels == {"a": ["x", "yes"], "b": ["1", "3"]}
 
 
-def test_rows_without_a_label_train_nothing(probes, tmp_path: Path):
+def test_rows_without_a_label_train_nothing(probes, tmp_path: Path, monkeypatch):
+    given: list[tuple[str, str]] = []
+    build = ProbeTraining.build
+
+    def seen(self, recorded, labels, **more):
+        given.extend(zip((row.prompt for row in recorded.rows), labels, strict=True))
+        return build(self, recorded, labels, **more)
+
+    monkeypatch.setattr(ProbeTraining, "build", seen)
     rows = [dict(each) for each in PROBES["data"]["prompts"]]
-    rows[0]["color"] = None
+    for each in rows:
+        each["color"] = None if each["color"] == "green" else each["color"]
     job = probes({"per_step": "shared"}, data={"prompts": rows})
     probe = job.run(tmp_path)[DOWN]
-    assert notes(tmp_path)["rows"] == {"all": 18, "labelled": 17}
-    assert sum(probe.card.rows.values()) == 17
-    assert "1 had no label" in (tmp_path / "report.html").read_text()
+    assert notes(tmp_path)["rows"] == {"all": 18, "labelled": 12}
+    assert sum(probe.card.rows.values()) == 12
+    assert len(given) == 12 and all(label in prompt for prompt, label in given)
+    assert "6 had no label" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("per_step", ["shared", "noise"])

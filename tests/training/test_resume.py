@@ -53,3 +53,24 @@ def test_what_is_there_is_not_computed_again(stopped, kind: str):
     _, log = stopped
     assert int(log[kind]["whole"]["calls"]) > 0
     assert log[kind]["last"]["calls"] == log[kind]["again"]["calls"] == "0"
+
+
+def test_steps_of_a_checkpoint_are_not_taken_again(stopped):
+    """Every step leaves one: the third process is killed while it writes that of its third step."""
+    _, log = stopped
+    first = dict(zip(killed.MOMENTS["reft"], log["reft"]["killed"], strict=True))
+    assert {moment: each["first"] for moment, each in first.items()} == {
+        **{("fingerprint.json", 1): None, ("step", 1): 1, ("training.safetensors", 3): 2},
+        **{("step", 11): 4, ("adapter.safetensors", 1): 12},
+        **{("result.json", 1): None, ("report.html", 1): None},
+    }
+
+
+def test_a_probe_that_is_there_is_not_trained_again(stopped):
+    _, log = stopped
+    there: dict[str, int] = {}
+    for each in log["probes"]["killed"]:
+        assert there.items() <= each["files"].items()
+        there = each["files"]
+    counts = [len(each["files"]) for each in log["probes"]["killed"]]
+    assert counts == [0, 0, 1, 2]
