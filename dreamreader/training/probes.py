@@ -87,6 +87,8 @@ class ProbeSpec(Part):
             raise ValueError(f"{given[0]} is of prompts that are run; a store has its own")
         elif from_detector(self.labels):
             raise ValueError("labels: a store has no pictures for the detector; give a column")
+        elif self.probe.jitter:
+            raise ValueError("probe.jitter: rows of a store are read as they are; leave it out")
         return self
 
     @property

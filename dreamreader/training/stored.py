@@ -83,7 +83,8 @@ class Stored:
         for done, site in enumerate(sites, 1):
             parts = [Part(self, site, each, batch) for each in (TRAIN, VALIDATION, HELD_OUT)]
             options = self.spec.probe.options
-            options.pop("holdout")
+            for name in ("holdout", "jitter"):  # the split is made here
+                options.pop(name)
             probe = fit_batches(
                 *parts,
                 **options | {"pool": self._pool(site)},

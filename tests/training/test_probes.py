@@ -186,6 +186,8 @@ def test_a_store_gives_the_probe_of_its_rows(reader, tmp_path: Path):
     wrong = ProbeJob.from_file(tmp_path / "spec.yaml", ["probe.pool=token"])
     with pytest.raises(InvalidInput, match="stored with pool mean; give probe.pool: mean"):
         wrong.run(tmp_path / "wrong")
+    with pytest.raises(InvalidInput, match="probe.jitter: rows of a store are read as they are"):
+        ProbeJob.from_file(tmp_path / "spec.yaml", ["probe.jitter=0.5"])
     wrong = ProbeJob.from_file(tmp_path / "spec.yaml", ["sites=unet.up_blocks.**"])
     with pytest.raises(UnknownName, match="unknown site 'unet.up_blocks"):
         wrong.run(tmp_path / "wrong")
