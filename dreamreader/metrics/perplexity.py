@@ -16,7 +16,7 @@ class Perplexity:
     Limits: an experiment runs the model on this text once more, with the edits of the row.
     """
 
-    text: str = "text"
+    text: str = "plain_text"
 
     name: ClassVar[str] = "perplexity"
     needs: ClassVar[frozenset[str]] = frozenset({"surprisal"})

@@ -68,9 +68,9 @@ def fit(
         epochs: at most so many passes; patience: it stops after so many without a better validated
             state.
         lr: of Adam. batch_size: rows in a step.
-        jitter: noise on the inputs in training, as a multiple of each feature's deviation. A probe
-            that is to guide needs about 1: the gradient of one that only reads clean rows points
-            to where no activations are.
+        jitter: noise on the inputs in training, the same in all directions, as a multiple of their
+            root mean square deviation. A probe that is to guide needs about 1: the gradient of one
+            that only reads clean rows points to where no activations are.
         holdout: one group of so many validates (it chooses the state that is kept, and the
             temperature), and one is held out and only measures.
         groups: rows that belong together and are never split; by default rows of one prompt, where

@@ -24,8 +24,8 @@ class Recipe:
     Attributes:
         hidden: widths of none to two hidden layers; () is linear.
         epochs: at most so many. patience: epochs without a better validated state before it stops.
-        jitter: deviation of noise that is added to inputs in training and validation, as a multiple
-            of that of each feature.
+        jitter: deviation of noise that is added to raw inputs in training and validation, the same
+            in all directions, as a multiple of the root mean square of the features' deviations.
     """
 
     hidden: tuple[int, ...]
@@ -116,11 +116,13 @@ def train(problem: Problem) -> Trained:
     optimiser = torch.optim.Adam(net.parameters(), lr=recipe.lr)
     generator = torch.Generator().manual_seed(recipe.seed)
     proof = problem.rows(VALIDATION)
-    proven = _jittered(x[:, proof], recipe.jitter, generator)
+    rms = scale.square().mean(-1, keepdim=True).sqrt()
+    noise = (recipe.jitter * rms / scale).unsqueeze(1)  # [count, 1, features]
+    proven = _jittered(x[:, proof], noise, generator)
     for epoch in range(recipe.epochs):
         order = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
         for batch in order.split(recipe.batch_size):
-            seen = _jittered(x[:, batch], recipe.jitter, generator)
+            seen = _jittered(x[:, batch], noise, generator)
             step(net, optimiser, problem.objective, seen, targets[batch],
                  problem.fraction[batch])  # fmt: skip
         with torch.no_grad():
@@ -138,11 +140,11 @@ def train(problem: Problem) -> Trained:
     return Trained(mlps, held[0], held[1], keep.epochs())
 
 
-def _jittered(x: Tensor, jitter: float, generator: torch.Generator) -> Tensor:
-    """Standardised inputs with noise."""
-    if not jitter:
+def _jittered(x: Tensor, noise: Tensor, generator: torch.Generator) -> Tensor:
+    """Standardised inputs with noise of a deviation for each feature."""
+    if not bool((noise != 0).any()):
         return x
-    return x + jitter * torch.randn(x.shape, generator=generator).to(x)
+    return x + noise * torch.randn(x.shape, generator=generator).to(x)
 
 
 def _held(problem: Problem, rows: Tensor, logits: Float[Tensor, "count rows outputs"]) -> Held:

@@ -40,10 +40,10 @@ class Guide(Method, Places):
     fit_seeds: AnySeeds = Field(
         default_factory=lambda: Seeds(start=100_000), description="Seeds of these prompts."
     )
-    fit_tokens: Count | None = Field(
+    fit_tokens: Count | list[int] | None = Field(
         None,
-        description="Random tokens of each activation that probes with pool token are fitted to; "
-        "all by default.",
+        description="Tokens that the probes are fitted to: so many random ones of each activation "
+        "(pool token), or positions; by default those that are guided.",
     )
     labels: dict[str, str] = Field(
         min_length=1,

@@ -97,7 +97,8 @@ def _recorded(
     method: "Guide", job: "Job", sites: Sequence[str], rows: Sequence[tuple[Any, int]]
 ) -> Cache:
     """Activations of labelled prompts, as the probes pool them."""
-    tokens = _tokens(method, job)
+    chosen = method.fit_tokens
+    tokens = chosen if isinstance(chosen, list) else _tokens(method, job)
     reduce = _reduction(method)
     branch = method.branch if method.branch is not None else job.prompt_branch
     records = [Record(site, branch=branch, tokens=tokens, reduce=reduce) for site in sites]
@@ -144,17 +145,17 @@ def _contrasts(recorded: Any, site: str, labels: dict[str, list[str]]) -> dict[s
 
 def _reduction(method: "Guide") -> Any:
     """What is kept of the tokens of each activation."""
-    draw = torch.Generator().manual_seed(0)
+    draw, wanted = torch.Generator().manual_seed(0), method.fit_tokens
 
     def some(x: Tensor) -> Tensor:
         """Random tokens, others of each row."""
-        count = min(method.fit_tokens or x.shape[1], x.shape[1])
+        count = min(wanted if isinstance(wanted, int) else x.shape[1], x.shape[1])
         order = torch.rand(x.shape[:2], generator=draw).argsort(1)[:, :count]  # [rows, count]
         return x.gather(1, order.to(x.device).unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
     if method.probe.pool == "mean":
         return lambda x: x.float().mean(1, keepdim=True)
-    return some if method.probe.pool == "token" and method.fit_tokens is not None else None
+    return some if method.probe.pool == "token" and isinstance(wanted, int) else None
 
 
 def _random(mlp: Mlp, seed: int) -> Mlp:
