@@ -23,7 +23,7 @@ from dreamreader.experiments import Experiment
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "experiments.md"
-LIMIT = 180.0  # seconds on two cores
+LIMIT = 600.0  # seconds on two cores
 START, END = "<!-- examples -->", "<!-- /examples -->"
 
 
