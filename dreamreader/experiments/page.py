@@ -75,8 +75,9 @@ def _pictures(results: Results) -> list[Section]:
     lines = []
     for condition in results.conditions:
         found = results.of(condition)
-        first = {name: wanted.get(name, found[0].get(name)) for name in ("cell", "strength")}
-        chosen = [r for r in found if all(r.get(k) == v for k, v in first.items())] or found
+        first = {name: found[0].get(name) for name in ("cell", "strength")} | dict(wanted)
+        # what a condition has no column for, such as the rank of a difference of means, is no bar
+        chosen = [r for r in found if all(r.get(k) in (None, v) for k, v in first.items())] or found
         pictures = [picture(results, row) for row in chosen[:COLUMNS]]
         if pictures and all(pictures):
             lines.append((condition.replace("_", " "), pictures))

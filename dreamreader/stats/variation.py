@@ -18,7 +18,8 @@ def variation_to_uniform(found: Sequence[Hashable], names: Sequence[Hashable]) -
 
     Returns:
         A number from 0 (even) to 1, and its percentile bootstrap interval. An even draw of n has
-        about `sqrt(K / (2 pi n))`, so that a value near it says nothing against evenness.
+        about `sqrt((K - 1) / (2 pi n))`, so that a value near it says nothing against evenness;
+        for the same reason a resample is less even than the sample, and the bounds err upwards.
 
     Raises:
         InvalidInput: there are no observations, or no names.

@@ -163,6 +163,36 @@ class Table:
         self.group += 1
 
 
+def alphas(rows: Sequence[Row], *axes: str) -> dict[tuple[Any, ...], list[float]]:
+    """Strengths of a batch by condition, cell and further axes; 0 for the rows of all others."""
+    found: dict[tuple[Any, ...], list[float]] = {}
+    for number, row in enumerate(rows):
+        if row.cell is not None and row.strength is not None:
+            key = (row.condition, row.cell, *map(row.axes.get, axes))
+            found.setdefault(key, [0.0] * len(rows))[number] = row.strength
+    return found
+
+
+def selection_of(cell: Cell) -> dict[str, Any]:
+    """The selection of a cell, for edits that know no heads."""
+    return {name: value for name, value in cell.selection.items() if name != "heads"}
+
+
+def one_selection(cells: Sequence[Cell], what: str) -> Any:
+    """The tokens of all cells.
+
+    Raises:
+        InvalidInput: they differ; `what` says for whom they may not.
+    """
+    chosen = {repr(cell.selection["tokens"]): cell.selection["tokens"] for cell in cells}
+    if len(chosen) > 1:
+        raise InvalidInput(
+            f"method.tokens: cells are edited at different tokens ({', '.join(chosen)}); {what} "
+            "one selection, write a spec for each"
+        )
+    return next(iter(chosen.values()))
+
+
 def counted(**parts: int) -> None:
     """Refuse a table that is too long, by the sizes of its axes."""
     total = 1

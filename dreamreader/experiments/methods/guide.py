@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from dreamreader import edits as kinds
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.experiments.methods.base import Method, Places, Table
+from dreamreader.experiments.methods.base import Method, Places, Table, alphas, selection_of
 from dreamreader.experiments.row import Row
 from dreamreader.localise import Cell
 from dreamreader.specs.data import Item, read_items
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dreamreader.report import Number, Section
 
 UNIFORM = "uniform"
+JOINED = " + "  # between the labels of a target, as the detector reads them
 CONTROLS = ("random_probe", "difference", "target_prompt")
 
 
@@ -31,8 +32,8 @@ class Guide(Method, Places):
 
     Every row has a column `target` with the labels that it is moved to, such as `blue` or
     `blue + white`, which the detector reads. Controls: a probe with random weights of the same
-    norms; a difference of means at the same sites (`difference`), in strengths of its own; the
-    target prompt itself where `data` are pairs.
+    norms; where there is a target, a difference of means at the same sites (`difference`), in
+    strengths of its own; the target prompt itself where `data` are pairs.
     """
 
     kind: Literal["guide"] = "guide"
@@ -89,7 +90,7 @@ class Guide(Method, Places):
     def check(self, job: "Job") -> None:
         inner = {"strengths": len(self.strengths), "inner_steps": len(self.iterations)}
         self.check_cells(job, conditions=len(list(self._sweeps())), **inner)
-        for row in self.rows(job):
+        for row in job.rows:
             self.away(job, row)
 
     def inputs(self, job: "Job") -> dict[str, Any]:
@@ -99,19 +100,12 @@ class Guide(Method, Places):
 
     def rows(self, job: "Job") -> list[Row]:
         pairs = [(item, seed) for item in job.items for seed in job.seeds]
-        towards = [self._towards(job, number) for number in range(len(pairs))]
+        named = [self._named(job, number, item) for number, (item, _) in enumerate(pairs)]
         table = Table()
 
         def add(condition: str, more: Mapping[str, Any] | None = None, **rest: Any) -> None:
-            for (item, seed), target in zip(pairs, towards, strict=True):
-                own = item.columns.get("target", target)
-                if own != target:
-                    raise InvalidInput(
-                        f"method.target: entry {item.id!r} of data has the target {own!r}, the "
-                        f"method moves it to {target!r}"
-                    )
-                named = {} if "target" in item.columns else {"target": target}
-                table.add(item, seed, condition, axes={**named, **(more or {})}, **rest)
+            for (item, seed), axes in zip(pairs, named, strict=True):
+                table.add(item, seed, condition, axes={**axes, **(more or {})}, **rest)
 
         add("unedited")
         if "target_prompt" in self.controls and all(item.target for item, _ in pairs):
@@ -122,12 +116,29 @@ class Guide(Method, Places):
                 add(condition, more, cell=cell, strength=strength)
         return table.rows
 
+    def _named(self, job: "Job", number: int, item: Item) -> dict[str, str]:
+        """The column target of a row, where its data have none.
+
+        Raises:
+            InvalidInput: they have another one.
+        """
+        if not self.target:
+            return {}
+        target = self._towards(job, number)
+        own = str(item.columns.get("target", target))
+        if own != target:
+            raise InvalidInput(
+                f"method.target: entry {item.id!r} of data has the target {own!r}, the method "
+                f"moves it to {target!r}"
+            )
+        return {} if "target" in item.columns else {"target": target}
+
     def _sweeps(self) -> Iterator[tuple[str, list[float], Sequence[int | None]]]:
         """Conditions with their strengths and inner steps."""
         yield "edited", self.strengths, self.iterations
         if "random_probe" in self.controls:
             yield "random_probe", self.strengths, self.iterations
-        if "difference" in self.controls:
+        if "difference" in self.controls and self.target:
             yield "difference", self.difference_strengths, [None]
 
     def prepare(self, job: "Job") -> None:
@@ -137,13 +148,8 @@ class Guide(Method, Places):
         job.memory["fitted"] = fitted(self, job)
 
     def edits_of(self, job: "Job", rows: Sequence[Row]) -> list[Any]:
-        groups: dict[tuple[str, Cell, Any], list[float]] = {}
-        for number, row in enumerate(rows):
-            if row.cell is not None and row.strength is not None:
-                key = (row.condition, row.cell, row.axes.get("iterations"))
-                groups.setdefault(key, [0.0] * len(rows))[number] = row.strength
         found: list[Any] = []
-        for (condition, cell, inner), alpha in groups.items():
+        for (condition, cell, inner), alpha in alphas(rows, "iterations").items():
             if condition == "difference":
                 found += self._differences(job, rows, cell, alpha)
             else:
@@ -164,14 +170,14 @@ class Guide(Method, Places):
         return kinds.ProbeGuidance(
             cell.sites,
             made.mlps(cell.sites, random),
-            [self._names(target_of(row)) for row in rows],
+            [self._names(row) for row in rows],
             [self.away(job, row) for row in rows],
             alpha,
             gamma=self.gamma,
             iterations=inner,
             trust=self.trust,
             pool=self.probe.pool,
-            **_when(cell),
+            **selection_of(cell),
         )
 
     def _differences(
@@ -181,14 +187,14 @@ class Guide(Method, Places):
         it."""
         made: Fitted = job.memory["fitted"]
         found = []
-        for name in dict.fromkeys(name for row in rows for name in self._names(target_of(row))):
+        for name in dict.fromkeys(name for row in rows for name in self._names(row)):
             own = [
-                strength if name in self._names(target_of(row)) else 0.0
+                strength if name in self._names(row) else 0.0
                 for row, strength in zip(rows, alpha, strict=True)
             ]
             if any(own):
                 vectors = {site: made.contrast(site, name) for site in cell.sites}
-                found.append(kinds.Steer(cell.sites, vectors, own, **_when(cell)))
+                found.append(kinds.Steer(cell.sites, vectors, own, **selection_of(cell)))
         return found
 
     def _towards(self, job: "Job", number: int) -> str:
@@ -199,33 +205,58 @@ class Guide(Method, Places):
             if label not in (UNIFORM, *listed):
                 raise UnknownName(f"method.target.{attribute}", label, listed)
             chosen.append(listed[number % len(listed)] if label == UNIFORM else label)
-        return " + ".join(chosen)
+        return JOINED.join(chosen)
 
-    def _names(self, target: str) -> list[str]:
-        """The probe's labels of a row's target."""
-        parts = target.split(" + ") if target else []
+    def _names(self, row: Row) -> list[str]:
+        """The probe's labels that a row is moved to."""
+        if not self.target:
+            return []
+        target = row.axes["target"] if "target" in row.axes else row.item.columns["target"]
+        parts = str(target).split(JOINED)
         return [f"{name}={value}" for name, value in zip(self.target, parts, strict=True)]
 
     def away(self, job: "Job", row: Row) -> list[str]:
         """The probe's labels that a row is moved away from; none that it is moved to."""
         found = []
         for attribute, column in self.avoid.items():
-            value, known = row.item.columns.get(column), self.values(job)[attribute]
+            value, known = str(row.item.columns.get(column)), self.values(job)[attribute]
             if value not in known:
                 where = f"method.avoid.{attribute}: {column} of entry {row.item.id!r}"
-                raise UnknownName(where, str(value), known)
+                raise UnknownName(where, value, known)
             found.append(f"{attribute}={value}")
-        return [name for name in found if name not in self._names(target_of(row))]
+        return [name for name in found if name not in self._names(row)]
 
     def values(self, job: "Job") -> dict[str, list[str]]:
         """The labels of each attribute, as they occur in the fit's prompts."""
         if "values" not in job.memory:
             items = self.fit_items()
-            job.memory["values"] = {
-                attribute: sorted(set(map(str, column_of(items, attribute, column))))
-                for attribute, column in self.labels.items()
-            }
+            job.memory["values"] = {name: self.labels_of(items, name) for name in self.labels}
         return job.memory["values"]
+
+    def labels_of(self, items: Sequence[Item], attribute: str) -> list[str]:
+        """The labels of an attribute that occur in prompts, in alphabetic order."""
+        return sorted(set(self.column_of(items, attribute)))
+
+    def column_of(self, items: Sequence[Item], attribute: str) -> list[str]:
+        """The label of every prompt.
+
+        Raises:
+            InvalidInput: an entry has none, or one that cannot be told apart in a target.
+        """
+        column, found = self.labels[attribute], []
+        for item in items:
+            value, where = item.columns.get(column), f"method.labels.{attribute}: entry {item.id!r}"
+            if value is None:
+                there = ", ".join(item.columns) or "none"
+                raise InvalidInput(
+                    f"{where} of method.fit has no value in the column {column}; it has {there}"
+                )
+            if JOINED in str(value):
+                raise InvalidInput(
+                    f"{where} of method.fit: {value!r} holds {JOINED!r}, which joins labels"
+                )
+            found.append(str(value))
+        return found
 
     def fit_items(self) -> list[Item]:
         return read_items(self.fit, "method.fit")
@@ -236,9 +267,9 @@ class Guide(Method, Places):
         return numbers(self, results)
 
     def shown(self, results: "Results") -> dict[str, Any]:
-        from dreamreader.experiments.methods.guide_page import best_of
+        from dreamreader.experiments.methods.guide_page import best
 
-        return best_of(self, results, "edited")
+        return best(self, results)
 
     def sections(self, results: "Results") -> "list[Section]":
         from dreamreader.experiments.methods.guide_page import sections
@@ -249,28 +280,3 @@ class Guide(Method, Places):
         from dreamreader.experiments.methods.guide_page import summary
 
         return summary(self, results)
-
-
-def target_of(row: Row) -> str:
-    """The labels that a row is moved to, as a detector's target."""
-    return str(row.axes.get("target", row.item.columns.get("target", "")))
-
-
-def column_of(items: Sequence[Item], attribute: str, column: str) -> list[Any]:
-    """A column of the fit's prompts.
-
-    Raises:
-        InvalidInput: an entry has no such column.
-    """
-    for item in items:
-        if column not in item.columns:
-            raise InvalidInput(
-                f"method.labels.{attribute}: entry {item.id!r} of method.fit has no column "
-                f"{column}; it has {', '.join(item.columns) or 'none'}"
-            )
-    return [item.columns[column] for item in items]
-
-
-def _when(cell: Cell) -> dict[str, Any]:
-    """The selection of a cell for edits that know no heads."""
-    return {name: value for name, value in cell.selection.items() if name != "heads"}

@@ -1,14 +1,14 @@
 """What a guidance run found: how many rows reached their labels, and what else changed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from dreamreader.experiments.methods import compared
+from dreamreader.experiments.methods.compared import STILL, Line, columns_of
 from dreamreader.experiments.methods.guide import UNIFORM
 from dreamreader.experiments.page import curves
-from dreamreader.experiments.results import Found, axis_values, said
-from dreamreader.report import Number, Section, Table
+from dreamreader.experiments.results import Found, axis_values, interval
+from dreamreader.report import Number, Section
 from dreamreader.stats import Interval
 from dreamreader.stats.variation import variation_to_uniform
 
@@ -17,125 +17,65 @@ if TYPE_CHECKING:
     from dreamreader.experiments.results import Results
 
 SETTING = ("cell", "strength", "iterations")
-_STILL = ("unedited", "target_prompt")
-_MOVED = ("edited", "random_probe", "difference")
 
 
 def summary(method: "Guide", results: "Results") -> list[str]:
     """Every condition at its best setting; the random probe at that of the probe."""
-    lines = []
-    for name, where, columns in _compared(method, results):
-        few = [*list(columns)[:5], *(label for label in columns if label.startswith("variation"))]
-        found = ", ".join(f"{label} {said(columns[label])}" for label in few)
-        lines.append(f"  {name.replace('_', ' ')}{_setting(where)}: {found}")
-    return lines
+    return compared.summary(_lines(method, results))
 
 
 def numbers(method: "Guide", results: "Results") -> list[Number]:
-    """The first column of the conditions that were moved."""
-    found = []
-    for name, _, columns in _compared(method, results):
-        label, value = next(iter(columns.items()))
-        if name in _MOVED:
-            shown = f"{label}, {name}".replace("_", " ")
-            found.append(
-                Number(f"{value.value:.3g}", shown, f"{value.low:.2g} to {value.high:.2g}")
-            )
-    return found
+    """The effect in the conditions that were moved."""
+    return compared.numbers(_lines(method, results))
 
 
 def sections(method: "Guide", results: "Results") -> list[Section]:
     """The conditions side by side, curves over strength and inner steps, and the probes."""
-    compared = _compared(method, results)
-    names = list(compared[0][2])
-    rows = [
-        (name.replace("_", " "), _setting(where).strip(), *map(said, columns.values()))
-        for name, where, columns in compared
-    ]
-    table = Table(("condition", "setting", *names), rows, "Means with 95 % intervals.")
+    table = compared.table(_lines(method, results))
     return [Section("Guidance", [table]), *_curves(method, results), *_probes(results)]
 
 
-def best_of(method: "Guide", results: "Results", condition: str) -> dict[str, Any]:
+def best(method: "Guide", results: "Results", condition: str = "edited") -> dict[str, Any]:
     """The setting of a condition with the largest mean of the effect, the weaker one of equals."""
-    column = _effect(method, results)
-    found: dict[tuple[Any, ...], list[Found]] = {}
-    for row in results.of(condition):
-        found.setdefault(tuple(row.get(name) for name in SETTING), []).append(row)
-
-    def rank(key: tuple[Any, ...]) -> tuple[float, float, float]:
-        values = [np.nan if row[column] is None else float(row[column]) for row in found[key]]
-        return float(np.nan_to_num(np.mean(values), nan=-np.inf)), -abs(key[1]), -(key[2] or 0)
-
-    return dict(zip(SETTING, max(found, key=rank), strict=True))
+    return compared.best(method, results, SETTING, condition)
 
 
-def _effect(method: "Guide", results: "Results") -> str:
-    return results.effect_column(method.effect, "edited", "unedited")
-
-
-def _compared(
-    method: "Guide", results: "Results"
-) -> list[tuple[str, dict[str, Any], dict[str, Interval]]]:
-    """(condition, setting, columns) of all conditions."""
-    chosen = best_of(method, results, "edited")
-    settings = {name: {} for name in _STILL} | {"edited": chosen, "random_probe": chosen}
+def _lines(method: "Guide", results: "Results") -> list[Line]:
+    """What stands side by side."""
+    chosen, names = best(method, results), columns_of(method, results)
+    settings = {name: {} for name in STILL} | {"edited": chosen, "random_probe": chosen}
     if results.of("difference"):
-        settings["difference"] = best_of(method, results, "difference")
-    names = _columns(method, results)
+        settings["difference"] = best(method, results, "difference")
     return [
-        (name, where, _measured(method, results.of(name, **where), names))
+        Line(name.replace("_", " "), name, where, _measured(method, rows, names))
         for name, where in settings.items()
-        if results.of(name)
+        if (rows := results.of(name, **where))
     ]
 
 
-def _columns(method: "Guide", results: "Results") -> list[str]:
-    first = _effect(method, results)
-    return [first, *(name for name in results.numbers if name != first)][:8]
-
-
 def _measured(method: "Guide", rows: Sequence[Found], names: Sequence[str]) -> dict[str, Interval]:
-    from dreamreader.experiments.results import interval
-
     found = {name: interval(row.get(name) for row in rows) for name in names}
     for attribute, label in method.target.items():
         if label == UNIFORM and rows and attribute in rows[0]:
-            labels = _labels(method, attribute)
+            labels = method.labels_of(method.fit_items(), attribute)
             seen = [str(row[attribute]) for row in rows]
             found[f"variation of {attribute}"] = variation_to_uniform(seen, labels)
     return found
 
 
-def _labels(method: "Guide", attribute: str) -> list[str]:
-    from dreamreader.experiments.methods.guide import column_of
-
-    column = method.labels[attribute]
-    return sorted(set(map(str, column_of(method.fit_items(), attribute, column))))
-
-
-def _setting(where: Mapping[str, Any]) -> str:
-    parts = []
-    if where.get("cell") is not None:
-        parts.append(str(where["cell"]))
-    if where.get("strength") is not None:
-        parts.append(f"strength {where['strength']:g}")
-    if where.get("iterations") is not None:
-        parts.append(f"{where['iterations']} inner steps")
-    return f" ({', '.join(parts)})" if parts else ""
-
-
 def _curves(method: "Guide", results: "Results") -> list[Section]:
-    cell = best_of(method, results, "edited")["cell"]
-    found = []
+    """At the best cell; the random probe with the inner steps of the best setting."""
+    at = best(method, results)
+    cell, found = at["cell"], []
     if len(method.strengths) > 1:
         lines = {
             f"{inner} inner steps": results.of("edited", cell=cell, iterations=inner)
             for inner in axis_values(results.of("edited"), "iterations")
         }
-        for name in ("random_probe", "difference"):
-            if results.of(name, cell=cell):
-                lines[name] = results.of(name, cell=cell)
+        controls = {"random_probe": {"iterations": at["iterations"]}, "difference": {}}
+        for name, where in controls.items():
+            if rows := results.of(name, cell=cell, **where):
+                lines[name] = rows
         found.append(Section("Strength", [curves(results, "strength", lines)], f"At {cell}."))
     if len(method.iterations) > 1:
         lines = {

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from dreamreader.edits import Mlp
 from dreamreader.engine import Cache, Record
-from dreamreader.errors import InvalidInput
-from dreamreader.experiments.methods.guide import column_of
+from dreamreader.experiments.methods.base import one_selection
 from dreamreader.experiments.row import evenly
 from dreamreader.probes import Probe
 from dreamreader.specs.parts import listed_seeds
@@ -75,10 +74,8 @@ def _fit(method: "Guide", job: "Job", files: dict[str, Path], means: Path) -> No
     items = method.fit_items()
     rows = [(item, seed) for item in items for seed in listed_seeds(method.fit_seeds)]
     cache = _recorded(method, job, list(files), rows)
-    labels = {
-        attribute: list(map(str, column_of([item for item, _ in rows], attribute, column)))
-        for attribute, column in method.labels.items()
-    }
+    prompts = [item for item, _ in rows]
+    labels = {attribute: method.column_of(prompts, attribute) for attribute in method.labels}
     assert job.folder is not None
     with explained(job.folder.path):
         means.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +95,11 @@ def _recorded(
 ) -> Cache:
     """Activations of labelled prompts, as the probes pool them."""
     chosen = method.fit_tokens
-    tokens = chosen if isinstance(chosen, list) else _tokens(method, job)
+    tokens = (
+        chosen
+        if isinstance(chosen, list)
+        else one_selection(method.cells(job), "a probe is fitted to")
+    )
     reduce = _reduction(method)
     branch = method.branch if method.branch is not None else job.prompt_branch
     records = [Record(site, branch=branch, tokens=tokens, reduce=reduce) for site in sites]
@@ -109,18 +110,6 @@ def _recorded(
         result, _ = job.draw(prompts, seeds, record=records)
         parts.append(result.cache)
     return _joined(parts)
-
-
-def _tokens(method: "Guide", job: "Job") -> Any:
-    chosen = {
-        repr(cell.selection["tokens"]): cell.selection["tokens"] for cell in method.cells(job)
-    }
-    if len(chosen) > 1:
-        raise InvalidInput(
-            f"method.tokens: cells are guided at different tokens ({', '.join(chosen)}); a probe "
-            "is fitted to one selection, write a spec for each"
-        )
-    return next(iter(chosen.values()))
 
 
 def _joined(parts: Sequence[Cache]) -> Cache:

@@ -9,9 +9,8 @@ from pydantic import Field
 
 from dreamreader import edits as kinds
 from dreamreader.errors import InvalidInput
-from dreamreader.experiments.methods.base import Method, Places, Table
+from dreamreader.experiments.methods.base import Method, Places, Table, alphas, selection_of
 from dreamreader.experiments.row import Row
-from dreamreader.localise import Cell
 from dreamreader.specs.data import Item, read_items
 from dreamreader.specs.parts import AnySeeds, Count, Data, Seeds
 from dreamreader.training.parts import Training
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from dreamreader.report import Number, Section
 
 Variant = Literal["loreft", "direft", "noreft", "diagonal", "bias"]
+KEEP = "method.training.keep.data"
 PER_CHANNEL = ("diagonal", "bias")  # variants that have no rank
 
 
@@ -69,7 +69,9 @@ class Reft(Method, Places):
 
     def inputs(self, job: "Job") -> dict[str, Any]:
         pairs = [[each.prompt, each.target, dict(each.columns)] for each in self.fit_items()]
-        return {"fit": hashlib.sha256(repr(pairs).encode()).hexdigest()}
+        keep = self.training.keep
+        kept = [] if keep is None else [e.prompt for e in read_items(keep.data, KEEP)]
+        return {"fit": hashlib.sha256(repr((pairs, kept)).encode()).hexdigest()}
 
     @property
     def wanted(self) -> list[tuple[str, int]]:
@@ -113,21 +115,15 @@ class Reft(Method, Places):
         job.memory["trained"] = trained(self, job)
 
     def edits_of(self, job: "Job", rows: Sequence[Row]) -> list[Any]:
-        groups: dict[tuple[str, Cell, Any, Any], list[float]] = {}
-        for number, row in enumerate(rows):
-            if row.cell is not None and row.strength is not None:
-                key = (row.condition, row.cell, row.axes.get("variant"), row.axes.get("rank"))
-                groups.setdefault(key, [0.0] * len(rows))[number] = row.strength
         made: Trained = job.memory["trained"]
         found: list[Any] = []
-        for (condition, cell, variant, rank), alpha in groups.items():
-            chosen = {name: each for name, each in cell.selection.items() if name != "heads"}
-            chosen["branch"] = self.edited_branch(job)
+        for (condition, cell, *kind), alpha in alphas(rows, "variant", "rank").items():
+            chosen = selection_of(cell) | {"branch": self.edited_branch(job)}
             if condition == "difference":
                 vectors = {site: made.differences[site] for site in cell.sites}
                 found.append(kinds.Steer(cell.sites, vectors, alpha, **chosen))
             else:
-                found += made.adapters[condition, cell.name, variant, rank].edits(alpha, **chosen)
+                found += made.adapters[condition, cell.name, *kind].edits(alpha, **chosen)
         return found
 
     def edited_branch(self, job: "Job") -> Any:
@@ -145,8 +141,7 @@ class Reft(Method, Places):
     def shown(self, results: "Results") -> dict[str, Any]:
         from dreamreader.experiments.methods.reft_page import best
 
-        found = best(self, results)
-        return {name: found[name] for name in ("cell", "strength")}
+        return best(self, results)
 
     def sections(self, results: "Results") -> "list[Section]":
         from dreamreader.experiments.methods.reft_page import sections

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dreamreader.errors import InvalidInput
+from dreamreader.experiments.methods.base import one_selection
 from dreamreader.reft import Pairs, Reft, record_pairs, train
 from dreamreader.specs.parts import listed_seeds
 from dreamreader.training.examples import examples_of
@@ -41,8 +41,10 @@ def trained(method: "Method", job: "Job") -> Trained:
     """The adapters of a run folder; those that are missing are trained and written there."""
     assert job.folder is not None
     folder = job.folder.path / "artifacts"
-    keys = _keys(method, job)
-    files = {key: folder / f"adapter-{number}.safetensors" for number, key in enumerate(keys)}
+    files = {
+        key: folder / f"adapter-{number}.safetensors"
+        for number, key in enumerate(_keys(method, job))
+    }
     means = folder / "differences.safetensors"
     missing = [key for key, file in files.items() if not file.is_file()]
     if missing or (method.has_difference and not means.is_file()):
@@ -53,9 +55,9 @@ def trained(method: "Method", job: "Job") -> Trained:
     )
 
 
-def evidence_file(folder: Path) -> Path:
-    """JSON lines, one for each adapter: how its training went."""
-    return folder / "artifacts" / "training.jsonl"
+def evidence_name(number: int) -> str:
+    """How the training of an adapter went, in the run folder."""
+    return f"artifacts/adapter-{number}.json"
 
 
 def _keys(method: "Method", job: "Job") -> list[Key]:
@@ -79,27 +81,27 @@ class _Workshop:
             job.reader,
             every,
             branch=method.edited_branch(job) or "cond",
-            tokens=_tokens(method, job),
+            tokens=one_selection(method.cells(job), "adapters are trained for"),
             settings={} if job.is_language else job.settings,
             batch=job.batch,
         )
 
     def make(self, files: dict[Key, Path], means: Path) -> None:
-        from dreamreader._files import explained
+        from dreamreader._files import explained, write_atomic
 
         assert self.job.folder is not None
-        loss = loss_of(self.method.training, self.place, self.examples)
+        made = {key: self._adapters(*key) for key in files}  # refuses a rank above a width
+        learning = any(condition == "edited" for condition, *_ in made)
+        loss = loss_of(self.method.training, self.place, self.examples) if learning else None
         with explained(self.job.folder.path):
             means.parent.mkdir(parents=True, exist_ok=True)
-            for key, file in files.items():
+            for key, reft in made.items():
                 condition, cell, variant, rank = key
-                reft = self._adapters(condition, cell, variant, rank)
-                if condition == "edited":
+                if loss is not None and condition == "edited":
                     history = train(reft, loss, **self.method.training.recipe)
                     note = {"cell": cell, "variant": variant, "rank": rank} | _told(reft, history)
-                    with evidence_file(self.job.folder.path).open("a") as lines:
-                        lines.write(json.dumps(note) + "\n")
-                reft.save(file)
+                    write_atomic(files[key].with_suffix(".json"), json.dumps(note))
+                reft.save(files[key])
             if self.method.has_difference and not means.is_file():
                 _write(self._pairs(), means)
 
@@ -135,18 +137,6 @@ def _told(reft: Reft, history: Any) -> dict[str, Any]:
         "validation": history.validation,
         "best": history.best,
     }
-
-
-def _tokens(method: "Method", job: "Job") -> Any:
-    chosen = {
-        repr(cell.selection["tokens"]): cell.selection["tokens"] for cell in method.cells(job)
-    }
-    if len(chosen) > 1:
-        raise InvalidInput(
-            f"method.tokens: cells are edited at different tokens ({', '.join(chosen)}); adapters "
-            "are trained for one selection, write a spec for each"
-        )
-    return next(iter(chosen.values()))
 
 
 def _write(pairs: Pairs, file: Path) -> None:

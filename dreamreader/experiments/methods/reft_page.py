@@ -1,13 +1,11 @@
 """What learned edits did: beside their controls, over strength, rank and sites."""
 
-import json
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from dreamreader.experiments.methods import compared
+from dreamreader.experiments.methods.compared import STILL, Line, columns_of
 from dreamreader.experiments.page import curves
-from dreamreader.experiments.results import Found, said
+from dreamreader.experiments.results import said
 from dreamreader.report import Number, Section, Table
 
 if TYPE_CHECKING:
@@ -15,43 +13,25 @@ if TYPE_CHECKING:
     from dreamreader.experiments.results import Results
 
 SETTING = ("variant", "rank", "cell", "strength")
-MOVED = ("edited", "untrained", "difference")
+CONTROLS = ("untrained", "difference")
 
 
 def summary(method: "Reft", results: "Results") -> list[str]:
     """Every condition, variant by variant, each at its best setting."""
-    names = _columns(method, results)[:5]
-    lines = []
-    for label, where in _compared(method, results):
-        means = {name: results.mean(where["condition"], name, **_only(where)) for name in names}
-        found = ", ".join(f"{name} {said(value)}" for name, value in means.items())
-        lines.append(f"  {label}{_setting(where)}: {found}")
-    return lines
+    return compared.summary(_lines(method, results))
 
 
 def numbers(method: "Reft", results: "Results") -> list[Number]:
     """The effect of each condition at its best setting."""
-    column = _effect(method, results)
-    found = []
-    for label, where in _compared(method, results):
-        if where["condition"] in MOVED:
-            mean = results.mean(where["condition"], column, **_only(where))
-            text = f"{column.replace('_', ' ')}, {label}"
-            found.append(Number(f"{mean.value:.3g}", text, f"{mean.low:.2g} to {mean.high:.2g}"))
-    return found
+    return compared.numbers(_lines(method, results))
 
 
 def sections(method: "Reft", results: "Results") -> list[Section]:
-    names = _columns(method, results)
-    rows = []
-    for label, where in _compared(method, results):
-        means = (results.mean(where["condition"], name, **_only(where)) for name in names)
-        rows.append((label, _setting(where).strip(" ()"), *map(said, means)))
-    table = Table(("condition", "setting", *names), rows, "Means with 95 % intervals.")
+    table = compared.table(_lines(method, results))
     return [
         Section("Learned edits", [table], "Every condition at its best setting."),
         *_curves(method, results),
-        *_every(results, names),
+        _every(results, columns_of(method, results)),
         *_training(results),
     ]
 
@@ -60,56 +40,31 @@ def best(
     method: "Reft", results: "Results", condition: str = "edited", **where: Any
 ) -> dict[str, Any]:
     """The setting with the largest mean of the effect; the weaker one of equals."""
-    column = _effect(method, results)
-    found: dict[tuple[Any, ...], list[Found]] = {}
-    for row in results.of(condition, **where):
-        found.setdefault(tuple(row.get(name) for name in SETTING), []).append(row)
-
-    def rank(key: tuple[Any, ...]) -> tuple[float, float, float]:
-        values = [np.nan if row[column] is None else float(row[column]) for row in found[key]]
-        return float(np.nan_to_num(np.mean(values), nan=-np.inf)), -abs(key[3]), -(key[1] or 0)
-
-    return dict(zip(SETTING, max(found, key=rank), strict=True))
+    return compared.best(method, results, SETTING, condition, **where)
 
 
-def _effect(method: "Reft", results: "Results") -> str:
-    return results.effect_column(method.effect, "edited", "unedited")
+def _lines(method: "Reft", results: "Results") -> list[Line]:
+    """What stands side by side."""
+    names = columns_of(method, results)
+    found: list[Line] = []
 
+    def add(label: str, condition: str, setting: dict[str, Any]) -> None:
+        where = {name: value for name, value in setting.items() if value is not None}
+        columns = {name: results.mean(condition, name, **where) for name in names}
+        found.append(Line(label, condition, setting, columns))
 
-def _columns(method: "Reft", results: "Results") -> list[str]:
-    first = _effect(method, results)
-    return [first, *(name for name in results.numbers if name != first)][:8]
-
-
-def _compared(method: "Reft", results: "Results") -> list[tuple[str, dict[str, Any]]]:
-    """(label, condition and setting) of what stands side by side."""
-    found: list[tuple[str, dict[str, Any]]] = []
-    for name in ("unedited", "target_prompt"):
+    for name in STILL:
         if results.of(name):
-            found.append((name.replace("_", " "), {"condition": name}))
-    for variant in method.variants:
-        found.append((variant, {"condition": "edited"} | best(method, results, variant=variant)))
+            add(name.replace("_", " "), name, {})
+    for variant in dict.fromkeys(method.variants):
+        add(variant, "edited", best(method, results, variant=variant))
     if results.of("untrained"):  # at the place and strength of the trained ones
-        at = {name: best(method, results)[name] for name in ("cell", "strength")}
-        same = best(method, results, "untrained", **at)
-        found.append(("untrained", {"condition": "untrained"} | same))
+        chosen = best(method, results)
+        same = {name: chosen[name] for name in ("cell", "strength")}
+        add("untrained", "untrained", best(method, results, "untrained", **same))
     if results.of("difference"):
-        chosen = best(method, results, "difference")
-        found.append(("difference of means", {"condition": "difference"} | chosen))
+        add("difference of means", "difference", best(method, results, "difference"))
     return found
-
-
-def _only(where: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: where[name] for name in SETTING if where.get(name) is not None}
-
-
-def _setting(where: Mapping[str, Any]) -> str:
-    parts = []
-    if where.get("rank"):
-        parts.append(f"rank {where['rank']}")
-    if where.get("cell") is not None:
-        parts += [str(where["cell"]), f"strength {where['strength']:g}"]
-    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _curves(method: "Reft", results: "Results") -> list[Section]:
@@ -119,7 +74,7 @@ def _curves(method: "Reft", results: "Results") -> list[Section]:
     if len(method.strengths) > 1:
         same = {name: at[name] for name in ("variant", "rank", "cell")}
         lines = {at["variant"]: results.of("edited", **same)}
-        for name in MOVED[1:]:
+        for name in CONTROLS:
             if results.of(name, cell=at["cell"]):
                 lines[name] = results.of(name, cell=at["cell"])
         found.append(Section("Strength", [curves(results, "strength", lines)], f"At {at['cell']}."))
@@ -132,12 +87,12 @@ def _curves(method: "Reft", results: "Results") -> list[Section]:
     return found
 
 
-def _every(results: "Results", names: list[str]) -> list[Section]:
+def _every(results: "Results", names: list[str]) -> Section:
     """All settings in a table: the number of sites shows in the cells."""
     keys = dict.fromkeys(
         (row["condition"], *(row.get(name) for name in SETTING))
         for row in results.rows
-        if row["condition"] in MOVED
+        if row["condition"] not in STILL
     )
     rows = []
     for condition, *values in keys:
@@ -145,22 +100,17 @@ def _every(results: "Results", names: list[str]) -> list[Section]:
         means = [said(results.mean(condition, name, **where)) for name in names]
         shown = ["" if value is None else value for value in values]
         rows.append((condition, *shown, *means))
-    return [Section("Every setting", [Table(("condition", *SETTING, *names), rows)])]
+    return Section("Every setting", [Table(("condition", *SETTING, *names), rows)])
 
 
 def _training(results: "Results") -> list[Section]:
-    from dreamreader.experiments.methods.reft_adapters import evidence_file
+    from dreamreader.experiments.methods.reft_adapters import evidence_name
 
-    file = evidence_file(results.folder.path)
-    if not file.is_file():
-        return []
-    rows = []
-    for line in file.read_text().splitlines():
-        one = json.loads(line)
-        held = [f"{value:.4g}" for _, value in one["validation"]] or ["–"]
-        rows.append(
-            (one["cell"], one["variant"], one["rank"] or "", f"{one['parameters']:,}", one["steps"])
-            + (held[0], min(held, key=float) if one["validation"] else "–")
-        )
+    rows: list[tuple[Any, ...]] = []
+    while (one := results.folder.read_json(evidence_name(len(rows)))) is not None:
+        held = [value for _, value in one["validation"]]
+        losses = (f"{held[0]:.4g}", f"{min(held):.4g}") if held else ("–", "–")
+        kind = (one["cell"], one["variant"], one["rank"] or "")
+        rows.append((*kind, f"{one['parameters']:,}", one["steps"], *losses))
     columns = ("cell", "variant", "rank", "parameters", "steps", "first held-out loss", "best")
     return [Section("Training", [Table(columns, rows)], "Losses on held-out pairs.")]

@@ -11,9 +11,8 @@ from pydantic import Field
 
 from dreamreader import edits as kinds
 from dreamreader.errors import InvalidInput
-from dreamreader.experiments.methods.base import Method, Places, Table
+from dreamreader.experiments.methods.base import Method, Places, Table, alphas
 from dreamreader.experiments.row import Row, evenly
-from dreamreader.localise import Cell
 from dreamreader.specs.data import Item, pairs_only, read_items
 from dreamreader.specs.parts import AnySeeds, Data, Seeds, listed_seeds
 
@@ -106,11 +105,6 @@ class Steer(Method, Places):
         job.memory["directions"] = {**found, "random_direction": found["edited"].random(seed=1)}
 
     def edits_of(self, job: "Job", rows: Sequence[Row]) -> list[Any]:
-        groups: dict[tuple[str, Cell], list[float]] = {}
-        for number, row in enumerate(rows):
-            if row.cell is not None and row.strength is not None:
-                key = (row.condition, row.cell)
-                groups.setdefault(key, [0.0] * len(rows))[number] = row.strength
         return [
             kinds.Steer(
                 cell.sites,
@@ -119,7 +113,7 @@ class Steer(Method, Places):
                 norm_match=self.norm_match,
                 **cell.selection,
             )
-            for (condition, cell), alpha in groups.items()
+            for (condition, cell), alpha in alphas(rows).items()
         ]
 
     def around(self, job: "Job") -> AbstractContextManager[Any]:
