@@ -59,23 +59,28 @@ class Examples:
 
 
 def examples_of(
-    training: Training, items: Sequence[Item], seeds: Sequence[int], folder: Path | None = None
+    training: Training,
+    items: Sequence[Item],
+    seeds: Sequence[int],
+    folder: Path | None = None,
+    label: str = "data",
 ) -> Examples:
     """The rows that a loss needs.
 
     Args:
         training: names the loss. items, seeds: of the spec.
         folder: what relative names of pictures are meant from.
+        label: of the items, for errors.
 
     Raises:
         InvalidInput: a prompt has no partner of the kind that the loss needs.
     """
     if training.loss in ("activations", "noise"):
-        pairs_only(items, f"data, for the loss {training.loss}")
+        pairs_only(items, f"{label}, for the loss {training.loss}")
         partners = [str(item.target) for item in items]
     else:
         column = COMPLETION if training.loss == "language" else IMAGE
-        partners = [_column(item, column, training.loss) for item in items]
+        partners = [_column(item, column, training.loss, label) for item in items]
         if column == IMAGE:
             partners = [str((folder or Path()) / each) for each in partners]
     kept = () if training.keep is None else read_items(training.keep.data, "training.keep.data")
@@ -115,12 +120,12 @@ def pictures_of(files: Sequence[str]) -> Float[Tensor, "rows 3 height width"]:
     return torch.stack(found)
 
 
-def _column(item: Item, name: str, loss: str) -> str:
+def _column(item: Item, name: str, loss: str, label: str) -> str:
     value: Any = item.columns.get(name)
     if not isinstance(value, str) or not value:
         got = f"has {', '.join(item.columns) or 'none'}" if value is None else f"got {value!r}"
         raise InvalidInput(
-            f"data: the loss {loss} needs a column {name} with text; entry {item.id!r} {got}"
+            f"{label}: the loss {loss} needs a column {name} with text; entry {item.id!r} {got}"
         )
     return value
 

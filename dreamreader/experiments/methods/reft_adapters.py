@@ -75,7 +75,8 @@ class _Workshop:
         self.method, self.job = method, job
         self.sites = {cell.name: list(cell.sites) for cell in method.cells(job)}
         seeds = listed_seeds(method.fit_seeds)
-        self.examples = examples_of(method.training, method.fit_items(), seeds)
+        items = method.fit_items()
+        self.examples = examples_of(method.training, items, seeds, label="method.fit")
         every = list(dict.fromkeys(site for listed in self.sites.values() for site in listed))
         self.place = Place(
             job.reader,
