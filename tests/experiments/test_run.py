@@ -291,3 +291,9 @@ def test_seeds_decide_the_pictures(experiment, tmp_path) -> None:
     experiment(seeds=[1]).run(tmp_path / "a")
     experiment(seeds=[2]).run(tmp_path / "b")
     assert not set(digests(tmp_path / "a")) & set(digests(tmp_path / "b"))
+
+
+def test_a_pipeline_has_no_perplexity(experiment, tmp_path) -> None:
+    data = {"prompts": [{"prompt": "a red circle", "plain_text": "a text"}]}
+    with pytest.raises(InvalidInput, match="perplexity needs a language model, and a text in the"):
+        experiment(["perplexity"], data=data).run(tmp_path / "run")

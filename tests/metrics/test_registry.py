@@ -9,6 +9,7 @@ import torch
 from dreamreader import metrics
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.metrics import Outputs, build, register, registry
+from dreamreader.metrics.base import FIELDS
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +23,11 @@ def outputs(count: int = 3, **fields: Any) -> Outputs:
 
 
 def test_every_built_in_metric_is_what_its_name_says() -> None:
-    given: dict[str, dict[str, Any]] = {"clip_score": {"path": "x"}, "lpips": {"weights": "x"}}
+    given: dict[str, dict[str, Any]] = {
+        "clip_score": {"path": "x"},
+        "lpips": {"weights": "x"},
+        "matches": {"pattern": "("},
+    }
     for name, kind in registry._BUILT_IN.items():
         assert name in metrics.names()
         if name in given:
@@ -31,7 +36,7 @@ def test_every_built_in_metric_is_what_its_name_says() -> None:
             continue
         metric = build(name)
         assert metric.name == name and type(metric).__name__ == kind
-        assert metric.needs <= {"images", "latents", "noise", "logits", "text"}
+        assert metric.needs and metric.needs <= set(FIELDS)
 
 
 @pytest.mark.parametrize(
