@@ -85,7 +85,7 @@ def guide(
         Beyond Linear Steering: Unified Multi-Attribute Control for Language Models (2505.24535).
     """
     arguments = _checked(x, weights, biases, coefficients, strength, activation)
-    if iterations < 1 or trust < 0 or not torch.isfinite(torch.tensor(gamma)):
+    if iterations < 1 or not trust >= 0 or not torch.isfinite(torch.tensor(gamma)):
         raise InvalidInput(
             f"guide: iterations must be at least 1, trust at least 0 and gamma finite; got "
             f"iterations={iterations}, trust={trust}, gamma={gamma}"
@@ -234,7 +234,7 @@ def _checked(
             f"got {list(coefficients.shape)}"
         )
     if not isinstance(strength, Tensor):
-        strength = torch.full((), strength)
+        strength = torch.full((), strength, dtype=wide)
     try:
         strength = strength.detach().to(x.device, wide).expand(x.shape[:2])
     except RuntimeError:

@@ -205,7 +205,7 @@ def _tables(
                 f"{table.dtype} on {table.device}"
             )
     if not isinstance(strength, Tensor):
-        strength = torch.full((), strength)
+        strength = torch.full((), strength, dtype=wide)
     strength = strength.to(x.device, wide)
     try:
         strength = strength.expand(x.shape[:2])

@@ -87,6 +87,12 @@ def test_a_step_is_that_of_autograd(activation: str, hidden: tuple[int, ...]):
     torch.testing.assert_close(found, x - 0.3 * gradient, rtol=1e-12, atol=1e-12)
 
 
+def test_a_number_as_strength_keeps_its_float64():
+    x, w, b, _, c, *_ = Case("number", (2, 3, 6), (), selection="all").inputs(torch.float64)
+    wanted = x - 0.1 * (c @ w[0]).unsqueeze(1)
+    torch.testing.assert_close(guide(x, w, [b[0].squeeze(1)], c, 0.1), wanted, rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_change_stays_in_the_trust_region(isa: str, dtype: torch.dtype):
     case = Case("trust", (2, 33, 64), (24, 24), iterations=4, trust=0.1, selection="all")
@@ -210,6 +216,7 @@ W, B, C = [torch.ones(5, 4), torch.ones(2, 5)], [torch.ones(5), torch.ones(2)], 
         (lambda: guide(X, W, B, C, torch.ones(3, 3)), r"strength \[3, 3\] does not broadcast"),
         (lambda: guide(X, W, B, C, iterations=0), "iterations must be at least 1, .* iterations=0"),
         (lambda: guide(X, W, B, C, trust=-1.0), "trust=-1.0"),
+        (lambda: guide(X, W, B, C, trust=torch.nan), "trust=nan"),
         (lambda: guide(X, W, B, C, gamma=torch.nan), "gamma=nan"),
     ],
 )

@@ -104,6 +104,12 @@ def test_gradcheck(layout: str):
     assert torch.autograd.gradcheck(lambda *values: low_rank(*values, index), inputs)
 
 
+def test_a_number_as_strength_keeps_its_float64():
+    x, down, bias, up, *_ = Case("public", (2, 4, 6)).inputs(torch.float64)
+    wanted = x + 0.1 * ((x @ down[0].T + bias[0]) @ up[0])
+    assert torch.allclose(low_rank(x, down, bias, up, 0.1), wanted, rtol=1e-13, atol=1e-13)
+
+
 def test_gradients_reach_tables_without_adapters_and_strength():
     x, down, bias, up, *_ = Case("public", (2, 4, 6)).inputs(torch.float32)
     tables = [each[0].clone().requires_grad_() for each in (down, bias, up)]
