@@ -10,6 +10,8 @@ from dreamreader.reft.calls import Calls
 from dreamreader.reft.losses import Batch, ModelLoss
 from dreamreader.reft.model import Reft
 
+_TOGETHER = 4  # calls of a row whose targets are computed at once
+
 
 class NoiseMatch(ModelLoss):
     """The edited prediction for the base prompt against the unedited one for the teacher's prompt.
@@ -36,26 +38,35 @@ class NoiseMatch(ModelLoss):
         self.base, self.teacher = base, teacher
         self.latents = (base if trajectory == "base" else teacher).latents
         self.rows, self.moments = base.rows, len(base.moments)
-        self._targets: dict[tuple[int, int], Tensor] = {}
+        self._targets: dict[tuple[int, int], Tensor] = {}  # by row and block of its calls
 
     def terms(self, reft: Reft, batch: Batch) -> dict[str, Tensor]:
         x = self.latents[batch.rows, batch.moments]
-        target = self._target(batch, x)
+        target = self._target(batch)
         at = self.base.steps(batch.moments) if reft.steps is not None else None
         edits = [*reft.edits(graph=True, at=at), *self._watching]
         with self.reader.editing(edits):
             found = self.base(batch.rows, batch.moments, x)
         return {"noise": (found.float() - target.float()).square().mean()}
 
-    def _target(self, batch: Batch, x: Tensor) -> Tensor:
+    def _target(self, batch: Batch) -> Tensor:
         """The teacher's predictions, each computed once."""
-        keys = list(zip(batch.rows.tolist(), batch.moments.tolist(), strict=True))
-        missing = [n for n, key in enumerate(keys) if key not in self._targets]
-        if missing:
-            with torch.no_grad():
-                found = self.teacher(batch.rows[missing], batch.moments[missing], x[missing])
-            self._targets |= {keys[n]: each for n, each in zip(missing, found, strict=True)}
-        return torch.stack([self._targets[key] for key in keys])
+        found = []
+        for row, moment in zip(batch.rows.tolist(), batch.moments.tolist(), strict=True):
+            block, place = divmod(moment, _TOGETHER)
+            if (row, block) not in self._targets:
+                self._targets[row, block] = self._computed(row, block)
+            found.append(self._targets[row, block][place])
+        return torch.stack(found)
+
+    @torch.no_grad()
+    def _computed(self, row: int, block: int) -> Tensor:
+        """Always of the same calls at once: what is beside a call shows in its last bits, and a
+        training that goes on has other calls before it than one that was not stopped."""
+        start = block * _TOGETHER
+        moments = torch.arange(start, min(start + _TOGETHER, self.moments))
+        rows = torch.full_like(moments, row)
+        return self.teacher(rows, moments, self.latents[rows, moments])
 
 
 class Denoising(ModelLoss):

@@ -150,6 +150,17 @@ def test_predictions_by_hand_with_an_adapter_for_each_step():
     torch.testing.assert_close(found.detach(), torch.stack(apart).mean(), rtol=1e-4, atol=1e-6)
 
 
+def test_a_target_has_the_same_bits_whatever_came_before_it():
+    base, teacher = calls(BASE), calls(TEACHER)
+    reft = Reft.for_sites(pipeline(), SITES, 4, **settings())
+    used, fresh = (NoiseMatch(pipeline(), base, teacher) for _ in range(2))
+    every = torch.arange(4).repeat_interleave(3), torch.arange(3).repeat(4)
+    for row, moment in zip(*every, strict=True):
+        used.terms(reft, Batch(row[None], moment[None], 0))
+    whole = Batch(*every, 0)
+    assert torch.equal(used.terms(reft, whole)["noise"], fresh.terms(reft, whole)["noise"])
+
+
 def test_the_same_prompt_is_kept_at_zero():
     reft, own = Reft.for_sites(pipeline(), SITES, 4, **settings()), calls(BASE)
     assert float(NoiseMatch(pipeline(), own, own).terms(reft, BATCH)["noise"].detach()) < 1e-10
