@@ -31,9 +31,10 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "validate_every"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(f"train: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("steps", "batch_size", "validate_every", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidInput(f"train: {name} must be at least 1, got {value}")
         if not 0 <= self.validation < 1:
             raise InvalidInput(f"train: validation is a share from 0 to 1, got {self.validation}")
         if self.patience is not None and not self.validation:

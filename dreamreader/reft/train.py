@@ -71,7 +71,7 @@ def train(
         NonFiniteLoss: the loss or a parameter is not finite; names step, rows and site. The
             adapters are what they were at the last finite loss, on disk too.
         InvalidInput, UnknownName: a value of the recipe cannot be right, or the folder holds a
-            training with another recipe.
+            training with another recipe, of other adapters, or on another number of rows.
 
     Example:
         >>> history = train(reft, ActivationMatch(pairs), steps=300)     # doctest: +SKIP
@@ -161,10 +161,10 @@ class _Run:
 
     def save(self) -> None:
         assert self.folder is not None
+        self._check_parameters(self.batches[self.done - 1])  # what goes on must be a good state
         history = self.history
         state = {
-            "recipe": self.recipe.said(),
-            "sites": list(self.reft.sites),
+            "of": self._of(),
             "done": self.done,
             "waited": self.waited,
             "losses": history.losses,
@@ -182,9 +182,8 @@ class _Run:
         if self.folder is None or not (self.folder / "training.safetensors").is_file():
             return
         state = load_state(self.folder / "training.safetensors")
-        now = {"recipe": self.recipe.said(), "sites": list(self.reft.sites)}
-        for name, value in (now["recipe"] | {"sites": now["sites"]}).items():
-            had = state["sites"] if name == "sites" else state["recipe"].get(name)
+        for name, value in self._of().items():
+            had = state["of"].get(name)
             if had != value:
                 raise InvalidInput(
                     f"{self.folder} holds a training with {name}={had!r}, not {value!r}; use "
@@ -198,6 +197,12 @@ class _Run:
         validation = [(step, value) for step, value in state["validation"]]
         self.history = History(state["losses"], validation, state["best_step"], state["stopped"])
         self.good = self._parameters()
+
+    def _of(self) -> dict[str, Any]:
+        """What a training that goes on shares with the one that was stopped."""
+        adapters = [each.extra_repr() for each in self.reft.adapters.values()]
+        sizes = {"adapters": adapters, "rows": self.loss.rows, "calls": self.loss.moments}
+        return self.recipe.said() | sizes
 
     def _check_parameters(self, batch: Batch) -> None:
         for site, adapter in self.reft.adapters.items():

@@ -160,8 +160,9 @@ def test_in_a_model_the_site_is_the_first_whose_values_are_not_finite():
         ({"validation": 1.0}, InvalidInput, "validation is a share from 0 to 1, got 1.0"),
         ({"validation": 0.99}, InvalidInput, "takes 12 of 12 rows, none is left"),
         ({"validation": 0.0, "patience": 2}, InvalidInput, "patience needs a share of rows"),
+        ({"patience": 0}, InvalidInput, "train: patience must be at least 1, got 0"),
     ],
-    ids=["optimizer", "schedule", "steps", "all", "nearly all", "patience"],
+    ids=["optimizer", "schedule", "steps", "all", "nearly all", "patience", "no patience"],
 )
 def test_wrong_inputs_say_what_is_wrong(given: dict[str, Any], kind: type[Exception], text: str):
     with pytest.raises(kind, match=text):
@@ -173,6 +174,41 @@ def test_a_folder_goes_on_with_its_own_recipe_only(tmp_path: Path):
     text = re.escape(f"{tmp_path} holds a training with lr=0.02, not 0.01; use another folder")
     with pytest.raises(InvalidInput, match=text):
         trained(tmp_path, steps=7, lr=0.01)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "rows", "text"),
+    [
+        ({"rank": 3}, 12, r"adapters=\['a, width=12, rank=1, variant=loreft', .*rank=3"),
+        ({"rank": 1, "variant": "direft"}, 12, r"adapters=.* not .*variant=direft"),
+        ({"rank": 1, "steps": 2}, 12, r"adapters=.* not .*steps=2"),
+        ({"rank": 1}, 9, "rows=12, not 9"),
+    ],
+    ids=["rank", "variant", "steps", "rows"],
+)
+def test_a_folder_goes_on_with_its_own_adapters_and_rows_only(
+    tmp_path: Path, adapters: dict[str, Any], rows: int, text: str
+):
+    train(Reft(WIDTHS, 1), ActivationMatch(made_up()), steps=2, folder=tmp_path)
+    with pytest.raises(InvalidInput, match=f"holds a training with {text}.*use another folder"):
+        train(Reft(WIDTHS, **adapters), ActivationMatch(made_up(rows)), steps=2, folder=tmp_path)
+
+
+def test_a_state_that_is_not_finite_is_never_written(tmp_path: Path):
+    def made(parameters: Any) -> torch.optim.Optimizer:
+        class Breaks(torch.optim.SGD):
+            def step(self, closure: Any = None) -> Any:
+                loss = super().step(closure)
+                list(parameters)[0].data[0, 0, 0] = float("nan")
+                return loss
+
+        return Breaks(parameters, lr=0.01)
+
+    loss, start = ActivationMatch(made_up()), Reft(WIDTHS, 2)
+    with pytest.raises(NonFiniteLoss, match="a parameter is not finite .*site: a"):
+        train(start, loss, optimizer=made, steps=5, folder=tmp_path, save_every=1)
+    assert not (tmp_path / "training.safetensors").exists()
+    assert equal(Reft.load(tmp_path / "reft.safetensors"), Reft(WIDTHS, 2))
 
 
 def test_adapters_for_steps_need_activations_with_steps():
