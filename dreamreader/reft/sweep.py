@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dreamreader.edits import LoReFT
+from dreamreader.engine.request import same
 from dreamreader.errors import InvalidInput
 from dreamreader.reft.model import Reft
 
@@ -27,25 +28,29 @@ def sweep(
         refts: trained on the same sites, all with adapters for each step or all without; `diagonal`
             only with its like.
         adapter: for each row the number of its entry in `refts`.
-        alpha, selection: as in `Reft.edits`.
+        alpha, selection: as in `Reft.edits`, but for `at`, in whose place `adapter` stands.
 
     Raises:
-        InvalidInput: sites, steps or tokens differ, or `diagonal` is mixed with others.
+        InvalidInput: sites, steps or tokens differ, `diagonal` is mixed with others, `at` is given,
+            or there is no training.
 
     Example:
         >>> refts = [Reft({"unet.mid_block": 64}, rank) for rank in (1, 4)]
         >>> [list(each.down.shape) for each in sweep(refts, [0, 1, 1])]
         [[2, 4, 64]]
     """
+    if not refts or "at" in selection:
+        wrong = "at is for one training" if refts else "there are no trainings"
+        raise InvalidInput(f"sweep: {wrong}; adapter says which of refts a row takes")
     for label, values in (
         ("sites", [each.sites for each in refts]),
         ("steps", [each.steps for each in refts]),
         ("tokens", [each.tokens for each in refts]),
         ("diagonal", [each.variant == "diagonal" for each in refts]),
     ):
-        other = next((each for each in values if each != values[0]), values[0])
-        if other != values[0]:
-            raise InvalidInput(f"sweep: {label} differ: {values[0]} and {other}")
+        for other in values:
+            if not same(other, values[0]):
+                raise InvalidInput(f"sweep: {label} differ: {values[0]} and {other}")
     singles = [each.edits(alpha, **selection) for each in refts]
     made = []
     for edits in zip(*singles, strict=True):

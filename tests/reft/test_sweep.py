@@ -35,3 +35,18 @@ def test_what_does_not_fit_together_is_refused():
         sweep([one, Reft({"a": 4}, 2, steps=2)], [0, 1])
     with pytest.raises(InvalidInput, match="sweep: diagonal differ: False and True"):
         sweep([one, Reft({"a": 4}, 2, "diagonal")], [0, 1])
+    with pytest.raises(InvalidInput, match="sweep: there are no trainings; adapter says which"):
+        sweep([], [0])
+    stepped = [Reft({"a": 4}, 2, steps=2) for _ in range(2)]
+    with pytest.raises(InvalidInput, match="sweep: at is for one training; adapter says which"):
+        sweep(stepped, [0, 1], at=[1, 1])
+
+
+def test_tokens_are_compared_by_what_they_choose():
+    def masked(*mask: bool) -> Reft:
+        return Reft({"a": 4}, 2, tokens=torch.tensor(mask))
+
+    assert len(sweep([Reft({"a": 4}, 2, tokens=each) for each in ([0, 1], (0, 1))], [0, 1])) == 1
+    assert len(sweep([masked(True, False), masked(True, False)], [0, 1])) == 1
+    with pytest.raises(InvalidInput, match="sweep: tokens differ"):
+        sweep([masked(True, False), masked(False, True)], [0, 1])
