@@ -143,9 +143,10 @@ class LoReFT(EditRequest):
         index = torch.zeros((), dtype=torch.int64)
         if self.adapter is not None:
             index = place.per_row(self.adapter, "adapter").long()
-            if int(index.max()) >= len(down) or int(index.min()) < 0:
+            wrong = index[(index < 0) | (index >= len(down))]
+            if len(wrong):
                 raise InvalidInput(
-                    f"LoReFT at {place.site}: adapter {int(index.max())} was asked for, there are "
+                    f"LoReFT at {place.site}: adapter {int(wrong[0])} was asked for, there are "
                     f"{len(down)}"
                 )
         if down.dim() > self._stacked:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.ops import orthonormal
+from dreamreader.ops.low_rank import MAX_RANK
 
 Parameters = dict[str, Tensor]
 Tables = tuple[Tensor, Tensor, Tensor]
@@ -104,15 +105,16 @@ def initial(
 
     Raises:
         UnknownName: there is no such variant or initialisation.
-        InvalidInput: the rank is not from 1 to the width.
+        InvalidInput: the rank is not from 1 to the width, or above 256.
     """
     variant = variant_of(name)
     if init not in INITS:
         raise UnknownName("initialisation", init, INITS)
     if variant.per_channel:
         return {each: torch.zeros(stack, width) for each in variant.names}
-    if not 1 <= rank <= width:
-        raise InvalidInput(f"rank {rank}: from 1 to the width, {width}, is possible")
+    if not 1 <= rank <= min(width, MAX_RANK):
+        most = f"the width, {width}," if width <= MAX_RANK else str(MAX_RANK)
+        raise InvalidInput(f"rank {rank}: from 1 to {most} is possible")
     rows = orthonormal(torch.randn(stack, rank, width, generator=generator))
     found = {variant.names[0]: rows}
     weight, bias = torch.zeros(stack, rank, width), torch.zeros(stack, rank)

@@ -220,6 +220,11 @@ def test_files_give_it_back_equal(tmp_path: Path):
             f"LoReFT at {SITE}: adapter 2 was asked for, there are 2",
         ),
         (
+            lambda: run(LoReFT(SITE, *tables(2, 2), adapter=[1, -1, 0])),
+            InvalidInput,
+            f"LoReFT at {SITE}: adapter -1 was asked for, there are 2",
+        ),
+        (
             lambda: LoReFT(SITE, *tables(2, 2), adapter=[0.5]),  # pyright: ignore
             InvalidInput,
             "adapter must be a number or one for each row",
@@ -235,6 +240,7 @@ def test_files_give_it_back_equal(tmp_path: Path):
         "bias",
         "stack",
         "adapter",
+        "negative adapter",
         "half an adapter",
     ],
 )

@@ -136,6 +136,8 @@ def test_tables_are_made_once_while_nothing_changes():
 
 
 def test_wrong_inputs_say_what_is_wrong():
+    with pytest.raises(InvalidInput, match="0: rank 257: from 1 to 256 is possible"):
+        Adapter("0", 512, 257)
     with pytest.raises(InvalidInput, match="0: rank 13: from 1 to the width, 12, is possible"):
         Adapter("0", WIDTH, 13)
     with pytest.raises(UnknownName, match="unknown variant 'loraft'; nearest: loreft"):
