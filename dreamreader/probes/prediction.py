@@ -30,7 +30,7 @@ def weight(scheduler: Any, moment: Moment) -> float | None:
     config, name = scheduler.config, type(scheduler).__name__
     is_flow = name.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
     kind = "flow_prediction" if is_flow else config.get("prediction_type")
-    if kind not in _KINDS or "EDM" in name:
+    if kind not in _KINDS or "EDM" in name or name.startswith("Cosine"):
         raise InvalidInput(
             f"latent_guidance: what {name} predicts ({kind}) is not known; known are "
             f"{', '.join(_KINDS)}"

@@ -189,6 +189,10 @@ def test_pure_noise_and_unknown_predictions():
     assert weight(DDIMScheduler(), _moment(math.inf)) == -1.0
     with pytest.raises(InvalidInput, match="what EDMEulerScheduler predicts .* is not known"):
         weight(EDMEulerScheduler(), _moment(1.0))
+    # Diffusers' own needs torchsde; it scales its inputs as the EDM schedulers do.
+    cosine = type("CosineDPMSolverMultistepScheduler", (DDIMScheduler,), {})
+    with pytest.raises(InvalidInput, match="what CosineDPMSolver.* predicts .* is not known"):
+        weight(cosine(prediction_type="v_prediction"), _moment(1.0))
 
 
 def test_scale_zero_is_bit_equal_and_rows_are_apart():
