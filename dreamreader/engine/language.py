@@ -85,6 +85,21 @@ def encoded(reader: "Reader", prompts: list[str]) -> dict[str, Tensor]:
     return {name: found[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
+def check_lengths(reader: "Reader", prompts: list[str]) -> None:
+    """Refuse prompts of different lengths, where all of their tokens are recorded.
+
+    Raises:
+        InvalidInput: padding would count among the tokens of the shorter ones.
+    """
+    counts = encoded(reader, prompts)["attention_mask"].sum(1)
+    least, most = int(counts.min()), int(counts.max())
+    if least < most:
+        raise InvalidInput(
+            f"tokens: the prompts have {least} to {most} tokens, and padding would count among "
+            "those of the shorter ones; choose tokens that all have, such as -1, the last"
+        )
+
+
 def _together(outputs: list[Any], tokenizer: Any, prompt: int) -> tuple[Any, list[str] | None]:
     """Results of all batches as one; generated tokens also as text."""
     first = outputs[0]

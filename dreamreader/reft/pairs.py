@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.engine import Cache, Reader, Record
+from dreamreader.engine.language import check_lengths
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.reft.calls import Calls, record_calls, row_seeds
 
@@ -79,7 +80,8 @@ def record_pairs(
         arguments: of the run.
 
     Raises:
-        InvalidInput: the prompts are not as many, or have different numbers of tokens.
+        InvalidInput: the prompts are not as many, or have different numbers of tokens where all
+            are recorded.
         UnknownName: there is no such trajectory, site or branch.
     """
     base, teacher = list(base), list(teacher)
@@ -183,6 +185,8 @@ def _outside(
     arguments: dict[str, Any],
 ) -> dict[str, Tensor]:
     """Activations of prompts outside a denoiser, by site [rows, 1, tokens, features]."""
+    if reader._subject.kind == "language" and tokens is None:
+        check_lengths(reader, list(prompts))
     shelf = _Shelf(len(prompts), memory)
     asked = dict(arguments)
     if reader._subject.kind == "pipeline":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.engine import Activation, Record
+from dreamreader.engine.language import check_lengths
 from dreamreader.probes import Probe
 from dreamreader.probes.split import HELD_OUT, dealt, numbered
 from dreamreader.specs.batch import activation_bytes, duration, rows_that_fit
@@ -30,6 +31,10 @@ class Prompted:
 
     Args:
         spec: has `subject`, `data` and `sites`. reader: instead of opening `subject`.
+
+    Raises:
+        UnknownName: the data have no such column.
+        InvalidInput: all tokens of a language model's prompts are meant, which are not as many.
     """
 
     def __init__(self, spec: "ProbeSpec", reader: "Reader | None" = None):
@@ -43,6 +48,8 @@ class Prompted:
         tokenizer = self.reader.tokenizer
         if is_language(self.reader) and tokenizer is not None and tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        if is_language(self.reader) and spec.tokens is None:
+            check_lengths(self.reader, [item.prompt for item in self.items])
 
     @property
     def subject(self) -> Any:

@@ -90,5 +90,7 @@ def test_wrong_inputs_say_what_is_wrong():
         record_calls(pipeline(), BASE, seeds=[1, 2, 3], **settings())
     with pytest.raises(InvalidInput, match="calls of a denoiser need a pipeline"):
         record_calls(language(), BASE)
+    with pytest.raises(InvalidInput, match="prompts have 2 to 3 tokens, and padding would count"):
+        record_pairs(language(), ["a dog", "a red cat"], ["a cat", "a red dog"], LAYER)
     with pytest.raises(InvalidInput, match=r"0: pairs need equal shapes, base .*, teacher nothing"):
         Pairs({"0": torch.zeros(1, 1, 1, 2)}, {}, None)

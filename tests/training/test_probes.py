@@ -153,6 +153,15 @@ def test_a_language_model(language, tmp_path: Path):
     assert accuracy(probe) == 1.0
 
 
+def test_padding_of_shorter_prompts_is_no_part_of_a_mean(language, tmp_path: Path):
+    rows = [{"prompt": each, "animal": each.split()[-1]} for each in ("the fox", "a big red tree")]
+    asked = {"name": "a", "reader": language, "data": {"prompts": rows}, "labels": "animal"}
+    job = ProbeJob(**asked, sites="transformer.h.1")
+    with pytest.raises(InvalidInput, match="prompts have 5 to 6 tokens, and padding would count"):
+        job.run(tmp_path)
+    assert "rows    2" in ProbeJob(**asked, sites="transformer.h.1", tokens=-1).plan()
+
+
 def test_a_store_gives_the_probe_of_its_rows(reader, tmp_path: Path):
     harvest = Harvest(
         name="rows",
