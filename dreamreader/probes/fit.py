@@ -163,7 +163,7 @@ def assembled(goal: Objective, trained: Trained, known: Mapping[str, Any]) -> Pr
         known: what the card tells beside the task and what is measured here.
     """
     told = goal.task
-    heat = temperatures(trained.validation, told, len(trained.mlps))
+    heat = temperatures(trained.validation, told, goal.loss, len(trained.mlps))
     card = Card(
         task=told.kind,
         classes={attribute: list(names) for attribute, names in told.classes.items()},

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -73,11 +74,10 @@ def rows_of(recorded: Recorded, pool: str) -> Rows:
 def pooled(
     values: Float[Tensor, "rows steps tokens features"], pool: str
 ) -> Float[Tensor, "rows steps pooled features"]:
-    """The values as a probe with this pool reads them, in float32 or wider."""
-    wide = values if values.itemsize >= 4 else values.float()
+    """The values as a probe with this pool reads them, in float32."""
     if pool == "mean":
-        return wide.mean(2, keepdim=True)
-    return wide.flatten(2).unsqueeze(2) if pool == "flat" else wide
+        return values.mean(2, keepdim=True, dtype=torch.float32)
+    return (values.flatten(2).unsqueeze(2) if pool == "flat" else values).float()
 
 
 def _one_site(recorded: Recorded) -> tuple[str | None, Activation | Tensor]:

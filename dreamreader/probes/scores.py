@@ -23,7 +23,9 @@ class Held:
     slot: Int[Tensor, " rows"]
 
 
-def temperatures(held: Held, task: Task, count: int) -> Float[Tensor, "count attributes"]:
+def temperatures(
+    held: Held, task: Task, loss: str, count: int
+) -> Float[Tensor, "count attributes"]:
     """A temperature for each perceptron and attribute, fitted to these rows; 1 in regression."""
     found = torch.ones(count, len(task.classes))
     if task.kind == "regress":
@@ -31,7 +33,7 @@ def temperatures(held: Held, task: Task, count: int) -> Float[Tensor, "count att
     for n in range(count):
         own = held.slot == n
         for a, part in enumerate(task.parts.values()):
-            targets = _of(held.targets[own], a, part, task)
+            targets = claimed(_of(held.targets[own], a, part, task), part, loss)
             found[n, a] = temperature(held.logits[own][:, part], targets)
     return found
 
@@ -58,7 +60,7 @@ def scores(
     classify: `accuracy` with its 95 % interval (groups are the observations), `by_step`, `auroc`
     (mean over classes against the rest), `recall` by class, `confusion` [true, told], `ece` and
     `brier` without and with the temperature. multilabel: the same over labels, no confusion.
-    regress: `r2`, `rmse`, by output.
+    regress: `r2`, `rmse`, by output. The loss `sigmoid` is calibrated label by label.
     """
     if task.kind == "regress":
         return {"": fit_of(held, task)}
@@ -68,15 +70,13 @@ def scores(
         names = task.classes[attribute]
         only, own = Task(task.kind, {attribute: names}), heat[:, a : a + 1]
         tables = [probabilities(logits, only, loss, t) for t in (torch.ones_like(own), own)]
-        if loss == "sigmoid" and task.kind == "classify":  # sigmoids need not add up to 1
-            tables = [each / each.sum(-1, keepdim=True).clamp(min=1e-12) for each in tables]
-        right = _right(logits, targets)
+        right, claims = _right(logits, targets), claimed(targets, part, loss)
         found[attribute] = {
             "accuracy": interval(right, held.group).as_dict(),
             "by_step": [float(right[held.slot == n].mean()) for n in range(len(temperature))],
             "auroc": auroc(tables[1], targets),
-            "ece": [expected_calibration_error(each, targets) for each in tables],
-            "brier": [brier(each, targets) for each in tables],
+            "ece": [expected_calibration_error(each, claims) for each in tables],
+            "brier": [brier(each, claims) for each in tables],
             **_classes(logits, targets, names),
         }
     return found
@@ -132,6 +132,16 @@ def auroc(
             high = torch.searchsorted(below, above, side="right")
             found.append(float((low + high).double().mean()) / (2 * len(below)))
     return sum(found) / len(found) if found else None
+
+
+def claimed(targets: Tensor, part: slice, loss: str) -> Tensor:
+    """What the probabilities of an attribute speak of: its class, or each label on its own.
+
+    Sigmoids need not add up to 1: each says how sure its own label is, also of classes.
+    """
+    if loss != "sigmoid" or targets.dim() == 2:
+        return targets
+    return torch.nn.functional.one_hot(targets, part.stop - part.start).double()
 
 
 def _right(logits: Tensor, targets: Tensor) -> Float[Tensor, " rows"]:

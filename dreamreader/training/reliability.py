@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dreamreader.probes import Probe
 from dreamreader.probes.labels import Targets, encoded
+from dreamreader.probes.scores import claimed
 
 BINS = 10
 
@@ -36,6 +37,7 @@ def reliability(probe: Probe, held: Iterable[Told]) -> Bins:
             own = probabilities[:, part]
             flags = probe.task.kind == "multilabel"
             right_ones = targets[:, part] if flags else targets[:, number]
+            right_ones = claimed(right_ones, part, probe.loss)
             table = sums.setdefault(attribute, torch.zeros(3, BINS, dtype=torch.float64))
             _add(table, own, right_ones)
     return {
@@ -51,7 +53,6 @@ def _add(table: Float[Tensor, "3 bins"], probabilities: Tensor, targets: Tensor)
     if targets.dim() == 2:
         sure, right = torch.maximum(p, 1 - p).flatten(), ((p >= 0.5) == (targets > 0)).flatten()
     else:
-        p = p / p.sum(-1, keepdim=True).clamp(min=1e-12)  # sigmoids need not add up to 1
         sure, right = p.max(-1).values, p.argmax(-1) == targets
     place = (sure * BINS).long().clamp(max=BINS - 1)
     for line, value in zip(table, (sure, right.double(), torch.ones_like(sure)), strict=True):

@@ -76,6 +76,25 @@ def test_a_card_tells_calibration_before_and_after():
     assert float(probe.temperature[0, 0]) < 0.7
 
 
+def test_sigmoids_of_classes_are_calibrated_label_by_label():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(900, 6, generator=g)
+    y = (x[:, :4] + torch.randn(900, 4, generator=g)).argmax(1)
+    probe = fit(x, y, hidden=(64,), lr=1e-2, epochs=40, patience=40, loss="sigmoid", controls=False)
+    found = probe.card.held_out[""]
+    assert found["ece"][1] < found["ece"][0] and found["brier"][1] < found["brier"][0]
+    fresh = torch.randn(2000, 6, generator=g)
+    flags = torch.nn.functional.one_hot(
+        (fresh[:, :4] + torch.randn(2000, 4, generator=g)).argmax(1), 4
+    ).float()
+    told = probe.probabilities(fresh)
+    z, heat = probe.logits(fresh), float(probe.temperature)
+    assert torch.allclose(told, (z / heat).sigmoid())
+    assert brier(told, flags) < brier(z.sigmoid(), flags)
+    for other in (heat / 1.4, heat * 1.4):
+        assert brier(told, flags) < brier((z / other).sigmoid(), flags)
+
+
 def test_what_cannot_be_right_says_so():
     two = torch.rand(3, 2)
     with pytest.raises(InvalidInput, match="brier: class 2 of 2"):

@@ -104,6 +104,18 @@ def test_a_probe_reads_raw_rows_of_any_scale():
     assert torch.allclose(plain.logits(x), moved.logits(1e-4 * x - 7e-3), atol=1e-2)
 
 
+@pytest.mark.parametrize("pool", ["mean", "token", "flat"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+def test_rows_of_any_floating_point_type(dtype: torch.dtype, pool: str):
+    x, y = blobs()
+    probe = fit(x[:, None, None].to(dtype), y, hidden=(), per_step="shared", pool=pool, **QUICK)
+    assert accuracy(probe) > 0.9
+    same = fit(
+        x.to(dtype).float()[:, None, None], y, hidden=(), per_step="shared", pool=pool, **QUICK
+    )
+    assert all(map(torch.equal, probe.mlps[0].weights, same.mlps[0].weights))
+
+
 def test_each_step_has_a_probe_of_its_own():
     x, y = shifting()
     x[:, ::2, 0] *= -1  # the sign of the boundary changes from step to step
