@@ -77,7 +77,9 @@ class Adapter(nn.Module):
         kept = self._kept
         if kept is None or kept[0] != key:
             with torch.no_grad():
-                kept = self._kept = (key, self.variant.tables(parameters))
+                # copies, as some tables are a parameter itself, which training changes in place
+                down, bias, up = (each.clone() for each in self.variant.tables(parameters))
+                kept = self._kept = (key, (down, bias, up))
         return kept[1]
 
     def forward(

@@ -62,6 +62,20 @@ def test_steps_of_rows_choose_adapters_as_a_run_does():
         Reft({"0": 4}, 2).edits(at=[0])
 
 
+@pytest.mark.parametrize("per_step", [None, 2], ids=["one", "each step"])
+@pytest.mark.parametrize("variant", ["loreft", "direft", "noreft", "diagonal", "bias"])
+def test_edits_are_those_of_now_whatever_is_trained_later(variant: str, per_step: int | None):
+    reft = scrambled(Reft({"0": 8}, 2, variant, steps=per_step))
+    (edit,) = reft.edits()
+    tables = edit.down, edit.bias, edit.up
+    then = [each.clone() for each in tables]
+    assert not any(each.requires_grad for each in tables)
+    scrambled(reft)
+    assert all(map(torch.equal, tables, then))
+    (later,) = reft.edits()
+    assert not torch.equal(later.up, edit.up)
+
+
 def test_edits_keep_their_graph_on_demand_only():
     reft = Reft({"0": 4}, 2)
     layer = torch.nn.Linear(4, 4)
