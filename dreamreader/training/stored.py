@@ -115,10 +115,11 @@ class Stored:
         return {"steps": spec.chosen_steps, "branch": spec.branch, "tokens": tokens}
 
     @cached_property
-    def fractions(self) -> dict[int, float]:
-        """Share of the trajectory done, by step."""
+    def fractions(self) -> dict[tuple[int, int], float]:
+        """Share of the trajectory done, by unit and step: harvests of a store may differ in it."""
         index = self.store.index
-        return dict(zip(index["step"].to_pylist(), index["fraction"].to_pylist(), strict=True))
+        units, steps, shares = (index[name].to_pylist() for name in ("unit", "step", "fraction"))
+        return dict(zip(zip(units, steps, strict=True), shares, strict=True))
 
     @property
     def _subject(self) -> str | None:
@@ -217,7 +218,8 @@ class Part:
             own = samples.part[numbers] == self.part
             if own.any():
                 step = batch.step[own].long()
-                fraction = torch.tensor([shares[each] for each in step.tolist()])
+                when = zip(batch.unit[own].tolist(), step.tolist(), strict=True)
+                fraction = torch.tensor([shares[each] for each in when])
                 yield batch.values[own], numbers[own], fraction, step
 
     def told(self, probe: Probe) -> Iterator[Told]:

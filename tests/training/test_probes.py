@@ -9,9 +9,12 @@ import torch
 
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.harvest import Harvest
+from dreamreader.harvest.merge import merge
 from dreamreader.probes import Probe
+from dreamreader.probes.split import TRAIN
 from dreamreader.training import ProbeJob, ProbeTraining
 from dreamreader.training.labels import told
+from dreamreader.training.stored import Part
 
 from .jobs import DOWN, MIDDLE, PROBES
 
@@ -217,6 +220,26 @@ def test_rows_of_one_prompt_stay_in_one_part_of_a_store(reader, tmp_path: Path):
     job = ProbeJob(name="a", store=str(tmp_path / "store"), labels="color", probe={"holdout": 3})
     part = job.source.samples.part.reshape(18, 2)
     assert torch.equal(part[:, 0], part[:, 1]) and part.unique().tolist() == [0, 1, 2]
+
+
+def test_rows_of_merged_harvests_have_the_noise_levels_of_their_own(reader, tmp_path: Path):
+    for steps in (2, 3):
+        Harvest(
+            name="rows",
+            subject="shapes-unet",
+            reader=reader,
+            data=PROBES["data"],
+            pipeline={"num_inference_steps": steps},
+            capture=[{"sites": DOWN, "pool": "mean"}],
+        ).run(tmp_path / str(steps))
+    merge([tmp_path / "2", tmp_path / "3"], tmp_path / "store")
+    job = ProbeJob(name="a", store=str(tmp_path / "store"), labels="color", probe={"holdout": 3})
+    seen = set()
+    for _, numbers, fraction, step in Part(job.source, DOWN, TRAIN, 64).rows(0):
+        half = numbers < 18  # those of the first harvest
+        torch.testing.assert_close(fraction, step / torch.where(half, 2, 3))
+        seen |= set(fraction.tolist())
+    assert len(seen) == 4
 
 
 def test_a_plan_says_what_will_be_read(probes):
