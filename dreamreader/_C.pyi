@@ -54,6 +54,27 @@ def low_rank_backward_cpu(
     d_strength: Tensor,
     threads: int,
 ) -> None: ...
+def low_rank_cuda(
+    x: Tensor, out: Tensor, down: Tensor, bias: Tensor, up: Tensor, strength: Tensor, index: Tensor
+) -> None: ...
+def low_rank_workspace_cuda(
+    entries: int, tokens: int, width: int, rank: int, adapters: int
+) -> int: ...
+def low_rank_backward_cuda(
+    grad: Tensor,
+    x: Tensor,
+    down: Tensor,
+    bias: Tensor,
+    up: Tensor,
+    strength: Tensor,
+    index: Tensor,
+    dx: Tensor | None,
+    d_down: Tensor | None,
+    d_bias: Tensor | None,
+    d_up: Tensor | None,
+    d_strength: Tensor | None,
+    workspace: Tensor,
+) -> None: ...
 def moments_cpu(
     x: Tensor,
     labels: Tensor,

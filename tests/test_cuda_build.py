@@ -105,7 +105,8 @@ def test_native_module_with_cuda_imports_without_a_driver(tmp_path: Path):
     module = cuda_module(tmp_path / "build")
     code = (
         "import _C; print(_C.build_info()); "
-        "assert all(hasattr(_C, f'{op}_cuda') for op in ('intervene', 'attention_words', 'pack'))"
+        "ops = ('intervene', 'attention_words', 'pack', 'low_rank', 'low_rank_backward'); "
+        "assert all(hasattr(_C, f'{op}_cuda') for op in ops)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
