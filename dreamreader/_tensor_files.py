@@ -1,5 +1,6 @@
 """Safetensors files of one kind: tensors, with JSON that describes them in the header."""
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -30,11 +31,14 @@ def load_described(
     """The description and the tensors of a file, on the CPU.
 
     Raises:
+        FileNotFoundError: there is no such file.
         InvalidInput: it is no whole safetensors file, of another kind, or of another version.
     """
     from safetensors import SafetensorError, safe_open
 
     name = os.fspath(path)
+    if not os.path.exists(path):  # the error of safetensors does not say which file
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(f"dreamreader.{kind}")
