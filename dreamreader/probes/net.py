@@ -66,7 +66,7 @@ class Perceptrons(nn.Module):
         noise = None if self.noise is None else self.noise.double()
         weights[0] = weights[0] / scale.double().unsqueeze(1)
         biases[0] = biases[0] - (weights[0] @ mean.double().unsqueeze(2)).squeeze(2)
-        out = torch.as_tensor(out_scale, dtype=torch.float64)
+        out = torch.as_tensor(out_scale, dtype=torch.float64, device=mean.device)
         weights[-1], biases[-1] = weights[-1] * out.unsqueeze(-1), biases[-1] * out + out_mean
         if noise is not None and len(weights) == 1:
             noise = noise * out.reshape(-1, 1)

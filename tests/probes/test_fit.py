@@ -116,6 +116,18 @@ def test_rows_of_any_floating_point_type(dtype: torch.dtype, pool: str):
     assert all(map(torch.equal, probe.mlps[0].weights, same.mlps[0].weights))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("task", ["classify", "regress"])
+@pytest.mark.parametrize("per_step", ["each", "noise"])
+def test_rows_on_a_gpu_train_the_same_probe(task: str, per_step: str):
+    x, y = shifting()
+    labels = y.tolist() if task == "classify" else y.float()
+    options = {**QUICK, "task": task, "per_step": per_step, "controls": True, "epochs": 5}
+    here, there = (fit(each, labels, hidden=(8,), **options) for each in (x, x.cuda()))
+    assert torch.allclose(here.logits(x), there.logits(x), rtol=1e-2, atol=1e-2)
+
+
 def test_each_step_has_a_probe_of_its_own():
     x, y = shifting()
     x[:, ::2, 0] *= -1  # the sign of the boundary changes from step to step
