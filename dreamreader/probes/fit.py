@@ -137,7 +137,7 @@ def _problem(
     recipe: Recipe,
 ) -> Problem:
     """Rows of each step side by side, or of all steps one below the other; tokens as rows."""
-    values = rows.values  # [rows, steps, tokens, features]
+    values = rows.values.detach()  # [rows, steps, tokens, features]
     _, steps, tokens, _ = values.shape
     device = values.device
     apart = per_step == "each" and bool(rows.steps)

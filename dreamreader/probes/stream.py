@@ -130,6 +130,7 @@ class _Run:
             },
         }
 
+    @torch.inference_mode(False)
     def trained(self, recipe: Recipe, change: Change = lambda part, _: part) -> Trained:
         count = len(self.survey.mean)
         learners = [_Learner(self.survey, n, self.goal, recipe, self.noisy) for n in range(count)]

@@ -44,7 +44,7 @@ class Recipe:
         if self.activation not in ACTIVATIONS:
             raise UnknownName("activation of a probe", self.activation, ACTIVATIONS)
         for name in ("epochs", "patience", "batch_size", "lr"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise InvalidInput(f"{name} must be positive, got {getattr(self, name)}")
         if not self.jitter >= 0:
             raise InvalidInput(f"jitter must be 0 or more, got {self.jitter}")
@@ -96,6 +96,7 @@ class Trained:
     epochs: tuple[int, ...]
 
 
+@torch.inference_mode(False)
 def train(problem: Problem) -> Trained:
     """Trains the perceptrons of a problem.
 

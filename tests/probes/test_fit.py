@@ -116,6 +116,15 @@ def test_rows_of_any_floating_point_type(dtype: torch.dtype, pool: str):
     assert all(map(torch.equal, probe.mlps[0].weights, same.mlps[0].weights))
 
 
+def test_neither_the_mode_nor_the_graph_around_it_matters():
+    x, y = blobs()
+    wanted = fit(x, y, hidden=(8,), **QUICK)
+    with torch.inference_mode():
+        assert fit(x.clone(), y, hidden=(8,), **QUICK) == wanted
+    grown = (2 * x.clone().requires_grad_()) / 2
+    assert fit(grown, y, hidden=(8,), **QUICK | {"controls": True}).mlps == wanted.mlps
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("task", ["classify", "regress"])
@@ -278,6 +287,8 @@ def test_what_cannot_be_right_says_so():
         fit(x, ["z"] * 30, classes=("a", "b"), **QUICK)
     with pytest.raises(InvalidInput, match="2 of 30 rows have values that are not finite.* row 3"):
         fit(x.index_fill(0, torch.tensor([3, 8]), torch.nan), y, **QUICK)
+    with pytest.raises(InvalidInput, match="lr must be positive, got nan"):
+        fit(x, y, **QUICK | {"lr": float("nan")})
     with pytest.raises(InvalidInput, match="holdout=40: no row is held out of 30 groups"):
         fit(x, y, holdout=40, **QUICK)
     with pytest.raises(InvalidInput, match="holdout=0: no row is held out"):

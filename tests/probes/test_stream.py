@@ -31,6 +31,12 @@ def test_batches_train_a_probe():
     assert sum(NAMES[b] == a for a, b in zip(probe.predict(x), y, strict=True)) > 130
 
 
+def test_it_trains_in_inference_mode_too():
+    wanted = fit_batches(batches(0), batches(1), batches(2), **QUICK)
+    with torch.inference_mode():
+        assert fit_batches(batches(0), batches(1), batches(2), **QUICK) == wanted
+
+
 def test_names_attributes_and_half_precision():
     named = [
         [(x.to(torch.float16), {"kind": [NAMES[n] for n in y], "odd": y % 2}) for x, y in part]
