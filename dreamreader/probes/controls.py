@@ -27,17 +27,19 @@ def controls(problem: Problem, trained: Trained) -> dict[str, Any]:
     Reference:
         Hewitt and Liang, Designing and interpreting probes with control tasks (2019).
     """
-    seed, task = problem.recipe.seed + 1, problem.objective.task
+    seed, goal = problem.recipe.seed + 1, problem.objective
+    task, loss = goal.task, goal.loss
     drawn = torch.stack([random_rows(each, seed + n) for n, each in enumerate(problem.x)])
     hidden = problem.recipe.hidden
     other = () if hidden else (WIDTH,)
     changed = problem.changed(recipe=replace(problem.recipe, hidden=other))
     sizes = {(hidden or (0,))[0]: trained, (other or (0,))[0]: train(changed)}
     return {
-        "shuffled_labels": measured(train(shuffled(problem, seed)).held_out, task),
-        "random_feature": measured(train(problem.changed(x=drawn)).held_out, task),
+        "shuffled_labels": measured(train(shuffled(problem, seed)).held_out, task, loss),
+        "random_feature": measured(train(problem.changed(x=drawn)).held_out, task, loss),
         "capacity_sweep": {
-            str(width): measured(found.held_out, task) for width, found in sorted(sizes.items())
+            str(width): measured(found.held_out, task, loss)
+            for width, found in sorted(sizes.items())
         },
     }
 

@@ -74,7 +74,7 @@ def scores(
         found[attribute] = {
             "accuracy": interval(right, held.group).as_dict(),
             "by_step": [float(right[held.slot == n].mean()) for n in range(len(temperature))],
-            "auroc": auroc(tables[1], targets),
+            "auroc": auroc(tables[0], targets),
             "ece": [expected_calibration_error(each, claims) for each in tables],
             "brier": [brier(each, claims) for each in tables],
             **_classes(logits, targets, names),
@@ -94,15 +94,17 @@ def fit_of(held: Held, task: Task) -> dict[str, Any]:
     }
 
 
-def measured(held: Held, task: Task) -> dict[str, dict[str, Any]]:
-    """By attribute: accuracy and AUROC, or what is told of a regression."""
+def measured(held: Held, task: Task, loss: str) -> dict[str, dict[str, Any]]:
+    """By attribute: accuracy and AUROC as `scores` has them, or what is told of a regression."""
     if task.kind == "regress":
         return {"": fit_of(held, task)}
     found = {}
     for a, (attribute, part) in enumerate(task.parts.items()):
         logits, targets = held.logits[:, part], _of(held.targets, a, part, task)
         accuracy = interval(_right(logits, targets), held.group).as_dict()
-        found[attribute] = {"accuracy": accuracy, "auroc": auroc(logits, targets)}
+        only = Task(task.kind, {attribute: task.classes[attribute]})
+        told = probabilities(logits, only, loss, torch.ones(1))
+        found[attribute] = {"accuracy": accuracy, "auroc": auroc(told, targets)}
     return found
 
 

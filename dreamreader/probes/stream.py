@@ -118,15 +118,16 @@ class _Run:
 
     def controls(self, recipe: Recipe, trained: Trained) -> dict[str, Any]:
         """As `controls.controls`; labels change hands, and random rows are drawn, by batch."""
-        hidden, task = recipe.hidden, self.goal.task
+        hidden, task, loss = recipe.hidden, self.goal.task, self.goal.loss
         other = () if hidden else (WIDTH,)
         found = {(hidden or (0,))[0]: trained}
         found[(other or (0,))[0]] = self.trained(replace(recipe, hidden=other))
         return {
-            "shuffled_labels": measured(self.trained(recipe, _shuffled).held_out, task),
-            "random_feature": measured(self.trained(recipe, _random).held_out, task),
+            "shuffled_labels": measured(self.trained(recipe, _shuffled).held_out, task, loss),
+            "random_feature": measured(self.trained(recipe, _random).held_out, task, loss),
             "capacity_sweep": {
-                str(width): measured(each.held_out, task) for width, each in sorted(found.items())
+                str(width): measured(each.held_out, task, loss)
+                for width, each in sorted(found.items())
             },
         }
 

@@ -65,6 +65,15 @@ def test_auroc_by_hand():
     assert auroc(scored, torch.tensor([0, 0, 0, 0])) is None
 
 
+def test_controls_are_scored_as_the_probe_is():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 5, generator=g)
+    y = (x[:, :3] + 0.5 * torch.randn(300, 3, generator=g)).argmax(1)
+    card = fit(x, y, hidden=(8,), lr=1e-2, epochs=20, seed=3).card
+    same = card.controls["capacity_sweep"]["8"][""]  # the probe itself
+    assert same == {name: card.held_out[""][name] for name in ("accuracy", "auroc")}
+
+
 def test_a_card_tells_calibration_before_and_after():
     x, y = blobs(rows=300)
     probe = fit(
