@@ -155,13 +155,18 @@ def encode_pictures(
         [rows, channels, height, width], scaled and shifted as the denoiser has them.
 
     Raises:
-        InvalidInput: values are out of range.
+        InvalidInput: values are out of range, or the autoencoder normalises each channel.
     """
     if pictures.dim() != 4 or not 0 <= float(pictures.min()) <= float(pictures.max()) <= 1:
         raise InvalidInput(
             f"pictures must be [rows, 3, height, width] from 0 to 1, got {list(pictures.shape)}"
         )
     vae = reader.subject.vae
+    if vae.config.get("latents_mean") is not None or "scaling_factor" not in vae.config:
+        raise InvalidInput(
+            f"pictures: how {type(vae).__name__} scales latents is not known, it normalises each "
+            "channel or has no scaling_factor; encode them yourself"
+        )
     weight = next(vae.parameters())
     shift = vae.config.get("shift_factor") or 0.0
     found = []

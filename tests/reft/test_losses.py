@@ -219,6 +219,13 @@ def test_pictures_come_back_from_their_latents_as_the_autoencoder_gives_them():
     torch.testing.assert_close(latents, wanted)
 
 
+def test_an_autoencoder_that_normalises_channels_is_refused():
+    pipe = tiny.pipeline("sd")
+    pipe.vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[2.0] * 4)
+    with pytest.raises(InvalidInput, match="how AutoencoderKL scales latents is not known"):
+        encode_pictures(Reader(pipe), torch.rand(1, 3, 16, 16))
+
+
 def test_the_loss_of_completions_by_hand():
     reader = language()
     reft = Reft.for_sites(reader, LAYER, 4, init="pyreft", tokens=[0, -1])
