@@ -50,7 +50,7 @@ def test_it_is_exp_of_the_loss_that_transformers_computes(reader, tmp_path) -> N
     for where in ({"condition": "unedited"}, {"condition": "edited", "alpha": 0.0}):
         found = [row["perplexity"] for row in results.of(**where)]
         assert found == pytest.approx(plain, rel=1e-4)
-    steered = made.spec.method.edits_of(made.job, made.job.rows)[-1]
+    steered: Any = made.spec.method.edits_of(made.job, made.job.rows)[-1]
     edit = Steer(steered.site, steered.direction, 8.0)
     for row in results.of("edited", alpha=8.0):
         text = row["plain_text"]
