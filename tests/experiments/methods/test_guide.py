@@ -12,6 +12,7 @@ from dreamreader.engine import Reader, Record
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments import Experiment
 from dreamreader.experiments.methods import guide_probes
+from dreamreader.experiments.page import build
 from dreamreader.experiments.results import Results, said
 from dreamreader.probes import Probe
 from dreamreader.stats.variation import variation_to_uniform
@@ -31,6 +32,7 @@ DATA = [
     {"prompt": "a large blue square", "was": "blue", "id": "square"},
 ]
 RED_TO_GREEN = {"scenes": {"count": 2, "source": {"color": "red"}, "target": {"color": "green"}}}
+STRONG = 500.0  # turns the picture enough to tell one direction from its opposite
 PROBE = {"hidden": [8], "pool": "token", "per_step": "shared", "epochs": 4, "holdout": 3}
 METHOD: dict[str, Any] = {
     "kind": "guide",
@@ -41,13 +43,13 @@ METHOD: dict[str, Any] = {
     "probe": PROBE | {"controls": False},
     "target": {"color": "blue"},
     "avoid": {"color": "was"},
-    "strengths": [0.0, 30.0],
+    "strengths": [0.0, STRONG],
     "iterations": [1, 3],
-    "trust": 0.5,
-    "difference_strengths": [0.0, 2.0],
+    "trust": 6.0,
+    "difference_strengths": [0.0, 16.0],
     "effect": "pixel_distance",
 }
-SMALL = METHOD | {"strengths": [30.0], "iterations": [1], "difference_strengths": [2.0]}
+SMALL = METHOD | {"strengths": [STRONG], "iterations": [1], "difference_strengths": [2.0]}
 SMALL |= {"fit_tokens": 4}
 STEPS = {**SETTINGS, "num_inference_steps": 2, "output_type": "pt"}
 FIELDS: dict[str, Any] = {
@@ -55,7 +57,7 @@ FIELDS: dict[str, Any] = {
     "subject": "shapes-unet",
     "data": {"prompts": DATA},
     "pipeline": {"num_inference_steps": 2},
-    "batch": {"rows": 22},
+    "batch": {"rows": 8},  # the fit takes two batches
 }
 
 
@@ -82,13 +84,17 @@ def probe_of(results: Results) -> Probe:
     return Probe.load(guide_probes.probe_file(results.folder.path, 0))
 
 
-def distance(reader: Reader, edits: Any, prompt: str = DATA[0]["prompt"]) -> float:
-    """How far edits move the picture of one prompt, alone."""
+def check_alone(results: Results, row: Any, reader: Reader, edits: Any) -> None:
+    """A row of a batch has the picture that the edits give for its prompt alone."""
     with torch.inference_mode():
         plain, moved = (
-            reader.run(prompt, edits=each, seeds=[0], **STEPS).images[0] for each in ([], edits)
+            reader.run(row["prompt"], edits=each, seeds=[0], **STEPS).images[0]
+            for each in ([], edits)
         )
-    return float((moved - plain).square().mean().sqrt())
+    distance = float((moved - plain).square().mean().sqrt())
+    assert distance > 0.01 and row["pixel_distance"] == pytest.approx(distance, rel=0.01)
+    kept = torch.tensor(list(results.image(row).tobytes())).reshape(64, 64, 3).permute(2, 0, 1)
+    assert (kept / 255 - moved).abs().max() < 2 / 255
 
 
 def test_rows_conditions_and_their_columns(results) -> None:
@@ -99,12 +105,12 @@ def test_rows_conditions_and_their_columns(results) -> None:
         )
         for condition in results.conditions
     }
-    swept = [(0.0, 1), (0.0, 3), (30.0, 1), (30.0, 3)]
+    swept = [(0.0, 1), (0.0, 3), (STRONG, 1), (STRONG, 3)]
     assert settings == {
         "unedited": [(None, None)],
         "edited": swept,
         "random_probe": swept,
-        "difference": [(0.0, None), (2.0, None)],
+        "difference": [(0.0, None), (16.0, None)],
     }
     assert len(results.rows) == 2 * sum(map(len, settings.values()))
     assert {row["target"] for row in results.rows} == {"blue"}
@@ -119,11 +125,10 @@ def test_a_row_of_a_batch_is_what_the_probe_gives_alone(
     results, reader, iterations, row, avoid
 ) -> None:
     """A row that is blue already has nothing to avoid."""
-    more: dict[str, Any] = {"iterations": iterations, "trust": 0.5}
-    guidance = probe_of(results).guidance(["color=blue"], avoid or None, 30.0, **more)
-    moved = distance(reader, guidance, DATA[row]["prompt"])
-    found = results.of("edited", strength=30.0, iterations=iterations)[row]
-    assert moved > 1e-3 and found["pixel_distance"] == pytest.approx(moved, rel=0.02)
+    more: dict[str, Any] = {"iterations": iterations, "trust": 6.0}
+    guidance = probe_of(results).guidance(["color=blue"], avoid or None, STRONG, **more)
+    found = results.of("edited", strength=STRONG, iterations=iterations)[row]
+    check_alone(results, found, reader, guidance)
     for condition in ("edited", "random_probe"):
         still = results.of(condition, strength=0.0, iterations=iterations)[row]
         assert still["pixel_distance"] < 1e-5
@@ -145,9 +150,8 @@ def test_the_difference_is_that_of_the_means_of_labels(results, reader) -> None:
     blue = torch.tensor([each["color"] == "blue" for each in FIT])
     expected = means[blue].mean(0) - means[~blue].mean(0)
     assert torch.allclose(contrast, expected, atol=1e-3 * float(expected.norm()))
-    moved = distance(reader, Steer(UP, contrast, 2.0, branch="cond"))
-    row = results.of("difference", strength=2.0)[0]
-    assert moved > 1e-3 and row["pixel_distance"] == pytest.approx(moved, rel=0.02)
+    row = results.of("difference", strength=16.0)[0]
+    check_alone(results, row, reader, Steer(UP, contrast, 16.0, branch="cond"))
     assert results.of("difference", strength=0.0)[0]["pixel_distance"] < 1e-5
 
 
@@ -167,11 +171,11 @@ def test_a_random_probe_has_the_norms_of_the_probe_and_nothing_else(results, rea
             assert float(torch.cosine_similarity(mine.flatten(), drawn.flatten(), 0)) < 0.9
     again = fitted.mlps([UP], True)[UP]
     assert all(torch.equal(a, b) for a, b in zip(random.weights, again.weights, strict=True))
-    row = results.of("random_probe", strength=30.0, iterations=3)[0]
+    row = results.of("random_probe", strength=STRONG, iterations=3)[0]
     edit = ProbeGuidance(
-        UP, random, ["color=blue"], ["color=red"], 30.0, iterations=3, trust=0.5, branch="cond"
+        UP, random, ["color=blue"], ["color=red"], STRONG, iterations=3, trust=6.0, branch="cond"
     )
-    assert row["pixel_distance"] == pytest.approx(distance(reader, edit), rel=0.02)
+    check_alone(results, row, reader, edit)
 
 
 def test_uniform_targets_are_the_labels_in_turn_and_never_avoided(edits) -> None:
@@ -186,7 +190,7 @@ def test_uniform_targets_are_the_labels_in_turn_and_never_avoided(edits) -> None
     for number, edit in enumerate((guided, random), 1):
         assert edit.target == [[f"color={each}"] for each in towards] * 4
         assert edit.avoid == [["color=red"], ["color=blue"], ["color=green"], ["color=red"]] * 4
-        assert edit.alpha == [30.0 * (row // 4 == number) for row in range(16)]
+        assert edit.alpha == [STRONG * (row // 4 == number) for row in range(16)]
     assert len(differences) == 3
     for label, edit in zip(("blue", "green", "red"), differences, strict=True):
         wanted = [row >= 12 and towards[row % 4] == label for row in range(16)]
@@ -265,7 +269,7 @@ def test_summary_and_best_say_what_the_rows_say(results) -> None:
     name, label = "pixel_distance", results.rows[-1]["cell"]
     means = {
         (strength, inner): results.mean("edited", name, strength=strength, iterations=inner).value
-        for strength in (0.0, 30.0)
+        for strength in (0.0, STRONG)
         for inner in (1, 3)
     }
     best = max(means, key=lambda key: means[key])
@@ -276,7 +280,7 @@ def test_summary_and_best_say_what_the_rows_say(results) -> None:
         "unedited": ("unedited", {}),
         "edited": (f"edited{setting}", at),
         "random_probe": (f"random probe{setting}", at),
-        "difference": (f"difference ({label}, strength 2)", {"strength": 2.0}),
+        "difference": (f"difference ({label}, strength 16)", {"strength": 16.0}),
     }
     for line, (condition, (head, where)) in zip(
         method.summary(results), heads.items(), strict=True
@@ -305,12 +309,18 @@ def test_the_report_has_curves_and_cards(results) -> None:
         *("1 inner steps", "3 inner steps", "random probe", "difference")
     ]
     inner = results.spec.method.shown(results)["iterations"]
-    where = {"strength": 30.0, "iterations": inner}
+    where = {"strength": STRONG, "iterations": inner}
     expected = results.mean("random_probe", "pixel_distance", **where).value
     assert curves[2].y[-1] == pytest.approx(expected)
     page = (results.folder.path / "report.html").read_text()
     assert "Inner steps" in page and "random probe" in page
-    assert f"strength 30.0, iterations {inner}" in page
+    assert f"strength {STRONG}, iterations {inner}" in page
+    gallery = next(each for each in build(results).sections if each.title == "Pictures").blocks[0]
+    for (label, pictures), condition in zip(gallery.rows, results.conditions, strict=True):
+        shown = results.of(condition, **(where if condition in ("edited", "random_probe") else {}))
+        assert label == condition.replace("_", " ")
+        for picture, row in zip(pictures, shown, strict=False):
+            assert picture.image.tobytes() == results.image(row).tobytes()
 
 
 def test_the_measured_colours_are_compared_with_an_even_share(experiment, tmp_path) -> None:
