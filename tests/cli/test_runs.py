@@ -150,7 +150,8 @@ def test_the_schema_knows_specs(tmp_path) -> None:
     assert schema["additionalProperties"] is False
     assert {"name", "subject", "data", "method"} <= set(schema["required"])
     kinds = set(schema["properties"]["method"]["discriminator"]["mapping"])
-    assert kinds == {"edit", "steer", "patch", "ablate", "windows", "lens", "heatmap"}
+    learned = {"reft", "guide"}
+    assert kinds == {"edit", "steer", "patch", "ablate", "windows", "lens", "heatmap"} | learned
     # what a spec may say in short is right for an editor too
     of = {name: schema["properties"][name]["anyOf"] for name in ("seeds", "subject")}
     assert "integer" in {each.get("type") for each in of["seeds"]}

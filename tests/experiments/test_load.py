@@ -69,8 +69,8 @@ def test_the_same_spec_as_an_object(tmp_path: Path) -> None:
         (
             "kind: edit",
             "kind: edti",
-            "spec.yaml:9: method: unknown kind 'edti'; nearest: edit; all: edit, steer, patch, "
-            "ablate, windows, lens, heatmap",
+            "spec.yaml:9: method: unknown kind 'edti'; nearest: edit, reft; all: edit, steer, "
+            "reft, guide, patch, ablate, windows, lens, heatmap",
         ),
         ("kind: edit", "stepz: 3", "spec.yaml:9: method: kind is missing: it says which one"),
         (

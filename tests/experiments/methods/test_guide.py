@@ -16,9 +16,9 @@ from dreamreader.experiments.page import build
 from dreamreader.experiments.results import Results, said
 from dreamreader.probes import Probe
 from dreamreader.stats.variation import variation_to_uniform
-from dreamreader.zoo import SETTINGS
 
 from ..conftest import MIDDLE
+from .alone import STEPS, Stopping, check_alone
 
 UP = "unet.up_blocks.2.attentions.0.transformer_blocks.0.attn2"
 COLORS = ("blue", "green", "red")
@@ -51,7 +51,6 @@ METHOD: dict[str, Any] = {
 }
 SMALL = METHOD | {"strengths": [STRONG], "iterations": [1], "difference_strengths": [2.0]}
 SMALL |= {"fit_tokens": 4}
-STEPS = {**SETTINGS, "num_inference_steps": 2, "output_type": "pt"}
 FIELDS: dict[str, Any] = {
     "name": "guided",
     "subject": "shapes-unet",
@@ -82,19 +81,6 @@ def edits(experiment, tmp_path) -> Callable[..., tuple[list[Any], list[Any]]]:
 
 def probe_of(results: Results) -> Probe:
     return Probe.load(guide_probes.probe_file(results.folder.path, 0))
-
-
-def check_alone(results: Results, row: Any, reader: Reader, edits: Any) -> None:
-    """A row of a batch has the picture that the edits give for its prompt alone."""
-    with torch.inference_mode():
-        plain, moved = (
-            reader.run(row["prompt"], edits=each, seeds=[0], **STEPS).images[0]
-            for each in ([], edits)
-        )
-    distance = float((moved - plain).square().mean().sqrt())
-    assert distance > 0.01 and row["pixel_distance"] == pytest.approx(distance, rel=0.01)
-    kept = torch.tensor(list(results.image(row).tobytes())).reshape(64, 64, 3).permute(2, 0, 1)
-    assert (kept / 255 - moved).abs().max() < 2 / 255
 
 
 def test_rows_conditions_and_their_columns(results) -> None:
@@ -315,7 +301,9 @@ def test_the_report_has_curves_and_cards(results) -> None:
     page = (results.folder.path / "report.html").read_text()
     assert "Inner steps" in page and "random probe" in page
     assert f"strength {STRONG}, iterations {inner}" in page
-    gallery = next(each for each in build(results).sections if each.title == "Pictures").blocks[0]
+    gallery: Any = next(
+        each for each in build(results).sections if each.title == "Pictures"
+    ).blocks[0]
     for (label, pictures), condition in zip(gallery.rows, results.conditions, strict=True):
         shown = results.of(condition, **(where if condition in ("edited", "random_probe") else {}))
         assert label == condition.replace("_", " ")
@@ -333,23 +321,6 @@ def test_the_measured_colours_are_compared_with_an_even_share(experiment, tmp_pa
         colors = [str(row["color"]) for row in results.of(condition)]
         assert line.endswith(f"variation of color {said(variation_to_uniform(colors, COLORS))}")
     assert "variation of color" in (tmp_path / "run" / "report.html").read_text()
-
-
-class Stopping:
-    """Gives the mean of each picture; may be stopped at a batch."""
-
-    name = "brightness"
-    needs = frozenset({"images"})
-    compares = False
-
-    def __init__(self, left: float = math.inf):
-        self.left = left
-
-    def measure(self, got: Any, reference: Any) -> dict[str, list[float]]:
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-        return {self.name: got.images.mean((1, 2, 3)).tolist()}
 
 
 def test_a_stopped_run_goes_on_without_fitting_twice(experiment, tmp_path, monkeypatch) -> None:

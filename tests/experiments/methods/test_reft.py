@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from dreamreader.edits import Steer
-from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments import Experiment
 from dreamreader.experiments.methods import reft_adapters
 from dreamreader.experiments.results import Results, said
 from dreamreader.reft import Reft, record_pairs
-from dreamreader.zoo import SETTINGS
 
 from ..conftest import MIDDLE, PAIRS
+from .alone import STEPS, Stopping, check_alone
 
 UP = "unet.up_blocks.2.attentions.0.transformer_blocks.0.attn2"
 SITES = [MIDDLE, UP]
@@ -43,7 +42,6 @@ KEYS = [
     ("untrained", "loreft", 1),
 ]
 """Condition, variant and rank of every adapter of METHOD, in the order of their files."""
-STEPS = {**SETTINGS, "num_inference_steps": 2, "output_type": "pt"}
 FIELDS: dict[str, Any] = {
     "name": "learned",
     "subject": "shapes-unet",
@@ -69,19 +67,6 @@ def results(made) -> Results:
 def adapters(results: Results, *key: Any) -> Reft:
     number = KEYS.index(key)
     return Reft.load(results.folder.path / "artifacts" / f"adapter-{number}.safetensors")
-
-
-def check_alone(results: Results, row: Any, reader: Reader, edits: Any) -> None:
-    """A row of a batch has the picture that the edits give for its prompt alone."""
-    with torch.inference_mode():
-        plain, moved = (
-            reader.run(row["prompt"], edits=each, seeds=[0], **STEPS).images[0]
-            for each in ([], edits)
-        )
-    distance = float((moved - plain).square().mean().sqrt())
-    assert distance > 0.01 and row["pixel_distance"] == pytest.approx(distance, rel=0.01)
-    kept = torch.tensor(list(results.image(row).tobytes())).reshape(64, 64, 3).permute(2, 0, 1)
-    assert (kept / 255 - moved).abs().max() < 2 / 255
 
 
 def test_rows_conditions_and_their_columns(results) -> None:
@@ -191,23 +176,6 @@ def test_equals_are_decided_for_the_weaker_and_smaller(results) -> None:
     alike = Results(results.folder, results.spec, rows, results.metrics)
     shown = results.spec.method.shown(alike)
     assert (shown["rank"], shown["strength"]) == (0, 0.0) and shown["variant"] == "bias"
-
-
-class Stopping:
-    """Gives the mean of each picture; may be stopped at a batch."""
-
-    name = "brightness"
-    needs = frozenset({"images"})
-    compares = False
-
-    def __init__(self, left: float = math.inf):
-        self.left = left
-
-    def measure(self, got: Any, reference: Any) -> dict[str, list[float]]:
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-        return {self.name: got.images.mean((1, 2, 3)).tolist()}
 
 
 def test_a_stopped_run_goes_on_without_training_twice(
