@@ -31,7 +31,7 @@ def run_language(
     All batches are padded on the left to the longest prompt of the run, so that a row's positions
     do not depend on its batch. Sampling runs row by row, each from its own seed.
     """
-    from dreamreader.engine.reader import RunResult, _merged
+    from dreamreader.engine.reader import RunResult, merged
 
     model = reader.subject
     inputs = encoded(reader, list(plan.prompts))
@@ -54,7 +54,7 @@ def run_language(
         found.append(session.activations(plan.rows))
         report.merge(session.report)
     output, text = _together(outputs, reader.tokenizer, length)
-    return RunResult(output, Cache(_merged(found)), report, tuple(plan.rows), text)
+    return RunResult(output, Cache(merged(found)), report, tuple(plan.rows), text)
 
 
 def _positions(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -146,7 +146,7 @@ class Reader:
                 outputs.append(self._call(plan, start, stop, own))
             found.append(session.activations(plan.rows))
             report.merge(session.report)
-        return RunResult(_joined(outputs), Cache(_merged(found)), report, tuple(plan.rows))
+        return RunResult(_joined(outputs), Cache(merged(found)), report, tuple(plan.rows))
 
     def run_with_cache(
         self,
@@ -356,13 +356,13 @@ def _joined(outputs: list[Any]) -> Any:
     return numpy.concatenate(images)
 
 
-def _merged(found: list[list[Activation]]) -> list[Activation]:
+def merged(found: Sequence[list[Activation]]) -> list[Activation]:
     """The same sites of several batches, joined along the rows."""
     if len(found) == 1:
         return found[0]
     from dataclasses import replace
 
-    merged = []
+    joined = []
     for parts in zip(*found, strict=True):
         first = parts[0]
         if any(each.shape[1:] != first.shape[1:] for each in parts):
@@ -371,8 +371,8 @@ def _merged(found: list[list[Activation]]) -> list[Activation]:
                 f"({', '.join(str(list(each.shape)) for each in parts)}); use one batch"
             )
         rows = tuple(row for each in parts for row in each.rows)
-        merged.append(replace(first, tensor=torch.cat([e.tensor for e in parts]), rows=rows))
-    return merged
+        joined.append(replace(first, tensor=torch.cat([e.tensor for e in parts]), rows=rows))
+    return joined
 
 
 def _size(module: torch.nn.Module) -> int:

@@ -7,13 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreamreader.errors import InvalidInput
 from dreamreader.experiments.folder import RunFolder
 from dreamreader.experiments.job import Job, open_job
-from dreamreader.experiments.load import check_spec, load_spec
+from dreamreader.experiments.load import load_spec
 from dreamreader.experiments.methods import Spec
 from dreamreader.experiments.plan import Plan, make_plan
 from dreamreader.experiments.results import Results
+from dreamreader.specs.load import spec_of
 
 if TYPE_CHECKING:
     from dreamreader.engine import Reader
@@ -54,20 +54,10 @@ class Experiment:
         named = [each for each in metrics if isinstance(each, str | Mapping)]
         self._metrics = [each for each in metrics if not isinstance(each, str | Mapping)]
         self._reader = reader
-        if isinstance(spec, Spec):
-            beside = [*fields, *(["metrics"] if named else [])]
-            if beside:
-                raise InvalidInput(
-                    f"Experiment: a whole spec is given, and {beside[0]} beside it; change the spec"
-                )
-            self.spec = spec
-            return
-        content = {**(spec or {}), **fields}
         if named:
-            content["metrics"] = [*content.get("metrics", ()), *named]
-        if reader is not None:
-            content.setdefault("subject", type(reader.subject).__name__)
-        self.spec = check_spec(content, source="Experiment")
+            listed = spec.get("metrics", ()) if isinstance(spec, Mapping) else ()
+            fields["metrics"] = [*listed, *named]
+        self.spec = spec_of(Spec, spec, fields, reader, "Experiment")
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "Experiment":

@@ -12,7 +12,7 @@ from dreamreader.harvest.plan import GB, Plan, make_plan
 from dreamreader.harvest.run import Engine, Progress, run_job
 from dreamreader.harvest.spec import Spec
 from dreamreader.harvest.store import Store
-from dreamreader.specs.load import check_spec, load_spec
+from dreamreader.specs.load import load_spec, spec_of
 
 if TYPE_CHECKING:
     from dreamreader.engine import Reader
@@ -45,18 +45,7 @@ class Harvest:
         **fields: Any,
     ):
         self._reader = reader
-        if isinstance(spec, Spec):
-            if fields:
-                raise InvalidInput(
-                    f"Harvest: a whole spec is given, and {next(iter(fields))} beside it; change "
-                    "the spec"
-                )
-            self.spec = spec
-            return
-        content = {**(spec or {}), **fields}
-        if reader is not None:
-            content.setdefault("subject", type(reader.subject).__name__)
-        self.spec = check_spec(Spec, content, source="Harvest")
+        self.spec = spec_of(Spec, spec, fields, reader, "Harvest")
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "Harvest":

@@ -14,7 +14,7 @@ from dreamreader.harvest.capture import Collector, Sink
 from dreamreader.harvest.prompts import Prompts
 from dreamreader.harvest.spec import Capture, Choice, Spec
 from dreamreader.specs.data import Item
-from dreamreader.specs.subject import call_settings, is_language, opened, steps_of
+from dreamreader.specs.subject import call_settings, is_language, opened, padded, steps_of
 
 
 @dataclass(eq=False)
@@ -120,10 +120,7 @@ def open_job(spec: Spec, reader: Reader | None = None) -> HarvestJob:
     """
     prompts = Prompts(spec.data)
     if reader is None:
-        reader = opened(spec.subject)
-        tokenizer = reader.tokenizer
-        if tokenizer is not None and tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token  # padding is masked, and never stored
+        reader = padded(opened(spec.subject))
     if is_language(reader):
         reader = Reader(reader.subject, reader.tokenizer, _most_tokens(spec, reader))
     elif spec.max_tokens is not None:

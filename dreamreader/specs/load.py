@@ -3,12 +3,15 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from dreamreader.errors import InvalidInput, nearest
+
+if TYPE_CHECKING:
+    from dreamreader.engine import Reader
 
 S = TypeVar("S", bound=BaseModel)
 Lines = dict[tuple[str | int, ...], int]
@@ -43,6 +46,36 @@ def load_spec(model: type[S], path: str | os.PathLike[str], overrides: Sequence[
         for key in _override(content, override):
             where[key] = f"override {override!r}"
     return check_spec(model, content, where, str(file), file.parent)
+
+
+def spec_of(
+    model: type[S],
+    spec: S | Mapping[str, Any] | None,
+    fields: Mapping[str, Any],
+    reader: "Reader | None",
+    source: str,
+) -> S:
+    """The spec that Python gives: whole, as a mapping, or field by field.
+
+    Args:
+        model: what it is. spec: whole, or its content. fields: beside a content.
+        reader: of a subject of one's own, whose class is the subject's name where none is given.
+        source: who asks, for messages.
+
+    Raises:
+        InvalidInput: fields beside a whole spec, or one that cannot be right.
+    """
+    if isinstance(spec, model):
+        if fields:
+            raise InvalidInput(
+                f"{source}: a whole spec is given, and {next(iter(fields))} beside it; change the "
+                "spec"
+            )
+        return spec
+    content = {**(spec or {}), **fields}  # pyright: ignore[reportGeneralTypeIssues]
+    if reader is not None:
+        content.setdefault("subject", type(reader.subject).__name__)
+    return check_spec(model, content, source=source)
 
 
 def check_spec(

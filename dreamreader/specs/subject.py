@@ -23,6 +23,17 @@ def opened(subject: Subject) -> Reader:
     return reader
 
 
+def padded(reader: Reader) -> Reader:
+    """The reader, whose language model pads with its end-of-text where it has no padding.
+
+    Padding is masked: it never shows in what a row gives.
+    """
+    tokenizer = reader.tokenizer
+    if is_language(reader) and tokenizer is not None and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return reader
+
+
 def is_language(reader: Reader) -> bool:
     """Whether the subject is a language model, no pipeline."""
     return not hasattr(reader.subject, "components")

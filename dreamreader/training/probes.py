@@ -11,10 +11,10 @@ from pydantic import Field, field_validator, model_validator
 from dreamreader._files import explained
 from dreamreader.audit import Fingerprint, fingerprint
 from dreamreader.audit.fingerprint import portable
-from dreamreader.errors import DreamreaderError, InvalidInput
+from dreamreader.errors import DreamreaderError
 from dreamreader.harvest.layout import file_of
 from dreamreader.probes import Probe
-from dreamreader.specs.load import check_spec, load_spec
+from dreamreader.specs.load import load_spec, spec_of
 from dreamreader.specs.parts import AnySeeds, Batch, Data, Part, Seeds, Subject, listed_seeds
 from dreamreader.training.folder import RESULT, TrainingFolder
 from dreamreader.training.labels import Named, check_detected, from_detector
@@ -127,18 +127,7 @@ class ProbeJob:
         **fields: Any,
     ):
         self._reader, self._home = reader, home
-        if isinstance(spec, ProbeSpec):
-            if fields:
-                raise InvalidInput(
-                    f"ProbeJob: a whole spec is given, and {next(iter(fields))} beside it; change "
-                    "the spec"
-                )
-            self.spec = spec
-            return
-        content = {**(spec or {}), **fields}
-        if reader is not None:
-            content.setdefault("subject", type(reader.subject).__name__)
-        self.spec = check_spec(ProbeSpec, content, source="ProbeJob")
+        self.spec = spec_of(ProbeSpec, spec, fields, reader, "ProbeJob")
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "ProbeJob":

@@ -16,7 +16,7 @@ from dreamreader.probes import Probe
 from dreamreader.probes.split import HELD_OUT, dealt, numbered
 from dreamreader.specs.batch import activation_bytes, duration, rows_that_fit
 from dreamreader.specs.data import read_items
-from dreamreader.specs.subject import call_settings, is_language, opened, steps_of
+from dreamreader.specs.subject import call_settings, is_language, opened, padded, steps_of
 from dreamreader.training.labels import Values, detected, from_detector, of_columns, told
 from dreamreader.training.reliability import Told, reliability, targets_of
 
@@ -44,10 +44,7 @@ class Prompted:
         self.items = read_items(spec.data)
         if not from_detector(spec.labels):
             self.columns  # noqa: B018  a wrong column is told before the model is opened
-        self.reader = reader or opened(spec.subject)
-        tokenizer = self.reader.tokenizer
-        if is_language(self.reader) and tokenizer is not None and tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        self.reader = padded(reader or opened(spec.subject))
         if is_language(self.reader) and spec.tokens is None:
             check_lengths(self.reader, [item.prompt for item in self.items])
 

@@ -17,8 +17,8 @@ from dreamreader.reft import Reft
 from dreamreader.specs import parts
 from dreamreader.specs.batch import activation_bytes, rows_that_fit
 from dreamreader.specs.data import read_items
-from dreamreader.specs.load import check_spec, load_spec
-from dreamreader.specs.subject import call_settings, is_language, opened
+from dreamreader.specs.load import load_spec, spec_of
+from dreamreader.specs.subject import call_settings, is_language, opened, padded
 from dreamreader.training.examples import Examples, examples_of, folder_of
 from dreamreader.training.fit import Fitted, Told, fitted, orthonormality
 from dreamreader.training.folder import RESULT, TrainingFolder
@@ -76,18 +76,7 @@ class ReftJob:
         **fields: Any,
     ):
         self._reader, self._home = reader, home
-        if isinstance(spec, ReftSpec):
-            if fields:
-                raise InvalidInput(
-                    f"ReftJob: a whole spec is given, and {next(iter(fields))} beside it; change "
-                    "the spec"
-                )
-            self.spec = spec
-            return
-        content = {**(spec or {}), **fields}
-        if reader is not None:
-            content.setdefault("subject", type(reader.subject).__name__)
-        self.spec = check_spec(ReftSpec, content, source="ReftJob")
+        self.spec = spec_of(ReftSpec, spec, fields, reader, "ReftJob")
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "ReftJob":
@@ -104,10 +93,7 @@ class ReftJob:
     @cached_property
     def reader(self) -> "Reader":
         """Of the subject, opened at first use."""
-        found = self._reader or opened(self.spec.subject)
-        tokenizer = found.tokenizer
-        if is_language(found) and tokenizer is not None and tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        found = padded(self._reader or opened(self.spec.subject))
         if is_language(found) and self.spec.pipeline:
             raise InvalidInput("pipeline: a language model reads texts here, and writes none")
         return found

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dreamreader.edits import Mlp
 from dreamreader.engine import Cache, Record
+from dreamreader.engine.reader import merged
 from dreamreader.experiments.methods.base import one_selection
 from dreamreader.experiments.row import evenly
 from dreamreader.probes import Probe
@@ -108,18 +109,8 @@ def _recorded(
         chunk = rows[start:stop]
         prompts, seeds = [item.prompt for item, _ in chunk], [seed for _, seed in chunk]
         result, _ = job.draw(prompts, seeds, record=records)
-        parts.append(result.cache)
-    return _joined(parts)
-
-
-def _joined(parts: Sequence[Cache]) -> Cache:
-    """The rows of several batches, one below the other."""
-    found = []
-    for site, first in parts[0].items():
-        each = [part[site] for part in parts]
-        rows = tuple(row for part in each for row in part.rows)
-        found.append(replace(first, tensor=torch.cat([part.tensor for part in each]), rows=rows))
-    return Cache(found)
+        parts.append(list(result.cache.values()))
+    return Cache(merged(parts))
 
 
 def _contrasts(recorded: Any, site: str, labels: dict[str, list[str]]) -> dict[str, Tensor]:
