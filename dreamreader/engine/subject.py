@@ -72,6 +72,17 @@ def unwrapped(module: Any) -> Any:
     return module
 
 
+def innermost(model: nn.Module) -> nn.Module:
+    """The model below every wrapper: those of `torch.compile` and of PEFT's adapters."""
+    while True:
+        inner = unwrapped(model)
+        if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        if inner is model:
+            return inner
+        model = inner
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether `torch.compile` runs this module, as a wrapper or in place."""
     return (
