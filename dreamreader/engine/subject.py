@@ -7,6 +7,12 @@ from torch import nn
 from dreamreader.errors import InvalidInput
 
 
+class Modules(dict[str, nn.Module]):
+    """Modules by path; `root` holds them all, where the subject is one module."""
+
+    root: nn.Module | None = None
+
+
 class Subject:
     """Modules of a diffusers pipeline, a transformers model or any `nn.Module`, by dotted path.
 
@@ -54,10 +60,12 @@ class Subject:
             if isinstance(each, nn.Module)
         }
 
-    def modules(self) -> dict[str, nn.Module]:
+    def modules(self) -> Modules:
         """Every module by path, the root of a plain model left out."""
-        found: dict[str, nn.Module] = {}
+        found = Modules()
         for top, component in self.components().items():
+            if not top:
+                found.root = component
             for path, module in component.named_modules():
                 name = ".".join(part for part in (top, _bare(path)) if part)
                 if name:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dreamreader.errors import InvalidInput
@@ -149,42 +148,3 @@ def write_channels(x: Tensor, tap: Tap, part: Tensor) -> Tensor:
         split[..., which, :] = part.unflatten(-1, (tap.heads, -1))
         return split.flatten(-3)
     return part
-
-
-class View:
-    """A tensor seen as [rows, tokens, features] without a copy, and the way back.
-
-    Feature maps [B, C, H, W] become [B, H*W, C] through strides and keep (H, W) as `hw`; a tensor
-    [B, D] gets one token. `channels_last`: 4-D tensors of norms inside attention are
-    [B, heads or tokens, tokens or heads, d].
-    """
-
-    __slots__ = ("x", "shape", "hw")
-
-    def __init__(self, x: Tensor, channels_last: bool = False):
-        self.shape = x.shape
-        self.hw: tuple[int, ...] | None = None
-        if x.dim() == 3:
-            self.x = x
-        elif x.dim() == 2:
-            self.x = x.unsqueeze(1)
-        elif x.dim() < 2:
-            self.x = x.reshape(x.shape[0] if x.dim() else 1, 1, 1)
-        elif channels_last:
-            self.x = x.flatten(1, -2)
-        else:
-            self.hw = tuple(x.shape[2:])
-            self.x = x.flatten(2).transpose(1, 2)
-
-    def back(self, y: Tensor) -> Tensor:
-        if len(self.shape) == 3:
-            return y
-        if self.hw is not None:
-            return y.transpose(1, 2).unflatten(2, self.hw)
-        return y.reshape(self.shape)
-
-
-def is_channels_last(module: nn.Module) -> bool:
-    """Whether a 4-D result has its features in the last dimension, as norms of heads do."""
-    name = type(module).__name__
-    return isinstance(module, torch.nn.LayerNorm) or "RMSNorm" in name or name == "LpNorm"

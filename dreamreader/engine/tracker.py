@@ -157,7 +157,7 @@ class PipelineTracker(AbstractContextManager):
             why = ClockUnknown(f"{name} runs before the first denoising step: it has no step")
             found = ids if isinstance(ids, Tensor) else None
             batch = found.shape[0] if found is not None else None
-            self.now = Now(name, "text", self.runs, why, branches, batch, ids=found)
+            self.now = Now(name, "text", self.runs, why, branches, batch)
 
         return began
 

@@ -1,11 +1,12 @@
 """Words of the prompts as numbers of the text tokens that a call sees."""
 
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dreamreader.engine.families.text import text_sources
 from dreamreader.engine.now import Now
 from dreamreader.engine.subject import Subject
-from dreamreader.engine.tokens import word_positions
 from dreamreader.errors import ClockUnknown, InvalidInput
 
 if TYPE_CHECKING:
@@ -90,3 +91,24 @@ def _plain(tokenizer: Any, ids: list[int], mask: list[int] | None) -> list[int]:
         for number, each in enumerate(ids)
         if each not in special and (mask is None or mask[number])
     ]
+
+
+def word_positions(tokenizer: Any, ids: Sequence[int], word: str) -> list[int]:
+    """Indices of the tokens that spell `word`, at each of its occurrences; maybe none."""
+    text, owner = "", []
+    for index, token in enumerate(tokenizer.convert_ids_to_tokens(list(ids))):
+        special = token in tokenizer.all_special_tokens
+        piece = " " if special else _spelled(token)
+        text += piece
+        owner += [-1 if special else index] * len(piece)
+    hits: list[int] = []
+    pattern = re.compile(rf"(?<!\w){re.escape(word.strip())}(?!\w)", re.IGNORECASE)
+    for match in pattern.finditer(text):
+        hits += [owner[at] for at in range(*match.span()) if owner[at] >= 0]
+    return sorted(set(hits))
+
+
+def _spelled(token: str) -> str:
+    """The text of one token: the marks of sentencepiece and byte-level tokenizers become spaces."""
+    piece = token.replace("\u2581", " ").replace("\u0120", " ").replace("\u010a", "\n")
+    return piece.removesuffix("</w>") + (" " if token.endswith("</w>") else "")

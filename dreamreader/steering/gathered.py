@@ -29,7 +29,7 @@ class Gathered:
 
     statistics: Statistics
     steps: tuple[int, ...]
-    tokens: int
+    tokens: int | None
     seen: dict[int, int] = field(default_factory=dict)
     groups: dict[Hashable, int] = field(default_factory=dict)
     held: dict[int, list[Tensor]] = field(default_factory=dict)
