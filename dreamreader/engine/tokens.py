@@ -1,7 +1,7 @@
 """Token selections: from indices, masks, words and boxes to the strength of every token."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,24 +178,3 @@ def _indices(chosen: Any, length: int, place: Sequence_) -> list[int]:
     if wrong:
         raise InvalidInput(f"{place.name}: token {wrong[0]} asked for, there are {length} tokens")
     return [each % length for each in listed]
-
-
-def word_positions(tokenizer: Any, ids: Sequence[int], word: str) -> list[int]:
-    """Indices of the tokens that spell `word`, at each of its occurrences; maybe none."""
-    text, owner = "", []
-    for index, token in enumerate(tokenizer.convert_ids_to_tokens(list(ids))):
-        special = token in tokenizer.all_special_tokens
-        piece = " " if special else _spelled(token)
-        text += piece
-        owner += [-1 if special else index] * len(piece)
-    hits: list[int] = []
-    pattern = re.compile(rf"(?<!\w){re.escape(word.strip())}(?!\w)", re.IGNORECASE)
-    for match in pattern.finditer(text):
-        hits += [owner[at] for at in range(*match.span()) if owner[at] >= 0]
-    return sorted(set(hits))
-
-
-def _spelled(token: str) -> str:
-    """The text of one token: the marks of sentencepiece and byte-level tokenizers become spaces."""
-    piece = token.replace("\u2581", " ").replace("\u0120", " ").replace("\u010a", "\n")
-    return piece.removesuffix("</w>") + (" " if token.endswith("</w>") else "")
