@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.engine import Reader, RunResult
-from dreamreader.engine.language import encoded
+from dreamreader.engine.prompts import encoded
 from dreamreader.errors import DreamreaderError, InvalidInput
 from dreamreader.experiments.encode import encoded_once
 from dreamreader.experiments.row import Row, Unit, units

@@ -122,7 +122,8 @@ def open_job(spec: Spec, reader: Reader | None = None) -> HarvestJob:
     if reader is None:
         reader = padded(opened(spec.subject))
     if is_language(reader):
-        reader = Reader(reader.subject, reader.tokenizer, _most_tokens(spec, reader))
+        most, special = _most_tokens(spec, reader), reader.add_special_tokens
+        reader = Reader(reader.subject, reader.tokenizer, most, special)
     elif spec.max_tokens is not None:
         raise InvalidInput("max_tokens: the subject is no language model; leave it out")
     job = HarvestJob(spec, reader, prompts, _captures(spec, reader))
