@@ -45,13 +45,16 @@ def planned(model: Any, arguments: dict[str, Any], rows: int) -> Generation:
         raise InvalidInput("a streamer follows one row: run one prompt with one seed")
     given = {k: v for k, v in arguments.items() if k not in ("generation_config", "streamer")}
     inner: Any = innermost(model)
-    if inner.generation_config is not model.generation_config:  # that of PEFT's wrapper is used
-        inner.generation_config = model.generation_config
+    own = getattr(model, "generation_config", None)
+    if own is not None and own is not inner.generation_config:  # that of PEFT's wrapper is used
+        inner.generation_config = own
+    if not hasattr(inner, "_prepare_generation_config"):  # another library's generate
+        return Generation(True, "tokens may be drawn from each row's seed", 0)
     with told_clearly():
         config, _ = inner._prepare_generation_config(arguments.get("generation_config"), **given)
         mode = str(getattr(config.get_generation_mode(given.get("assistant_model")), "value", ""))
-    own = arguments.get("custom_generate") is not None  # may draw, nobody knows
-    why = "tokens are drawn from each row's seed" if config.do_sample or own else None
+    draws = bool(config.do_sample) or arguments.get("custom_generate") is not None  # it may draw
+    why = "tokens are drawn from each row's seed" if draws else None
     if why is None and "assisted" in mode:
         why = "assisted generation takes one row at a time"
     if rows > 1 and why is not None and arguments.get("past_key_values") is not None:
@@ -63,7 +66,7 @@ def planned(model: Any, arguments: dict[str, Any], rows: int) -> Generation:
     ends = ends if isinstance(ends, list) else [ends]
     pads = (config.pad_token_id, *ends, 0)
     pad = next(int(each) for each in pads if each is not None)
-    return Generation(bool(config.do_sample or own), why, pad)
+    return Generation(draws, why, pad)
 
 
 def check(arguments: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dreamreader.engine.cache import Row
 from dreamreader.engine.request import EditRequest
-from dreamreader.errors import InvalidInput
+from dreamreader.errors import InvalidInput, check_text
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def plan_rows(
     if wrong:
         raise InvalidInput(f"prompts must be strings, got {type(wrong[0]).__name__} {wrong[0]!r}")
     for number, each in enumerate(listed):
-        _check_text(each, f"prompt {number}")
+        check_text(each, f"prompt {number}")
     lengths = {"prompts": len(listed)}
     if seeds is not None and not isinstance(seeds, int):
         seeds = [_seed(each) for each in seeds]
@@ -72,17 +72,6 @@ def plan_rows(
         seeds = [first + n if several else first for n in range(count)]
     full_prompts = tuple(listed if several else listed * count)
     return Plan(full_prompts, tuple(seeds if len(seeds) > 1 else list(seeds) * count))
-
-
-def _check_text(text: str, name: str) -> None:
-    """Refuse halves of characters, which no tokenizer or file takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidInput(
-            f"{name} is no text: character {error.start} is {text[error.start]!r}, the half of a "
-            "surrogate pair"
-        ) from None
 
 
 def _seed(value: Any) -> int:

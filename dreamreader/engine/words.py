@@ -61,10 +61,10 @@ class Words:
             ids, mask = given
             tokenizer = self._tokenizer(component)
             for row in range(rows):
-                own = row if len(ids) > 1 else 0
+                own = row * len(ids) // rows if rows % len(ids) == 0 else row  # images of a prompt
                 listed = ids[own].tolist()
                 hits = (
-                    word_positions(tokenizer, listed, word, self._prompt(own))
+                    word_positions(tokenizer, listed, word, self._prompt(row))
                     if word is not None
                     else _plain(tokenizer, listed, None if mask is None else mask[own].tolist())
                 )
