@@ -54,7 +54,7 @@ def position_arguments(
     if why:
         raise InvalidInput(
             f"{type(model).__name__} counts padding, so that the shorter prompts of a batch get "
-            f"other values than alone ({why}); give prompts of one length, or each in a run of its own"
+            f"other values than alone ({why}); give prompts of one length, or each in its own run"
         )
     if not needed or (generates and _takes_positions(model) == "named"):
         return {}
