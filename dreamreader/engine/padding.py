@@ -165,16 +165,17 @@ def decoder_start(model: nn.Module, rows: int) -> dict[str, Tensor]:
     """The first input of an encoder-decoder's decoder, its start token; nothing for decoders.
 
     Raises:
-        InvalidInput: neither of the model's configs says which token that is.
+        InvalidInput: no config of the model says which token that is.
     """
     if not is_encoder_decoder(model):
         return {}
     inner: Any = innermost(model)
-    for config in (getattr(inner, "generation_config", None), inner.config):
-        token = getattr(config, "decoder_start_token_id", None)
-        if token is not None:
-            start = torch.full((rows, 1), int(token), device=input_device(model))
-            return {"decoder_input_ids": start}
+    where = input_device(model)
+    for name in ("decoder_start_token_id", "bos_token_id"):  # in the order of generate
+        for config in (getattr(inner, "generation_config", None), inner.config):
+            token = getattr(config, name, None)
+            if token is not None:
+                return {"decoder_input_ids": torch.full((rows, 1), int(token)).to(where)}
     raise InvalidInput(
         f"{type(inner).__name__} has no decoder_start_token_id in its config; give "
         "decoder_input_ids=, or arguments of generate"
