@@ -19,7 +19,8 @@ from dreamreader.errors import InvalidInput
 if TYPE_CHECKING:
     from dreamreader.engine.reader import Reader, RunResult
 
-_DECODER = ("decoder_input_ids", "decoder_attention_mask")  # of a forward; one entry for each row
+_DECODER = ("decoder_input_ids", "decoder_attention_mask")  # one entry for each row
+FORWARD = frozenset({"logits_to_keep", "add_special_tokens", *_DECODER})  # all else is for generate
 
 
 def run_language(
@@ -45,7 +46,7 @@ def run_language(
         inputs |= {name: arguments.pop(name)} if name in arguments else {}
     _check_rows(inputs, len(plan))
     check(arguments)
-    forward = not arguments.keys() - {"logits_to_keep"}
+    forward = not arguments.keys() - FORWARD
     generation = None if forward else planned(model, arguments, len(plan))
     fixed = position_arguments(reader, inputs, generates=not forward)
     if forward and "decoder_input_ids" not in inputs:

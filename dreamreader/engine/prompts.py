@@ -26,8 +26,10 @@ def with_chats(tokenizer: Any, prompts: Any) -> Any:
         prompts: strings, lists of `{"role": ..., "content": ...}`, or one of them.
 
     Raises:
-        InvalidInput: the template is missing or refuses the messages.
+        InvalidInput: the template is missing or refuses the messages, or they are no list.
     """
+    if isinstance(prompts, Mapping):
+        raise InvalidInput("chat messages are a list, also if there is one: [{'role': ...}]")
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         return prompts
     if _is_chat(prompts):

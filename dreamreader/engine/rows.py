@@ -23,7 +23,7 @@ class Plan:
     @property
     def rows(self) -> list[Row]:
         pairs = zip(self.prompts, self.seeds, strict=True)
-        return [Row(n, p if isinstance(p, str) else None, s) for n, (p, s) in enumerate(pairs)]
+        return [Row(n, str(p) if isinstance(p, str) else None, s) for n, (p, s) in enumerate(pairs)]
 
 
 def plan_rows(

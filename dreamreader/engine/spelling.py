@@ -4,10 +4,12 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dreamreader.errors import InvalidInput
 
+_Form = Literal["NFD", "NFKD"]
+_FORMS: tuple[_Form, ...] = ("NFD", "NFKD")  # of letters that are alike, the second finds more
 _APART = "\0"  # stands for what is no text of the prompt: special tokens
 _JOINERS = "\u200c\u200d"
 _SPACES = " \t\r\n\u2581\u0120\u010a"  # with the signs of sentencepiece and byte-level tokenizers
@@ -180,7 +182,7 @@ def word_positions(
         raise InvalidInput(f"tokens={word!r}: a word of the prompt, or token numbers, are needed")
     line = spell(tokenizer, ids, prompt)
     for wanted in (word,) if line.is_prompt else (word, _respelled(tokenizer, word)):
-        for form in ("NFD", "NFKD"):
+        for form in _FORMS:
             found = _occurrences(line.text, wanted.strip(), form)
             if found:
                 return sorted(
@@ -208,7 +210,7 @@ def _respelled(tokenizer: Any, word: str) -> str:
     return word if tokenizer.unk_token_id in ids else _decode(tokenizer, ids).strip() or word
 
 
-def _occurrences(text: str, word: str, form: str) -> list[tuple[int, int]]:
+def _occurrences(text: str, word: str, form: _Form) -> list[tuple[int, int]]:
     """First and last + 1 of the characters of each occurrence of a word."""
     folded, spans = _folded(text, form)
     wanted, _ = _folded(word, form)
@@ -222,7 +224,7 @@ def _occurrences(text: str, word: str, form: str) -> list[tuple[int, int]]:
     return found
 
 
-def _folded(text: str, form: str) -> tuple[str, list[tuple[int, int]]]:
+def _folded(text: str, form: _Form) -> tuple[str, list[tuple[int, int]]]:
     """A text without differences of case and of how accents are written; where each letter was."""
     if text.isascii():
         return re.sub(r"\s", " ", text.lower()), [(at, at + 1) for at in range(len(text))]

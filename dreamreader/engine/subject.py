@@ -97,16 +97,15 @@ def input_device(model: nn.Module) -> torch.device:
     Raises:
         InvalidInput: the weights are on no device.
     """
-    inner = innermost(model)
+    inner: Any = innermost(model)
     embeddings = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
     for module in (model, inner, embeddings):
         hook = getattr(module, "_hf_hook", None)
         for each in getattr(hook, "hooks", (hook,)):
-            device = getattr(each, "execution_device", None)
-            if device is not None:
-                return torch.device(device)
+            if (where := getattr(each, "execution_device", None)) is not None:
+                return torch.device(where)
     weight = getattr(embeddings, "weight", None)
-    device = weight.device if isinstance(weight, torch.Tensor) else inner.device
+    device: torch.device = weight.device if isinstance(weight, torch.Tensor) else inner.device
     if device.type == "meta":
         raise InvalidInput(f"{type(inner).__name__}: its weights are on the meta device: load them")
     return device

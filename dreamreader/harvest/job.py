@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from dreamreader.engine import Reader
+from dreamreader.engine.language import FORWARD
+from dreamreader.engine.subject import innermost
 from dreamreader.errors import InvalidInput
 from dreamreader.harvest.capture import Collector, Sink
 from dreamreader.harvest.prompts import Prompts
@@ -60,7 +62,7 @@ class HarvestJob:
     @property
     def generates(self) -> bool:
         """Whether the subject is a language model that writes on, and not only reads."""
-        return self.is_language and bool(self.settings)
+        return self.is_language and bool(self.settings.keys() - FORWARD)
 
     @cached_property
     def call(self) -> dict[str, Any]:
@@ -68,12 +70,12 @@ class HarvestJob:
         unless its head is captured: those of all tokens would take most of the memory."""
         if not self.is_language or self.generates:
             return self.settings
-        model = self.reader.subject
-        head = model.get_output_embeddings()
-        homes = [name for name, module in model.named_modules() if module is head]
+        model = innermost(self.reader.subject)
+        head = model.get_output_embeddings()  # pyright: ignore
+        homes = [name for name, module in self.reader._subject.modules().items() if module is head]
         read = any(site.startswith(home) for home in homes for site in self.sites)
         takes = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-        return {"logits_to_keep": 1} if takes and not read else {}
+        return {**({"logits_to_keep": 1} if takes and not read else {}), **self.settings}
 
     @property
     def steps(self) -> int | None:

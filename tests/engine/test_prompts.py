@@ -86,6 +86,8 @@ def test_messages_that_make_no_prompt_are_an_error(reader: Reader) -> None:
     bare = Reader(reader.subject, tokenizers.byte_level())
     with pytest.raises(InvalidInput, match="a tokenizer that has a chat_template; give text"):
         bare.run(CHAT)
+    with pytest.raises(InvalidInput, match="chat messages are a list, also if there is one"):
+        reader.run(CHAT[0])
     with pytest.raises(InvalidInput, match="message 1: a role and a content are needed, got 'x'"):
         reader.run([CHAT[0], "x"])
     strict = tokenizers.byte_level()
