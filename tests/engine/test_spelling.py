@@ -155,3 +155,21 @@ def test_a_model_finds_the_word_and_names_the_prompt() -> None:
         reader.recording(site, tokens="dog"),
     ):
         reader.subject(tokenizer(prompts[0], return_tensors="pt").input_ids)
+
+
+def test_a_pipeline_finds_words_beyond_ascii_in_every_prompt() -> None:
+    pipe = tiny.pipeline("sd")
+    reader, arguments = Reader(pipe), tiny.arguments("sd", 1)
+    site = "text_encoder.**.layers.0.self_attn:k"
+    prompts = ["a crème cat", "猫 on a crème"]
+    common = {"seeds": 0, "output_type": "latent", **arguments}
+    rows = reader.run(prompts, record=Record(site, tokens="CRÈME", branch="cond"), **common).cache
+    whole = reader.run(prompts, record=Record(site, branch="cond"), **common).cache
+    [name] = rows
+    for row, prompt in enumerate(prompts):
+        ids = pipe.tokenizer(prompt).input_ids
+        hits = word_positions(pipe.tokenizer, ids, "crème", prompt)
+        assert pipe.tokenizer.decode([ids[at] for at in hits]).strip() == "crème"
+        assert (rows[name].tensor[row, 0] == whole[name].tensor[row, 0, hits]).all()
+    with pytest.raises(InvalidInput, match="'猫' is not in the prompt of row 0: 'a crème cat'"):
+        reader.run(prompts, record=Record(site, tokens="猫", branch="cond"), **common)
