@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dreamreader.engine.cache import Cache
+from dreamreader.engine.decoding import Decoding, check, planned, told_clearly
 from dreamreader.engine.firing import FiringReport
-from dreamreader.engine.generation import Generation, check, planned, told_clearly
 from dreamreader.engine.padding import decoder_start, position_arguments
 from dreamreader.engine.prompts import padded, tokenize
 from dreamreader.engine.request import EditRequest, Record, Stream, Watch
@@ -47,13 +47,15 @@ def run_language(
     _check_rows(inputs, len(plan))
     check(arguments)
     forward = not arguments.keys() - FORWARD
-    generation = None if forward else planned(model, arguments, len(plan))
+    decoding = None if forward else planned(model, arguments, len(plan))
     fixed = position_arguments(reader, inputs, generates=not forward)
     if forward and "decoder_input_ids" not in inputs:
         fixed |= decoder_start(model, len(plan))
     inputs |= fixed
-    draws = generation is not None and generation.draws
-    size = 1 if generation is not None and generation.alone else batch_size or len(plan)
+    draws = decoding is not None and decoding.draws
+    size = 1 if decoding is not None and decoding.alone else batch_size or len(plan)
+    if len(plan) > 1 and decoding is not None and decoding.alone and not draws:
+        notes.append(f"the rows ran one by one: {decoding.alone}")
     if len(plan) > size and arguments.get("past_key_values") is not None:
         raise InvalidInput("past_key_values is one cache and serves one batch: leave it out")
     length = None if is_encoder_decoder(model) else inputs["input_ids"].shape[1]
@@ -73,7 +75,7 @@ def run_language(
                     outputs.append(model.generate(**part, **arguments))
         found.append(session.activations(plan.rows))
         report.merge(session.report)
-    output, text = _together(outputs, reader.tokenizer, length or 0, generation)
+    output, text = _together(outputs, reader.tokenizer, length or 0, decoding)
     return RunResult(output, Cache(merged(found)), report, tuple(plan.rows), text)
 
 
@@ -85,11 +87,11 @@ def _check_rows(inputs: dict[str, Any], rows: int) -> None:
 
 
 def _together(
-    outputs: list[Any], tokenizer: Any, prompt: int, generation: Generation | None
+    outputs: list[Any], tokenizer: Any, prompt: int, decoding: Decoding | None
 ) -> tuple[Any, list[str] | None]:
     """Results of all batches as one; generated tokens also as text, the prompt left out."""
     first = outputs[0]
-    if generation is None:
+    if decoding is None:
         if len(outputs) == 1:
             return first, None
         return type(first)(logits=torch.cat([each.logits for each in outputs])), None
@@ -103,7 +105,7 @@ def _together(
         return first, text
     longest = max(each.shape[1] for each in tokens)
     filled = [
-        torch.nn.functional.pad(each, (0, longest - each.shape[1]), value=generation.pad)
+        torch.nn.functional.pad(each, (0, longest - each.shape[1]), value=decoding.pad)
         for each in tokens
     ]
     return torch.cat(filled), text

@@ -95,7 +95,11 @@ def test_assisted_generation_takes_row_by_row(reader: Reader, kind: str) -> None
     more: dict[str, Any] = {"prompt_lookup_num_tokens": 2}
     if kind == "assistant":
         more = {"assistant_model": tiny.language_model("llama")[0]}
-    assert sampled(reader, do_sample=False, **more).text == plain.text
+    found = sampled(reader, do_sample=False, **more)
+    assert found.text == plain.text
+    assert found.firing.notes == [
+        "the rows ran one by one: assisted generation takes one row at a time"
+    ]
 
 
 def test_beams_give_the_sequences_of_row_after_row(reader: Reader) -> None:

@@ -19,7 +19,7 @@ _OURS = (
 
 
 @dataclass(frozen=True)
-class Generation:
+class Decoding:
     """How the rows of a run are generated.
 
     Args:
@@ -33,7 +33,7 @@ class Generation:
     pad: int
 
 
-def planned(model: Any, arguments: dict[str, Any], rows: int) -> Generation:
+def planned(model: Any, arguments: dict[str, Any], rows: int) -> Decoding:
     """Read the config that `generate` will use: the model's own, the given one, the arguments.
 
     Raises:
@@ -45,11 +45,11 @@ def planned(model: Any, arguments: dict[str, Any], rows: int) -> Generation:
         raise InvalidInput("a streamer follows one row: run one prompt with one seed")
     given = {k: v for k, v in arguments.items() if k not in ("generation_config", "streamer")}
     inner: Any = innermost(model)
+    if not hasattr(inner, "_prepare_generation_config"):  # another library's generate
+        return Decoding(True, "tokens may be drawn from each row's seed", 0)
     own = getattr(model, "generation_config", None)
     if own is not None and own is not inner.generation_config:  # that of PEFT's wrapper is used
         inner.generation_config = own
-    if not hasattr(inner, "_prepare_generation_config"):  # another library's generate
-        return Generation(True, "tokens may be drawn from each row's seed", 0)
     with told_clearly():
         config, _ = inner._prepare_generation_config(arguments.get("generation_config"), **given)
         mode = str(getattr(config.get_generation_mode(given.get("assistant_model")), "value", ""))
@@ -66,7 +66,7 @@ def planned(model: Any, arguments: dict[str, Any], rows: int) -> Generation:
     ends = ends if isinstance(ends, list) else [ends]
     pads = (config.pad_token_id, *ends, 0)
     pad = next(int(each) for each in pads if each is not None)
-    return Generation(draws, why, pad)
+    return Decoding(draws, why, pad)
 
 
 def check(arguments: dict[str, Any]) -> None:
