@@ -166,13 +166,10 @@ class Shared:
         if branch == "cond":
             missing = [row for row, each in enumerate(places) if not each]
             if missing:
-                prompts = self.tracker.prompts
-                prompt = (
-                    f": {prompts[missing[0]]!r}" if prompts and missing[0] < len(prompts) else ""
-                )
+                text = self.words.text(now, branch, missing[0])
                 raise InvalidInput(
-                    f"{site.name}: the word {word!r} is not in the prompt of row "
-                    f"{missing[0]}{prompt}"
+                    f"{site.name}: the word {word!r} is not in the prompt of row {missing[0]}"
+                    + (f": {text!r}" if text else "")
                 )
         tracker = self.tracker
         own = tracker.own_of_prompt() if isinstance(tracker, LanguageTracker) else None
@@ -233,6 +230,8 @@ class Session(AbstractContextManager):
         self._runs: dict[str, SiteRun] = {}
         self._stack: ExitStack | None = None
         tracker = _tracker(subject, prompt_length)
+        if prompts is not None and rowset is not None:  # a pipeline says its own once it runs
+            tracker.prompts = list(prompts[rowset.start :][: rowset.count])
         words = Words(tracker, subject, tokenizer)
         self._shared = Shared(tracker, subject, rowset or RowSet(), prompts, seeds, words)
 
