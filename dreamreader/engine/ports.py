@@ -57,10 +57,13 @@ def tap_for(module: nn.Module, pattern: Pattern, name: str) -> Tap:
     if facts.streams and not facts.joint:  # the streams have projections of their own
         key = pattern.port + (".text" if pattern.stream == "text" else "")
         single = facts.ports.get(key)
-    elif pattern.stream is not None and single is not None:
-        return replace(single, stream=pattern.stream)
+        reason = facts.why_not(key)
+    else:
+        reason = facts.why_not(pattern.port)
+        if pattern.stream is not None and single is not None:
+            return replace(single, stream=pattern.stream)
     if single is None:
-        raise _lacking(module, pattern, name)
+        raise _lacking(module, pattern, name, reason)
     return single
 
 

@@ -448,7 +448,7 @@ class Station:
     def _visited(self, run: SiteRun, value: Tensor) -> Tensor | None:
         tap = run.site.tap
         view = View(value, self._channels_last)
-        if tap.channels is None and tap.interleaved is None:
+        if tap.is_whole:
             y = run.visit(view)
             return None if y is None else view.back(y)
         part = View(read_channels(view.x, tap))

@@ -1,0 +1,128 @@
+"""Attention modules with a projection each for q, k and v, and one for the output."""
+
+from torch import nn
+
+from dreamreader.engine.families import sizes
+from dreamreader.engine.families.sizes import Refused
+from dreamreader.engine.taps import AttentionFacts, Channels, Tap
+
+# Names of q, k and v, then those that the output projection goes by.
+_NAMES = (
+    (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "dense", "Wo", "projection_layer")),
+    (("q", "k", "v"), ("o",)),
+    (("query", "key", "value"), ("out_proj", "dense")),
+    (("q_lin", "k_lin", "v_lin"), ("out_lin",)),
+    (("Wq", "Wk", "Wv"), ("dense",)),
+    (("query_proj", "key_proj", "value_proj"), ("out_proj",)),
+)
+# Norms of queries and keys, and what only adds to the scores.
+_KNOWN = {
+    "q_norm", "k_norm", "qk_norm", "q_layernorm", "k_layernorm", "query_layernorm",
+    "key_layernorm", "q_layer_norm", "k_layer_norm", "relative_attention_bias",
+    "distance_embedding", "sinks",
+}  # fmt: skip
+# q_proj of these classes gives every head's query and, beside it, its output gate.
+_GATE_BESIDE_QUERY = {
+    "Qwen3NextAttention",
+    "Qwen3_5Attention",
+    "Qwen3_5MoeAttention",
+    "Qwen4ExpTextAttention",
+}
+# The projection of an output gate: what the output projection reads is behind the gate.
+_GATES = {
+    "AfmoeAttention": "gate_proj",
+    "HrmTextAttention": "gate_proj",
+    "LagunaAttention": "g_proj",
+    "MuseGlimmerTextAttention": "gate_proj",
+    "Step3p7Attention": "g_proj",
+}
+# A norm over all heads, before which each head stands for itself.
+_NORMS_OF_HEADS = {"BitNetAttention": "attn_sub_norm"}
+
+
+def attention(module: nn.Module) -> AttentionFacts | None:
+    """Facts of such an attention module, None where `module` is none.
+
+    Raises:
+        Refused: its projections do not have the sizes that it, or its configuration, states.
+    """
+    for letters, outputs in _NAMES:
+        if isinstance(getattr(module, letters[0], None), nn.Module):
+            output = next((each for each in outputs if _has(module, each)), None)
+            if output is not None or (letters[0] == "query" and _has(module, "value")):
+                return _facts(module, letters, output)
+    return None
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return isinstance(getattr(module, name, None), nn.Module)
+
+
+def _facts(module: nn.Module, letters: tuple[str, ...], output: str | None) -> AttentionFacts:
+    name = sizes.runs(module, "transformers")
+    known = {*letters, output or "", *_KNOWN, "v_norm", _GATES.get(name, "")}
+    sizes.check_parts(module, known | {_NORMS_OF_HEADS.get(name, "")})
+    heads = sizes.head_count(module)
+    key_heads = sizes.key_head_count(module, heads)
+    gated = name in _GATE_BESIDE_QUERY
+    query = getattr(module, letters[0])
+    width = sizes.head_width(module, query, heads)
+    sizes.check(letters[0], sizes.out_features(query), heads, width * (1 + gated))
+    ports = {"q": Tap(query, heads=heads)}
+    if gated:
+        side = Channels((heads, 2, width), (slice(None), 0))
+        ports["q"] = Tap(query, channels=side, heads=heads)
+    refused: dict[str, str] = {}
+    value_width = sizes.stated(module, ("v_head_dim",), configured=False) or width
+    for letter, single, features in (("k", letters[1], width), ("v", letters[2], value_width)):
+        try:
+            ports[letter] = _key_or_value(module, letter, single, key_heads, features)
+        except Refused as reason:
+            refused[letter] = str(reason)
+    ports["heads"] = _heads(module, name, output, heads, value_width)
+    return AttentionFacts(ports, heads, refused=refused)
+
+
+def _key_or_value(module: nn.Module, letter: str, name: str, heads: int, width: int) -> Tap:
+    """k as it is projected; v as it enters the attention: behind its norm, where it has one."""
+    if getattr(module, "is_kv_shared_layer", False):
+        raise Refused(f"this layer has no {letter} of its own: it uses that of an earlier layer")
+    projection = getattr(module, name, None)
+    norm = getattr(module, "v_norm", None) if letter == "v" else None
+    if isinstance(projection, nn.Module):
+        sizes.check(name, sizes.out_features(projection), heads, width, f"{letter} heads")
+    if isinstance(norm, nn.Module):
+        axes = ("rows", "tokens", "heads", "features")
+        return Tap(norm, heads=heads, head_width=width, axes=axes)
+    if not isinstance(projection, nn.Module):
+        raise Refused(f"it has no {name}")
+    check_unchanged(module)
+    return Tap(projection, heads=heads)
+
+
+def check_unchanged(module: nn.Module) -> None:
+    """What the projection gives must be what enters the attention.
+
+    Raises:
+        Refused: the configuration asks for values that are clipped or scaled on the way.
+    """
+    for holder in (module, getattr(module, "config", None)):
+        if getattr(holder, "clip_qkv", None) is not None:
+            raise Refused(
+                f"queries, keys and values are clipped behind it (clip_qkv={holder.clip_qkv})"
+            )
+    scale = getattr(module, "v_scale", 1.0)
+    if scale != 1.0:
+        raise Refused(f"values are scaled behind it (v_scale={scale})")
+
+
+def _heads(module: nn.Module, name: str, output: str | None, heads: int, width: int) -> Tap:
+    """What the output projection reads; of a module without one, what it gives."""
+    norm = _NORMS_OF_HEADS.get(name)
+    if output is None:
+        if not name:
+            raise Refused("it has no output projection, so what it gives is not known")
+        return Tap(module, heads=heads)
+    features = sizes.in_features(getattr(module, output))
+    sizes.check(f"the input of {output}", features, heads, width)
+    return Tap(getattr(module, norm or output), side="in", heads=heads)
