@@ -60,7 +60,7 @@ _CLASSES: dict[str, tuple[str, str, Layout]] = {
     "GPT2Attention": ("c_attn", "c_proj", _blocks),
     "DecisionTransformerGPT2Attention": ("c_attn", "c_proj", _blocks),
     "ImageGPTAttention": ("c_attn", "c_proj", _blocks),
-    "Attention": ("c_attn", "c_proj", _blocks),  # of GPT-1
+    "transformers.models.openai.modeling_openai.Attention": ("c_attn", "c_proj", _blocks),
     "GPTBigCodeAttention": ("c_attn", "c_proj", _bigcode),
     "GPTNeoXAttention": ("query_key_value", "dense", _by_head),
     "GPTNeoXJapaneseAttention": ("query_key_value", "dense", _by_head),
@@ -83,7 +83,8 @@ def attention(module: nn.Module) -> AttentionFacts | None:
     Raises:
         Refused: its projections do not have the sizes that it, or its configuration, states.
     """
-    entry = _CLASSES.get(sizes.runs(module, "transformers"))
+    name = sizes.runs(module, "transformers")
+    entry = _CLASSES.get(name) or _CLASSES.get(f"{type(module).__module__}.{name}")
     if entry is None:
         return None
     name, output_name, layout = entry

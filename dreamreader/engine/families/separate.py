@@ -14,12 +14,13 @@ _NAMES = (
     (("q_lin", "k_lin", "v_lin"), ("out_lin",)),
     (("Wq", "Wk", "Wv"), ("dense",)),
     (("query_proj", "key_proj", "value_proj"), ("out_proj",)),
+    (("to_query", "to_key", "to_value"), ("out_layer",)),
 )
 # Norms of queries and keys, and what only adds to the scores.
 _KNOWN = {
     "q_norm", "k_norm", "qk_norm", "q_layernorm", "k_layernorm", "query_layernorm",
     "key_layernorm", "q_layer_norm", "k_layer_norm", "relative_attention_bias",
-    "distance_embedding", "sinks",
+    "distance_embedding", "query_norm", "key_norm",
 }  # fmt: skip
 # q_proj of these classes gives every head's query and, beside it, its output gate.
 _GATE_BESIDE_QUERY = {
@@ -36,6 +37,10 @@ _GATES = {
     "MuseGlimmerTextAttention": "gate_proj",
     "Step3p7Attention": "g_proj",
 }
+# A logit for each head that takes a share of the attention and has no value.
+_SINKS = {"GptOssAttention", "MiMoV2FlashAttention", "OpenAIPrivacyFilterAttention"}
+# The same, as a factor behind the attention: what the output projection reads is behind it.
+_SINK_FACTORS = {"GraniteSWAAttention", "GraniteMoeSWAAttention"}
 # A norm over all heads, before which each head stands for itself.
 _NORMS_OF_HEADS = {"BitNetAttention": "attn_sub_norm"}
 
@@ -61,6 +66,8 @@ def _has(module: nn.Module, name: str) -> bool:
 def _facts(module: nn.Module, letters: tuple[str, ...], output: str | None) -> AttentionFacts:
     name = sizes.runs(module, "transformers")
     known = {*letters, output or "", *_KNOWN, "v_norm", _GATES.get(name, "")}
+    if name in _SINKS | _SINK_FACTORS:
+        known.add("sinks")
     sizes.check_parts(module, known | {_NORMS_OF_HEADS.get(name, "")})
     heads = sizes.head_count(module)
     key_heads = sizes.key_head_count(module, heads)
@@ -91,12 +98,13 @@ def _key_or_value(module: nn.Module, letter: str, name: str, heads: int, width: 
     norm = getattr(module, "v_norm", None) if letter == "v" else None
     if isinstance(projection, nn.Module):
         sizes.check(name, sizes.out_features(projection), heads, width, f"{letter} heads")
+    if letter == "v":
+        check_unchanged(module)
     if isinstance(norm, nn.Module):
         axes = ("rows", "tokens", "heads", "features")
         return Tap(norm, heads=heads, head_width=width, axes=axes)
     if not isinstance(projection, nn.Module):
         raise Refused(f"it has no {name}")
-    check_unchanged(module)
     return Tap(projection, heads=heads)
 
 
@@ -113,7 +121,7 @@ def check_unchanged(module: nn.Module) -> None:
             )
     scale = getattr(module, "v_scale", 1.0)
     if scale != 1.0:
-        raise Refused(f"values are scaled behind it (v_scale={scale})")
+        raise Refused(f"values are scaled behind the projection (v_scale={scale})")
 
 
 def _heads(module: nn.Module, name: str, output: str | None, heads: int, width: int) -> Tap:

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "num_attn_heads")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 WIDTHS = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "dim_head")
 
