@@ -233,6 +233,8 @@ class _Open:
         come = [each for each in given if each in self.weights]
         if not come:
             return
+        if func is torch.einsum and _is_product(args):
+            func, given = torch.matmul, list(args[1:])
         if func in _PRODUCT and len(given) == 2 and come == given[:1] and come[0].dim() > 2:
             before = self.weights[come[0]]
             self.form((come[0] if before is None else before).detach())
@@ -344,6 +346,14 @@ class ProbsMode(TorchFunctionMode):
         result = func(*args, **kwargs)
         work.follow(func, args, kwargs, result)
         return result
+
+
+def _is_product(args: tuple) -> bool:
+    """Whether an einsum call is a product of matrices, as "bhij,bhjd->bhid"."""
+    left, _, rest = str(args[0]).replace(" ", "").partition(",")
+    right, _, out = rest.partition("->")
+    both = left[:-2] == right[:-2] == out[:-2] and len(args) == 3
+    return both and left[-1:] == right[-2:-1] and out[-2:] == left[-2:-1] + right[-1:]
 
 
 def _axis(args: tuple, kwargs: dict[str, Any]) -> int | None:

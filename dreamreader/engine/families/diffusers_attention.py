@@ -49,8 +49,8 @@ def attention(module: nn.Module) -> AttentionFacts | None:
     ports, refused = _projections(module, processor, heads, key_heads, width)
     if "IPAdapter" in name or (has_added and not two_streams and "AddedKV" not in name):
         refused["heads"] = (
-            f"its output projection reads the sum of two attentions ({name}), which holds heads of "
-            "neither"
+            f"{name} is not known to join its added keys with its own in one attention: its output "
+            "projection reads the sum of two, which holds heads of neither"
         )
     elif not theirs:
         refused["heads"] = (
@@ -130,7 +130,7 @@ def _runs_fused(module: nn.Module, processor: Any) -> bool:
 @cache
 def _asks_for_flag(kind: type) -> bool:
     """Whether the processor, or a function of its own file that it calls, reads the flag."""
-    call = getattr(kind, "__call__", None)
+    call = vars(kind).get("__call__")
     code = getattr(call, "__code__", None)
     if code is None:
         return False

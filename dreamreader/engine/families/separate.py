@@ -29,18 +29,26 @@ _GATE_BESIDE_QUERY = {
     "Qwen3_5MoeAttention",
     "Qwen4ExpTextAttention",
 }
-# The projection of an output gate: what the output projection reads is behind the gate.
-_GATES = {
+# Further parts of single classes, which leave q, k and v as they are.
+_OWN_PARTS = {
+    # an output gate: what the output projection reads is behind it
     "AfmoeAttention": "gate_proj",
     "HrmTextAttention": "gate_proj",
     "LagunaAttention": "g_proj",
+    "Lfm3Attention": "g_proj",
     "MuseGlimmerTextAttention": "gate_proj",
     "Step3p7Attention": "g_proj",
+    # a logit of each head that takes a share of its attention and has no value
+    "GptOssAttention": "sinks",
+    "MiMoV2FlashAttention": "sinks",
+    "OpenAIPrivacyFilterAttention": "sinks",
+    # the same as a factor, behind which the output projection reads
+    "GraniteSWAAttention": "sinks",
+    "GraniteMoeSWAAttention": "sinks",
+    # a choice of keys; a norm of the result
+    "Qwen4ExpTextAttention": "indexer",
+    "AlbertAttention": "LayerNorm",
 }
-# A logit for each head that takes a share of the attention and has no value.
-_SINKS = {"GptOssAttention", "MiMoV2FlashAttention", "OpenAIPrivacyFilterAttention"}
-# The same, as a factor behind the attention: what the output projection reads is behind it.
-_SINK_FACTORS = {"GraniteSWAAttention", "GraniteMoeSWAAttention"}
 # A norm over all heads, before which each head stands for itself.
 _NORMS_OF_HEADS = {"BitNetAttention": "attn_sub_norm"}
 
@@ -65,10 +73,11 @@ def _has(module: nn.Module, name: str) -> bool:
 
 def _facts(module: nn.Module, letters: tuple[str, ...], output: str | None) -> AttentionFacts:
     name = sizes.runs(module, "transformers")
-    known = {*letters, output or "", *_KNOWN, "v_norm", _GATES.get(name, "")}
-    if name in _SINKS | _SINK_FACTORS:
-        known.add("sinks")
-    sizes.check_parts(module, known | {_NORMS_OF_HEADS.get(name, "")})
+    if type(module).__module__.endswith(".modeling_fsmt"):
+        raise Refused("its values are [tokens, batch, features]")
+    known = {*letters, output or "", *_KNOWN, "v_norm"}
+    known |= {_OWN_PARTS.get(name, ""), _NORMS_OF_HEADS.get(name, "")}
+    sizes.check_parts(module, known)
     heads = sizes.head_count(module)
     key_heads = sizes.key_head_count(module, heads)
     gated = name in _GATE_BESIDE_QUERY
@@ -115,10 +124,9 @@ def check_unchanged(module: nn.Module) -> None:
         Refused: the configuration asks for values that are clipped or scaled on the way.
     """
     for holder in (module, getattr(module, "config", None)):
-        if getattr(holder, "clip_qkv", None) is not None:
-            raise Refused(
-                f"queries, keys and values are clipped behind it (clip_qkv={holder.clip_qkv})"
-            )
+        clip = getattr(holder, "clip_qkv", None)
+        if clip is not None:
+            raise Refused(f"values are clipped behind the projection (clip_qkv={clip})")
     scale = getattr(module, "v_scale", 1.0)
     if scale != 1.0:
         raise Refused(f"values are scaled behind the projection (v_scale={scale})")
