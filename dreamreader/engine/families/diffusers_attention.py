@@ -1,7 +1,7 @@
 """Attention modules of diffusers: to_q, to_out and so on, for text add_q_proj, to_add_out."""
 
+import inspect
 from functools import cache
-from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -15,6 +15,8 @@ _KNOWN = {
     "to_q", "to_k", "to_v", "to_out", "to_qkv", "to_kv", "to_added_qkv", "to_added_kv",
     "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_q", "norm_k", "norm_added_q",
     "norm_added_k", "norm_cross", "group_norm", "spatial_norm", "processor", "q_norm", "k_norm",
+    "to_q_t", "to_k_t", "to_v_t", "to_out_t", "q_rms_norm", "k_rms_norm", "q_rms_norm_t",
+    "k_rms_norm_t", "history_key_scale",
 }  # fmt: skip
 # The projection of an output gate: what the output projection reads is behind the gate.
 _GATES = {
@@ -36,15 +38,15 @@ def attention(module: nn.Module) -> AttentionFacts | None:
     if not hasattr(module, "to_q"):
         return None
     processor = getattr(module, "processor", None)
-    name, theirs = type(processor).__name__, _is_of_diffusers(type(processor))
+    name = type(processor).__name__
     if "CustomDiffusion" in name:
         raise Refused(f"its processor {name} has projections of its own")
     sizes.check_parts(module, _KNOWN | {_GATES.get(sizes.runs(module, "diffusers"), "")})
     heads = sizes.head_count(module)
     width = _width(module, heads)
     key_heads = _key_heads(module, heads, width)
-    has_added = isinstance(getattr(module, "add_k_proj", None), nn.Module)
-    two_streams = has_added and isinstance(getattr(module, "add_q_proj", None), nn.Module)
+    has_added = _added(module, "k") is not None
+    two_streams = has_added and _added(module, "q") is not None
     joint = not two_streams and ("CogView" in name or "CogVideo" in name)
     ports, refused = _projections(module, processor, heads, key_heads, width)
     if "IPAdapter" in name or (has_added and not two_streams and "AddedKV" not in name):
@@ -52,7 +54,7 @@ def attention(module: nn.Module) -> AttentionFacts | None:
             f"{name} is not known to join its added keys with its own in one attention: its output "
             "projection reads the sum of two, which holds heads of neither"
         )
-    elif not theirs:
+    elif processor is not None and not _is_of_diffusers(type(processor)):
         refused["heads"] = (
             f"its processor {name} is none of diffusers, so what enters the output projection is "
             "not known"
@@ -67,6 +69,15 @@ def attention(module: nn.Module) -> AttentionFacts | None:
         joint=joint or getattr(module, "pre_only", False) is True or "Lumina" in name,
         streams={"image": 0, "text": 1} if two_streams or joint else {},
     )
+
+
+def _added(module: nn.Module, letter: str) -> nn.Module | None:
+    """The projection of the text stream."""
+    for name in (f"add_{letter}_proj", f"to_{letter}_t"):
+        found = getattr(module, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    return None
 
 
 def _is_of_diffusers(kind: type) -> bool:
@@ -98,20 +109,19 @@ def _projections(
     refused: dict[str, str] = {}
     fused = _runs_fused(module, processor)
     for letter, count in (("q", heads), ("k", key_heads), ("v", key_heads)):
-        for key, single, joined in (
-            (letter, f"to_{letter}", ("to_qkv", "to_kv")),
-            (f"{letter}.text", f"add_{letter}_proj", ("to_added_qkv", "to_added_kv")),
+        for key, projection, joined in (
+            (letter, getattr(module, f"to_{letter}", None), ("to_qkv", "to_kv")),
+            (f"{letter}.text", _added(module, letter), ("to_added_qkv", "to_added_kv")),
         ):
-            projection = getattr(module, single, None)
-            tap = _fused(module, letter, joined, count, width, projection) if fused else None
-            if tap is None and isinstance(projection, nn.Module):
-                try:
-                    sizes.check(single, sizes.out_features(projection), count, width)
-                    tap = Tap(projection, heads=count)
-                except Refused as reason:
-                    refused[key] = str(reason)
-            if tap is not None:
-                found[key] = tap
+            if not isinstance(projection, nn.Module):
+                continue
+            try:
+                sizes.check(f"{key} projection", sizes.out_features(projection), count, width)
+                tap = _fused(module, letter, joined, count, width) if fused else None
+            except Refused as reason:
+                refused[key] = str(reason)
+            else:
+                found[key] = tap or Tap(projection, heads=count)
     return found, refused
 
 
@@ -130,41 +140,34 @@ def _runs_fused(module: nn.Module, processor: Any) -> bool:
 @cache
 def _asks_for_flag(kind: type) -> bool:
     """Whether the processor, or a function of its own file that it calls, reads the flag."""
-    call = vars(kind).get("__call__")
-    code = getattr(call, "__code__", None)
-    if code is None:
+    call = inspect.unwrap(kind.__call__)
+    if not inspect.isfunction(call):
         return False
-    names = _names(code)
-    for each in list(names):
-        helper = getattr(call.__globals__.get(each), "__code__", None)
-        if helper is not None:
-            names |= _names(helper)
-    return "fused_projections" in names
-
-
-def _names(code: CodeType) -> set[str]:
-    return set(code.co_names)
+    helpers = (call.__globals__.get(each) for each in call.__code__.co_names)
+    functions = [call, *(each for each in helpers if inspect.isfunction(each))]
+    return any("fused_projections" in each.__code__.co_names for each in functions)
 
 
 def _fused(
-    module: nn.Module, letter: str, names: tuple[str, ...], heads: int, width: int, single: Any
+    module: nn.Module, letter: str, names: tuple[str, ...], heads: int, width: int
 ) -> Tap | None:
     """The share of one letter in a projection of several, after `fuse_qkv_projections`."""
     for name in names:
         projection = getattr(module, name, None)
-        letters = "kv" if name.endswith("kv") and not name.endswith("qkv") else "qkv"
+        letters = "qkv" if name.endswith("qkv") else "kv"
         if not isinstance(projection, nn.Module) or letter not in letters:
             continue
         stem = "add_{}_proj" if "added" in name else "to_{}"
-        parts = [sizes.out_features(getattr(module, stem.format(each), None)) for each in letters]
-        if None in parts or sum(parts) != sizes.out_features(projection):  # pyright: ignore
+        parts = [
+            sizes.out_features(getattr(module, stem.format(each), None)) or 0 for each in letters
+        ]
+        if sum(parts) != sizes.out_features(projection):
             raise Refused(
                 f"{name} has {sizes.out_features(projection)} features, where its parts "
                 f"{', '.join(letters)} have {', '.join(map(str, parts))}"
             )
-        start = sum(parts[: letters.index(letter)])  # pyright: ignore
-        sizes.check(f"{letter} in {name}", sizes.out_features(single), heads, width)
-        share = Channels((sum(parts),), (slice(start, start + heads * width),))  # pyright: ignore
+        start = sum(parts[: letters.index(letter)])
+        share = Channels((sum(parts),), (slice(start, start + heads * width),))
         return Tap(projection, channels=share, heads=heads)
     return None
 
@@ -180,9 +183,11 @@ def _output(module: nn.Module, heads: int, width: int) -> dict[str, Tap]:
         found["heads"] = Tap(projection, side="in", heads=heads)
     else:
         found["heads"] = Tap(module, heads=heads)
-    added = getattr(module, "to_add_out", None)
+    added = getattr(module, "to_add_out", None) or getattr(module, "to_out_t", None)
     if isinstance(added, nn.Module) and not getattr(module, "context_pre_only", False):
-        sizes.check("the input of to_add_out", sizes.in_features(added), heads, width)
+        sizes.check(
+            "the input of the output projection of the text", sizes.in_features(added), heads, width
+        )
         found["heads.text"] = Tap(added, side="in", heads=heads)
     return found
 
