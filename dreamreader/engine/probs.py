@@ -24,6 +24,17 @@ from dreamreader.errors import InvalidInput
 _SOFTMAX = {torch.softmax, F.softmax, torch.Tensor.softmax, torch.special.softmax}
 _DROPOUT = {F.dropout, torch.dropout}
 _PRODUCT = {torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.bmm}
+_SCORES = _PRODUCT | {torch.baddbmm, torch.Tensor.baddbmm, torch.einsum}
+_OTHER_LAYERS = {F.linear, F.layer_norm, F.rms_norm, F.conv1d, F.conv2d}  # no scores behind these
+# What may happen to probabilities before they multiply the values.
+_KEEPING = {
+    getattr(torch.Tensor, name)
+    for name in (
+        "to type type_as float double half bfloat16 contiguous clone detach view reshape flatten "
+        "unflatten squeeze unsqueeze expand narrow __getitem__ masked_fill "
+        "masked_fill_ mul __mul__ __rmul__ __imul__ nan_to_num"
+    ).split()
+} | {torch.mul, torch.nan_to_num, torch.masked_fill, torch.where, torch.reshape, torch.flatten}
 _TILE = 2**22  # scores held at once
 
 
@@ -209,7 +220,8 @@ class _Open:
     """An attention module at work, and what was seen of it.
 
     `shares` gets what the model forms itself, piece by piece; without it the pieces are kept.
-    `weights` holds what comes of a softmax, with the values that it had before dropout.
+    `scores` holds products and what is made of them, `weights` what comes of a softmax of scores,
+    with the values that it had before dropout.
     """
 
     name: str
@@ -219,30 +231,42 @@ class _Open:
     fused: list[FusedAttention] = field(default_factory=list)
     formed: list[Tensor] = field(default_factory=list)
     done: int = 0
+    mixed: bool = False
+    scores: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     weights: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
     def follow(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        """Watch one call: what comes of a softmax, until it multiplies the values."""
+        """Watch one call: from a product of queries and keys to what multiplies the values."""
         if not isinstance(result, Tensor):
             return
-        if func in _SOFTMAX:
-            if _axis(args, kwargs) in (-1, result.dim() - 1) and result.dim() in (3, 4):
-                self.weights[result] = None
-            return
-        given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        given = _tensors((*args, *kwargs.values()))
         come = [each for each in given if each in self.weights]
-        if not come:
-            return
-        if func is torch.einsum and _is_product(args):
-            func, given = torch.matmul, list(args[1:])
-        if func in _PRODUCT and len(given) == 2 and come == given[:1] and come[0].dim() > 2:
-            before = self.weights[come[0]]
-            self.form((come[0] if before is None else before).detach())
-        elif func in _DROPOUT:
+        if func in _SOFTMAX:
+            last = _axis(args, kwargs) in (-1, result.dim() - 1)
+            if last and result.dim() in (3, 4) and given and given[0] in self.scores:
+                self.weights[result] = None
+        elif func in _SCORES:
+            self._multiply(func, args, given, come, result)
+        elif come and func in _DROPOUT:
             before = self.weights[come[0]]
             self.weights[result] = come[0] if before is None else before
-        else:
+        elif come and func in _KEEPING:
             self.weights[result] = None
+        elif func not in _OTHER_LAYERS and any(each in self.scores for each in given):
+            self.scores[result] = None
+
+    def _multiply(
+        self, func: Any, args: tuple, given: list[Tensor], come: list[Tensor], result: Tensor
+    ) -> None:
+        if not come:
+            self.scores[result] = None
+            return
+        simple = func in _PRODUCT or (func is torch.einsum and _is_product(args))
+        if simple and come == given[:1] and come[0].dim() > 2:
+            before = self.weights[come[0]]
+            self.form((come[0] if before is None else before).detach())
+        else:
+            self.mixed = True
 
     def form(self, part: Tensor) -> None:
         """What multiplies values: [batch, heads, queries, keys], or a share [n, queries, keys]."""
@@ -270,6 +294,8 @@ class _Open:
             raise InvalidInput(
                 f"{self.name}: {count} attentions ran inside the module, probs needs one"
             )
+        if self.mixed:
+            raise self._other("attentions that are multiplied with each other")
         if self.fused:
             found = self.fused[0]
             if found.shape[:2] != (self.batch, self.heads):
@@ -354,6 +380,17 @@ def _is_product(args: tuple) -> bool:
     right, _, out = rest.partition("->")
     both = left[:-2] == right[:-2] == out[:-2] and len(args) == 3
     return both and left[-1:] == right[-2:-1] and out[-2:] == left[-2:-1] + right[-1:]
+
+
+def _tensors(values: tuple) -> list[Tensor]:
+    """Tensors among the arguments of a call, those in a list included."""
+    found: list[Tensor] = []
+    for each in values:
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif isinstance(each, (list, tuple)):
+            found += [one for one in each if isinstance(one, Tensor)]
+    return found
 
 
 def _axis(args: tuple, kwargs: dict[str, Any]) -> int | None:
