@@ -34,6 +34,8 @@ def attention(module: nn.Module) -> AttentionFacts | None:
 
     Where its sizes contradict each other the facts have no ports, and `refused` says why.
     """
+    if not module._modules:  # a layer: asked for thousands of times
+        return None
     for family in _FAMILIES:
         try:
             facts = family.attention(module)

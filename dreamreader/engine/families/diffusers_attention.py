@@ -33,15 +33,17 @@ def attention(module: nn.Module) -> AttentionFacts | None:
         Refused: its projections do not have the sizes that it states, or its processor has
             projections of its own.
     """
-    if hasattr(module, "to_qkv_mlp_proj"):
+    if sizes.part(module, "to_qkv_mlp_proj") is not None:
         return _parallel(module)
-    if not hasattr(module, "to_q"):
+    if sizes.part(module, "to_q") is None:
         return None
     processor = getattr(module, "processor", None)
     name = type(processor).__name__
     if "CustomDiffusion" in name:
         raise Refused(f"its processor {name} has projections of its own")
-    sizes.check_parts(module, _KNOWN | {_GATES.get(sizes.runs(module, "diffusers"), "")})
+    sizes.check_parts(
+        module, _KNOWN | {_GATES.get(sizes.class_that_runs(type(module), "diffusers"), "")}
+    )
     heads = sizes.head_count(module)
     width = _width(module, heads)
     key_heads = _key_heads(module, heads, width)
@@ -73,11 +75,7 @@ def attention(module: nn.Module) -> AttentionFacts | None:
 
 def _added(module: nn.Module, letter: str) -> nn.Module | None:
     """The projection of the text stream."""
-    for name in (f"add_{letter}_proj", f"to_{letter}_t"):
-        found = getattr(module, name, None)
-        if isinstance(found, nn.Module):
-            return found
-    return None
+    return sizes.part(module, f"add_{letter}_proj") or sizes.part(module, f"to_{letter}_t")
 
 
 def _is_of_diffusers(kind: type) -> bool:
@@ -90,7 +88,7 @@ def _width(module: nn.Module, heads: int) -> int:
     inner = sizes.stated(module, ("inner_dim",))
     if found is None and inner is not None and inner % heads == 0:
         found = inner // heads
-    return found or sizes.head_width(module, getattr(module, "to_q", None), heads)
+    return found or sizes.head_width(module, sizes.part(module, "to_q"), heads)
 
 
 def _key_heads(module: nn.Module, heads: int, width: int) -> int:
@@ -110,10 +108,10 @@ def _projections(
     fused = _runs_fused(module, processor)
     for letter, count in (("q", heads), ("k", key_heads), ("v", key_heads)):
         for key, projection, joined in (
-            (letter, getattr(module, f"to_{letter}", None), ("to_qkv", "to_kv")),
+            (letter, sizes.part(module, f"to_{letter}"), ("to_qkv", "to_kv")),
             (f"{letter}.text", _added(module, letter), ("to_added_qkv", "to_added_kv")),
         ):
-            if not isinstance(projection, nn.Module):
+            if projection is None:
                 continue
             try:
                 sizes.check(f"{key} projection", sizes.out_features(projection), count, width)
@@ -153,14 +151,12 @@ def _fused(
 ) -> Tap | None:
     """The share of one letter in a projection of several, after `fuse_qkv_projections`."""
     for name in names:
-        projection = getattr(module, name, None)
+        projection = sizes.part(module, name)
         letters = "qkv" if name.endswith("qkv") else "kv"
-        if not isinstance(projection, nn.Module) or letter not in letters:
+        if projection is None or letter not in letters:
             continue
         stem = "add_{}_proj" if "added" in name else "to_{}"
-        parts = [
-            sizes.out_features(getattr(module, stem.format(each), None)) or 0 for each in letters
-        ]
+        parts = [sizes.out_features(sizes.part(module, stem.format(each))) or 0 for each in letters]
         if sum(parts) != sizes.out_features(projection):
             raise Refused(
                 f"{name} has {sizes.out_features(projection)} features, where its parts "
@@ -175,16 +171,16 @@ def _fused(
 def _output(module: nn.Module, heads: int, width: int) -> dict[str, Tap]:
     """Heads: what enters the output projection; of a module without one, what leaves it."""
     found = {}
-    projection = getattr(module, "to_out", None)
+    projection = sizes.part(module, "to_out")
     if isinstance(projection, nn.ModuleList):
         projection = projection[0] if len(projection) else None
-    if isinstance(projection, nn.Module):
+    if projection is not None:
         sizes.check("the input of to_out", sizes.in_features(projection), heads, width)
         found["heads"] = Tap(projection, side="in", heads=heads)
     else:
         found["heads"] = Tap(module, heads=heads)
-    added = getattr(module, "to_add_out", None) or getattr(module, "to_out_t", None)
-    if isinstance(added, nn.Module) and not getattr(module, "context_pre_only", False):
+    added = sizes.part(module, "to_add_out") or sizes.part(module, "to_out_t")
+    if added is not None and not getattr(module, "context_pre_only", False):
         sizes.check(
             "the input of the output projection of the text", sizes.in_features(added), heads, width
         )

@@ -83,7 +83,7 @@ def attention(module: nn.Module) -> AttentionFacts | None:
     Raises:
         Refused: its projections do not have the sizes that it, or its configuration, states.
     """
-    name = sizes.runs(module, "transformers")
+    name = sizes.class_that_runs(type(module), "transformers")
     entry = _CLASSES.get(name) or _CLASSES.get(f"{type(module).__module__}.{name}")
     if entry is None:
         return None

@@ -22,17 +22,16 @@ def attention(module: nn.Module) -> AttentionFacts | None:
     Raises:
         Refused: its projections do not have the sizes that it states.
     """
-    unfold, output = getattr(module, "kv_b_proj", None), getattr(module, "o_proj", None)
-    if not isinstance(unfold, nn.Module) or not isinstance(output, nn.Module):
+    unfold, output = sizes.part(module, "kv_b_proj"), sizes.part(module, "o_proj")
+    if unfold is None or output is None:
         return None
     sizes.check_parts(module, _KNOWN)
     heads = sizes.head_count(module)
     shared, own, value = (
         _stated(module, name) for name in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
     )
-    direct = getattr(module, "q_proj", None)
-    name = "q_proj" if isinstance(direct, nn.Module) else "q_b_proj"
-    query = getattr(module, name)
+    name = "q_b_proj" if sizes.part(module, "q_proj") is None else "q_proj"
+    query = module.get_submodule(name)
     sizes.check(name, sizes.out_features(query), heads, own + shared)
     sizes.check("kv_b_proj", sizes.out_features(unfold), heads, own + value)
     sizes.check("the input of o_proj", sizes.in_features(output), heads, value)

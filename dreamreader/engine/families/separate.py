@@ -59,20 +59,17 @@ def attention(module: nn.Module) -> AttentionFacts | None:
     Raises:
         Refused: its projections do not have the sizes that it, or its configuration, states.
     """
+    parts = module._modules
     for letters, outputs in _NAMES:
-        if isinstance(getattr(module, letters[0], None), nn.Module):
-            output = next((each for each in outputs if _has(module, each)), None)
-            if output is not None or (letters[0] == "query" and _has(module, "value")):
+        if parts.get(letters[0]) is not None:
+            output = next((each for each in outputs if parts.get(each) is not None), None)
+            if output is not None or (letters[0] == "query" and parts.get("value") is not None):
                 return _facts(module, letters, output)
     return None
 
 
-def _has(module: nn.Module, name: str) -> bool:
-    return isinstance(getattr(module, name, None), nn.Module)
-
-
 def _facts(module: nn.Module, letters: tuple[str, ...], output: str | None) -> AttentionFacts:
-    name = sizes.runs(module, "transformers")
+    name = sizes.class_that_runs(type(module), "transformers")
     if type(module).__module__.endswith(".modeling_fsmt"):
         raise Refused("its values are [tokens, batch, features]")
     known = {*letters, output or "", *_KNOWN, "v_norm"}
@@ -81,7 +78,7 @@ def _facts(module: nn.Module, letters: tuple[str, ...], output: str | None) -> A
     heads = sizes.head_count(module)
     key_heads = sizes.key_head_count(module, heads)
     gated = name in _GATE_BESIDE_QUERY
-    query = getattr(module, letters[0])
+    query = module.get_submodule(letters[0])
     width = sizes.head_width(module, query, heads)
     sizes.check(letters[0], sizes.out_features(query), heads, width * (1 + gated))
     ports = {"q": Tap(query, heads=heads)}
@@ -103,16 +100,16 @@ def _key_or_value(module: nn.Module, letter: str, name: str, heads: int, width: 
     """k as it is projected; v as it enters the attention: behind its norm, where it has one."""
     if getattr(module, "is_kv_shared_layer", False):
         raise Refused(f"this layer has no {letter} of its own: it uses that of an earlier layer")
-    projection = getattr(module, name, None)
-    norm = getattr(module, "v_norm", None) if letter == "v" else None
-    if isinstance(projection, nn.Module):
+    projection = sizes.part(module, name)
+    norm = sizes.part(module, "v_norm") if letter == "v" else None
+    if projection is not None:
         sizes.check(name, sizes.out_features(projection), heads, width, f"{letter} heads")
     if letter == "v":
         check_unchanged(module)
-    if isinstance(norm, nn.Module):
+    if norm is not None:
         axes = ("rows", "tokens", "heads", "features")
         return Tap(norm, heads=heads, head_width=width, axes=axes)
-    if not isinstance(projection, nn.Module):
+    if projection is None:
         raise Refused(f"it has no {name}")
     return Tap(projection, heads=heads)
 
@@ -123,7 +120,7 @@ def check_unchanged(module: nn.Module) -> None:
     Raises:
         Refused: the configuration asks for values that are clipped or scaled on the way.
     """
-    for holder in (module, getattr(module, "config", None)):
+    for holder in (module, vars(module).get("config")):
         clip = getattr(holder, "clip_qkv", None)
         if clip is not None:
             raise Refused(f"values are clipped behind the projection (clip_qkv={clip})")
@@ -139,6 +136,6 @@ def _heads(module: nn.Module, name: str, output: str | None, heads: int, width: 
         if not name:
             raise Refused("it has no output projection, so what it gives is not known")
         return Tap(module, heads=heads)
-    features = sizes.in_features(getattr(module, output))
+    features = sizes.in_features(sizes.part(module, output))
     sizes.check(f"the input of {output}", features, heads, width)
-    return Tap(getattr(module, norm or output), side="in", heads=heads)
+    return Tap(module.get_submodule(norm or output), side="in", heads=heads)

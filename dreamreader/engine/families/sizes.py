@@ -1,5 +1,7 @@
 """Sizes that an attention states, and the refusal where they contradict its projections."""
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -13,16 +15,24 @@ class Refused(Exception):
     """The module is no attention whose heads are known; the text says why."""
 
 
+def part(module: nn.Module, name: str) -> nn.Module | None:
+    """A submodule; None where there is none of this name."""
+    return module._modules.get(name)  # getattr takes as long as all else here where there is none
+
+
 def stated(module: nn.Module, names: tuple[str, ...], configured: bool = True) -> int | None:
     """The first of these numbers that the module, or else its configuration, states."""
-    holders: list[Any] = [module]
-    if configured:
-        holders.append(getattr(module, "config", None))
-    for holder in holders:
-        for name in names:
-            value = getattr(holder, name, None)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
+    own = vars(module)
+    found = _number(own.get, names)
+    config = own.get("config") if configured and found is None else None
+    return found if config is None else _number(lambda name: getattr(config, name, None), names)
+
+
+def _number(look_up: Callable[[str], Any], names: tuple[str, ...]) -> int | None:
+    for name in names:
+        value = look_up(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
     return None
 
 
@@ -58,22 +68,19 @@ def head_width(module: nn.Module, projection: Any, heads: int) -> int:
     return features // heads
 
 
-def out_features(projection: Any) -> int | None:
+def out_features(projection: nn.Module | None) -> int | None:
     """Features that a linear layer gives, as it states them."""
     return _features(projection, ("out_features", "nf", "outfeatures"))
 
 
-def in_features(projection: Any) -> int | None:
+def in_features(projection: nn.Module | None) -> int | None:
     """Features that a linear layer reads, as it states them."""
     return _features(projection, ("in_features", "nx", "infeatures"))
 
 
-def _features(projection: Any, names: tuple[str, ...]) -> int | None:
-    for name in names:
-        value = getattr(projection, name, None)
-        if isinstance(value, int):
-            return value
-    return None
+def _features(projection: nn.Module | None, names: tuple[str, ...]) -> int | None:
+    own = {} if projection is None else vars(projection)
+    return next((own[name] for name in names if isinstance(own.get(name), int)), None)
 
 
 def check(name: str, features: int | None, heads: int, width: int, parts: str = "heads") -> None:
@@ -97,32 +104,33 @@ def check_parts(module: nn.Module, known: set[str]) -> None:
     Raises:
         Refused: there is another submodule or parameter.
     """
-    for name, part in module.named_children():
-        if name not in known and not _is_neutral(part):
+    for name, child in module._modules.items():
+        if child is not None and name not in known and not _is_neutral(child):
             raise Refused(
-                f"its part {name} ({type(part).__name__}) is none that is known, so what its "
+                f"its part {name} ({type(child).__name__}) is none that is known, so what its "
                 "projections hold is not known"
             )
-    for name, _ in module.named_parameters(recurse=False):
-        if name not in known:
+    for name, weight in module._parameters.items():
+        if weight is not None and name not in known:
             raise Refused(
                 f"its parameter {name} is none that is known, so what its projections hold is not "
                 "known"
             )
 
 
-def _is_neutral(part: nn.Module) -> bool:
+def _is_neutral(child: nn.Module) -> bool:
     """Dropout, softmax and the rotation by position, which has no weights."""
-    if isinstance(part, (nn.Dropout, nn.Identity, nn.Softmax)):
+    if isinstance(child, (nn.Dropout, nn.Identity, nn.Softmax)):
         return True
-    rotates = "Rotary" in type(part).__name__ or "Rope" in type(part).__name__
-    return rotates and next(part.parameters(), None) is None
+    rotates = "Rotary" in type(child).__name__ or "Rope" in type(child).__name__
+    return rotates and next(child.parameters(), None) is None
 
 
-def runs(module: nn.Module, package: str) -> str:
-    """Name of the class whose `forward` the module runs, empty if `package` does not define it.
+@cache
+def class_that_runs(kind: type[nn.Module], package: str) -> str:
+    """Name of the class whose `forward` this class runs, empty if `package` does not define it.
 
     A subclass with a `forward` of its own is a stranger, whatever it is called.
     """
-    owner = next(each for each in type(module).__mro__ if "forward" in vars(each))
+    owner = next(each for each in kind.__mro__ if "forward" in vars(each))
     return owner.__name__ if owner.__module__.split(".")[0] == package else ""
