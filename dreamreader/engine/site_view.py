@@ -29,7 +29,7 @@ class SiteView:
         self.canonical: tuple[int, ...] = ()
         self._view = view
         self._tap = site.tap
-        self._whole = site.tap.channels is None and site.tap.interleaved is None
+        self._whole = site.tap.is_whole
         self._attention = site.port == "probs"
 
     @classmethod
@@ -100,6 +100,8 @@ def _axes(
                 f"{list(value.shape)}"
             )
         return named
+    if site.tap.axes is not None and len(site.tap.axes) == value.dim():
+        return site.tap.axes
     module = site.tap.module
     lengths = tokens.lengths if tokens is not None else ()
     turned = value.dim() == 4 and value.stride(1) < value.stride(2)
