@@ -14,6 +14,7 @@ from dreamreader.engine.subject import (
     input_device,
     is_compiled,
     is_encoder_decoder,
+    unwrapped,
 )
 from dreamreader.errors import InvalidInput
 
@@ -46,7 +47,7 @@ def position_arguments(
     mask = inputs["attention_mask"]
     if bool(mask.all()):
         return {}
-    model = innermost(reader.subject)
+    model = unwrapped(reader.subject)
     known = _tried.setdefault(model, {})
     if generates not in known:
         known[generates] = (True, "") if _is_certain(model) else _try(reader, inputs, generates)
@@ -67,19 +68,27 @@ def _positions(mask: Tensor) -> Tensor:
 
 def _takes_positions(model: nn.Module) -> str:
     """Whether a forward takes `position_ids`: `named`, `maybe` behind its keywords, or ``."""
-    parameters = inspect.signature(type(model).forward).parameters
+    if is_encoder_decoder(model) or _has_prompt_tokens(model):
+        return ""
+    parameters = inspect.signature(type(innermost(model)).forward).parameters
     if "position_ids" in parameters:
         return "named"
     return "maybe" if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else ""
 
 
+def _has_prompt_tokens(model: nn.Module) -> bool:
+    """Whether PEFT puts learned tokens before those of the prompt: then it makes the positions."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
 def _is_certain(model: nn.Module) -> bool:
     """Whether attention with given positions is all there is: no recurrent state, no own count."""
-    if _takes_positions(model) != "named" or getattr(model, "_is_stateful", False):
+    inner = innermost(model)
+    if _takes_positions(model) != "named" or getattr(inner, "_is_stateful", False):
         return False
     counted = (  # as RoBERTa's, which count from the number of the padding token
         each.padding_idx is not None and "position" in name
-        for name, each in model.named_modules()
+        for name, each in inner.named_modules()
         if isinstance(each, nn.Embedding)
     )
     return not any(counted)
@@ -87,16 +96,16 @@ def _is_certain(model: nn.Module) -> bool:
 
 def _try(reader: "Reader", inputs: dict[str, Tensor], generates: bool) -> tuple[bool, str]:
     """(the model needs positions, why it counts padding all the same), from a few tokens."""
-    model = innermost(reader.subject)
+    model = unwrapped(reader.subject)
     short, batch = _sample(inputs, is_encoder_decoder(model))
     alone = {"input_ids": short[None], "attention_mask": torch.ones_like(short)[None]}
-    kind = "" if is_encoder_decoder(model) else _takes_positions(model)
+    kind = _takes_positions(model)
     options = {"named": (True, False), "maybe": (False, True)}.get(kind, (False,))
     if generates and kind == "named":
         options = (False,)  # generate makes its own
     logits, why = (_generated if generates else _forward), ""
     with _apart(reader):
-        expected = logits(reader.subject, alone)
+        expected = logits(reader.subject, alone)[-len(short) :]  # learned tokens may stand before
         for needed in options:
             extra = {"position_ids": _positions(batch["attention_mask"])} if needed else {}
             try:

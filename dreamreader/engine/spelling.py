@@ -157,7 +157,7 @@ def _specials(tokenizer: Any) -> set[int]:
 
 
 def _is_space(tokenizer: Any, token: int) -> bool:
-    piece = tokenizer.convert_ids_to_tokens(token)
+    piece = tokenizer.convert_ids_to_tokens(token) or ""  # beyond the vocabulary there is none
     piece = piece.decode("latin-1") if isinstance(piece, bytes) else piece
     return not piece.strip(_SPACES) and not _decode(tokenizer, [token]).strip()
 

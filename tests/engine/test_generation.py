@@ -206,3 +206,17 @@ def test_models_that_count_padding_are_refused(name: str) -> None:
         with pytest.raises(InvalidInput, match=why):
             reader.run(PROMPTS, **arguments)
     assert reader.run(["a red dog", "a red cat"]).output.logits.shape[0] == 2
+
+
+def test_learned_tokens_before_the_prompt_are_tried() -> None:
+    """PEFT makes the positions of a tuned prompt itself, and counts padding with them."""
+    import peft
+
+    model, tokenizer = tiny.language_model("gpt2")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        reader = Reader(peft.get_peft_model(model, config).eval(), tokenizer)
+    with pytest.raises(InvalidInput, match="PeftModelForCausalLM counts padding"):
+        reader.run(PROMPTS)
+    assert reader.run(PROMPTS[0]).output.logits.shape[1] == 4 + 3
