@@ -15,6 +15,11 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from dreamreader.errors import InvalidInput
 
+AUTOGRAD_KEYS = [
+    key
+    for name, key in vars(torch._C.DispatchKey).items()
+    if name.startswith(("Autograd", "ADInplaceOrView")) and name != "AutogradFunctionality"
+]
 AUTOCAST_KEYS = tuple(key for key in dir(torch._C.DispatchKey) if key.startswith("Autocast"))
 _autocast_off = torch._C._DisableAutocast
 _is_grad_enabled = torch.is_grad_enabled
@@ -99,6 +104,14 @@ def guard_backward(name: str, backward: Callable, twice: Callable | None) -> Cal
         return tree_map_only(Tensor, lambda each: _Once.apply(name, each, *sources), found)
 
     return gradient
+
+
+def autograd_on() -> Any:
+    """A context for kernels that run autograd, which is off in them under torch's dispatch modes."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in AUTOGRAD_KEYS:
+        excluded = excluded.remove(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
 class _Once(torch.autograd.Function):

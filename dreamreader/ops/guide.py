@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader import _alloc
+from dreamreader._guards import autograd_on
 from dreamreader._register import Kernel, native, register
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.ops._norm import row_norm
@@ -192,8 +193,8 @@ def guide_backward_reference(grad: Tensor, x: Tensor, *arguments) -> Tensor:
     """
     strength = arguments[4]
     again = torch.is_grad_enabled() and x.requires_grad
-    with torch.enable_grad():
-        wide = (x if again else x.detach().requires_grad_()).to(strength.dtype)
+    with torch.enable_grad(), autograd_on():
+        wide = x.to(strength.dtype) if again else x.detach().to(strength.dtype).requires_grad_()
         y = guide_reference(wide, *arguments)
         (found,) = torch.autograd.grad(y, wide, grad.to(strength.dtype), create_graph=again)
     out = _alloc.empty_like(grad)
