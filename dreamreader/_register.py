@@ -17,6 +17,7 @@ from types import ModuleType
 
 import torch
 
+from dreamreader import _guards
 from dreamreader.errors import BrokenExtension, InvalidInput
 
 LIBRARY = torch.library.Library("dreamreader", "DEF")
@@ -82,8 +83,11 @@ def register(
     triton: Kernel | None = None,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
+    twice: Callable | None = None,
 ) -> Callable:
     """Declares `torch.ops.dreamreader.<name>` and returns its overload.
+
+    What no kernel could know of is refused or undone here, for all of them: see `_guards`.
 
     Args:
         name: operator name.
@@ -92,25 +96,29 @@ def register(
         fake: shapes, dtypes and strides of the results, no data.
         cpu, cuda, triton: kernels that may be absent.
         setup_context, backward: the gradient, as `torch.library.register_autograd` takes it.
+        twice: the same gradient in torch code that autograd can follow, where it is to be
+            differentiated again; it may return NotImplemented. Without it, that is refused.
     """
     LIBRARY.define(name + schema)
     qualified = f"dreamreader::{name}"
+    op = getattr(torch.ops.dreamreader, name).default
     rest = Active("reference", "no kernel for other devices")
     owners = {
         "CPU": _choose((cpu, "native")),
         "CUDA": _choose((cuda, "native"), (triton, "triton")),
     }
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    for key, (_, call) in owners.items():
-        if call is not None:
-            LIBRARY.impl(name, call, key)
+    calls = {key: call for key, (_, call) in owners.items() if call is not None}
+    for key, call in {"CompositeExplicitAutograd": reference, **calls}.items():
+        LIBRARY.impl(name, _guards.guard_kernel(op, call, backward is not None), key)
+    _guards.guard_dispatch(LIBRARY, op)
     active[name] = {key: owner for key, (owner, _) in owners.items()} | {"other": rest}
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     if backward is not None:
+        gradient = _guards.guard_backward(name, backward, twice)
         torch.library.register_autograd(
-            qualified, backward, setup_context=setup_context, lib=LIBRARY
+            qualified, gradient, setup_context=setup_context, lib=LIBRARY
         )
-    return getattr(torch.ops.dreamreader, name).default
+    return op
 
 
 def _choose(*candidates: tuple[Kernel | None, str]) -> tuple[Active, Callable | None]:
