@@ -121,6 +121,20 @@ class Mappings final : public MappedMemory {
     return {};
   }
 
+  // The same, at the price of one load: what a mapped file has lost reads as 0, and its last checksum
+  // is hardly ever 0.
+  Problem cut(int64_t file) {
+    std::atomic_thread_fence(std::memory_order_acquire);
+    uint32_t last;
+    {
+      const ReadingMapped reading(*this);
+      std::memcpy(&last, held_[size_t(file)].base + bytes_[size_t(file)] - 4, 4);
+    }
+    if (last) return {};
+    const Problem problem = lost();
+    return problem.kind ? problem : shorter(file);
+  }
+
   // Maps a file. What was asked for in the last `most` calls stays mapped.
   Problem use(int64_t file) {
     Held& held = held_[size_t(file)];
@@ -357,10 +371,9 @@ class Gather {
     });
   }
 
-  // Whether a file of these runs got shorter; for what no checksum covers. Bytes beyond the end of a
-  // file are zeros up to the end of their page.
+  // Whether a file of these runs got shorter; for what no checksum covers.
   template <typename F>
-  Problem shorter(int64_t count, const F& run_at) {
+  Problem cut(int64_t count, const F& run_at) {
     int64_t before = -1;
     asked_.assign(shards_.size(), false);
     for (int64_t i = 0; i < count; ++i) {
@@ -368,7 +381,7 @@ class Gather {
       if (file == before || asked_[size_t(file)]) continue;
       asked_[size_t(file)] = true;
       before = file;
-      if (const Problem problem = mappings_->shorter(file); problem.kind) return problem;
+      if (const Problem problem = mappings_->cut(file); problem.kind) return problem;
     }
     return {};
   }
@@ -393,7 +406,7 @@ class Gather {
       });
       if (const Problem problem = mappings_->lost(); problem.kind) return problem;
       const auto run_at = [&](int64_t i) { return from + i; };
-      if (const Problem problem = shorter(to - from, run_at); problem.kind) return problem;
+      if (const Problem problem = cut(to - from, run_at); problem.kind) return problem;
     }
     return {};
   }
@@ -438,7 +451,7 @@ class Gather {
       return shorter.kind ? shorter : Problem{"checksum", file, wrong.row, ""};
     }
     if (format.checked && rows_.empty()) return {};
-    return shorter(rows, [&](int64_t i) { return found_[size_t(i)].run; });
+    return cut(rows, [&](int64_t i) { return found_[size_t(i)].run; });
   }
 
   // The run of each position; its row too, unless tokens are chosen: then its number among them.

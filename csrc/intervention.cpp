@@ -121,7 +121,7 @@ Program<W> program_of(std::string_view code, const Tables& t, const py::sequence
   for (int i = 0; i < sources; ++i) {
     const TensorView data(patches[2 * i]), index(patches[2 * i + 1]);
     require(data.device().type == device.type && data.device().id == device.id &&
-                index.device().type == device.type,
+                index.device().type == device.type && index.device().id == device.id,
             "intervene: sources and x must be on one device");
     p.sources[i] = source_of(data, index, x);
   }
