@@ -8,7 +8,7 @@
 #include "refusal.h"
 
 #ifdef DREAMREADER_CUDA
-#include "cuda_device.h"
+#include <cuda_runtime_api.h>
 #endif
 
 namespace {
@@ -62,8 +62,5 @@ PYBIND11_MODULE(_C, m) {
   pybind11::register_local_exception<dreamreader::NotTaken>(m, "NotTaken");
   pybind11::register_local_exception<dreamreader::NoCode>(m, "NoCode");
   pybind11::register_local_exception_translator(&translate);
-#ifdef DREAMREADER_CUDA
-  m.def("why_not_on", [](int device) { return dreamreader::why_not_on(device); });
-#endif
   for (auto bind : dreamreader::binders()) bind(m);
 }

@@ -40,6 +40,9 @@ class TensorView {
     if (const DLExchangeApi* api = exchange_api(type_)) {
       if (api->view(object.ptr(), &tensor_) != 0) throw pybind11::error_already_set();
     } else {
+      if (!pybind11::hasattr(object, "__dlpack__") || !pybind11::hasattr(object, "detach"))
+        throw pybind11::type_error("expected a tensor of torch, got " +
+                                   std::string(type_->tp_name));
       capsule_ = object.attr("detach")().attr("__dlpack__")();
       void* managed = PyCapsule_GetPointer(capsule_.ptr(), "dltensor");
       if (!managed) throw pybind11::error_already_set();

@@ -203,7 +203,9 @@ class ReferenceGather:
         shard = self._shards[number]
         size = path.stat().st_size if path.exists() else 0
         if size < shard.at.bytes:  # to touch what a mapped file has lost ends the process
-            raise InvalidInput(f"{path} has {size:,} bytes, its rows need {shard.at.bytes:,}{_ADVICE}")
+            raise InvalidInput(
+                f"{path} has {size:,} bytes, its rows need {shard.at.bytes:,}{_ADVICE}"
+            )
         return shard
 
 
