@@ -150,7 +150,7 @@ _without_code: set[int] = set()  # devices for which the native module has none
 
 
 def _or_others(call: Callable, other: Callable, reference: Callable) -> Callable:
-    """`call`, but `other` on devices without code and `reference` for sizes that it leaves to it."""
+    """`call`; `other` on devices without code for it, `reference` for sizes that it leaves."""
     module: Any = native()[0]
 
     def run(*arguments):

@@ -55,7 +55,7 @@ def run(code: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-# Megabytes of scratch for each thread, or of sums for each piece of rows; nothing of it is there yet.
+# Megabytes of scratch for each thread, or of sums for each piece of rows; none is there yet.
 CALLS = """
 x = torch.ones(2, 65536, 64).transpose(1, 2)
 program = Program([Instruction("renorm")], rows=2, tokens=64, width=65536)

@@ -194,6 +194,7 @@ def test_a_missing_or_short_shard_is_named(tmp_path: Path, make) -> None:
 # In a process of its own, which would end by SIGBUS.
 CUT = """
 import os, sys
+from functools import partial
 from pathlib import Path
 from dreamreader.errors import InvalidInput
 from tests.harvest.test_gather import *
@@ -212,10 +213,9 @@ for n, bytes in enumerate((9_000, 20_000, 8192 + 2 * 200 * ROWS + 100, -100, 0))
                 size = bytes if bytes >= 0 else end + bytes
                 content = file.read_bytes()
                 os.truncate(file, size)
-                for call in (
-                    lambda: read(gather, runs.total, torch.float32, seed=3, verify=verify, threads=2),
-                    lambda: gather.count(2) if tokens else gather.read(runs.total - 1, torch.empty(1, 200)),
-                ):
+                calls = [dict(seed=3, verify=verify, threads=2), dict(position=5)]
+                calls = [partial(read, gather, runs.total - 5, torch.float32, **c) for c in calls]
+                for call in calls + [partial(gather.count, 2)] * (tokens is not None):
                     try:
                         call()
                     except InvalidInput as error:
