@@ -1,6 +1,6 @@
-// Reading mapped files that may get shorter, or lie on a disk that fails, meanwhile. Touching a page
-// that is not there any more is a signal, SIGBUS, which ends a process. Here it gets a page of zeros
-// instead and the owner of the memory is told, so that a loop over rows pays nothing for it.
+// Reading mapped files that may get shorter, or lie on a disk that fails, meanwhile. Touching a
+// page that is not there any more is a signal, SIGBUS, which ends a process. Here it gets a page of
+// zeros instead and the owner of the memory is told, so that a loop over rows pays nothing for it.
 #pragma once
 
 namespace dreamreader {
@@ -15,8 +15,8 @@ class MappedMemory {
   ~MappedMemory() = default;
 };
 
-// Has this process ask `ReadingMapped` about SIGBUS from now on; whoever had it before hears of every
-// other one. Cheap enough for each call that reads.
+// Has this process ask `ReadingMapped` about SIGBUS from now on; whoever had it before hears of
+// every other one. Cheap enough for each call that reads.
 void watch_bus_errors();
 
 // While it exists, this thread reads from `memory`.

@@ -101,8 +101,8 @@ class Mappings final : public MappedMemory {
     return false;
   }
 
-  // What became of the file of which a page was missing since the last call. It is mapped again when
-  // it is needed again.
+  // What became of the file of which a page was missing since the last call. It is mapped again
+  // when it is needed again.
   Problem lost() {
     const int64_t file = lost_.exchange(-1);
     if (file < 0) return {};
@@ -121,8 +121,8 @@ class Mappings final : public MappedMemory {
     return {};
   }
 
-  // The same, at the price of one load: what a mapped file has lost reads as 0, and its last checksum
-  // is hardly ever 0.
+  // The same, at the price of one load: what a mapped file has lost reads as 0, and its last
+  // checksum is hardly ever 0.
   Problem cut(int64_t file) {
     std::atomic_thread_fence(std::memory_order_acquire);
     uint32_t last;

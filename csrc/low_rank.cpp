@@ -98,7 +98,8 @@ template <typename W>
 std::vector<int64_t> ordered(const LowRank<W>& p) {
   std::vector<int64_t> order(size_t(p.entries));
   std::iota(order.begin(), order.end(), 0);
-  require(order.empty() || p.adapters > 0, "low_rank: there is no adapter: down, bias and up are empty");
+  require(order.empty() || p.adapters > 0,
+          "low_rank: there is no adapter: down, bias and up are empty");
   for (int64_t entry : order)
     require(adapter_of(p, entry) >= 0, "low_rank: an index is outside the table of adapters");
   std::stable_sort(order.begin(), order.end(), [&](int64_t one, int64_t other) {

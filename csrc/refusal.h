@@ -1,5 +1,5 @@
-// Calls that a kernel leaves to another back end (dreamreader/_register.py knows to which), and those
-// for which there is no memory.
+// Calls that a kernel leaves to another back end (dreamreader/_register.py knows to which), and
+// those for which there is no memory.
 #pragma once
 
 #include <new>

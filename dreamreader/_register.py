@@ -117,7 +117,8 @@ def register(
 def why_not_on(device: int) -> str:
     """Why the native kernels do not run on the CUDA device of this number; empty where they do."""
     module, reason = native()
-    return module.why_not_on(device) if hasattr(module, "why_not_on") else reason
+    ask = getattr(module, "why_not_on", None)
+    return reason if ask is None else ask(device)
 
 
 def _choose(

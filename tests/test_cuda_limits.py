@@ -9,7 +9,7 @@ import torch
 
 from dreamreader._register import native
 from dreamreader.ops import Instruction, Program, intervene, intervene_, intervene_reference
-from dreamreader.ops.low_rank import low_rank_backward_reference, low_rank_reference
+from dreamreader.ops.low_rank import NEEDS, low_rank_backward_reference, low_rank_reference
 from tests import twin
 from tests.cases._compare import assert_close
 from tests.cases.intervention import KINDS
@@ -112,8 +112,8 @@ def test_a_low_rank_edit_fits_the_device_or_leaves_the_call(
     low_rank.low_rank(x, out, *tables)
     assert_close(out, low_rank_reference(x, *tables), low_rank_reference(x.double(), *wide))
     low_rank.backward(grad, x, *tables, *results)
-    same = low_rank_backward_reference(grad, x, *tables)
-    exact = low_rank_backward_reference(grad.double(), x.double(), *wide)
+    same = low_rank_backward_reference(grad, x, *tables, needs=NEEDS)
+    exact = low_rank_backward_reference(grad.double(), x.double(), *wide, needs=NEEDS)
     for found, one, other in zip(results, same, exact, strict=True):
         assert_close(found, one, other)
 

@@ -178,7 +178,8 @@ void Writer::finish(int number, std::string header, std::string moments, const T
   site.tail = tail;
   std::unique_lock lock(lock_);
   const int slab = acquire(lock);
-  tasks_[(first_task_ + task_count_++) % tasks_.size()] = {&site, nullptr, slab, 0, 0, 0, 0, 0, 0, true};
+  const Task task{&site, nullptr, slab, 0, 0, 0, 0, 0, 0, true};
+  tasks_[(first_task_ + task_count_++) % tasks_.size()] = task;
   ++in_flight_;
   tasks_arrived_.notify_one();
 }
