@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -105,7 +106,7 @@ def register(
     rest = Active("reference", "no kernel for other devices")
     owners = {
         "CPU": _choose((cpu, "native")),
-        "CUDA": _choose((cuda, "native"), (triton, "triton")),
+        "CUDA": _choose((cuda, "native"), (triton, "triton"), reference=reference),
     }
     calls = {key: call for key, (_, call) in owners.items() if call is not None}
     for key, call in {"CompositeExplicitAutograd": reference, **calls}.items():
@@ -121,9 +122,20 @@ def register(
     return op
 
 
-def _choose(*candidates: tuple[Kernel | None, str]) -> tuple[Active, Callable | None]:
+def why_not_on(device: int) -> str:
+    """Why the native kernels do not run on the CUDA device of this number; empty where they do."""
+    module, reason = native()
+    ask = getattr(module, "why_not_on", None)
+    return reason if ask is None else ask(device)
+
+
+def _choose(
+    *candidates: tuple[Kernel | None, str], reference: Callable | None = None
+) -> tuple[Active, Callable | None]:
+    """The first back end that is there; `reference`: what may replace a native kernel in a call."""
     choice = narrowed()
-    reasons = []
+    reasons: list[str] = []
+    there: list[tuple[Active, Callable]] = []
     for kernel, backend in candidates:
         if kernel is None:
             reasons.append(f"{backend}: not written")
@@ -132,9 +144,40 @@ def _choose(*candidates: tuple[Kernel | None, str]) -> tuple[Active, Callable | 
         else:
             found, reason = _available(kernel.needs, backend)
             if found:
-                return Active(backend, "; ".join([reason, *reasons])), kernel.call
-            reasons.append(f"{backend}: {reason}")
-    return Active("reference", "; ".join(reasons)), None
+                there.append((Active(backend, "; ".join([reason, *reasons])), kernel.call))
+            else:
+                reasons.append(f"{backend}: {reason}")
+    if not there:
+        return Active("reference", "; ".join(reasons)), None
+    owner, call = there[0]
+    if owner.backend == "native" and reference is not None:
+        call = _or_others(call, there[1][1] if there[1:] else reference, reference)
+    return owner, call
+
+
+_without_code: set[int] = set()  # devices for which the native module has none
+
+
+def _or_others(call: Callable, other: Callable, reference: Callable) -> Callable:
+    """`call`; `other` on devices without code for it, `reference` for sizes that it leaves."""
+    module: Any = native()[0]
+
+    def run(*arguments):
+        if _without_code and _device_of(arguments) in _without_code:
+            return other(*arguments)
+        try:
+            return call(*arguments)
+        except module.NotTaken:
+            return reference(*arguments)
+        except module.NoCode:
+            _without_code.add(_device_of(arguments))
+            return other(*arguments)
+
+    return run
+
+
+def _device_of(arguments: tuple) -> int:
+    return next(each.get_device() for each in arguments if isinstance(each, torch.Tensor))
 
 
 def _available(needs: str, backend: str) -> tuple[bool, str]:
