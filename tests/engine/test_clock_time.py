@@ -203,9 +203,10 @@ def test_timesteps_set_anew_within_a_run() -> None:
         return tensors
 
     said = logged("sd", pipe, callback_on_step_end=refine)
-    assert [(moment.step, moment.timestep) for moment in said[:3]] == [(0, 999), (1, 666), (4, 333)]
+    assert [(moment.step, moment.timestep) for moment in said[:2]] == [(0, 999), (1, 666)]
     # the pipeline still walks the timesteps it began with
-    assert isinstance(said[3], ClockUnknown) and "not of the same run" in str(said[3])
+    for error in said[2:]:
+        assert isinstance(error, ClockUnknown) and "set anew in a callback" in str(error)
 
 
 def test_scheduler_swapped_between_runs() -> None:
