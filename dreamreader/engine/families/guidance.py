@@ -210,6 +210,8 @@ _LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(
         (
             "FluxControlPipeline",
+            "FluxControlNetImg2ImgPipeline",
+            "FluxControlNetInpaintPipeline",
             "FluxControlImg2ImgPipeline",
             "FluxControlInpaintPipeline",
             "FluxFillPipeline",
