@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dreamreader.engine.families.guidance import makes_one_video
+from dreamreader.engine.families.guidance import embeds_negative_rows, makes_one_video
 
 _EACH = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 # what stands for the prompts where none is given: the first of these that is
@@ -14,26 +14,36 @@ _GIVEN = ("prompt_embeds", "image_embeds", "class_labels")
 
 def rows_of(own: type, arguments: Mapping[str, Any]) -> int | None:
     """Pictures or videos that the call asked for; None where its arguments do not say."""
-    given = _given(arguments)
+    given = _given(own, arguments)
     return None if given is None else given * _each(own, arguments, given)
 
 
 def prompts_of(own: type, arguments: Mapping[str, Any]) -> list[str] | None:
     """The prompt of each row: those of one prompt follow each other. None where none was given."""
-    prompt = arguments.get("prompt")
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, list | tuple) or not all(isinstance(each, str) for each in prompts):
+    prompts = _prompts(own, arguments)
+    if prompts is None or not all(isinstance(each, str) for each in prompts):
         return None
     each = _each(own, arguments, len(prompts))
     return [text for text in prompts for _ in range(each)]
 
 
-def _given(arguments: Mapping[str, Any]) -> int | None:
-    prompt = arguments.get("prompt")
+def _prompts(own: type, arguments: Mapping[str, Any]) -> list[Any] | None:
+    found = _listed(arguments.get("prompt"))
+    if found is not None and embeds_negative_rows(own):
+        found += _listed(arguments.get("negative_prompt")) or []
+    return found
+
+
+def _listed(prompt: Any) -> list[Any] | None:
     if isinstance(prompt, str):
-        return 1
-    if isinstance(prompt, list | tuple):
-        return len(prompt)
+        return [prompt]
+    return list(prompt) if isinstance(prompt, list | tuple) else None
+
+
+def _given(own: type, arguments: Mapping[str, Any]) -> int | None:
+    prompts = _prompts(own, arguments)
+    if prompts is not None:
+        return len(prompts)
     found = (arguments.get(name) for name in _GIVEN)
     return _length(next((each for each in found if each is not None), None))
 

@@ -141,7 +141,11 @@ def test_every_form_of_callback(way: str) -> None:
 
     with Clock(pipe) as clock, Log(clock) as log:
         if way == "object":
-            call("sd", pipe, callback_on_step_end=Callback(cutoff_step_index=0))
+            call(
+                "sd",
+                pipe,
+                callback_on_step_end=Callback(cutoff_step_index=0, cutoff_step_ratio=None),
+            )
         elif way == "old":
             with pytest.warns(FutureWarning, match="callback"):
                 call("sd", pipe, callback=lambda turn, time, latents: preview(0, turn, time, {}))

@@ -251,6 +251,13 @@ _ONE_VIDEO = dict.fromkeys(
 )
 
 
+# Given negative prompts, these embed them as rows of their own, behind those of the prompts.
+_NEGATIVE_ROWS = dict.fromkeys(
+    ("KandinskyPriorPipeline", "KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline"),
+    True,
+)
+
+
 def layout_of(pipeline: type) -> Layout | None:
     """The layout of pipelines of this class; None when it is unknown.
 
@@ -268,6 +275,11 @@ def encodes_prompt_first(pipeline: type) -> bool:
 def makes_one_video(pipeline: type) -> bool:
     """Whether this class makes one video for each prompt, whatever its arguments say."""
     return entry_of(pipeline, _ONE_VIDEO, "__call__") is not None
+
+
+def embeds_negative_rows(pipeline: type) -> bool:
+    """Whether this class makes rows of negative prompts too."""
+    return entry_of(pipeline, _NEGATIVE_ROWS, "__call__") is not None
 
 
 def chunks_of(layout: Layout, pipe: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:
