@@ -148,7 +148,8 @@ def test_every_form_of_callback(way: str) -> None:
             )
         elif way == "old":
             with pytest.warns(FutureWarning, match="callback"):
-                call("sd", pipe, callback=lambda turn, time, latents: preview(0, turn, time, {}))
+                given = {"callback": lambda turn, time, _: preview(0, turn, time, {})}
+                call("sd", pipe, callback_steps=1, **given)
         else:
             names = "height width num_inference_steps timesteps sigmas guidance_scale".split()
             names += "negative_prompt num_images_per_prompt eta generator latents".split()

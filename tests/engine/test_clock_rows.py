@@ -78,8 +78,8 @@ def test_rows_of_a_video_pipeline_are_those_of_their_latents() -> None:
     """Two videos of each prompt: by hand, what changes with one prompt."""
     from ..tiny.parts import assemble
 
-    pipe = assemble("WanPipeline", "wan")
-    size = {"height": 16, "width": 24, "num_frames": 5, "max_sequence_length": 16}
+    pipe = assemble("LTXPipeline", "ltx")
+    size = {"height": 32, "width": 64, "num_frames": 9, "max_sequence_length": 16}
     texts: list[torch.Tensor] = []
 
     def run(prompts: list[str]) -> PipelineTracker:
