@@ -40,6 +40,7 @@ class LanguageTracker(AbstractContextManager):
     def __init__(self, subject: Subject, prompt: int | None = None):
         self.model = innermost(subject.model)
         self.runs = 0
+        self.rows: int | None = None
         self.prompts: list[str] | None = None
         self._given = prompt
         self._prompt: int | None = prompt

@@ -18,7 +18,8 @@ class Now:
 
     Args:
         component: its name, empty outside.
-        phase: `denoise`, `text`, `language` or `outside`.
+        phase: `denoise`, `text`, `language` or `outside`; `aside` for what a callback of the run
+            calls by itself, which is not the run.
         run: number of the run within the session.
         instant: time, or why it is unknown.
         branches: names of the equal chunks of the batch, or why they are unknown.
@@ -48,18 +49,25 @@ class Now:
         )
         known = self.branches if isinstance(self.branches, tuple) else None
         tokens = self.tokens.key if isinstance(self.tokens, TokenLayout) else None
-        self.stamp = (self.component, time, known, self.batch, self.layout, tokens)
+        self.stamp = (
+            (self.component, self.phase),
+            time,
+            known,
+            self.batch,
+            self.layout,
+            tokens,
+        )
 
     @property
     def shape_key(self) -> tuple:
         """Everything that decides a program except the time."""
-        return (self.component, self.stamp[2], self.batch, self.layout, self.stamp[5])
+        return (self.stamp[0], self.stamp[2], self.batch, self.layout, self.stamp[5])
 
     @property
     def placeless_key(self) -> tuple:
         """Everything that decides a program which selects no tokens, except the time."""
         padding = self.tokens.placeless_key if isinstance(self.tokens, TokenLayout) else None
-        return (self.component, self.stamp[2], self.batch, self.layout, padding)
+        return (self.stamp[0], self.stamp[2], self.batch, self.layout, padding)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -144,10 +144,7 @@ class Shared:
 
     def rows_asked(self) -> int | None:
         """Rows that the caller's own call has; None where its arguments do not say."""
-        if not self.has_branches:
-            return None
-        rows = getattr(self.tracker, "rows", None)
-        return rows if rows is not None else len(self.tracker.prompts or ()) or None
+        return self.tracker.rows
 
     def words_for(self, now: Now, site: Site, branches: tuple[str, ...], rows: int, beams: int = 1):
         """A function that finds the token numbers of a word for every batch entry."""

@@ -143,6 +143,8 @@ class SiteRun:
 
     def _at_work(self, now: Now) -> tuple[list[tuple[int, EditRequest]], list[_Reading]]:
         """The edits and the readings whose selection holds in this call."""
+        if now.phase == "aside":  # a callback's own call: it is not the run
+            return [], []
         name, is_active = self.site.name, self.shared.is_active
         edits = [(n, each) for n, each in self.edits if is_active(each, now, name)]
         return edits, [each for each in self._readings() if is_active(each.request, now, name)]
