@@ -1,6 +1,5 @@
 """The Reader: wraps a subject; everything starts from it."""
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ from dreamreader.engine.cache import Activation, Cache, Row
 from dreamreader.engine.firing import FiringReport
 from dreamreader.engine.place import RowSet
 from dreamreader.engine.request import EditRequest, Record, Stream, Watch
-from dreamreader.engine.rows import Plan, chunked, plan_rows
+from dreamreader.engine.rows import Plan, plan_rows
 from dreamreader.engine.session import Session
 from dreamreader.engine.sites import SiteList, find
 from dreamreader.engine.subject import Subject
-from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.errors import InvalidInput
 
 Recordable = str | Record | Watch | Stream
 
@@ -116,12 +115,15 @@ class Reader:
 
         Args:
             prompts, seeds: one or one for each row; see `plan_rows`. Every row draws from its own
-                generator, so its result does not depend on the batch around it. A list of chat
-                messages, `{"role": ..., "content": ...}`, is one prompt of a language model.
+                generator, so its result does not depend on the batch around it. Where a scheduler
+                or module draws from the global generators instead, rows run one by one, and a note
+                says so; the global generators are left as they were. A list of chat messages,
+                `{"role": ..., "content": ...}`, is one prompt of a language model.
             edits: applied in this order.
             record: site strings, `Record`s, `Watch`es or `Stream`s. A recording sees the values
                 after the edits.
-            batch_size: rows computed together; all by default.
+            batch_size: rows computed together; all by default. An argument of which it is not
+                known whether it has one entry for each row is refused where it would be split.
             memory_limit: bytes that recordings may hold.
             arguments: passed on to the pipeline, or to the model's `generate` where it is a
                 language model (its plain forward where none but `logits_to_keep` are given; an
@@ -149,19 +151,10 @@ class Reader:
 
             plan = plan_rows(with_chats(self.tokenizer, prompts), seeds, edits)
             return run_language(self, plan, edits, records, batch_size, memory_limit, arguments)
+        from dreamreader.engine.pipeline import run_pipeline
+
         plan = plan_rows(prompts, seeds, edits)
-        arguments = self._pipeline_arguments(arguments, len(plan))
-        outputs, found, report = [], [], FiringReport()
-        size = batch_size or len(plan)
-        for start in range(0, len(plan), size):
-            stop = min(start + size, len(plan))
-            own = chunked(arguments, start, stop, len(plan))
-            session = self._session(edits, records, plan, start, stop, memory_limit)
-            with session:
-                outputs.append(self._call(plan, start, stop, own))
-            found.append(session.activations(plan.rows))
-            report.merge(session.report)
-        return RunResult(_joined(outputs), Cache(merged(found)), report, tuple(plan.rows))
+        return run_pipeline(self, plan, edits, records, batch_size, memory_limit, arguments)
 
     def run_with_cache(
         self,
@@ -285,47 +278,6 @@ class Reader:
             tokenizer=self.tokenizer,
         )
 
-    def _call(self, plan: Plan, start: int, stop: int, arguments: dict[str, Any]) -> Any:
-        generators = [torch.Generator().manual_seed(seed) for seed in plan.seeds[start:stop]]
-        prompts = list(plan.prompts[start:stop])
-        return self.subject(prompt=prompts, generator=generators, **arguments)
-
-    def _pipeline_arguments(self, arguments: dict[str, Any], rows: int) -> dict[str, Any]:
-        """Arguments of the pipeline's call: known names, other prompts as lists.
-
-        Raises:
-            UnknownName: the pipeline takes no such argument.
-            InvalidInput: an argument that the reader itself sets.
-        """
-        own = getattr(type(self.subject), "_dreamreader_own_class", type(self.subject))
-        known = list(inspect.signature(own.__call__).parameters)[1:]
-        if "prompt" not in known or "generator" not in known:
-            raise InvalidInput(
-                f"{own.__name__} takes no prompt with a generator; use recording() and editing()"
-            )
-        for name in arguments:
-            if name not in known:
-                raise UnknownName(f"argument of {own.__name__}", name, known)
-            if name in ("prompt", "generator"):
-                raise InvalidInput(f"{name} is set by the reader: use prompts and seeds")
-        each = arguments.get("num_images_per_prompt")
-        if each not in (None, 1):
-            raise InvalidInput(
-                f"num_images_per_prompt={each}: every picture is a row; give seeds=range({each}) "
-                "or repeat the prompt"
-            )
-        ready = dict(arguments)
-        for name, value in arguments.items():
-            if "prompt" not in name or "embeds" in name or name == "num_images_per_prompt":
-                continue
-            if isinstance(value, str):
-                ready[name] = [value] * rows
-            elif isinstance(value, list | tuple) and value and isinstance(value[0], str):
-                if len(value) not in (1, rows):
-                    raise InvalidInput(f"{name} has {len(value)} entries, the run has {rows} rows")
-                ready[name] = list(value) if len(value) == rows else list(value) * rows
-        return ready
-
 
 @dataclass(frozen=True, eq=False)
 class _Hook(EditRequest):
@@ -352,23 +304,6 @@ def _listed(value: Any, kinds: Any, name: str) -> list[Any]:
         if not isinstance(each, kinds):
             raise InvalidInput(f"{name}: got {type(each).__name__} {each!r}")
     return listed
-
-
-def _joined(outputs: list[Any]) -> Any:
-    """Pictures of all batches in one list, array or tensor."""
-    images: list[Any] = [getattr(each, "images", None) for each in outputs]
-    if any(each is None for each in images):
-        images = [each[0] if isinstance(each, tuple) else each for each in outputs]
-    first = images[0]
-    if len(images) == 1:
-        return first
-    if isinstance(first, torch.Tensor):
-        return torch.cat(images)
-    if isinstance(first, list):
-        return [picture for each in images for picture in each]
-    import numpy
-
-    return numpy.concatenate(images)
 
 
 def merged(found: Sequence[list[Activation]]) -> list[Activation]:
