@@ -256,4 +256,17 @@ def build(name: str) -> Any:
     for path, weight in model.named_parameters():
         if weight.ndim == 3 and "expert" in path:  # one matrix for each expert, no kernel
             weight.data *= weight.shape[1] ** 0.5
+    model.generation_config.eos_token_id = None  # writes as many tokens as it is asked for
+    model.generation_config.num_beams = 1
     return model
+
+
+def tokenizer() -> Any:
+    """One token for each word: `w5` is token 5; padding is token 0."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{number}": number for number in range(WORDS)}
+    found = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    found.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=found, pad_token="w0", padding_side="left")
