@@ -32,6 +32,8 @@ class Scale(ChannelEdit):
     def __post_init__(self):
         super().__post_init__()
         check_finite("Scale: factor", self.factor)
+        if isinstance(self.factor, Tensor) and self.factor.requires_grad:
+            raise InvalidInput("Scale: factor gets no gradient; give factor.detach()")
 
     def row_lengths(self) -> dict[str, int]:
         return row_length("factor", self.factor)

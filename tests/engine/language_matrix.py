@@ -49,7 +49,8 @@ EDITS_WRITTEN = {**EDITS, "step": Selection(steps=[1])}
 _CROSS = re.compile(r"(encoder_attn|EncDecAttention|cross\w*)\.(\w+\.)*(k|v|key|value)(_proj)?$")
 
 
-Wanted = dict[int, dict[int, Tensor]]  # step -> entry -> values [tokens, features]
+# step -> entry -> its tokens, each as (own number, values [features])
+Wanted = dict[int, dict[int, list[tuple[int, Tensor]]]]
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,11 @@ class Checker:
             seen = layout.seen(x, call, name == self.head)
             assert seen is not None
             for entry, at in layout.hits(chosen, call, seen[1]):
-                entries = wanted.setdefault(call.step, {})
-                values = seen[0][entry, at].flatten(1)
-                earlier = entries.get(entry)  # an earlier chunk of the prompt
-                entries[entry] = values if earlier is None else torch.cat([earlier, values])
+                tokens = wanted.setdefault(call.step, {}).setdefault(entry, [])
+                for place in at:
+                    own = layout.own(entry // layout.beams, seen[1][place])
+                    assert own is not None
+                    tokens.append((own, seen[0][entry, place].flatten()))
         return wanted
 
     def _edits(
@@ -261,7 +263,7 @@ def _by_group(
             yield [name], error
 
 
-def _difference(got: Any, wanted: Wanted, layout: Layout) -> str:
+def _difference(got: dr.Activation, wanted: Wanted, layout: Layout) -> str:
     """Why a recording is not what it has to be; empty where it is."""
     steps = [each.step for each in got.steps]
     if steps != sorted(wanted):
@@ -272,10 +274,15 @@ def _difference(got: Any, wanted: Wanted, layout: Layout) -> str:
             return f"{got.tensor.shape[0]} rows instead of {len(entries)}"
         for number, (entry, values) in enumerate(entries.items()):
             have = got.tensor[number, at].flatten(1)
-            if have.shape[0] > len(values):  # with the padding of the batch
-                have = have[-len(values) :] if layout.side == "left" else have[: len(values)]
-            if not torch.equal(have, values):
+            if got.positions is None:
+                return "no positions"
+            own = got.positions[number, at]
+            if own[own >= 0].tolist() != [place for place, _ in values]:
+                return f"positions {own.tolist()} in entry {entry} at step {step}"
+            if not torch.equal(have[own >= 0], torch.stack([value for _, value in values])):
                 return f"other values in entry {entry} at step {step}"
+            if got.rows[number].index != entry // layout.beams:
+                return f"row {got.rows[number].index} instead of {entry // layout.beams}"
     return ""
 
 

@@ -99,8 +99,8 @@ def causal_modes(embed: Callable[[Tensor], Tensor]) -> list[Mode]:
     mask = left["attention_mask"]
     embedded = {"inputs_embeds": embed(left["input_ids"]), "attention_mask": mask}
     seen = mask[:, None, None, :].bool() & torch.ones(WIDTH, WIDTH).tril().bool()
-    seen = seen | torch.eye(WIDTH).bool()  # what is padding sees itself: no row may be empty
     square = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    lonely = square.masked_fill(torch.eye(WIDTH).bool(), 0)  # where padding sees itself
     uncached = {"": _written(LENGTHS, WIDTH, cached=False)}
     calls = (Call(0, range(5)), Call(0, range(5, WIDTH)), *written[""].calls[1:])
     return [
@@ -118,6 +118,7 @@ def causal_modes(embed: Callable[[Tensor], Tensor]) -> list[Mode]:
         Mode("bool mask", padded, {**left, "attention_mask": mask.bool()}),
         Mode("float mask", padded, {**left, "attention_mask": mask.float()}),
         Mode("4-D mask", padded, {**left, "attention_mask": square}),
+        Mode("4-D mask, diagonal", padded, {**left, "attention_mask": lonely}),
         Mode("embeddings", padded, embedded),
         Mode("inner model", padded, left, inner=True),
         Mode("chunks", {"": replace(written[""], calls=calls)}, left, {"prefill_chunk_size": 5}),
