@@ -229,6 +229,11 @@ def names() -> list[str]:
     return [each for each in classes() if each not in LEFT_OUT] + list(VARIANTS)
 
 
+def kind(name: str) -> str:
+    """`causal` or `seq2seq`, of a class or variant."""
+    return classes()[VARIANTS.get(name, (name,))[0]]
+
+
 def config(name: str) -> Any:
     """The small configuration of a class or variant."""
     import transformers
@@ -262,11 +267,19 @@ def build(name: str) -> Any:
 
 
 def tokenizer() -> Any:
-    """One token for each word: `w5` is token 5; padding is token 0."""
+    """One token for each word: `w5` is token 5. Tokens 0 to 2 are padding, start and end."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"w{number}": number for number in range(WORDS)}
-    found = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    specials = ["<pad>", "<s>", "</s>"]
+    words = [*specials, *(f"w{number}" for number in range(len(specials), WORDS))]
+    numbers = {word: number for number, word in enumerate(words)}
+    found = Tokenizer(models.WordLevel(numbers, unk_token="<s>"))
     found.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=found, pad_token="w0", padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=found,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+    )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import dreamreader as dr
 from dreamreader.errors import ClockUnknown, InvalidInput, NeverFired, UnknownName
-from tests.engine.language_modes import PROMPTS, Mode, causal_modes, seq2seq_modes
+from tests.engine.matrix_modes import PROMPTS, Mode, causal_modes, seq2seq_modes
 
 RECORDS = {
     "all": Selection(),
@@ -218,7 +218,8 @@ def _sites(
     recorded = {name: modules[name] for name in ends if name}
     edited = dict(recorded)
     for name, stack in modules.items():
-        if not isinstance(stack, nn.ModuleList) or len(stack) < 2 or re.search(r"\d", name):
+        inside = any(part.isdigit() for part in name.split("."))
+        if not isinstance(stack, nn.ModuleList) or len(stack) < 2 or inside:
             continue
         for inner, module in stack[1].named_modules(prefix=f"{name}.1"):
             if any(True for _ in module.parameters()) and inner.count(".") <= name.count(".") + 3:
@@ -321,18 +322,18 @@ def _silent() -> Iterator[None]:
 
 def modes(name: str) -> list[Mode]:
     """The modes of a class."""
-    stem = decoders.VARIANTS.get(name, (name,))[0]
-    make = causal_modes if decoders.classes()[stem] == "causal" else seq2seq_modes
     embed = decoders.build(name).get_input_embeddings()
     with torch.no_grad():
-        return make(embed)
+        return (causal_modes if decoders.kind(name) == "causal" else seq2seq_modes)(embed)
 
 
-def check(name: str, mode: Mode) -> list[Outcome] | str:
-    """All outcomes of a class in a mode; the model's own error where it does not run so."""
+def check(name: str, mode: Mode) -> list[Outcome]:
+    """All outcomes of a class in a mode; `absent` where the model does not run so by itself."""
     model = decoders.build(name)
     try:
         checker = Checker(mode, model)
+    except InvalidInput as error:  # of Reader.run
+        return [Outcome("run", "", "refused", f"InvalidInput: {error}")]
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return [Outcome("run", "", "absent", f"{type(error).__name__}: {error}")]
     return list(checker.outcomes())
