@@ -75,8 +75,10 @@ class Checker:
         self.subject = mode.wrap(model)
         self.reader = dr.Reader(self.subject, decoders.tokenizer())
         self.recorded, self.edited, self.head = _sites(self.subject, mode.prefix, self.reader)
+        self._run()  # Reader.run tries a model that it does not know before its first padded run
         taps = Taps()
-        with taps.on(self.recorded):
+        read = {name for name in self.recorded if _side(self.reader, name) == "in"}
+        with taps.on(self.recorded, read):
             self.output = self._results(self._run()[0])
         self.found = taps.found
 
@@ -233,6 +235,11 @@ def _sites(
             ports = []
         recorded |= {port.name: port.tap.module for port in ports}
     return recorded, edited, head
+
+
+def _side(reader: dr.Reader, name: str) -> str:
+    """Which side of its module a site is read on."""
+    return reader.sites(name)[0].tap.side if ":" in name else "out"
 
 
 def _by_group(

@@ -46,6 +46,8 @@ REFUSED: dict[tuple[str, str], str] = {
     ("*", "chunks"): r"a prompt in chunks|keep different numbers of tokens",
     ("*", "run"): r"counts padding, so that",
     ("*", "run, written"): r"counts padding, so that",
+    ("CpmAntForCausalLM", "*"): r"no single decoding position",  # reads 32 tokens of its own
+    ("DeepseekV4ForCausalLM", "*"): r"o_a_proj: .* name the dimensions",  # groups, not heads
 }
 
 _counts: Counter[str] = Counter()

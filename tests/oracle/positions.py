@@ -5,7 +5,7 @@ nothing is read from the model. `Taps` notes what modules gave, `pushed` changes
 hooks of torch.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,12 +119,12 @@ class Taps:
     found: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @contextmanager
-    def on(self, modules: Mapping[str, nn.Module]) -> Iterator["Taps"]:
-        """Note the results of these modules, and the input of those named `...:heads`."""
+    def on(self, modules: Mapping[str, nn.Module], inputs: Container[str] = ()) -> Iterator["Taps"]:
+        """Note what these modules give, and of `inputs` what they get."""
         with ExitStack() as stack:
             for name, module in modules.items():
                 self.found[name] = []
-                if name.endswith(":heads"):
+                if name in inputs:
                     handle = module.register_forward_pre_hook(self._before(name))
                 else:
                     handle = module.register_forward_hook(self._after(name))

@@ -53,6 +53,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("n_groups", "mamba_n_groups"), 1),
     **dict.fromkeys(("index_n_heads", "index_topk"), 2),
     "index_head_dim": 8,
+    **dict.fromkeys(("o_groups", "o_lora_rank"), 2),
     "decoder_start_token_id": 2,
     "forced_eos_token_id": None,
     "tie_word_embeddings": False,
