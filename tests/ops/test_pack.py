@@ -12,7 +12,7 @@ from dreamreader import _register
 from dreamreader.errors import InvalidInput
 from dreamreader.ops import pack, pack_reference
 from dreamreader.ops._types import FLOATS
-from dreamreader.ops.pack import MOST, STORED
+from dreamreader.ops.pack import MOST, POOLS, STORED
 from tests import twin
 from tests.cases import CASES
 from tests.cases._compare import assert_close
