@@ -107,7 +107,7 @@ def guard_backward(name: str, backward: Callable, twice: Callable | None) -> Cal
 
 
 def autograd_on() -> Any:
-    """A context for kernels that run autograd: torch's dispatch modes turn it off in them."""
+    """A context for kernels that run autograd, which dispatch modes of torch switch off in them."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in AUTOGRAD_KEYS:
         excluded = excluded.remove(key)
