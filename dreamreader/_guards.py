@@ -161,12 +161,14 @@ def _refuse_gradients(name: str, args: Sequence[Any]) -> None:
 
 def _refuse_shared(name: str, args: Sequence[Any], written: Sequence[int]) -> None:
     """Refuse to write into the memory of another argument; lists are the operator's own matter."""
-    spans = [_span(each) if isinstance(each, Tensor) else (0, 0) for each in args]
+    starts = [(n, each.data_ptr()) for n, each in enumerate(args) if isinstance(each, Tensor)]
     for at in written:
-        first, end = spans[at]
-        for other, (start, stop) in enumerate(spans):
-            if start < end and first < stop and other != at and first < end and start < stop:
+        first, end = (0, 0) if args[at] is None else _span(args[at])
+        for other, start in starts:
+            if start < end and other != at and first < _span(args[other])[1] and first < end:
                 changed, read = (list(args[each].shape) for each in (at, other))
+                if not args[other].numel():
+                    continue
                 raise InvalidInput(
                     f"{name}: what is written, {changed}, shares memory with another argument, "
                     f"{read}; clone one of them"

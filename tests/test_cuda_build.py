@@ -17,7 +17,7 @@ import torch
 
 from dreamreader.ops import Instruction, Program, intervene_reference
 from tests import twin
-from tests.cases._compare import assert_close
+from tests.cases._compare import assert_close, same_bits
 from tests.cases.intervention import (
     CASES,
     KINDS,
@@ -29,7 +29,6 @@ from tests.cases.intervention import (
     scattered,
 )
 from tests.ops import test_attention_words as words
-from tests.test_ops import same_bits
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"

@@ -14,9 +14,8 @@ from dreamreader.ops.low_rank import (
     low_rank_reference,
 )
 from tests import twin
-from tests.cases._compare import assert_close
+from tests.cases._compare import assert_close, same_bits
 from tests.cases.low_rank import CASES, Case
-from tests.test_ops import same_bits
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

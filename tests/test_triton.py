@@ -17,9 +17,8 @@ from torch import Tensor
 
 from dreamreader.errors import InvalidInput
 from dreamreader.ops import Instruction, Program, intervene_reference
-from tests.cases._compare import assert_close
+from tests.cases._compare import assert_close, same_bits
 from tests.cases.intervention import CASES, KINDS, Case, direction, head, masked, subspace
-from tests.test_ops import same_bits
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from dreamreader.ops.guide import guide_reference
-from tests.cases._compare import assert_close
+from tests.cases._compare import assert_close, same_bits
 from tests.cases.guide import CASES, Case
-from tests.test_ops import same_bits
 from tests.test_triton import compiled, interpret, interpreted, within_limits
 from tests.test_triton_low_rank import ROWS, WIDE, ahead, near
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from dreamreader.ops.low_rank import NEEDS, low_rank_backward_reference, low_rank_reference
-from tests.cases._compare import assert_close, ulp
+from tests.cases._compare import assert_close, same_bits, ulp
 from tests.cases.low_rank import Case
 from tests.test_cuda_low_rank import DTYPES, FEW, LARGE, close, doubled, poisoned
-from tests.test_ops import same_bits
 from tests.test_triton import compiled, interpret, interpreted, within_limits
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")

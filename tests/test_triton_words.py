@@ -5,10 +5,9 @@ import re
 import pytest
 import torch
 
-from tests.cases._compare import assert_close
+from tests.cases._compare import assert_close, same_bits
 from tests.cases.attention_words import LONG, SMALL, TEXT, Case, Sizes
 from tests.ops.test_attention_words import cases_for, expected
-from tests.test_ops import same_bits
 from tests.test_triton import compiled, interpret, interpreted, within_limits
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")

@@ -71,8 +71,9 @@ def attention_words_(
     if mask is not None:
         mask = _expanded(mask, query, key)
     factor = max(query.shape[3], 1) ** -0.5 if scale is None else float(scale)
-    query, key, weights = map(_constant, (query, key, weights))
-    mask = mask if mask is None else _constant(mask)
+    if torch.is_grad_enabled():
+        query, key, weights = map(_constant, (query, key, weights))
+        mask = mask if mask is None else _constant(mask)
     _attention_words_(out, query, key, weights, mask, causal, factor)
     return out
 

@@ -35,3 +35,9 @@ def assert_close(got: Tensor, same: Tensor, exact: Tensor, ulps: int = 1) -> Non
         ulps = DOUBLE_ULPS if got.dtype == torch.float64 else ulps
         bound = 2 * allowed.max().item() + ulps * ulp(largest, got.dtype)
         assert error.max().item() <= bound, f"error {error.max().item():.3g} above {bound:.3g}"
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal to the last bit, NaNs included."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))

@@ -390,3 +390,16 @@ def test_edits_compare_by_value() -> None:
     assert Steer(SITE, V, 2.0) != Steer(SITE, V + 1, 2.0)
     assert Steer(SITE, V) != Scale(SITE)
     assert len({Steer(SITE, V), Steer(SITE, V.clone())}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("Scale: factor", lambda value: Scale(SITE, value)),
+        ("Clamp: lo", lambda value: Clamp(SITE, lo=value)),
+        ("Clamp: hi", lambda value: Clamp(SITE, hi=value)),
+    ],
+)
+def test_a_number_that_cannot_be_learned_is_named(name, make) -> None:
+    with pytest.raises(InvalidInput, match=f"{name} requires grad and gets no gradient; detach"):
+        make(torch.tensor(2.0, requires_grad=True))

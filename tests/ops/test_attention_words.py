@@ -11,9 +11,8 @@ from torch import Tensor
 from dreamreader import _register
 from dreamreader.errors import InvalidInput
 from dreamreader.ops import attention_words_, attention_words_reference_
-from tests.cases._compare import assert_close
+from tests.cases._compare import assert_close, same_bits
 from tests.cases.attention_words import CASES, HALF, LONG, SMALL, TEXT, Case
-from tests.test_ops import same_bits
 
 NATIVE = _register.native()[0]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

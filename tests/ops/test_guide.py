@@ -192,6 +192,13 @@ def test_compiles_without_graph_breaks():
     assert torch.equal(compiled(x), operator(x, *rest) + 1)
 
 
+def test_the_public_function_compiles_without_graph_breaks():
+    x, w, b, activation, c, s, *numbers = Case("compiled", (2, 9, 40)).inputs(torch.float32)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    arguments = x, w, b, activation, c, s, *numbers
+    assert torch.equal(compiled(*arguments), call(*arguments))
+
+
 X = torch.ones(2, 3, 4)
 W, B, C = [torch.ones(5, 4), torch.ones(2, 5)], [torch.ones(5), torch.ones(2)], torch.ones(2)
 
@@ -199,7 +206,10 @@ W, B, C = [torch.ones(5, 4), torch.ones(2, 5)], [torch.ones(5), torch.ones(2)], 
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        (lambda: guide(X[0], W, B, C), r"x must be floating point \[batch, tokens, width\] of float32, .*, got torch.float32"),
+        (
+            lambda: guide(X[0], W, B, C),
+            r"\[batch, tokens, width\] of float32, .*, got torch.float32",
+        ),
         (lambda: guide(X.long(), W, B, C), "got torch.int64"),
         (lambda: guide(X, W * 2, B * 2, C), "1 to 3 layers, each with a bias; got 4 weights"),
         (lambda: guide(X, W, B[:1], C), "got 2 weights and 1 biases"),
@@ -215,6 +225,14 @@ W, B, C = [torch.ones(5, 4), torch.ones(2, 5)], [torch.ones(5), torch.ones(2)], 
         ),
         (lambda: guide(X, W, B, C, torch.ones(3, 3)), r"strength \[3, 3\] does not broadcast"),
         (lambda: guide(X, W, B, C, iterations=0), "iterations must be at least 1, .* iterations=0"),
+        (
+            lambda: guide(X, W, B, C, iterations=2**31),
+            "at most 2147483647, .* iterations=2",
+        ),
+        (
+            lambda: guide(X, W, B, C, iterations=1.5),
+            "whole and at most .* iterations=1.5",
+        ),
         (lambda: guide(X, W, B, C, trust=-1.0), "trust=-1.0"),
         (lambda: guide(X, W, B, C, trust=torch.nan), "trust=nan"),
         (lambda: guide(X, W, B, C, gamma=torch.nan), "gamma=nan"),

@@ -357,3 +357,42 @@ def test_in_place_refuses_what_it_cannot_do():
     shared = torch.zeros(1, TOKENS, WIDTH).expand(ROWS, TOKENS, WIDTH)
     with pytest.raises((ValueError, RuntimeError), match="single memory location|share memory"):
         intervene_(shared, each)
+
+
+def test_a_program_that_learns_is_refused_in_place_while_gradients_are_recorded():
+    v = torch.ones(WIDTH, requires_grad=True)
+    steer = Instruction("steer", 2.0, vectors=v)
+    program = Program([steer], rows=ROWS, tokens=TOKENS, width=WIDTH)
+    x = torch.zeros(ROWS, TOKENS, WIDTH)
+    with pytest.raises(InvalidInput, match="a table of the program requires grad and an"):
+        intervene_(x, program)
+    with torch.no_grad():
+        assert torch.equal(intervene_(x, program), torch.full_like(x, 2.0))
+
+
+def test_orthonormal_rows_are_accepted_under_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for seed in range(200):
+            g = torch.Generator().manual_seed(seed)
+            rows = torch.linalg.qr(torch.randn(4, 2, generator=g))[0].T
+            Program([Instruction("project", vectors=rows)], rows=1, tokens=1, width=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_float8_is_refused_by_name(dtype: torch.dtype):
+    x = torch.zeros(ROWS, TOKENS, WIDTH).to(dtype)
+    program = Program([Instruction("scale", lo=2.0)], rows=ROWS, tokens=TOKENS, width=WIDTH)
+    for call in (intervene, intervene_):
+        with pytest.raises(InvalidInput, match="float8_e.*floating point is needed: float32, bfl"):
+            call(x, program)
+
+
+def test_second_derivatives_of_rows_without_length_are_finite():
+    x = torch.randn(1, 3, WIDTH, dtype=torch.float64)
+    x[0, 1] = 0
+    x.requires_grad_()
+    instructions = [Instruction("scale", 0.5, lo=3.0), Instruction("renorm", 0.3)]
+    y = intervene(x, Program(instructions, rows=1, tokens=3, width=WIDTH))
+    (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    assert first.isfinite().all() and second.isfinite().all()

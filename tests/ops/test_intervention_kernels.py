@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dreamreader.ops import intervene, intervene_, intervene_reference
 from tests.cases import CASES
-from tests.cases._compare import assert_close
+from tests.cases._compare import assert_close, same_bits
 from tests.cases.intervention import Case
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -15,12 +15,6 @@ by_case = pytest.mark.parametrize("case", CASES["intervention"], ids=lambda case
 by_dtype = pytest.mark.parametrize(
     "dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
 )
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal to the last bit, NaNs included."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
 
 
 def check(case: Case, dtype: torch.dtype) -> None:

@@ -262,6 +262,7 @@ X, D, B = torch.ones(2, 3, 4), torch.ones(1, 2, 4), torch.ones(1, 2)
             lambda: low_rank(X, D.double(), B, D),
             "down must be torch.float32 there, got torch.float64",
         ),
+        (lambda: low_rank(X, D[:0], B[:0], D[:0]), "low_rank: down holds no adapter"),
         (
             lambda: low_rank(X.double(), D, B, D),
             "x is torch.float64 on cpu, so down must be torch.f",

@@ -103,6 +103,20 @@ def test_rows_that_require_grad_are_summed_without_one():
     assert not moments(x, torch.zeros(2, dtype=torch.int64), 1).total.requires_grad
 
 
+def test_rows_without_features_are_counted():
+    found = moments(torch.zeros(4, 0), torch.tensor([0, 1, 0, -1]), 2)
+    assert found.rows.tolist() == [2, 1] and found.total.shape == found.square.shape == (2, 0)
+
+
+def test_compiles_without_graph_breaks():
+    x, labels, _ = Case("compiled", (40, 9)).inputs(torch.float32)
+    compiled = torch.compile(moments, fullgraph=True, backend="aot_eager")
+    for mine, eager in zip(compiled(x, labels, 3), moments(x, labels, 3), strict=True):
+        assert torch.equal(mine, eager)
+    with pytest.raises(InvalidInput, match="2 labels are announced, the largest is 2"):
+        compiled(x, labels, 2)
+
+
 def test_opcheck():
     x, labels, shift = Case("opcheck", (40, 9)).inputs(torch.float32)
     for squares in (True, False):
@@ -112,7 +126,10 @@ def test_opcheck():
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda x, n: moments(x[0], n, 2), r"x must be floating point \[rows, features\] of float32, .*, got"),
+        (
+            lambda x, n: moments(x[0], n, 2),
+            r"\[rows, features\] of float32, .*, got",
+        ),
         (lambda x, n: moments(x.long(), n, 2), r"got int64 \[4, 3\]"),
         (lambda x, n: moments(x, n[:3], 2), r"labels must be int64 \[4\], got int64 \[3\]"),
         (lambda x, n: moments(x, n.int(), 2), r"labels must be int64 \[4\], got int32 \[4\]"),

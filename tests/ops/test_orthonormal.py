@@ -99,6 +99,13 @@ def test_low_precision_is_computed_in_float32(dtype: torch.dtype):
     assert x.grad.dtype == dtype
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (0, 0), (2, 0, 4), (0, 2, 4)], ids=str)
+def test_no_rows_are_orthonormal(shape: tuple[int, ...]):
+    x = torch.zeros(shape, requires_grad=True)
+    q = orthonormal(x)
+    assert q.shape == shape and torch.autograd.grad(q.sum(), x)[0].shape == shape
+
+
 def test_strided_rows():
     x = torch.randn(40, 6)
     torch.testing.assert_close(orthonormal(x.T), orthonormal(x.T.contiguous()), rtol=0, atol=1e-6)

@@ -12,7 +12,7 @@ from dreamreader import _register
 from dreamreader.errors import InvalidInput
 from dreamreader.ops import pack, pack_reference
 from dreamreader.ops._types import FLOATS
-from dreamreader.ops.pack import MOST, STORED
+from dreamreader.ops.pack import MOST, POOLS, STORED
 from tests import twin
 from tests.cases import CASES
 from tests.cases._compare import assert_close
@@ -282,3 +282,25 @@ def test_the_kernel_refuses_what_it_would_follow_blindly(change, text):
     given = {"out": OUT, "x": X, "places": PLACES, "pool": 0, "stored": 0, **change}
     with pytest.raises(ValueError, match=text):
         NATIVE.pack_cpu(*(given.get(name) for name in names), 1)
+
+
+@pytest.mark.parametrize("pool", ["mean", "max"])
+@pytest.mark.parametrize("values", [[-0.0, -0.0], [-0.0, 0.0], [-0.0], [-1e-45, 0.0]], ids=str)
+def test_the_sign_of_zero_is_that_of_the_reference(pool: str, values: list[float]):
+    x = torch.tensor(values).reshape(1, -1, 1).expand(-1, -1, 40).contiguous()
+    places = torch.tensor([[0, n] for n in range(len(values))], dtype=torch.int32)
+    groups = torch.tensor([0, len(values)], dtype=torch.int32)
+    one, other = torch.empty(1, 40), torch.empty(1, 40)
+    pack(x, places, groups=groups, pool=pool, out=one)
+    pack_reference(other, None, None, x, places, None, groups, POOLS.index(pool))
+    assert torch.equal(one.view(torch.int32), other.view(torch.int32))
+
+
+def test_compiles_without_graph_breaks():
+    x, places = torch.randn(1, 4, 3), torch.tensor([[0, 3], [0, 1]], dtype=torch.int32)
+
+    def packed(x: torch.Tensor) -> torch.Tensor:
+        return pack(x, places, out=torch.empty(2, 3)) + 1
+
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), packed(x))

@@ -239,3 +239,16 @@ def test_one_label_alone_has_no_direction():
         Fitter(steps="all")
     with pytest.raises(UnknownName, match="unknown site 'x'"):
         fitter.mean("x", "a")
+
+
+@pytest.mark.parametrize("method", ["pca", "logistic", "lda"])
+def test_float64_rows_far_from_zero_are_kept_as_they_are(method):
+    noise = torch.randn(200, 5, dtype=torch.float64)
+    noise[1::2, 2] += 4
+    found = []
+    for rows in (noise, 1e6 + 1e-3 * noise):
+        fitter = Fitter(keep="rows")
+        fitter.add({"0": rows}, ["a", "b"] * 100)
+        found.append(fitter.fit("a", "b", method)["0"])
+    near, far = (each / each.norm() for each in found)
+    torch.testing.assert_close(far, near, rtol=0, atol=1e-4)
