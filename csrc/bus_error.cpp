@@ -13,8 +13,9 @@ namespace {
 
 const uintptr_t page_bytes = uintptr_t(sysconf(_SC_PAGESIZE));
 
-// In the memory that a thread has from its start: a signal handler may not allocate it.
-__attribute__((tls_model("initial-exec"))) thread_local MappedMemory* reading = nullptr;
+// A thread that reads has it already: a signal handler may not allocate it. (Not in the static block,
+// which has no room for a module with the CUDA runtime.)
+thread_local MappedMemory* reading = nullptr;
 
 std::atomic_flag installing;
 std::atomic<bool> passed_on{false};

@@ -95,18 +95,23 @@ class Mappings final : public MappedMemory {
     for (size_t file = 0; file < held_.size(); ++file) {
       const char* base = held_[file].base;
       if (!base || at < base || at >= base + bytes_[file]) continue;
-      lost_ = int64_t(file);
+      held_[file].missed = true;
+      missed_ = true;
       return true;
     }
     return false;
   }
 
-  // What became of the file of which a page was missing since the last call. It is mapped again
-  // when it is needed again.
+  // What became of a file of which a page was missing since the last call. Those files are mapped
+  // again when they are needed again.
   Problem lost() {
-    const int64_t file = lost_.exchange(-1);
-    if (file < 0) return {};
-    unmap(file);
+    if (!missed_.exchange(false)) return {};
+    int64_t file = -1;
+    for (size_t each = 0; each < held_.size(); ++each) {
+      if (!held_[each].missed.exchange(false)) continue;
+      file = int64_t(each);
+      unmap(file);
+    }
     const Problem problem = shorter(file);
     return problem.kind ? problem : Problem{"read", file, 0, std::strerror(EIO)};
   }
@@ -165,6 +170,7 @@ class Mappings final : public MappedMemory {
   struct Held {
     char* base = nullptr;
     std::list<int64_t>::iterator place;
+    std::atomic<bool> missed{false};
   };
 
   void unmap(int64_t file) {
@@ -179,7 +185,7 @@ class Mappings final : public MappedMemory {
   int64_t most_;
   std::vector<Held> held_;
   std::list<int64_t> used_;  // the last used first
-  std::atomic<int64_t> lost_{-1};
+  std::atomic<bool> missed_{false};
 };
 
 // Which tokens are wanted: begin, begin + every, ..., or those that the table marks.
