@@ -66,8 +66,9 @@ class Tap:
         argument: name of the argument of `in` and `delta`; None: the first one.
         channels: the features that belong to the port, in a fused projection; None: all.
         heads: number of heads of the port, None where it has none.
-        head_width: of a tensor [batch, tokens, heads, d], which keeps its heads apart: d.
-        axes: names of the tensor's dimensions where it has more than three.
+        head_width: d of a tensor that keeps its heads apart, in the order of `axes`.
+        axes: names of the tensor's dimensions where it has more than three, such as
+            (rows, tokens, heads, features).
         stream: `image` or `text`: only these tokens of a sequence that holds both.
     """
 
@@ -193,8 +194,10 @@ def read_channels(x: Tensor, tap: Tap) -> Tensor:
 
 def write_channels(x: Tensor, tap: Tap, part: Tensor) -> Tensor:
     """`x` with the features of the tap replaced by `part`."""
+    if tap.head_width is not None:
+        return _heads_apart(x, tap, part)
     if tap.channels is None:
-        return part.reshape(x.shape)
+        return part
     full = x.clone()
     target = tap.channels.of(full)
     target.copy_(part.reshape(target.shape))
@@ -202,7 +205,7 @@ def write_channels(x: Tensor, tap: Tap, part: Tensor) -> Tensor:
 
 
 def _heads_joined(x: Tensor, tap: Tap) -> Tensor:
-    """[B, T * heads, d] as [B, T, heads * d]."""
+    """[B, T, heads * d], where x is that already or has its heads beside the tokens."""
     assert tap.heads is not None and tap.head_width is not None
     if x.shape[-1] == tap.heads * tap.head_width:
         return x
@@ -211,7 +214,21 @@ def _heads_joined(x: Tensor, tap: Tap) -> Tensor:
             f"{type(tap.module).__name__} gives {list(x.shape)}, tokens with {tap.heads} heads of "
             f"{tap.head_width} were expected"
         )
+    if _is_heads_first(tap):  # [B, heads * T, d]
+        return x.unflatten(1, (tap.heads, -1)).transpose(1, 2).flatten(2)
     return x.unflatten(1, (-1, tap.heads)).flatten(2)
+
+
+def _heads_apart(x: Tensor, tap: Tap, part: Tensor) -> Tensor:
+    """The way back from `_heads_joined`."""
+    if part.shape == x.shape:
+        return part
+    apart = part.unflatten(2, (tap.heads, -1))  # pyright: ignore
+    return (apart.transpose(1, 2) if _is_heads_first(tap) else apart).flatten(1, 2)
+
+
+def _is_heads_first(tap: Tap) -> bool:
+    return tap.axes is not None and tap.axes.index("heads") < tap.axes.index("tokens")
 
 
 class View:
