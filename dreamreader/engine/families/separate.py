@@ -135,12 +135,14 @@ def check_unchanged(module: nn.Module) -> None:
     """What the projection gives must be what enters the attention.
 
     Raises:
-        Refused: the configuration asks for values that are clipped or scaled on the way.
+        Refused: the configuration asks for values that are clipped, rotated or scaled on the way.
     """
     for holder in (module, vars(module).get("config")):
         clip = getattr(holder, "clip_qkv", None)
         if clip is not None:
             raise Refused(f"values are clipped behind the projection (clip_qkv={clip})")
+    if getattr(module, "rotary_value", False):
+        raise Refused("values are rotated behind the projection (rotary_value=True)")
     scale = getattr(module, "v_scale", 1.0)
     if scale != 1.0:
         raise Refused(f"values are scaled behind the projection (v_scale={scale})")
