@@ -66,9 +66,7 @@ class Tap:
         argument: name of the argument of `in` and `delta`; None: the first one.
         channels: the features that belong to the port, in a fused projection; None: all.
         heads: number of heads of the port, None where it has none.
-        head_width: d of a tensor that keeps its heads apart, in the order of `axes`.
-        axes: names of the tensor's dimensions where it has more than three, such as
-            (rows, tokens, heads, features).
+        axes: names of the tensor's dimensions where it has more than three.
         stream: `image` or `text`: only these tokens of a sequence that holds both.
     """
 
@@ -78,14 +76,13 @@ class Tap:
     argument: str | None = None
     channels: Channels | None = None
     heads: int | None = None
-    head_width: int | None = None
     axes: tuple[str, ...] | None = None
     stream: str | None = None
 
     @property
     def is_whole(self) -> bool:
         """Whether the port is the tensor as it is."""
-        return self.channels is None and self.head_width is None
+        return self.channels is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,8 +181,6 @@ class Argument:
 
 def read_channels(x: Tensor, tap: Tap) -> Tensor:
     """The features of x [B, T, D] that belong to the tap: a view where its memory allows one."""
-    if tap.head_width is not None:
-        return _heads_joined(x, tap)
     if tap.channels is None:
         return x
     part = tap.channels.of(x)
@@ -194,77 +189,9 @@ def read_channels(x: Tensor, tap: Tap) -> Tensor:
 
 def write_channels(x: Tensor, tap: Tap, part: Tensor) -> Tensor:
     """`x` with the features of the tap replaced by `part`."""
-    if tap.head_width is not None:
-        return _heads_apart(x, tap, part)
     if tap.channels is None:
-        return part
+        return part.reshape(x.shape)
     full = x.clone()
     target = tap.channels.of(full)
     target.copy_(part.reshape(target.shape))
     return full
-
-
-def _heads_joined(x: Tensor, tap: Tap) -> Tensor:
-    """[B, T, heads * d], where x is that already or has its heads beside the tokens."""
-    assert tap.heads is not None and tap.head_width is not None
-    if x.shape[-1] == tap.heads * tap.head_width:
-        return x
-    if x.shape[-1] != tap.head_width or x.shape[1] % tap.heads:
-        raise InvalidInput(
-            f"{type(tap.module).__name__} gives {list(x.shape)}, tokens with {tap.heads} heads of "
-            f"{tap.head_width} were expected"
-        )
-    if _is_heads_first(tap):  # [B, heads * T, d]
-        return x.unflatten(1, (tap.heads, -1)).transpose(1, 2).flatten(2)
-    return x.unflatten(1, (-1, tap.heads)).flatten(2)
-
-
-def _heads_apart(x: Tensor, tap: Tap, part: Tensor) -> Tensor:
-    """The way back from `_heads_joined`."""
-    if part.shape == x.shape:
-        return part
-    apart = part.unflatten(2, (tap.heads, -1))  # pyright: ignore
-    return (apart.transpose(1, 2) if _is_heads_first(tap) else apart).flatten(1, 2)
-
-
-def _is_heads_first(tap: Tap) -> bool:
-    return tap.axes is not None and tap.axes.index("heads") < tap.axes.index("tokens")
-
-
-class View:
-    """A tensor seen as [rows, tokens, features] without a copy, and the way back.
-
-    Feature maps [B, C, H, W] become [B, H*W, C] through strides and keep (H, W) as `hw`; a tensor
-    [B, D] gets one token. `channels_last`: 4-D tensors of norms inside attention are
-    [B, heads or tokens, tokens or heads, d].
-    """
-
-    __slots__ = ("x", "shape", "hw")
-
-    def __init__(self, x: Tensor, channels_last: bool = False):
-        self.shape = x.shape
-        self.hw: tuple[int, ...] | None = None
-        if x.dim() == 3:
-            self.x = x
-        elif x.dim() == 2:
-            self.x = x.unsqueeze(1)
-        elif x.dim() < 2:
-            self.x = x.reshape(x.shape[0] if x.dim() else 1, 1, 1)
-        elif channels_last:
-            self.x = x.flatten(1, -2)
-        else:
-            self.hw = tuple(x.shape[2:])
-            self.x = x.flatten(2).transpose(1, 2)
-
-    def back(self, y: Tensor) -> Tensor:
-        if len(self.shape) == 3:
-            return y
-        if self.hw is not None:
-            return y.transpose(1, 2).unflatten(2, self.hw)
-        return y.reshape(self.shape)
-
-
-def is_channels_last(module: nn.Module) -> bool:
-    """Whether a 4-D result has its features in the last dimension, as norms of heads do."""
-    name = type(module).__name__
-    return isinstance(module, (nn.LayerNorm, nn.Linear)) or "RMSNorm" in name or name == "LpNorm"

@@ -53,6 +53,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("n_groups", "mamba_n_groups"), 1),
     **dict.fromkeys(("index_n_heads", "index_topk"), 2),
     "index_head_dim": 8,
+    **dict.fromkeys(("o_groups", "o_lora_rank"), 2),
     "decoder_start_token_id": 2,
     "forced_eos_token_id": None,
     "tie_word_embeddings": False,
@@ -229,6 +230,11 @@ def names() -> list[str]:
     return [each for each in classes() if each not in LEFT_OUT] + list(VARIANTS)
 
 
+def kind(name: str) -> str:
+    """`causal` or `seq2seq`, of a class or variant."""
+    return classes()[VARIANTS.get(name, (name,))[0]]
+
+
 def config(name: str) -> Any:
     """The small configuration of a class or variant."""
     import transformers
@@ -256,4 +262,25 @@ def build(name: str) -> Any:
     for path, weight in model.named_parameters():
         if weight.ndim == 3 and "expert" in path:  # one matrix for each expert, no kernel
             weight.data *= weight.shape[1] ** 0.5
+    model.generation_config.eos_token_id = None  # writes as many tokens as it is asked for
+    model.generation_config.num_beams = 1
     return model
+
+
+def tokenizer() -> Any:
+    """One token for each word: `w5` is token 5. Tokens 0 to 2 are padding, start and end."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<s>", "</s>"]
+    words = [*specials, *(f"w{number}" for number in range(len(specials), WORDS))]
+    numbers = {word: number for number, word in enumerate(words)}
+    found = Tokenizer(models.WordLevel(numbers, unk_token="<s>"))
+    found.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=found,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+    )

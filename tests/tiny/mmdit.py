@@ -1,5 +1,6 @@
 """Tiny pipelines that join the text and image streams: SD3, Flux, QwenImage, AuraFlow."""
 
+from collections.abc import Callable
 from typing import Any
 
 from . import autoencoders, text
@@ -12,15 +13,15 @@ def _flow(**config: Any) -> Any:
     return FlowMatchEulerDiscreteScheduler(**config)
 
 
-def stable_diffusion_3() -> Any:
+def stable_diffusion_3(channels: int = 4) -> Any:
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
     clip, t5 = text.clip_tokenizer(), text.t5_tokenizer()
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=2,
@@ -34,7 +35,7 @@ def stable_diffusion_3() -> Any:
     return StableDiffusion3Pipeline(
         transformer=settle(transformer, "sd3-transformer"),
         scheduler=_flow(shift=3.0),
-        vae=autoencoders.kl("sd3-vae", shift=0.06),
+        vae=autoencoders.kl("sd3-vae", shift=0.06, latents=channels),
         text_encoder=text.clip_encoder(clip, "sd3-text", projected=True),
         tokenizer=clip,
         text_encoder_2=text.clip_encoder(clip, "sd3-text-2", projected=True),
@@ -130,3 +131,11 @@ def aura_flow() -> Any:
         transformer=settle(transformer, "aura-transformer"),
         scheduler=_flow(shift=1.73),
     )
+
+
+def _sixteen() -> dict[str, Any]:
+    """Sixteen latent channels, which the inpainting class asks for."""
+    return dict(stable_diffusion_3(16).components)
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {"sd3-16": _sixteen}

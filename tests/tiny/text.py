@@ -225,3 +225,71 @@ def qwen_vl_encoder(tokenizer: Any, name: str, width: int = 32) -> Any:
         },
     )
     return settle(Qwen2_5_VLForConditionalGeneration(config), name)
+
+
+def bert_tokenizer() -> Any:
+    from transformers import BertTokenizer
+
+    letters = [chr(code) for code in range(33, 127)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(word.lower() for word in WORDS)]
+    words += [*letters, *("##" + letter for letter in letters)]
+    vocab = {word: index for index, word in enumerate(dict.fromkeys(words))}
+    return BertTokenizer(vocab=vocab, model_max_length=77)
+
+
+def bert_encoder(tokenizer: Any, name: str, width: int = 16) -> Any:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=80,
+    )
+    return settle(BertModel(config), name)
+
+
+def chat_tokenizer() -> Any:
+    """With a chat template, as Qwen3 has one."""
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
+def qwen3_encoder(
+    tokenizer: Any, name: str, width: int = 32, layers: int = 2, causal: bool = False
+) -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=1024,
+    )
+    return settle((Qwen3ForCausalLM if causal else Qwen3Model)(config), name)
+
+
+def llama_encoder(tokenizer: Any, name: str, width: int = 32) -> Any:
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return settle(LlamaModel(config), name)

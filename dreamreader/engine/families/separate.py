@@ -125,7 +125,7 @@ def _key_or_value(module: nn.Module, letter: str, name: str, heads: int, width: 
         axes = _VALUE_NORMS.get(sizes.class_that_runs(type(module), "transformers"))
         if axes is None:
             raise Refused("the order of tokens and heads at its v_norm is not known")
-        return Tap(norm, heads=heads, head_width=width, axes=axes)
+        return Tap(norm, heads=heads, axes=axes)
     if projection is None:
         raise Refused(f"it has no {name}")
     return Tap(projection, heads=heads)
