@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dreamreader.edits import Ablate
 from dreamreader.engine import Reader
 from dreamreader.engine.families import attention
-from dreamreader.errors import InvalidInput, NeverFired
+from dreamreader.errors import ClockUnknown, InvalidInput, NeverFired
 
 Call = Callable[[], Any]
 Kept = dict[str, Tensor]
@@ -92,7 +92,7 @@ def outcomes(
         except NeverFired as error:
             found.append(Outcome(name, kind, "not run", str(error)))
             continue
-        except InvalidInput as error:
+        except (ClockUnknown, InvalidInput) as error:
             found.append(Outcome(name, kind, "refused", str(error)))
             continue
         error = _error(kept, gate.factor if gate else None, seen)

@@ -65,10 +65,12 @@ GATES = {
     "GraniteSWAAttention": Gate(None, _one_for_each_head),
     "LagunaAttention": Gate("g_proj", lambda out, mixed, heads: F.softplus(_own(out))),
     "Lfm3Attention": _sigmoid("g_proj"),
+    "MuseGlimmerTextAttention": _sigmoid("gate_proj"),
     "Qwen3NextAttention": Gate("q_proj", _beside_query),
     "Qwen3_5Attention": Gate("q_proj", _beside_query),
     "Qwen3_5MoeAttention": Gate("q_proj", _beside_query),
     "Qwen4ExpTextAttention": Gate("q_proj", _beside_query),
+    "Step3p7Attention": _sigmoid("g_proj"),
 }
 
 # Names of q, k, v and of what reads the heads; "": the module itself gives them.
@@ -124,7 +126,9 @@ def by_hand(module: nn.Module, multi_head: bool) -> dict[str, ByHand]:
     wide = q.out_features // HEADS // (2 if kind in BESIDE_QUERY else 1)
     ports = {"q": ByHand(q, (slice(wide),)), "k": ByHand(k, (slice(wide),))}
     norm = getattr(module, "v_norm", None)
-    ports["v"] = ByHand(v, (slice(width),)) if norm is None else ByHand(norm, (0, slice(None)))
+    every = slice(None)
+    chosen = (0, every, every) if kind == "EmbeddingGemma2Attention" else (0, every)
+    ports["v"] = ByHand(v, (slice(width),)) if norm is None else ByHand(norm, chosen)
     ports["heads"] = ByHand(output or module, (slice(width),), "out" if output is None else "in")
     if kind == "BitNetAttention":
         ports["heads"] = ByHand(module.attn_sub_norm, (slice(width),), "in")
@@ -171,13 +175,13 @@ def check(name: str) -> list[Outcome]:
 ALWAYS = {
     "AfmoeForCausalLM", "AlbertForMaskedLM", "BartForConditionalGeneration", "BertForMaskedLM",
     "BitNetForCausalLM", "BloomForCausalLM", "CTRLLMHeadModel", "CodeGenForCausalLM",
-    "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "FalconForCausalLM",
-    "FalconForCausalLM, ALiBi", "FalconForCausalLM, two kv heads", "GPT2LMHeadModel",
-    "GPTBigCodeForCausalLM", "GPTBigCodeForCausalLM, multi-head", "GPTNeoXForCausalLM",
-    "Gemma3nForCausalLM", "Gemma4ForCausalLM", "GptOssForCausalLM", "GraniteSWAForCausalLM",
-    "LlamaForCausalLM", "MptForCausalLM", "OpenAIGPTLMHeadModel", "PersimmonForCausalLM",
-    "Phi3ForCausalLM", "PhiForCausalLM", "Qwen3NextForCausalLM", "T5ForConditionalGeneration",
-    "ViTModel",
+    "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "EmbeddingGemma2TextModel",
+    "FalconForCausalLM", "FalconForCausalLM, ALiBi", "FalconForCausalLM, two kv heads",
+    "GPT2LMHeadModel", "GPTBigCodeForCausalLM", "GPTBigCodeForCausalLM, multi-head",
+    "GPTNeoXForCausalLM", "Gemma3nForCausalLM", "Gemma4ForCausalLM", "GptOssForCausalLM",
+    "GraniteSWAForCausalLM", "LlamaForCausalLM", "MptForCausalLM", "OpenAIGPTLMHeadModel",
+    "PersimmonForCausalLM", "Phi3ForCausalLM", "PhiForCausalLM", "Qwen3NextForCausalLM",
+    "T5ForConditionalGeneration", "ViTModel",
 }  # fmt: skip
 PARTS = 12
 _seen: dict[tuple[str, str], str] = {}

@@ -154,6 +154,12 @@ def test_values_that_are_changed_on_the_way_are_refused() -> None:
     with pytest.raises(UnknownName, match="values are clipped behind the projection"):
         Reader(model).sites("model.layers.0.self_attn:v")
     assert Reader(model).sites("model.layers.0.self_attn:q")
+    turned = decoders.build("RoFormerForCausalLM")
+    name, module = attention_of(turned, "RoFormerSelfAttention")
+    assert Reader(turned).sites(f"{name}:v")
+    module.rotary_value = True
+    with pytest.raises(UnknownName, match="values are rotated behind the projection"):
+        Reader(turned).sites(f"{name}:v")
     scaled = decoders.build("MiMoV2FlashForCausalLM")
     with pytest.raises(UnknownName, match=r"values are scaled behind the projection \(v_scale=0.7"):
         Reader(scaled).sites("model.layers.0.self_attn:v")

@@ -17,7 +17,8 @@ _PICTURES = (
     "ViTModel",
 )  # fmt: skip
 _TEXTS = (
-    "AlignTextModel", "AltCLIPTextModel", "CLIPTextModel", "ChineseCLIPTextModel", "GPT2Model",
+    "AlignTextModel", "AltCLIPTextModel", "CLIPTextModel", "ChineseCLIPTextModel",
+    "EmbeddingGemma2TextModel", "GPT2Model",
     "ImageGPTModel", "SiglipTextModel", "T5EncoderModel", "UMT5EncoderModel",
 )  # fmt: skip
 _SOUNDS = ("HubertModel", "UniSpeechModel", "Wav2Vec2Model", "WavLMModel")

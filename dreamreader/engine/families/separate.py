@@ -49,6 +49,18 @@ _OWN_PARTS = {
     "Qwen4ExpTextAttention": "indexer",
     "AlbertAttention": "LayerNorm",
 }
+# A norm of the values, of tensors [batch, tokens, heads, d] or [batch, heads, tokens, d].
+_TOKENS_FIRST = ("rows", "tokens", "heads", "features")
+_HEADS_FIRST = ("rows", "heads", "tokens", "features")
+_VALUE_NORMS = {
+    "DiffusionGemmaDecoderTextAttention": _TOKENS_FIRST,
+    "DiffusionGemmaEncoderTextAttention": _TOKENS_FIRST,
+    "EmbeddingGemma2Attention": _HEADS_FIRST,
+    "Gemma3nTextAttention": _TOKENS_FIRST,
+    "Gemma4TextAttention": _TOKENS_FIRST,
+    "Gemma4UnifiedTextAttention": _TOKENS_FIRST,
+    "Gemma4VisionAttention": _TOKENS_FIRST,
+}
 # A norm over all heads, before which each head stands for itself.
 _NORMS_OF_HEADS = {"BitNetAttention": "attn_sub_norm"}
 
@@ -92,7 +104,10 @@ def _facts(module: nn.Module, letters: tuple[str, ...], output: str | None) -> A
             ports[letter] = _key_or_value(module, letter, single, key_heads, features)
         except Refused as reason:
             refused[letter] = str(reason)
-    ports["heads"] = _heads(module, name, output, heads, value_width)
+    try:
+        ports["heads"] = _heads(module, name, output, heads, value_width)
+    except Refused as reason:
+        refused["heads"] = str(reason)
     return AttentionFacts(ports, heads, refused=refused)
 
 
@@ -107,7 +122,9 @@ def _key_or_value(module: nn.Module, letter: str, name: str, heads: int, width: 
     if letter == "v":
         check_unchanged(module)
     if norm is not None:
-        axes = ("rows", "tokens", "heads", "features")
+        axes = _VALUE_NORMS.get(sizes.class_that_runs(type(module), "transformers"))
+        if axes is None:
+            raise Refused("the order of tokens and heads at its v_norm is not known")
         return Tap(norm, heads=heads, axes=axes)
     if projection is None:
         raise Refused(f"it has no {name}")
@@ -118,12 +135,14 @@ def check_unchanged(module: nn.Module) -> None:
     """What the projection gives must be what enters the attention.
 
     Raises:
-        Refused: the configuration asks for values that are clipped or scaled on the way.
+        Refused: the configuration asks for values that are clipped, rotated or scaled on the way.
     """
     for holder in (module, vars(module).get("config")):
         clip = getattr(holder, "clip_qkv", None)
         if clip is not None:
             raise Refused(f"values are clipped behind the projection (clip_qkv={clip})")
+    if getattr(module, "rotary_value", False):
+        raise Refused("values are rotated behind the projection (rotary_value=True)")
     scale = getattr(module, "v_scale", 1.0)
     if scale != 1.0:
         raise Refused(f"values are scaled behind the projection (v_scale={scale})")
@@ -132,6 +151,8 @@ def check_unchanged(module: nn.Module) -> None:
 def _heads(module: nn.Module, name: str, output: str | None, heads: int, width: int) -> Tap:
     """What the output projection reads; of a module without one, what it gives."""
     norm = _NORMS_OF_HEADS.get(name)
+    if name == "MLCDAttention":
+        raise Refused("its output projection reads [tokens, batch, features]")
     if output is None:
         if not name:
             raise Refused("it has no output projection, so what it gives is not known")
