@@ -129,6 +129,8 @@ def locate(name: str | Path) -> Found:
     known = [*MODELS, *SOURCES]
     if not _is_hub_id(name) or ("/" not in text and nearest(text, known, cutoff=0.75)):
         hint = "Or give a folder that diffusers or transformers wrote, or a hub id."
+        if "/" in text or isinstance(name, Path):
+            hint = f"There is no folder {path} either."
         raise UnknownName("model", text, known, hint)
     try:
         return _on_hub(text)
@@ -256,7 +258,10 @@ def _language_model(found: Found, dtype: "torch.dtype | Literal['auto']") -> tup
     try:
         tokenizer = AutoTokenizer.from_pretrained(found.source)
     except Exception as error:
-        raise _not_whole(found, "transformers model with its tokenizer", error) from error
+        raise _not_whole(found, "transformers model: its tokenizer does not open", error) from error
+    # Without its files, transformers makes one that knows special tokens only.
+    if not set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder):
+        raise InvalidInput(f"{found.name}: not a whole transformers model: its tokenizer is empty")
     return model.eval(), tokenizer
 
 

@@ -151,7 +151,9 @@ def test_typos_of_known_names_do_not_ask_the_hub(answering) -> None:
     answering(500, "Never")
     with pytest.raises(UnknownName, match="'shapes-unnet'; nearest: shapes-unet, .* or a hub id"):
         dr.load("shapes-unnet")
-    with pytest.raises(UnknownName, match="unknown model './no-such-folder'"):
+    with pytest.raises(
+        UnknownName, match="'./no-such-folder'; .* There is no folder no-such-folder"
+    ):
         dr.load("./no-such-folder")
 
 
@@ -162,6 +164,13 @@ def test_what_is_no_model_says_what_it_is(tmp_path, pipeline, language) -> None:
         dr.load(pipeline / "unet")
     with pytest.raises(InvalidInput, match=r"config.json is a file; give the folder"):
         dr.load(language / "config.json")
+    for part in ("model.safetensors", "config.json"):
+        shutil.copy(language / part, tmp_path)
+    with pytest.raises(
+        InvalidInput, match="not a whole transformers model: its tokenizer is empty"
+    ):
+        dr.load(tmp_path)
+    (tmp_path / "config.json").unlink()
     with pytest.raises(InvalidInput, match="no diffusers pipeline"):
         zoo.load_pipeline(language)
     (tmp_path / "adapter_config.json").write_text("{}")
