@@ -24,6 +24,7 @@ from dreamreader.experiments import Experiment
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "experiments.md"
 LIMIT = 600.0  # seconds on two cores
+QUICK = 180.0  # seconds
 START, END = "<!-- examples -->", "<!-- /examples -->"
 
 
@@ -42,13 +43,17 @@ def main() -> int:
             print(f"{spec.stem}: {one['seconds']:.0f} s", *one["lines"], sep="\n", flush=True)
             found = keep(found)
     if options.write:
-        text = PAGE.read_text()
-        head, tail = text.split(START)[0], text.split(END)[1]
-        PAGE.write_text(f"{head}{START}\n\n{table(found)}\n{END}{tail}")
+        PAGE.write_text(page(PAGE.read_text(), found))
     slow = [name for name, each in found.items() if each["seconds"] > LIMIT]
     if slow:
         print(f"longer than {LIMIT:.0f} s: {', '.join(slow)}", file=sys.stderr)
     return 1 if slow else 0
+
+
+def page(text: str, found: dict[str, Any]) -> str:
+    """The page with these findings between its marks."""
+    head, tail = text.split(START)[0], text.split(END)[1]
+    return f"{head}{START}\n\n{table(found)}\n{END}{tail}"
 
 
 def keep(found: dict[str, Any]) -> dict[str, Any]:
@@ -75,15 +80,26 @@ def run(spec: Path, folder: Path) -> dict[str, Any] | None:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The findings as Markdown."""
-    parts = []
+    """The findings as Markdown: what each method says of itself, without means of all metrics."""
+    quick = sum(each["seconds"] < QUICK for each in found.values())
+    longest = max(found, key=lambda name: found[name]["seconds"])
+    parts = [
+        f"{quick} of the {len(found)} specs took less than {QUICK / 60:.0f} minutes on two cores, "
+        f"`{longest}` {found[longest]['seconds'] / 60:.0f}.\n"
+    ]
     for name, each in found.items():
-        lines = "\n".join(line.rstrip() for line in each["lines"])
+        lines = "\n".join(line.rstrip() for line in findings(each["lines"]))
         parts.append(
             f"**`examples/{name}.yaml`**, {each['rows']:,} rows, {each['seconds']:.0f} s\n\n"
             f"```text\n{lines}\n```\n"
         )
     return "\n".join(parts)
+
+
+def findings(lines: list[str]) -> list[str]:
+    """The lines below that of the method's kind."""
+    own = next(n for n, line in enumerate(lines) if not line.startswith(" "))
+    return lines[own + 1 :]
 
 
 def parse() -> argparse.Namespace:

@@ -1,6 +1,5 @@
 """Safetensors files of one kind: tensors, with JSON that describes them in the header."""
 
-import errno
 import json
 import os
 from collections.abc import Mapping
@@ -25,20 +24,33 @@ def save_described(
         save_file(tensors, part, metadata={f"dreamreader.{kind}": text})
 
 
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raises what is wrong with a file that is to be read; safetensors does not say which it was.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, PermissionError: with the name of the file.
+        InvalidInput: it is a device or the like.
+    """
+    name = os.fspath(path)
+    if not (os.path.isfile(name) or os.path.isdir(name)) and os.path.exists(name):
+        raise InvalidInput(f"{name} is a device or pipe, no file")
+    with open(name, "rb"):
+        pass
+
+
 def load_described(
     path: str | os.PathLike[str], kind: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The description and the tensors of a file, on the CPU.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError, IsADirectoryError, PermissionError: as `check_file` does.
         InvalidInput: it is no whole safetensors file, of another kind, or of another version.
     """
     from safetensors import SafetensorError, safe_open
 
     name = os.fspath(path)
-    if not os.path.exists(path):  # the error of safetensors does not say which file
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(f"dreamreader.{kind}")

@@ -1,6 +1,8 @@
 """Errors that say what was asked for, what there is instead, and what to do."""
 
 import difflib
+import re
+import textwrap
 from collections.abc import Iterable
 
 
@@ -36,9 +38,34 @@ class BrokenExtension(DreamreaderError, ImportError):
     """The native module is installed but cannot be loaded."""
 
 
-def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
-    """The options spelled most like `name`, best first; empty when none is close."""
-    return difflib.get_close_matches(name, list(options), n=count, cutoff=0.4)
+def nearest(name: str, options: Iterable[str], count: int = 3, cutoff: float = 0.4) -> list[str]:
+    """The options most like `name`, best first; empty when none is close.
+
+    Dotted paths are compared part by part, so that a typo counts however long the path is. A glob
+    comes back as a glob, with the parts that match nothing put right.
+
+    Args:
+        name: what was asked for. options: what there is.
+        count: the most to give.
+        cutoff: the least likeness of names without dots, from 0 to 1.
+
+    Example:
+        >>> nearest("unet.**.atn2", ["unet.down.0.attn1", "unet.down.0.attn2", "vae.encoder"])
+        ['unet.**.attn2', 'unet.**.attn1']
+    """
+    listed = list(options)
+    if re.search(r"[.:*?\[]", name):
+        from dreamreader._paths import nearest_paths
+
+        return nearest_paths(name, listed, count)
+    found = difflib.get_close_matches(name, listed, n=count, cutoff=cutoff)
+    return found or [each for each in listed if each and name.startswith(each)][:count]
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line of whole words."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return textwrap.shorten(lines[0], 300, placeholder=" ...")
 
 
 def check_text(text: str, name: str) -> None:

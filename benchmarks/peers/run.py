@@ -104,9 +104,9 @@ def parse() -> argparse.Namespace:
 
 
 def model_folder(name: str) -> str:
-    from dreamreader import zoo
+    from dreamreader.zoo.subject import locate
 
-    return zoo.find(name)
+    return locate(name).source
 
 
 def cross_attentions(folder: str) -> list[str]:

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from dreamreader.cli.errors import told
+from dreamreader.cli.errors import check_folder, told
+from dreamreader.cli.subject import Device, Dtype
 
 
 @told
@@ -23,6 +24,8 @@ def demo(
     small: Annotated[
         bool, typer.Option("--small", help="A tenth of the pictures, for a quick look.")
     ] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     show: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
     """Turn red into blue inside a model, measure it against controls, and write a report.
@@ -34,10 +37,11 @@ def demo(
     """
     from dreamreader.cli.progress import console, progress
     from dreamreader.demo import Plan, run_demo
-    from dreamreader.zoo.subject import open_reader
+    from dreamreader.zoo import load
 
+    check_folder(out)
     plan = Plan(source=source, target=target, seed=seed)
-    reader = open_reader(model)
+    reader = load(model, device, dtype)
     with progress() as bar:
         result = run_demo(reader, plan.small() if small else plan, out, bar)
     console().print(result.summary())

@@ -2,18 +2,19 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import typer
 
-from dreamreader.errors import DreamreaderError
+from dreamreader.errors import DreamreaderError, InvalidInput, first_line
 
 USER_ERROR = 2
 INTERRUPTED = 130
 
 
 def told(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command with the library's errors and Ctrl-C turned into a message and an exit code.
+    """The command with the library's and the system's errors, and Ctrl-C, turned into messages.
 
     Errors that the library does not raise on purpose keep their traceback: they are bugs.
     """
@@ -24,13 +25,27 @@ def told(command: Callable[..., Any]) -> Callable[..., Any]:
             return command(*args, **kwargs)
         except DreamreaderError as error:
             raise fail(str(error)) from None
-        except (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-            raise fail(f"{error.filename}: {error.strerror}") from None
+        except BrokenPipeError:  # the reader of a pipe has gone, such as `head`
+            raise
+        except OSError as error:
+            named = error.filename2 or error.filename  # of a renaming, the name it was to have
+            reason = error.strerror or first_line(error)
+            raise fail(reason if named is None else f"{named}: {reason}") from None
         except KeyboardInterrupt:
             typer.echo("\nstopped; no file was left half-written", err=True)
             raise typer.Exit(INTERRUPTED) from None
 
     return wrapped
+
+
+def check_folder(path: Path) -> None:
+    """Refuses, before any work, a folder for results that cannot be one.
+
+    Raises:
+        InvalidInput: there is a file of this name.
+    """
+    if path.exists() and not path.is_dir():
+        raise InvalidInput(f"{path} is a file; --out names a folder")
 
 
 def fail(message: str) -> typer.Exit:

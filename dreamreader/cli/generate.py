@@ -1,21 +1,27 @@
 """`dreamreader generate`."""
 
+import io
+import itertools
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from dreamreader.cli.errors import told
+from dreamreader.cli.errors import check_folder, told
+from dreamreader.cli.subject import Device, Dtype
 from dreamreader.errors import InvalidInput
+
+MODEL = "shapes-unet"
+BATCH = 16
 
 
 @told
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts, each in quotes.")],
     model: Annotated[
-        str, typer.Option("--model", "-m", help="Embedded model, local folder, or hub id.")
-    ] = "shapes-unet",
+        str, typer.Option("--model", "-m", help="Embedded model, folder of a pipeline, or hub id.")
+    ] = MODEL,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files.")] = Path(
         "pictures"
     ),
@@ -23,64 +29,141 @@ def generate(
         int, typer.Option(help="First seed; picture i of all gets seed + i.", min=0)
     ] = 0,
     count: Annotated[int, typer.Option("--count", "-n", help="Pictures per prompt.", min=1)] = 1,
-    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 20,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.", min=0.0)] = 4.0,
-    edits: Annotated[
-        Path | None, typer.Option(help="Edits saved by dreamreader.edits.save, or by the demo.")
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Denoising steps. [default: 20 of embedded models, else the pipeline's]",
+            show_default=False,
+            min=1,
+        ),
     ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="Guidance scale. [default: 2 of embedded models, else the pipeline's]",
+            show_default=False,
+            min=0.0,
+        ),
+    ] = None,
+    edits: Annotated[
+        Path | None,
+        typer.Option(
+            help="Edits of dreamreader.edits.save: a file, or a folder of such files, in the "
+            "order of their names."
+        ),
+    ] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
 ) -> None:
-    """Draw pictures, with or without saved edits.
+    """Draw pictures, with or without saved edits; none replaces another picture.
+
+    A name has the prompt and seed, and what was given beside them: model, steps, guidance, edits.
+    Where another picture has that name, a number comes after it.
 
     \b
     Examples:
       dreamreader generate "a red circle" "a small blue star at the top left" --seed 3
       dreamreader generate "a red square" -n 8 --edits dreamreader-demo/edits
+      dreamreader generate "a red square" -m ./my-pipeline --device cuda --dtype bfloat16
     """
-    from dreamreader._files import replacing
     from dreamreader.cli.progress import console, progress
-    from dreamreader.zoo.subject import open_reader
+    from dreamreader.zoo import MODELS, SETTINGS, load
 
     if any(not prompt.strip() for prompt in prompts):
         raise InvalidInput("a prompt is empty")
-    reader = open_reader(model)
+    check_folder(out)
+    files = edit_files(edits)
+    changes = _read_edits(files)
+    given = {"num_inference_steps": steps, "guidance_scale": guidance}
+    given = {name: value for name, value in given.items() if value is not None}
+    reader = load(model, device, dtype)
     if not hasattr(reader.subject, "vae"):
         raise InvalidInput(
             f"{model} is a {type(reader.subject).__name__}; pictures need a diffusers pipeline"
         )
-    changes = _read_edits(edits)
+    settings = {**(SETTINGS if model in MODELS else {}), **given}
+    tags = _tags(model, steps, guidance, files)
     rows = [prompt for prompt in prompts for _ in range(count)]
+    moved = []
     with progress() as bar:
         task = bar.add_task("pictures", total=len(rows))
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]
             seeds = [seed + start + i for i in range(len(part))]
-            result = reader.run(
-                part, edits=changes, seeds=seeds, num_inference_steps=steps, guidance_scale=guidance
-            )
+            result = reader.run(part, edits=changes, seeds=seeds, **settings)
             for prompt, number, image in zip(part, seeds, result.images, strict=True):
-                with replacing(out / file_name(prompt, number)) as unfinished:
-                    image.save(unfinished, format="PNG")
+                wanted = out / file_name(prompt, number, tags)
+                if (written := save_beside(image, wanted)) != wanted:
+                    moved.append(f"{wanted.name} -> {written.name}")
             bar.advance(task, len(part))
     console().print(f"{len(rows)} pictures in {out}")
+    if moved:
+        more = f" and {len(moved) - 3} others" if len(moved) > 3 else ""
+        console().print(f"other pictures had these names, and stay: {', '.join(moved[:3])}{more}")
 
 
-BATCH = 16
+def edit_files(path: Path | None) -> list[Path]:
+    """The files of edits that a path names: itself, or those in the folder, in order of names.
 
-
-def file_name(prompt: str, seed: int) -> str:
-    """A file name that tells prompt and seed, of plain characters and bounded length."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:80].rstrip("-")
-    return f"{words or 'picture'}-seed{seed}.png"
-
-
-def _read_edits(path: Path | None) -> list:
+    Raises:
+        InvalidInput: there is no such file or folder, or no file of edits in it.
+    """
     if path is None:
         return []
     if not path.exists():
-        raise InvalidInput(f"{path}: no such file of edits")
+        raise InvalidInput(f"{path}: no such file or folder of edits")
+    if not path.is_dir():
+        return [path]
+    if not (files := sorted(path.glob("*.safetensors"))):
+        raise InvalidInput(f"{path}: no file of edits in this folder (*.safetensors)")
+    return files
+
+
+def file_name(prompt: str, seed: int, tags: tuple[str, ...] = ()) -> str:
+    """A file name that tells prompt, seed and tags, of plain characters and bounded length."""
+    words = [f"{_plain(prompt) or 'picture'}-seed{seed}", *filter(None, map(_plain, tags))]
+    return f"{'-'.join(words)[:200]}.png"
+
+
+def save_beside(image: Any, path: Path) -> Path:
+    """Writes a PNG; where another picture has this name, a number is put after it.
+
+    Returns:
+        The path at which the picture is now.
+    """
+    from dreamreader._files import write_atomic
+
+    data = io.BytesIO()
+    image.save(data, format="PNG")
+    for number in itertools.count(1):
+        target = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+        if not target.exists():
+            return write_atomic(target, data.getvalue())
+        if target.is_file() and target.read_bytes() == data.getvalue():
+            return target
+    raise AssertionError
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:80].rstrip("-.")
+
+
+def _tags(
+    model: str, steps: int | None, guidance: float | None, files: list[Path]
+) -> tuple[str, ...]:
+    """What was given beside prompt and seed."""
+    named = [] if model == MODEL else [Path(model).name]
+    named += [] if steps is None else [f"steps{steps}"]
+    named += [] if guidance is None else [f"guidance{guidance:g}"]
+    return (*named, *(file.stem for file in files))
+
+
+def _read_edits(files: list[Path]) -> list[Any]:
+    if not files:
+        return []
     from dreamreader.edits import load
 
-    return list(load(path))
+    return [edit for file in files for edit in load(file)]
 
 
 def register(app: typer.Typer) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from dreamreader.cli.errors import told
 from dreamreader.cli.run import Overrides, Spec
+from dreamreader.cli.subject import SpecDevice, SpecDtype, with_subject
 from dreamreader.errors import InvalidInput
 
 
@@ -34,6 +35,8 @@ def harvest(
         str | None,
         typer.Option(help="Of a running Ray cluster; RAY_ADDRESS, or one started here."),
     ] = None,
+    device: SpecDevice = None,
+    dtype: SpecDtype = None,
 ) -> None:
     """Record chosen sites over many prompts; a stopped harvest goes on where it was.
 
@@ -50,7 +53,7 @@ def harvest(
     from dreamreader.harvest import Harvest
 
     chosen = engine_of(engine, workers, address)
-    job = Harvest.from_file(spec, overrides or ())
+    job = Harvest.from_file(spec, with_subject(overrides, device, dtype))
     if dry_run:
         console().print(job.spec.name)
         console().print(repr(job.plan()))

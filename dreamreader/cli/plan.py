@@ -8,10 +8,16 @@ import typer
 
 from dreamreader.cli.errors import told
 from dreamreader.cli.run import Overrides, Spec
+from dreamreader.cli.subject import SpecDevice, SpecDtype, with_subject
 
 
 @told
-def plan(spec: Spec, overrides: Overrides = None) -> None:
+def plan(
+    spec: Spec,
+    overrides: Overrides = None,
+    device: SpecDevice = None,
+    dtype: SpecDtype = None,
+) -> None:
     """Print what a spec would do: rows, batches, sites, estimated memory and time.
 
     Opens the subject and runs one row for one step, to learn shapes and times.
@@ -23,7 +29,7 @@ def plan(spec: Spec, overrides: Overrides = None) -> None:
     from dreamreader.cli.progress import console
     from dreamreader.experiments import Experiment
 
-    experiment = Experiment.from_file(spec, overrides or ())
+    experiment = Experiment.from_file(spec, with_subject(overrides, device, dtype))
     console().print(f"{experiment.spec.name}: {experiment.spec.method.kind}")
     console().print(repr(experiment.plan()))
 

@@ -7,6 +7,7 @@ import typer
 
 from dreamreader.cli.errors import told
 from dreamreader.cli.run import Overrides, Spec
+from dreamreader.cli.subject import SpecDevice, SpecDtype, with_subject
 from dreamreader.errors import InvalidInput
 
 app = typer.Typer(
@@ -25,6 +26,8 @@ def train(
     dry_run: Annotated[
         bool, typer.Option(help="Print sites, parameters, calls, memory and time; a few are run.")
     ] = False,
+    device: SpecDevice = None,
+    dtype: SpecDtype = None,
 ) -> None:
     """Train adapters; a stopped training goes on where it was, a complete one is left as it is.
 
@@ -37,7 +40,7 @@ def train(
     from dreamreader.cli.progress import console, stages
     from dreamreader.training import ReftJob
 
-    job = ReftJob.from_file(spec, overrides or ())
+    job = ReftJob.from_file(spec, with_subject(overrides, device, dtype))
     if dry_run:
         console().print(job.spec.name)
         console().print(repr(job.plan()))

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from dreamreader.cli.errors import told
+from dreamreader.cli.subject import SpecDevice, SpecDtype, with_subject
 
 Spec = Annotated[Path, typer.Argument(help="Spec file: YAML or JSON.")]
 Overrides = Annotated[
@@ -21,6 +22,8 @@ def run(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Run folder. [default: runs/<name>]")
     ] = None,
+    device: SpecDevice = None,
+    dtype: SpecDtype = None,
     show: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
     """Run an experiment; a stopped run goes on where it was, a complete one is left as it is.
@@ -33,7 +36,7 @@ def run(
     from dreamreader.cli.progress import console, progress
     from dreamreader.experiments import Experiment
 
-    experiment = Experiment.from_file(spec, overrides or ())
+    experiment = Experiment.from_file(spec, with_subject(overrides, device, dtype))
     with progress() as bar:
         task = bar.add_task("rows", total=None)
 

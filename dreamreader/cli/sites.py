@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dreamreader.cli.errors import told
+from dreamreader.cli.subject import MODEL_HELP, Device, Dtype
 
 if TYPE_CHECKING:
     from dreamreader.engine import Reader
@@ -16,9 +17,7 @@ SMALL = 200_000_000  # parameters below which a step costs less than a second
 
 @told
 def sites(
-    model: Annotated[
-        str, typer.Argument(help="Embedded or fetched model, local folder, or hub id.")
-    ],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     pattern: Annotated[
         str, typer.Argument(help="Site or glob, with an optional :port. Quote it.")
     ] = "**",
@@ -31,6 +30,8 @@ def sites(
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
 ) -> None:
     """List the places of a model that can be read and changed, with ports and shapes.
 
@@ -39,13 +40,14 @@ def sites(
       dreamreader sites shapes-unet
       dreamreader sites shapes-unet "unet.**.attn2:heads"
       dreamreader sites ./my-pipeline "transformer.**.attn:q" --json
+      dreamreader sites openai-community/gpt2 "**.attn:heads" --no-shapes
     """
     import json as encode
 
     from dreamreader.cli.progress import console, table
-    from dreamreader.zoo.subject import open_reader
+    from dreamreader.zoo import load
 
-    reader = open_reader(model)
+    reader = load(model, device, dtype)
     if shapes if shapes is not None else _parameters(reader) < SMALL:
         _run_one_step(reader, pattern)
     rows = [_describe(site) for site in reader.sites(pattern)]

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dreamreader.cli.errors import told
+from dreamreader.cli.subject import Device, Dtype
 
 app = typer.Typer(
     help="Embedded models: list, train, evaluate; fetch language models.",
@@ -76,6 +77,8 @@ def evaluate(
     pairs: Annotated[
         bool, typer.Option("--pairs", help="Colour-shape pairs that training never shows.")
     ] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
 ) -> None:
     """Draw held-out captions and count, with the detector, what came out right.
 
@@ -88,10 +91,8 @@ def evaluate(
     from dreamreader.stats import wilson
     from dreamreader.zoo import load_pipeline
     from dreamreader.zoo.evaluate import evaluate as run
-    from dreamreader.zoo.subject import quiet
 
-    with quiet():
-        pipe = load_pipeline(name)
+    pipe = load_pipeline(name, device, dtype)
     with progress() as bar:
         score = run(
             pipe, count, seed, pairs, lambda starts: bar.track(starts, description="batches")

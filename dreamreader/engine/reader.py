@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dreamreader._devices import device_of, dtype_of, move
 from dreamreader.engine import html
 from dreamreader.engine.cache import Activation, Cache, Row
 from dreamreader.engine.firing import FiringReport
@@ -91,6 +92,25 @@ class Reader:
     def subject(self) -> Any:
         """The wrapped pipeline or model itself."""
         return self._subject.model
+
+    def to(
+        self,
+        device: str | int | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> "Reader":
+        """Moves the subject in place, as its own `to` does; gives this reader.
+
+        Args:
+            device: `cpu`, `cuda`, `cuda:1` and so on; where it is by default.
+            dtype: `float32`, `bfloat16`, `float16`, `float64` or one of torch; as it is by default.
+
+        Raises:
+            InvalidInput: this torch has no such device, or the subject cannot be moved.
+            UnknownName: models do not compute in such a dtype.
+        """
+        target = None if device is None else device_of(device)
+        move(self.subject, target, None if dtype is None else dtype_of(dtype))
+        return self
 
     def sites(self, pattern: str = "**") -> SiteList:
         """Sites that match a pattern, with the shapes seen in the latest run of this reader.

@@ -160,11 +160,8 @@ def _around(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, ...
 
 
 def _unknown(modules: Mapping[str, nn.Module], pattern: Pattern, text: str) -> UnknownName:
-    known = [path for path, module in modules.items() if can_run(module)]
-    tops = sorted({path.split(".")[0] for path in known})
-    if pattern.is_glob:
-        # The nearest names of a glob: those that share its last plain part.
-        last = next((part for part in reversed(pattern.path.split(".")) if "*" not in part), "")
-        same = [path for path in known if path.split(".")[-1] == last]
-        known = same or known
+    runs = {path: module for path, module in modules.items() if can_run(module)}
+    has_port = [path for path, module in runs.items() if pattern.port in ports_of(module)]
+    known = [join(path, pattern.port, pattern.stream) for path in has_port or runs]
+    tops = sorted({path.split(".")[0] for path in runs})
     return UnknownName("site", text, known, f"Paths start with {', '.join(tops[:12])}")

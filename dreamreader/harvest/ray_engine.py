@@ -249,9 +249,7 @@ def _ray() -> Any:
         import ray
         import ray.exceptions
     except ImportError as error:
-        raise InvalidInput(
-            "the engine ray needs the package ray: pip install 'dreamreader[ray]'"
-        ) from error
+        raise InvalidInput("the engine ray needs the package ray: pip install ray") from error
     return ray
 
 

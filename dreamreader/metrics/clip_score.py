@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dreamreader.errors import InvalidInput
+from dreamreader.errors import InvalidInput, first_line
 from dreamreader.metrics.base import Column, Outputs, needed
 
 _BATCH = 32
@@ -93,6 +93,5 @@ class ClipScore:
                 each.from_pretrained(self.path, local_files_only=True) for each in classes
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InvalidInput(f"clip_score: {self.path}: {reason}") from error
+            raise InvalidInput(f"clip_score: {self.path}: {first_line(error)}") from error
         return model.eval(), tokenizer, images

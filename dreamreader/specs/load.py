@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dreamreader.errors import InvalidInput, nearest
+from dreamreader.specs.overrides import apply_override
 
 if TYPE_CHECKING:
     from dreamreader.engine import Reader
@@ -34,6 +35,8 @@ def load_spec(model: type[S], path: str | os.PathLike[str], overrides: Sequence[
             is named with file, line, and the nearest valid name where its name is unknown.
     """
     file = Path(path)
+    if file.is_dir():
+        raise InvalidInput(f"{file} is a folder; name a spec file")
     if not file.is_file():
         raise InvalidInput(f"{file}: no such spec file")
     try:
@@ -43,7 +46,7 @@ def load_spec(model: type[S], path: str | os.PathLike[str], overrides: Sequence[
     content, lines = _parsed(text, str(file))
     where: dict[tuple[str | int, ...], str] = {key: f"{file}:{n}" for key, n in lines.items()}
     for override in overrides:
-        for key in _override(content, override):
+        for key in apply_override(model, content, override):
             where[key] = f"override {override!r}"
     return check_spec(model, content, where, str(file), file.parent)
 
@@ -138,39 +141,6 @@ def _walk(node: Any, key: tuple[str | int, ...], lines: Lines, name: str) -> Non
     elif isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
             _walk(item, (*key, number), lines, name)
-
-
-def _override(content: dict[str, Any], text: str) -> list[tuple[str | int, ...]]:
-    """Sets one `key=value`; the paths that are new, or have another value now."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise InvalidInput(f"override {text!r}: write key=value, for example seeds=4")
-    path: list[str | int] = []
-    changed: list[tuple[str | int, ...]] = []
-    place: Any = content
-    *outer, last = key.strip().split(".")
-    for part in outer:
-        step = _step(place, part, text)
-        path.append(step)
-        there = place[step] if isinstance(step, int) else place.get(step)
-        if not isinstance(there, dict | list):
-            place[step] = {}  # a field that was left to its default
-            changed.append(tuple(path))
-        place = place[step]
-    step = _step(place, last, text)
-    try:
-        place[step] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise InvalidInput(f"override {text!r}: the value is no YAML") from error
-    return [*changed, (*path, step)]
-
-
-def _step(place: Any, part: str, text: str) -> str | int:
-    if not isinstance(place, list):
-        return part
-    if not part.isdigit() or int(part) >= len(place):
-        raise InvalidInput(f"override {text!r}: {part} is no entry of a list of {len(place)}")
-    return int(part)
 
 
 def _explained(

@@ -1,6 +1,7 @@
 """Parts that all spec files have in common: subject, data, seeds, batches."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -9,7 +10,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    field_validator,
     model_validator,
 )
 
@@ -35,14 +35,37 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+@dataclass(frozen=True)
+class Shorthand:
+    """A plain value that stands for a mapping: `value` for `{key: value}`.
+
+    It stands in the annotation of the field, where overrides find it.
+    """
+
+    key: str
+    kind: type = str
+
+    def expand(self, value: Any) -> Any:
+        plain = isinstance(value, self.kind) and not isinstance(value, bool)
+        return {self.key: value} if plain else value
+
+
 class Subject(Part):
     """The model under study."""
 
     model: str = Field(
         description="Embedded or fetched model, folder of diffusers or transformers, or hub id."
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = Field(
+        "float32", description="Of the weights; auto: the one in which they are stored."
+    )
     device: str = Field("cpu", description="Device of torch, such as cpu or cuda:0.")
+
+
+_MODEL = Shorthand("model")
+AnySubject = Annotated[
+    Subject, BeforeValidator(_MODEL.expand, json_schema_input_type=str | Subject), _MODEL
+]
 
 
 class Scenes(Part):
@@ -68,7 +91,7 @@ class Data(Part):
     moves to, and where patched activations come from. Further columns go into the rows as they are.
     """
 
-    prompts: list[str | dict[str, Any]] | None = Field(
+    prompts: list[Annotated[str | dict[str, Any], Shorthand("prompt")]] | None = Field(
         None, description="Prompts, or mappings with prompt and further columns such as id."
     )
     pairs: list[dict[str, Any]] | None = Field(
@@ -101,13 +124,11 @@ class Seeds(Part):
         return range(self.start, self.start + self.count)
 
 
-def _counted(value: Any) -> Any:
-    number = isinstance(value, int) and not isinstance(value, bool)
-    return {"count": value} if number else value
-
-
+_COUNT = Shorthand("count", int)
 AnySeeds = Annotated[
-    SeedList | Seeds, BeforeValidator(_counted, json_schema_input_type=Count | SeedList | Seeds)
+    SeedList | Seeds,
+    BeforeValidator(_COUNT.expand, json_schema_input_type=Count | SeedList | Seeds),
+    _COUNT,
 ]
 
 
@@ -128,7 +149,7 @@ class Common(Part):
     """Fields of every spec."""
 
     name: str = Field(min_length=1, max_length=80, description="Title; also names the folder.")
-    subject: Subject
+    subject: AnySubject
     data: Data
     seeds: AnySeeds = Field(
         default_factory=Seeds, description="Every prompt is run with every seed."
@@ -138,11 +159,6 @@ class Common(Part):
         description="Arguments of the pipeline's call, or of a language model's generate.",
     )
     batch: Batch = Field(default_factory=Batch)
-
-    @field_validator("subject", mode="before", json_schema_input_type=str | Subject)
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
 
     @property
     def seed_list(self) -> Sequence[int]:

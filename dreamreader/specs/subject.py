@@ -4,23 +4,15 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from dreamreader.engine import Reader
 from dreamreader.specs.parts import Subject
 
 
 def opened(subject: Subject) -> Reader:
     """A reader of the named model, in the dtype and on the device that the spec says."""
-    from dreamreader.zoo.subject import open_reader
+    from dreamreader.zoo import load
 
-    reader = open_reader(subject.model)  # in float32 on the CPU
-    moved: Any = reader.subject
-    if subject.dtype != "float32":
-        moved.to(getattr(torch, subject.dtype))
-    if subject.device != "cpu":
-        moved.to(subject.device)
-    return reader
+    return load(subject.model, subject.device, subject.dtype)
 
 
 def padded(reader: Reader) -> Reader:

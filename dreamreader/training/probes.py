@@ -15,7 +15,7 @@ from dreamreader.errors import DreamreaderError
 from dreamreader.harvest.layout import file_of
 from dreamreader.probes import Probe
 from dreamreader.specs.load import load_spec, spec_of
-from dreamreader.specs.parts import AnySeeds, Batch, Data, Part, Seeds, Subject, listed_seeds
+from dreamreader.specs.parts import AnySeeds, AnySubject, Batch, Data, Part, Seeds, listed_seeds
 from dreamreader.training.folder import RESULT, TrainingFolder
 from dreamreader.training.labels import Named, check_detected, from_detector
 from dreamreader.training.parts import ProbeTraining
@@ -33,7 +33,7 @@ class ProbeSpec(Part):
     """Probes: activations of prompts (`subject`, `data`) or of a `store`, labels, training."""
 
     name: str = Field(min_length=1, max_length=80, description="Title; also names the folder.")
-    subject: Subject | None = None
+    subject: AnySubject | None = None
     data: Data | None = None
     store: str | None = Field(None, description="Folder of a harvest, instead of subject and data.")
     labels: Named = Field(
@@ -53,11 +53,6 @@ class ProbeSpec(Part):
     )
     batch: Batch = Field(default_factory=Batch)
     probe: ProbeTraining = Field(default_factory=ProbeTraining)
-
-    @field_validator("subject", mode="before", json_schema_input_type=str | Subject | None)
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
 
     @field_validator("labels")
     @classmethod

@@ -104,33 +104,31 @@ def installed(name: str, folder: Path | None = None) -> Path | None:
     return target if target.is_file() else None
 
 
-def load_language_model(path: Path) -> tuple[Any, Any]:
-    """Loads a GGUF file with transformers, dequantised to float32 on the CPU.
+def load_language_model(path: Path, dtype: Any = "float32") -> tuple[Any, Any]:
+    """Loads a GGUF file with transformers, dequantised, on the CPU.
 
     Args:
         path: of the GGUF file, as `fetch` returns it.
+        dtype: of the weights: one of torch, its name, or `auto` for the configuration's.
 
     Returns:
         The model in eval mode, and its tokenizer.
 
     Raises:
-        InvalidInput: when the `llm` extra is not installed.
+        InvalidInput: a package that reads such files is not installed.
     """
     from importlib.util import find_spec
 
     missing = [package for package in ("gguf", "sentencepiece") if find_spec(package) is None]
     if missing:
         raise InvalidInput(
-            f"reading {path.name} needs {' and '.join(missing)}: pip install 'dreamreader[llm]'"
+            f"reading {path.name} needs {' and '.join(missing)}: pip install {' '.join(missing)}"
         )
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**place, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        **place, dtype=torch.float32, local_files_only=True
-    )
+    model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, local_files_only=True)
     return model.eval(), tokenizer
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -73,6 +74,7 @@ def test_user_errors_name_the_nearest_and_exit_with_2(arguments, text):
 def test_a_folder_that_is_no_model_is_named(tmp_path):
     found = run("sites", str(tmp_path))
     assert found.exit_code == 2 and f"{tmp_path}: no model_index.json" in found.output
+    assert "no config.json (a model of transformers)" in found.output
     (tmp_path / "config.json").write_text("{}")
     found = run("sites", str(tmp_path))
     assert found.exit_code == 2 and "not a whole transformers model" in found.output
@@ -135,6 +137,8 @@ def test_sites_shapes_of_modules_that_run_twice_and_of_those_that_do_not(folder)
     [
         ("unet.**.attn2:hads", "unknown port 'hads'; nearest: heads"),
         ("unet.mid_blok", "unknown site 'unet.mid_blok'; nearest: unet.mid_block"),
+        ("unet.**.atn2", "unknown site 'unet.**.atn2'; nearest: unet.**.attn2, unet.**.attn1"),
+        ("unet.**.atn2:q", "unknown site 'unet.**.atn2:q'; nearest: unet.**.attn2:q"),
     ],
 )
 def test_unknown_sites_and_ports_name_the_nearest(folder, pattern, text):
@@ -147,11 +151,10 @@ def test_generate_writes_the_same_pictures_alone_and_in_a_batch(folder, tmp_path
     found = run("generate", "a red circle", "Ä/../b", "-n", "2", "-o", str(tmp_path / "a"), *common)
     assert found.exit_code == 0, found.output
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert names == [
-        "a-red-circle-seed0.png", "a-red-circle-seed1.png", "b-seed2.png", "b-seed3.png",
-    ]  # fmt: skip
+    starts = ["a-red-circle-seed0", "a-red-circle-seed1", "b-seed2", "b-seed3"]
+    assert names == [f"{start}-untrained-steps2.png" for start in starts]
     run("generate", "a red circle", "--seed", "1", "-o", str(tmp_path / "b"), *common)
-    one, other = (Image.open(tmp_path / d / "a-red-circle-seed1.png") for d in "ab")
+    one, other = (Image.open(tmp_path / d / names[1]) for d in "ab")
     assert one.size == (64, 64)
     # equal up to one level of 255: batched and single matrix products round differently
     levels = [abs(x - y) for x, y in zip(one.tobytes(), other.tobytes(), strict=True)]
@@ -168,11 +171,11 @@ def test_generate_applies_saved_edits_and_refuses_missing_ones(folder, tmp_path)
     edits = ["--edits", str(tmp_path / "edits.safetensors")]
     assert run(*common, "-o", str(tmp_path / "plain")).exit_code == 0
     assert run(*common, "-o", str(tmp_path / "edited"), *edits).exit_code == 0
-    name = "a-red-circle-seed0.png"
-    plain, edited = ((tmp_path / d / name).read_bytes() for d in ("plain", "edited"))
-    assert plain != edited
+    name = "a-red-circle-seed0-untrained-steps2"
+    plain, edited = tmp_path / "plain" / f"{name}.png", tmp_path / "edited" / f"{name}-edits.png"
+    assert plain.read_bytes() != edited.read_bytes()
     missing = run(*common, "-o", str(tmp_path / "no"), "--edits", str(tmp_path / "none"))
-    assert missing.exit_code == 2 and "no such file of edits" in missing.output
+    assert missing.exit_code == 2 and "no such file or folder of edits" in missing.output
     wrong = tmp_path / "wrong.safetensors"
     wrong.write_bytes(torch.zeros(4).numpy().tobytes())
     refused = run(*common, "-o", str(tmp_path / "no"), "--edits", str(wrong))
@@ -180,10 +183,95 @@ def test_generate_applies_saved_edits_and_refuses_missing_ones(folder, tmp_path)
     assert not (tmp_path / "no").exists()
 
 
+def test_generate_takes_the_folder_of_edits_in_the_order_of_names(folder, tmp_path):
+    from dreamreader.edits import Scale, save
+
+    edits = tmp_path / "edits"
+    common = ["generate", "a red circle", "-m", folder, "--steps", "2", "-o", str(tmp_path / "out")]
+    edits.mkdir()
+    empty = run(*common, "--edits", str(edits))
+    assert empty.exit_code == 2 and f"{edits}: no file of edits in this folder" in empty.output
+    both = [Scale("unet.mid_block", 0.5), Scale("unet.mid_block", 3.0)]
+    save(edits / "b.safetensors", both[1])
+    save(edits / "a.safetensors", both[0])
+    save(tmp_path / "both.safetensors", both)
+    for each in (edits, tmp_path / "both.safetensors"):
+        found = run(*common, "--edits", str(each))
+        assert found.exit_code == 0, found.output
+    pictures = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    start = "a-red-circle-seed0-untrained-steps2"
+    assert set(pictures) == {f"{start}-a-b.png", f"{start}-both.png"}
+    assert len(set(pictures.values())) == 1
+
+
+def test_generate_leaves_another_picture_of_the_same_name_and_says_so(folder, tmp_path):
+    common = ["generate", "a red circle", "-m", folder, "--steps", "1", "-o", str(tmp_path)]
+    first = run(*common)
+    assert first.exit_code == 0 and "stay" not in first.output
+    assert run(*common).exit_code == 0  # the same picture: nothing to keep apart
+    (name,) = (path.name for path in tmp_path.iterdir())
+    (tmp_path / name).write_bytes(b"another")
+    again = run(*common)
+    other = name.replace(".png", "-2.png")
+    assert f"other pictures had these names, and stay: {name} -> {other}" in again.output
+    assert (tmp_path / name).read_bytes() == b"another"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, other])
+
+
+def test_generate_draws_embedded_models_as_they_are_measured(tmp_path, monkeypatch):
+    from dreamreader import zoo
+    from dreamreader.engine import Reader
+
+    seen = []
+    plain = Reader.run
+    monkeypatch.setattr(
+        Reader, "run", lambda *a, **kw: seen.append(kw) or plain(*a, **kw | {"guidance_scale": 1.0})
+    )
+    found = run("generate", "a red circle", "--steps", "1", "-o", str(tmp_path))
+    assert found.exit_code == 0, found.output
+    assert seen[0]["guidance_scale"] == zoo.SETTINGS["guidance_scale"] == 2.0
+
+
+@pytest.mark.parametrize("place", ["folder", "device", "secret"])
+def test_what_cannot_be_opened_is_one_line(folder, tmp_path, place):
+    wrong = {"folder": tmp_path, "device": "/dev/null", "secret": tmp_path / "secret"}[place]
+    (tmp_path / "secret").write_text("")
+    (tmp_path / "secret").chmod(0)
+    commands = [["probes", "show", str(wrong)], ["reft", "show", str(wrong)]]
+    if place == "device":
+        commands.append(["generate", "x", "-m", folder, "--edits", str(wrong)])
+    for command in commands:
+        found = run(*command)
+        assert found.exit_code == 2 and "Traceback" not in found.output, found.output
+        assert found.output.startswith("error: ") and str(wrong) in found.output
+
+
+@pytest.mark.parametrize("command", [["sites"], ["generate", "x", "-m"], ["demo", "-m"]])
+def test_device_and_dtype_are_options_and_checked_first(command):
+    missing = [] if torch.cuda.is_available() else [("--device", "cuda", "device cuda: ")]
+    for option, value, text in [
+        *missing,
+        ("--device", "gpu", "device 'gpu' is none of torch"),
+        ("--dtype", "fp16", "unknown dtype 'fp16'; nearest: float16"),
+    ]:
+        found = run(*command, "shapes-unet", option, value)
+        assert found.exit_code == 2 and f"error: {text}" in found.output
+
+
+def test_sites_of_a_language_model_in_another_dtype(tmp_path):
+    import tiny
+
+    for part in tiny.language_model("gpt2"):
+        part.save_pretrained(tmp_path)
+    found = run("sites", str(tmp_path), "**.attn:q", "--dtype", "bfloat16", "--json")
+    assert found.exit_code == 0, found.output
+    assert all(row["site"].endswith(".attn:q") for row in json.loads(found.stdout))
+
+
 def test_generate_into_a_place_that_cannot_be_written(folder, tmp_path):
     (tmp_path / "file").write_text("")
     found = run("generate", "x", "-m", folder, "--steps", "1", "-o", str(tmp_path / "file"))
-    assert found.exit_code == 2 and "error: " in found.output and "file" in found.output
+    assert found.exit_code == 2 and "file is a file; --out names a folder" in found.output
 
 
 def test_zoo_list_says_what_is_here(tmp_path, monkeypatch):

@@ -100,10 +100,17 @@ def test_a_plan_is_printed_and_nothing_written(spec, tmp_path, monkeypatch) -> N
     "arguments, text",
     [
         (["run", "none.yaml"], "error: none.yaml: no such spec file"),
+        (["run", "{tmp_path}"], " is a folder; name a spec file"),
+        (["schema", "-o", "{tmp_path}"], "error: {tmp_path}: Is a directory"),
         (["plan", "{spec}", "sedes=2"], "error: override 'sedes=2': sedes: unknown field; nearest"),
         (["run", "{spec}", "method.kind=edti"], "method: unknown kind 'edti'; nearest: edit"),
         (["run", "{spec}", "metrics=[tnit]"], "metrics.0: unknown metric 'tnit'; nearest: tint"),
         (["plan", "{spec}", "subject=shapes-unnet"], "unknown model 'shapes-unnet'; nearest: shap"),
+        (
+            ["plan", "{spec}", "subject.model=none", "--device", "gpu"],
+            "error: device 'gpu' is none",
+        ),
+        (["run", "{spec}", "--dtype", "int8"], "override 'subject.dtype=int8': subject.dtype: "),
         (["run", "{spec}", "data.limit=0"], "override 'data.limit=0': data.limit: "),
         (
             ["run", "{spec}", "seeds=10000000"],
@@ -125,9 +132,10 @@ def test_errors_of_users_exit_with_2(
     spec, finished, tmp_path, monkeypatch, arguments, text
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = run(*(each.format(spec=spec, finished=finished) for each in arguments))
+    places = {"spec": spec, "finished": finished, "tmp_path": tmp_path}
+    found = run(*(each.format(**places) for each in arguments))
     assert found.exit_code == 2, found.output
-    assert text in found.output and "Traceback" not in found.output
+    assert text.format(**places) in found.output and "Traceback" not in found.output
 
 
 def test_every_wrong_field_is_told_with_its_line(tmp_path) -> None:

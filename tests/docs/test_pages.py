@@ -1,5 +1,6 @@
 """Every Python block of README and docs runs, in order, page by page; links and commands exist."""
 
+import json
 import re
 from pathlib import Path
 
@@ -61,3 +62,13 @@ def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", page.read_text())
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing
+
+
+def test_results_of_the_examples_are_those_that_were_measured(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import examples
+
+    found = json.loads((examples.RESULTS / "examples-cpu.json").read_text())["specs"]
+    assert set(found) == {spec.stem for spec in (ROOT / "examples").glob("*.yaml")}
+    text = examples.PAGE.read_text()
+    assert text == examples.page(text, found)

@@ -200,9 +200,28 @@ def test_overrides_that_cannot_be_right(tmp_path, override, expected) -> None:
     assert any(line.startswith(expected) for line in lines), lines
 
 
-def test_an_override_below_a_text_makes_it_a_mapping(tmp_path: Path) -> None:
-    spec = load_spec(written(tmp_path, GOOD), ["data.prompts.0.prompt=a star"])
-    assert spec.model_dump()["data"]["prompts"][0] == {"prompt": "a star"}
+def test_an_override_below_a_plain_value_keeps_what_that_stands_for(tmp_path: Path) -> None:
+    spec = load_spec(
+        written(tmp_path, GOOD),
+        [
+            "subject.device=cuda",
+            "subject.dtype=bfloat16",
+            "seeds.start=10",
+            "data.prompts.0.id=first",
+            "data.prompts.1.prompt=a star",
+            "metrics.0.detector.target=red",
+        ],
+    ).model_dump()
+    assert spec["subject"] == {"model": "shapes-unet", "device": "cuda", "dtype": "bfloat16"}
+    assert spec["seeds"] == {"start": 10, "count": 2}
+    assert spec["data"]["prompts"][0] == {"prompt": "a red circle", "id": "first"}
+    assert spec["data"]["prompts"][1] == {"prompt": "a star", "id": "blue"}
+    assert spec["metrics"][0] == {"detector": {"target": "red"}}
+
+
+def test_an_override_below_a_value_without_parts_is_refused(tmp_path: Path) -> None:
+    lines = refused(written(tmp_path, GOOD), ("name.first=x",))
+    assert "name is 'half the middle', which has no first; give name as a whole" in lines[0]
 
 
 def test_files_are_meant_from_the_folder_of_the_spec(tmp_path: Path) -> None:

@@ -181,9 +181,9 @@ def test_an_error_of_the_harvest_ends_it_with_the_same_words(tmp_path: Path, clu
     assert not content(tmp_path / "ray") and not list(tmp_path.rglob("*.part"))
 
 
-def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch):
+def test_without_ray_the_error_names_the_package(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InvalidInput, match=r"needs the package ray: pip install 'dreamreader\[ray"):
+    with pytest.raises(InvalidInput, match=r"needs the package ray: pip install ray"):
         RayEngine()
 
 

@@ -290,7 +290,10 @@ def _of_file(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from dreamreader._tensor_files import check_file
+
     try:
+        check_file(path)
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise InvalidInput(f"direction file {path}: {error}") from error
