@@ -254,6 +254,9 @@ class Clock:
         names = self._contexts[name]
         is_beside = name in self.beside
         module = self.beside[name] if is_beside else self.denoisers[name]
+        inner = innermost(module)
+        own = f"{name}_scheduler"
+        scheduler_name = own if getattr(self.pipe, own, None) is not None else "scheduler"
 
         def began(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             why = self.aside()
@@ -273,7 +276,7 @@ class Clock:
             timestep = parameters.get(timestep_name, args, kwargs)
             index: int | None = None
             try:
-                trajectory = run.trajectory_of(name, module)
+                trajectory = run.trajectory_of(scheduler_name, inner)
                 index = trajectory.locate(timestep, _precision(timestep, sample))
                 call.instant = trajectory.instant(index)
             except ClockUnknown as error:
@@ -350,17 +353,16 @@ class _Run:
         for trajectory in self._trajectories.values():
             trajectory.settle()
 
-    def trajectory_of(self, name: str, denoiser: nn.Module) -> Trajectory:
-        """The schedule that the pipeline has set for a component; read anew when it sets another.
+    def trajectory_of(self, scheduler_name: str, denoiser: nn.Module) -> Trajectory:
+        """The schedule that the pipeline has set for a denoiser; read anew when it sets another.
 
         Raises:
             ClockUnknown: it has none, or something that ran in a callback has set another.
         """
-        scheduler = getattr(self.pipe, f"{name}_scheduler", None)
-        scheduler = getattr(self.pipe, "scheduler", None) if scheduler is None else scheduler
+        scheduler = getattr(self.pipe, scheduler_name, None)
         if scheduler is None or getattr(scheduler, "timesteps", None) is None:
             raise ClockUnknown(f"{self.branches.family} has no scheduler with timesteps")
-        inner = type(innermost(denoiser))
+        inner = type(denoiser)
         key = id(scheduler), inner  # a second denoiser of the class goes on with the first one's
         trajectory = self._trajectories.get(key)
         if trajectory is None or trajectory.source is not scheduler.timesteps:
