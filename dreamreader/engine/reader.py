@@ -1,6 +1,5 @@
 """The Reader: wraps a subject; everything starts from it."""
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ from dreamreader.engine.cache import Activation, Cache, Row
 from dreamreader.engine.firing import FiringReport
 from dreamreader.engine.place import RowSet
 from dreamreader.engine.request import EditRequest, Record, Stream, Watch
-from dreamreader.engine.rows import Plan, chunked, plan_rows
+from dreamreader.engine.rows import Plan, plan_rows
 from dreamreader.engine.session import Session
 from dreamreader.engine.sites import SiteList, find
 from dreamreader.engine.subject import Subject
-from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.errors import InvalidInput
 
 Recordable = str | Record | Watch | Stream
 
@@ -31,7 +30,8 @@ class RunResult:
         cache: recorded activations by site.
         firing: where and when edits and recordings took effect.
         rows: prompt and seed of each row.
-        text: generated text of a language model.
+        text: generated text of a language model, without the prompt: one for each row, or, with
+            `num_return_sequences=n`, the n of row 0, those of row 1, and so on, as in `output`.
     """
 
     output: Any
@@ -65,6 +65,8 @@ class Reader:
         subject: a diffusers pipeline, a transformers language model, or any `nn.Module`.
         tokenizer: of a language model, for prompts as strings.
         max_tokens: longer prompts of a language model are cut, where its tokenizer cuts them.
+        add_special_tokens: whether the tokenizer's start and end tokens are added to prompts. One
+            that a prompt has already is not added again, and a chat has those of its template.
 
     Example:
         >>> reader = Reader(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU()))
@@ -72,10 +74,17 @@ class Reader:
         ['0', '1']
     """
 
-    def __init__(self, subject: Any, tokenizer: Any = None, max_tokens: int | None = None):
+    def __init__(
+        self,
+        subject: Any,
+        tokenizer: Any = None,
+        max_tokens: int | None = None,
+        add_special_tokens: bool = True,
+    ):
         self._subject = Subject(subject)
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
+        self.add_special_tokens = add_special_tokens
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     @property
@@ -94,7 +103,7 @@ class Reader:
 
     def run(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[Any],
         edits: EditRequest | Sequence[EditRequest] = (),
         record: Recordable | Sequence[Recordable] = (),
         seeds: int | Sequence[int] | None = None,
@@ -106,14 +115,20 @@ class Reader:
 
         Args:
             prompts, seeds: one or one for each row; see `plan_rows`. Every row draws from its own
-                generator, so its result does not depend on the batch around it.
+                generator, so its result does not depend on the batch around it. Where a scheduler
+                or module draws from the global generators instead, rows run one by one, and a note
+                says so; the global generators are left as they were. A list of chat messages,
+                `{"role": ..., "content": ...}`, is one prompt of a language model.
             edits: applied in this order.
             record: site strings, `Record`s, `Watch`es or `Stream`s. A recording sees the values
                 after the edits.
-            batch_size: rows computed together; all by default.
+            batch_size: rows computed together; all by default. An argument of which it is not
+                known whether it has one entry for each row is refused where it would be split.
             memory_limit: bytes that recordings may hold.
             arguments: passed on to the pipeline, or to the model's `generate` where it is a
-                language model (its plain forward where none but `logits_to_keep` are given).
+                language model (its plain forward where none but `logits_to_keep` are given; an
+                encoder-decoder then gets its start token, or `decoder_input_ids`). For a language
+                model `add_special_tokens` overrides the reader's.
 
         Raises:
             InvalidInput, UnknownName: an argument cannot be right; nothing is computed then.
@@ -130,23 +145,16 @@ class Reader:
             )
         if batch_size is not None and batch_size < 1:
             raise InvalidInput(f"batch_size must be at least 1, got {batch_size}")
-        plan = plan_rows(prompts, seeds, edits)
         if self._subject.kind == "language":
             from dreamreader.engine.language import run_language
+            from dreamreader.engine.prompts import with_chats
 
+            plan = plan_rows(with_chats(self.tokenizer, prompts), seeds, edits)
             return run_language(self, plan, edits, records, batch_size, memory_limit, arguments)
-        arguments = self._pipeline_arguments(arguments, len(plan))
-        outputs, found, report = [], [], FiringReport()
-        size = batch_size or len(plan)
-        for start in range(0, len(plan), size):
-            stop = min(start + size, len(plan))
-            own = chunked(arguments, start, stop, len(plan))
-            session = self._session(edits, records, plan, start, stop, memory_limit)
-            with session:
-                outputs.append(self._call(plan, start, stop, own))
-            found.append(session.activations(plan.rows))
-            report.merge(session.report)
-        return RunResult(_joined(outputs), Cache(merged(found)), report, tuple(plan.rows))
+        from dreamreader.engine.pipeline import run_pipeline
+
+        plan = plan_rows(prompts, seeds, edits)
+        return run_pipeline(self, plan, edits, records, batch_size, memory_limit, arguments)
 
     def run_with_cache(
         self,
@@ -270,47 +278,6 @@ class Reader:
             tokenizer=self.tokenizer,
         )
 
-    def _call(self, plan: Plan, start: int, stop: int, arguments: dict[str, Any]) -> Any:
-        generators = [torch.Generator().manual_seed(seed) for seed in plan.seeds[start:stop]]
-        prompts = list(plan.prompts[start:stop])
-        return self.subject(prompt=prompts, generator=generators, **arguments)
-
-    def _pipeline_arguments(self, arguments: dict[str, Any], rows: int) -> dict[str, Any]:
-        """Arguments of the pipeline's call: known names, other prompts as lists.
-
-        Raises:
-            UnknownName: the pipeline takes no such argument.
-            InvalidInput: an argument that the reader itself sets.
-        """
-        own = getattr(type(self.subject), "_dreamreader_own_class", type(self.subject))
-        known = list(inspect.signature(own.__call__).parameters)[1:]
-        if "prompt" not in known or "generator" not in known:
-            raise InvalidInput(
-                f"{own.__name__} takes no prompt with a generator; use recording() and editing()"
-            )
-        for name in arguments:
-            if name not in known:
-                raise UnknownName(f"argument of {own.__name__}", name, known)
-            if name in ("prompt", "generator"):
-                raise InvalidInput(f"{name} is set by the reader: use prompts and seeds")
-        each = arguments.get("num_images_per_prompt")
-        if each not in (None, 1):
-            raise InvalidInput(
-                f"num_images_per_prompt={each}: every picture is a row; give seeds=range({each}) "
-                "or repeat the prompt"
-            )
-        ready = dict(arguments)
-        for name, value in arguments.items():
-            if "prompt" not in name or "embeds" in name or name == "num_images_per_prompt":
-                continue
-            if isinstance(value, str):
-                ready[name] = [value] * rows
-            elif isinstance(value, list | tuple) and value and isinstance(value[0], str):
-                if len(value) not in (1, rows):
-                    raise InvalidInput(f"{name} has {len(value)} entries, the run has {rows} rows")
-                ready[name] = list(value) if len(value) == rows else list(value) * rows
-        return ready
-
 
 @dataclass(frozen=True, eq=False)
 class _Hook(EditRequest):
@@ -337,23 +304,6 @@ def _listed(value: Any, kinds: Any, name: str) -> list[Any]:
         if not isinstance(each, kinds):
             raise InvalidInput(f"{name}: got {type(each).__name__} {each!r}")
     return listed
-
-
-def _joined(outputs: list[Any]) -> Any:
-    """Pictures of all batches in one list, array or tensor."""
-    images: list[Any] = [getattr(each, "images", None) for each in outputs]
-    if any(each is None for each in images):
-        images = [each[0] if isinstance(each, tuple) else each for each in outputs]
-    first = images[0]
-    if len(images) == 1:
-        return first
-    if isinstance(first, torch.Tensor):
-        return torch.cat(images)
-    if isinstance(first, list):
-        return [picture for each in images for picture in each]
-    import numpy
-
-    return numpy.concatenate(images)
 
 
 def merged(found: Sequence[list[Activation]]) -> list[Activation]:

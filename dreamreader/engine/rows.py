@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreamreader.engine.cache import Row
+from dreamreader.engine.families.per_row import PICTURES, has_several_networks, meaning
 from dreamreader.engine.request import EditRequest
-from dreamreader.errors import InvalidInput
+from dreamreader.errors import InvalidInput, check_text
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Plan:
     @property
     def rows(self) -> list[Row]:
         pairs = zip(self.prompts, self.seeds, strict=True)
-        return [Row(n, p if isinstance(p, str) else None, s) for n, (p, s) in enumerate(pairs)]
+        return [Row(n, str(p) if isinstance(p, str) else None, s) for n, (p, s) in enumerate(pairs)]
 
 
 def plan_rows(
@@ -49,6 +50,8 @@ def plan_rows(
     wrong = [each for each in listed if not isinstance(each, str)]
     if wrong:
         raise InvalidInput(f"prompts must be strings, got {type(wrong[0]).__name__} {wrong[0]!r}")
+    for number, each in enumerate(listed):
+        check_text(each, f"prompt {number}")
     lengths = {"prompts": len(listed)}
     if seeds is not None and not isinstance(seeds, int):
         seeds = [_seed(each) for each in seeds]
@@ -81,29 +84,84 @@ def _seed(value: Any) -> int:
     return number
 
 
-def chunked(arguments: Mapping[str, Any], start: int, stop: int, total: int) -> dict[str, Any]:
-    """The share of rows start .. stop - 1 in every argument that has one entry for each row."""
-    from torch import Tensor
+def split(pipe: Any, arguments: Mapping[str, Any], start: int, stop: int, total: int) -> dict:
+    """The share of rows start .. stop - 1 in the arguments of a pipeline's call.
 
-    if start == 0 and stop == total:
-        return dict(arguments)
+    What has one entry for each row is cut, everything else goes to every batch. Lists are copied:
+    some pipelines write into those they are given.
+
+    Raises:
+        InvalidInput: an argument could hold one entry for each row or one for all of them, and
+            which is not known; or it has neither 1 entry nor one for each row.
+    """
+    whole = start == 0 and stop == total
     found = {}
     for name, value in arguments.items():
-        per_row = isinstance(value, list | tuple) and len(value) == total and name in _PER_ROW
-        batched = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == total
-        found[name] = value[start:stop] if per_row or batched else value
+        if not whole and _belongs_to_rows(pipe, name, value, total):
+            value = value[start:stop]
+        found[name] = list(value) if isinstance(value, list) else value
     return found
 
 
-_PER_ROW = {
-    "prompt",
-    "prompt_2",
-    "prompt_3",
-    "negative_prompt",
-    "negative_prompt_2",
-    "negative_prompt_3",
-    "generator",
-    "image",
-    "mask_image",
-    "control_image",
-}
+def _belongs_to_rows(pipe: Any, name: str, value: Any, total: int) -> bool:
+    own = getattr(type(pipe), "_dreamreader_own_class", type(pipe))
+    entries = _entries(value)
+    per_row = meaning(own, name)
+    if entries is None or per_row is False:
+        return False
+    depth = 5 if "video" in name else 4  # dimensions of a batch of pictures, of videos
+    if per_row and name in PICTURES:
+        if _is_one(name, value, depth):
+            return False
+        if has_several_networks(pipe) or _is_ambiguous(value, depth):
+            per_row = None
+    if per_row is None:
+        if not _may_hold_rows(value, total):
+            return False
+        raise InvalidInput(
+            f"{name}: has {entries} entries for {total} rows, and whether {own.__name__} takes one "
+            "for each row or all of them for every row is not known, so it cannot be split over "
+            "batches; leave batch_size out, or run one row at a time with its own"
+        )
+    if entries not in (1, total):
+        raise InvalidInput(f"{name}: has {entries} entries, the run has {total} rows")
+    return entries == total
+
+
+def _entries(value: Any) -> int | None:
+    """Length of a list, tuple, tensor or array; None of what can hold no rows."""
+    if isinstance(value, list | tuple):
+        return len(value)
+    shape = getattr(value, "shape", None)
+    return int(shape[0]) if shape is not None and len(shape) else None
+
+
+def _may_hold_rows(value: Any, total: int) -> bool:
+    """Whether the entries of a value could be one for each row (or two, in guidance halves)."""
+    if isinstance(value, Mapping):
+        return any(_may_hold_rows(each, total) for each in value.values())
+    if isinstance(value, list | tuple):
+        if all(each is None or isinstance(each, bool | int | float) for each in value):
+            return False  # sizes, scales, one for each network
+        return len(value) == total or any(_may_hold_rows(each, total) for each in value)
+    entries = _entries(value)
+    return entries is not None and entries in (total, 2 * total)
+
+
+def _dimensions(value: Any) -> int:
+    return len(getattr(value, "shape", ()))
+
+
+def _is_one(name: str, value: Any, depth: int) -> bool:
+    """Whether this is one picture, or the frames of one video, without an axis of rows."""
+    if isinstance(value, list | tuple):
+        first = value[0] if value else None
+        return depth == 5 and not isinstance(first, list | tuple) and _dimensions(first) < 4
+    return _dimensions(value) < depth - ("mask" in name)  # a mask may lack its channel
+
+
+def _is_ambiguous(value: Any, depth: int) -> bool:
+    """Whether rows could stand on more than one axis: batches in a list, masks without channels."""
+    if isinstance(value, list | tuple):
+        return any(_dimensions(each) >= depth and each.shape[0] > 1 for each in value)
+    return _dimensions(value) < depth

@@ -192,7 +192,7 @@ class PipelineTracker(AbstractContextManager):
                 kept = mask if isinstance(mask, Tensor) and mask.shape == found.shape else None
                 self._ids[name, branches[0]] = (found, kept)
             why = ClockUnknown(f"{name} runs before the first denoising step: it has no step")
-            self.now = Now(name, "text", self.runs, why, branches, batch, ids=found)
+            self.now = Now(name, "text", self.runs, why, branches, batch)
 
         return began
 

@@ -9,18 +9,18 @@ changed and looking which batch entries of the denoiser's inputs change with it:
 - a step is one call of `scheduler.step`, numbered from the end of `scheduler.timesteps`.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer", "decoder")
-PROMPTS = ["a red cat", "a large blue circle"]
+PROMPTS = ["a red bird", "a large blue circle"]
 OTHERS = ["a red dog", "a large blue square"]  # of the same numbers of tokens
-NEGATIVE = "a small green tree"
 SEEDS = (3, 4)
 
 
@@ -71,11 +71,14 @@ class Watcher:
         for name in DENOISERS:
             module = getattr(self.pipe, name, None)
             if isinstance(module, nn.Module):
-                handles.append(module.register_forward_pre_hook(self._begin(name), with_kwargs=True))
+                handles.append(
+                    module.register_forward_pre_hook(self._begin(name), with_kwargs=True)
+                )
                 handles.append(module.register_forward_hook(self._end))
         scheduler = self.pipe.scheduler
         step = scheduler.step
 
+        @functools.wraps(step)  # pipelines look at the names of its arguments
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.steps += 1
             return step(*args, **kwargs)
@@ -99,7 +102,10 @@ class Watcher:
             for site in self.sites:
                 name, _, path = site.partition(".")
                 if name == component:
-                    inner, side = module.get_submodule(path.partition(":")[0]), path.partition(":")[2]
+                    inner, side = (
+                        module.get_submodule(path.partition(":")[0]),
+                        path.partition(":")[2],
+                    )
                     self._inside.append(_keep(inner, side, site, seen.values))
 
         return began
@@ -118,13 +124,10 @@ def _keep(module: nn.Module, side: str, site: str, values: dict[str, Tensor]) ->
         )
 
     def keep(module: nn.Module, args: tuple, output: Any) -> None:
-        values.setdefault(site, _first(output, getattr(module, "_image_output", 0)).detach().clone())
+        first = output if isinstance(output, Tensor) else output[0]
+        values[site] = first.detach().clone()
 
     return module.register_forward_hook(keep)
-
-
-def _first(output: Any, element: int) -> Tensor:
-    return output if isinstance(output, Tensor) else output[element]
 
 
 def _flatten(key: str, value: Any, found: dict[str, Tensor]) -> None:
@@ -146,18 +149,22 @@ def changed(one: Seen, two: Seen, ignored: Sequence[str] = ()) -> set[int]:
     found: set[int] = set()
     for key, value in one.inputs.items():
         other = two.inputs.get(key)
-        if key in ignored or value.shape[0] != one.batch or other is None:
+        if key in ignored or value.shape[0] % one.batch or other is None:
             continue
         assert value.shape == other.shape, f"{key}: {value.shape} and {other.shape}"
-        for entry in range(one.batch):
-            if not torch.equal(value[entry], other[entry]):
-                found.add(entry)
+        # of a video, a text may come once for each frame of each entry
+        pairs = zip(value.chunk(one.batch), other.chunk(one.batch), strict=True)
+        found |= {entry for entry, (x, y) in enumerate(pairs) if not torch.equal(x, y)}
     return found
 
 
 def _seeded(one: Sequence[Seen], two: Sequence[Seen]) -> set[str]:
     """Inputs that change with the generators: the latents, not the texts."""
-    pairs = [(key, a.inputs[key], b.inputs.get(key)) for a, b in zip(one, two) for key in a.inputs]
+    pairs = [
+        (key, a.inputs[key], b.inputs.get(key))
+        for a, b in zip(one, two, strict=True)
+        for key in a.inputs
+    ]
     return {key for key, x, y in pairs if y is None or x.shape != y.shape or not torch.equal(x, y)}
 
 
@@ -175,6 +182,7 @@ def truth(pipe: Any, call: Call, sites: Sequence[str], names: Sequence[str] = ()
 
     def run(prompts: list[str], seeds: Sequence[int], kept: Sequence[str] = ()) -> Watcher:
         watcher = Watcher(pipe, kept)
+        torch.manual_seed(0)
         with watcher.watching():
             call(prompts, seeds)
         return watcher
@@ -219,6 +227,17 @@ class Truth:
     @property
     def last_step(self) -> int:
         return max(each.step for each in self.entries)
+
+    def by_rows(self, run: Watcher) -> "Truth":
+        """The truth of a run that took one row after the other, where this one took both."""
+        found, calls = [], len(self.run.calls)
+        for row in range(len(SEEDS)):
+            places: dict[int, int] = {}
+            for at in self.entries:
+                if at.row == row:
+                    entry = places[at.call] = places.get(at.call, -1) + 1
+                    found.append(replace(at, call=row * calls + at.call, entry=entry))
+        return Truth(run, found)
 
     def value(self, site: str, at: Entry) -> Tensor:
         """[tokens, features] of one entry; channels of feature maps stand first in the module."""

@@ -106,7 +106,7 @@ def ltx(name: str) -> Any:
         downsample_type=("conv", "conv"),
         upsample_residual=(False, False),
         upsample_factor=(1, 1),
-        patch_size=1,
+        patch_size=4,
     )
     vae = settle(vae, name)
     vae.latents_mean.copy_(vae.latents_mean + 0.1)

@@ -49,7 +49,7 @@ def _adapter(kind: str) -> Callable[[dict[str, Any]], Any]:
             in_channels=3,
             channels=[16, 32],
             num_res_blocks=1,
-            downscale_factor=2,
+            downscale_factor=4 if kind.endswith("xl") else 2,
             adapter_type=kind,
         )
 

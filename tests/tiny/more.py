@@ -126,7 +126,7 @@ def hunyuan_dit() -> dict[str, Any]:
         sample_size=8,
         in_channels=4,
         patch_size=2,
-        num_layers=3,
+        num_layers=4,
         attention_head_dim=8,
         num_attention_heads=2,
         hidden_size=16,
@@ -257,9 +257,9 @@ def kandinsky3() -> dict[str, Any]:
         time_embedding_dim=16,
         groups=4,
         attention_head_dim=8,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        cross_attention_dim=(16, 32),
+        layers_per_block=2,
+        block_out_channels=(16, 16, 32, 32),
+        cross_attention_dim=32,
         encoder_hid_dim=32,
     )
     movq = VQModel(
@@ -286,7 +286,11 @@ def sana_sprint() -> dict[str, Any]:
     from .parts import parts_of
 
     own = parts_of("sana")
-    config = {**own["transformer"].config, "guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}
+    config = {
+        **own["transformer"].config,
+        "guidance_embeds": True,
+        "qk_norm": "rms_norm_across_heads",
+    }
     config.pop("_use_default_values", None)
     return {
         **own,
@@ -304,7 +308,7 @@ def qwen_edit() -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "flux-channels": flux_channels("flux-control-transformer", 32),
-    "flux-fill": flux_channels("flux-fill-transformer", 36),
+    "flux-fill": flux_channels("flux-fill-transformer", 48),
     "chroma": chroma,
     "cogview3": cogview3,
     "cogview4-control": cogview4_control,

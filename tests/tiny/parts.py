@@ -1,15 +1,19 @@
 """Components of tiny pipelines by family: any class of a family is put together from them.
 
 `assemble(class, family, **extra)` gives a class whatever of the family's components its
-constructor asks for. The modules of a family are built once a process and shared, so a test must
-leave them as they were; the scheduler of every pipeline is its own.
+constructor asks for. The components of a family are built once a process; every pipeline gets
+copies.
 """
 
 import copy
 import functools
 import inspect
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
+
+from torch import nn
 
 from . import controls, mmdit, more, unets, video
 from .weights import settle
@@ -51,6 +55,9 @@ _NEVER = {  # parts that change what a pipeline returns, or load what is not the
 }
 
 
+_FTFY = types.SimpleNamespace(fix_text=str)  # mends broken texts; not installed here
+
+
 @functools.cache
 def parts_of(family: str) -> dict[str, Any]:
     """The components of a family by name; built once."""
@@ -62,12 +69,14 @@ def assemble(name: str, family: str, **extra: Any) -> Any:
     import diffusers
 
     own = getattr(diffusers, name)
+    if not hasattr(module := sys.modules[own.__module__], "ftfy"):
+        module.ftfy = _FTFY  # pyright: ignore[reportAttributeAccessIssue]
     given = {**_NEVER, **parts_of(family), **extra}
     wanted = list(inspect.signature(own.__init__).parameters)[1:]
     found = {key: given[key] for key in wanted if key in given}
     for key, value in found.items():
-        if key.endswith("scheduler"):
-            found[key] = copy.deepcopy(value)
+        if key.endswith("scheduler") or isinstance(value, nn.Module):
+            found[key] = copy.deepcopy(value)  # perturbed attention leaves its processors behind
     pipe = own(**found)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -47,25 +47,6 @@ def wan_image() -> dict[str, Any]:
     return wan("wan-image", 4 + 4 + 2)
 
 
-def wan_vace() -> dict[str, Any]:
-    from diffusers import WanVACETransformer3DModel
-
-    transformer = WanVACETransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=32,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=32,
-        vace_layers=[0, 1],
-        vace_in_channels=2 * 4 + 2 * 2,
-    )
-    return {**wan(), "transformer": settle(transformer, "wan-vace")}
-
-
 def skyreels(name: str = "skyreels", channels: int = 4) -> dict[str, Any]:
     from diffusers import SkyReelsV2Transformer3DModel, UniPCMultistepScheduler
 
@@ -108,6 +89,10 @@ def ltx() -> dict[str, Any]:
         "scheduler": _flow(use_dynamic_shifting=True),
         "vae": autoencoders.ltx("ltx-vae"),
     }
+
+
+def ltx_unshifted() -> dict[str, Any]:
+    return {**ltx(), "scheduler": _flow()}
 
 
 def cogvideo(name: str = "cogvideo", channels: int = 4) -> dict[str, Any]:
@@ -180,6 +165,7 @@ def latte() -> dict[str, Any]:
         num_embeds_ada_norm=1000,
         norm_type="ada_norm_single",
         norm_elementwise_affine=False,
+        video_length=2,
     )
     return {
         **_t5("latte"),
@@ -269,18 +255,12 @@ def animate_xl() -> dict[str, Any]:
     return {**own, "motion_adapter": settle(adapter, "motion-adapter-xl")}
 
 
-def animate_control() -> dict[str, Any]:
-    from .parts import parts_of
-
-    return {**animate(), "controlnet": parts_of("sd-control")["controlnet"]}
-
-
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "wan": wan,
     "wan-image": wan_image,
-    "wan-vace": wan_vace,
     "skyreels": skyreels,
     "ltx": ltx,
+    "ltx-unshifted": ltx_unshifted,
     "cogvideo": cogvideo,
     "cogvideo-image": cogvideo_image,
     "mochi": mochi,
@@ -289,5 +269,4 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "hunyuan-video": hunyuan_video,
     "animate": animate,
     "animate-xl": animate_xl,
-    "animate-control": animate_control,
 }

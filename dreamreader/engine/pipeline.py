@@ -1,0 +1,216 @@
+"""Running a diffusers pipeline on rows of prompts, in batches."""
+
+import inspect
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dreamreader.engine.cache import Cache
+from dreamreader.engine.clock_run import own_class
+from dreamreader.engine.families.per_row import TEXTS
+from dreamreader.engine.firing import FiringReport
+from dreamreader.engine.request import EditRequest, Record, Stream, Watch
+from dreamreader.engine.rows import Plan, split
+from dreamreader.engine.seeds import GlobalDraw, seeded, watched
+from dreamreader.errors import InvalidInput, UnknownName
+
+if TYPE_CHECKING:
+    from dreamreader.engine.reader import Reader, RunResult
+
+Records = Sequence[Record | Watch | Stream]
+
+# fields of the output of a pipeline that hold what it made of each row, the first there is
+_MADE = ("images", "frames", "videos", "audios", "image_embeddings", "image_embeds")
+
+
+def run_pipeline(
+    reader: "Reader",
+    plan: Plan,
+    edits: Sequence[EditRequest],
+    records: Records,
+    batch_size: int | None,
+    memory_limit: int | None,
+    arguments: dict[str, Any],
+) -> "RunResult":
+    """Run the pipeline on every row, `batch_size` rows together.
+
+    A batch of several rows ends at the first draw from a global generator, and its rows run one
+    by one from there on.
+
+    Raises:
+        InvalidInput: an argument that cannot be split, or rows that cannot be run again.
+    """
+    from dreamreader.engine.reader import RunResult, merged
+
+    pipe, rows = reader.subject, len(plan)
+    arguments = _arguments(pipe, arguments, rows)
+    size = batch_size or rows
+    _check_batches(pipe, arguments, size, rows)
+    made, found, report = [], [], FiringReport()
+    start = 0
+    while start < rows:
+        stop = min(start + size, rows)
+        session = reader._session(edits, records, plan, start, stop, memory_limit)
+        own = split(pipe, arguments, start, stop, rows)
+        try:
+            with _randomness(pipe, plan.seeds[start:stop]), session:
+                output = _call(pipe, plan, start, stop, own)
+        except GlobalDraw as draw:
+            _check_again(draw, pipe, edits, records, arguments, rows)
+            report.notes.append(
+                f"{draw.who} draws from the global random generators, which a batch would share: "
+                "rows ran one by one, each seeded by itself"
+            )
+            size = 1
+            continue
+        made.append(_made(output, stop - start, whole=stop - start == rows))
+        found.append(session.activations(plan.rows))
+        report.merge(session.report)
+        start = stop
+    return RunResult(_joined(made), Cache(merged(found)), report, tuple(plan.rows))
+
+
+def _randomness(pipe: Any, seeds: Sequence[int]) -> AbstractContextManager[None]:
+    return seeded(pipe, seeds[0]) if len(seeds) == 1 else watched(pipe)
+
+
+def _call(pipe: Any, plan: Plan, start: int, stop: int, arguments: dict[str, Any]) -> Any:
+    generators = [torch.Generator().manual_seed(seed) for seed in plan.seeds[start:stop]]
+    return pipe(prompt=list(plan.prompts[start:stop]), generator=generators, **arguments)
+
+
+def _arguments(pipe: Any, arguments: dict[str, Any], rows: int) -> dict[str, Any]:
+    """Arguments of the pipeline's call: known names, other prompts as lists.
+
+    Raises:
+        UnknownName: the pipeline takes no such argument.
+        InvalidInput: an argument that the reader itself sets.
+    """
+    own = own_class(pipe)
+    known = list(inspect.signature(own.__call__).parameters)[1:]
+    if "prompt" not in known or "generator" not in known:
+        raise InvalidInput(
+            f"{own.__name__} takes no prompt with a generator; use recording() and editing()"
+        )
+    ready = dict(arguments)
+    for name, value in arguments.items():
+        if name not in known:
+            raise UnknownName(f"argument of {own.__name__}", name, known)
+        if name in ("prompt", "generator"):
+            raise InvalidInput(f"{name} is set by the reader: use prompts and seeds")
+        if name.startswith("num_") and name.endswith("_per_prompt") and value not in (None, 1):
+            raise InvalidInput(
+                f"{name}={value}: every {name.split('_')[1].removesuffix('s')} is a row; give "
+                f"seeds=range({value}) or repeat the prompt"
+            )
+        if name in TEXTS and isinstance(value, str):
+            ready[name] = [value] * rows
+        elif name in TEXTS and isinstance(value, list | tuple) and value:
+            if len(value) not in (1, rows):
+                raise InvalidInput(f"{name} has {len(value)} entries, the run has {rows} rows")
+            ready[name] = list(value) * (rows // len(value))
+    return ready
+
+
+def _check_batches(pipe: Any, arguments: dict[str, Any], size: int, rows: int) -> None:
+    """Refuse before anything is computed what cannot be split or joined again."""
+    if size >= rows:
+        return
+    split(pipe, arguments, 0, size, rows)
+    own = own_class(pipe)
+    classes = _output_classes(own)
+    if arguments.get("return_dict") is False or not classes:
+        return
+    if not any(set(each.__dataclass_fields__) & set(_MADE) for each in classes):
+        raise InvalidInput(
+            f"{own.__name__} gives {classes[0].__name__}, whose rows cannot be joined over "
+            "batches; leave batch_size out"
+        )
+
+
+def _output_classes(own: type) -> list[Any]:
+    """What a pipeline of diffusers may return, as far as its module imports it."""
+    base = next((each for each in own.__mro__ if "__call__" in vars(each)), own)
+    names = vars(sys.modules[base.__module__]) if base.__module__ in sys.modules else {}
+    return [
+        each
+        for name, each in names.items()
+        if name.endswith("PipelineOutput") and hasattr(each, "__dataclass_fields__")
+    ]
+
+
+def _check_again(
+    draw: GlobalDraw,
+    pipe: Any,
+    edits: Sequence[EditRequest],
+    records: Records,
+    arguments: dict[str, Any],
+    rows: int,
+) -> None:
+    """Refuse to run rows again where a function of the caller would be called twice.
+
+    Raises:
+        InvalidInput: there is such a function, or an argument cannot be split.
+    """
+    told = [each.describe() for each in records if isinstance(each, Watch | Stream)]
+    told += [each.describe() for each in edits if callable(getattr(each, "fn", None))]
+    told += [name for name, value in arguments.items() if callable(value)]
+    why = f"{draw.who} draws from the global random generators, which the rows of a batch share"
+    if told:
+        raise InvalidInput(
+            f"{why}; give batch_size=1, so that every row is seeded by itself (the rows are not "
+            f"run again here, as {told[0]} would be called twice)"
+        ) from None
+    try:
+        _check_batches(pipe, arguments, 1, rows)
+    except InvalidInput as error:
+        raise InvalidInput(f"{why}, so every row needs a run of its own. {error}") from None
+
+
+def _made(output: Any, rows: int, whole: bool) -> Any:
+    """What the pipeline made of each row: pictures, videos, sounds or embeddings.
+
+    Raises:
+        InvalidInput: it is one of several batches, and has not one entry for each of its rows.
+    """
+    made = next((got for name in _MADE if (got := getattr(output, name, None)) is not None), None)
+    if made is None:
+        made = output[0] if isinstance(output, tuple) and output else output
+    try:
+        entries = len(made)
+    except TypeError:
+        entries = None
+    if not whole and entries != rows:
+        raise InvalidInput(
+            f"the pipeline gave {type(made).__name__} of {entries} entries for a batch of {rows} "
+            "rows, so batches cannot be joined; leave batch_size out"
+        )
+    return made
+
+
+def _joined(made: list[Any]) -> Any:
+    """What all batches made, in the order of the rows.
+
+    Raises:
+        InvalidInput: the batches gave values of different sizes or types.
+    """
+    first = made[0]
+    if len(made) == 1:
+        return first
+    if isinstance(first, list):
+        return [each for batch in made for each in batch]
+    try:
+        if isinstance(first, torch.Tensor):
+            return torch.cat(made)
+        import numpy
+
+        return numpy.concatenate(made)
+    except (RuntimeError, TypeError, ValueError) as error:
+        sizes = ", ".join(str(list(getattr(each, "shape", ()))) for each in made)
+        raise InvalidInput(
+            f"the batches gave {type(first).__name__}s of sizes {sizes}, which cannot be joined; "
+            "use one batch"
+        ) from error
