@@ -250,6 +250,7 @@ class Clock:
         sample_name = parameters.first_of(_SAMPLE)
         timestep_name = parameters.first_of(_TIMESTEP)
         embedding_name = parameters.first_of(_EMBEDDING)
+        added_name = parameters.first_of(("added_cond_kwargs",))
         skips_name = parameters.first_of(("skip_layers",))
         names = self._contexts[name]
         is_beside = name in self.beside
@@ -283,6 +284,8 @@ class Clock:
                 call.instant = error
             batch = len(sample) if isinstance(sample, Tensor | list) else None
             embedding = parameters.get(embedding_name, args, kwargs)
+            if embedding is None and (added := parameters.get(added_name, args, kwargs)):
+                embedding = added.get("image_embeds")
             try:
                 if is_beside:
                     call.branches = run.branches.beside(batch, embedding)

@@ -26,7 +26,7 @@ class Branches:
         self.layout = layout
         self.arguments = arguments
         self.rows = rows_of(own, arguments)
-        self.heard = Heard()
+        self.heard = Heard(arguments)
         self.passes: Passes | None = None
         self._confirmed = False
         self._index: int | None = None

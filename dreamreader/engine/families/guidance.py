@@ -226,7 +226,8 @@ _LAYOUTS: dict[str, Layout] = {
 }
 
 # named by cache_context while denoising, so without a layout above
-_PROMPT_FIRST: dict[str, Layout] = {**_LAYOUTS, "CogView4Pipeline": SEPARATE, "WanPipeline": SEPARATE}
+_NAMED = {"CogView4Pipeline": SEPARATE, "WanPipeline": SEPARATE}
+_PROMPT_FIRST: dict[str, Layout] = {**_LAYOUTS, **_NAMED}
 
 # These take `num_videos_per_prompt` and make one video all the same.
 _ONE_VIDEO: dict[str, bool] = dict.fromkeys(
