@@ -35,10 +35,9 @@ class Heard:
         if pair:
             self._pairs.append(pair)
 
-    def owner(self, given: Any) -> str | None:
-        """The branch whose very object `given` is; None where that is not known."""
-        names = {name for pair in self._pairs for name, each in pair.items() if each is given}
-        return names.pop() if len(names) == 1 else None
+    def owners(self, given: Any) -> set[str]:
+        """The branches whose very object `given` is; both where they were given the same one."""
+        return {name for pair in self._pairs for name, each in pair.items() if each is given}
 
     def contradiction(self, names: tuple[str, ...], given: Any) -> str | None:
         """What is wrong about the chunks of `given` being these branches, None where nothing is.
