@@ -1,6 +1,5 @@
 """Exact time and guidance branch of every denoiser call of a diffusers pipeline."""
 
-import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -190,8 +189,6 @@ class Clock:
         """Why what is being called is not part of the run that is going on; None where it is."""
         if self._callbacks:
             return "it is called in a callback of the running pipeline, maybe by another one"
-        if self._runs and self._runs[-1].thread != threading.get_ident():
-            return "it is called in another thread than the running pipeline"
         return None
 
     # what the listeners tell
@@ -261,8 +258,6 @@ class Clock:
 
         def began(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             why = self.aside()
-            if why is not None and not self._callbacks:
-                return  # the run's own call goes on in its thread
             self._call = call = _Call(name)
             if why is not None:
                 call.instant = call.branches = ClockUnknown(f"{name} has no step or branch: {why}")
@@ -303,8 +298,7 @@ class Clock:
         return began
 
     def _called(self) -> None:
-        if self._callbacks or self.aside() is None:
-            self._call = None
+        self._call = None
 
     def _hear_text(self, name: str):
         def began(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -339,7 +333,6 @@ class _Run:
     def __init__(self, pipe: Any, arguments: Mapping[str, Any]):
         self.pipe = pipe
         self.arguments = arguments
-        self.thread = threading.get_ident()
         self.called_back = False
         own = own_class(pipe)
         self.branches = Branches(pipe, own, layout_of(own), arguments)
