@@ -1,6 +1,5 @@
 """Exact time and guidance branch of every denoiser call of a diffusers pipeline."""
 
-import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -190,8 +189,6 @@ class Clock:
         """Why what is being called is not part of the run that is going on; None where it is."""
         if self._callbacks:
             return "it is called in a callback of the running pipeline, maybe by another one"
-        if self._runs and self._runs[-1].thread != threading.get_ident():
-            return "it is called in another thread than the running pipeline"
         return None
 
     # what the listeners tell
@@ -250,15 +247,17 @@ class Clock:
         sample_name = parameters.first_of(_SAMPLE)
         timestep_name = parameters.first_of(_TIMESTEP)
         embedding_name = parameters.first_of(_EMBEDDING)
+        added_name = parameters.first_of(("added_cond_kwargs",))
         skips_name = parameters.first_of(("skip_layers",))
         names = self._contexts[name]
         is_beside = name in self.beside
         module = self.beside[name] if is_beside else self.denoisers[name]
+        inner = innermost(module)
+        own = f"{name}_scheduler"
+        scheduler_name = own if getattr(self.pipe, own, None) is not None else "scheduler"
 
         def began(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             why = self.aside()
-            if why is not None and not self._callbacks:
-                return  # the run's own call goes on in its thread
             self._call = call = _Call(name)
             if why is not None:
                 call.instant = call.branches = ClockUnknown(f"{name} has no step or branch: {why}")
@@ -273,13 +272,15 @@ class Clock:
             timestep = parameters.get(timestep_name, args, kwargs)
             index: int | None = None
             try:
-                trajectory = run.trajectory_of(name, module)
+                trajectory = run.trajectory_of(scheduler_name, inner)
                 index = trajectory.locate(timestep, _precision(timestep, sample))
                 call.instant = trajectory.instant(index)
             except ClockUnknown as error:
                 call.instant = error
             batch = len(sample) if isinstance(sample, Tensor | list) else None
             embedding = parameters.get(embedding_name, args, kwargs)
+            if embedding is None and (added := parameters.get(added_name, args, kwargs)):
+                embedding = added.get("image_embeds")
             try:
                 if is_beside:
                     call.branches = run.branches.beside(batch, embedding)
@@ -297,8 +298,7 @@ class Clock:
         return began
 
     def _called(self) -> None:
-        if self._callbacks or self.aside() is None:
-            self._call = None
+        self._call = None
 
     def _hear_text(self, name: str):
         def began(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -333,7 +333,6 @@ class _Run:
     def __init__(self, pipe: Any, arguments: Mapping[str, Any]):
         self.pipe = pipe
         self.arguments = arguments
-        self.thread = threading.get_ident()
         self.called_back = False
         own = own_class(pipe)
         self.branches = Branches(pipe, own, layout_of(own), arguments)
@@ -350,17 +349,16 @@ class _Run:
         for trajectory in self._trajectories.values():
             trajectory.settle()
 
-    def trajectory_of(self, name: str, denoiser: nn.Module) -> Trajectory:
-        """The schedule that the pipeline has set for a component; read anew when it sets another.
+    def trajectory_of(self, scheduler_name: str, denoiser: nn.Module) -> Trajectory:
+        """The schedule that the pipeline has set for a denoiser; read anew when it sets another.
 
         Raises:
             ClockUnknown: it has none, or something that ran in a callback has set another.
         """
-        scheduler = getattr(self.pipe, f"{name}_scheduler", None)
-        scheduler = getattr(self.pipe, "scheduler", None) if scheduler is None else scheduler
+        scheduler = getattr(self.pipe, scheduler_name, None)
         if scheduler is None or getattr(scheduler, "timesteps", None) is None:
             raise ClockUnknown(f"{self.branches.family} has no scheduler with timesteps")
-        inner = type(innermost(denoiser))
+        inner = type(denoiser)
         key = id(scheduler), inner  # a second denoiser of the class goes on with the first one's
         trajectory = self._trajectories.get(key)
         if trajectory is None or trajectory.source is not scheduler.timesteps:

@@ -26,7 +26,7 @@ class Branches:
         self.layout = layout
         self.arguments = arguments
         self.rows = rows_of(own, arguments)
-        self.heard = Heard()
+        self.heard = Heard(arguments)
         self.passes: Passes | None = None
         self._confirmed = False
         self._index: int | None = None
@@ -72,13 +72,13 @@ class Branches:
             if self.rows is not None and batch == self.rows:
                 names = ("cond",)  # guess mode
             return self._confirm(self._checked(names, batch), embedding)
-        owner = None if embedding is None else self.heard.owner(embedding)
-        if owner is None:
+        owners = set() if embedding is None else self.heard.owners(embedding)
+        if len(owners) != 1:
             raise ClockUnknown(
                 f"{self.family} does not say for which branch it runs its ControlNet, and the call "
                 "has no prompt embeddings that encode_prompt returned"
             )
-        return self._checked((owner,), batch)
+        return self._checked(tuple(owners), batch)
 
     def _chunks(self, batch: int | None) -> tuple[str, ...]:
         """Names of the chunks of a batched call."""
@@ -129,7 +129,10 @@ class Branches:
             )
         known = next((name for name, seen in self._embeddings.items() if seen is embedding), None)
         if known is None and embedding is not None:
-            known = self.heard.owner(embedding)
+            owners = self.heard.owners(embedding)
+            if len(owners) > 1:
+                return order[turn]  # one tensor for both: nothing speaks against the order
+            known = next(iter(owners), None)
         if embedding is not None and known in (None, order[turn]):
             self._embeddings[order[turn]] = embedding
         elif known is not None and known != order[turn]:

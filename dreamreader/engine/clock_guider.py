@@ -4,8 +4,7 @@ Pipelines with a guider (the modular ones) let it split their inputs into passes
 such as `pred_cond`, and announce each to it before they call the denoiser.
 """
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +44,21 @@ def _holds(prepared: Any, embedding: Any) -> bool:
     return embedding is not None and any(each is embedding for each in vars(prepared).values())
 
 
+class _Tap:
+    """Stands for one of a guider's methods and passes on what it prepares."""
+
+    def __init__(self, original: Callable[..., Any], earlier: Any):
+        self.original = original
+        self.earlier = earlier  # what the object itself had there, beside its class
+        self.listening: list[Passes] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = self.original(*args, **kwargs)
+        for passes in self.listening:
+            passes.prepared = prepared
+        return prepared
+
+
 @contextmanager
 def listen_to_guider(guider: Any) -> Iterator[Passes | None]:
     """Learn the passes that this guider prepares; None where there is no guider."""
@@ -52,21 +66,22 @@ def listen_to_guider(guider: Any) -> Iterator[Passes | None]:
         yield None
         return
     passes, shelf = Passes(guider), vars(guider)
-    earlier = {name: shelf[name] for name in _SPLITS if name in shelf}
     for name in _SPLITS:
-        shelf[name] = _kept(getattr(guider, name), passes)
+        if not isinstance(shelf.get(name), _Tap):
+            shelf[name] = _Tap(getattr(guider, name), shelf.get(name))
+        shelf[name].listening.append(passes)
     try:
         yield passes
     finally:
         for name in _SPLITS:
-            shelf.pop(name, None)
-        shelf.update(earlier)
+            tap = shelf.get(name)
+            if isinstance(tap, _Tap):
+                _leave(shelf, name, tap, passes)
 
 
-def _kept(split: Any, passes: Passes) -> Any:
-    @functools.wraps(split)
-    def listening(*args: Any, **kwargs: Any) -> Any:
-        passes.prepared = split(*args, **kwargs)
-        return passes.prepared
-
-    return listening
+def _leave(shelf: dict[str, Any], name: str, tap: _Tap, passes: Passes) -> None:
+    tap.listening = [each for each in tap.listening if each is not passes]
+    if not tap.listening:
+        del shelf[name]
+        if tap.earlier is not None:
+            shelf[name] = tap.earlier

@@ -4,20 +4,24 @@
 run, the chunks of the denoiser's batch are compared with them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Embedding = Tensor | list[Tensor]
+_ARGUMENTS = {"cond": "image_embeds", "uncond": "negative_image_embeds"}  # decoders of Kandinsky
 
 
 class Heard:
-    """The embeddings of one run, by branch."""
+    """The embeddings of one run, by branch: of `encode_prompt`, or of the call's own arguments."""
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
         self._pairs: list[dict[str, Embedding]] = []
+        given = {name: arguments.get(argument) for name, argument in _ARGUMENTS.items()}
+        if all(isinstance(each, Tensor) for each in given.values()):
+            self._pairs.append(given)  # pyright: ignore[reportArgumentType]
 
     def keep(self, names: Sequence[str] | None, result: Any) -> None:
         """Keep what one `encode_prompt` returned for these branches, in order."""
@@ -31,10 +35,9 @@ class Heard:
         if pair:
             self._pairs.append(pair)
 
-    def owner(self, given: Any) -> str | None:
-        """The branch whose very object `given` is; None where that is not known."""
-        names = {name for pair in self._pairs for name, each in pair.items() if each is given}
-        return names.pop() if len(names) == 1 else None
+    def owners(self, given: Any) -> set[str]:
+        """The branches whose very object `given` is; both where they were given the same one."""
+        return {name for pair in self._pairs for name, each in pair.items() if each is given}
 
     def contradiction(self, names: tuple[str, ...], given: Any) -> str | None:
         """What is wrong about the chunks of `given` being these branches, None where nothing is.

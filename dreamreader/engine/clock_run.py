@@ -87,10 +87,10 @@ def _listening_class(own: type) -> type:
         heard = heard_here()
         for listener in heard:
             listener.run_began(arguments)
-        args, kwargs = with_marks(own.__call__, args, kwargs, heard)
+        placed, named = with_marks(own.__call__, args, kwargs, heard)
         failed = True
         try:
-            result = own.__call__(self, *args, **kwargs)
+            result = own.__call__(self, *placed, **named)
             failed = False
         finally:
             for listener in reversed(heard):

@@ -11,7 +11,7 @@ from dreamreader.engine.clock import Clock
 from dreamreader.engine.clock_rows import prompts_of, rows_of
 from dreamreader.engine.clock_run import listen_to_pipeline, own_class
 from dreamreader.engine.clock_schedule import Instant
-from dreamreader.engine.families.places import Layout, layout, text_lengths
+from dreamreader.engine.families.places import Layout, layout, leaves_padding_out, text_lengths
 from dreamreader.engine.now import ALL, Now
 from dreamreader.engine.subject import Subject, innermost
 from dreamreader.engine.threads import Owner
@@ -147,6 +147,7 @@ class PipelineTracker(AbstractContextManager):
     def _denoiser(self, name: str, module: nn.Module):
         inner = innermost(module)
         parameters = Parameters(inner)
+        by_mask = leaves_padding_out(inner)
 
         def began(args: tuple, kwargs: dict[str, Any]) -> None:
             arguments = parameters.bind(args, kwargs)
@@ -160,7 +161,7 @@ class PipelineTracker(AbstractContextManager):
                 (key, value.shape) for key, value in arguments.items() if isinstance(value, Tensor)
             )
             # Masks decide the text lengths of some families, so a mask is part of the key by value.
-            key = (name, shapes, text_lengths(inner, arguments))
+            key = (name, shapes, text_lengths(arguments) if by_mask else None)
             if key not in self._layouts:
                 self._layouts[key] = layout(inner, arguments)
             self.now = Now(

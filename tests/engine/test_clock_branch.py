@@ -268,6 +268,30 @@ class TestBranches:
         ):
             branches.of(None, 1, 1, uncond, False)
 
+    def test_embeddings_of_encode_prompt_contradict_the_order(self) -> None:
+        branches = self.of("Lumina2Pipeline", {})
+        cond, uncond = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
+        branches.heard.keep(("cond", "uncond"), (cond, None, uncond, None))
+        with pytest.raises(ClockUnknown, match="should be cond, but .* are those of uncond"):
+            branches.of(None, 0, 1, uncond, False)
+
+    def test_one_tensor_for_both_prompts_leaves_the_order(self) -> None:
+        branches = self.of("Lumina2Pipeline", {})
+        same = torch.zeros(1, 2, 3)
+        branches.heard.keep(("cond", "uncond"), (same, None, same, None))
+        said = [branches.of(None, step, 1, same, False) for step in (0, 0, 1, 1)]
+        assert said == [COND, UNCOND] * 2
+
+    def test_equal_values_of_both_prompts_leave_the_layout(self) -> None:
+        branches = self.of("PixArtSigmaPipeline", {"guidance_scale": 4.0})
+        branches.heard.keep(("cond", "uncond"), (torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)))
+        assert branches.of(None, 0, 2, torch.zeros(2, 2, 3), False) == BOTH
+
+    def test_other_values_than_those_of_encode_prompt_leave_the_layout(self) -> None:
+        branches = self.of("PixArtSigmaPipeline", {"guidance_scale": 4.0})
+        branches.heard.keep(("cond", "uncond"), (torch.zeros(1, 2, 3), torch.ones(1, 2, 3)))
+        assert branches.of(None, 0, 2, torch.full((2, 2, 3), 0.5), False) == BOTH
+
     def test_context_name_of_a_guider(self) -> None:
         assert self.of("FluxPipeline", {}).of("pred_cond", 0, 1, None, False) == COND
 

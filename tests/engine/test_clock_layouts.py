@@ -207,7 +207,7 @@ def kandinsky_unet(conditions: int = 16):
     return settle(unet, "kandinsky-unet")
 
 
-def test_kandinsky_decoder() -> None:
+def test_kandinsky_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     movq = settle(
         diffusers.VQModel(
             block_out_channels=(8, 8),
@@ -236,6 +236,15 @@ def test_kandinsky_decoder() -> None:
         )
 
     assert check(pipe, "unet", run, {"sample"}) == [BOTH] * 3
+    with monkeypatch.context() as patch:  # what a decoder of another order would do
+        cat = torch.cat
+
+        def swapped(tensors: Any, *args: Any, **kwargs: Any) -> Tensor:
+            return cat(tensors[::-1] if tensors[0].dim() == 2 else tensors, *args, **kwargs)
+
+        patch.setattr(torch, "cat", swapped)
+        calls = heard(pipe, "unet", lambda: run("a", "b"))
+    assert "should be uncond holds the prompt embeddings of cond" in str(calls[0].said)
     with PipelineTracker(Subject(pipe)) as tracker:
         run("a", "b")
         assert tracker.rows == 4 and tracker.prompts is None

@@ -226,10 +226,11 @@ _LAYOUTS: dict[str, Layout] = {
 }
 
 # named by cache_context while denoising, so without a layout above
-_PROMPT_FIRST = {**_LAYOUTS, "CogView4Pipeline": SEPARATE, "WanPipeline": SEPARATE}
+_NAMED = {"CogView4Pipeline": SEPARATE, "WanPipeline": SEPARATE}
+_PROMPT_FIRST: dict[str, Layout] = {**_LAYOUTS, **_NAMED}
 
 # These take `num_videos_per_prompt` and make one video all the same.
-_ONE_VIDEO = dict.fromkeys(
+_ONE_VIDEO: dict[str, bool] = dict.fromkeys(
     (
         "AllegroPipeline",
         "AnimateDiffPipeline",
@@ -252,7 +253,7 @@ _ONE_VIDEO = dict.fromkeys(
 
 
 # Given negative prompts, these embed them as rows of their own, behind those of the prompts.
-_NEGATIVE_ROWS = dict.fromkeys(
+_NEGATIVE_ROWS: dict[str, bool] = dict.fromkeys(
     ("KandinskyPriorPipeline", "KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline"),
     True,
 )

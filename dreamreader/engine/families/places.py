@@ -73,10 +73,13 @@ def layout(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Layout:
     return build(denoiser, arguments)
 
 
-def text_lengths(denoiser: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Text tokens of each batch entry, for families whose joint sequences leave padding out."""
-    if entry_of(type(denoiser), _FAMILIES, "forward") is not _lumina:
-        return None
+def leaves_padding_out(denoiser: nn.Module) -> bool:
+    """Whether its joint sequences hold the text of each entry without padding."""
+    return entry_of(type(denoiser), _FAMILIES, "forward") is _lumina
+
+
+def text_lengths(arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Text tokens of each batch entry, by the mask of a call."""
     mask = arguments.get("encoder_attention_mask")
     return tuple(mask.sum(1).tolist()) if isinstance(mask, Tensor) else None
 
@@ -133,7 +136,7 @@ def _qwen_image(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Layout:
 
 
 def _lumina(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Layout:
-    lengths = text_lengths(denoiser, arguments)
+    lengths = text_lengths(arguments)
     return Layout(_patched(denoiser, arguments), _text(arguments), text_lengths=lengths)
 
 

@@ -100,7 +100,7 @@ _FORMS: dict[str, Form] = {
 _FORMS_OF_SCHEDULERS: dict[str, Form] = {"SCMScheduler": trigonometric}
 
 # Tokens of a given first frame and the like get timestep 0 in the call of any step.
-_CLEAN_TOKENS = dict.fromkeys(
+_CLEAN_TOKENS: dict[str, bool] = dict.fromkeys(
     (
         "WanTransformer3DModel",
         "LTXVideoTransformer3DModel",
