@@ -117,9 +117,9 @@ def _belongs_to_rows(pipe: Any, name: str, value: Any, total: int) -> bool:
         if not _may_hold_rows(value, total):
             return False
         raise InvalidInput(
-            f"{name}: has {entries} entries for {total} rows, and whether {own.__name__} takes one "
-            "for each row or all of them for every row is not known, so it cannot be split over "
-            "batches; leave batch_size out, or run one row at a time with its own"
+            f"{name}: has length {entries} in a run of {total} rows, and whether {own.__name__} "
+            "takes one for each row or all of them for every row is not known, so it cannot be "
+            "split over batches; leave batch_size out, or run one row at a time with its own"
         )
     if entries not in (1, total):
         raise InvalidInput(f"{name}: has {entries} entries, the run has {total} rows")

@@ -54,7 +54,7 @@ _ROWS: dict[str, tuple[str, ...]] = {
             *_classes("StableDiffusion3", "Img2Img", "Inpaint", "PAGImg2Img"),
             *_classes("StableDiffusion3", "ControlNet", "ControlNetInpainting"),
             *_classes("LatentConsistencyModel", "Img2Img"),
-            *_classes("Flux", "Img2Img", "Inpaint", "Fill", "Kontext"),
+            *_classes("Flux", "Img2Img", "Inpaint", "Fill", "Kontext", "KontextInpaint"),
             *_classes("Flux", "Control", "ControlImg2Img", "ControlInpaint"),
             *_classes("Flux", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint"),
             *_classes("Chroma", "Img2Img"),
