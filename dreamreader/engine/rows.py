@@ -105,7 +105,7 @@ def _belongs_to_rows(pipe: Any, name: str, value: Any, total: int) -> bool:
     own = getattr(type(pipe), "_dreamreader_own_class", type(pipe))
     entries = _entries(value)
     per_row = meaning(own, name)
-    if entries is None or per_row is False:
+    if per_row is False or entries is None:
         return False
     depth = 5 if "video" in name else 4  # dimensions of a batch of pictures, of videos
     if per_row and name in PICTURES:
@@ -127,8 +127,8 @@ def _belongs_to_rows(pipe: Any, name: str, value: Any, total: int) -> bool:
 
 
 def _entries(value: Any) -> int | None:
-    """Length of a list, tuple, tensor or array; None of what can hold no rows."""
-    if isinstance(value, list | tuple):
+    """Length of a list, tuple, dictionary, tensor or array; None of what can hold no rows."""
+    if isinstance(value, list | tuple | Mapping):
         return len(value)
     shape = getattr(value, "shape", None)
     return int(shape[0]) if shape is not None and len(shape) else None

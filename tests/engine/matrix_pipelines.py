@@ -184,7 +184,10 @@ FAMILIES: dict[str, Family] = {
         ("transformer.transformer_blocks.0.attn1.to_out.0",),
         {"height": 32, "width": 48, **_GUIDED, "num_frames": 7, "max_sequence_length": 16},
     ),
-    "latte": Family(("transformer.proj_out",), {**_SIZE, **_GUIDED, **_CLEAN, "video_length": 2}),
+    "latte": Family(
+        ("transformer.proj_out",),
+        {**_SIZE, **_GUIDED, **_CLEAN, "video_length": 2, "mask_feature": False},
+    ),
     "allegro": Family(
         _CROSS,
         {
@@ -363,13 +366,12 @@ LINES: list[Line] = [
         names=_PAG,
         expected="wrong",
     ),
-    Line("StableDiffusion3ControlNetPipeline", "sd3", "sd3-control", _CONTROL, expected="wrong"),
+    Line("StableDiffusion3ControlNetPipeline", "sd3", "sd3-control", _CONTROL),
     Line(
         "StableDiffusion3ControlNetInpaintingPipeline",
         "sd3",
         "sd3-control-mask",
         {**_CONTROL, "control_mask": _mask(16, 24)},
-        expected="wrong",
     ),
     Line("FluxPipeline", "flux"),
     Line("FluxPipeline", "flux", "flux-true-cfg", {**_TRUE, "guidance_scale": None}),
@@ -456,7 +458,6 @@ LINES: list[Line] = [
         "cogview",
         "cogview4-control",
         {"control_image": _random(2, 3, 16, 32)},
-        expected="wrong",
     ),
     Line("LuminaPipeline", "lumina", expected="wrong"),
     Line("Lumina2Pipeline", "lumina2", expected="refused"),
