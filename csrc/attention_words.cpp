@@ -1,13 +1,12 @@
 // CPU side of the attention maps: from tensors to a job, the list of keys that have a weight, and
 // the choice of instruction set and threads. At the foot the bindings, for CUDA too.
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 #include <vector>
 
 #include "attention_words_cpu.h"
 #include "bind.h"
 #include "cpu.h"
+#include "scratch.h"
 #include "tensor_view.h"
 #include "threads.h"
 #ifdef DREAMREADER_CUDA
@@ -23,7 +22,8 @@ DType dtype_of(const TensorView& tensor) {
   if (tensor.is(kDLFloat, 32)) return DType::f32;
   if (tensor.is(kDLBfloat, 16)) return DType::bf16;
   if (tensor.is(kDLFloat, 16)) return DType::f16;
-  throw std::invalid_argument("attention_words_: no kernel for a tensor " + tensor.describe());
+  throw std::invalid_argument("attention_words_: got " + tensor.describe() +
+                              "; float16, bfloat16 and float32 are possible");
 }
 
 MaskType mask_type_of(const TensorView& mask) {
@@ -154,11 +154,8 @@ struct Run {
 // Scratch lasts as long as the piece of work: a call takes far longer than its allocation.
 void run_piece(void* context, int64_t first, int64_t last) {
   const Run& run = *static_cast<const Run*>(context);
-  const size_t bytes = (size_t(run.floats) * sizeof(float) + 63) / 64 * 64;
-  float* scratch = static_cast<float*>(std::aligned_alloc(64, bytes));
-  if (!scratch) throw std::bad_alloc();
-  run.engine.run(*run.job, scratch, first, last);
-  std::free(scratch);
+  const Memory<float> scratch = allocate<float>(size_t(run.floats));
+  run.engine.run(*run.job, scratch.get(), first, last);
 }
 
 // Queries of one piece: few enough that their tiles stay in a core's cache and that every thread

@@ -304,10 +304,11 @@ template <typename T>
 cudaError_t launch(const AttentionWords& call, cudaStream_t stream) {
   const int64_t blocks = (call.queries + kQueries - 1) / kQueries * call.heads * call.batch;
   if (blocks > INT32_MAX || call.keys > INT32_MAX / 2 || call.queries > INT32_MAX / 2 || call.width > INT32_MAX / 2)
-    return cudaErrorInvalidConfiguration;
+    return cudaErrorNotSupported;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(kThreads);
+  static_assert(sizeof(Shared) <= 48 << 10);  // what every device gives unasked
   config.dynamicSmemBytes = sizeof(Shared);
   config.stream = stream;
   return cudaLaunchKernelEx(&config, attention_words_kernel<T>, call);

@@ -1,13 +1,31 @@
 // The one Python module. Operators bind themselves (bind.h); here is only what the build says about
-// itself.
+// itself, and the Python names of errors.
+#include <new>
+#include <system_error>
+
 #include "bind.h"
 #include "cpu.h"
+#include "refusal.h"
 
 #ifdef DREAMREADER_CUDA
 #include <cuda_runtime_api.h>
 #endif
 
 namespace {
+
+// What the system refused: a thread, for example, as OSError(number, text), or memory.
+void translate(std::exception_ptr error) {
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (const std::system_error& refused) {
+    const auto values = pybind11::make_tuple(refused.code().value(), refused.what());
+    PyErr_SetObject(PyExc_OSError, values.ptr());
+  } catch (const dreamreader::OutOfMemory& error) {
+    PyErr_SetString(PyExc_MemoryError, error.what());
+  } catch (const std::bad_alloc&) {
+    PyErr_SetString(PyExc_MemoryError, "dreamreader: the system has no memory left for this call");
+  }
+}
 
 pybind11::dict build_info() {
   pybind11::dict info;
@@ -41,5 +59,8 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of dreamreader; tensors come in through DLPack.";
   m.def("build_info", &build_info);
+  pybind11::register_local_exception<dreamreader::NotTaken>(m, "NotTaken");
+  pybind11::register_local_exception<dreamreader::NoCode>(m, "NoCode");
+  pybind11::register_local_exception_translator(&translate);
   for (auto bind : dreamreader::binders()) bind(m);
 }

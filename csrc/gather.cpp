@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <list>
@@ -21,6 +22,7 @@
 #include <vector>
 
 #include "bind.h"
+#include "bus_error.h"
 #include "cpu.h"
 #include "permutation.h"
 #include "tensor_view.h"
@@ -75,7 +77,7 @@ struct Shard {
 };
 
 // Mapped files; those that were not used for longest go first where there are too many.
-class Mappings {
+class Mappings final : public MappedMemory {
  public:
   Mappings(std::vector<std::string> names, std::vector<int64_t> bytes, int64_t most)
       : names_(std::move(names)), bytes_(std::move(bytes)), most_(most), held_(names_.size()) {}
@@ -88,6 +90,51 @@ class Mappings {
   int64_t most() const { return most_; }
   int64_t open() const { return int64_t(used_.size()); }
 
+  bool miss(const void* address) override {
+    const char* at = static_cast<const char*>(address);
+    for (size_t file = 0; file < held_.size(); ++file) {
+      const char* base = held_[file].base;
+      if (!base || at < base || at >= base + bytes_[file]) continue;
+      lost_ = int64_t(file);
+      return true;
+    }
+    return false;
+  }
+
+  // What became of the file of which a page was missing since the last call. It is mapped again
+  // when it is needed again.
+  Problem lost() {
+    const int64_t file = lost_.exchange(-1);
+    if (file < 0) return {};
+    unmap(file);
+    const Problem problem = shorter(file);
+    return problem.kind ? problem : Problem{"read", file, 0, std::strerror(EIO)};
+  }
+
+  // Whether a file has lost what a whole one has.
+  Problem shorter(int64_t file) const {
+    struct stat found;
+    if (stat(names_[size_t(file)].c_str(), &found) != 0)
+      return {"open", file, 0, std::strerror(errno)};
+    const int64_t bytes = bytes_[size_t(file)];
+    if (found.st_size < bytes) return {"short", file, bytes, std::to_string(found.st_size)};
+    return {};
+  }
+
+  // The same, at the price of one load: what a mapped file has lost reads as 0, and its last
+  // checksum is hardly ever 0.
+  Problem cut(int64_t file) {
+    std::atomic_thread_fence(std::memory_order_acquire);
+    uint32_t last;
+    {
+      const ReadingMapped reading(*this);
+      std::memcpy(&last, held_[size_t(file)].base + bytes_[size_t(file)] - 4, 4);
+    }
+    if (last) return {};
+    const Problem problem = lost();
+    return problem.kind ? problem : shorter(file);
+  }
+
   // Maps a file. What was asked for in the last `most` calls stays mapped.
   Problem use(int64_t file) {
     Held& held = held_[size_t(file)];
@@ -95,12 +142,7 @@ class Mappings {
       if (held.place != used_.begin()) used_.splice(used_.begin(), used_, held.place);
       return {};
     }
-    if (open() >= most_) {
-      const int64_t last = used_.back();
-      munmap(held_[size_t(last)].base, size_t(bytes_[size_t(last)]));
-      held_[size_t(last)].base = nullptr;
-      used_.pop_back();
-    }
+    if (open() >= most_) unmap(used_.back());
     const int handle = ::open(names_[size_t(file)].c_str(), O_RDONLY | O_CLOEXEC);
     if (handle < 0) return {"open", file, 0, std::strerror(errno)};
     struct stat found;
@@ -124,11 +166,20 @@ class Mappings {
     char* base = nullptr;
     std::list<int64_t>::iterator place;
   };
+
+  void unmap(int64_t file) {
+    Held& held = held_[size_t(file)];
+    munmap(held.base, size_t(bytes_[size_t(file)]));
+    held.base = nullptr;
+    used_.erase(held.place);
+  }
+
   std::vector<std::string> names_;
   std::vector<int64_t> bytes_;
   int64_t most_;
   std::vector<Held> held_;
   std::list<int64_t> used_;  // the last used first
+  std::atomic<int64_t> lost_{-1};
 };
 
 // Which tokens are wanted: begin, begin + every, ..., or those that the table marks.
@@ -220,6 +271,7 @@ class Gather {
     {
       py::gil_scoped_release release;
       std::lock_guard<std::mutex> lock(busy_);
+      watch_bus_errors();
       problem = count_runs(reinterpret_cast<int64_t*>(view.data()), threads);
     }
     return told(problem);
@@ -253,6 +305,7 @@ class Gather {
     {
       py::gil_scoped_release release;
       std::lock_guard<std::mutex> lock(busy_);
+      watch_bus_errors();
       const int64_t out_bytes = format.width * (format.out == DType::f32 ? 4 : 2);
       format.streamed = (out_bytes | int64_t(uintptr_t(to.data()))) % kLine == 0 &&
                         to.size(0) * out_bytes > kCached;
@@ -309,6 +362,30 @@ class Gather {
     return (*mappings_)[file] + shards_[size_t(file)].keys + row * kKeyBytes;
   }
 
+  // `share` for work that reads mapped files.
+  template <typename F>
+  void share_reading(int64_t items, int64_t grain, int threads, const F& work) {
+    share(items, grain, threads, [&](int64_t first, int64_t last) {
+      const ReadingMapped reading(*mappings_);
+      work(first, last);
+    });
+  }
+
+  // Whether a file of these runs got shorter; for what no checksum covers.
+  template <typename F>
+  Problem cut(int64_t count, const F& run_at) {
+    int64_t before = -1;
+    asked_.assign(shards_.size(), false);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t file = file_[size_t(run_at(i))];
+      if (file == before || asked_[size_t(file)]) continue;
+      asked_[size_t(file)] = true;
+      before = file;
+      if (const Problem problem = mappings_->cut(file); problem.kind) return problem;
+    }
+    return {};
+  }
+
   Problem count_runs(int64_t* counts, int threads) {
     const int64_t runs = int64_t(file_.size());
     for (int64_t from = 0; from < runs; from += mappings_->most()) {
@@ -318,7 +395,7 @@ class Gather {
         if (const Problem problem = mappings_->use(file); problem.kind) return problem;
         will_need(key_of(file, first_[size_t(run)]), rows_[size_t(run)] * kKeyBytes);
       }
-      share(to - from, 64, threads, [&](int64_t begin, int64_t end) {
+      share_reading(to - from, 64, threads, [&](int64_t begin, int64_t end) {
         for (int64_t run = from + begin; run < from + end; ++run) {
           const char* key = key_of(file_[size_t(run)], first_[size_t(run)]);
           int64_t count = 0;
@@ -327,6 +404,9 @@ class Gather {
           counts[run] = count;
         }
       });
+      if (const Problem problem = mappings_->lost(); problem.kind) return problem;
+      const auto run_at = [&](int64_t i) { return from + i; };
+      if (const Problem problem = cut(to - from, run_at); problem.kind) return problem;
     }
     return {};
   }
@@ -342,11 +422,10 @@ class Gather {
     }
     const int64_t before = blocks_read();
     if (cold_) announce(threads);
-    Problem problem;
     std::mutex reporting;
     int64_t first_wrong = rows;
     const int64_t grain = std::clamp(rows / (4 * threads), int64_t{16}, kGatherRows);
-    share(rows, grain, threads, [&](int64_t begin, int64_t end) {
+    share_reading(rows, grain, threads, [&](int64_t begin, int64_t end) {
       GatherRow parts[kGatherRows];
       for (int64_t at = begin; at < end; ++at) {
         if (!rows_.empty()) pick(found_[size_t(at)]);
@@ -364,9 +443,15 @@ class Gather {
       }
     });
     cold_ = blocks_read() != before;
-    if (first_wrong == rows) return {};
-    const Found& wrong = found_[size_t(first_wrong)];
-    return {"checksum", file_[size_t(wrong.run)], wrong.row, ""};
+    if (const Problem lost = mappings_->lost(); lost.kind) return lost;
+    if (first_wrong < rows) {
+      const Found& wrong = found_[size_t(first_wrong)];
+      const int64_t file = file_[size_t(wrong.run)];
+      const Problem shorter = mappings_->shorter(file);
+      return shorter.kind ? shorter : Problem{"checksum", file, wrong.row, ""};
+    }
+    if (format.checked && rows_.empty()) return {};
+    return cut(rows, [&](int64_t i) { return found_[size_t(i)].run; });
   }
 
   // The run of each position; its row too, unless tokens are chosen: then its number among them.
@@ -411,7 +496,7 @@ class Gather {
     const bool chosen = !rows_.empty();
     for (const bool values : {false, true}) {
       if (!values && !chosen) continue;
-      share(int64_t(found_.size()), kGatherRows, threads, [&](int64_t begin, int64_t end) {
+      share_reading(int64_t(found_.size()), kGatherRows, threads, [&](int64_t begin, int64_t end) {
         for (int64_t at = begin; at < end; ++at) {
           Found found = found_[size_t(at)];
           const int64_t run = found.run, file = file_[size_t(run)];
@@ -446,6 +531,7 @@ class Gather {
   Tokens tokens_;
   std::unique_ptr<Mappings> mappings_;
   std::vector<Found> found_;
+  std::vector<bool> asked_;  // by file
   bool cold_ = true;  // whether the last rows came from the disk
   std::mutex busy_;
 };

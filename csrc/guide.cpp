@@ -6,13 +6,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "bind.h"
 #include "cpu.h"
+#include "scratch.h"
 #include "tensor_view.h"
 #include "threads.h"
 
@@ -29,18 +27,6 @@ const GuideKernels& kernels() {
   return portable::guide;
 }
 
-struct Free {
-  void operator()(float* memory) const { std::free(memory); }
-};
-using Floats = std::unique_ptr<float, Free>;
-
-Floats floats(int64_t count) {
-  const size_t bytes = (size_t(count) * sizeof(float) + 63) / 64 * 64;
-  float* memory = static_cast<float*>(std::aligned_alloc(64, std::max<size_t>(bytes, 64)));
-  if (!memory) throw std::bad_alloc();
-  return Floats(memory);
-}
-
 const float* data_of(const TensorView& t) { return reinterpret_cast<const float*>(t.data()); }
 
 // Rows of scratch memory are a cache line longer than they need, so that those of a power of two
@@ -55,7 +41,7 @@ int64_t guide_scratch(const GuideJob& job) {  // floats for each row of a block
 struct Tables {
   std::vector<int64_t> rows;
   std::vector<float> strength, bias, second_bias, head;
-  std::vector<Floats> packed;
+  std::vector<Memory<float>> packed;
 };
 
 void list_rows(const TensorView& strength, Tables& tables) {
@@ -100,7 +86,7 @@ void add_matrix(GuideJob& job, Tables& tables, GuideMatrices which, const Tensor
   matrix = {data_of(from), from.size(rows), from.size(columns), from.stride(rows),
             from.stride(columns), nullptr};
   const int64_t panels = (matrix.columns + panel - 1) / panel;
-  tables.packed.push_back(floats(panels * panel * matrix.depth));
+  tables.packed.push_back(allocate<float>(size_t(panels * panel * matrix.depth)));
   matrix.packed = tables.packed.back().get();
 }
 
@@ -145,7 +131,7 @@ struct Run {
 void work(void* context, int64_t, int64_t) {
   Run& run = *static_cast<Run*>(context);
   const GuideJob& job = *run.job;
-  const Floats scratch = floats(job.block * guide_scratch(job));
+  const Memory<float> scratch = allocate<float>(size_t(job.block * guide_scratch(job)));
   for (;;) {
     const int64_t first = run.next.fetch_add(job.block, std::memory_order_relaxed);
     if (first >= job.count) return;
@@ -217,7 +203,7 @@ void fill_tables(GuideJob& job, Tables& tables, const std::vector<TensorView>& w
 // empty for a single step without a trust region.
 void guide_cpu(py::handle x, py::handle out, const std::vector<py::object>& weights,
                const std::vector<py::object>& biases, py::handle gram, int activation,
-               py::handle coefficients, py::handle strength, double gamma, int iterations,
+               py::handle coefficients, py::handle strength, double gamma, int64_t iterations,
                double trust, int threads) {
   const TensorView in(x), to(out), g(gram), c(coefficients), s(strength);
   const std::vector<TensorView> w(weights.begin(), weights.end());
@@ -231,8 +217,8 @@ void guide_cpu(py::handle x, py::handle out, const std::vector<py::object>& weig
           "guide: x and out must be of one type, float32, bfloat16 or float16");
   for (const TensorView* each : {&in, &to, &g, &c, &s, &w[0], &b[0]})
     require(each->device().type == kDLCPU, "guide_cpu: a tensor is not in CPU memory");
-  require(iterations >= 1 && activation >= 0 && activation <= 2,
-          "guide: an unknown activation, or no iteration");
+  require(activation >= 0 && activation <= 2, "guide: an unknown activation");
+  require(iterations >= 1 && iterations <= INT32_MAX, "guide: iterations must be 1 .. 2147483647");
   const bool needs_gram = trust < __builtin_inf() || (w.size() > 1 && iterations > 1);
   require(!needs_gram || g.size(0) == w[0].size(0), "guide: gram is needed and missing");
   if (in.size(0) * in.size(1) * in.size(2) == 0) return;
@@ -248,7 +234,7 @@ void guide_cpu(py::handle x, py::handle out, const std::vector<py::object>& weig
     job.x_strides[i] = in.size(i) == 1 ? 1 : in.stride(i);
     job.out_strides[i] = to.size(i) == 1 ? 1 : to.stride(i);
   }
-  job.iterations = iterations;
+  job.iterations = int(iterations);
   job.activation = GuideActivation(activation);
   job.gamma = gamma;
   job.trust = trust;

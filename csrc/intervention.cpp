@@ -1,11 +1,11 @@
 // CPU side of the intervention program: from tensors to a job, and the choice of engine,
 // instruction set and threads. At the foot its bindings, for CUDA too.
-#include <cstdlib>
 #include <string_view>
 
 #include "bind.h"
 #include "cpu.h"
 #include "intervention_cpu.h"
+#include "scratch.h"
 #include "tensor_view.h"
 #include "threads.h"
 #ifdef DREAMREADER_CUDA
@@ -121,7 +121,7 @@ Program<W> program_of(std::string_view code, const Tables& t, const py::sequence
   for (int i = 0; i < sources; ++i) {
     const TensorView data(patches[2 * i]), index(patches[2 * i + 1]);
     require(data.device().type == device.type && data.device().id == device.id &&
-                index.device().type == device.type,
+                index.device().type == device.type && index.device().id == device.id,
             "intervene: sources and x must be on one device");
     p.sources[i] = source_of(data, index, x);
   }
@@ -153,23 +153,6 @@ const InterventionKernels& kernels() {
   if (isa() == Isa::avx2) return avx2::intervention;
 #endif
   return portable::intervention;
-}
-
-// Aligned memory of this thread, kept between calls.
-void* scratch(size_t bytes) {
-  struct Memory {
-    void* data = nullptr;
-    size_t bytes = 0;
-    ~Memory() { std::free(data); }
-  };
-  thread_local Memory memory;
-  if (memory.bytes < bytes) {
-    std::free(memory.data);
-    memory.bytes = (bytes + 4095) / 4096 * 4096;
-    memory.data = std::aligned_alloc(4096, memory.bytes);
-    if (!memory.data) throw std::bad_alloc();
-  }
-  return memory.data;
 }
 
 struct Call {

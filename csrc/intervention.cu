@@ -3,11 +3,12 @@
 
 #include <algorithm>
 
+#include "cuda_shared.h"
+
 namespace dreamreader {
 namespace {
 
 constexpr int64_t kMaxGridY = 65535;
-constexpr size_t kMaxShared = 48 * 1024;  // without asking for more
 constexpr int kWarpsPerBlock = 4;         // where a warp is a whole group
 
 template <typename T, typename W, int kTokens, int kChannels, int kTokenRun, int kChannelRun, bool kShared, int kThreads>
@@ -55,6 +56,34 @@ Cut cut_for(const Activation& x, bool sums, int64_t tokens_each, int64_t channel
   return cut;
 }
 
+// Bytes of shared memory of one group.
+template <typename Shape, typename W>
+int64_t bytes_of(const Job<W>& job, const Cut& cut) {
+  const int64_t lanes = cut.across * cut.slots;
+  int64_t bytes = Shape::kHeld * lanes * int64_t{sizeof(W)};
+  if (job.sums) {
+    int64_t most = 1;  // vectors of one step
+    for (int p = 0; p < job.program.count; ++p) most = std::max<int64_t>(most, job.program.steps[p].count);
+    const int64_t warps = lanes > kWarp ? lanes / kWarp : 0;
+    const int64_t sums = warps * Shape::kSums + Shape::sums_kept(most);
+    bytes += divide_up(sums * cut.across * int64_t{sizeof(W)}, 16) * 16;
+  }
+  return bytes;
+}
+
+// The cut for as many threads as a block of this device has shared memory for, up to `threads`.
+template <typename Shape, typename W>
+Cut cut_within(const Job<W>& job, int64_t tokens_each, int64_t channels_each, int64_t wanted, int64_t threads) {
+  Cut cut = cut_for(job.in, job.sums, tokens_each, channels_each, wanted, threads);
+  if (!cut.fits || bytes_of<Shape>(job, cut) <= kSharedUnasked) return cut;
+  const int64_t limit = shared_limit();
+  while (cut.fits && bytes_of<Shape>(job, cut) > limit) {
+    threads -= kWarp;
+    cut = cut_for(job.in, job.sums, tokens_each, channels_each, wanted, threads);
+  }
+  return cut;
+}
+
 template <typename T, typename W, int kTokens, int kChannels, int kTokenRun, int kChannelRun, bool kShared, int kThreads>
 cudaError_t launch(Job<W> job, const Cut& cut, cudaStream_t stream) {
   using Shape = Tile<T, W, kTokens, kChannels, kTokenRun, kChannelRun, kShared>;
@@ -66,26 +95,19 @@ cudaError_t launch(Job<W> job, const Cut& cut, cudaStream_t stream) {
   const int64_t grid_y = divide_up(x.width, cut.slots * kChannels);
   // Tokens and channels are counted in 32 bits, with room for the last block; addresses in 64.
   if (groups > INT32_MAX || grid_y > kMaxGridY || x.tokens > INT32_MAX / 2 || x.width > INT32_MAX / 2) {
-    return cudaErrorInvalidConfiguration;
+    return cudaErrorNotSupported;
   }
   job.across = int32_t(cut.across);
   job.blocks = uint32_t(blocks);
   job.groups = uint32_t(groups);
-  if (job.sums) {
-    int64_t most = 1;  // vectors of one step
-    for (int p = 0; p < job.program.count; ++p) most = std::max<int64_t>(most, job.program.steps[p].count);
-    const int64_t warps = lanes > kWarp ? lanes / kWarp : 0;
-    const int64_t sums = warps * Shape::kSums + Shape::sums_kept(most);
-    job.group_bytes = int32_t(divide_up(sums * cut.across * int64_t{sizeof(W)}, 16) * 16);
-  }
-  if (kShared) job.group_bytes += int32_t(kTokens * kChannels * lanes * int64_t{sizeof(W)});
+  job.group_bytes = int32_t(bytes_of<Shape>(job, cut));
   int64_t per_block = 1;
   if (lanes == kWarp) {
     per_block = kWarpsPerBlock;
-    while (per_block > 1 && per_block * job.group_bytes > int64_t(kMaxShared)) per_block /= 2;
+    while (per_block > 1 && per_block * job.group_bytes > kSharedUnasked) per_block /= 2;
   }
-  const size_t bytes = size_t(per_block) * size_t(job.group_bytes);
-  if (bytes > kMaxShared) {
+  const int64_t bytes = per_block * job.group_bytes;
+  if (bytes > kSharedUnasked) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
     if (error != cudaSuccess) return error;
@@ -93,7 +115,7 @@ cudaError_t launch(Job<W> job, const Cut& cut, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(divide_up(groups, per_block)), unsigned(grid_y));
   config.blockDim = dim3(unsigned(lanes), unsigned(per_block));
-  config.dynamicSmemBytes = bytes;
+  config.dynamicSmemBytes = size_t(bytes);
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, job);
 }
@@ -105,10 +127,21 @@ bool runs(const Activation& x, int64_t stride, int64_t extent, int64_t other, in
   return stride == 1 && extent % run == 0 && other % run == 0 && another % run == 0 && aligned(x.data);
 }
 
+// Launches the tile of this shape if a row fits into it; `wanted` as in cut_for.
+template <typename T, typename W, int kTokens, int kChannels, int kTokenRun, int kChannelRun, bool kShared, int kThreads>
+bool launched(const Job<W>& job, int64_t wanted, cudaStream_t stream, cudaError_t& error) {
+  using Shape = Tile<T, W, kTokens, kChannels, kTokenRun, kChannelRun, kShared>;
+  const Cut cut = cut_within<Shape>(job, kTokens, kChannels, wanted, kThreads);
+  if (!cut.fits) return false;
+  error = launch<T, W, kTokens, kChannels, kTokenRun, kChannelRun, kShared, kThreads>(job, cut, stream);
+  return true;
+}
+
 template <typename T, typename W>
 cudaError_t launch_typed(const Job<W>& job, cudaStream_t stream) {
   constexpr int kRun = int(sizeof(uint4) / sizeof(T));
   const Activation &x = job.in, &y = job.out;
+  cudaError_t error = cudaErrorNotSupported;  // rows that no block holds
   int most = 1;  // vectors of one step
   for (int p = 0; p < job.program.count; ++p) most = std::max(most, int(job.program.steps[p].count));
   if constexpr (std::is_same_v<W, float>) {
@@ -117,24 +150,16 @@ cudaError_t launch_typed(const Job<W>& job, cudaStream_t stream) {
                           aligned(job.program.vectors);
     const bool tokens = runs(x, x.stride_token, x.tokens, x.stride_row, x.stride_channel, kRun) &&
                         runs(y, y.stride_token, y.tokens, y.stride_row, y.stride_channel, kRun);
-    if (channels && most > 1) {  // four rows share each read of the subspace
-      const Cut cut = cut_for(x, job.sums, 4, 8, 1, 512);
-      if (cut.fits) return launch<T, W, 4, 8, 1, kRun, false, 512>(job, cut, stream);
-    }
-    if (channels && most == 1) {
-      const Cut cut = cut_for(x, job.sums, 1, 16, 1, 896);
-      if (cut.fits) return launch<T, W, 1, 16, 1, kRun, false, 896>(job, cut, stream);
-    }
-    if (tokens) {  // 640 threads hold 16 tokens, a 32-byte sector, of 1280 channels
-      const Cut cut = cut_for(x, job.sums, kRun, 32 / kRun, 8, 640);
-      if (cut.fits) return launch<T, W, kRun, 32 / kRun, kRun, 1, false, 640>(job, cut, stream);
-    }
+    // Four rows share each read of the subspace.
+    if (channels && most > 1 && launched<T, W, 4, 8, 1, kRun, false, 512>(job, 1, stream, error)) return error;
+    if (channels && most == 1 && launched<T, W, 1, 16, 1, kRun, false, 896>(job, 1, stream, error)) return error;
+    // 640 threads hold 16 tokens, a 32-byte sector, of 1280 channels.
+    if (tokens && launched<T, W, kRun, 32 / kRun, kRun, 1, false, 640>(job, 8, stream, error)) return error;
   }
-  constexpr int kThreads = std::is_same_v<W, double> ? 512 : 1024;  // as shared memory allows
+  constexpr int kThreads = std::is_same_v<W, double> ? 512 : 1024;
   const bool along_tokens = x.stride_token < x.stride_channel;
-  const Cut cut = cut_for(x, job.sums, 1, 32, along_tokens ? kWarp : 1, kThreads);
-  if (!cut.fits) return cudaErrorNotSupported;
-  return launch<T, W, 1, 32, 1, 1, true, kThreads>(job, cut, stream);
+  launched<T, W, 1, 32, 1, 1, true, kThreads>(job, along_tokens ? kWarp : 1, stream, error);
+  return error;
 }
 
 // Strides of extents of 1 say nothing, but would look unaligned.

@@ -103,6 +103,7 @@ struct Tile {
   static constexpr int kRun = kTokenRun * kChannelRun;
   static constexpr int kTogether = kTokens > 4 ? 1 : kTokens > 1 ? 2 : 4;  // vectors of a subspace in one reduction
   static constexpr int kSums = kTokens * kTogether;                         // the widest reduction
+  static constexpr int kHeld = kShared ? kTokens * kChannels : 0;           // elements of a thread in shared memory
   static constexpr bool kSubspaces = kTokens > 1 || kShared;                // one row alone leaves them to others
   static constexpr uint32_t kRunBits = (1u << kChannelRun) - 1;
   static constexpr int kUnroll = kShared ? 2 : kChannels;  // registers have no index at run time

@@ -3,7 +3,6 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
 #include <numeric>
 #include <utility>
@@ -12,6 +11,7 @@
 #include "bind.h"
 #include "cpu.h"
 #include "low_rank_cpu.h"
+#include "scratch.h"
 #include "tensor_view.h"
 #include "threads.h"
 
@@ -98,6 +98,8 @@ template <typename W>
 std::vector<int64_t> ordered(const LowRank<W>& p) {
   std::vector<int64_t> order(size_t(p.entries));
   std::iota(order.begin(), order.end(), 0);
+  require(order.empty() || p.adapters > 0,
+          "low_rank: there is no adapter: down, bias and up are empty");
   for (int64_t entry : order)
     require(adapter_of(p, entry) >= 0, "low_rank: an index is outside the table of adapters");
   std::stable_sort(order.begin(), order.end(), [&](int64_t one, int64_t other) {
@@ -122,22 +124,6 @@ std::vector<LowRankPiece> pieces_of(const LowRank<W>& p, const std::vector<int64
       pieces.push_back({adapter, row, std::min(row + each, end), nullptr, nullptr, nullptr});
   }
   return pieces;
-}
-
-void* scratch(size_t bytes) {
-  struct Memory {
-    void* data = nullptr;
-    size_t bytes = 0;
-    ~Memory() { std::free(data); }
-  };
-  thread_local Memory memory;
-  if (memory.bytes < bytes) {
-    std::free(memory.data);
-    memory.bytes = (bytes + 4095) / 4096 * 4096;
-    memory.data = std::aligned_alloc(4096, memory.bytes);
-    if (!memory.data) throw std::bad_alloc();
-  }
-  return memory.data;
 }
 
 // Asks for huge pages where the result lies: the first touch of 64 MiB in pages of 4 KiB takes longer

@@ -6,13 +6,14 @@
 
 #include <algorithm>
 
+#include "cuda_shared.h"
 #include "low_rank_cuda.h"
 
 namespace dreamreader {
 namespace {
 
 constexpr int64_t kSharedTwice = 100 << 10;  // leaves room for a second block
-constexpr int64_t kSharedOnce = 160 << 10;   // of a block on sm_80
+constexpr int64_t kSharedOnce = 160 << 10;   // both where a device gives a block as much
 constexpr int64_t kFewRank = 16;             // above, the traffic of the tables outweighs a second block
 constexpr int64_t kFill = 264;               // tiles that fill a GPU
 
@@ -239,8 +240,8 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename K, typename... A>
 cudaError_t launch(K kernel, int64_t across, int64_t down, int64_t bytes, cudaStream_t stream, A... arguments) {
-  if (across > INT32_MAX || down > 65535) return cudaErrorInvalidConfiguration;
-  if (bytes > (48 << 10)) {
+  if (across > INT32_MAX || down > 65535) return cudaErrorNotSupported;
+  if (bytes > kSharedUnasked) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
     if (error != cudaSuccess) return error;
   }
@@ -259,9 +260,11 @@ int64_t bytes_of(const LowRank<float>& p, const Cut& cut, int64_t coefficients) 
   return tile_bytes<T>(cut) + coefficients * p.rank * cut.rows * int64_t{sizeof(float)};
 }
 
-// `coefficients`: how many of [rank][rows] lie beside the tile.
+// `coefficients`: how many of [rank][rows] lie beside the tile. `fits`: whether a block of this device
+// has room for the fewest rows.
 template <typename T>
 Cut cut_for(const LowRank<float>& p, int64_t coefficients) {
+  const int64_t limit = shared_limit();
   Cut cut;
   const int64_t runs = p.adapters == 1 ? 1 : p.entries;
   cut.span = p.entries * p.tokens / runs;
@@ -269,7 +272,8 @@ Cut cut_for(const LowRank<float>& p, int64_t coefficients) {
   cut.pitch = int32_t((round_up(p.width * int64_t{sizeof(T)}, 128) + 16) / int64_t{sizeof(T)});
   const auto largest = [&](int64_t bytes) {
     cut.rows = kMaxRows;
-    while (cut.rows > 4 && bytes_of<T>(p, cut, coefficients) > bytes) cut.rows /= 2;
+    while (cut.rows > 4 && bytes_of<T>(p, cut, coefficients) > std::min(bytes, limit)) cut.rows /= 2;
+    cut.fits = bytes_of<T>(p, cut, coefficients) <= limit;
   };
   largest(p.rank <= kFewRank ? kSharedTwice : kSharedOnce);
   while (cut.rows > 4 && cut.rows / 2 >= cut.span) cut.rows /= 2;
@@ -324,6 +328,7 @@ cudaError_t edit(const LowRank<float>& p, const LowRankRows& x, const LowRankRow
   Job job = {};
   job.p = p;
   job.cut = cut_for<T>(p, 1);
+  if (!job.cut.fits) return cudaErrorNotSupported;
   job.x = x;
   job.y = y;
   job.x_runs = in_runs<T>(p, x);
@@ -381,6 +386,7 @@ cudaError_t gradient(const LowRank<float>& p, const LowRankRows& grad, const Low
   Job job = {};
   job.p = p;
   job.cut = cut_for<T>(p, 2);
+  if (!job.cut.fits) return cudaErrorNotSupported;
   job.x = x;
   job.grad = grad;
   job.y = out.dx;

@@ -107,6 +107,7 @@ struct Cut {
   int64_t tiles;   // of all
   int32_t rows;    // of a tile
   int32_t pitch;   // elements from one row of a tile to the next
+  bool fits;       // into the shared memory of a block
 };
 
 // What a block knows of its rows.

@@ -16,13 +16,7 @@ namespace {
 
 namespace py = pybind11;
 
-int element_of(const TensorView& x) {
-  if (x.is(kDLFloat, 16)) return 0;
-  if (x.is(kDLBfloat, 16)) return 1;
-  if (x.is(kDLFloat, 32)) return 2;
-  if (x.is(kDLFloat, 64)) return 3;
-  throw std::invalid_argument("moments: no kernel for a tensor " + x.describe());
-}
+int element_of(const TensorView& x) { return int(float_type(x, "moments")); }
 
 const MomentsKernels& kernels() {
 #if defined(__x86_64__)
@@ -87,7 +81,8 @@ void run_cpu(MomentsJob job, int element, int64_t* seen, int threads) {
 
 bool dense_doubles(const TensorView& t, int64_t features) {
   return t.dims() == 2 && t.size(1) == features && t.is(kDLFloat, 64) &&
-         (t.size(0) <= 1 || t.stride(0) == features) && (features <= 1 || t.stride(1) == 1);
+         (t.size(0) <= 1 || features == 0 || t.stride(0) == features) &&
+         (features <= 1 || t.stride(1) == 1);
 }
 
 void moments_cpu(py::handle x, py::handle labels, py::handle shift, py::handle seen,

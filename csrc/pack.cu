@@ -68,7 +68,7 @@ struct Values {
       }
     }
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) at[i] = mean ? at[i] / W(end - begin) : at[i] + W(0);  // +0 of two zeros
+    for (int i = 0; i < kRun; ++i) at[i] = (mean ? at[i] / W(end - begin) : at[i]) + W(0);  // +0 of two zeros
   }
 
  private:
@@ -252,7 +252,7 @@ bool runs(const PackJob& job, const void* data, const int64_t* stride, int64_t r
 
 cudaError_t launch(void (*kernel)(PackJob), const PackJob& job, int64_t blocks, int threads, size_t bytes,
                    cudaStream_t stream) {
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (blocks > INT32_MAX) return cudaErrorNotSupported;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(unsigned(threads));
@@ -267,6 +267,7 @@ cudaError_t launch_typed(const PackJob& job, cudaStream_t stream) {
   constexpr int kRun = 16 / int(sizeof(T));
   if (job.x_stride[2] != 1 || (job.minus != nullptr && job.minus_stride[2] != 1)) {
     const int64_t tiles = (job.rows + kTileRows - 1) / kTileRows;
+    static_assert(sizeof(Tile<W>) <= 48 << 10);  // what every device gives unasked
     return launch(pack_tile_kernel<T>, job, tiles, kTileThreads, sizeof(Tile<W>), stream);
   }
   const bool wide = runs(job, job.x, job.x_stride, kRun) &&

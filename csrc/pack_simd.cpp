@@ -86,8 +86,8 @@ class Packer {
           seen.pooled.see(other);
           raise(v, other);
         }
-        add(v, Block<W>{});  // of two zeros the positive one
       }
+      if (!alone) add(v, Block<W>{});  // of two zeros the positive one
       seen.values.see(v);
       if (storing_.most != 0) seen.finite.template see<true>(v);
       store(values_ + e, v, kBlock<W>);

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -39,6 +40,9 @@ class TensorView {
     if (const DLExchangeApi* api = exchange_api(type_)) {
       if (api->view(object.ptr(), &tensor_) != 0) throw pybind11::error_already_set();
     } else {
+      if (!pybind11::hasattr(object, "__dlpack__") || !pybind11::hasattr(object, "detach"))
+        throw pybind11::type_error("expected a tensor of torch, got " +
+                                   std::string(type_->tp_name));
       capsule_ = object.attr("detach")().attr("__dlpack__")();
       void* managed = PyCapsule_GetPointer(capsule_.ptr(), "dltensor");
       if (!managed) throw pybind11::error_already_set();
@@ -69,8 +73,19 @@ class TensorView {
   std::string describe() const {
     std::string text = "[";
     for (int i = 0; i < dims(); ++i) text += (i ? ", " : "") + std::to_string(size(i));
-    return text + "] of type code " + std::to_string(tensor_.dtype.code) + ", " +
-           std::to_string(tensor_.dtype.bits) + " bits";
+    return type() + " " + text + "]";
+  }
+
+  // As torch calls it.
+  std::string type() const {
+    static constexpr const char* kinds[] = {
+        "int",           "uint",          "float",         "an opaque type", "bfloat",
+        "complex",       "bool",          "float8_e3m4",   "float8_e4m3",    "float8_e4m3b11fnuz",
+        "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"};
+    const DLDataType& own = tensor_.dtype;
+    if (own.code >= std::size(kinds)) return "DLPack type " + std::to_string(own.code);
+    const bool sized = own.code <= kDLBool - 1 && own.code != 3;
+    return kinds[own.code] + (sized ? std::to_string(own.bits) : "");
   }
 
  private:
@@ -91,7 +106,9 @@ inline DType float_type(const TensorView& x, const char* where) {
   if (x.is(kDLBfloat, 16)) return DType::bf16;
   if (x.is(kDLFloat, 16)) return DType::f16;
   if (x.is(kDLFloat, 64)) return DType::f64;
-  throw std::invalid_argument(std::string(where) + ": no kernel for a tensor " + x.describe());
+  throw std::invalid_argument(std::string(where) + ": got " + x.describe() +
+                              "; float16, bfloat16, float32 and float64 are possible, so convert "
+                              "it first, as with x.bfloat16()");
 }
 
 // Throws ValueError unless the condition that memory safety needs holds.

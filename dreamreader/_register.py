@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 
+from dreamreader import _guards
 from dreamreader.errors import BrokenExtension, InvalidInput
 
 LIBRARY = torch.library.Library("dreamreader", "DEF")
@@ -82,8 +84,11 @@ def register(
     triton: Kernel | None = None,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
+    twice: Callable | None = None,
 ) -> Callable:
     """Declares `torch.ops.dreamreader.<name>` and returns its overload.
+
+    What no kernel could know of is refused or undone here, for all of them: see `_guards`.
 
     Args:
         name: operator name.
@@ -92,30 +97,45 @@ def register(
         fake: shapes, dtypes and strides of the results, no data.
         cpu, cuda, triton: kernels that may be absent.
         setup_context, backward: the gradient, as `torch.library.register_autograd` takes it.
+        twice: the same gradient in torch code that autograd can follow, where it is to be
+            differentiated again; it may return NotImplemented. Without it, that is refused.
     """
     LIBRARY.define(name + schema)
     qualified = f"dreamreader::{name}"
+    op = getattr(torch.ops.dreamreader, name).default
     rest = Active("reference", "no kernel for other devices")
     owners = {
         "CPU": _choose((cpu, "native")),
-        "CUDA": _choose((cuda, "native"), (triton, "triton")),
+        "CUDA": _choose((cuda, "native"), (triton, "triton"), reference=reference),
     }
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    for key, (_, call) in owners.items():
-        if call is not None:
-            LIBRARY.impl(name, call, key)
+    calls = {key: call for key, (_, call) in owners.items() if call is not None}
+    for key, call in {"CompositeExplicitAutograd": reference, **calls}.items():
+        LIBRARY.impl(name, _guards.guard_kernel(op, call, backward is not None), key)
+    _guards.guard_dispatch(LIBRARY, op)
     active[name] = {key: owner for key, (owner, _) in owners.items()} | {"other": rest}
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     if backward is not None:
+        gradient = _guards.guard_backward(name, backward, twice)
         torch.library.register_autograd(
-            qualified, backward, setup_context=setup_context, lib=LIBRARY
+            qualified, gradient, setup_context=setup_context, lib=LIBRARY
         )
-    return getattr(torch.ops.dreamreader, name).default
+    return op
 
 
-def _choose(*candidates: tuple[Kernel | None, str]) -> tuple[Active, Callable | None]:
+def why_not_on(device: int) -> str:
+    """Why the native kernels do not run on the CUDA device of this number; empty where they do."""
+    module, reason = native()
+    ask = getattr(module, "why_not_on", None)
+    return reason if ask is None else ask(device)
+
+
+def _choose(
+    *candidates: tuple[Kernel | None, str], reference: Callable | None = None
+) -> tuple[Active, Callable | None]:
+    """The first back end that is there; `reference`: what may replace a native kernel in a call."""
     choice = narrowed()
-    reasons = []
+    reasons: list[str] = []
+    there: list[tuple[Active, Callable]] = []
     for kernel, backend in candidates:
         if kernel is None:
             reasons.append(f"{backend}: not written")
@@ -124,9 +144,40 @@ def _choose(*candidates: tuple[Kernel | None, str]) -> tuple[Active, Callable | 
         else:
             found, reason = _available(kernel.needs, backend)
             if found:
-                return Active(backend, "; ".join([reason, *reasons])), kernel.call
-            reasons.append(f"{backend}: {reason}")
-    return Active("reference", "; ".join(reasons)), None
+                there.append((Active(backend, "; ".join([reason, *reasons])), kernel.call))
+            else:
+                reasons.append(f"{backend}: {reason}")
+    if not there:
+        return Active("reference", "; ".join(reasons)), None
+    owner, call = there[0]
+    if owner.backend == "native" and reference is not None:
+        call = _or_others(call, there[1][1] if there[1:] else reference, reference)
+    return owner, call
+
+
+_without_code: set[int] = set()  # devices for which the native module has none
+
+
+def _or_others(call: Callable, other: Callable, reference: Callable) -> Callable:
+    """`call`; `other` on devices without code for it, `reference` for sizes that it leaves."""
+    module: Any = native()[0]
+
+    def run(*arguments):
+        if _without_code and _device_of(arguments) in _without_code:
+            return other(*arguments)
+        try:
+            return call(*arguments)
+        except module.NotTaken:
+            return reference(*arguments)
+        except module.NoCode:
+            _without_code.add(_device_of(arguments))
+            return other(*arguments)
+
+    return run
+
+
+def _device_of(arguments: tuple) -> int:
+    return next(each.get_device() for each in arguments if isinstance(each, torch.Tensor))
 
 
 def _available(needs: str, backend: str) -> tuple[bool, str]:

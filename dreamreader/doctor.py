@@ -76,7 +76,7 @@ def render(found: dict[str, Any]) -> str:
     lines.append(
         f"cpu        {cpu['machine']}, torch sees {cpu['torch']}, {cpu['threads']} threads"
     )
-    lines.append("cuda       " + ("; ".join(cuda["devices"]) or cuda["reason"]))
+    lines.append("cuda       " + ("\n           ".join(cuda["devices"]) or cuda["reason"]))
     lines.append(f"triton     {found['triton']}")
     on = [f"{name}={value}" for name, value in found["switches"].items() if value is not None]
     lines.append("switches   " + (", ".join(on) or "none set"))
@@ -106,8 +106,18 @@ def _cuda() -> dict[str, Any]:
     if version is None:
         return {"torch": None, "devices": [], "reason": "this torch is built without CUDA"}
     count = torch.cuda.device_count()
-    devices = [torch.cuda.get_device_name(i) for i in range(count)]
+    devices = [_device(number) for number in range(count)]
     return {"torch": version, "devices": devices, "reason": "" if count else "no device found"}
+
+
+def _device(number: int) -> str:
+    major, minor = torch.cuda.get_device_capability(number)
+    try:
+        reason = _register.why_not_on(number)
+    except BrokenExtension:
+        reason = "the native module does not load"
+    runs = f"Triton or the references run: {reason}" if reason else "native kernels run"
+    return f"{torch.cuda.get_device_name(number)} ({major}.{minor}): {runs}"
 
 
 def _triton() -> str:

@@ -39,3 +39,18 @@ class BrokenExtension(DreamreaderError, ImportError):
 def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
     """The options spelled most like `name`, best first; empty when none is close."""
     return difflib.get_close_matches(name, list(options), n=count, cutoff=0.4)
+
+
+def check_text(text: str, name: str) -> None:
+    """Refuse halves of characters, which no tokenizer or file takes.
+
+    Raises:
+        InvalidInput: the text cannot be encoded; says where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(
+            f"{name} is no text: character {error.start} is {text[error.start]!r}, the half of a "
+            "surrogate pair"
+        ) from None

@@ -37,7 +37,10 @@ NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 FLAGS = "-std=c++20 -O3 -Werror all-warnings -Xptxas -v,-warn-spills --threads 2"
-ARCHS = "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a"
+ARCHS = (
+    "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a "
+    "-gencode arch=compute_90,code=compute_90"
+)
 
 
 @needs_nvcc

@@ -9,10 +9,12 @@
 #include <mutex>
 
 #include "crc32c.h"
+#include "refusal.h"
 #include "tensor_view.h"
 #include "writer.h"
 #ifdef DREAMREADER_CUDA
 #include "cuda_packer.h"
+#include "probe.h"
 #endif
 
 namespace dreamreader {
@@ -162,6 +164,12 @@ class ShardWriter {
     });
   }
 
+  // Takes the memory that rows on the device of x need, if they have it not yet.
+  void reserve(py::handle x) {
+    const DLDevice device = TensorView(x).device();
+    run([&](Writer& writer) { memory_of(writer, device); });
+  }
+
   std::vector<int> used() {
     return run([&](Writer& writer) {
       std::vector<int> found;
@@ -241,18 +249,28 @@ class ShardWriter {
       require(job.groups[row] < job.groups[row + 1], "writer: a group without a place");
   }
 
-  // Within a call, so that no other one makes, uses or frees it meanwhile.
-  Packer& packer_of([[maybe_unused]] Writer& writer, DLDevice device,
-                    [[maybe_unused]] void* stream) {
+  // These within a call, so that no other one makes, uses or frees it meanwhile.
+  Packer& memory_of([[maybe_unused]] Writer& writer, DLDevice device) {
     if (device.type == kDLCPU) return host_;
 #ifdef DREAMREADER_CUDA
     if (device.type == kDLCUDA) {
-      if (!cuda_) cuda_ = std::make_unique<CudaPacker>(device.id, writer.ring());
-      cuda_->use(device.id, static_cast<cudaStream_t>(stream));
+      if (!cuda_) {
+        const OnDevice on(device.id);
+        check_cuda(find_code(), "writer");
+        cuda_ = std::make_unique<CudaPacker>(device.id, writer.ring());
+      }
       return *cuda_;
     }
 #endif
-    throw std::invalid_argument("writer: no kernel for the device of x");
+    throw NoCode("writer: no kernel for the device of x");
+  }
+
+  Packer& packer_of(Writer& writer, DLDevice device, [[maybe_unused]] void* stream) {
+    Packer& found = memory_of(writer, device);
+#ifdef DREAMREADER_CUDA
+    if (device.type == kDLCUDA) cuda_->use(device.id, static_cast<cudaStream_t>(stream));
+#endif
+    return found;
   }
 
   const pid_t process_;
@@ -272,6 +290,7 @@ Bind bind_capture([](py::module_& m) {
       .def("close", &ShardWriter::close)
       .def("site", &ShardWriter::site)
       .def("begin", &ShardWriter::begin)
+      .def("reserve", &ShardWriter::reserve)
       .def("put", &ShardWriter::put)
       .def("flush", &ShardWriter::flush)
       .def("used", &ShardWriter::used)

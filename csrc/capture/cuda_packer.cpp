@@ -7,19 +7,12 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda_device.h"
 #include "pack_cuda.h"
 
 namespace dreamreader {
 namespace {
 
 void check(cudaError_t error) { check_cuda(error, "writer"); }
-
-cudaEvent_t new_event() {
-  cudaEvent_t event = nullptr;
-  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
-  return event;
-}
 
 PackJob rows_of(const PackJob& job, int64_t first, int64_t last) {
   static constexpr int64_t kBytes[] = {4, 2, 2, 1, 1};  // by Stored
@@ -42,14 +35,17 @@ constexpr int kCounters = 4096;
 
 CudaPacker::CudaPacker(int device, const Ring& ring) : device_(device), ring_(ring) {
   const OnDevice on(device);
-  check(cudaStreamCreateWithFlags(&copies_, cudaStreamNonBlocking));
+  cudaStream_t copies = nullptr;
+  check(cudaStreamCreateWithFlags(&copies, cudaStreamNonBlocking));
+  copies_ = Owned<cudaStream_t, cudaStreamDestroy>(copies);
   check(cudaHostRegister(ring.base(), size_t(ring.bytes()), cudaHostRegisterDefault));
+  registered_ = Owned<void*, cudaHostUnregister>(ring.base());
   ring_twin_ = allocate(ring.bytes());
   void* staged = nullptr;
   check(cudaHostAlloc(&staged, size_t(kParts * kPart), cudaHostAllocDefault));
-  stage_ = static_cast<char*>(staged);
+  stage_ = Owned<void*, cudaFreeHost>(staged);
   stage_twin_ = allocate(kParts * kPart);
-  for (cudaEvent_t& each : part_read_) each = new_event();
+  for (Event& each : part_read_) each = new_event();
   before_ = new_event();
 }
 
@@ -57,16 +53,14 @@ CudaPacker::~CudaPacker() {
   int before = 0;
   cudaGetDevice(&before);
   cudaSetDevice(device_);
-  cudaDeviceSynchronize();
-  for (void* each : held_) cudaFree(each);
-  cudaFreeHost(stage_);
-  cudaHostUnregister(ring_.base());
-  for (const auto* events : {&packed_, &arrived_})
-    for (cudaEvent_t each : *events) cudaEventDestroy(each);
-  for (cudaEvent_t each : part_read_) cudaEventDestroy(each);
-  cudaEventDestroy(before_);
-  cudaStreamDestroy(copies_);
+  cudaDeviceSynchronize();  // nothing is in use any more when its owners give it back
   cudaSetDevice(before);
+}
+
+CudaPacker::Event CudaPacker::new_event() {
+  cudaEvent_t event = nullptr;
+  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  return Event(event);
 }
 
 // What was queued on another stream before comes first.
@@ -76,15 +70,13 @@ void CudaPacker::use(int device, cudaStream_t stream) {
                                 ", the memory of the writer on cuda:" + std::to_string(device_));
   const OnDevice on(device_);
   if (used_ && stream != stream_) {
-    check(cudaEventRecord(before_, stream_));
-    check(cudaStreamWaitEvent(stream, before_, 0));
+    check(cudaEventRecord(before_.get(), stream_));
+    check(cudaStreamWaitEvent(stream, before_.get(), 0));
   }
   stream_ = stream;
   used_ = true;
-  while (int(packed_.size()) < ring_.count()) {
-    packed_.push_back(new_event());
-    arrived_.push_back(new_event());
-  }
+  while (int(packed_.size()) < ring_.count()) packed_.push_back(new_event());
+  while (int(arrived_.size()) < ring_.count()) arrived_.push_back(new_event());
 }
 
 char* CudaPacker::carry(int site) {
@@ -126,15 +118,16 @@ void CudaPacker::pack(const PackJob& job, int64_t places, int counter) {
 
 void CudaPacker::send(int slab, char* host, int64_t bytes) {
   const OnDevice on(device_);
-  check(cudaEventRecord(packed_[size_t(slab)], stream_));
-  check(cudaStreamWaitEvent(copies_, packed_[size_t(slab)], 0));
-  check(cudaMemcpyAsync(host, twin(host), size_t(bytes), cudaMemcpyDeviceToHost, copies_));
-  check(cudaEventRecord(arrived_[size_t(slab)], copies_));
+  const cudaEvent_t packed = packed_[size_t(slab)].get(), arrived = arrived_[size_t(slab)].get();
+  check(cudaEventRecord(packed, stream_));
+  check(cudaStreamWaitEvent(copies_.get(), packed, 0));
+  check(cudaMemcpyAsync(host, twin(host), size_t(bytes), cudaMemcpyDeviceToHost, copies_.get()));
+  check(cudaEventRecord(arrived, copies_.get()));
 }
 
 void CudaPacker::arrive(int slab) {
   const OnDevice on(device_);
-  check(cudaEventSynchronize(arrived_[size_t(slab)]));
+  check(cudaEventSynchronize(arrived_[size_t(slab)].get()));
 }
 
 void CudaPacker::fetch(char* host, const char* from, int64_t bytes) {
@@ -164,12 +157,12 @@ char* CudaPacker::stage(int64_t bytes) {
     throw std::invalid_argument("writer: a row may pool 131000 places, not " +
                                 std::to_string(bytes / 8));
   if (part_filled_ + bytes > kPart) {
-    check(cudaEventRecord(part_read_[size_t(part_)], stream_));
+    check(cudaEventRecord(part_read_[size_t(part_)].get(), stream_));
     part_ = (part_ + 1) % kParts;
     part_filled_ = 0;
-    check(cudaEventSynchronize(part_read_[size_t(part_)]));  // long past, seven parts later
+    check(cudaEventSynchronize(part_read_[size_t(part_)].get()));  // long past, seven parts later
   }
-  char* found = stage_ + part_ * kPart + part_filled_;
+  char* found = host_stage() + part_ * kPart + part_filled_;
   part_filled_ += round_up(bytes, 16);
   return found;
 }
@@ -192,7 +185,7 @@ int64_t* CudaPacker::counter_at(int number) {
 char* CudaPacker::allocate(int64_t bytes) {
   void* found = nullptr;
   check(cudaMalloc(&found, size_t(bytes)));
-  held_.push_back(found);
+  held_.push_back(DeviceMemory(found));
   return static_cast<char*>(found);
 }
 

@@ -7,6 +7,7 @@
 
 #include <array>
 
+#include "cuda_device.h"
 #include "packer.h"
 
 namespace dreamreader {
@@ -34,25 +35,34 @@ class CudaPacker : public Packer {
   static constexpr int kParts = 8;
   static constexpr int64_t kPart = 1 << 20;
 
+  using Event = Owned<cudaEvent_t, cudaEventDestroy>;
+  using DeviceMemory = Owned<void*, cudaFree>;
+
+  static Event new_event();
   char* stage(int64_t bytes);
-  char* to_twin(char* staged) const { return stage_twin_ + (staged - stage_); }
+  char* to_twin(char* staged) const { return stage_twin_ + (staged - host_stage()); }
+  char* host_stage() const { return static_cast<char*>(stage_.get()); }
   int64_t* counter_at(int number);
   char* allocate(int64_t bytes);
 
   const int device_;
   const Ring& ring_;
-  cudaStream_t stream_ = nullptr, copies_ = nullptr;
+  cudaStream_t stream_ = nullptr;  // of torch
   bool used_ = false;
-  char *ring_twin_ = nullptr, *stage_ = nullptr, *stage_twin_ = nullptr;
+  // What a constructor that fails had taken goes with its owners.
+  Owned<cudaStream_t, cudaStreamDestroy> copies_;
+  Owned<void*, cudaHostUnregister> registered_;  // the ring
+  Owned<void*, cudaFreeHost> stage_;
+  std::vector<DeviceMemory> held_;
+  char *ring_twin_ = nullptr, *stage_twin_ = nullptr;
   int part_ = 0;
   int64_t part_filled_ = 0;
-  std::array<cudaEvent_t, kParts> part_read_{};
-  cudaEvent_t before_ = nullptr;
-  std::vector<cudaEvent_t> packed_, arrived_;  // by slab
+  std::array<Event, kParts> part_read_;
+  Event before_;
+  std::vector<Event> packed_, arrived_;  // by slab
   std::vector<char*> carries_;
   int64_t* counters_ = nullptr;
   int counters_held_ = 0, counters_used_ = 0;
-  std::vector<void*> held_;  // of the GPU, to be freed
 };
 
 }  // namespace dreamreader

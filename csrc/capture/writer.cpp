@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <system_error>
 
 #include "crc32c.h"
 
@@ -28,11 +29,26 @@ struct Areas {
 }  // namespace
 
 Writer::Writer(const Options& options) : options_(options), ring_(options.ring_bytes) {
-  for (int i = 0; i < options.threads; ++i) threads_.emplace_back([this] { run(); });
+  try {
+    for (int i = 0; i < options.threads; ++i) threads_.emplace_back([this] { run(); });
+  } catch (const std::system_error& error) {
+    const size_t running = threads_.size();
+    stop();
+    throw std::system_error(error.code(), "writer: " + std::to_string(options.threads) +
+                                              " threads are wanted, after " +
+                                              std::to_string(running) + " none can be started");
+  } catch (...) {
+    stop();  // threads that run may not be destroyed
+    throw;
+  }
 }
 
 Writer::~Writer() {
   abandon();
+  stop();
+}
+
+void Writer::stop() {
   {
     const std::lock_guard lock(lock_);
     stopping_ = true;
@@ -54,6 +70,7 @@ const SiteShape& Writer::shape(int site) const {
 // Every site may have an open slab while one is written and one waits.
 void Writer::begin(const std::string& folder) {
   abandon();
+  begun_ = false;
   folder_ = folder;
   counters_ = 0;
   int64_t least = kLeast;
@@ -78,11 +95,13 @@ void Writer::begin(const std::string& folder) {
   for (int i = 0; i < ring_.count(); ++i) free_[size_t(i)] = ring_.count() - 1 - i;
   tasks_.resize(size_t(ring_.count()));
   first_task_ = task_count_ = 0;
+  begun_ = true;
 }
 
 int64_t Writer::put(int number, const PackJob& job, int64_t places, const int32_t* keys,
                     Packer& packer) {
   Site& site = *sites_[size_t(number)];
+  if (!begun_) throw std::invalid_argument("writer: begin a unit before its rows");
   if (site.packer && site.packer != &packer)
     throw std::invalid_argument("writer: the rows of a site must be on one device in a unit; " +
                                 site.shape.file + " had others");
@@ -152,13 +171,15 @@ bool Writer::used(int number) const {
 
 void Writer::finish(int number, std::string header, std::string moments, const Tail& tail) {
   Site& site = *sites_[size_t(number)];
+  if (!begun_) throw std::invalid_argument("writer: begin a unit before its end");
   if (!site.file.is_open()) site.file.create(folder_ + "/" + site.shape.file);
   site.header = std::move(header);
   site.moments = std::move(moments);
   site.tail = tail;
   std::unique_lock lock(lock_);
   const int slab = acquire(lock);
-  tasks_[(first_task_ + task_count_++) % tasks_.size()] = {&site, slab, 0, 0, 0, 0, 0, 0, true};
+  const Task task{&site, nullptr, slab, 0, 0, 0, 0, 0, 0, true};
+  tasks_[(first_task_ + task_count_++) % tasks_.size()] = task;
   ++in_flight_;
   tasks_arrived_.notify_one();
 }
@@ -174,7 +195,7 @@ void Writer::abandon() {
   discarding_ = true;
   slab_freed_.wait(lock, [this] { return in_flight_ == 0; });
   discarding_ = false;
-  failure_.reset();
+  failure_ = nullptr;
   for (const auto& site : sites_) {
     if (site->slab >= 0) free_.push_back(site->slab);
     site->slab = -1;
@@ -249,7 +270,7 @@ bool Writer::send_fullest() {
 void Writer::send(Site& site) {
   const int64_t bytes = site.carried + site.in_slab * site.shape.row_bytes;
   const int64_t whole = bytes / kBlock * kBlock;
-  const Task task{&site, site.slab, site.carried, site.in_slab, site.rows - site.in_slab,
+  const Task task{&site, site.packer, site.slab, site.carried, site.in_slab, site.rows - site.in_slab,
                   site.capacity, whole, kHeader + site.sent, false};
   char* slab = ring_.slab(site.slab);
   Packer& packer = *site.packer;
@@ -302,14 +323,7 @@ void Writer::grow(std::vector<T>& held, size_t size) {
 }
 
 void Writer::check() const {
-  if (!failure_) return;
-  if (failure_->of_system) throw FileError(failure_->number, failure_->what);
-  throw std::runtime_error(failure_->what);
-}
-
-void Writer::fail(int number, const std::string& what, bool of_system) {
-  const std::lock_guard lock(lock_);
-  if (!failure_) failure_ = Failure{number, what, of_system};
+  if (failure_) std::rethrow_exception(failure_);
 }
 
 void Writer::run() {
@@ -326,12 +340,11 @@ void Writer::run() {
       skipped = discarding_ || failure_;
     }
     try {
-      if (!task.last) task.site->packer->arrive(task.slab);  // before anyone may use the slab again
+      if (task.packer) task.packer->arrive(task.slab);  // before anyone may use the slab again
       if (!skipped) task.last ? end_file(task) : write(task);
-    } catch (const FileError& error) {
-      fail(error.number, error.path, true);
-    } catch (const std::exception& error) {
-      fail(0, error.what(), false);
+    } catch (...) {
+      const std::lock_guard lock(lock_);
+      if (!failure_) failure_ = std::current_exception();
     }
     release(task);
   }

@@ -11,9 +11,9 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -113,6 +113,7 @@ class Writer {
  private:
   struct Task {
     Site* site;
+    Packer* packer;  // of the rows; null for the end of a file
     int slab;
     int64_t carried, rows, first, capacity;  // rows of the site before this slab
     int64_t bytes, at;                       // what is written, and where
@@ -123,7 +124,7 @@ class Writer {
   void write(const Task& task);
   void end_file(const Task& task);
   void release(const Task& task);
-  void fail(int number, const std::string& what, bool of_system);
+  void stop();
   void check() const;  // with the lock
 
   bool has_room(Site& site, int64_t rows);
@@ -149,13 +150,8 @@ class Writer {
   std::vector<Task> tasks_;  // a ring of its own: as many places as there are slabs
   size_t first_task_ = 0, task_count_ = 0;
   int in_flight_ = 0;  // slabs at the threads
-  struct Failure {
-    int number;
-    std::string what;
-    bool of_system;
-  };
-  std::optional<Failure> failure_;
-  bool discarding_ = false, stopping_ = false;
+  std::exception_ptr failure_;  // the first of the threads
+  bool begun_ = false, discarding_ = false, stopping_ = false;
   int64_t written_ = 0, waits_ = 0, early_ = 0;
   bool direct_ = true;
   std::atomic<int64_t> grown_{0};

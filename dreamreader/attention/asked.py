@@ -88,8 +88,8 @@ def _joins(site: Any) -> bool:
     from dreamreader.engine.families import attention
 
     facts = attention(site.tap.module)
-    joint = facts is not None and (facts.joint or bool(facts.streams))
-    return joint or bool(getattr(site.tap.module, "is_cross_attention", False))
+    joint = facts is not None and (facts.joint or facts.streams or "k.text" in facts.ports)
+    return bool(joint) or bool(getattr(site.tap.module, "is_cross_attention", False))
 
 
 def factor(call: Call) -> int | None:

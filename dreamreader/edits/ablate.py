@@ -13,6 +13,7 @@ from dreamreader.edits.simple import check_direction
 from dreamreader.edits.steer import unit
 from dreamreader.engine.cache import Activation, Cache
 from dreamreader.engine.place import Place
+from dreamreader.engine.recorded import row_means
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.ops import Instruction
 
@@ -133,7 +134,7 @@ class Ablate(ChannelEdit):
             for row in range(place.rows):
                 mixed = hash((self.seed + place.first + row, time, *name.encode()))
                 generator = torch.Generator().manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)
-                draws.append(torch.randn(x.shape[1:], generator=generator))
+                draws += [torch.randn(x.shape[1:], generator=generator)] * place.beams
         noise = torch.stack(draws).to(x.device)
         y = torch.where(amount == 0, x, (x.float() + amount * noise).to(x.dtype))
         channels = place.channel_mask(self.heads, self.channels)
@@ -172,10 +173,7 @@ class Ablate(ChannelEdit):
             raise InvalidInput(
                 f"Ablate at {place.site}: the cache has no values of this site"
             ) from error
-        from dataclasses import replace
-
-        wide = found.tensor.to(torch.promote_types(found.tensor.dtype, torch.float32))
-        return replace(found, tensor=wide.mean(0, keepdim=True), rows=found.rows[:1])
+        return row_means(found)
 
     def _donors(self, place: Place) -> list[int]:
         """For each row of the run another row of the source, by its own seed."""

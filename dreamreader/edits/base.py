@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dreamreader.engine.pattern import join, parse
 from dreamreader.engine.request import EditRequest
+from dreamreader.engine.selection import normalized
 from dreamreader.errors import InvalidInput, UnknownName
 
 T = TypeVar("T")
@@ -25,6 +26,11 @@ class ChannelEdit(EditRequest):
 
     heads: Any = field(default=None, kw_only=True)
     channels: Any = field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._normalize("heads", normalized)
+        self._normalize("channels", normalized)
 
 
 def check_finite(name: str, value: Any) -> None:

@@ -79,7 +79,8 @@ class Patch(ChannelEdit):
                 f"{place.first} .. {place.first + place.rows - 1}; rows that feed each other need "
                 "one batch"
             )
-        entries = [b * place.rows + each for b in range(len(place.branches)) for each in donors]
+        whole = torch.arange(place.batch).reshape(len(place.branches), place.rows, place.beams)
+        entries = whole[:, donors].flatten().tolist()
         y = x.index_select(0, torch.tensor(entries, device=x.device))
         share = place.per_row(self.strength, "strength").to(x.device)
         share = share.reshape(-1, 1, 1) if share.dim() else share
@@ -94,13 +95,15 @@ def source_table(source: Any, from_rows: Any, place: Place, label: str) -> tuple
     Raises:
         InvalidInput: shape, step or rows do not fit the site in the running call.
     """
+    positions: Tensor | None = None
     if isinstance(source, Activation | Cache):
-        values = _of_cache(source, place, label)  # [rows, branches, tokens, width]
+        values, positions = _of_cache(source, place, label)  # [rows, branches, tokens, width]
     else:
         value = per_site(source, place.site, f"{label}: source")
         values = _of_tensor(value, place, label)
     count, chunks, length, width = values.shape
-    if length not in (1, place.tokens) or width != place.width:
+    by_position = positions is not None and place.own is not None
+    if (not by_position and length not in (1, place.tokens)) or width != place.width:
         raise InvalidInput(
             f"{label} at {place.site}: the site has {place.tokens} tokens of {place.width} "
             f"features, the source {length} of {width}"
@@ -113,13 +116,38 @@ def source_table(source: Any, from_rows: Any, place: Place, label: str) -> tuple
     default = 0 if count == 1 else list(range(place.total))
     chosen = default if from_rows is None else from_rows
     rows = torch.tensor(_row_numbers(chosen, count, place, f"{label}: from_rows"))
+    rows = rows.repeat_interleave(place.beams)
     branch = (
         torch.arange(len(place.branches)) if chunks > 1 else torch.zeros(len(place.branches)).long()
     )
-    token = torch.arange(place.tokens) if length > 1 else torch.zeros(place.tokens).long()
-    entry = rows[None, :] * chunks + branch[:, None]  # [branches, rows]
-    index = entry.reshape(-1, 1) * length + token[None, :]  # [batch, tokens]
+    if by_position:
+        token = _same_tokens(positions[rows], place, label)  # pyright: ignore
+    else:
+        token = torch.arange(place.tokens) if length > 1 else torch.zeros(place.tokens).long()
+    entry = rows[None, :] * chunks + branch[:, None]  # [branches, rows * beams]
+    index = entry.reshape(-1, 1) * length + token  # [batch, tokens]
     return values.reshape(-1, width), index
+
+
+def _same_tokens(positions: Tensor, place: Place, label: str) -> Tensor:
+    """[batch, tokens] for each token of the batch the column of the source that is the same token.
+
+    Args:
+        positions: [batch, columns] own index of the source's tokens, -1 at padding.
+    """
+    own = place.own
+    assert own is not None
+    same = positions[:, None, :] == own[:, :, None]  # [batch, tokens, columns]
+    missing = ~same.any(2) & (place.selected.cpu().expand(place.batch, place.tokens) != 0)
+    if bool((missing & (own >= 0)).any()):
+        entry, at = (missing & (own >= 0)).nonzero()[0].tolist()
+        raise InvalidInput(
+            f"{label} at {place.site}: token {int(own[entry, at])} of row "
+            f"{place.first + entry // place.beams} is edited, the source has "
+            f"{int((positions[entry] >= 0).sum())} tokens there and not this one; limit the edit "
+            "with tokens, or record it"
+        )
+    return same.int().argmax(2)
 
 
 def _row_numbers(chosen: Any, count: int, place: Place, name: str) -> list[int]:
@@ -152,15 +180,20 @@ def _of_tensor(value: Tensor, place: Place, label: str) -> Tensor:
     )
 
 
-def _of_cache(source: Any, place: Place, label: str) -> Tensor:
-    """[rows, branches, tokens, width] of a cache at the running step, branches as in the batch."""
+def _of_cache(source: Any, place: Place, label: str) -> tuple[Tensor, Tensor | None]:
+    """Values and positions of a cache at the running step.
+
+    Returns:
+        [rows, branches, tokens, width], branches as in the batch, and [rows, tokens], see
+        `Activation.positions`.
+    """
     try:
         found = source if isinstance(source, Activation) else source[place.site]
     except UnknownName as error:
         raise InvalidInput(
             f"{label} at {place.site}: the cache has no values of this site"
         ) from error
-    if found.tokens is not None:
+    if found.tokens is not None and found.positions is None:
         raise InvalidInput(
             f"{label} at {place.site}: the source holds only some tokens of the site"
         )
@@ -175,7 +208,9 @@ def _of_cache(source: Any, place: Place, label: str) -> Tensor:
     tensor = found.tensor
     if len(found.branches) == 1:
         tensor = tensor.unsqueeze(1)
-    tensor = tensor[:, :, moments.index(here)]  # [rows, branches, tokens, ...]
+    at = moments.index(here)
+    tensor = tensor[:, :, at]  # [rows, branches, tokens, ...]
+    positions = None if found.positions is None else found.positions[:, at]
     needed = [name for name, on in zip(place.branches, _branches_on(place), strict=True) if on]
     missing = [name for name in needed if name not in found.branches]
     if missing:
@@ -184,7 +219,7 @@ def _of_cache(source: Any, place: Place, label: str) -> Tensor:
             f"{missing[0]} is edited too; limit the edit with branch"
         )
     order = [found.branches.index(n) if n in found.branches else 0 for n in place.branches]
-    return tensor[:, order].flatten(3) if tensor.dim() > 4 else tensor[:, order]
+    return (tensor[:, order].flatten(3) if tensor.dim() > 4 else tensor[:, order]), positions
 
 
 def _branches_on(place: Place) -> list[bool]:

@@ -127,7 +127,7 @@ class ProbeGuidance(EditRequest):
             self._coefficients(place, probe.labels, len(probe))
         targets, avoids = self._sets(place)
         moved = (self._strength(place) != 0).any(1).expand(place.batch)
-        moved = moved.reshape(-1, place.rows).any(0)  # [rows]
+        moved = moved.reshape(len(place.branches), place.rows, -1).any(2).any(0)  # [rows]
         for row, labels in enumerate(zip(targets, avoids, strict=True)):
             if moved[row] and not any(labels):
                 raise InvalidInput(
@@ -200,7 +200,7 @@ class ProbeGuidance(EditRequest):
     def _coefficients(self, place: Place, labels: Sequence[str], count: int) -> Tensor:
         """[batch, labels]: c of every entry of the batch."""
         c = coefficients(*self._sets(place), labels, count)
-        return c.repeat(len(place.branches), 1)
+        return place.over_batch(c)
 
     def _sets(self, place: Place) -> tuple[list[tuple], list[tuple]]:
         """The labels to reach and to avoid of each row of this call."""

@@ -32,6 +32,7 @@ class Scale(ChannelEdit):
     def __post_init__(self):
         super().__post_init__()
         check_finite("Scale: factor", self.factor)
+        check_constant("Scale: factor", self.factor)
 
     def row_lengths(self) -> dict[str, int]:
         return row_length("factor", self.factor)
@@ -73,6 +74,8 @@ class Clamp(ChannelEdit):
         for name in ("lo", "hi", "strength"):
             if getattr(self, name) is not None:
                 check_finite(f"Clamp: {name}", getattr(self, name))
+        check_constant("Clamp: lo", self.lo)
+        check_constant("Clamp: hi", self.hi)
         if isinstance(self.direction, Tensor):
             check_direction("Clamp", self.direction)
 
@@ -97,6 +100,15 @@ class Clamp(ChannelEdit):
                 "clamp_component", strength, vectors=unit(vector), lo=lo, hi=hi, channels=channels
             )
         ]
+
+
+def check_constant(name: str, value: Rows | None) -> None:
+    """Refuse a number that is to be learned: bounds and factors get no gradient."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise InvalidInput(
+            f"{name} requires grad and gets no gradient; detach it, or learn the strength or the "
+            "direction of another edit"
+        )
 
 
 def check_direction(label: str, direction: Tensor) -> None:

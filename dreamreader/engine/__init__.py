@@ -4,7 +4,8 @@ from dreamreader.engine.cache import Activation, Cache, Row
 from dreamreader.engine.firing import Firing, FiringReport
 from dreamreader.engine.probs import Attention
 from dreamreader.engine.reader import Reader, RunResult
-from dreamreader.engine.request import Box, EditRequest, Record, Request, Stream, Watch
+from dreamreader.engine.request import EditRequest, Record, Request, Stream, Watch
+from dreamreader.engine.selection import Box
 from dreamreader.engine.sites import Site, SiteList
 from dreamreader.engine.stream import Flowing
 from dreamreader.engine.watch import Call

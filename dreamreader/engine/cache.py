@@ -11,7 +11,7 @@ from torch import Tensor
 from dreamreader.engine import html
 from dreamreader.engine.clock_schedule import Instant
 from dreamreader.engine.pattern import join, parse
-from dreamreader.engine.request import in_steps
+from dreamreader.engine.selection import in_steps, normalized, normalized_steps, numbers_of
 from dreamreader.errors import InvalidInput, UnknownName
 
 
@@ -37,6 +37,8 @@ class Activation:
         steps: step, timestep, sigma, fraction and evaluation of each entry.
         hw: grid (height, width) of the tokens where they are places of the picture.
         tokens: which tokens of the sequence are kept, all where None.
+        positions: [rows, steps, tokens] in a language model: index of each token among its row's
+            own tokens, -1 where it is padding. None elsewhere: every token is one of the row.
     """
 
     site: str
@@ -47,6 +49,13 @@ class Activation:
     hw: tuple[int, int] | None = None
     heads: int | None = None
     tokens: tuple[int, ...] | None = None
+    positions: Tensor | None = None
+
+    @property
+    def padding(self) -> Tensor | None:
+        """[rows, steps, tokens] bool: which tokens are padding; None where there is none."""
+        found = None if self.positions is None else self.positions < 0
+        return found if found is not None and bool(found.any()) else None
 
     @property
     def shape(self) -> torch.Size:
@@ -84,8 +93,8 @@ class Activation:
         Args:
             step: index of a denoising step, or slice, range, set or predicate of it.
             branch: one name or several.
-            rows: indices, slice or mask.
-            tokens: indices, slice or mask, over the recorded tokens.
+            rows: indices, slice or mask, as in `Request`.
+            tokens: the same, over the recorded tokens as they stand, padding included.
 
         Raises:
             UnknownName: there is no such branch.
@@ -96,19 +105,26 @@ class Activation:
             found = found._of_branches((branch,) if isinstance(branch, str) else tuple(branch))
         if step is not None:
             total = max(each.step for each in self.steps) + 1
-            kept = [n for n, each in enumerate(found.steps) if in_steps(step, each.step, total)]
+            chosen = normalized_steps(step, f"{self.site}: step")
+            kept = [n for n, each in enumerate(found.steps) if in_steps(chosen, each.step, total)]
             if not kept:
                 had = ", ".join(str(each.step) for each in self.steps)
                 raise InvalidInput(f"{self.site}: no step matches {step!r}; recorded are {had}")
-            found = found._kept("steps", kept, steps=tuple(found.steps[n] for n in kept))
+            positions = found._positions_at(1, kept)
+            steps = tuple(found.steps[n] for n in kept)
+            found = found._kept("steps", kept, steps=steps, positions=positions)
         if rows is not None:
             kept = _numbers(rows, len(found.rows), f"{self.site}: rows")
-            found = found._kept("rows", kept, rows=tuple(found.rows[n] for n in kept))
+            positions = found._positions_at(0, kept)
+            named = tuple(found.rows[n] for n in kept)
+            found = found._kept("rows", kept, rows=named, positions=positions)
         if tokens is not None:
             count = found.tensor.shape[found.axes.index("tokens")]
             kept = _numbers(tokens, count, f"{self.site}: tokens")
             places = found.tokens or tuple(range(count))
-            found = found._kept("tokens", kept, tokens=tuple(places[n] for n in kept))
+            positions = found._positions_at(2, kept)
+            named = tuple(places[n] for n in kept)
+            found = found._kept("tokens", kept, tokens=named, positions=positions)
         return found
 
     def _of_branches(self, names: tuple[str, ...]) -> "Activation":
@@ -122,6 +138,11 @@ class Activation:
         return replace(
             self, tensor=tensor.squeeze(1) if len(names) == 1 else tensor, branches=names
         )
+
+    def _positions_at(self, axis: int, kept: list[int]) -> Tensor | None:
+        if self.positions is None:
+            return None
+        return self.positions.index_select(axis, torch.tensor(kept))
 
     def _kept(self, axis: str, kept: list[int], **coordinates: Any) -> "Activation":
         index = torch.tensor(kept, device=self.tensor.device)
@@ -137,7 +158,14 @@ class Activation:
             ("branches", ", ".join(self.branches)),
             ("steps", f"{steps[0]} .. {steps[-1]} ({len(steps)})" if steps else "none"),
             ("grid", "x".join(map(str, self.hw)) if self.hw else ""),
+            ("padding", self._padding_summary()),
         ]
+
+    def _padding_summary(self) -> str:
+        padding = self.padding
+        if padding is None:
+            return ""
+        return f"{int(padding.sum())} of {padding.numel()} tokens (see positions)"
 
     def __repr__(self) -> str:
         shown = "; ".join(f"{key} {value}" for key, value in self._summary()[1:] if value)
@@ -253,18 +281,4 @@ def _shape(activation: Activation) -> str:
 
 
 def _numbers(chosen: Any, count: int, label: str) -> list[int]:
-    if isinstance(chosen, slice):
-        kept = list(range(*chosen.indices(count)))
-    elif isinstance(chosen, Tensor) and chosen.dtype == torch.bool:
-        if chosen.numel() != count:
-            raise InvalidInput(f"{label}: the mask has {chosen.numel()} values, there are {count}")
-        kept = chosen.flatten().nonzero().flatten().tolist()
-    else:
-        listed = [chosen] if isinstance(chosen, int) else [int(each) for each in chosen]
-        wrong = [each for each in listed if not -count <= each < count]
-        if wrong:
-            raise InvalidInput(f"{label}: {wrong[0]} asked for, there are {count}")
-        kept = [each % count for each in listed]
-    if not kept:
-        raise InvalidInput(f"{label}: {chosen!r} selects none of {count}")
-    return kept
+    return numbers_of(normalized(chosen, label), count, label)

@@ -1,5 +1,6 @@
 """Exact time and guidance branch of every denoiser call of a diffusers pipeline."""
 
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,25 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from dreamreader.engine.clock_branch import Branches
+from dreamreader.engine.clock_guider import listen_to_guider
 from dreamreader.engine.clock_run import (
     Parameters,
     listen_to_calls,
     listen_to_context,
     listen_to_pipeline,
     own_class,
-    unwrapped,
 )
 from dreamreader.engine.clock_schedule import Instant, Trajectory
-from dreamreader.engine.clock_text import Encoding, encoder_calls
+from dreamreader.engine.clock_text import Encoding, embedded_branches, encoder_calls
 from dreamreader.engine.families.guidance import layout_of
-from dreamreader.engine.families.timestep import form_of
+from dreamreader.engine.families.timestep import form_of, has_clean_tokens
+from dreamreader.engine.subject import innermost
 from dreamreader.errors import ClockUnknown
 
-_DENOISERS = ("unet", "transformer", "transformer_2")
+_DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
+_BESIDE = ("controlnet",)  # run in the loop, ahead of the denoiser's call
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 _SAMPLE = ("sample", "hidden_states", "x")
-_TIMESTEP = ("timestep", "timesteps", "t")
-_EMBEDDING = ("encoder_hidden_states", "encoder_hidden_states_t5", "cap_feats")
+_TIMESTEP = ("timestep", "timesteps", "timestep_ratio", "t", "r")
+_EMBEDDING = ("encoder_hidden_states", "encoder_hidden_states_t5", "cap_feats", "clip_text", "c")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,10 @@ class Clock:
     family's guidance layout, confirmed by the size of the batch. Nothing is counted and nothing is
     guessed: what cannot be known raises.
 
+    A ControlNet has the step of the denoiser call that follows, and the branches that it runs for.
+    What a callback of the run calls is not the run: another pipeline that shares the denoiser, or
+    the denoiser itself, has neither time nor branch.
+
     The clock follows every run of the pipeline inside its `with` block. It adds hooks of its own to
     the denoisers and text encoders, hears `cache_context`, and sees the pipeline being called; all
     of it is gone after the block, also after an exception. Values are never changed. A CUDA device
@@ -76,6 +83,7 @@ class Clock:
 
     Attributes:
         denoisers: the pipeline's denoisers by component name.
+        beside: its ControlNets by component name.
         text_encoders: its text encoders by component name.
 
     Example:
@@ -87,11 +95,14 @@ class Clock:
     def __init__(self, pipe: Any):
         self.pipe = pipe
         self.denoisers = _modules(pipe, _DENOISERS)
+        self.beside = _modules(pipe, _BESIDE)
         self.text_encoders = _modules(pipe, _TEXT_ENCODERS)
         self._stack: ExitStack | None = None
-        self._parameters = {name: Parameters(module) for name, module in self.denoisers.items()}
-        self._contexts: dict[str, list[str]] = {name: [] for name in self.denoisers}
+        followed = {**self.denoisers, **self.beside}
+        self._parameters = {name: Parameters(module) for name, module in followed.items()}
+        self._contexts: dict[str, list[str]] = {name: [] for name in followed}
         self._runs: list[_Run] = []
+        self._callbacks = 0
         self._last: Trajectory | None = None
         self._call: _Call | None = None
         self._encoding: Encoding | None = None
@@ -100,7 +111,7 @@ class Clock:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(listen_to_pipeline(self.pipe, self))
-            for name, module in self.denoisers.items():
+            for name, module in {**self.denoisers, **self.beside}.items():
                 stack.enter_context(listen_to_context(module, self._contexts[name]))
                 stack.enter_context(listen_to_calls(module, self._hear(name), self._called))
             for name, module in self.text_encoders.items():
@@ -112,7 +123,10 @@ class Clock:
         stack, self._stack = self._stack, None
         if stack is not None:
             stack.close()
+        for run in self._runs:
+            run.close()
         self._runs.clear()
+        self._callbacks = 0
         self._call = self._encoding = self._encoder = None
 
     def now(self) -> Moment:
@@ -172,10 +186,20 @@ class Clock:
     def _trajectory(self) -> Trajectory | None:
         return self._runs[-1].trajectory if self._runs else self._last
 
+    def aside(self) -> str | None:
+        """Why what is being called is not part of the run that is going on; None where it is."""
+        if self._callbacks:
+            return "it is called in a callback of the running pipeline, maybe by another one"
+        if self._runs and self._runs[-1].thread != threading.get_ident():
+            return "it is called in another thread than the running pipeline"
+        return None
+
     # what the listeners tell
 
     def run_began(self, arguments: Mapping[str, Any]) -> None:
         """A call of the pipeline begins: nothing of an earlier one is believed any more."""
+        if self.aside() is not None:
+            return
         self._runs.append(_Run(self.pipe, arguments))
         self._call = self._encoding = self._encoder = None
         for names in self._contexts.values():
@@ -183,21 +207,43 @@ class Clock:
 
     def run_ended(self, failed: bool) -> None:
         """The call is over; timesteps that could not be read without waiting are compared now."""
+        if self.aside() is not None:
+            return
         self._call = None
         run = self._runs.pop() if self._runs else None  # the clock may have been closed meanwhile
+        if run is not None:
+            run.close()
         if run is not None and run.trajectory is not None:
             self._last = run.trajectory
             if not failed:
-                run.trajectory.settle()
+                run.settle()
+
+    def callback_began(self) -> None:
+        """The pipeline calls back: what runs now is not the run."""
+        self._callbacks += 1
+
+    def callback_ended(self) -> None:
+        """The run goes on."""
+        self._callbacks = max(self._callbacks - 1, 0)
+        if self._runs and not self._callbacks:
+            self._runs[-1].called_back = True
 
     def encoding_began(self, arguments: Mapping[str, Any]) -> None:
         """`encode_prompt` begins."""
+        if self.aside() is not None:
+            return
         run = self._runs[-1].arguments if self._runs else None
-        self._encoding = Encoding(encoder_calls(own_class(self.pipe), arguments, run))
+        own = own_class(self.pipe)
+        names = embedded_branches(own, arguments, run)
+        self._encoding = Encoding(encoder_calls(own, arguments, run), names)
 
-    def encoding_ended(self) -> None:
-        """`encode_prompt` is over."""
-        self._encoding = None
+    def encoding_ended(self, result: Any) -> None:
+        """`encode_prompt` is over, with these embeddings."""
+        if self.aside() is not None:
+            return
+        encoding, self._encoding = self._encoding, None
+        if self._runs and encoding is not None:
+            self._runs[-1].branches.heard.keep(encoding.embedded, result)
 
     def _hear(self, name: str):
         parameters = self._parameters[name]
@@ -206,10 +252,17 @@ class Clock:
         embedding_name = parameters.first_of(_EMBEDDING)
         skips_name = parameters.first_of(("skip_layers",))
         names = self._contexts[name]
-        module = self.denoisers[name]
+        is_beside = name in self.beside
+        module = self.beside[name] if is_beside else self.denoisers[name]
 
         def began(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            why = self.aside()
+            if why is not None and not self._callbacks:
+                return  # the run's own call goes on in its thread
             self._call = call = _Call(name)
+            if why is not None:
+                call.instant = call.branches = ClockUnknown(f"{name} has no step or branch: {why}")
+                return
             if not self._runs:
                 call.instant = call.branches = ClockUnknown(
                     f"{name} was called outside a run of the pipeline, so no schedule holds for it"
@@ -220,17 +273,22 @@ class Clock:
             timestep = parameters.get(timestep_name, args, kwargs)
             index: int | None = None
             try:
-                trajectory = run.trajectory_of(module)
+                trajectory = run.trajectory_of(name, module)
                 index = trajectory.locate(timestep, _precision(timestep, sample))
                 call.instant = trajectory.instant(index)
             except ClockUnknown as error:
                 call.instant = error
+            batch = len(sample) if isinstance(sample, Tensor | list) else None
+            embedding = parameters.get(embedding_name, args, kwargs)
             try:
+                if is_beside:
+                    call.branches = run.branches.beside(batch, embedding)
+                    return
                 call.branches = run.branches.of(
                     names[-1] if names else None,
                     index,
-                    len(sample) if isinstance(sample, Tensor | list) else None,
-                    parameters.get(embedding_name, args, kwargs),
+                    batch,
+                    embedding,
                     parameters.get(skips_name, args, kwargs) is not None,
                 )
             except ClockUnknown as error:
@@ -239,11 +297,15 @@ class Clock:
         return began
 
     def _called(self) -> None:
-        self._call = None
+        if self._callbacks or self.aside() is None:
+            self._call = None
 
     def _hear_text(self, name: str):
         def began(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._encoding is None:
+            why = self.aside()
+            if why is not None:
+                self._encoder = (name, ClockUnknown(f"{name} has no branch: {why}"))
+            elif self._encoding is None:
                 reason = (
                     f"{name} was called outside encode_prompt, so whose prompt it reads is unknown"
                 )
@@ -271,25 +333,47 @@ class _Run:
     def __init__(self, pipe: Any, arguments: Mapping[str, Any]):
         self.pipe = pipe
         self.arguments = arguments
+        self.thread = threading.get_ident()
+        self.called_back = False
         own = own_class(pipe)
         self.branches = Branches(pipe, own, layout_of(own), arguments)
         self.trajectory: Trajectory | None = None
+        self._trajectories: dict[tuple[int, type], Trajectory] = {}
+        self._stack = ExitStack()
+        guider = listen_to_guider(getattr(pipe, "guider", None))
+        self.branches.passes = self._stack.enter_context(guider)
 
-    def trajectory_of(self, denoiser: nn.Module) -> Trajectory:
-        """The schedule that the pipeline has set; read anew when it sets another."""
-        scheduler = getattr(self.pipe, "scheduler", None)
+    def close(self) -> None:
+        self._stack.close()
+
+    def settle(self) -> None:
+        for trajectory in self._trajectories.values():
+            trajectory.settle()
+
+    def trajectory_of(self, name: str, denoiser: nn.Module) -> Trajectory:
+        """The schedule that the pipeline has set for a component; read anew when it sets another.
+
+        Raises:
+            ClockUnknown: it has none, or something that ran in a callback has set another.
+        """
+        scheduler = getattr(self.pipe, f"{name}_scheduler", None)
+        scheduler = getattr(self.pipe, "scheduler", None) if scheduler is None else scheduler
         if scheduler is None or getattr(scheduler, "timesteps", None) is None:
             raise ClockUnknown(f"{self.branches.family} has no scheduler with timesteps")
-        trajectory = self.trajectory
-        if (
-            trajectory is None
-            or trajectory.source is not scheduler.timesteps
-            or trajectory.scheduler is not scheduler
-        ):
-            inner = unwrapped(denoiser)
-            form = form_of(type(inner))
-            trajectory = Trajectory(scheduler, form, getattr(inner, "config", None))
-            self.trajectory = trajectory
+        inner = type(innermost(denoiser))
+        key = id(scheduler), inner  # a second denoiser of the class goes on with the first one's
+        trajectory = self._trajectories.get(key)
+        if trajectory is None or trajectory.source is not scheduler.timesteps:
+            form, config = form_of(inner, type(scheduler)), getattr(denoiser, "config", None)
+            new = Trajectory(scheduler, form, config, has_clean_tokens(inner))
+            if trajectory is not None and self.called_back and new.values != trajectory.values:
+                raise ClockUnknown(
+                    f"the schedule of {type(scheduler).__name__} was set anew in a callback, while "
+                    "the pipeline goes on with the one that it had set"
+                )
+            self._trajectories[key] = trajectory = new
+        self.called_back = False
+        self.trajectory = trajectory
         return trajectory
 
 

@@ -13,8 +13,11 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from dreamreader.engine.clock_callbacks import CallbackListener, with_marks
+from dreamreader.engine.subject import innermost
 
-class RunListener(Protocol):
+
+class RunListener(CallbackListener, Protocol):
     """What wants to know about a pipeline's runs."""
 
     def run_began(self, arguments: Mapping[str, Any]) -> None:
@@ -26,18 +29,23 @@ class RunListener(Protocol):
     def encoding_began(self, arguments: Mapping[str, Any]) -> None:
         """`encode_prompt` was called."""
 
-    def encoding_ended(self) -> None:
-        """`encode_prompt` returned, or left with an exception."""
+    def encoding_ended(self, result: Any) -> None:
+        """`encode_prompt` returned this; None where it left with an exception."""
 
 
 def bound(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Arguments of a call by name, with defaults; empty when they do not fit the signature."""
+    signature = inspect.signature(function)
     try:
-        call = inspect.signature(function).bind(*args, **kwargs)
+        call = signature.bind(*args, **kwargs)
     except TypeError:
         return {}  # the call itself will raise, with a better message
     call.apply_defaults()
-    return dict(call.arguments)
+    found = dict(call.arguments)
+    for name, each in signature.parameters.items():
+        if each.kind is inspect.Parameter.VAR_KEYWORD:  # all that modular pipelines have
+            found |= found.pop(name)
+    return found
 
 
 def own_class(pipe: Any) -> type:
@@ -74,6 +82,7 @@ def _listening_class(own: type) -> type:
         heard = list(listeners)
         for listener in heard:
             listener.run_began(arguments)
+        args, kwargs = with_marks(own.__call__, args, kwargs, heard)
         failed = True
         try:
             result = own.__call__(self, *args, **kwargs)
@@ -100,21 +109,16 @@ def _listening_class(own: type) -> type:
             heard = list(listeners)
             for listener in heard:
                 listener.encoding_began(arguments)
+            result = None
             try:
-                return original(self, *args, **kwargs)
+                result = original(self, *args, **kwargs)
             finally:
                 for listener in reversed(heard):
-                    listener.encoding_ended()
+                    listener.encoding_ended(result)
+            return result
 
         body["encode_prompt"] = encode_prompt
     return type(own.__name__, (own,), body)
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module itself where `torch.compile` has wrapped it."""
-    while isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
-        module = inner
-    return module
 
 
 class _ContextTap:
@@ -142,7 +146,7 @@ class _ContextTap:
 @contextmanager
 def listen_to_context(module: nn.Module, names: list[str]) -> Iterator[None]:
     """Keep the names of this denoiser's entered `cache_context`s in `names`, innermost last."""
-    target = unwrapped(module)
+    target = innermost(module)
     original = getattr(target, "cache_context", None)
     if original is None:
         yield
@@ -225,7 +229,7 @@ class Parameters:
 
     def __init__(self, module: nn.Module):
         # the class's forward: offloading and caching put wrappers on the object
-        names = list(inspect.signature(type(unwrapped(module)).forward).parameters)[1:]
+        names = list(inspect.signature(type(innermost(module)).forward).parameters)[1:]
         self.positions = {name: place for place, name in enumerate(names)}
 
     def first_of(self, names: tuple[str, ...]) -> str | None:

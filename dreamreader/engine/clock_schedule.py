@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamreader.engine.families.solver import live_level, noise_levels, place
+from dreamreader.engine.families.solver import (
+    begins_within_step,
+    live_level,
+    noise_levels,
+    place,
+    spare_entries,
+)
 from dreamreader.engine.families.timestep import KNOWN_FORMS, Form
 from dreamreader.errors import ClockUnknown
 
@@ -23,7 +29,8 @@ class Instant:
     Attributes:
         step: index of the solver's step in its full trajectory. It moves with the scheduler's place
             in its `timesteps`, `place // order`, so both evaluations of a step of a second-order
-            solver share it, and a run that begins on the way (img2img) begins with a step above 0.
+            solver share it. A run that begins on the way (img2img) begins with a step above 0:
+            each entry of the schedule has the number that it has in a run from the start.
         timestep: the scheduler's own value there, whatever form the denoiser receives it in.
         sigma: noise level of the denoiser's input by the scheduler's table: `sigmas[place]`, or
             sqrt((1 - abar) / abar) for schedulers that only have `alphas_cumprod`; None where the
@@ -44,17 +51,19 @@ class Instant:
 class Trajectory:
     """Host copy of one run's schedule, and the run's place on it."""
 
-    def __init__(self, scheduler: Any, form: Form | None, config: Any):
+    def __init__(self, scheduler: Any, form: Form | None, config: Any, clean_tokens: bool = False):
         timesteps = scheduler.timesteps
         if not isinstance(timesteps, Tensor):
             timesteps = torch.as_tensor(timesteps)
         self.source = scheduler.timesteps
         self.scheduler = scheduler
-        self.values: list[float] = timesteps.detach().to("cpu", torch.float64).tolist()
+        kept = len(timesteps) - spare_entries(scheduler)
+        self.values: list[float] = timesteps[:kept].detach().to("cpu", torch.float64).tolist()
         self.sigmas = noise_levels(scheduler, self.values)
         self.forms: tuple[Form, ...] = KNOWN_FORMS if form is None else (form,)
         self.form_known = form is not None
         self.config = config
+        self.clean_tokens = clean_tokens
         self.train = float(getattr(scheduler.config, "num_train_timesteps", 1000))
         self.total = place(scheduler, len(self.values) - 1)[0] + 1
         self.start: int | None = None
@@ -84,6 +93,12 @@ class Trajectory:
                 "the denoiser was called after the last step, or another scheduler is driving it"
             )
         if self.start is None:
+            if begins_within_step(self.scheduler, index):
+                raise ClockUnknown(
+                    f"the run begins at entry {index} of {type(self.scheduler).__name__}, inside a "
+                    f"step that has {getattr(self.scheduler, 'order', 1)} evaluations: its steps "
+                    "are not those of the full trajectory"
+                )
             self.start = index
         if index < self.start:
             raise ClockUnknown(
@@ -94,7 +109,7 @@ class Trajectory:
 
     def instant(self, index: int) -> Instant:
         """The time at an entry of the schedule, in the run that `locate` has seen the start of."""
-        step, evaluation = place(self.scheduler, index, self.start or 0)
+        step, evaluation = place(self.scheduler, index)
         sigma = None
         if self.sigmas is not None:
             sigma = self.sigmas[1 if evaluation else 0][index]
@@ -127,9 +142,10 @@ class Trajectory:
         later, self._later = self._later, []
         if not later:
             return
-        found = torch.stack([argument.detach().max().to(torch.float64) for argument, _, _ in later])
-        for value, (_, index, precision) in zip(found.tolist(), later, strict=True):
-            self._agree(index, value, precision)
+        ends = [torch.stack(self._ends(argument)) for argument, _, _ in later]
+        found = torch.stack([each.to(torch.float64) for each in ends]).tolist()
+        for (low, high), (_, index, precision) in zip(found, later, strict=True):
+            self._agree(index, self._one(low, high, precision), precision)
 
     def _from_scheduler(self, argument: Any, view: int | None, precision: float) -> int:
         scheduler = self.scheduler
@@ -174,7 +190,7 @@ class Trajectory:
                 f"{type(self.scheduler).__name__} keeps no step index, and how this class of "
                 "denoiser scales its timestep is not known (see engine/families/timestep.py)"
             )
-        value = _number(argument)
+        value = self._number(argument, precision)
         found = [i for i in range(len(self.values)) if self._fits(i, value, precision)]
         if not found:
             raise ClockUnknown(
@@ -202,14 +218,40 @@ class Trajectory:
         elif isinstance(argument, Tensor) and argument.device.type != "cpu":
             self.postpone(argument, index, precision)
         else:
-            self._agree(index, _number(argument), precision)
+            self._agree(index, self._number(argument, precision), precision)
 
     def _agree(self, index: int, value: float, precision: float) -> None:
         if not self._fits(index, value, precision):
             raise ClockUnknown(
                 f"the scheduler stands at timestep {self.values[index]:g} (entry {index}), but the "
-                f"denoiser was called with timestep {value:g}: they are not of the same run"
+                f"denoiser was called with timestep {value:g}: they are not of the same "
+                "run, or the pipeline hands its denoiser the time in a form that is not known"
             )
+
+    def _number(self, argument: Any, precision: float) -> float:
+        """The timestep of a call, of which all tokens have to be at the same one."""
+        if not isinstance(argument, Tensor):
+            return float(argument)
+        if argument.numel() == 1:
+            return float(argument)
+        low, high = self._ends(argument)
+        return self._one(float(low), float(high), precision)
+
+    def _ends(self, argument: Tensor) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest timestep in a call, without tokens that hold no noise."""
+        low, high = argument.detach().aminmax()
+        if self.clean_tokens:
+            noisy = torch.where(argument.detach() > 0, argument.detach(), high)
+            low = noisy.min()
+        return low, high
+
+    def _one(self, low: float, high: float, precision: float) -> float:
+        if high - low > precision * abs(high):
+            raise ClockUnknown(
+                f"the call holds tokens at different noise levels (timesteps {low:g} to {high:g}): "
+                "it has no single step"
+            )
+        return high
 
     def _fits(self, index: int, value: float, precision: float) -> bool:
         for form in self.forms:
@@ -225,13 +267,6 @@ class Trajectory:
 
     def _unclear(self, argument: Any, found: list[int]) -> str:
         return (
-            f"timestep {_number(argument):g} stands at entries {found} of the schedule; "
+            f"timestep {self._number(argument, 1e-6):g} stands at entries {found} of the schedule; "
             "which one is unknown"
         )
-
-
-def _number(argument: Any) -> float:
-    """The timestep as a number; of one per token the largest, as tokens without noise have 0."""
-    if not isinstance(argument, Tensor):
-        return float(argument)
-    return float(argument.detach().max()) if argument.numel() > 1 else float(argument)

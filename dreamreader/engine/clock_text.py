@@ -8,10 +8,14 @@ from dreamreader.errors import ClockUnknown
 
 
 class Encoding:
-    """One run of `encode_prompt`: each text encoder is called for these branches in this order."""
+    """One run of `encode_prompt`: each text encoder is called for these branches in this order.
 
-    def __init__(self, names: tuple[str, ...] | None):
+    `embedded` are the branches of the embeddings that it returns, in order.
+    """
+
+    def __init__(self, names: tuple[str, ...] | None, embedded: tuple[str, ...] | None = None):
         self.names = names
+        self.embedded = embedded
         self.calls: dict[str, int] = {}
 
     def next_of(self, encoder: str) -> tuple[str, ...] | ClockUnknown:
@@ -53,3 +57,20 @@ def encoder_calls(
     if positive == negative:
         return None
     return ("cond",) if positive else ("uncond",)
+
+
+def embedded_branches(
+    own: type, arguments: Mapping[str, Any], run: Mapping[str, Any] | None
+) -> tuple[str, ...] | None:
+    """Branches of the prompt embeddings that one `encode_prompt` returns, in order.
+
+    None when that is not known.
+    """
+    if "do_classifier_free_guidance" in arguments:
+        return ("cond", "uncond") if encodes_prompt_first(own) else None
+    given = arguments.get("prompt_embeds")
+    if given is None:
+        return encoder_calls(own, arguments, run)
+    named = {"cond": "prompt_embeds", "uncond": "negative_prompt_embeds"}
+    found = [branch for branch, name in named.items() if run and run.get(name) is given]
+    return (found[0],) if len(found) == 1 else None

@@ -167,7 +167,7 @@ def _hit(each: Active, touched: Tensor) -> Hit | None:
     entries = touched.any(1).expand(place.batch)  # [batch]
     if not bool(entries.any()):
         return None
-    by_branch = entries.reshape(len(place.branches), place.rows)
+    by_branch = entries.reshape(len(place.branches), place.rows, place.beams).any(2)
     names = [name for name, rows in zip(place.branches, by_branch, strict=True) if rows.any()]
     rows = by_branch.any(0).nonzero().flatten() + place.first
     return Hit(each.number, tuple(names), tuple(rows.tolist()))

@@ -14,12 +14,13 @@ class Firing:
     Attributes:
         request: the edit or recording in one line. kind: `edit` or `record`.
         site: full site name.
-        calls: how often the site ran with the request active.
-        steps: for each step, how many calls; empty keys where time is unknown.
+        calls: how often the site ran with the request active and an element selected.
+        steps: for each step, how many such calls; empty keys where time is unknown.
         branches: for each branch, how many calls.
         rows: numbers of the rows that were touched.
         passed_over: calls of the site with the request active, but with nothing to change
             (strength 0).
+        missed: calls of the site with the request active, but no element selected.
         not_computed: calls at which a step cache skipped the site.
         notes: anything that a reader has to know, such as an overflow.
     """
@@ -33,6 +34,7 @@ class Firing:
     branches: Counter[str] = field(default_factory=Counter)
     rows: set[int] = field(default_factory=set)
     passed_over: int = 0
+    missed: int = 0
     not_computed: Counter[int] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
@@ -80,6 +82,7 @@ class FiringReport(Sequence[Firing]):
                 continue
             mine.calls += each.calls
             mine.passed_over += each.passed_over
+            mine.missed += each.missed
             mine.steps.update(each.steps)
             mine.branches.update(each.branches)
             mine.not_computed.update(each.not_computed)
@@ -118,6 +121,8 @@ def _remarks(each: Firing) -> list[str]:
     found = list(each.notes)
     if each.passed_over:
         found.append(f"{each.passed_over} calls at strength 0")
+    if each.missed:
+        found.append(f"{each.missed} calls without a selected element")
     if each.not_computed:
         found.append(f"not computed at steps {ranges(each.not_computed)} (step cache)")
     return found

@@ -1,6 +1,5 @@
 """Running a language model on rows of prompts."""
 
-import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,13 +7,20 @@ import torch
 from torch import Tensor
 
 from dreamreader.engine.cache import Cache
+from dreamreader.engine.decoding import Decoding, check, planned, told_clearly
 from dreamreader.engine.firing import FiringReport
+from dreamreader.engine.padding import decoder_start, position_arguments
+from dreamreader.engine.prompts import padded, tokenize
 from dreamreader.engine.request import EditRequest, Record, Stream, Watch
 from dreamreader.engine.rows import Plan
+from dreamreader.engine.subject import is_encoder_decoder
 from dreamreader.errors import InvalidInput
 
 if TYPE_CHECKING:
     from dreamreader.engine.reader import Reader, RunResult
+
+_DECODER = ("decoder_input_ids", "decoder_attention_mask")  # one entry for each row
+FORWARD = frozenset({"logits_to_keep", "add_special_tokens", *_DECODER})  # all else is for generate
 
 
 def run_language(
@@ -26,94 +32,80 @@ def run_language(
     memory_limit: int | None,
     arguments: dict[str, Any],
 ) -> "RunResult":
-    """Forward (no arguments, or logits_to_keep) or generate (with others) over rows.
+    """Forward (no arguments, or those of a forward) or generate (with others) over rows.
 
-    All batches are padded on the left to the longest prompt of the run, so that a row's positions
-    do not depend on its batch. Sampling runs row by row, each from its own seed.
+    All batches are padded to the longest prompt of the run, so that a row's positions do not
+    depend on its batch. Where tokens are drawn, rows run one by one, each from its own seed.
     """
     from dreamreader.engine.reader import RunResult, merged
 
     model = reader.subject
-    inputs = encoded(reader, list(plan.prompts))
-    sampling = bool(arguments.get("do_sample"))
-    size = 1 if sampling else batch_size or len(plan)
+    ids, notes = tokenize(reader, plan.prompts, arguments.pop("add_special_tokens", None))
+    inputs = padded(reader, ids)
+    for name in _DECODER:
+        inputs |= {name: arguments.pop(name)} if name in arguments else {}
+    _check_rows(inputs, len(plan))
+    check(arguments)
+    forward = not arguments.keys() - FORWARD
+    decoding = None if forward else planned(model, arguments, len(plan))
+    fixed = position_arguments(reader, inputs, generates=not forward)
+    if forward and "decoder_input_ids" not in inputs:
+        fixed |= decoder_start(model, len(plan))
+    inputs |= fixed
+    draws = decoding is not None and decoding.draws
+    size = 1 if decoding is not None and decoding.alone else batch_size or len(plan)
+    if len(plan) > 1 and decoding is not None and decoding.alone and not draws:
+        notes.append(f"the rows ran one by one: {decoding.alone}")
+    if len(plan) > size and arguments.get("past_key_values") is not None:
+        raise InvalidInput("past_key_values is one cache and serves one batch: leave it out")
+    length = None if is_encoder_decoder(model) else inputs["input_ids"].shape[1]
     outputs: list[Any] = []
-    found, report = [], FiringReport()
-    length = inputs["input_ids"].shape[1]
+    found, report = [], FiringReport(notes=notes)
     for start in range(0, len(plan), size):
         stop = min(start + size, len(plan))
         part = {name: value[start:stop] for name, value in inputs.items()}
         session = reader._session(edits, records, plan, start, stop, memory_limit, length)
-        with session, torch.no_grad(), torch.random.fork_rng(enabled=sampling):
-            if sampling:
+        with session, torch.no_grad(), torch.random.fork_rng(enabled=draws):
+            if draws:
                 torch.manual_seed(plan.seeds[start])
-            if arguments.keys() - {"logits_to_keep"}:
-                outputs.append(model.generate(**part, **arguments))
+            if forward:
+                outputs.append(model(**part, **arguments))
             else:
-                outputs.append(model(**part, **_positions(model, part), **arguments))
+                with told_clearly():
+                    outputs.append(model.generate(**part, **arguments))
         found.append(session.activations(plan.rows))
         report.merge(session.report)
-    output, text = _together(outputs, reader.tokenizer, length)
+    output, text = _together(outputs, reader.tokenizer, length or 0, decoding)
     return RunResult(output, Cache(merged(found)), report, tuple(plan.rows), text)
 
 
-def _positions(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Positions that do not count padding; a plain forward of GPT-2 would count it."""
-    if "position_ids" not in inspect.signature(type(model).forward).parameters:
-        return {}
-    return {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+def _check_rows(inputs: dict[str, Any], rows: int) -> None:
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor) or value.dim() != 2 or len(value) != rows:
+            shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InvalidInput(f"{name}: a tensor [{rows} rows, tokens] is needed, got {shape}")
 
 
-def encoded(reader: "Reader", prompts: list[str]) -> dict[str, Tensor]:
-    """Tokens of prompts and their mask, both [rows, tokens], padded on the left."""
-    tokenizer = reader.tokenizer
-    if tokenizer is None:
-        raise InvalidInput("prompts as strings need a tokenizer: Reader(model, tokenizer)")
-    several = len(prompts) > 1
-    side = tokenizer.padding_side
-    if several and tokenizer.pad_token_id is None:
-        raise InvalidInput("several prompts need padding: set tokenizer.pad_token")
-    try:
-        tokenizer.padding_side = "left"
-        cut = {"truncation": True, "max_length": most} if (most := reader.max_tokens) else {}
-        found = tokenizer(prompts, return_tensors="pt", padding=several, **cut)
-    finally:
-        tokenizer.padding_side = side
-    if found["input_ids"].shape[1] == 0:
-        raise InvalidInput("the prompts have no tokens")
-    device = reader.subject.device
-    return {name: found[name].to(device) for name in ("input_ids", "attention_mask")}
-
-
-def check_lengths(reader: "Reader", prompts: list[str]) -> None:
-    """Refuse prompts of different lengths, where all of their tokens are recorded.
-
-    Raises:
-        InvalidInput: padding would count among the tokens of the shorter ones.
-    """
-    counts = encoded(reader, prompts)["attention_mask"].sum(1)
-    least, most = int(counts.min()), int(counts.max())
-    if least < most:
-        raise InvalidInput(
-            f"tokens: the prompts have {least} to {most} tokens, and padding would count among "
-            "those of the shorter ones; choose tokens that all have, such as -1, the last"
-        )
-
-
-def _together(outputs: list[Any], tokenizer: Any, prompt: int) -> tuple[Any, list[str] | None]:
-    """Results of all batches as one; generated tokens also as text."""
+def _together(
+    outputs: list[Any], tokenizer: Any, prompt: int, decoding: Decoding | None
+) -> tuple[Any, list[str] | None]:
+    """Results of all batches as one; generated tokens also as text, the prompt left out."""
     first = outputs[0]
-    generated = [getattr(each, "sequences", each) for each in outputs]
-    if all(isinstance(each, Tensor) for each in generated):
-        longest = max(each.shape[1] for each in generated)
-        fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        padded = [
-            torch.nn.functional.pad(each, (0, longest - each.shape[1]), value=fill)
-            for each in generated
-        ]
-        tokens = torch.cat(padded)
-        text = tokenizer.batch_decode(tokens[:, prompt:], skip_special_tokens=True)
-        return (first if len(outputs) == 1 else tokens), text
+    if decoding is None:
+        if len(outputs) == 1:
+            return first, None
+        return type(first)(logits=torch.cat([each.logits for each in outputs])), None
+    tokens = [getattr(each, "sequences", each) for each in outputs]
+    text = [
+        each
+        for part in tokens
+        for each in tokenizer.batch_decode(part[:, prompt:], skip_special_tokens=True)
+    ]
     if len(outputs) == 1:
-        return first, None
-    return type(first)(logits=torch.cat([each.logits for each in outputs])), None
+        return first, text
+    longest = max(each.shape[1] for each in tokens)
+    filled = [
+        torch.nn.functional.pad(each, (0, longest - each.shape[1]), value=decoding.pad)
+        for each in tokens
+    ]
+    return torch.cat(filled), text

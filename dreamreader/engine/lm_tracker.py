@@ -1,25 +1,36 @@
-"""Time in a language model: the step is the decoding position, read from lengths."""
+"""Time and tokens in a language model: what its calls are given, never what is counted."""
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamreader.engine.clock_schedule import Instant
-from dreamreader.engine.now import Now, Positions
-from dreamreader.engine.subject import Subject
-from dreamreader.engine.tracker import ModuleTracker, Parameters
+from dreamreader.engine.generation import Generation, listen_to_generate, names_of
+from dreamreader.engine.now import Now
+from dreamreader.engine.subject import Subject, innermost
+from dreamreader.engine.threads import Owner
+from dreamreader.engine.token_layout import TokenLayout, real_tokens
+from dreamreader.engine.tracker import _watched
 from dreamreader.errors import ClockUnknown
 
+_CACHES = ("past_key_values", "cache_params", "past_buckets_states", "state", "mems", "cache")
+_COND = ("cond",)
+_ENCODER = "encoder"
 
-class LanguageTracker(ModuleTracker):
-    """Follows a transformers decoder through forward and generate.
+
+class LanguageTracker(AbstractContextManager):
+    """Follows a transformers model through forward and generate.
 
     Step 0 is the prompt. A later call is at step `past + length - prompt`, from the tokens that the
-    cache holds and those that come in, so nothing is counted; without a cache the input has to be
-    the one before with one token more.
+    cache holds and those that come in; the prompt's length is read from `generate`, or is that of
+    the call that began without a cache. Every model inside the subject (base model, encoder,
+    decoder, vision tower) that is called has tokens of its own, or shares those of the call around
+    it.
 
     Args:
         subject: the model.
@@ -27,86 +38,411 @@ class LanguageTracker(ModuleTracker):
     """
 
     def __init__(self, subject: Subject, prompt: int | None = None):
-        super().__init__(subject)
-        self.prompt = prompt
-        self._given = prompt is not None
+        self.model = innermost(subject.model)
+        self.runs = 0
+        self.rows: int | None = None
+        self.prompts: list[str] | None = None
+        self._given = prompt
+        self._prompt: int | None = prompt
+        self._past = _Past()
+        self._generations: list[Generation] = []
+        self._frames: list[Now] = []
         self._ids: Tensor | None = None
-        self._prompt_ids: Tensor | None = None
-        self._pads: tuple[int, ...] = ()
-        self._padded_inside = False
-        self._parameters = Parameters(self.module)
+        self._ids_layout: TokenLayout | ClockUnknown | None = None
+        self._encoders = _encoders(self.model)
+        self._names = {each: names_of(type(each).forward)[1:] for each in _models(self.model)}
+        self._encoded: tuple[tuple[Any, Any], Any] = ((None, None), None)
+        self._owner = Owner()
+        self._stack: ExitStack | None = None
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(listen_to_generate(self.model, self))
+            for module in self._names:
+                stack.enter_context(_watched(module, self._beginner(module), self._ended))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+        self._frames.clear()
+        self._encoded = ((None, None), None)
+
+    @property
+    def now(self) -> Now | None:
+        return self._frames[-1] if self._frames else None
 
     def outside(self, component: str) -> Now:
         why = ClockUnknown(f"{component} was called outside a forward of the whole model")
-        return Now(component, "outside", self.runs, why, ("cond",), None)
+        return Now(component, "outside", self.runs, why, _COND, None, tokens=why)
+
+    def total(self) -> int | None:
+        return None
+
+    def schedule(self) -> list[Instant]:
+        return []
+
+    def entries(self) -> list[Instant]:
+        return []
 
     def text_ids(self, component: str, branch: str) -> tuple[Tensor, Tensor | None] | None:
-        return None if self._prompt_ids is None else (self._prompt_ids, None)
+        decoding = self._encoders and (self.now is None or self.now.component != _ENCODER)
+        return None if self._ids is None or decoding else (self._ids, None)
 
-    def _began(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        arguments = self._parameters.bind(args, kwargs)
-        ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
-        given = ids if isinstance(ids, Tensor) else embeds
-        if not isinstance(given, Tensor):
-            why = ClockUnknown("the model was called without input_ids or inputs_embeds")
-            self.now = Now("", "language", self.runs, why, ("cond",), None)
+    def own_of_prompt(self) -> Tensor | None:
+        """[rows, width] index of each token of `text_ids` among the row's own; None: as it stands.
+
+        Raises:
+            ClockUnknown: which of them are padding is unknown.
+        """
+        if self._generations and not self._encoders:
+            real = self._generations[-1].real
+            own = real.cumsum(1) - 1 if isinstance(real, Tensor) else real
+        else:
+            layout = self._ids_layout
+            own = layout.own if isinstance(layout, TokenLayout) else layout
+        if isinstance(own, ClockUnknown):
+            raise ClockUnknown(*own.args)
+        return own if own is None or self._ids is None else own[:, -self._ids.shape[1] :]
+
+    # what the listener of `generate` tells
+
+    def generation_began(self, arguments: Mapping[str, Any]) -> None:
+        if not self._owner.here():
             return
-        past = _held(arguments.get("past_key_values"))
-        step = self._step(ids if isinstance(ids, Tensor) else None, past, given.shape[1])
-        mask = arguments.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point():
-            masked = torch.stack([(mask.cumsum(1) == 0).sum(1), (mask == 0).sum(1)]).tolist()
-            self._pads, self._padded_inside = tuple(masked[0]), masked[0] != masked[1]
-        elif past == 0:
-            self._pads, self._padded_inside = (0,) * given.shape[0], False
-        instant = (
-            step if isinstance(step, ClockUnknown) else Instant(step, math.nan, None, math.nan, 0)
-        )
-        positions = Positions(
-            past, given.shape[1], self.prompt or 0, self._pads, self._padded_inside
-        )
-        self.now = Now(
-            "",
-            "language",
-            self.runs,
-            instant,
-            ("cond",),
-            given.shape[0],
-            positions=positions,
-            ids=self._prompt_ids,
-        )
+        self.runs += 1
+        self._past = _Past()
+        generation = Generation.of(arguments, _is_encoder_decoder(self.model))
+        self._generations.append(generation)
+        self._ids = generation.ids
 
-    def _step(self, ids: Tensor | None, past: int, length: int) -> int | ClockUnknown:
-        earlier, self._ids = self._ids, ids
-        if past == 0:
-            grown = (
-                ids is not None
-                and earlier is not None
-                and ids.shape[0] == earlier.shape[0]
-                and ids.shape[1] == earlier.shape[1] + 1
-                and torch.equal(ids[:, :-1], earlier)
+    def generation_ended(self) -> None:
+        if not self._owner.here() or not self._generations:
+            return
+        self._generations.pop()
+        self._past = _Past()
+
+    def inputs_prepared(self, arguments: Mapping[str, Any]) -> None:
+        if self._generations and self._owner.here():
+            self._generations[-1].prepare(arguments)
+
+    # what the hooks tell
+
+    def _beginner(self, module: nn.Module):
+        def began(args: tuple, kwargs: dict[str, Any]) -> None:
+            if not self._owner.here():
+                return
+            names = self._names[module]
+            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+            self._frames.append(self._frame(module, arguments))
+
+        return began
+
+    def _ended(self) -> None:
+        if self._frames and self._owner.here():
+            self._frames.pop()
+
+    def _frame(self, module: nn.Module, arguments: Mapping[str, Any]) -> Now:
+        """What is known of a call of a model: its tokens and its decoding step."""
+        around = self.now
+        if module in self._encoders:
+            return self._of_encoder(module, arguments, around)
+        given = _sequence(arguments, _is_encoder_decoder(module))
+        if given is None:
+            return self._unknown(
+                f"{type(module).__name__} was called without input_ids or inputs_embeds: its "
+                "tokens are none of the prompt's"
             )
-            if not grown:
-                self.runs += 1
-                self._prompt_ids = ids
-                if not self._given:
-                    self.prompt = length
-                return 0
-        if self.prompt is None:
+        rows, length = given.shape[:2]
+        if around is not None and isinstance(tokens := around.tokens, TokenLayout):
+            if (tokens.rows, tokens.length) == (rows, length):
+                return self._inside(around, arguments)
+            return self._unknown(
+                f"{type(module).__name__} works on {rows} rows of {length} tokens inside a call "
+                "with others: which token each is is unknown"
+            )
+        return self._of_call(module, arguments, given)
+
+    def _of_call(self, module: nn.Module, arguments: Mapping[str, Any], given: Tensor) -> Now:
+        rows, length = given.shape[:2]
+        if len(self._generations) > 1:
+            return self._unknown("a generate runs inside another one", rows)
+        past = self._held(arguments, length)
+        if isinstance(past, ClockUnknown):
+            self._past = _Past()
+            return self._now(past, past, rows)
+        tokens: TokenLayout | ClockUnknown
+        if self._generations:
+            generation = self._generations[0]
+            tokens = generation.layout(rows, past, length)
+            step = self._step(past, length, generation.width, _keeps(arguments))
+        else:
+            tokens, step = self._plain(module, arguments, given, past)
+        if isinstance(tokens, TokenLayout):
+            kept = _kept(arguments.get("logits_to_keep"), length)
+            tokens = _beside(replace(tokens, kept=kept), self._encoder(arguments))
+        return self._now(step if isinstance(step, ClockUnknown) else _instant(step), tokens, rows)
+
+    def _plain(
+        self, module: nn.Module, arguments: Mapping[str, Any], given: Tensor, past: int
+    ) -> tuple[TokenLayout | ClockUnknown, int | ClockUnknown]:
+        """Tokens and step of a call outside `generate`."""
+        rows, length = given.shape[:2]
+        of_decoder = _is_encoder_decoder(module)
+        ids = arguments.get("decoder_input_ids" if of_decoder else "input_ids")
+        ids = ids if isinstance(ids, Tensor) else None
+        before = self._past
+        continued = past > 0 and past == before.total and before.rows == rows
+        grown = past == 0 and before.grows(ids)
+        if not (continued or grown):
+            self.runs += 1
+            self._prompt = self._given if past or self._given is not None else length
+            if not of_decoder:
+                self._ids = ids
+        step = 0 if past == 0 and not grown else self._step(past, length, self._prompt, past > 0)
+        mask = arguments.get("decoder_attention_mask" if of_decoder else "attention_mask")
+        real = real_tokens(mask, rows, past, length)
+        if isinstance(real, ClockUnknown):
+            self._past = _Past()
+            self._ids_layout = real
+            return real, step
+        tokens = self._laid_out(real, rows, past, length, continued)
+        if not (continued or grown) and not of_decoder:
+            self._ids_layout = tokens
+        self._past = _Past(past + length, rows, ids if past == 0 else None, tokens)
+        return tokens, step
+
+    def _laid_out(
+        self, real: Tensor | None, rows: int, past: int, length: int, continued: bool
+    ) -> TokenLayout | ClockUnknown:
+        """The layout of a call whose padding is known: over all its tokens, or over new ones."""
+        earlier = self._past.tokens
+        if real is not None and real.shape[1] == past + length:
+            starts, part = tuple(real[:, :past].sum(1).tolist()), real[:, past:].contiguous()
+            part = None if bool(part.all()) else part
+        elif continued and isinstance(earlier, TokenLayout):
+            starts, part = tuple((earlier.own.amax(1) + 1).tolist()), real
+            if earlier.real is not None:  # a row may have had nothing but padding
+                came = earlier.real.sum(1).tolist()
+                starts = tuple(a + b for a, b in zip(earlier.starts, came, strict=True))
+        elif real is None or past == 0:
+            starts, part = (past,) * rows, real
+        else:
+            return ClockUnknown(
+                "the cache was filled before: which of its tokens are padding is unknown"
+            )
+        prompts: Any = ClockUnknown("the cache was filled before: where the prompt ends is unknown")
+        if continued and isinstance(earlier, TokenLayout):
+            prompts = earlier.prompts
+        elif past == 0 and self._prompt is not None:
+            own = part if part is not None else torch.ones(rows, length, dtype=torch.bool)
+            prompts = tuple(own[:, : self._prompt].sum(1).tolist())
+        return TokenLayout(rows, length, starts, part, prompts)
+
+    def _step(self, past: int, length: int, prompt: int | None, keeps: bool) -> int | ClockUnknown:
+        """The decoding step of a call; `keeps`: earlier tokens do not come again."""
+        if prompt is None:
             return ClockUnknown("the cache was filled before: where the prompt ends is unknown")
-        if past and length > 1 and past + length > self.prompt:
+        total = past + length
+        if keeps and length > 1 and total > prompt:
             return ClockUnknown(
                 f"{length} tokens came in at once behind {past} cached ones: no single decoding "
                 "position"
             )
-        return max(0, past + length - self.prompt)
+        return max(0, total - prompt)
+
+    def _held(self, arguments: Mapping[str, Any], length: int) -> int | ClockUnknown:
+        """Tokens that the caches of a call hold, or why that is unknown."""
+        caches = [each for n in _CACHES if (each := arguments.get(n)) is not None]
+        whole = self._generations[-1].whole if self._generations else None
+        if not caches:
+            return 0
+        for each in caches:
+            held = _held(each)
+            if held is not None:
+                return held
+        if whole is not None and whole >= length:
+            return whole - length  # a recurrent state does not say how much it has read
+        return ClockUnknown("its recurrent state does not say how many tokens it has read")
+
+    def _of_encoder(
+        self, module: nn.Module, arguments: Mapping[str, Any], around: Now | None
+    ) -> Now:
+        given = _sequence(arguments, False)
+        if around is None and not self._generations:
+            self.runs += 1
+        if given is None:
+            return self._unknown(f"{type(module).__name__} reads no tokens: it has no positions")
+        rows, length = given.shape[:2]
+        ids = arguments.get("input_ids")
+        if isinstance(ids, Tensor):
+            self._ids = ids
+        real = real_tokens(arguments.get("attention_mask"), rows, 0, length)
+        why = ClockUnknown(f"{type(module).__name__} runs before decoding: it has no step")
+        tokens = real if isinstance(real, ClockUnknown) else _whole(real, rows, length)
+        self._ids_layout = tokens
+        return self._now(why, tokens, rows, _ENCODER)
+
+    def _inside(self, around: Now, arguments: Mapping[str, Any]) -> Now:
+        """A model inside a call that works on the same tokens, all of them."""
+        tokens = around.tokens
+        assert isinstance(tokens, TokenLayout)
+        encoder = tokens.encoder or self._encoder(arguments)
+        inside: TokenLayout | ClockUnknown = tokens
+        if tokens.kept is not None or encoder is not tokens.encoder:
+            inside = _beside(replace(tokens, kept=None), encoder)
+        return self._now(around.instant, inside, tokens.rows)
+
+    def _encoder(self, arguments: Mapping[str, Any]) -> TokenLayout | ClockUnknown | None:
+        """Tokens of the encoder's states that a decoder is given; None where it attends to none."""
+        states = arguments.get("encoder_hidden_states")
+        if states is None:
+            outputs = arguments.get("encoder_outputs")
+            states = outputs[0] if isinstance(outputs, tuple | list | Mapping) and outputs else None
+        if not isinstance(states, Tensor) or states.dim() != 3:
+            return None
+        mask = arguments.get("encoder_attention_mask")
+        if mask is None and "decoder_input_ids" in arguments:
+            mask = arguments.get("attention_mask")
+        given, found = self._encoded
+        if given[0] is not states or given[1] is not mask:  # the same at every decoding step
+            rows, length = states.shape[:2]
+            real = real_tokens(mask, rows, 0, length)
+            found = real if isinstance(real, ClockUnknown) else _whole(real, rows, length)
+            self._encoded = ((states, mask), found)
+        return found
+
+    def _unknown(self, why: str, rows: int | None = None) -> Now:
+        error = ClockUnknown(why)
+        return self._now(error, error, rows)
+
+    def _now(self, instant: Any, tokens: Any, rows: int | None, component: str = "") -> Now:
+        states = self._encoded[0][0] if getattr(tokens, "encoder", None) is not None else None
+        return Now(
+            component,
+            "language",
+            self.runs,
+            instant,
+            _COND,
+            rows,
+            tokens=tokens,
+            encoder_states=states,
+        )
 
 
-def _held(cache: Any) -> int:
-    """Tokens that a cache of keys and values holds."""
+class _Past:
+    """What the latest call outside `generate` left behind."""
+
+    def __init__(
+        self,
+        total: int | None = None,
+        rows: int = 0,
+        ids: Tensor | None = None,
+        tokens: TokenLayout | ClockUnknown | None = None,
+    ):
+        self.total = total
+        self.rows = rows
+        self.ids = ids
+        self.tokens = tokens
+
+    def grows(self, ids: Tensor | None) -> bool:
+        """Whether these tokens are the earlier ones with one more, as decoding without a cache."""
+        earlier = self.ids
+        return (
+            ids is not None
+            and earlier is not None
+            and ids.shape[0] == earlier.shape[0]
+            and ids.shape[1] == earlier.shape[1] + 1
+            and torch.equal(ids[:, :-1], earlier)
+        )
+
+
+def _models(model: nn.Module) -> list[nn.Module]:
+    """The model and every transformers model inside it."""
+    found = [each for each in model.modules() if _is_pretrained(type(each))]
+    return found if model in found else [model, *found]
+
+
+def _is_pretrained(kind: type) -> bool:
+    return any(base.__name__ == "PreTrainedModel" for base in kind.__mro__)
+
+
+def _is_encoder_decoder(module: nn.Module) -> bool:
+    config = getattr(module, "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False)) and any(
+        name.startswith("decoder_") for name in names_of(type(module).forward)
+    )
+
+
+def _encoders(model: nn.Module) -> set[nn.Module]:
+    if not _is_encoder_decoder(model):
+        return set()
+    try:
+        return {model.get_encoder()}  # pyright: ignore[reportCallIssue]
+    except (AttributeError, TypeError, NotImplementedError):
+        return set()
+
+
+def _sequence(arguments: Mapping[str, Any], of_decoder: bool) -> Tensor | None:
+    """The tokens [rows, tokens] or embeddings [rows, tokens, features] of a call."""
+    names = (
+        ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+        if of_decoder
+        else (
+            "input_ids",
+            "inputs_embeds",
+        )
+    )
+    for name in names:
+        value = arguments.get(name)
+        if isinstance(value, Tensor) and value.dim() >= 2:
+            return value
+    return None
+
+
+def _keeps(arguments: Mapping[str, Any]) -> bool:
+    """Whether a call of `generate` fills a cache, so that earlier tokens do not come again."""
+    return any(arguments.get(name) is not None for name in _CACHES)
+
+
+def _beside(
+    tokens: TokenLayout, encoder: TokenLayout | ClockUnknown | None
+) -> TokenLayout | ClockUnknown:
+    """With the encoder's tokens; where these are unknown, nothing tells the two apart."""
+    if isinstance(encoder, ClockUnknown):
+        return encoder
+    return tokens if encoder is None else replace(tokens, encoder=encoder)
+
+
+def _kept(chosen: Any, length: int) -> tuple[int, ...] | None:
+    """Numbers of the tokens that `logits_to_keep` leaves; None for all."""
+    if isinstance(chosen, Tensor) and chosen.dim() == 1:
+        return tuple(int(each) % length for each in chosen.tolist())
+    if isinstance(chosen, int) and chosen > 0:
+        return tuple(range(length))[-chosen:]
+    return None
+
+
+def _whole(real: Tensor | None, rows: int, length: int) -> TokenLayout:
+    """A layout of one call that has all the tokens there are."""
+    prompts = (length,) * rows if real is None else tuple(real.sum(1).tolist())
+    return TokenLayout(rows, length, (0,) * rows, real, prompts)
+
+
+def _instant(step: int) -> Instant:
+    return Instant(step, math.nan, None, math.nan, 0)
+
+
+def _held(cache: Any) -> int | None:
+    """Tokens that a cache of keys and values holds; None where it does not say."""
     length = getattr(cache, "get_seq_length", None)
     if length is not None:
-        return int(length())
+        try:
+            return int(length())
+        except (ValueError, TypeError, NotImplementedError):
+            return None
     if isinstance(cache, tuple) and cache and isinstance(cache[0], tuple):
         return int(cache[0][0].shape[-2])
-    return 0
+    return None

@@ -6,35 +6,10 @@ from torch import Tensor
 
 from dreamreader.engine.clock_schedule import Instant
 from dreamreader.engine.families.places import Layout
+from dreamreader.engine.token_layout import TokenLayout
 from dreamreader.errors import ClockUnknown
 
 ALL = ("all",)  # the branches of what runs outside guidance, such as a decoder of pictures
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Token positions of one call of a language model.
-
-    Args:
-        past: tokens that the cache already holds.
-        length: tokens of this call.
-        prompt: tokens of the padded prompt.
-        pads: padding tokens on the left of each row.
-        padded_inside: whether tokens are masked elsewhere, as padding on the right is.
-    """
-
-    past: int
-    length: int
-    prompt: int
-    pads: tuple[int, ...]
-    padded_inside: bool = False
-
-    @property
-    def padding(self) -> tuple:
-        """Everything that decides which tokens of the call are padding."""
-        behind = self.past >= max(self.pads, default=0)
-        key = self.length, self.padded_inside
-        return key if behind else (*key, self.past, self.pads)
 
 
 @dataclass(slots=True, eq=False)
@@ -43,11 +18,16 @@ class Now:
 
     Args:
         component: its name, empty outside.
-        phase: `denoise`, `text`, `language` or `outside`.
+        phase: `denoise`, `text`, `language` or `outside`; `aside` for what a callback of the run
+            calls by itself, which is not the run.
         run: number of the run within the session.
         instant: time, or why it is unknown.
         branches: names of the equal chunks of the batch, or why they are unknown.
         batch: entries of the batch, None where nothing says it.
+        layout: places of image and text tokens in a denoiser.
+        tokens: which entries are which row's own tokens in a language model, or why that is
+            unknown; None elsewhere, where every entry is a token.
+        encoder_states: what the encoder gave to the running decoder.
     """
 
     component: str
@@ -57,8 +37,8 @@ class Now:
     branches: tuple[str, ...] | ClockUnknown
     batch: int | None
     layout: Layout | None = None
-    positions: Positions | None = None
-    ids: Tensor | None = None
+    tokens: TokenLayout | ClockUnknown | None = None
+    encoder_states: Tensor | None = None
     stamp: tuple = field(init=False)
 
     def __post_init__(self):
@@ -68,18 +48,26 @@ class Now:
             else None
         )
         known = self.branches if isinstance(self.branches, tuple) else None
-        self.stamp = (self.component, time, known, self.batch, self.layout, self.positions)
+        tokens = self.tokens.key if isinstance(self.tokens, TokenLayout) else None
+        self.stamp = (
+            (self.component, self.phase),
+            time,
+            known,
+            self.batch,
+            self.layout,
+            tokens,
+        )
 
     @property
     def shape_key(self) -> tuple:
         """Everything that decides a program except the time."""
-        return (self.component, self.stamp[2], self.batch, self.layout, self.positions)
+        return (self.stamp[0], self.stamp[2], self.batch, self.layout, self.stamp[5])
 
     @property
     def placeless_key(self) -> tuple:
         """Everything that decides a program which selects no tokens, except the time."""
-        padding = None if self.positions is None else self.positions.padding
-        return (self.component, self.stamp[2], self.batch, self.layout, padding)
+        padding = self.tokens.placeless_key if isinstance(self.tokens, TokenLayout) else None
+        return (self.stamp[0], self.stamp[2], self.batch, self.layout, padding)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -1,6 +1,5 @@
 """The place where an edit works: shapes of the site in this call, and the edit's selection."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,8 @@ from torch import Tensor
 
 from dreamreader.engine.clock_schedule import Instant
 from dreamreader.engine.request import Request
-from dreamreader.engine.tokens import Sequence_
+from dreamreader.engine.selection import mask_of
+from dreamreader.engine.tokens import SiteTokens
 from dreamreader.errors import InvalidInput
 
 
@@ -37,6 +37,8 @@ class Place:
         site: name of the site.
         width: features at the site. heads: number of heads, None where it has none.
         rows: rows of each branch in this call. total: rows of the run. first: number of row 0 here.
+        beams: entries of each row, one after the other: the beams of a search, else 1.
+        per_head: the values have a dimension of heads, so that a vector [d_head] is one for each.
         branches: names of the equal chunks of the batch, in order.
         tokens: length of the sequence. hw: grid of image tokens where known.
         instant: step, timestep, sigma, fraction and evaluation; None where time is unknown.
@@ -50,16 +52,31 @@ class Place:
     total: int
     first: int
     branches: tuple[str, ...]
-    sequence: Sequence_
+    sequence: SiteTokens
     instant: Instant | None
     device: torch.device
     dtype: torch.dtype
     seeds: tuple[int, ...] | None = None
+    beams: int = 1
+    per_head: bool = False
     selected: Tensor = None  # pyright: ignore[reportAssignmentType]
 
     @property
     def batch(self) -> int:
-        return self.rows * len(self.branches)
+        return self.rows * self.beams * len(self.branches)
+
+    @property
+    def own(self) -> Tensor | None:
+        """[batch, tokens] int64: index of each token among its row's own tokens, -1 at padding.
+
+        None where there is no text with rows of its own: every entry is a token then.
+        """
+        return self.sequence.own
+
+    def over_batch(self, rows: Tensor) -> Tensor:
+        """[rows, ...] values of the rows here as [batch, ...], one for each entry."""
+        each = rows if self.beams == 1 else rows.repeat_interleave(self.beams, 0)
+        return each.repeat(len(self.branches), *(1,) * (rows.dim() - 1))
 
     @property
     def tokens(self) -> int:
@@ -87,7 +104,7 @@ class Place:
             raise InvalidInput(
                 f"{name} at {self.site}: has {tensor.numel()} values, the run has {self.total} rows"
             )
-        return tensor[self.first : self.first + self.rows].repeat(len(self.branches))
+        return self.over_batch(tensor[self.first : self.first + self.rows])
 
     def strength(self, value: Any, name: str) -> Tensor:
         """A per-row strength times the selection: broadcasts to [batch, tokens]."""
@@ -108,7 +125,7 @@ class Place:
         if heads is not None:
             mask &= self._of_heads(heads)
         if channels is not None:
-            mask &= _of_indices(channels, self.width, f"channels at {self.site}")
+            mask &= mask_of(channels, self.width, f"channels at {self.site}")
         if not mask.any():
             raise InvalidInput(f"{self.site}: heads={heads!r} and channels={channels!r} share none")
         return mask
@@ -134,8 +151,10 @@ class Place:
             size = self.width // self.heads
             if value.shape == (self.heads, size):
                 return value.reshape(1, self.width)
-            if heads is not None and value.shape[-1] == size and value.dim() <= 2:
-                chosen = self._of_heads(heads).reshape(self.heads, size)
+            given = heads is not None or self.per_head
+            if given and value.shape[-1] == size and value.dim() <= 2:
+                chosen = self._of_heads(slice(None) if heads is None else heads)
+                chosen = chosen.reshape(self.heads, size)
                 wide = value.reshape(-1, 1, size) * chosen.to(value)  # [m, heads, d_head]
                 return wide.reshape(-1, self.width)
         split = f" ({self.heads} heads of {self.width // self.heads})" if self.heads else ""
@@ -162,7 +181,7 @@ class Place:
             raise InvalidInput(
                 f"{self.site} has no heads; heads={heads!r} needs the port q, k, v or heads"
             )
-        chosen = _of_indices(heads, self.heads, f"heads at {self.site}")
+        chosen = mask_of(heads, self.heads, f"heads at {self.site}")
         return chosen.repeat_interleave(self.width // self.heads)
 
 
@@ -174,8 +193,10 @@ def row_mask(request: Request, place: Place) -> Tensor | None:
     rows = torch.ones(place.rows)
     if request.rows is not None:
         label = f"{request.label}: rows at {place.site}"
-        chosen = _of_indices(request.rows, place.total, label)
+        chosen = mask_of(request.rows, place.total, label)
         rows = chosen[place.first : place.first + place.rows].float()
+    if place.beams > 1:
+        rows = rows.repeat_interleave(place.beams)
     picked = [rows if wanted is None or name in wanted else rows * 0 for name in place.branches]
     return torch.cat(picked)
 
@@ -185,7 +206,8 @@ class Entries:
     """The part of a batch that a reader keeps: `numbers` branch after branch, rows in order.
 
     Attributes:
-        branches: names kept, in order. rows: rows kept of each, as numbers in the run.
+        branches: names kept, in order. rows: rows kept of each, as numbers in the run; a row with
+            several beams stands once for each.
         numbers: batch entries.
     """
 
@@ -200,28 +222,14 @@ def kept_entries(request: Request, place: Place) -> Entries | None:
     branches = tuple(name for name in place.branches if wanted is None or name in wanted)
     rows = list(range(place.rows))
     if request.rows is not None:
-        touched = row_mask(Request(request.site, rows=request.rows), place)
-        assert touched is not None
-        rows = [row for row in rows if touched[row]]
+        label = f"{request.label}: rows at {place.site}"
+        chosen = mask_of(request.rows, place.total, label)
+        rows = [row for row in rows if chosen[place.first + row]]
     if not branches or not rows:
         return None
-    numbers = [place.branches.index(name) * place.rows + row for name in branches for row in rows]
-    return Entries(branches, tuple(place.first + row for row in rows), numbers)
-
-
-def _of_indices(chosen: Any, count: int, label: str) -> Tensor:
-    """bool [count] from indices, a slice or a mask."""
-    mask = torch.zeros(count, dtype=torch.bool)
-    if isinstance(chosen, Tensor) and chosen.dtype == torch.bool:
-        if chosen.numel() != count:
-            raise InvalidInput(f"{label}: the mask has {chosen.numel()} values, there are {count}")
-        return chosen.flatten().cpu()
-    if isinstance(chosen, slice):
-        mask[chosen] = True
-        return mask
-    listed: Sequence[int] = [chosen] if isinstance(chosen, int) else [int(each) for each in chosen]
-    wrong = [each for each in listed if not -count <= each < count]
-    if wrong:
-        raise InvalidInput(f"{label}: {wrong[0]} asked for, there are {count}")
-    mask[[each % count for each in listed]] = True
-    return mask
+    size = place.rows * place.beams
+    entries = [(row, row * place.beams + beam) for row in rows for beam in range(place.beams)]
+    numbers = [
+        place.branches.index(name) * size + entry for name in branches for _, entry in entries
+    ]
+    return Entries(branches, tuple(place.first + row for row, _ in entries), numbers)

@@ -53,14 +53,14 @@ def tap_for(module: nn.Module, pattern: Pattern, name: str) -> Tap:
         if facts.no_probs is not None:
             raise _lacking(module, pattern, name, facts.no_probs)
         return Tap(module, side="probs", heads=facts.heads)
-    single = facts.ports.get(pattern.port)
-    if facts.streams and not facts.joint:  # the streams have projections of their own
-        key = pattern.port + (".text" if pattern.stream == "text" else "")
+    key = pattern.port + (".text" if pattern.stream == "text" else "")
+    if pattern.stream is not None and not any(each.endswith(".text") for each in facts.ports):
+        whole = facts.ports.get(pattern.port)  # one sequence, of which the stream is a part
+        single = None if whole is None else replace(whole, stream=pattern.stream)
+    else:
         single = facts.ports.get(key)
-    elif pattern.stream is not None and single is not None:
-        return replace(single, stream=pattern.stream)
     if single is None:
-        raise _lacking(module, pattern, name)
+        raise _lacking(module, pattern, name, facts.why_not(key))
     return single
 
 

@@ -2,8 +2,9 @@
 
 While a site with the port `probs` is read, a torch function mode sees the fused attention call
 inside the module, so that norms, rotations, joint streams, masks and grouped heads are those of
-the model. Attention that forms the probabilities itself (sliced, eager) is read where it does.
-Processors are never replaced.
+the model. Of an attention that forms the probabilities itself (sliced, eager) they are what comes
+of a softmax and multiplies the values, so a softmax of something else, or a column that is cut off
+before (an attention sink), is none of them. Processors are never replaced.
 """
 
 import math
@@ -16,10 +17,24 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dreamreader.errors import InvalidInput
 
-_SOFTMAX = {torch.softmax, F.softmax, torch.Tensor.softmax, torch.nn.functional.softmax}
+_SOFTMAX = {torch.softmax, F.softmax, torch.Tensor.softmax, torch.special.softmax}
+_DROPOUT = {F.dropout, torch.dropout}
+_PRODUCT = {torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.bmm}
+_SCORES = _PRODUCT | {torch.baddbmm, torch.Tensor.baddbmm, torch.einsum}
+_OTHER_LAYERS = {F.linear, F.layer_norm, F.rms_norm, F.conv1d, F.conv2d}  # no scores behind these
+# What may happen to probabilities before they multiply the values.
+_KEEPING = {
+    getattr(torch.Tensor, name)
+    for name in (
+        "to type type_as float double half bfloat16 contiguous clone detach view reshape flatten "
+        "unflatten squeeze unsqueeze expand narrow __getitem__ masked_fill "
+        "masked_fill_ mul __mul__ __rmul__ __imul__ nan_to_num"
+    ).split()
+} | {torch.mul, torch.nan_to_num, torch.masked_fill, torch.where, torch.reshape, torch.flatten}
 _TILE = 2**22  # scores held at once
 
 
@@ -205,6 +220,8 @@ class _Open:
     """An attention module at work, and what was seen of it.
 
     `shares` gets what the model forms itself, piece by piece; without it the pieces are kept.
+    `scores` holds products and what is made of them, `weights` what comes of a softmax of scores,
+    with the values that it had before dropout.
     """
 
     name: str
@@ -214,46 +231,101 @@ class _Open:
     fused: list[FusedAttention] = field(default_factory=list)
     formed: list[Tensor] = field(default_factory=list)
     done: int = 0
-    total: int = 0
+    mixed: bool = False
+    scores: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    weights: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
-    def form(self, result: Tensor) -> None:
-        if self.shares is None:
-            self.formed.append(result)
+    def follow(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        """Watch one call: from a product of queries and keys to what multiplies the values."""
+        if not isinstance(result, Tensor):
             return
-        batch, heads = result.shape[:2] if result.dim() == 4 else (self.batch, self.heads)
-        part = result.flatten(0, -3)
-        shape = (batch, heads, part.shape[1], part.shape[2])
-        first, self.done, self.total = self.done, self.done + len(part), batch * heads
-        if self.done > self.total:
-            raise self._unequal()
-        share = FormedAttention(
-            shape, result.dtype, result.device, part, first, tuple(range(batch))
-        )
-        self.shares(share)
+        given = _tensors((*args, *kwargs.values()))
+        come = [each for each in given if each in self.weights]
+        if func in _SOFTMAX:
+            last = _axis(args, kwargs) in (-1, result.dim() - 1)
+            if last and result.dim() in (3, 4) and given and given[0] in self.scores:
+                self.weights[result] = None
+        elif func in _SCORES:
+            self._multiply(func, args, given, come, result)
+        elif come and func in _DROPOUT:
+            before = self.weights[come[0]]
+            self.weights[result] = come[0] if before is None else before
+        elif come and func in _KEEPING:
+            self.weights[result] = None
+        elif func not in _OTHER_LAYERS and any(each in self.scores for each in given):
+            self.scores[result] = None
 
-    def streamed(self) -> None:
-        """Check that the shares add up to the whole attention."""
-        if self.done != self.total:
+    def _multiply(
+        self, func: Any, args: tuple, given: list[Tensor], come: list[Tensor], result: Tensor
+    ) -> None:
+        if not come:
+            self.scores[result] = None
+            return
+        simple = func in _PRODUCT or (func is torch.einsum and _is_product(args))
+        if simple and come == given[:1] and come[0].dim() > 2:
+            before = self.weights[come[0]]
+            self.form((come[0] if before is None else before).detach())
+        else:
+            self.mixed = True
+
+    def form(self, part: Tensor) -> None:
+        """What multiplies values: [batch, heads, queries, keys], or a share [n, queries, keys]."""
+        if part.dim() == 4:
+            if tuple(part.shape[:2]) != (self.batch, self.heads):
+                raise self._other(f"{list(part.shape[:2])} maps of probabilities")
+            part = part.flatten(0, 1)
+        self.done += len(part)
+        if self.done > self.batch * self.heads:
             raise self._unequal()
+        if self.shares is None:
+            self.formed.append(part)
+        else:
+            self.shares(self._share(part, self.done - len(part)))
+
+    def _share(self, part: Tensor, first: int) -> FormedAttention:
+        shape = (self.batch, self.heads, part.shape[1], part.shape[2])
+        entries = tuple(range(self.batch))
+        return FormedAttention(shape, part.dtype, part.device, part, first, entries)
+
+    def close(self) -> Attention | None:
+        """The one attention that ran; None where `shares` had all of it."""
+        if len(self.fused) + bool(self.done) > 1:
+            count = len(self.fused) + bool(self.done)
+            raise InvalidInput(
+                f"{self.name}: {count} attentions ran inside the module, probs needs one"
+            )
+        if self.mixed:
+            raise self._other("attentions that are multiplied with each other")
+        if self.fused:
+            found = self.fused[0]
+            if found.shape[:2] != (self.batch, self.heads):
+                raise self._other(f"an attention of {list(found.shape[:2])}")
+            return found
+        if not self.done:
+            raise InvalidInput(
+                f"{self.name}: its attention shows no queries and keys (a special kernel, or no "
+                "softmax?); choose one that torch computes: attn_implementation='sdpa' or 'eager' "
+                "in transformers, model.set_attention_backend('native') in diffusers"
+            )
+        if self.done != self.batch * self.heads:
+            raise self._unequal()
+        if self.shares is not None:
+            return None
+        if len({each.shape[1:] for each in self.formed}) > 1:
+            raise self._other("several attentions of different sizes")
+        whole = torch.cat(self.formed) if len(self.formed) > 1 else self.formed[0]
+        return self._share(whole, 0)
+
+    def _other(self, what: str) -> InvalidInput:
+        return InvalidInput(
+            f"{self.name}: {what} ran inside the module where {self.batch} batch entries x "
+            f"{self.heads} heads were expected, so its heads are not known"
+        )
 
     def _unequal(self) -> InvalidInput:
         return InvalidInput(
             f"{self.name}: {self.done} maps of probabilities are formed inside the module, "
-            f"{self.total} were expected (batch x heads), so their heads are not known"
-        )
-
-    def whole(self) -> FormedAttention:
-        """The pieces that were kept, as one."""
-        whole = torch.cat(self.formed) if len(self.formed) > 1 else self.formed[0]
-        whole = whole if whole.dim() == 4 else whole.unflatten(0, (-1, self.heads))
-        batch, heads, queries, keys = whole.shape
-        return FormedAttention(
-            (batch, heads, queries, keys),
-            whole.dtype,
-            whole.device,
-            whole.flatten(0, 1),
-            0,
-            tuple(range(batch)),
+            f"{self.batch * self.heads} were expected (batch x heads), so their heads are not known"
         )
 
 
@@ -280,25 +352,10 @@ class ProbsMode(TorchFunctionMode):
         """The module is done: its attention; None where `shares` had all of it.
 
         Raises:
-            InvalidInput: its attention went through no call that shows queries and keys.
+            InvalidInput: its attention went through no call that shows queries and keys, several
+                ran, or it has other heads than the module states.
         """
-        seen = self._open.pop()
-        if len(seen.fused) == 1 and not seen.done:
-            return seen.fused[0]
-        if not seen.fused and seen.formed:
-            return seen.whole()
-        if not seen.fused and seen.done:
-            seen.streamed()
-            return None
-        if seen.fused:
-            count = len(seen.fused) + bool(seen.done)
-            raise InvalidInput(
-                f"{seen.name}: {count} attentions ran inside the module, probs needs one"
-            )
-        raise InvalidInput(
-            f"{seen.name}: its attention shows no queries and keys (a special kernel?); choose "
-            "torch's own attention, for example model.set_attention_backend('native')"
-        )
+        return self._open.pop().close()
 
     def drop(self) -> None:
         """The module did not compute: what was collected is let go."""
@@ -308,16 +365,41 @@ class ProbsMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._open:
             return func(*args, **kwargs)
+        work = self._open[-1]
         if func is F.scaled_dot_product_attention:
-            self._open[-1].fused.append(_fused(*args, **kwargs))
+            work.fused.append(_fused(work.heads, *args, **kwargs))
             return func(*args, **kwargs)
         result = func(*args, **kwargs)
-        if func in _SOFTMAX and isinstance(result, Tensor) and result.dim() in (3, 4):
-            self._open[-1].form(result.detach())
+        work.follow(func, args, kwargs, result)
         return result
 
 
+def _is_product(args: tuple) -> bool:
+    """Whether an einsum call is a product of matrices, as "bhij,bhjd->bhid"."""
+    left, _, rest = str(args[0]).replace(" ", "").partition(",")
+    right, _, out = rest.partition("->")
+    both = left[:-2] == right[:-2] == out[:-2] and len(args) == 3
+    return both and left[-1:] == right[-2:-1] and out[-2:] == left[-2:-1] + right[-1:]
+
+
+def _tensors(values: tuple) -> list[Tensor]:
+    """Tensors among the arguments of a call, those in a list included."""
+    found: list[Tensor] = []
+    for each in values:
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif isinstance(each, (list, tuple)):
+            found += [one for one in each if isinstance(one, Tensor)]
+    return found
+
+
+def _axis(args: tuple, kwargs: dict[str, Any]) -> int | None:
+    """The dimension of a softmax call."""
+    return kwargs.get("dim", args[1] if len(args) > 1 else None)
+
+
 def _fused(
+    count: int,
     query: Tensor,
     key: Tensor,
     value: Tensor | None = None,
@@ -327,7 +409,16 @@ def _fused(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> FusedAttention:
-    """What one call of torch's fused attention computes; arguments as there."""
+    """What one call of torch's fused attention computes; arguments as there, `count` heads."""
+    if query.dim() == 3 and len(query) % count == 0:  # heads folded into the batch
+        query, key = (each.unflatten(0, (-1, count)) for each in (query, key))
+        if attn_mask is not None and attn_mask.dim() == 3 and len(attn_mask) > 1:
+            attn_mask = attn_mask.unflatten(0, (-1, count))
+    if query.dim() != 4:
+        raise InvalidInput(
+            f"the queries of its attention are {list(query.shape)}, "
+            f"[batch, {count} heads, queries, d] was expected"
+        )
     batch, heads, queries, width = query.shape
     mask = None if attn_mask is None else attn_mask.detach()
     return FusedAttention(

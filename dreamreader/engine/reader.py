@@ -30,7 +30,8 @@ class RunResult:
         cache: recorded activations by site.
         firing: where and when edits and recordings took effect.
         rows: prompt and seed of each row.
-        text: generated text of a language model.
+        text: generated text of a language model, without the prompt: one for each row, or, with
+            `num_return_sequences=n`, the n of row 0, those of row 1, and so on, as in `output`.
     """
 
     output: Any
@@ -64,6 +65,8 @@ class Reader:
         subject: a diffusers pipeline, a transformers language model, or any `nn.Module`.
         tokenizer: of a language model, for prompts as strings.
         max_tokens: longer prompts of a language model are cut, where its tokenizer cuts them.
+        add_special_tokens: whether the tokenizer's start and end tokens are added to prompts. One
+            that a prompt has already is not added again, and a chat has those of its template.
 
     Example:
         >>> reader = Reader(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU()))
@@ -71,10 +74,17 @@ class Reader:
         ['0', '1']
     """
 
-    def __init__(self, subject: Any, tokenizer: Any = None, max_tokens: int | None = None):
+    def __init__(
+        self,
+        subject: Any,
+        tokenizer: Any = None,
+        max_tokens: int | None = None,
+        add_special_tokens: bool = True,
+    ):
         self._subject = Subject(subject)
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
+        self.add_special_tokens = add_special_tokens
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     @property
@@ -93,7 +103,7 @@ class Reader:
 
     def run(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[Any],
         edits: EditRequest | Sequence[EditRequest] = (),
         record: Recordable | Sequence[Recordable] = (),
         seeds: int | Sequence[int] | None = None,
@@ -107,7 +117,8 @@ class Reader:
             prompts, seeds: one or one for each row; see `plan_rows`. Every row draws from its own
                 generator, so its result does not depend on the batch around it. Where a scheduler
                 or module draws from the global generators instead, rows run one by one, and a note
-                says so; the global generators are left as they were.
+                says so; the global generators are left as they were. A list of chat messages,
+                `{"role": ..., "content": ...}`, is one prompt of a language model.
             edits: applied in this order.
             record: site strings, `Record`s, `Watch`es or `Stream`s. A recording sees the values
                 after the edits.
@@ -115,7 +126,9 @@ class Reader:
                 known whether it has one entry for each row is refused where it would be split.
             memory_limit: bytes that recordings may hold.
             arguments: passed on to the pipeline, or to the model's `generate` where it is a
-                language model (its plain forward where none but `logits_to_keep` are given).
+                language model (its plain forward where none but `logits_to_keep` are given; an
+                encoder-decoder then gets its start token, or `decoder_input_ids`). For a language
+                model `add_special_tokens` overrides the reader's.
 
         Raises:
             InvalidInput, UnknownName: an argument cannot be right; nothing is computed then.
@@ -132,13 +145,15 @@ class Reader:
             )
         if batch_size is not None and batch_size < 1:
             raise InvalidInput(f"batch_size must be at least 1, got {batch_size}")
-        plan = plan_rows(prompts, seeds, edits)
         if self._subject.kind == "language":
             from dreamreader.engine.language import run_language
+            from dreamreader.engine.prompts import with_chats
 
+            plan = plan_rows(with_chats(self.tokenizer, prompts), seeds, edits)
             return run_language(self, plan, edits, records, batch_size, memory_limit, arguments)
         from dreamreader.engine.pipeline import run_pipeline
 
+        plan = plan_rows(prompts, seeds, edits)
         return run_pipeline(self, plan, edits, records, batch_size, memory_limit, arguments)
 
     def run_with_cache(

@@ -1,5 +1,8 @@
 """What is fitted to recordings takes them, or tensors in their place, in one layout."""
 
+from dataclasses import replace
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,6 +23,60 @@ def one_branch(site: str, activation: Activation) -> Float[Tensor, "rows steps t
         )
     values = activation.tensor
     return values.flatten(3) if values.ndim > 4 else values
+
+
+def token_means(site: str, activation: Activation) -> Float[Tensor, "rows steps features"]:
+    """Mean over each row's own tokens in float64, padding left out, heads side by side.
+
+    Raises:
+        InvalidInput: several branches are recorded, or a row has no token of its own at a step.
+    """
+    values = one_branch(site, activation)
+    padding = activation.padding
+    if padding is None:
+        return values.double().mean(2)
+    real = ~padding.to(values.device)
+    counts = real.sum(2)
+    if bool((counts == 0).any()):
+        row = int((counts == 0).any(1).nonzero()[0])
+        raise InvalidInput(f"{site}: row {row} has nothing but padding at one of its steps")
+    kept = torch.where(real[..., None], values, 0)  # a product would keep what is not finite
+    return kept.double().sum(2) / counts[..., None]
+
+
+def row_means(activation: Activation) -> Activation:
+    """Mean over rows at the same token, step and branch, in float32 or wider, as one row.
+
+    Tokens of a language model are the same where their index among the row's own tokens is; those
+    that only some rows have are averaged over these.
+    """
+    tensor = activation.tensor
+    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    first = activation.rows[:1]
+    positions = activation.positions
+    if positions is None or bool((positions == positions[:1]).all()):
+        if positions is None or activation.padding is None:
+            kept = None if positions is None else positions[:1]
+            return replace(
+                activation, tensor=wide.mean(0, keepdim=True), rows=first, positions=kept
+            )
+    means, places = [], []
+    for step in range(positions.shape[1]):
+        own = positions[:, step].to(wide.device)
+        found = own[own >= 0].unique()  # in order
+        at = torch.searchsorted(found, own.clamp(min=0)).clamp(max=len(found) - 1)
+        real = own >= 0
+        total = wide.new_zeros(len(found), *wide.shape[3:])
+        total.index_add_(0, at[real], wide[:, step][real])
+        counts = torch.bincount(at[real], minlength=len(found)).to(wide.dtype)
+        means.append(total / counts.reshape(-1, *(1,) * (total.dim() - 1)))
+        places.append(found.cpu())
+    count = max(map(len, places))
+    out = wide.new_zeros(1, len(means), count, *wide.shape[3:])
+    kept = torch.full((1, len(means), count), -1)
+    for step, (mean, found) in enumerate(zip(means, places, strict=True)):
+        out[0, step, : len(found)], kept[0, step, : len(found)] = mean, found
+    return replace(activation, tensor=out, rows=first, positions=kept, tokens=None)
 
 
 def of_tensor(site: str, values: Tensor) -> tuple[Tensor, tuple[int, ...]]:

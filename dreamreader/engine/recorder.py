@@ -9,7 +9,8 @@ from dreamreader.engine.cache import Activation, Row
 from dreamreader.engine.clock_schedule import Instant
 from dreamreader.engine.now import Now
 from dreamreader.engine.request import Record
-from dreamreader.errors import InvalidInput
+from dreamreader.engine.token_layout import TokenLayout, TokenMap
+from dreamreader.errors import ClockUnknown, InvalidInput
 
 _UNTIMED = Instant(0, float("nan"), None, float("nan"), 0)
 
@@ -22,6 +23,7 @@ class Cut:
         branches: names kept, in order. entries: their batch entries, None for all of them in order.
         rows: rows kept, as numbers in the run.
         tokens: [n] the same for all, or [entries, n]; None for all.
+        map: which tokens of a language model's call the site has; None elsewhere.
     """
 
     branches: tuple[str, ...]
@@ -30,6 +32,16 @@ class Cut:
     tokens: Tensor | None
     hw: tuple[int, int] | None
     heads: int | None
+    map: TokenMap | ClockUnknown | None = None
+
+    def positions(self, now: Now) -> Tensor | None:
+        """[entries, tokens] own index of every kept token, -1 at padding; None if not of a text."""
+        if not isinstance(self.map, TokenMap) or not isinstance(now.tokens, TokenLayout):
+            return None
+        own = self.map.own(now.tokens)
+        if self.entries is not None:
+            own = own[self.entries.cpu()]
+        return own if self.tokens is None else _gather(own, self.tokens.cpu())
 
 
 class Memory:
@@ -93,6 +105,7 @@ class _Part:
         default_factory=dict
     )
     instants: dict[tuple[int, int], Instant] = field(default_factory=dict)
+    calls: dict[tuple[int, int], tuple[Now, Cut]] = field(default_factory=dict)
     blocks: list[_Block] = field(default_factory=list)
 
 
@@ -118,7 +131,7 @@ class Recorder:
         if cut.heads and x.dim() == 3:
             x = x.unflatten(-1, (cut.heads, -1))
         if self.request.reduce is not None:
-            x = self._reduced(x)
+            x = self._reduced(x, cut.positions(now))
         size = x.numel() * (self.request.dtype or x.dtype).itemsize
         if not self._announced:
             self._announced = True
@@ -132,11 +145,19 @@ class Recorder:
         key = (instant.step, instant.evaluation)
         filed = part.pieces.setdefault(key, [])
         if any(set(branches) & set(cut.branches) for branches, _ in filed):
+            if isinstance(now.instant, ClockUnknown) and now.phase != "outside":
+                raise ClockUnknown(
+                    f"{self.name} ran more than once, and which step each call is of is unknown. "
+                    f"{now.instant}"
+                )
             raise InvalidInput(
                 f"{self.name} ran more than once at {self._moment(now)} with the same rows (a "
-                "shared module, VAE tiling or slicing): record a site that runs once"
+                "shared module, VAE tiling or slicing, a prompt in chunks): record a site that "
+                "runs once"
             )
         part.instants[key] = instant
+        if cut.map is not None:
+            part.calls[key] = (now, cut)
         # A copy into memory of our own: later changes in place must not show.
         filed.append((cut.branches, self._block(part, x, cut, moments).write(x)))
         self._cut = cut
@@ -153,7 +174,20 @@ class Recorder:
     def _moment(self, now: Now) -> str:
         return f"step {now.instant.step}" if isinstance(now.instant, Instant) else "the same moment"
 
-    def _reduced(self, x: Tensor) -> Tensor:
+    def _reduced(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        """What `reduce` makes of x; row by row where there is padding, which it never sees."""
+        if positions is None or not bool((positions < 0).any()):
+            return self._checked(x)
+        real = (positions >= 0).to(x.device)
+        parts = [self._checked(row[None, mask]) for row, mask in zip(x, real, strict=True)]
+        if any(each.shape != parts[0].shape for each in parts):
+            raise InvalidInput(
+                f"recording {self.name}: reduce made {list(parts[0].shape)} of one row and others "
+                "of rows of another length; every row needs the same shape"
+            )
+        return torch.cat(parts)
+
+    def _checked(self, x: Tensor) -> Tensor:
         assert self.request.reduce is not None
         y = self.request.reduce(x)
         if y.dim() != x.dim() or y.shape[0] != x.shape[0]:
@@ -168,9 +202,10 @@ class Recorder:
         if self._cut is None:
             return None
         parts, self._parts = list(self._parts.values()), {}
-        tensors, rows = [], []
+        tensors, rows, positions = [], [], []
         names, instants = self._axes(parts)
         for part in parts:
+            positions.append(self._positions(part))
             tensors.append(self._assembled(part, names, instants))
             rows += part.rows
         tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
@@ -188,7 +223,18 @@ class Recorder:
             cut.hw,
             cut.heads,
             None if tokens is None or tokens.dim() > 1 else tuple(tokens.tolist()),
+            None if any(each is None for each in positions) else torch.cat(positions),
         )
+
+    def _positions(self, part: _Part) -> Tensor | None:
+        """[rows, steps, tokens] own index of the tokens of one part, as far as there is one."""
+        if self.request.reduce is not None:
+            return None  # what it made is no token of the row any more
+        found = [cut.positions(now) for now, cut in part.calls.values()]
+        part.calls.clear()
+        if not found or any(each is None or each.shape != found[0].shape for each in found):  # pyright: ignore
+            return None
+        return torch.stack(found, 1)  # pyright: ignore[reportArgumentType]
 
     def _axes(self, parts: list[_Part]) -> tuple[tuple[str, ...], tuple[Instant, ...]]:
         """Branches and moments of the run; every part has to have the same."""

@@ -1,14 +1,22 @@
 """What recordings and edits have in common: a site, and when and where they apply."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from dreamreader.engine.axes import axes_named
 from dreamreader.engine.pattern import parse
+from dreamreader.engine.selection import (
+    in_steps,
+    in_values,
+    normalized,
+    normalized_steps,
+    normalized_values,
+)
 from dreamreader.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -17,39 +25,6 @@ if TYPE_CHECKING:
     from dreamreader.engine.stream import Flowing
     from dreamreader.engine.watch import Call
     from dreamreader.ops import Instruction
-
-Steps = int | slice | range | Iterable[int] | Callable[[int], bool] | None
-Values = float | tuple[float, float] | slice | Iterable[float] | Callable[[float], bool] | None
-
-
-@dataclass(frozen=True)
-class Box:
-    """A rectangle of the picture as a token selection, in shares of width and height.
-
-    Args:
-        left, top, right, bottom: from 0 (left or top edge) to 1; a token is selected where its
-            centre lies inside.
-    """
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-    def __post_init__(self):
-        if not (0 <= self.left < self.right <= 1 and 0 <= self.top < self.bottom <= 1):
-            raise InvalidInput(
-                f"{self}: needs 0 <= left < right <= 1 and 0 <= top < bottom <= 1 (shares of width "
-                "and height)"
-            )
-
-    def mask(self, height: int, width: int) -> Tensor:
-        """[height * width] bool."""
-        y = (torch.arange(height) + 0.5) / height
-        x = (torch.arange(width) + 0.5) / width
-        rows = (y >= self.top) & (y < self.bottom)
-        columns = (x >= self.left) & (x < self.right)
-        return (rows[:, None] & columns[None, :]).flatten()
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +39,14 @@ class Request:
             (end excluded), a set or a predicate of the scheduler's value, noise level, share done.
         branch: guidance branch or branches; all by default.
         tokens: indices, slice, mask (also soft, values 0 to 1, or [H, W] of the picture), a word
-            of the prompt, or a `Box` in the picture.
+            of the prompt or several, or a `Box` in the picture. In a language model indices count
+            the row's own tokens, without padding; negative ones count from the prompt's end.
         rows: indices, slice or mask over the rows of the run.
+        layout: names of the dimensions of the values at the site, where the module does not tell
+            them: `rows`, `tokens`, `heads`, `features`, `height`, `width` or `frames`, such as
+            "rows height width features".
+
+    A list, tuple, array or tensor of whole numbers is indices, of truth values a mask.
     """
 
     site: str | Sequence[str]
@@ -76,6 +57,7 @@ class Request:
     branch: str | Sequence[str] | None = field(default=None, kw_only=True)
     tokens: Any = field(default=None, kw_only=True)
     rows: Any = field(default=None, kw_only=True)
+    layout: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         sites = (self.site,) if isinstance(self.site, str) else tuple(self.site)
@@ -87,8 +69,18 @@ class Request:
             object.__setattr__(self, "site", sites)
         if self.branch is not None and not isinstance(self.branch, str):
             object.__setattr__(self, "branch", tuple(self.branch))
-        for name in ("steps", "timesteps", "sigmas", "fraction"):
-            _check_selector(self, name, getattr(self, name))
+        self._normalize("steps", normalized_steps)
+        for name in ("timesteps", "sigmas", "fraction"):
+            self._normalize(name, normalized_values)
+        self._normalize("tokens", normalized, soft=True, words=True)
+        self._normalize("rows", normalized)
+        if self.layout is not None:
+            object.__setattr__(self, "layout", axes_named(self.layout, self.label))
+
+    def _normalize(self, name: str, form: Callable[..., Any], **allowed: bool) -> None:
+        """Bring the selection in a field to one of the forms that are understood everywhere."""
+        value = form(getattr(self, name), f"{self.label}: {name}", **allowed)
+        object.__setattr__(self, name, value)
 
     @property
     def label(self) -> str:
@@ -114,7 +106,7 @@ class Request:
         return any(
             isinstance(each, list | tuple | set | frozenset | range) and not len(each)
             for each in (self.steps, self.timesteps, self.sigmas, self.fraction)
-        )
+        ) or (isinstance(self.steps, Tensor) and not bool(self.steps.any()))
 
     def runs_at(self, moment: Any, total: int | None) -> bool:
         """Whether the selection holds at a moment (step, timestep, ...) of `total` steps."""
@@ -154,7 +146,8 @@ class Record(Request):
         dtype: of the stored values; that of the model by default. The model itself is never cast.
         device: where values are stored; None leaves them where they are.
         reduce: applied to each [rows, tokens, features] (heads: [rows, tokens, heads, d_head])
-            before it is stored; must keep the number of dimensions.
+            before it is stored; must keep the number of dimensions. It never sees padding of a
+            language model: where there is some, it is called row by row.
 
     Example:
         >>> Record("unet.mid_block.attentions.0", steps=slice(0, 5), branch="cond").describe()
@@ -278,40 +271,6 @@ class EditRequest(Request):
         raise NotImplementedError
 
 
-def in_steps(chosen: Any, step: int, total: int | None) -> bool:
-    """Whether a step index is in a selection; `total` resolves negative indices and open slices."""
-    if chosen is None:
-        return True
-    if callable(chosen):
-        return bool(chosen(step))
-    if isinstance(chosen, slice):
-        if total is None and any((each or 0) < 0 for each in (chosen.start, chosen.stop)):
-            raise InvalidInput(f"steps={chosen}: negative indices need a known number of steps")
-        return step in range(*chosen.indices(total if total is not None else step + 1))
-    wanted = [chosen] if isinstance(chosen, int) else list(chosen)
-    if total is not None:
-        wanted = [each + total if each < 0 else each for each in wanted]
-    return step in wanted
-
-
-def in_values(chosen: Any, value: float | None) -> bool:
-    """Whether a timestep, sigma or fraction is in a selection."""
-    if chosen is None:
-        return True
-    if value is None or math.isnan(value):
-        return False
-    if callable(chosen):
-        return bool(chosen(value))
-    if isinstance(chosen, slice):
-        return (chosen.start is None or value >= chosen.start) and (
-            chosen.stop is None or value < chosen.stop
-        )
-    if isinstance(chosen, tuple) and len(chosen) == 2:
-        return chosen[0] <= value <= chosen[1]
-    wanted = [chosen] if isinstance(chosen, int | float) else list(chosen)
-    return any(math.isclose(value, each, rel_tol=1e-6, abs_tol=1e-9) for each in wanted)
-
-
 def same(a: Any, b: Any) -> bool:
     """Equality that compares tensors by value, dtype and shape, and looks into containers."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
@@ -331,16 +290,3 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b):
         return True
     return bool(a == b)
-
-
-def _check_selector(request: Request, name: str, value: Any) -> None:
-    if value is None or callable(value) or isinstance(value, slice | range):
-        return
-    wanted = int if name == "steps" else (int, float)
-    values = [value] if isinstance(value, int | float) else value
-    if isinstance(values, list | tuple | set | frozenset) and all(
-        isinstance(each, wanted) and not isinstance(each, bool) for each in values
-    ):
-        return
-    kinds = "a number, slice, range, set or predicate"
-    raise InvalidInput(f"{request.label}: {name} must be {kinds}, got {value!r}")

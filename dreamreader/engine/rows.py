@@ -8,7 +8,7 @@ from typing import Any
 from dreamreader.engine.cache import Row
 from dreamreader.engine.families.per_row import PICTURES, has_several_networks, meaning
 from dreamreader.engine.request import EditRequest
-from dreamreader.errors import InvalidInput
+from dreamreader.errors import InvalidInput, check_text
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Plan:
     @property
     def rows(self) -> list[Row]:
         pairs = zip(self.prompts, self.seeds, strict=True)
-        return [Row(n, p if isinstance(p, str) else None, s) for n, (p, s) in enumerate(pairs)]
+        return [Row(n, str(p) if isinstance(p, str) else None, s) for n, (p, s) in enumerate(pairs)]
 
 
 def plan_rows(
@@ -50,6 +50,8 @@ def plan_rows(
     wrong = [each for each in listed if not isinstance(each, str)]
     if wrong:
         raise InvalidInput(f"prompts must be strings, got {type(wrong[0]).__name__} {wrong[0]!r}")
+    for number, each in enumerate(listed):
+        check_text(each, f"prompt {number}")
     lengths = {"prompts": len(listed)}
     if seeds is not None and not isinstance(seeds, int):
         seeds = [_seed(each) for each in seeds]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dreamreader.engine.cache import Activation, Row
+from dreamreader.engine.checkpointing import refuse_late_recomputation
 from dreamreader.engine.clock_schedule import Instant
 from dreamreader.engine.firing import Firing, FiringReport
 from dreamreader.engine.lm_tracker import LanguageTracker
@@ -21,6 +22,7 @@ from dreamreader.engine.station import SiteRun, Station
 from dreamreader.engine.step_caches import StepCaches, cache_hooks, caches_batch
 from dreamreader.engine.stream import Streamer
 from dreamreader.engine.subject import Subject, is_compiled
+from dreamreader.engine.threads import Owner
 from dreamreader.engine.tracker import ModuleTracker, PipelineTracker, Tracker
 from dreamreader.engine.watch import Watcher
 from dreamreader.engine.words import Words
@@ -45,6 +47,8 @@ class Shared:
         self.prompts = prompts
         self.seeds = None if seeds is None else tuple(seeds)
         self.words = words
+        self.owner = Owner()
+        self.seen_elsewhere = False
         self.probs = ProbsMode()
         self.step_caches = StepCaches()
         self.requests: list[tuple[str, Request]] = []
@@ -57,6 +61,15 @@ class Shared:
         self._serials: dict[tuple, int] = {}
         self._now: Now | None = None
         self._checked_run = -1
+
+    def ours(self) -> bool:
+        """Whether a call that a hook sees is to be edited and recorded."""
+        if self.subject.paused:
+            return False
+        if self.owner.here():
+            return True
+        self.seen_elsewhere = True
+        return False
 
     def current(self, site: Site) -> Now:
         """What is running.
@@ -124,13 +137,23 @@ class Shared:
             seeds[number] if number < len(seeds) else None,
         )
 
-    def words_for(self, now: Now, site: Site, branches: tuple[str, ...], rows: int):
+    @property
+    def has_branches(self) -> bool:
+        """Whether entries of a batch may be guidance branches, so that rows need their layout."""
+        return self.subject.kind == "pipeline"
+
+    def rows_asked(self) -> int | None:
+        """Rows that the caller's own call has; None where its arguments do not say."""
+        return self.tracker.rows
+
+    def words_for(self, now: Now, site: Site, branches: tuple[str, ...], rows: int, beams: int = 1):
         """A function that finds the token numbers of a word for every batch entry."""
 
         def find_word(word: str) -> list[list[int]]:
             found: list[list[int]] = []
             for branch in branches:
-                found += self._word(word, now, site, branch, rows)
+                for places in self._word(word, now, site, branch, rows):
+                    found += [places] * beams
             return found
 
         return find_word
@@ -140,18 +163,15 @@ class Shared:
         if branch == "cond":
             missing = [row for row, each in enumerate(places) if not each]
             if missing:
-                prompts = self.tracker.prompts
-                prompt = (
-                    f": {prompts[missing[0]]!r}" if prompts and missing[0] < len(prompts) else ""
-                )
+                text = self.words.text(now, branch, missing[0])
                 raise InvalidInput(
-                    f"{site.name}: the word {word!r} is not in the prompt of row "
-                    f"{missing[0]}{prompt}"
+                    f"{site.name}: the word {word!r} is not in the prompt of row {missing[0]}"
+                    + (f": {text!r}" if text else "")
                 )
-        if now.phase == "language" and now.positions is not None:
-            # indices of a language model count the row's own tokens
-            pads = now.positions.pads
-            places = [[at - pads[row] for at in each] for row, each in enumerate(places)]
+        tracker = self.tracker
+        own = tracker.own_of_prompt() if isinstance(tracker, LanguageTracker) else None
+        if own is not None:  # indices of a language model count the row's own tokens
+            places = [[int(own[row][at]) for at in each] for row, each in enumerate(places)]
         return places
 
     def _check_windows(self, now: Now) -> None:
@@ -207,6 +227,8 @@ class Session(AbstractContextManager):
         self._runs: dict[str, SiteRun] = {}
         self._stack: ExitStack | None = None
         tracker = _tracker(subject, prompt_length)
+        if prompts is not None and rowset is not None:  # a pipeline says its own once it runs
+            tracker.prompts = list(prompts[rowset.start :][: rowset.count])
         words = Words(tracker, subject, tokenizer)
         self._shared = Shared(tracker, subject, rowset or RowSet(), prompts, seeds, words)
 
@@ -221,6 +243,9 @@ class Session(AbstractContextManager):
                 self.report.notes.append(
                     "compiled modules ran uncompiled while hooks were attached"
                 )
+            if self.edits:
+                parts = _parts(self.subject)
+                stack.enter_context(refuse_late_recomputation(self.subject, parts))
             stack.enter_context(shared.tracker)
             taps = [
                 (run.site.name, run.site.tap.module, run.site.tap.side)
@@ -312,6 +337,8 @@ class Session(AbstractContextManager):
             run.release()
             run.fired.clear()
             run.skipped.clear()
+        if self._shared.seen_elsewhere:
+            self.report.notes.append(_ELSEWHERE)
         _note_missing_steps(self.report, self.edits + self.records, self._shared)
 
     def _require(self) -> None:
@@ -345,6 +372,8 @@ class Session(AbstractContextManager):
         if line.not_computed:
             return said + "a step cache skipped the module at every step that was asked for"
         run = self._runs[line.site]
+        if line.missed:
+            return said + self._why_missed(request, line, run)
         if run.shape is not None:
             branches = ", ".join(self._shared.branches_seen)
             return said + (
@@ -357,7 +386,23 @@ class Session(AbstractContextManager):
             + (f"; steps that ran: {steps}" if steps else "; no part of the subject was run")
             + (f"; sites that did run: {', '.join(ran[:5])}" if ran else "")
             + _nearby(self.subject, line.site)
+            + (f"; {_ELSEWHERE}" if self._shared.seen_elsewhere else "")
         )
+
+    def _why_missed(self, request: Request, line: Firing, run: SiteRun) -> str:
+        asked = [
+            f"{name}={getattr(request, name)!r}"
+            for name in ("tokens", "rows", "heads", "channels")
+            if getattr(request, name, None) is not None
+        ]
+        had = f"[{', '.join(map(str, run.shape or ()))}]"
+        return (
+            f"it was active in {line.missed} calls, but {' and '.join(asked) or 'its selection'} "
+            f"matched no element of the {had} values there (rows, tokens, features)"
+        )
+
+
+_ELSEWHERE = "calls of other threads were neither edited nor recorded"
 
 
 def _tracker(subject: Subject, prompt_length: int | None) -> Any:
@@ -401,6 +446,9 @@ def _count(lines: dict[tuple[int, str], Firing], name: str, now: Now, plan: Any)
     hits = {each.number: each for each in plan.edits.hits} if plan.edits else {}
     for number in plan.active:
         line = lines[number, name]
+        if number in plan.missed:
+            line.missed += 1
+            continue
         line.calls += 1
         if step is not None:
             line.steps[step] += 1

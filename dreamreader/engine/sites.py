@@ -24,6 +24,7 @@ class Site:
         module_class: class name of the module.
         shape: of the latest values seen there, as [batch, tokens, features]; None before a run.
         ports: the ports that the module has.
+        around: the modules that hold it, the nearest first.
     """
 
     path: str
@@ -33,6 +34,7 @@ class Site:
     tap: Tap = field(repr=False, compare=False)
     shape: tuple[int, ...] | None = None
     ports: tuple[str, ...] = ()
+    around: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -108,14 +110,14 @@ def find(
         module = modules.get(pattern.path)
         if module is None:
             raise _unknown(modules, pattern, text)
-        return SiteList([_site(pattern.path, module, pattern, shapes)])
+        return SiteList([_site(modules, pattern.path, pattern, shapes)])
     hits = [path for path in modules if pattern.matches(path) and can_run(modules[path])]
     if not hits:
         raise _unknown(modules, pattern, text)
     found, failure = [], None
     for path in hits:
         try:
-            found.append(_site(path, modules[path], pattern, shapes))
+            found.append(_site(modules, path, pattern, shapes))
         except UnknownName as error:
             failure = failure or error
     if failure is not None and not found:
@@ -124,11 +126,12 @@ def find(
 
 
 def _site(
+    modules: Mapping[str, nn.Module],
     path: str,
-    module: nn.Module,
     pattern: Pattern,
     shapes: Mapping[str, tuple[int, ...]] | None,
 ) -> Site:
+    module = modules[path]
     name = join(path, pattern.port, pattern.stream)
     if not can_run(module):
         raise DreamreaderError(
@@ -144,7 +147,16 @@ def _site(
         (shapes or {}).get(name),
         # Worked out for people only: a run asks for thousands of sites.
         tuple(ports_of(module)) if shapes is not None else (),
+        _around(modules, path),
     )
+
+
+def _around(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, ...]:
+    parts = path.split(".")
+    above = (".".join(parts[:stop]) for stop in range(len(parts) - 1, 0, -1))
+    found = tuple(modules[each] for each in above if each in modules)
+    root = getattr(modules, "root", None)
+    return found if root is None else (*found, root)
 
 
 def _unknown(modules: Mapping[str, nn.Module], pattern: Pattern, text: str) -> UnknownName:

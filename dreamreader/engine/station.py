@@ -1,6 +1,6 @@
 """Stations: the hooks of a session. One per module and one run per site there."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,21 +12,14 @@ from dreamreader.engine.now import Now
 from dreamreader.engine.place import Place, kept_entries, row_mask
 from dreamreader.engine.probs import Attention, entries_of
 from dreamreader.engine.recorder import Cut, Recorder
-from dreamreader.engine.request import EditRequest, Record, Request, Watch
+from dreamreader.engine.request import EditRequest, Record, Request, Stream, Watch
+from dreamreader.engine.site_view import SiteView
 from dreamreader.engine.sites import Site
 from dreamreader.engine.stream import Kept, Streamer
-from dreamreader.engine.taps import (
-    Argument,
-    View,
-    is_channels_last,
-    pick,
-    put,
-    read_channels,
-    write_channels,
-)
-from dreamreader.engine.tokens import Sequence_, select, sequence
+from dreamreader.engine.taps import Argument, pick, put
+from dreamreader.engine.tokens import SiteTokens, select, site_tokens
 from dreamreader.engine.watch import Call, Seen, Watcher
-from dreamreader.errors import InvalidInput
+from dreamreader.errors import ClockUnknown, InvalidInput
 
 if TYPE_CHECKING:
     from dreamreader.engine.session import Shared
@@ -36,17 +29,26 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(eq=False)
 class Plan:
-    """What to do at one site in one kind of call."""
+    """What to do at one site in one kind of call.
 
+    Attributes:
+        view: how the site's values are read; None where nothing is done.
+        passed: edits that select something, with nothing to change (strength 0).
+        missed: requests whose selection holds no element here.
+        active: all requests at work.
+    """
+
+    view: SiteView | None
     edits: Compiled | None
     cuts: list[tuple[Recorder, Cut, int]]
     watched: list[tuple[Watcher, Seen]]
     flows: list[tuple[Streamer, Kept]]
-    passed: tuple[int, ...]
+    passed: frozenset[int]
+    missed: frozenset[int]
     active: tuple[int, ...]
 
 
-_IDLE = Plan(None, [], [], [], (), ())
+_IDLE = Plan(None, None, [], [], [], frozenset(), frozenset(), ())
 _Reading = Recorder | Watcher | Streamer
 
 
@@ -68,45 +70,47 @@ class SiteRun:
         self._plans: dict[Any, Plan] = {}
         self._shared_plans: dict[Any, Plan] = {}
 
-    def visit(self, view: View, minus: Tensor | None = None) -> Tensor | None:
-        """Edit and record what `view` sees; the edited [batch, tokens, features], or None.
+    def visit(self, value: Tensor, given: Any = None, minus: Tensor | None = None) -> Tensor | None:
+        """Edit and record `value`; the edited value, or None where it stays as it is.
 
         `minus`, of the same shape, is taken off first; streams of an unedited site get the two
-        apart, so that nothing is computed for them.
+        apart, so that nothing is computed for them. `given` is what the module was called with.
         """
-        now, plan = self._planned(view)
+        now, plan = self._planned(value, given)
         if not plan.active:
             return None
+        assert plan.view is not None
+        x, y = plan.view.read(value), None
+        off = None if minus is None else plan.view.read(minus)
         if self.shared.subject.rehearsing:
-            return None if plan.edits is None else plan.edits.run(_less(view.x, minus))
+            y = None if plan.edits is None else plan.edits.run(_less(x, off))
+            return None if y is None else plan.view.back(y, value)
         self.fired.append((now, plan))
-        x, y = view.x, None
-        if minus is not None and (plan.edits is not None or plan.cuts):
-            x = x - minus
+        seen = x if off is None or (plan.edits is None and not plan.cuts) else x - off
         if plan.edits is not None:
-            self.shared.subject.edited += 1
-            if plan.edits.numbers <= self.changed:
-                y = plan.edits.run(x)
-            else:
-                y = plan.edits.run_compared(x, self.changed)
-            if y.dtype in _HALF:
-                self.overflows.append((now, x.isfinite().all() & ~y.isfinite().all()))
-            x = y
+            y = seen = self._edited(plan.edits, seen, now)
         for recorder, cut, moments in plan.cuts:
-            recorder.keep(x, cut, now, moments)
+            recorder.keep(seen, cut, now, moments)
         for streamer, kept in plan.flows:
             if y is None:
-                streamer.hand_on(view.x, minus, kept, now)
+                streamer.hand_on(x, off, kept, now)
             else:
                 streamer.hand_on(y, None, kept, now)
+        return None if y is None else plan.view.back(y, value)
+
+    def _edited(self, edits: Compiled, x: Tensor, now: Now) -> Tensor:
+        self.shared.subject.edited += 1
+        if edits.numbers <= self.changed:
+            y = edits.run(x)
+        else:
+            y = edits.run_compared(x, self.changed)
+        if y.dtype in _HALF:
+            self.overflows.append((now, x.isfinite().all() & ~y.isfinite().all()))
         return y
 
     def visit_attention(self, attention: Attention) -> None:
         """Record and watch an attention; probabilities are formed for recordings alone."""
-        outline = attention.outline()
-        view = View(outline.flatten(2))
-        view.x = outline  # [batch, queries, heads, keys]
-        now, plan = self._planned(view)
+        now, plan = self._planned(attention.outline(), None)
         if not plan.active:
             return
         if attention.is_start:
@@ -118,15 +122,15 @@ class SiteRun:
         for watcher, seen in plan.watched:
             watcher.request.saw(attention.of(seen.entries), Call(seen, now))
 
-    def _planned(self, view: View) -> tuple[Now, Plan]:
+    def _planned(self, value: Tensor, given: Any) -> tuple[Now, Plan]:
         """What is running, and what to do then."""
         now = self.shared.current(self.site)
-        x = view.x
         call = self._any_time() if self._timeless else self.shared.serial
-        key = (call, now.run if self._follows_prompt else None, x.shape, x.dtype, x.device)
+        key = (call, now.run if self._follows_prompt else None, value.shape, value.dtype)
+        key = (*key, value.device)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._plan(now, view)
+            plan = self._plans[key] = self._plan(now, value, given)
         return now, plan
 
     def pass_over(self) -> None:
@@ -139,6 +143,8 @@ class SiteRun:
 
     def _at_work(self, now: Now) -> tuple[list[tuple[int, EditRequest]], list[_Reading]]:
         """The edits and the readings whose selection holds in this call."""
+        if now.phase == "aside":  # a callback's own call: it is not the run
+            return [], []
         name, is_active = self.site.name, self.shared.is_active
         edits = [(n, each) for n, each in self.edits if is_active(each, now, name)]
         return edits, [each for each in self._readings() if is_active(each.request, now, name)]
@@ -151,50 +157,81 @@ class SiteRun:
         self._plans.clear()
         self._shared_plans.clear()
 
-    def _plan(self, now: Now, view: View) -> Plan:
-        x = view.x
-        self.shape = tuple(x.shape)
+    def _plan(self, now: Now, value: Tensor, given: Any) -> Plan:
         active, wanted = self._at_work(now)
         if not active and not wanted:
+            self.shape = self.shape or tuple(value.shape)
             return _IDLE
+        view = self._view(now, value, given)
+        self.shape = view.canonical
         # Steps with the same requests at work share a plan, unless an edit differs from step to
         # step.
         time = now.stamp[1] if any(n in self._moving for n, _ in active) else None
         run = now.run if self._follows_prompt else None
         numbers = tuple(n for n, _ in active) + tuple(each.number for each in wanted)
-        key = (numbers, time, run, self._any_time(), x.shape, x.dtype, x.device)
+        key = (numbers, time, run, self._any_time(), value.shape, value.dtype, value.device)
         found = self._shared_plans.get(key)
         if found is None:
-            place_of = _Places(self.site, now, view, self.shared)
-            edits = self._compiled(active, x, place_of) if active else None
-            places = [(each, place_of.make(each.request)) for each in wanted]
-            cuts = [
-                (each, place, _cut(each.request, place))
-                for each, place in places
-                if not isinstance(each, Streamer)
-            ]
-            hit = edits.numbers if edits else frozenset()
-            found = self._shared_plans[key] = Plan(
-                edits if hit else None,
-                [
-                    (each, cut, self.shared.moments(each.request, now))
-                    for each, _, cut in cuts
-                    if cut is not None and isinstance(each, Recorder)
-                ],
-                [
-                    (each, self._seen(cut, place, x.shape[-1]))
-                    for each, place, cut in cuts
-                    if cut is not None and isinstance(each, Watcher)
-                ],
-                [
-                    (each, kept)
-                    for each, place in places
-                    if isinstance(each, Streamer) and (kept := each.kept(place, x)) is not None
-                ],
-                tuple(n for n, _ in active if n not in hit),
-                numbers,
-            )
+            found = self._shared_plans[key] = self._made(now, value, view, active, wanted, numbers)
         return found
+
+    def _made(
+        self,
+        now: Now,
+        value: Tensor,
+        view: SiteView,
+        active: list[tuple[int, EditRequest]],
+        wanted: list[_Reading],
+        numbers: tuple[int, ...],
+    ) -> Plan:
+        x = view.outline(value)
+        place_of = _Places(self.site, now, view, x, self.shared)
+        works = [Active(n, each, place_of.make(each)) for n, each in active]
+        empty = {each.number for each in works if not bool((each.place.selected != 0).any())}
+        edits = self._compiled(works, x) if active else None
+        hit = edits.numbers if edits else frozenset()
+        places = [(each, place_of.make(each.request)) for each in wanted]
+        cuts = [
+            (each, place, _cut(each.request, place))
+            for each, place in places
+            if not isinstance(each, Streamer)
+        ]
+        recorded = [
+            (each, cut, self.shared.moments(each.request, now))
+            for each, _, cut in cuts
+            if cut is not None and isinstance(each, Recorder)
+        ]
+        watched = [
+            (each, self._seen(cut, place, x.shape[-1]))
+            for each, place, cut in cuts
+            if cut is not None and isinstance(each, Watcher)
+        ]
+        flows = [
+            (each, kept)
+            for each, place in places
+            if isinstance(each, Streamer) and (kept := each.kept(place, x)) is not None
+        ]
+        read = {each.number for each, *_ in [*recorded, *watched, *flows]}
+        missed = empty | ({each.number for each in wanted} - read)
+        return Plan(
+            view,
+            edits if hit else None,
+            recorded,
+            watched,
+            flows,
+            frozenset(n for n, _ in active if n not in hit and n not in empty),
+            frozenset(missed - hit),
+            numbers,
+        )
+
+    def _view(self, now: Now, value: Tensor, given: Any) -> SiteView:
+        layouts = {each.layout for each in self._requests() if each.layout is not None}
+        if len(layouts) > 1:
+            raise InvalidInput(
+                f"{self.site.name}: its requests name different layouts: {', '.join(layouts)}"
+            )
+        layout = next(iter(layouts), None)
+        return SiteView.of(self.site, now, value, given, layout)
 
     @cached_property
     def _moving(self) -> frozenset[int]:
@@ -217,7 +254,7 @@ class SiteRun:
     @cached_property
     def _follows_prompt(self) -> bool:
         """Whether a plan holds for one run only: the place of a word changes with the prompt."""
-        return any(isinstance(each.tokens, str) for each in self._requests())
+        return any(isinstance(each.tokens, str | tuple) for each in self._requests())
 
     def _requests(self) -> list[Request]:
         return [*(each for _, each in self.edits), *(each.request for each in self._readings())]
@@ -235,9 +272,7 @@ class SiteRun:
             self.shared,
         )
 
-    def _compiled(
-        self, active: list[tuple[int, EditRequest]], x: Tensor, place_of: "_Places"
-    ) -> Compiled:
+    def _compiled(self, works: list[Active], x: Tensor) -> Compiled:
         if not x.is_floating_point():
             raise InvalidInput(
                 f"{self.site.name}: holds {x.dtype}, only floating point can be edited"
@@ -246,7 +281,6 @@ class SiteRun:
             raise InvalidInput(
                 f"{self.site.name}: probs can be recorded, not edited; edit q, k or heads"
             )
-        works = [Active(n, each, place_of.make(each)) for n, each in active]
         return compiled(works, tuple(x.shape))  # pyright: ignore
 
 
@@ -257,32 +291,31 @@ def _less(x: Tensor, minus: Tensor | None) -> Tensor:
 class _Places:
     """Makes the place of each request at one site in one kind of call."""
 
-    def __init__(self, site: Site, now: Now, view: View, shared: "Shared"):
+    def __init__(self, site: Site, now: Now, view: SiteView, x: Tensor, shared: "Shared"):
         self.site = site
         self.now = now
         self.shared = shared
-        self.x = view.x
-        batch = self.x.shape[0]
+        self.x = x
+        self.view = view
+        batch = x.shape[0]
         self.branches = now.names
         self.regular = now.batch is None or now.batch == batch
-        if not self.regular or batch % len(self.branches):
-            self.branches = ("unknown",)
-        hw = None if view.hw is None else view.hw
-        self.tokens: Sequence_ = sequence(
-            site.name, self.x.shape[1], batch, hw, site.tap.stream, now
+        self.beams = getattr(now.tokens, "beams", 1)
+        if not self.regular or batch % (len(self.branches) * self.beams):
+            self.branches, self.beams = ("unknown",), 1
+        self.tokens: SiteTokens = replace(
+            site_tokens(site.name, x.shape[1], batch, view.hw, site.tap.stream, now), map=view.map
         )
 
     def make(self, request: Request) -> Place:
-        batch = self.x.shape[0]
-        rows = batch // len(self.branches)
+        rows = self.x.shape[0] // (len(self.branches) * self.beams)
         self._check_rows(request, rows)
         rowset = self.shared.rowset.resolved(rows)
-        heads = self.site.heads
         width = self.x.shape[-1] if self.x.dim() == 3 else self.x.shape[-1] * self.x.shape[-2]
         place = Place(
             self.site.name,
             width,
-            heads,
+            self.site.heads or self.view.heads,
             rows,
             rowset.total or rows,
             rowset.start,
@@ -292,11 +325,13 @@ class _Places:
             self.x.device,
             self.x.dtype,
             self.shared.seeds,
+            self.beams,
+            self.view.heads is not None,
         )
         entries = row_mask(request, place)
         words = None
-        if isinstance(request.tokens, str):
-            words = self.shared.words_for(self.now, self.site, self.branches, rows)
+        if isinstance(request.tokens, str | tuple):
+            words = self.shared.words_for(self.now, self.site, self.branches, rows, self.beams)
         tokens = select(request.tokens, self.tokens, words)
         selected = torch.ones(1, 1) if tokens is None else torch.atleast_2d(tokens)
         if entries is not None:
@@ -306,21 +341,33 @@ class _Places:
 
     def _check_rows(self, request: Request, rows: int) -> None:
         """A request that names rows needs a batch whose entries are the rows of the run."""
-        rowset = self.shared.rowset
-        per_row = isinstance(request, EditRequest) and request.row_lengths()
         if isinstance(request, EditRequest) and not (
-            per_row or request.rows is not None or request.branch is not None
+            request.row_lengths() or request.rows is not None or request.branch is not None
         ):
             return
-        count = rowset.count if rowset.total is not None else None
-        if self.regular and (count is None or rows == count):
+        if isinstance(request, Stream) and self.now.phase == "denoise":
+            if not isinstance(self.now.branches, tuple):
+                return  # refused for the step or branch that it lacks, before it is handed on
+        rowset = self.shared.rowset
+        count = rowset.count if rowset.total is not None else self.shared.rows_asked()
+        if self.regular and rows == count:
             return
+        if self.regular and count is None:
+            if isinstance(self.now.branches, tuple) or not self.shared.has_branches:
+                return
+            raise ClockUnknown(
+                f"{self.site.name}: which entries of its batch of {rows} are which row is asked "
+                f"for. {self.now.branches}"
+            )
         got = self.x.shape[0]
         want = self.now.batch if not self.regular else f"{count} rows"
-        raise InvalidInput(
+        message = (
             f"{self.site.name}: its batch has {got} entries where {want} are expected, so rows and "
-            f"branches cannot be told apart there. {_why_irregular(self.now, self.shared)}"
+            "branches cannot be told apart there. "
         )
+        if isinstance(self.now.branches, ClockUnknown) and self.now.phase == "denoise":
+            raise ClockUnknown(message + str(self.now.branches))
+        raise InvalidInput(message + _why_irregular(self.now, self.shared))
 
 
 def _why_irregular(now: Now, shared: "Shared") -> str:
@@ -340,20 +387,24 @@ def _cut(request: Record | Watch, place: Place) -> Cut | None:
     kept = None if whole else torch.tensor(found.numbers, device=place.device)
     tokens = _kept_tokens(request, place, found.numbers)
     stream = place.sequence.stream
+    if request.tokens is None and place.sequence.padded:
+        place.sequence.require_known()
     full = request.tokens is None and (stream in (None, "image") or place.sequence.kind == stream)
     index = None if tokens is None else tokens.to(place.device)
     hw = place.hw if full else None
-    return Cut(found.branches, kept, found.rows, index, hw, place.heads)
+    if tokens is not None and tokens.shape[-1] == 0:
+        return None
+    return Cut(found.branches, kept, found.rows, index, hw, place.heads, place.sequence.map)
 
 
 def _kept_tokens(request: Request, place: Place, entries: list[int]) -> Tensor | None:
     """Token numbers that a recording keeps, [n] or [entries, n]; None for all."""
     if request.tokens is None and place.sequence.stream is None:
-        return None  # padding of a language model stays, so that every row has the same length
+        return None  # padding stays, so that every row has the same length; positions tell it
     chosen = place.selected
     if chosen.shape[0] > 1:
         chosen = chosen[entries]
-    if chosen.shape[1] == 1 or bool((chosen != 0).all()):
+    if chosen.shape[1] == 1 and place.tokens > 1 or bool((chosen != 0).all()):
         return None
     kept = [row.nonzero().flatten() for row in chosen]
     if len({len(each) for each in kept}) > 1:
@@ -376,13 +427,12 @@ class Station:
         self.runs: list[SiteRun] = []
         self._arguments: dict[str | None, Argument] = {}
         self._inputs: dict[int, Tensor] = {}
-        self._channels_last = is_channels_last(module)
 
     def sides(self) -> set[str]:
         return {each.site.tap.side for each in self.runs}
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self.shared.subject.paused:
+        if not self.shared.ours():
             return None
         changed = False
         for run in self.runs:
@@ -398,14 +448,14 @@ class Station:
                 if side == "delta":
                     self._inputs[id(run)] = value.clone()
                     continue
-                new = self._visited(run, value)
+                new = run.visit(value, value)
                 if new is not None:
                     args, kwargs = argument.replaced(args, kwargs, new)
                     changed = True
         return (args, kwargs) if changed else None
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if self.shared.subject.paused:
+        if not self.shared.ours():
             return None
         computed = self.shared.step_caches.computed(module)
         changed = False
@@ -423,9 +473,9 @@ class Station:
                 run.pass_over()
                 continue
             if tap.side == "delta":
-                new = self._delta(run, value)
+                new = self._delta(run, value, args)
             else:
-                new = self._visited(run, value)
+                new = run.visit(value, _first(args))
             if new is not None:
                 output = put(output, tap.element, new)
                 changed = True
@@ -445,17 +495,7 @@ class Station:
             )
         return value
 
-    def _visited(self, run: SiteRun, value: Tensor) -> Tensor | None:
-        tap = run.site.tap
-        view = View(value, self._channels_last)
-        if tap.channels is None and tap.interleaved is None:
-            y = run.visit(view)
-            return None if y is None else view.back(y)
-        part = View(read_channels(view.x, tap))
-        y = run.visit(part)
-        return None if y is None else view.back(write_channels(view.x, tap, y))
-
-    def _delta(self, run: SiteRun, value: Tensor) -> Tensor | None:
+    def _delta(self, run: SiteRun, value: Tensor, args: tuple) -> Tensor | None:
         given = self._inputs.pop(id(run))
         if given.shape != value.shape:
             raise InvalidInput(
@@ -463,11 +503,10 @@ class Station:
                 f"{list(value.shape)}; delta needs equal shapes"
             )
         if given.dtype != value.dtype:  # the difference has a type of its own
-            new = self._visited(run, value - given)
-            return None if new is None else given + new
-        view = View(value, self._channels_last)
-        y = run.visit(view, minus=View(given, self._channels_last).x)
-        return None if y is None else given + view.back(y)
+            new = run.visit(value - given, _first(args))
+        else:
+            new = run.visit(value, _first(args), minus=given)
+        return None if new is None else given + new
 
     def _probs(self, run: SiteRun, computed: bool) -> None:
         if not computed:
@@ -477,3 +516,8 @@ class Station:
         attention = self.shared.probs.end()
         if attention is not None:
             run.visit_attention(attention)
+
+
+def _first(args: tuple) -> Any:
+    """What a module was called with in the first place; None where it had names for all."""
+    return args[0] if args else None

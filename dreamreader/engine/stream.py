@@ -8,10 +8,11 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from dreamreader.engine.clock_schedule import Instant
-from dreamreader.engine.now import Now, Positions
+from dreamreader.engine.now import Now
 from dreamreader.engine.place import Entries, Place, kept_entries
 from dreamreader.engine.request import Stream
 from dreamreader.engine.sites import Site
+from dreamreader.engine.token_layout import TokenLayout, TokenMap
 from dreamreader.errors import ClockUnknown, InvalidInput
 
 if TYPE_CHECKING:
@@ -44,19 +45,27 @@ class Kept:
     offsets: Int32[Tensor, " entries+1"]
     hw: tuple[int, int] | None
     starts: tuple[int, ...]
-    _shift: tuple[Positions | None, Tensor] = field(init=False)
+    map: TokenMap | None = None
+    _shift: tuple[TokenLayout | None, Tensor] = field(init=False)
 
     def __post_init__(self):
         self._shift = (None, torch.zeros_like(self.index))
 
-    def shift(self, positions: Positions | None) -> Tensor:
+    def shift(self, layout: TokenLayout | ClockUnknown | None) -> Tensor:
         """[entries] int32, see `Flowing.shift`; made once for each call of a language model."""
-        if positions is not self._shift[0]:
-            assert positions is not None
-            pads = dict(enumerate(positions.pads))
-            shift = [positions.past - pads.get(entry, 0) for entry in self.entries]
-            self._shift = (positions, torch.tensor(shift, dtype=torch.int32))
+        if self.map is not None and layout is not self._shift[0]:
+            assert isinstance(layout, TokenLayout)
+            own = self.map.own(layout)
+            first = [int(self.tokens[at]) if at < len(self.tokens) else 0 for at in self._firsts]
+            shift = [
+                int(own[entry, at]) - at for entry, at in zip(self.entries, first, strict=True)
+            ]
+            self._shift = (layout, torch.tensor(shift, dtype=torch.int32))
         return self._shift[1]
+
+    @property
+    def _firsts(self) -> list[int]:
+        return self.offsets[:-1].tolist()
 
 
 class Flowing:
@@ -133,9 +142,9 @@ class Flowing:
     def shift(self) -> Int32[Tensor, " entries"]:
         """What makes a token number the row's own position in a language model; 0 elsewhere.
 
-        position = token + shift, shift = tokens that the cache holds - padding of the row.
+        position = token + shift; padding is no token of the row and is never kept.
         """
-        return self.key.shift(self._now.positions)
+        return self.key.shift(self._now.tokens)
 
     @property
     def moments(self) -> int | None:
@@ -174,12 +183,13 @@ class Streamer:
         """What the selection keeps in one kind of call; None where that is nothing.
 
         Raises:
-            InvalidInput: positions in a language model are not those of its tokens.
+            ClockUnknown: which tokens of a language model these are is unknown.
+            InvalidInput: the attention mask leaves out tokens between those of a row.
         """
         found = kept_entries(self.request, place)
         if found is None:
             return None
-        _check_positions(place)
+        _check_positions(place, found.numbers)
         tokens, offsets = _tokens(place, found.numbers)
         return self._same(place, found, tokens, offsets, x) if len(tokens) else None
 
@@ -189,7 +199,9 @@ class Streamer:
         """The object that stands for all calls of this kind."""
         hw, starts = _picture(place, found.numbers)
         numbers = tokens.numpy().tobytes(), offsets.numpy().tobytes()
-        kind = (found.branches, found.rows, *numbers, hw, starts, x.shape, x.dtype, x.device)
+        token_map = place.sequence.map
+        kind = (found.branches, found.rows, *numbers, hw, starts, token_map)
+        kind = (*kind, x.shape, x.dtype, x.device)
         kept = self._known.get(kind)
         if kept is None:
             index = torch.tensor(found.numbers, dtype=torch.int32)
@@ -203,6 +215,7 @@ class Streamer:
                 offsets,
                 hw,
                 starts,
+                token_map if isinstance(token_map, TokenMap) else None,
             )
         return kept
 
@@ -268,20 +281,21 @@ class Streamer:
         return self._moments
 
 
-def _check_positions(place: Place) -> None:
-    positions = place.sequence.now.positions
-    if positions is None:
+def _check_positions(place: Place, entries: list[int]) -> None:
+    """Refuse tokens whose position among their row's own does not move along with them."""
+    if place.sequence.now.tokens is None:
         return
-    if positions.length != place.tokens:
-        raise InvalidInput(
-            f"{place.site}: has {place.tokens} tokens in a call with {positions.length}, so the "
-            "position of each is unknown; take a site with all of them"
-        )
-    if positions.padded_inside:
-        raise InvalidInput(
-            f"{place.site}: the attention mask leaves out tokens behind the first of a row, so "
-            "padding cannot be told from text; pad on the left"
-        )
+    place.sequence.require_known()
+    own = place.own
+    assert own is not None
+    chosen = (place.selected > 0).cpu().expand(place.batch, place.tokens)
+    shift = own - torch.arange(place.tokens)
+    for entry in entries:
+        if len(shift[entry][chosen[entry]].unique()) > 1:
+            raise InvalidInput(
+                f"{place.site}: the attention mask leaves out tokens between those of row "
+                f"{entry % place.rows}, so its positions have gaps; pad on one side only"
+            )
 
 
 def _tokens(place: Place, entries: list[int]) -> tuple[Tensor, Tensor]:

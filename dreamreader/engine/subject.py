@@ -2,9 +2,16 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from dreamreader.errors import InvalidInput
+
+
+class Modules(dict[str, nn.Module]):
+    """Modules by path; `root` holds them all, where the subject is one module."""
+
+    root: nn.Module | None = None
 
 
 class Subject:
@@ -54,10 +61,12 @@ class Subject:
             if isinstance(each, nn.Module)
         }
 
-    def modules(self) -> dict[str, nn.Module]:
+    def modules(self) -> Modules:
         """Every module by path, the root of a plain model left out."""
-        found: dict[str, nn.Module] = {}
+        found = Modules()
         for top, component in self.components().items():
+            if not top:
+                found.root = component
             for path, module in component.named_modules():
                 name = ".".join(part for part in (top, _bare(path)) if part)
                 if name:
@@ -81,6 +90,33 @@ def innermost(model: nn.Module) -> nn.Module:
         if inner is model:
             return inner
         model = inner
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a language model reads the prompt with an encoder of its own."""
+    return bool(getattr(getattr(innermost(model), "config", None), "is_encoder_decoder", False))
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a language model's inputs have to be.
+
+    Under accelerate's offload the weights are elsewhere between calls: its hooks say where they go.
+
+    Raises:
+        InvalidInput: the weights are on no device.
+    """
+    inner: Any = innermost(model)
+    embeddings = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
+    for module in (model, inner, embeddings):
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            if (where := getattr(each, "execution_device", None)) is not None:
+                return torch.device(where)
+    weight = getattr(embeddings, "weight", None)
+    device: torch.device = weight.device if isinstance(weight, torch.Tensor) else inner.device
+    if device.type == "meta":
+        raise InvalidInput(f"{type(inner).__name__}: its weights are on the meta device: load them")
+    return device
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -4,14 +4,55 @@ A tap names a module, the side of its call, and which part of the tensor there b
 Families build taps; the session turns them into hooks.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dreamreader.errors import InvalidInput
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Where the features of a port are among the features of the tensor that holds them.
+
+    The last dimension is seen as `shape`; `index` takes one part, or a range of parts, of its axes
+    in turn, and all of the axes behind. What is left, in order, are the features of the port, head
+    by head.
+
+    Args:
+        shape: for example (heads, 3, d) where every head has its q, k and v side by side.
+        index: for example (slice(None), 1): the second of the three parts of every head.
+    """
+
+    shape: tuple[int, ...]
+    index: tuple[int | slice, ...]
+
+    @property
+    def total(self) -> int:
+        """Features of the whole tensor."""
+        return math.prod(self.shape)
+
+    def of(self, x: Tensor) -> Tensor:
+        """The part of x [..., total] as a view [..., *what is left of shape].
+
+        Raises:
+            InvalidInput: x has another number of features.
+        """
+        if x.shape[-1] != self.total:
+            raise InvalidInput(
+                f"the attention's fused projection gives {x.shape[-1]} features, "
+                f"{' x '.join(map(str, self.shape))} = {self.total} were expected"
+            )
+        behind = (slice(None),) * (len(self.shape) - len(self.index))
+        return x.unflatten(-1, self.shape)[(..., *self.index, *behind)]
+
+    @property
+    def axes(self) -> int:
+        """Number of axes that `of` leaves."""
+        return len(self.shape) - sum(isinstance(each, int) for each in self.index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,9 +64,9 @@ class Tap:
         side: `out` (its result), `in` (an argument), `delta` (result minus argument), `probs`.
         element: which entry of a tuple result; None: the first tensor.
         argument: name of the argument of `in` and `delta`; None: the first one.
-        channels: (start, stop) of the features that belong to the port, in a fused projection.
-        interleaved: (which, of): the port is the part `which` of `of` equal parts of every head.
+        channels: the features that belong to the port, in a fused projection; None: all.
         heads: number of heads of the port, None where it has none.
+        axes: names of the tensor's dimensions where it has more than three.
         stream: `image` or `text`: only these tokens of a sequence that holds both.
     """
 
@@ -33,10 +74,15 @@ class Tap:
     side: str = "out"
     element: int | None = None
     argument: str | None = None
-    channels: tuple[int, int] | None = None
-    interleaved: tuple[int, int] | None = None
+    channels: Channels | None = None
     heads: int | None = None
+    axes: tuple[str, ...] | None = None
     stream: str | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the port is the tensor as it is."""
+        return self.channels is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +92,10 @@ class AttentionFacts:
     Args:
         ports: tap of `q`, `k`, `v`, `heads`, and of their text stream as `q.text` and so on where
             the two streams have projections of their own.
+        heads: number of heads; 0 where it is not known.
         no_probs: why attention probabilities do not exist here, None where they do.
+        refused: why a port that one would look for here does not exist; the entry `""` holds for
+            all that are not in `ports`.
         joint: the sequence inside holds text and image tokens.
         streams: entry of the module's result per stream, where it returns two.
     """
@@ -54,8 +103,13 @@ class AttentionFacts:
     ports: dict[str, Tap]
     heads: int
     no_probs: str | None = None
+    refused: dict[str, str] = field(default_factory=dict)
     joint: bool = False
     streams: dict[str, int] = field(default_factory=dict)
+
+    def why_not(self, port: str) -> str:
+        """The reason why a port is missing; empty where none is known."""
+        return self.refused.get(port, self.refused.get("", ""))
 
 
 def pick(value: Any, element: int | None, name: str) -> Tensor:
@@ -126,65 +180,18 @@ class Argument:
 
 
 def read_channels(x: Tensor, tap: Tap) -> Tensor:
-    """The features of x [B, T, D] that belong to the tap: a view, a copy where heads interleave."""
-    if tap.channels is not None:
-        return x[..., tap.channels[0] : tap.channels[1]]
-    if tap.interleaved is not None:
-        which, of = tap.interleaved
-        assert tap.heads is not None
-        return x.unflatten(-1, (tap.heads, of, -1))[..., which, :].flatten(-2)
-    return x
+    """The features of x [B, T, D] that belong to the tap: a view where its memory allows one."""
+    if tap.channels is None:
+        return x
+    part = tap.channels.of(x)
+    return part.flatten(-tap.channels.axes) if tap.channels.axes > 1 else part
 
 
 def write_channels(x: Tensor, tap: Tap, part: Tensor) -> Tensor:
     """`x` with the features of the tap replaced by `part`."""
-    if tap.channels is not None:
-        full = x.clone()
-        full[..., tap.channels[0] : tap.channels[1]] = part
-        return full
-    if tap.interleaved is not None:
-        which, of = tap.interleaved
-        assert tap.heads is not None
-        split = x.unflatten(-1, (tap.heads, of, -1)).clone()
-        split[..., which, :] = part.unflatten(-1, (tap.heads, -1))
-        return split.flatten(-3)
-    return part
-
-
-class View:
-    """A tensor seen as [rows, tokens, features] without a copy, and the way back.
-
-    Feature maps [B, C, H, W] become [B, H*W, C] through strides and keep (H, W) as `hw`; a tensor
-    [B, D] gets one token. `channels_last`: 4-D tensors of norms inside attention are
-    [B, heads or tokens, tokens or heads, d].
-    """
-
-    __slots__ = ("x", "shape", "hw")
-
-    def __init__(self, x: Tensor, channels_last: bool = False):
-        self.shape = x.shape
-        self.hw: tuple[int, ...] | None = None
-        if x.dim() == 3:
-            self.x = x
-        elif x.dim() == 2:
-            self.x = x.unsqueeze(1)
-        elif x.dim() < 2:
-            self.x = x.reshape(x.shape[0] if x.dim() else 1, 1, 1)
-        elif channels_last:
-            self.x = x.flatten(1, -2)
-        else:
-            self.hw = tuple(x.shape[2:])
-            self.x = x.flatten(2).transpose(1, 2)
-
-    def back(self, y: Tensor) -> Tensor:
-        if len(self.shape) == 3:
-            return y
-        if self.hw is not None:
-            return y.transpose(1, 2).unflatten(2, self.hw)
-        return y.reshape(self.shape)
-
-
-def is_channels_last(module: nn.Module) -> bool:
-    """Whether a 4-D result has its features in the last dimension, as norms of heads do."""
-    name = type(module).__name__
-    return isinstance(module, torch.nn.LayerNorm) or "RMSNorm" in name or name == "LpNorm"
+    if tap.channels is None:
+        return part.reshape(x.shape)
+    full = x.clone()
+    target = tap.channels.of(full)
+    target.copy_(part.reshape(target.shape))
+    return full

@@ -3,18 +3,20 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dreamreader.engine.now import Now
-from dreamreader.engine.request import Box
+from dreamreader.engine.selection import Box, mask_of
+from dreamreader.engine.token_layout import TokenLayout, TokenMap
 from dreamreader.errors import ClockUnknown, InvalidInput
 
 
 @dataclass(frozen=True, eq=False)
-class Sequence_:
+class SiteTokens:
     """The tokens at a site during one call.
 
     Args:
@@ -25,6 +27,8 @@ class Sequence_:
         kind: `image`, `text`, `joint` or `unknown`.
         stream: only this stream of a joint sequence.
         now: the running call.
+        map: which tokens of a language model's call these are, or why that is unknown; None
+            elsewhere, where every entry is a token.
     """
 
     name: str
@@ -34,6 +38,7 @@ class Sequence_:
     kind: str
     stream: str | None
     now: Now
+    map: TokenMap | ClockUnknown | None = None
 
     def region(self, entry: int) -> tuple[int, int]:
         """First and last + 1 of the tokens of the stream for one batch entry."""
@@ -46,62 +51,115 @@ class Sequence_:
             )
         return self.now.layout.start_of(self.stream, entry, self.tokens)
 
+    @cached_property
+    def layout(self) -> TokenLayout | None:
+        """The tokens of the call that this sequence is of; None outside language models."""
+        if isinstance(self.map, TokenMap) and isinstance(self.now.tokens, TokenLayout):
+            return self.map.layout(self.now.tokens)
+        return None
 
-def sequence(
+    @cached_property
+    def own(self) -> Tensor | None:
+        """[batch, tokens] int64: index among the row's own tokens, -1 at padding; None if plain."""
+        if self.layout is None:
+            return None
+        assert isinstance(self.map, TokenMap) and isinstance(self.now.tokens, TokenLayout)
+        return self.map.own(self.now.tokens)
+
+    @property
+    def padded(self) -> bool:
+        """Whether the running call has padding."""
+        return isinstance(self.now.tokens, TokenLayout) and self.now.tokens.padded
+
+    def prompt(self, entry: int) -> int:
+        """Own tokens of a row's prompt.
+
+        Raises:
+            ClockUnknown: where the prompt ends is unknown.
+        """
+        assert self.layout is not None
+        prompts = self.layout.prompts
+        if isinstance(prompts, ClockUnknown):
+            raise ClockUnknown(f"{self.name}: {prompts}")
+        return prompts[entry]
+
+    def require_known(self) -> None:
+        """Refuse what depends on which tokens these are, where that is unknown."""
+        if isinstance(self.map, ClockUnknown):
+            raise ClockUnknown(f"{self.name}: which tokens these are is asked for. {self.map}")
+
+
+def site_tokens(
     name: str, tokens: int, batch: int, hw: tuple[int, ...] | None, stream: str | None, now: Now
-) -> Sequence_:
+) -> SiteTokens:
     """What the tokens at a site are, from the layout of the running call."""
     if hw is not None:
-        return Sequence_(
-            name, tokens, batch, (hw[-2], hw[-1]) if len(hw) > 1 else None, "image", stream, now
-        )
+        grid = (hw[-2], hw[-1]) if len(hw) > 1 else None
+        return SiteTokens(name, tokens, batch, grid, "image", stream, now)
     if now.phase in ("text", "language"):
-        return Sequence_(name, tokens, batch, None, "text", stream, now)
+        return SiteTokens(name, tokens, batch, None, "text", stream, now)
     if now.layout is None:
-        return Sequence_(name, tokens, batch, None, "unknown", stream, now)
+        return SiteTokens(name, tokens, batch, None, "unknown", stream, now)
     kind = now.layout.kind_of(tokens)
     if kind == "image" and tokens == now.layout.text and re.search(r"attn2:[kv]$|\.text$", name):
         kind = "text"  # as many text tokens as cells: the port decides
     grid = now.layout.grid if kind == "joint" and stream == "image" else now.layout.grid_of(tokens)
-    return Sequence_(name, tokens, batch, grid if kind != "text" else None, kind, stream, now)
+    return SiteTokens(name, tokens, batch, grid if kind != "text" else None, kind, stream, now)
 
 
 def select(
-    chosen: Any, place: Sequence_, ids_of: Callable[[str], list[list[int]]] | None = None
+    chosen: Any, place: SiteTokens, ids_of: Callable[[str], list[list[int]]] | None = None
 ) -> Tensor | None:
     """Strength of every token under a selection: [tokens] or [batch, tokens]; None: all alike.
 
     Args:
-        chosen: what the request says.
+        chosen: what the request says, normalized.
         place: the sequence at the site.
         ids_of: finds the token indices of a word, for each batch entry.
+
+    Raises:
+        ClockUnknown: which tokens these are is unknown, and matters.
     """
+    if place.map is not None and (chosen is not None or place.padded):
+        place.require_known()
     regions = (
         {place.region(entry) for entry in range(place.batch)}
         if place.stream
         else {(0, place.tokens)}
     )
-    pads = place.now.positions.pads if place.now.positions is not None else ()
-    if chosen is None and regions == {(0, place.tokens)} and not any(pads):
+    own = place.own
+    padded = own is not None and bool((own < 0).any())
+    if chosen is None and regions == {(0, place.tokens)} and not padded:
         return None
-    if isinstance(chosen, str) and ids_of is None:
-        raise ClockUnknown(f"{place.name}: words of the prompt are not known here")
+    words = _words(chosen, place, ids_of)
+    ragged = words is not None or len(regions) > 1 or own is not None
     entries = []
-    words = ids_of(chosen) if isinstance(chosen, str) and ids_of is not None else None
-    ragged = words is not None or len(regions) > 1 or place.now.positions is not None
     for entry in range(place.batch if ragged else 1):
         start, stop = place.region(entry)
-        mask = torch.zeros(place.tokens)
         indices = words[entry] if words is not None else chosen
-        mask[start:stop] = _within(indices, stop - start, place, entry)
+        mask = torch.zeros(place.tokens)
+        if own is not None:
+            mask[start:stop] = _of_own(indices, own[entry, start:stop], place, entry)
+        else:
+            mask[start:stop] = _of_sequence(indices, stop - start, place)
         entries.append(mask)
     return torch.stack(entries) if ragged else entries[0]
 
 
-def _within(chosen: Any, length: int, place: Sequence_, entry: int) -> Tensor:
-    """[length] strengths of the tokens of one stream of one batch entry."""
-    if place.now.positions is not None:
-        return _positions(chosen, length, place, entry)
+def _words(
+    chosen: Any, place: SiteTokens, ids_of: Callable[[str], list[list[int]]] | None
+) -> list[list[int]] | None:
+    """Token indices of a word or several, for each batch entry; None where none is asked for."""
+    if not isinstance(chosen, str | tuple):
+        return None
+    if ids_of is None:
+        raise ClockUnknown(f"{place.name}: words of the prompt are not known here")
+    found = [ids_of(word) for word in ((chosen,) if isinstance(chosen, str) else chosen)]
+    return [sorted({at for part in parts for at in part}) for parts in zip(*found, strict=True)]
+
+
+def _of_sequence(chosen: Any, length: int, place: SiteTokens) -> Tensor:
+    """[length] strengths of the tokens of one stream, counted as they stand."""
     if chosen is None:
         return torch.ones(length)
     if isinstance(chosen, Box):
@@ -110,7 +168,7 @@ def _within(chosen: Any, length: int, place: Sequence_, entry: int) -> Tensor:
                 f"{place.name}: a Box needs image tokens, the {length} tokens here are {place.kind}"
             )
         return chosen.mask(*place.hw).float()
-    if isinstance(chosen, Tensor) and (chosen.dtype == torch.bool or chosen.is_floating_point()):
+    if isinstance(chosen, Tensor):
         if chosen.dim() == 2 and place.hw is not None and tuple(chosen.shape) != place.hw:
             raise InvalidInput(
                 f"{place.name}: tokens is a mask of {list(chosen.shape)}, the grid here is "
@@ -120,82 +178,51 @@ def _within(chosen: Any, length: int, place: Sequence_, entry: int) -> Tensor:
             raise InvalidInput(
                 f"{place.name}: tokens is a mask of {chosen.numel()}, there are {length} tokens"
             )
-        return chosen.detach().flatten().float().cpu()
-    mask = torch.zeros(length)
-    mask[_indices(chosen, length, place)] = 1
-    return mask
+    return mask_of(chosen, length, place.name, "token").float()
 
 
-def _positions(chosen: Any, length: int, place: Sequence_, entry: int) -> Tensor:
+def _of_own(chosen: Any, own: Tensor, place: SiteTokens, entry: int) -> Tensor:
     """Strengths in a language model: indices count the row's own tokens, padding left out.
 
     Negative indices count from the end of the prompt, and so do masks cover the prompt.
     """
-    positions = place.now.positions
-    assert positions is not None
-    pad = positions.pads[entry] if entry < len(positions.pads) else 0
-    prompt = positions.prompt - pad
-    own = torch.arange(positions.past, positions.past + length) - pad  # position in the row
     real = own >= 0
     if chosen is None:
         return real.float()
-    if (
-        isinstance(chosen, slice)
-        and (chosen.start or 0) >= 0
-        and (chosen.stop is None or chosen.stop >= 0)
-    ):
-        step, stop = chosen.step or 1, chosen.stop if chosen.stop is not None else int(own[-1]) + 1
-        start = chosen.start or 0
-        hit = (own >= start) & (own < stop) & ((own - start) % step == 0)
-        return (hit & real).float()
-    if isinstance(chosen, Tensor) and (chosen.dtype == torch.bool or chosen.is_floating_point()):
+    if isinstance(chosen, Box):
+        raise InvalidInput(f"{place.name}: a Box needs image tokens, these are text")
+    if isinstance(chosen, Tensor):
+        prompt = place.prompt(entry)
         if chosen.numel() != prompt:
             raise InvalidInput(
                 f"{place.name}: tokens is a mask of {chosen.numel()}, row {entry} has {prompt} "
                 "tokens"
             )
         inside = real & (own < prompt)
-        mask = torch.zeros(length)
-        mask[inside] = chosen.detach().flatten().float().cpu()[own[inside]]
+        mask = torch.zeros(len(own))
+        mask[inside] = mask_of(chosen, prompt, place.name).float()[own[inside]]
         return mask
-    if isinstance(chosen, Box):
-        raise InvalidInput(f"{place.name}: a Box needs image tokens, these are text")
-    if isinstance(chosen, slice):
-        wanted = list(range(*chosen.indices(prompt)))
-    else:
-        listed = [chosen] if isinstance(chosen, int) else [int(each) for each in chosen]
-        wanted = [each + prompt if each < 0 else each for each in listed]
-        if any(each < 0 for each in wanted):
-            raise InvalidInput(f"{place.name}: tokens={chosen}, row {entry} has {prompt} tokens")
+    if isinstance(chosen, slice) and not _from_end(chosen):
+        start, step = chosen.start or 0, chosen.step or 1
+        stop = chosen.stop if chosen.stop is not None else int(own.max()) + 1
+        return ((own >= start) & (own < stop) & ((own - start) % step == 0) & real).float()
+    wanted = _wanted(chosen, place, entry)
     return (torch.isin(own, torch.tensor(wanted, dtype=own.dtype)) & real).float()
 
 
-def _indices(chosen: Any, length: int, place: Sequence_) -> list[int]:
+def _from_end(chosen: slice) -> bool:
+    return any((each or 0) < 0 for each in (chosen.start, chosen.stop, chosen.step))
+
+
+def _wanted(chosen: Any, place: SiteTokens, entry: int) -> list[int]:
+    """Own indices that a selection means; negative ones are counted from the prompt's end."""
     if isinstance(chosen, slice):
-        return list(range(*chosen.indices(length)))
-    listed = [chosen] if isinstance(chosen, int) else [int(each) for each in chosen]
-    wrong = [each for each in listed if not -length <= each < length]
-    if wrong:
-        raise InvalidInput(f"{place.name}: token {wrong[0]} asked for, there are {length} tokens")
-    return [each % length for each in listed]
-
-
-def word_positions(tokenizer: Any, ids: Sequence[int], word: str) -> list[int]:
-    """Indices of the tokens that spell `word`, at each of its occurrences; maybe none."""
-    text, owner = "", []
-    for index, token in enumerate(tokenizer.convert_ids_to_tokens(list(ids))):
-        special = token in tokenizer.all_special_tokens
-        piece = " " if special else _spelled(token)
-        text += piece
-        owner += [-1 if special else index] * len(piece)
-    hits: list[int] = []
-    pattern = re.compile(rf"(?<!\w){re.escape(word.strip())}(?!\w)", re.IGNORECASE)
-    for match in pattern.finditer(text):
-        hits += [owner[at] for at in range(*match.span()) if owner[at] >= 0]
-    return sorted(set(hits))
-
-
-def _spelled(token: str) -> str:
-    """The text of one token: the marks of sentencepiece and byte-level tokenizers become spaces."""
-    piece = token.replace("\u2581", " ").replace("\u0120", " ").replace("\u010a", "\n")
-    return piece.removesuffix("</w>") + (" " if token.endswith("</w>") else "")
+        return list(range(*chosen.indices(place.prompt(entry))))
+    listed: Sequence[int] = [chosen] if isinstance(chosen, int) else list(chosen)
+    if all(each >= 0 for each in listed):
+        return list(listed)
+    prompt = place.prompt(entry)
+    wanted = [each + prompt if each < 0 else each for each in listed]
+    if any(each < 0 for each in wanted):
+        raise InvalidInput(f"{place.name}: tokens={chosen}, row {entry} has {prompt} tokens")
+    return wanted

@@ -8,11 +8,12 @@ from typing import Any, Protocol, Self
 from torch import Tensor, nn
 
 from dreamreader.engine.clock import Clock
-from dreamreader.engine.clock_run import listen_to_pipeline
+from dreamreader.engine.clock_rows import prompts_of, rows_of
+from dreamreader.engine.clock_run import listen_to_pipeline, own_class
 from dreamreader.engine.clock_schedule import Instant
-from dreamreader.engine.families.places import Layout, layout
+from dreamreader.engine.families.places import Layout, layout, text_lengths
 from dreamreader.engine.now import ALL, Now
-from dreamreader.engine.subject import Subject, unwrapped
+from dreamreader.engine.subject import Subject, innermost
 from dreamreader.errors import ClockUnknown
 
 
@@ -21,6 +22,7 @@ class Tracker(Protocol):
 
     now: Now | None
     runs: int
+    rows: int | None
     prompts: list[str] | None
 
     def __enter__(self) -> Self: ...
@@ -43,15 +45,23 @@ class Parameters:
 
 
 class PipelineTracker(AbstractContextManager):
-    """Follows a diffusers pipeline: its clock says time and branch."""
+    """Follows a diffusers pipeline: its clock says time and branch.
+
+    Attributes:
+        now: what is running, of the phase `aside` where a callback of the run called it: that is
+            not the run, and nothing of it is edited or recorded.
+        rows: pictures or videos that the running or latest call of the pipeline asked for; None
+            where its arguments do not say it.
+        prompts: the prompt of each of these rows, those of one prompt next to each other.
+    """
 
     def __init__(self, subject: Subject):
         self.clock = Clock(subject.model)
         self.pipe = subject.model
         self.now: Now | None = None
         self.runs = 0
+        self.rows: int | None = None
         self.prompts: list[str] | None = None
-        self._denoised = False
         self._ids: dict[tuple[str, str], tuple[Tensor, Tensor | None]] = {}
         self._layouts: dict[tuple, Layout] = {}
         self._stack: ExitStack | None = None
@@ -60,7 +70,7 @@ class PipelineTracker(AbstractContextManager):
         with ExitStack() as stack:
             stack.enter_context(self.clock)
             stack.enter_context(listen_to_pipeline(self.pipe, self))
-            for name, module in self.clock.denoisers.items():
+            for name, module in {**self.clock.denoisers, **self.clock.beside}.items():
                 stack.enter_context(_watched(module, self._denoiser(name, module), self._ended))
             for name, module in self.clock.text_encoders.items():
                 stack.enter_context(_watched(module, self._encoder(name, module), self._ended))
@@ -76,27 +86,44 @@ class PipelineTracker(AbstractContextManager):
     # what the pipeline's listener tells
 
     def run_began(self, arguments: Mapping[str, Any]) -> None:
-        prompt = arguments.get("prompt")
-        self.prompts = [prompt] if isinstance(prompt, str) else list(prompt) if prompt else None
-        each = arguments.get("num_images_per_prompt") or 1
-        if self.prompts is not None and each > 1:
-            self.prompts = [text for text in self.prompts for _ in range(each)]
+        if self.clock.aside() is not None:
+            return
+        own = own_class(self.pipe)
+        self.rows, self.prompts = rows_of(own, arguments), prompts_of(own, arguments)
         self.runs += 1
         self._ids.clear()
 
     def run_ended(self, failed: bool) -> None:
-        self.now = None
+        if self.clock.aside() is None:
+            self.now = None
+
+    def callback_began(self) -> None:
+        pass
+
+    def callback_ended(self) -> None:
+        pass
 
     def encoding_began(self, arguments: Mapping[str, Any]) -> None:
         pass
 
-    def encoding_ended(self) -> None:
+    def encoding_ended(self, result: Any) -> None:
         pass
 
     def outside(self, component: str) -> Now:
-        why = ClockUnknown(f"{component} runs outside the denoising loop: it has no step")
-        branch = ClockUnknown(f"{component} runs outside guidance: it has no branch")
-        return Now(component, "outside", self.runs, why, branch, None)
+        """What runs where no call of a denoiser or text encoder does."""
+        aside = self.clock.aside()
+        if aside is not None:
+            return self._aside(component, aside, None)
+        followed = ", ".join([*self.clock.denoisers, *self.clock.beside]) or "it has none"
+        said = f"{component} is being called outside the pipeline's denoisers ({followed})"
+        why = ClockUnknown(f"{said}: it has no step")
+        return Now(
+            component, "outside", self.runs, why, ClockUnknown(f"{said}: it has no branch"), None
+        )
+
+    def _aside(self, component: str, why: str, batch: int | None) -> Now:
+        said = ClockUnknown(f"{component} has no step or branch: {why}")
+        return Now(component, "aside", self.runs, said, said, batch)
 
     def total(self) -> int | None:
         """Steps of the full trajectory."""
@@ -117,47 +144,54 @@ class PipelineTracker(AbstractContextManager):
         self.now = None
 
     def _denoiser(self, name: str, module: nn.Module):
-        inner = unwrapped(module)
+        inner = innermost(module)
         parameters = Parameters(inner)
 
         def began(args: tuple, kwargs: dict[str, Any]) -> None:
             arguments = parameters.bind(args, kwargs)
+            sample = next((each for each in arguments.values() if isinstance(each, Tensor)), None)
+            batch = sample.shape[0] if sample is not None else None
+            aside = self.clock.aside()
+            if aside is not None:
+                self.now = self._aside(name, aside, batch)
+                return
             shapes = tuple(
                 (key, value.shape) for key, value in arguments.items() if isinstance(value, Tensor)
             )
             # Masks decide the text lengths of some families, so a mask is part of the key by value.
-            mask = arguments.get("encoder_attention_mask")
-            lengths = _lengths(mask) if type(inner).__name__.startswith("Lumina") else None
-            key = (name, shapes, lengths)
+            key = (name, shapes, text_lengths(inner, arguments))
             if key not in self._layouts:
                 self._layouts[key] = layout(inner, arguments)
-            sample = next((each for each in arguments.values() if isinstance(each, Tensor)), None)
             self.now = Now(
                 name,
                 "denoise",
                 self.runs,
                 _known(self.clock.time),
                 _known(self.clock.branches),
-                sample.shape[0] if sample is not None else None,
+                batch,
                 self._layouts[key],
             )
 
         return began
 
     def _encoder(self, name: str, module: nn.Module):
-        parameters = Parameters(unwrapped(module))
+        parameters = Parameters(innermost(module))
 
         def began(args: tuple, kwargs: dict[str, Any]) -> None:
             arguments = parameters.bind(args, kwargs)
             ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
-            branches = _known(self.clock.branches)
-            if isinstance(ids, Tensor) and isinstance(branches, tuple):
-                kept = mask if isinstance(mask, Tensor) and mask.shape == ids.shape else None
-                self._ids[name, branches[0]] = (ids, kept)
-            why = ClockUnknown(f"{name} runs before the first denoising step: it has no step")
             found = ids if isinstance(ids, Tensor) else None
             batch = found.shape[0] if found is not None else None
-            self.now = Now(name, "text", self.runs, why, branches, batch, ids=found)
+            aside = self.clock.aside()
+            if aside is not None:
+                self.now = self._aside(name, aside, batch)
+                return
+            branches = _known(self.clock.branches)
+            if found is not None and isinstance(branches, tuple):
+                kept = mask if isinstance(mask, Tensor) and mask.shape == found.shape else None
+                self._ids[name, branches[0]] = (found, kept)
+            why = ClockUnknown(f"{name} runs before the first denoising step: it has no step")
+            self.now = Now(name, "text", self.runs, why, branches, batch)
 
         return began
 
@@ -169,6 +203,7 @@ class ModuleTracker(AbstractContextManager):
         self.module = subject.components()[""]
         self.now: Now | None = None
         self.runs = 0
+        self.rows: int | None = None
         self.prompts: list[str] | None = None
         self._stack: ExitStack | None = None
 
@@ -227,10 +262,6 @@ def _watched(module: nn.Module, began, ended) -> Iterator[None]:
     finally:
         for handle in (first, second, last):
             handle.remove()
-
-
-def _lengths(mask: Any) -> tuple[int, ...] | None:
-    return tuple(mask.sum(1).tolist()) if isinstance(mask, Tensor) else None
 
 
 def _known(ask) -> Any:

@@ -10,7 +10,7 @@ from dreamreader.engine.clock_schedule import Instant
 from dreamreader.engine.now import Now
 from dreamreader.engine.request import Watch
 from dreamreader.engine.sites import Site
-from dreamreader.engine.tokens import Sequence_
+from dreamreader.engine.tokens import SiteTokens
 from dreamreader.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Seen:
     rows: tuple[int, ...]
     entries: tuple[int, ...]
     size: int
-    queries: Sequence_
+    queries: SiteTokens
     keys: int
     shared: "Shared"
 

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from dreamreader.engine.families.text import text_sources
 from dreamreader.engine.now import Now
+from dreamreader.engine.spelling import word_positions
 from dreamreader.engine.subject import Subject
-from dreamreader.engine.tokens import word_positions
 from dreamreader.errors import ClockUnknown, InvalidInput
 
 if TYPE_CHECKING:
@@ -37,6 +37,17 @@ class Words:
         """Token numbers of each row's whole prompt, without start, end and padding."""
         return self._found(now, site, branch, rows, None)
 
+    def text(self, now: Now, branch: str, row: int) -> str | None:
+        """The prompt of a row, as it was given or as its tokens spell it; None: not known."""
+        if text := self._prompt(row):
+            return text
+        for component, _, _ in self._sources(now):
+            given = self.tracker.text_ids(component, branch)
+            if given is not None and row < len(given[0]):
+                ids = given[0][row].tolist()
+                return self._tokenizer(component).decode(ids, skip_special_tokens=True).strip()
+        return None
+
     def _found(
         self, now: Now, site: str, branch: str, rows: int, word: str | None
     ) -> list[list[int]] | None:
@@ -50,10 +61,10 @@ class Words:
             ids, mask = given
             tokenizer = self._tokenizer(component)
             for row in range(rows):
-                own = row if len(ids) > 1 else 0
+                own = row * len(ids) // rows if rows % len(ids) == 0 else row  # images of a prompt
                 listed = ids[own].tolist()
                 hits = (
-                    word_positions(tokenizer, listed, word)
+                    word_positions(tokenizer, listed, word, self._prompt(row))
                     if word is not None
                     else _plain(tokenizer, listed, None if mask is None else mask[own].tolist())
                 )
@@ -64,6 +75,11 @@ class Words:
         if not known and branch != "uncond":
             raise ClockUnknown(f"{site}: the tokens of the prompt ({branch}) are not known here")
         return places if known else None
+
+    def _prompt(self, row: int) -> str | None:
+        """The prompt of a row of this batch, where it is known."""
+        prompts = self.tracker.prompts or ()
+        return prompts[row] if row < len(prompts) and isinstance(prompts[row], str) else None
 
     def _sources(self, now: Now) -> list[tuple[str, int, bool]]:
         if now.phase == "language":

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dreamreader.engine import Reader, RunResult
-from dreamreader.engine.language import encoded
+from dreamreader.engine.prompts import encoded
+from dreamreader.engine.subject import is_encoder_decoder
 from dreamreader.errors import DreamreaderError, InvalidInput
 from dreamreader.experiments.encode import encoded_once
 from dreamreader.experiments.row import Row, Unit, units
@@ -146,6 +147,11 @@ class Job:
             return Outputs(columns, images.float(), latents, self._noise(result))
         logits = getattr(result.output, "logits", None)
         last = None if logits is None else logits[:, -1].float()
+        if result.text is not None and len(result.text) != len(rows):
+            raise InvalidInput(
+                f"{len(result.text)} texts for {len(rows)} rows: leave num_return_sequences out, "
+                "and give more seeds"
+            )
         return Outputs(columns, logits=last, text=result.text, tokenizer=self.reader.tokenizer)
 
     def surprisal(self, rows: Sequence[Row], edits: Sequence[Any]) -> Tensor | None:
@@ -166,6 +172,8 @@ class Job:
                 f"perplexity needs a language model, and a text in the column {columns[0]!r} of "
                 f"{where}"
             )
+        if is_encoder_decoder(self.reader.subject):
+            raise InvalidInput("perplexity needs a decoder; this model has an encoder for the text")
         listed = list(map(str, texts))
         with torch.inference_mode():
             found = self.reader.run(listed, edits=list(edits), seeds=[row.seed for row in rows])

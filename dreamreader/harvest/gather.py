@@ -103,6 +103,9 @@ class NativeGather:
         threads: int = 1,
     ) -> None:
         mean, scale = normal or (None, None)
+        if out.is_neg():  # C++ would see the numbers without their sign
+            raise InvalidInput("out is a negative view (x.conj().imag is one); give a plain tensor")
+        mean, scale = (each if each is None else each.resolve_neg() for each in (mean, scale))
         self._told(self._native.read(position, seed, out, mean, scale, keys, verify, threads))
 
     def _told(self, problem: tuple[str, int, int, str] | None) -> None:
@@ -114,6 +117,8 @@ class NativeGather:
             raise _damaged(file, row)
         if kind == "short":
             raise InvalidInput(f"{file} has {int(detail):,} bytes, its rows need {row:,}{_ADVICE}")
+        if kind == "read":
+            raise InvalidInput(f"{file} cannot be read: {detail}{_ADVICE}")
         raise InvalidInput(f"{file} cannot be opened: {detail}{_ADVICE}")
 
 
@@ -192,9 +197,16 @@ class ReferenceGather:
         return stored, keys
 
     def _shard(self, number: int) -> ShardFile:
+        path = Path(self.picked.segments.files[number])
         if number not in self._shards:
-            self._shards[number] = open_shard(Path(self.picked.segments.files[number]))
-        return self._shards[number]
+            self._shards[number] = open_shard(path)
+        shard = self._shards[number]
+        size = path.stat().st_size if path.exists() else 0
+        if size < shard.at.bytes:  # to touch what a mapped file has lost ends the process
+            raise InvalidInput(
+                f"{path} has {size:,} bytes, its rows need {shard.at.bytes:,}{_ADVICE}"
+            )
+        return shard
 
 
 _ADVICE = "; run `dreamreader store verify`"

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from dreamreader.engine import Reader
+from dreamreader.engine.language import FORWARD
+from dreamreader.engine.subject import innermost
 from dreamreader.errors import InvalidInput
 from dreamreader.harvest.capture import Collector, Sink
 from dreamreader.harvest.prompts import Prompts
@@ -60,7 +62,7 @@ class HarvestJob:
     @property
     def generates(self) -> bool:
         """Whether the subject is a language model that writes on, and not only reads."""
-        return self.is_language and bool(self.settings)
+        return self.is_language and bool(self.settings.keys() - FORWARD)
 
     @cached_property
     def call(self) -> dict[str, Any]:
@@ -68,12 +70,12 @@ class HarvestJob:
         unless its head is captured: those of all tokens would take most of the memory."""
         if not self.is_language or self.generates:
             return self.settings
-        model = self.reader.subject
-        head = model.get_output_embeddings()
-        homes = [name for name, module in model.named_modules() if module is head]
+        model = innermost(self.reader.subject)
+        head = model.get_output_embeddings()  # pyright: ignore
+        homes = [name for name, module in self.reader._subject.modules().items() if module is head]
         read = any(site.startswith(home) for home in homes for site in self.sites)
         takes = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-        return {"logits_to_keep": 1} if takes and not read else {}
+        return {**({"logits_to_keep": 1} if takes and not read else {}), **self.settings}
 
     @property
     def steps(self) -> int | None:
@@ -122,7 +124,8 @@ def open_job(spec: Spec, reader: Reader | None = None) -> HarvestJob:
     if reader is None:
         reader = padded(opened(spec.subject))
     if is_language(reader):
-        reader = Reader(reader.subject, reader.tokenizer, _most_tokens(spec, reader))
+        most, special = _most_tokens(spec, reader), reader.add_special_tokens
+        reader = Reader(reader.subject, reader.tokenizer, most, special)
     elif spec.max_tokens is not None:
         raise InvalidInput("max_tokens: the subject is no language model; leave it out")
     job = HarvestJob(spec, reader, prompts, _captures(spec, reader))

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dreamreader.engine.request import in_steps
+from dreamreader.engine.selection import in_steps
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.harvest.index import Index, current, read_index, sealed_units
 from dreamreader.harvest.layout import SiteLayout, unit_folder

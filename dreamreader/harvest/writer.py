@@ -1,5 +1,6 @@
 """The writer of a store: rows are packed into memory that threads write past the page cache."""
 
+import operator
 import os
 import shutil
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ _STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, to
 # Bytes: a slab is still in the caches of a CPU when it is written; a GPU wants long copies.
 _SLABS = {"cpu": 1 << 20, "cuda": 4 << 20}
 _POOLS = ("none", "mean", "max")
+_MOST_BYTES, _MOST_THREADS = 1 << 46, 4096
 
 
 def open_writer(
@@ -57,18 +59,31 @@ def open_writer(
             leaves rows out.
 
     Raises:
-        InvalidInput: an unknown pressure, or a size that is not positive.
+        InvalidInput: an unknown pressure, or a size that is not a positive whole number.
+        MemoryError: the system does not have ring_bytes.
+        OSError: it cannot start so many threads.
     """
     if pressure not in PRESSURES:
         raise InvalidInput(f"pressure={pressure!r}: use one of {', '.join(PRESSURES)}")
+    try:
+        ring_bytes, threads = operator.index(ring_bytes), operator.index(threads)
+    except TypeError:
+        what = f"ring_bytes={ring_bytes!r} and threads={threads!r}"
+        raise InvalidInput(f"{what}: both must be whole numbers") from None
     if ring_bytes < 1 or threads < 1:
         raise InvalidInput(f"ring_bytes={ring_bytes} and threads={threads}: both must be positive")
+    if ring_bytes > _MOST_BYTES or threads > _MOST_THREADS:
+        most = f"at most {_MOST_BYTES:,} bytes and {_MOST_THREADS:,} threads are possible"
+        raise InvalidInput(f"ring_bytes={ring_bytes:,} and threads={threads:,}: {most}")
     module = native()[0] if narrowed() in (None, "native") else None
     if module is None:
         return ReferenceWriter(Path(store), run)
     slab = _SLABS.get(torch.device(device).type, _SLABS["cpu"])
     pack_threads, leave_out = torch.get_num_threads(), pressure == "sample"
-    core = module.ShardWriter(ring_bytes, slab, threads, pack_threads, leave_out)
+    try:
+        core = module.ShardWriter(ring_bytes, slab, threads, pack_threads, leave_out)
+    except MemoryError:
+        raise MemoryError(f"ring_bytes={ring_bytes:,}: there is not as much memory") from None
     return NativeWriter(Path(store), run, core)
 
 
@@ -96,6 +111,7 @@ class NativeWriter:
         self._part: Path | None = None
         self._unit = -1
         self._process = os.getpid()
+        self._reached: dict[torch.device, bool] = {}
 
     @property
     def info(self) -> dict[str, Any]:
@@ -139,7 +155,8 @@ class NativeWriter:
 
         Args:
             site: from `site`.
-            x: on the CPU or a CUDA device, any strides; read before its stream goes on.
+            x: any strides; read before its stream goes on. Rows of a CUDA device are packed there;
+                those of a device for which there is no code are copied to the CPU first.
             places, keys, groups: dense int32 on the CPU.
             minus: subtracted from x.
 
@@ -147,11 +164,35 @@ class NativeWriter:
             How many rows were kept: all, or 0 where there was no room and the job leaves out.
         """
         assert self._part is not None
+        x, minus = self._readable(x), None if minus is None else self._readable(minus)
         try:
             return self._core.put(site, x, places, keys, minus, groups)
         except OSError:
             with explained(self.shards.parent):
                 raise
+
+    def _readable(self, x: Tensor) -> Tensor:
+        """x as C++ takes it: in memory that it reaches, with the signs that torch would add."""
+        if x.is_neg():
+            x = x.resolve_neg()
+        if x.is_cpu:
+            return x
+        if x.device not in self._reached:
+            self._reached[x.device] = self._reserve(x)
+        return x if self._reached[x.device] else x.cpu()
+
+    def _reserve(self, x: Tensor) -> bool:
+        """Takes the memory for rows of a device; False where there is no code for it."""
+        module: Any = native()[0]
+        try:
+            try:
+                self._core.reserve(x)
+            except MemoryError:  # torch holds what it freed
+                torch.cuda.empty_cache()
+                self._core.reserve(x)
+        except module.NoCode:
+            return False
+        return True
 
     def not_finite(self, site: int) -> dict[int, int]:
         """Rows so far, by moment, that have a value which is not finite."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from dreamreader.engine.pattern import parse
-from dreamreader.engine.request import Box
+from dreamreader.engine.selection import Box
 from dreamreader.errors import InvalidInput, UnknownName
 
 Tokens = int | tuple[int, ...] | str | Box | None

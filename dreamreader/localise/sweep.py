@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.engine import Record, Row, RunResult
+from dreamreader.engine.prompts import tokenize
 from dreamreader.engine.rows import plan_rows
 from dreamreader.errors import InvalidInput
 from dreamreader.localise.cells import Cell
@@ -172,7 +173,7 @@ def check_pairs(reader: "Reader", clean: Any, corrupted: Any) -> None:
     if hasattr(reader.subject, "components") or reader.tokenizer is None:
         return
     for number, (one, other) in enumerate(zip(*sides, strict=True)):
-        a, b = (len(reader.tokenizer(each).input_ids) for each in (one, other))
+        a, b = map(len, tokenize(reader, [one, other])[0])
         if a != b:
             raise InvalidInput(
                 f"pair {number}: the clean prompt has {a} tokens, the corrupted one {b}; values "

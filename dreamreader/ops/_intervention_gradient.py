@@ -23,10 +23,12 @@ from dreamreader.ops._intervention_steps import (
     apply_step,
     bounds_of,
     clamp,
+    norm_ratio,
     patch_target,
     renorm_factor,
     vectors_of,
 )
+from dreamreader.ops._norm import row_norm
 from dreamreader.ops.program import KINDS, Step, decode
 
 
@@ -47,18 +49,25 @@ def setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, strength, vectors, limits, masks, *patches)
 
 
+def twice(ctx, grad: Tensor):
+    """`backward` where it is differentiated again.
+
+    Not with a strength: its 0 and 1 are taken exactly, and so have no derivative there.
+    """
+    return NotImplemented if ctx.needs_input_grad[2] else backward(ctx, grad)
+
+
 def backward(ctx, grad: Tensor) -> tuple:
     """Gradients of (x, code, strength, vectors, limits, masks, patches)."""
     x, strength, vectors, limits, masks, *patches = ctx.saved_tensors
     steps = decode(ctx.code)
     inputs = [x.to(strength.dtype)]  # rows before each step, [B, T, D]
     for number, step in enumerate(steps[:-1]):
-        y = inputs[-1].clone()
+        y = inputs[-1]
         s = strength[number].unsqueeze(-1)
-        y[..., step.begin : step.end] = apply_step(
-            step, y, inputs[0], s, vectors, limits, masks, patches
-        )
-        inputs.append(y)
+        change = apply_step(step, y, inputs[0], s, vectors, limits, masks, patches)
+        inputs.append(y.clone())
+        inputs[-1][..., step.begin : step.end] = change
     g = grad.to(strength.dtype)  # [B, T, D]
     d_entry = torch.zeros_like(g)
     d_strength: list[Tensor] = [strength] * len(steps)  # each replaced below
@@ -137,15 +146,13 @@ def transposed(
             return Flow(
                 kept, _inner(g, patch_target(step, patches, chosen).to(y.dtype) - y), target=s * g
             )
-    now, before = (
-        torch.linalg.vector_norm(each, dim=-1, keepdim=True) for each in (y, entry)
-    )  # renorm
-    along = _inner(g, y)  # [B, T, 1]
-    ratio = torch.where(now == 0, 1, before / now)
-    d_y = (
-        g * renorm_factor(now, before, s) - torch.where(now == 0, 0, s * along * ratio / now**2) * y
-    )
-    d_entry = torch.where((now == 0) | (before == 0), 0, s * along / (before * now)) * entry
+    now, before = row_norm(y), row_norm(entry)  # renorm
+    along, ratio = _inner(g, y), norm_ratio(now, before)  # [B, T, 1]
+    empty, safe = now == 0, torch.where(now == 0, 1, now)
+    back = torch.where(empty, 0, s * along * ratio / safe / safe)  # a square would underflow
+    ahead = s * along / safe / torch.where(before == 0, 1, before)
+    d_y = g * renorm_factor(now, before, s) - back * y
+    d_entry = torch.where(empty | (before == 0), 0, ahead) * entry
     return Flow(d_y, along * (ratio - 1), entry=d_entry)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dreamreader.ops._norm import row_norm
 from dreamreader.ops.program import KINDS, Step
 
 
@@ -92,7 +93,7 @@ def dot(z: Tensor, v: Tensor, on: Tensor) -> Tensor:
 
 def norm(z: Tensor, on: Tensor) -> Tensor:
     """[B, T, 1]: root of the sum of squares over the selected channels."""
-    return torch.linalg.vector_norm(selected(z, on), dim=-1, keepdim=True)
+    return row_norm(selected(z, on))
 
 
 def selected(z: Tensor, on: Tensor) -> Tensor:
@@ -102,8 +103,13 @@ def selected(z: Tensor, on: Tensor) -> Tensor:
 
 def renorm_factor(now: Tensor, before: Tensor, s: Tensor) -> Tensor:
     """Factor that brings a row of norm `now` back to `before`; rows of norm 0 stay."""
-    ratio = torch.where(now == 0, 1, before / now)
+    ratio = norm_ratio(now, before)
     return torch.where(s == 1, ratio, 1 + s * (ratio - 1))
+
+
+def norm_ratio(now: Tensor, before: Tensor) -> Tensor:
+    """before / now, 1 where now is 0, and finite derivatives there."""
+    return torch.where(now == 0, 1, before / torch.where(now == 0, 1, now))
 
 
 def patch_target(step: Step, patches: Sequence[Tensor], chosen: slice) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dreamreader._register import Kernel, native, register
 from dreamreader.errors import InvalidInput
+from dreamreader.ops._types import FLOATS, NEEDED
 
 
 def attention_words_(
@@ -70,6 +71,8 @@ def attention_words_(
     if mask is not None:
         mask = _expanded(mask, query, key)
     factor = max(query.shape[3], 1) ** -0.5 if scale is None else float(scale)
+    query, key, weights = map(_constant, (query, key, weights))
+    mask = mask if mask is None else _constant(mask)
     _attention_words_(out, query, key, weights, mask, causal, factor)
     return out
 
@@ -154,9 +157,10 @@ def _check(out: Tensor, query: Tensor, key: Tensor, weights: Tensor) -> None:
         raise _misfit(f"weights must be [{batch} or 1, words, {keys}], ", weights)
     if out.shape != (batch, heads, weights.shape[1], queries):
         raise _misfit(f"out must be {[batch, heads, weights.shape[1], queries]}, ", out)
-    if not query.is_floating_point() or query.dtype != key.dtype:
+    if query.dtype not in FLOATS or query.dtype != key.dtype:
         raise _misfit(
-            f"query and key must share a floating point type, got {query.dtype} and {key.dtype}"
+            f"query and key must share a floating point type, got {query.dtype} and {key.dtype}; "
+            f"{NEEDED} are possible"
         )
     if not (
         out.dtype == weights.dtype == torch.float32
@@ -186,6 +190,10 @@ def _expanded(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return mask.expand(full)
     except RuntimeError:
         raise _misfit(f"mask must broadcast to {list(full)}, ", mask) from None
+
+
+def _constant(value: Tensor) -> Tensor:
+    return value.detach() if value.requires_grad else value
 
 
 def _misfit(text: str, got: Tensor | None = None) -> InvalidInput:

@@ -11,6 +11,7 @@ the width only at the beginning and at the end: with G = W1 W1', the first layer
 a_t = a_0 - G e_t, and the change has the squared norm e' G e.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
@@ -20,11 +21,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader import _alloc
+from dreamreader._guards import autograd_on
 from dreamreader._register import Kernel, native, register
 from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.ops._norm import row_norm
+from dreamreader.ops._types import FLOATS, NEEDED
 
 ACTIVATIONS = ("relu", "gelu", "silu")
 MAX_LAYERS = 3
+MAX_ITERATIONS = 2**31 - 1
 
 # Of the kernel for the CPU, which packs the first layer before it uses it.
 MAX_HIDDEN = 1024
@@ -54,7 +59,7 @@ def guide(
     Formula: see the module; computed in float32 (float64 for float64), rounded once.
 
     Args:
-        x: activation [batch, tokens, width] of any strides and floating point type.
+        x: activation [batch, tokens, width] of any strides, float32, bfloat16, float16 or float64.
         weights: of one to three linear layers, each [outputs, inputs], float32 (float64 for float64
             x); the last gives the logits.
         biases: one for each layer, [outputs]; that of the first may be [batch, outputs], by which a
@@ -85,10 +90,11 @@ def guide(
         Beyond Linear Steering: Unified Multi-Attribute Control for Language Models (2505.24535).
     """
     arguments = _checked(x, weights, biases, coefficients, strength, activation)
-    if iterations < 1 or not trust >= 0 or not torch.isfinite(torch.tensor(gamma)):
+    whole = isinstance(iterations, int) and 1 <= iterations <= MAX_ITERATIONS
+    if not whole or not trust >= 0 or not math.isfinite(gamma):
         raise InvalidInput(
-            f"guide: iterations must be at least 1, trust at least 0 and gamma finite; got "
-            f"iterations={iterations}, trust={trust}, gamma={gamma}"
+            f"guide: iterations must be at least 1, whole and at most {MAX_ITERATIONS}, trust at "
+            f"least 0 and gamma finite; got iterations={iterations}, trust={trust}, gamma={gamma}"
         )
     return _guide(x, *arguments, float(gamma), iterations, float(trust))
 
@@ -145,8 +151,7 @@ def descend(
         h = h - s * gamma**t * gradient(h)
         if trust < torch.inf:
             change = h - h0
-            norm = torch.linalg.vector_norm(change, dim=-1, keepdim=True)  # [B, T, 1]
-            limit = trust * torch.linalg.vector_norm(h0, dim=-1, keepdim=True)
+            norm, limit = row_norm(change), trust * row_norm(h0)  # [B, T, 1]
             beyond = norm > limit
             # 1 where nothing is cut: the derivative of a quotient by 0 would be NaN there
             share = limit / torch.where(beyond, norm, 1)
@@ -182,12 +187,16 @@ def activated(a: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 
 def guide_backward_reference(grad: Tensor, x: Tensor, *arguments) -> Tensor:
-    """Gradient of x, [B, T, D] like grad, by autograd through the definition."""
+    """Gradient of x, [B, T, D] like grad, by autograd through the definition.
+
+    While torch records and x requires grad, the result can be differentiated again.
+    """
     strength = arguments[4]
-    with torch.enable_grad():
-        wide = x.detach().to(strength.dtype).requires_grad_()
+    again = torch.is_grad_enabled() and x.requires_grad
+    with torch.enable_grad(), autograd_on():
+        wide = x.to(strength.dtype) if again else x.detach().to(strength.dtype).requires_grad_()
         y = guide_reference(wide, *arguments)
-        (found,) = torch.autograd.grad(y, wide, grad.to(strength.dtype))
+        (found,) = torch.autograd.grad(y, wide, grad.to(strength.dtype), create_graph=again)
     out = _alloc.empty_like(grad)
     out.copy_(torch.where(strength.unsqueeze(-1) != 0, found.to(grad.dtype), grad))
     return out
@@ -202,9 +211,10 @@ def _checked(
     activation: str,
 ) -> tuple[list[Tensor], list[Tensor], str, Tensor, Tensor]:
     """The arguments with all their dimensions, without gradients."""
-    if x.dim() != 3 or not x.is_floating_point():
+    if x.dim() != 3 or x.dtype not in FLOATS:
         raise InvalidInput(
-            f"guide: x must be floating point [batch, tokens, width], got {x.dtype} {list(x.shape)}"
+            f"guide: x must be floating point [batch, tokens, width] of {NEEDED}, got {x.dtype} "
+            f"{list(x.shape)}"
         )
     if activation not in ACTIVATIONS:
         raise UnknownName("activation of a probe", activation, ACTIVATIONS)
@@ -313,10 +323,18 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor) -> tuple:
+    return _gradients(ctx, grad, _guide_backward)
+
+
+def _twice(ctx, grad: Tensor) -> tuple:
+    return _gradients(ctx, grad, guide_backward_reference)
+
+
+def _gradients(ctx, grad: Tensor, compute: Callable) -> tuple:
     x, coefficients, strength, *layers = ctx.saved_tensors
     weights, biases = layers[: ctx.counts[0]], layers[ctx.counts[0] :]
     activation, numbers = ctx.rest
-    dx = _guide_backward(grad, x, weights, biases, activation, coefficients, strength, *numbers)
+    dx = compute(grad, x, weights, biases, activation, coefficients, strength, *numbers)
     none = [None] * ctx.counts[0], [None] * ctx.counts[1]
     return dx, *none, None, None, None, None, None, None
 
@@ -333,6 +351,7 @@ _guide = register(
     triton=Kernel(_TRITON, _triton),
     setup_context=_setup_context,
     backward=_backward,
+    twice=_twice,
 )
 _guide_backward = register(
     "guide_backward",

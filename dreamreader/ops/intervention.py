@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dreamreader import _alloc
 from dreamreader._register import Kernel, native, register
 from dreamreader.errors import InvalidInput
-from dreamreader.ops._intervention_gradient import backward, setup_context
+from dreamreader.ops._intervention_gradient import backward, setup_context, twice
 from dreamreader.ops._intervention_steps import apply_step
+from dreamreader.ops._types import FLOATS, NEEDED
 from dreamreader.ops.program import KINDS, Program, decode, live
 
 TABLES = "str code, Tensor strength, Tensor vectors, Tensor limits, Tensor masks, Tensor[] patches"
@@ -38,7 +40,7 @@ def intervene(
     Formula: see the module; x_out = step_P(... step_1(x)), each step on the selected channels only.
 
     Args:
-        x: activation [rows, tokens, width] of any strides and floating point type.
+        x: activation [rows, tokens, width] of any strides, float32, bfloat16, float16 or float64.
         program: built for this shape and device.
 
     Returns:
@@ -46,7 +48,7 @@ def intervene(
         strengths, vectors and patch sources; a strength at 0 gets the formula's derivative there.
 
     Raises:
-        InvalidInput: `x` has another shape or device than the program, or is not floating point.
+        InvalidInput: `x` has another shape or device than the program, or is of another type.
 
     Example:
         >>> import torch
@@ -55,9 +57,10 @@ def intervene(
         >>> intervene(torch.tensor([[[1.0, -2.0, 0.5]]]), double)
         tensor([[[ 2., -4.,  1.]]])
 
-    Limits: norms of float32 rows are sums of squares and overflow above 1.8e19.
+    Limits: norms of float32 rows are roots of sums of squares, which overflow above 1.8e19 and
+    underflow below 1e-19: `renorm` may leave a row of such a norm as it is.
     """
-    if x.shape != program.shape or x.device != program.device or not x.is_floating_point():
+    if x.shape != program.shape or x.device != program.device or x.dtype not in FLOATS:
         raise _mismatch("intervene", x, program)
     return _intervene(x, *program.tables(x.dtype))
 
@@ -75,7 +78,8 @@ def intervene_(
         `x` itself, its version counter raised by one.
 
     Raises:
-        InvalidInput: as `intervene`; or `x` requires grad.
+        InvalidInput: as `intervene`; or `x` requires grad, or a table of the program does while
+            gradients are recorded.
 
     Example:
         >>> import torch
@@ -86,13 +90,14 @@ def intervene_(
         tensor([[[1., 1.],
                  [0., 0.]]])
     """
-    if x.shape != program.shape or x.device != program.device or not x.is_floating_point():
+    if x.shape != program.shape or x.device != program.device or x.dtype not in FLOATS:
         raise _mismatch("intervene_", x, program)
-    if x.requires_grad:
+    if x.requires_grad or (program.requires_grad and torch.is_grad_enabled()):
+        who = "x" if x.requires_grad else "a table of the program"
         raise InvalidInput(
-            "intervene_: x requires grad and an edit in place has no gradient; use intervene"
+            f"intervene_: {who} requires grad and an edit in place has no gradient; use intervene"
         )
-    if _is_compiling():
+    if _is_compiling() or forward_ad._current_level >= 0:  # there the tables have to be seen
         _intervene_(x, *program.tables(x.dtype))
     else:
         _intervene_live_(x, program.number)
@@ -209,8 +214,8 @@ def _fake_(x: Tensor, *tables) -> None:
 
 
 def _mismatch(name: str, x: Tensor, program: Program) -> InvalidInput:
-    if not x.is_floating_point():
-        return InvalidInput(f"{name}: x is {x.dtype}, floating point is needed")
+    if x.dtype not in FLOATS:
+        return InvalidInput(f"{name}: x is {x.dtype}, floating point is needed: {NEEDED}")
     if x.device != program.device:
         return InvalidInput(f"{name}: x is on {x.device}, the program on {program.device}")
     if x.dim() == 3 and x.shape[2] != program.width:
@@ -234,6 +239,7 @@ _intervene = register(
     triton=Kernel(_TRITON, _triton),
     setup_context=setup_context,
     backward=backward,
+    twice=twice,
 )
 _intervene_ = register(
     "intervene_",

@@ -16,6 +16,7 @@ from dreamreader import _alloc
 from dreamreader._register import Kernel, native, register
 from dreamreader.errors import InvalidInput
 from dreamreader.ops import _low_rank_gpu as gpu
+from dreamreader.ops._types import FLOATS, NEEDED
 
 MAX_RANK = 256
 
@@ -36,7 +37,8 @@ def low_rank(
     Formula: y = x + s U'(A x + b), computed in float32 (float64 for float64), rounded once.
 
     Args:
-        x: activation [batch, tokens, width] of any strides and floating point type.
+        x: activation [batch, tokens, width] of any strides, float32, bfloat16, float16
+            or float64.
         down: A, [adapters, rank, width] or [rank, width], float32 (float64 for float64 x).
         bias: b, [adapters, rank] or [rank].
         up: U, shaped as `down`.
@@ -183,8 +185,9 @@ def _tables(
     index: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The checked arguments, with all their dimensions."""
-    if x.dim() != 3 or not x.is_floating_point():
-        raise InvalidInput(f"{name}: x must be floating point [batch, tokens, width], got {_s(x)}")
+    if x.dim() != 3 or x.dtype not in FLOATS:
+        wanted = f"floating point [batch, tokens, width] of {NEEDED}"
+        raise InvalidInput(f"{name}: x must be {wanted}, got {_s(x)}")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if down.dim() == 2:
         down, bias, up = down.unsqueeze(0), bias.unsqueeze(0), up.unsqueeze(0)
@@ -196,6 +199,8 @@ def _tables(
             f"{name}: down is {list(down.shape)}, so up must be the same and bias "
             f"{list(down.shape[:2])}; got {list(up.shape)} and {list(bias.shape)}"
         )
+    if not len(down):
+        raise InvalidInput(f"{name}: down holds no adapter, at least one is needed")
     if not 1 <= down.shape[1] <= MAX_RANK:
         raise InvalidInput(f"{name}: rank {down.shape[1]}, from 1 to {MAX_RANK} is possible")
     for label, table in (("down", down), ("bias", bias), ("up", up)):
@@ -281,9 +286,22 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor) -> tuple:
+    return _gradients(ctx, grad, _low_rank_backward)
+
+
+def _twice(ctx, grad: Tensor):
+    """`_backward` where it is differentiated again.
+
+    Not with a strength: its 0 is taken exactly, and so has no derivative there.
+    """
+    strength = ctx.needs_input_grad[4]
+    return NotImplemented if strength else _gradients(ctx, grad, low_rank_backward_reference)
+
+
+def _gradients(ctx, grad: Tensor, compute: Callable) -> tuple:
     x, down, bias, up, strength, _ = ctx.needs_input_grad
     needs = (x, down or bias, up, strength)
-    dx, d_down, d_bias, d_up, d_strength = _low_rank_backward(grad, *ctx.saved_tensors, needs)
+    dx, d_down, d_bias, d_up, d_strength = compute(grad, *ctx.saved_tensors, needs)
     return (
         dx if x else None,
         d_down if down else None,
@@ -312,6 +330,7 @@ _low_rank = register(
     triton=Kernel(gpu.TRITON, gpu.edit(gpu.triton, low_rank_reference)),
     setup_context=_setup_context,
     backward=_backward,
+    twice=_twice,
 )
 _low_rank_ = register(
     "low_rank_",

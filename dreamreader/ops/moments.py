@@ -9,6 +9,7 @@ from torch import Tensor
 from dreamreader import _alloc
 from dreamreader._register import Kernel, native, register
 from dreamreader.errors import InvalidInput
+from dreamreader.ops._types import FLOATS, NEEDED
 
 
 class Sums(NamedTuple):
@@ -38,7 +39,7 @@ def moments(
     Formula: total[l] = sum_{i: labels[i] = l} x[i] - shift; square[l] = sum (x[i] - shift)^2
 
     Args:
-        x: rows of any strides and floating point type.
+        x: rows of any strides, float32, bfloat16, float16 or float64; no gradient flows here.
         labels: int64, 0 .. count - 1; rows with a negative label take no part.
         count: number of labels.
         shift: float64, a point near the rows (any of them will do): it keeps the squares exact
@@ -61,15 +62,15 @@ def moments(
     Reference:
         Shifted data: Chan, Golub and LeVeque, Algorithms for computing the sample variance (1983).
     """
-    if x.dim() != 2 or not x.is_floating_point():
-        raise InvalidInput(f"moments: x must be floating point [rows, features], got {_seen(x)}")
+    if x.dim() != 2 or x.dtype not in FLOATS:
+        wanted = f"floating point [rows, features] of {NEEDED}"
+        raise InvalidInput(f"moments: x must be {wanted}, got {_seen(x)}")
     if labels.dtype != torch.int64 or labels.shape != x.shape[:1]:
         raise InvalidInput(f"moments: labels must be int64 [{len(x)}], got {_seen(labels)}")
     if labels.device != x.device:
         raise InvalidInput(f"moments: x is on {x.device}, labels on {labels.device}")
-    largest = _largest(labels) if len(labels) else -1
-    if largest >= max(count, 0) or count < 0:
-        raise InvalidInput(f"moments: {count} labels are announced, the largest is {largest}")
+    if count < 0:
+        raise InvalidInput(f"moments: {count} labels are announced, 0 or more are possible")
     if shift is None:
         shift = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     elif shift.dtype != torch.float64 or shift.shape != x.shape[1:] or shift.device != x.device:
@@ -91,6 +92,7 @@ def moments_reference(
     Returns:
         int64 [L], float64 [L, D], float64 [L or 0, D].
     """
+    _check_values(labels, count)
     seen, total, square = _empty(x, count, squares)
     for label in range(count):
         rows = x[labels == label].double() - shift  # [n, D]
@@ -104,6 +106,9 @@ def moments_reference(
 def _cpu(
     x: Tensor, labels: Tensor, shift: Tensor, count: int, squares: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if not x.shape[1]:
+        return moments_reference(x, labels, shift, count, squares)
+    _check_values(labels, count)
     seen, total, square = _empty(x, count, squares)
     _native.moments_cpu(x, labels, shift, seen, total, square, torch.get_num_threads())
     return seen, total, square
@@ -124,9 +129,14 @@ def _empty(x: Tensor, count: int, squares: bool) -> tuple[Tensor, Tensor, Tensor
     )
 
 
-def _largest(labels: Tensor) -> int:
+def _check_values(labels: Tensor, count: int) -> None:
+    """Raises InvalidInput for a label beyond the last; in the kernels, as no graph can hold it."""
+    if not len(labels):
+        return
     # By numpy: torch would wake its threads for this, and wait for them on a busy machine.
-    return int(labels.numpy().max() if labels.device.type == "cpu" else labels.max())
+    largest = int(labels.numpy().max() if labels.device.type == "cpu" else labels.max())
+    if largest >= count:
+        raise InvalidInput(f"moments: {count} labels are announced, the largest is {largest}")
 
 
 def _seen(value: Tensor) -> str:

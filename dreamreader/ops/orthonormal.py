@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dreamreader._register import register
 from dreamreader.errors import InvalidInput
+from dreamreader.ops._types import FLOATS, NEEDED
 
 # Two rounds stay below 5e-7 in float32 up to condition 3e3; what is above comes from worse rows.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}
@@ -39,9 +40,9 @@ def orthonormal(x: Float[Tensor, "*adapters rank width"]) -> Float[Tensor, "*ada
     Reference:
         Yamamoto et al., Roundoff error analysis of the CholeskyQR2 algorithm (2015).
     """
-    if x.dim() < 2 or not x.is_floating_point() or x.shape[-2] > x.shape[-1]:
+    if x.dim() < 2 or x.dtype not in FLOATS or x.shape[-2] > x.shape[-1]:
         raise InvalidInput(
-            f"orthonormal: floating point [..., rank, width] with rank <= width is needed, got "
+            f"orthonormal: {NEEDED} [..., rank, width] with rank <= width is needed, got "
             f"{x.dtype} {list(x.shape)}"
         )
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -55,7 +56,7 @@ def orthonormal_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     again, info_again = torch.linalg.cholesky_ex(q @ q.mT)
     q = _inverse(again) @ q
     off = (q @ q.mT - torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)).abs()
-    good = (info == 0) & (info_again == 0) & (off.amax((-1, -2)) <= TOLERANCE[x.dtype])
+    good = (info == 0) & (info_again == 0) & (off <= TOLERANCE[x.dtype]).all(-1).all(-1)
     if bool(good.all()):
         return q, lower @ again
     if not bool(x.isfinite().all()):
@@ -86,10 +87,13 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output)
 
 
-def _backward(ctx, grad: Tensor, _: Tensor) -> Tensor:
-    """dX = L^-T (g + M Q), M the symmetric matrix with the lower triangle of -g Q'."""
+def _backward(ctx, grad: Tensor, grad_lower: Tensor) -> Tensor:
+    """dX = L^-T (g + M Q), M the symmetric matrix with the lower triangle of L' g_L - g Q'.
+
+    q and lower are results, so that a second derivative comes back here, with a gradient of L.
+    """
     q, lower = ctx.saved_tensors
-    along = -(grad @ q.mT)  # [..., r, r]
+    along = lower.mT @ grad_lower - grad @ q.mT  # [..., r, r]
     mirrored = along.tril() + along.tril(-1).mT
     return _inverse(lower).mT @ (grad + mirrored @ q)
 
@@ -101,4 +105,5 @@ _orthonormal = register(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    twice=_backward,
 )

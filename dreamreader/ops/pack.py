@@ -8,12 +8,12 @@ from torch import Tensor
 
 from dreamreader._register import Kernel, native, register
 from dreamreader.errors import InvalidInput
+from dreamreader.ops._types import FLOATS
 
 POOLS = ("none", "mean", "max")
 # As `Stored` in csrc/pack.h.
 STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
 MOST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # the largest number of types with a scale
-SOURCES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def pack(
@@ -63,7 +63,6 @@ def pack(
                 [2., 3.]])
     """
     _check(x, places, minus, groups, pool, out, scales, not_finite)
-    _check_values(x, places, groups)
     minus = None if minus is None else minus.detach()
     _pack(out, scales, not_finite, x.detach(), places, minus, groups, POOLS.index(pool))
     return out
@@ -86,6 +85,7 @@ def pack_reference(
         x: [B, T, D]. places: int32 [P, 2]. minus: [B, T, D]. groups: int32 [R + 1].
         pool: number in POOLS.
     """
+    _check_values(x, places, groups)
     if out.numel() == 0:
         if scales is not None:
             scales.fill_(1)
@@ -100,8 +100,8 @@ def pack_reference(
         bounds = groups.tolist()
         parts = [slice(*pair) for pair in zip(bounds[:-1], bounds[1:], strict=True)]
         odd = torch.stack([odd[part].any() for part in parts])
-        pooled = torch.mean if POOLS[pool] == "mean" else torch.amax
-        values = torch.stack([pooled(values[part], 0) for part in parts]) + 0.0  # +0 of two zeros
+        pooled = _mean if POOLS[pool] == "mean" else _largest
+        values = torch.stack([pooled(values[part]) for part in parts])
     if out.dtype in MOST:
         assert scales is not None
         stored, scale = _scaled(values, out.dtype)
@@ -112,6 +112,17 @@ def pack_reference(
     out.copy_(stored)
     if not_finite is not None:
         not_finite += (odd | ~values.isfinite().all(1)).sum()
+
+
+def _mean(values: Tensor) -> Tensor:
+    """[D]: mean of [n, D]; of -0 alone -0, where torch, which begins its sums at +0, has +0."""
+    negative = ((values == 0) & values.signbit()).all(0)
+    return values.mean(0).where(~negative, -0.0)
+
+
+def _largest(values: Tensor) -> Tensor:
+    """[D]: largest of [n, D], +0 of zeros of both signs."""
+    return values.amax(0) + 0.0
 
 
 def _scaled(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -140,12 +151,14 @@ def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _cpu(out: Tensor, scales, not_finite, x: Tensor, places, minus, groups, pool: int) -> None:
+    _check_values(x, places, groups)
     memory, stored = _memory(out)
     _native.pack_cpu(memory, scales, not_finite, x, places, minus, groups, pool, stored, _threads())
     _written(out, scales, not_finite)
 
 
 def _cuda(out: Tensor, scales, not_finite, x: Tensor, places, minus, groups, pool: int) -> None:
+    _check_values(x, places, groups)
     memory, stored = _memory(out)
     _native.pack_cuda(memory, scales, not_finite, x, places, minus, groups, pool, stored)
     _written(out, scales, not_finite)
@@ -169,7 +182,7 @@ def _fake(out: Tensor, scales, not_finite, x: Tensor, places, minus, groups, poo
 
 def _check(x, places, minus, groups, pool, out, scales, not_finite) -> None:
     """Raises InvalidInput unless the tensors belong together."""
-    if x.dim() != 3 or x.dtype not in SOURCES:
+    if x.dim() != 3 or x.dtype not in FLOATS:
         raise _misfit(f"x must be [entries, tokens, features] of floating point, got {_seen(x)}")
     if pool not in POOLS:
         raise _misfit(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
@@ -206,7 +219,10 @@ def _check(x, places, minus, groups, pool, out, scales, not_finite) -> None:
 
 
 def _check_values(x: Tensor, places: Tensor, groups: Tensor | None) -> None:
-    """Raises InvalidInput unless places are inside x and groups inside places."""
+    """Raises InvalidInput unless places are inside x and groups inside places.
+
+    In the kernels, as no graph can hold it.
+    """
     if len(places):
         most = places.cpu().numpy()
         for name, column, limit in (("entry", 0, x.shape[0]), ("token", 1, x.shape[1])):

@@ -172,6 +172,8 @@ class Program:
         return other
 
     def _enter(self) -> None:
+        tables = (self.strength, self.vectors, *self.patches)
+        self.requires_grad = any(each.requires_grad for each in tables)
         number = self.number = next(_numbers)
         _live[number] = weakref.ref(self, lambda _: _live.pop(number, None))
 
@@ -256,10 +258,11 @@ class Program:
             if each.lo is not None or each.hi is not None:
                 raise InvalidInput(f"{name}: takes no lo or hi")
             return -1
-        lo = self._per_row(name, "lo", -torch.inf if each.lo is None else each.lo)
+        label = "factor (lo)" if each.kind == "scale" else "lo"
+        lo = self._per_row(name, label, -torch.inf if each.lo is None else each.lo)
         hi = self._per_row(name, "hi", torch.inf if each.hi is None else each.hi)
         if each.kind == "scale":
-            _finite(name, "factor (lo)", lo)
+            _finite(name, label, lo)
         elif bool((lo > hi).any()):
             raise InvalidInput(f"{name}: lo is above hi")
         self._limits.append(torch.stack([lo, hi]).to(self.device))
@@ -342,7 +345,8 @@ def _finite(name: str, label: str, value: Tensor) -> None:
 
 
 def _orthonormal(name: str, vectors: Tensor) -> None:
-    gram = (vectors.detach() @ vectors.detach().T).double()
+    wide = vectors.detach().double()  # which autocast leaves alone
+    gram = wide @ wide.T
     worst = (
         (gram - torch.eye(len(vectors), dtype=gram.dtype, device=gram.device)).abs().max().item()
     )

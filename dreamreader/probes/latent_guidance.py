@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dreamreader.engine import Reader
 from dreamreader.engine.clock import Clock, Moment
-from dreamreader.engine.request import in_steps
+from dreamreader.engine.selection import in_steps
 from dreamreader.engine.sites import Site, find
 from dreamreader.engine.subject import is_compiled, unwrapped
 from dreamreader.engine.taps import Argument

@@ -7,8 +7,9 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dreamreader.engine.site_view import read_site
 from dreamreader.engine.sites import Site
-from dreamreader.engine.taps import Argument, View, is_channels_last, pick, read_channels
+from dreamreader.engine.taps import Argument, pick
 from dreamreader.errors import InvalidInput
 
 
@@ -38,9 +39,7 @@ def value_at(
             value = reached.value
         else:
             raise InvalidInput(f"latent_guidance: {site.name} was not reached in the denoiser")
-    x = View(value, is_channels_last(site.tap.module)).x
-    found = read_channels(x, site.tap)
-    return found.flatten(2) if found.dim() > 3 else found
+    return read_site(site, value)
 
 
 @contextmanager

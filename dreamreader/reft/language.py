@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dreamreader.engine import Reader
-from dreamreader.engine.language import _positions
+from dreamreader.engine.padding import position_arguments
+from dreamreader.engine.prompts import tokenize
 from dreamreader.engine.session import Session
+from dreamreader.engine.subject import input_device, is_encoder_decoder
 from dreamreader.errors import InvalidInput
 from dreamreader.reft.losses import Batch, ModelLoss
 from dreamreader.reft.model import Reft
@@ -82,12 +84,14 @@ def _ids(reader: Reader, prompt: str, completion: str, end: bool) -> _Text:
     tokenizer = reader.tokenizer
     if reader._subject.kind != "language" or tokenizer is None:
         raise InvalidInput("the loss of a language model needs one, with its tokenizer")
-    head = list(tokenizer(prompt).input_ids)
+    if is_encoder_decoder(reader.subject):
+        raise InvalidInput(f"{type(reader.subject).__name__}: the loss is that of decoders alone")
+    [head], _ = tokenize(reader, [prompt])
     tail = list(tokenizer(completion, add_special_tokens=False).input_ids)
     if end and tokenizer.eos_token_id is not None:
         tail.append(tokenizer.eos_token_id)
-    if not head or (completion and not tail):
-        raise InvalidInput(f"prompt {prompt!r} or completion {completion!r} has no tokens")
+    if completion and not tail:
+        raise InvalidInput(f"completion {completion!r} has no tokens")
     return head, tail
 
 
@@ -103,9 +107,11 @@ def _logits(loss: ModelLoss, reft: Reft | None, texts: Sequence[_Text]) -> tuple
         ids[row, start:stop] = torch.tensor([*prompt, *completion])
         mask[row, start:stop] = 1
         labels[row, before:stop] = ids[row, before:stop]
-    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    device = input_device(model)
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    positions = position_arguments(reader, inputs)
     with _edited(loss, reft, before):
-        logits = model(**inputs, **_positions(model, inputs), use_cache=False).logits
+        logits = model(**inputs, **positions, use_cache=False).logits
     return logits, labels.to(logits.device)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.engine import Cache, Reader, Record
-from dreamreader.engine.language import check_lengths
+from dreamreader.engine.prompts import check_lengths
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.reft.calls import Calls, record_calls, row_seeds
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.errors import InvalidInput, UnknownName, check_text
 from dreamreader.specs.files import FileRows
 from dreamreader.specs.parts import Data, Scenes
 
@@ -136,6 +136,9 @@ def item_of(
             )
         if not isinstance(value, str) or not value.strip():
             raise InvalidInput(f"{where}: {name} must be text, got {value!r}")
+    for name, value in row.items():
+        if isinstance(value, str):
+            check_text(value, f"{where}: {name}")
     taken = [name for name in rest if name in reserved]
     if taken:
         raise InvalidInput(f"{where}: the column {taken[0]!r} is made by the run; rename it")

@@ -35,7 +35,7 @@ class SiteData:
     pairs: Statistics | None
     held: tuple[Tensor, Tensor]
     steps: tuple[int, ...]
-    tokens: int
+    tokens: int | None
 
 
 def fit_site(
@@ -102,12 +102,17 @@ def _aucs(data: SiteData, directions: list[Tensor]) -> list[tuple[float, ...]]:
     ]
 
 
-def _scaled(vectors: Tensor, norm: str, tokens: int) -> Tensor:
+def _scaled(vectors: Tensor, norm: str, tokens: int | None) -> Tensor:
     """A vector without length keeps none."""
     if norm == "none":
         return vectors
+    if norm == "tensor" and tokens is None:
+        raise InvalidInput(
+            "norm 'tensor' scales by the number of tokens, and rows of a language model have each "
+            "their own; use 'channel' or 'none'"
+        )
     length = vectors.norm(dim=1, keepdim=True)
-    length = length * math.sqrt(tokens) if norm == "tensor" else length
+    length = length * math.sqrt(tokens or 1) if norm == "tensor" else length
     return torch.where(length > 0, vectors / length, 0.0)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dreamreader.errors import InvalidInput
 from dreamreader.steering.rows import SiteRows
-from dreamreader.steering.statistics import Statistics
+from dreamreader.steering.statistics import Statistics, kept_type
 
 
 @dataclass
@@ -22,14 +22,15 @@ class Gathered:
         steps, tokens: as recorded, see `SiteRows`.
         seen: rows of each label so far.
         groups: number of each group.
-        held: the rows that are kept out, by label: [rows, steps, features], float32.
+        held: the rows that are kept out, by label: [rows, steps, features], float32, or
+            float64 where they came so.
         pairs: statistics of the differences of pairs by (source, target), numbered by half.
         paired: pairs so far.
     """
 
     statistics: Statistics
     steps: tuple[int, ...]
-    tokens: int
+    tokens: int | None
     seen: dict[int, int] = field(default_factory=dict)
     groups: dict[Hashable, int] = field(default_factory=dict)
     held: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -40,7 +41,7 @@ class Gathered:
         """Keeps rows that have no part in the fit."""
         for label in np.unique(labels).tolist():
             kept = rows[torch.from_numpy(labels == label).to(rows.device)]
-            self.held.setdefault(label, []).append(kept.to("cpu", torch.float32))
+            self.held.setdefault(label, []).append(kept.to("cpu", kept_type(kept)))
 
     def held_rows(self, label: int) -> Float[Tensor, "rows steps features"]:
         """The rows of a label that are kept out."""

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dreamreader.engine.recorded import one_branch
+from dreamreader.engine.recorded import token_means
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.steering.statistics import Statistics
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class LabelMeans:
-    """Mean activation of every label at every site and step, over rows and tokens.
+    """Mean activation of every label at every site and step, over rows and their own tokens.
 
     `mu[label, step] = 1/(n T) * sum_i sum_t h[i, step, t]`, summed in float64, so that the order of
     the batches does not show in the float32 directions.
@@ -46,16 +46,14 @@ class LabelMeans:
                 recorded, the steps differ from those added before, or a value is not finite.
         """
         for site, activation in cache.items():
-            values = one_branch(site, activation)  # [rows, steps, tokens, features]
+            values = token_means(site, activation)  # [rows, steps, features]
             if len(labels) != len(values):
                 raise InvalidInput(f"{site}: {len(labels)} labels for {len(values)} rows")
             names = list(dict.fromkeys([*self._labels.get(site, []), *labels]))
             numbers = {name: number for number, name in enumerate(names)}
             found = self._found.get(site) or Statistics()
             try:
-                found.add(
-                    values.double().mean(2), torch.tensor([numbers[label] for label in labels])
-                )
+                found.add(values, torch.tensor([numbers[label] for label in labels]))
             except InvalidInput as error:
                 raise InvalidInput(f"{site}: {error}") from error
             self._found[site], self._labels[site] = found, names

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.engine.cache import Activation
-from dreamreader.engine.recorded import of_tensor, one_branch
+from dreamreader.engine.recorded import of_tensor, one_branch, token_means
 from dreamreader.errors import InvalidInput
 
 Recorded = Activation | Mapping[str, Activation] | Mapping[str, Tensor]
@@ -23,12 +23,12 @@ class SiteRows:
         values: mean over tokens; features with heads side by side.
         steps: index of each step; () where the rows have no steps of a run, so that one direction
             serves all.
-        tokens: how many tokens were recorded.
+        tokens: how many tokens were averaged in each row; None where the rows have own numbers.
     """
 
     values: Float[Tensor, "rows steps features"]
     steps: tuple[int, ...]
-    tokens: int
+    tokens: int | None
 
 
 def site_rows(recorded: Recorded, shared: bool) -> dict[str, SiteRows]:
@@ -65,8 +65,13 @@ def _site(site: str, found: Activation | Tensor, shared: bool) -> SiteRows:
     tokens = values.shape[2]
     if tokens == 0 or values.shape[1] == 0 or values.shape[3] == 0:
         raise InvalidInput(f"{site}: {list(values.shape)} holds no values")
-    # One token is a view: a million rows are read once, by the sums.
-    rows = values[:, :, 0] if tokens == 1 else values.double().mean(2)
+    if tokens == 1:
+        rows = values[:, :, 0]  # a view: a million rows are read once, by the sums
+    else:
+        named = isinstance(found, Activation)
+        rows = token_means(site, found) if named else values.double().mean(2)
+    if isinstance(found, Activation) and found.positions is not None:
+        tokens = None
     if shared:
         rows = rows if rows.shape[1] == 1 else rows.double().mean(1, keepdim=True)
         return SiteRows(rows, (), tokens)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.engine import Activation, Record
-from dreamreader.engine.language import check_lengths
+from dreamreader.engine.prompts import check_lengths
 from dreamreader.probes import Probe
 from dreamreader.probes.split import HELD_OUT, dealt, numbered
 from dreamreader.specs.batch import activation_bytes, duration, rows_that_fit

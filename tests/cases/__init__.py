@@ -1,9 +1,17 @@
-"""Inputs of every operator, for tests and benchmarks: one file per operator with its `CASES`."""
+"""Inputs of every operator, for tests and benchmarks: one file per operator.
+
+`CASES` are for its own tests; `OPERATORS` name what it registers, with an `Example` or more of each
+for the tests of all operators.
+"""
 
 from importlib import import_module
 from pathlib import Path
 
-CASES = {
-    path.stem: import_module(f"{__name__}.{path.stem}").CASES
+MODULES = {
+    path.stem: import_module(f"{__name__}.{path.stem}")
     for path in sorted(Path(__file__).parent.glob("[!_]*.py"))
+}
+CASES = {name: module.CASES for name, module in MODULES.items()}
+OPERATORS = {
+    name: examples for module in MODULES.values() for name, examples in module.OPERATORS.items()
 }

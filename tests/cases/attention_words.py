@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tests.cases._example import Example
+
 
 class Sizes(NamedTuple):
     """Extents of one call."""
@@ -214,4 +216,15 @@ CASES = [
 HALF = {
     torch.bfloat16: Case("mask-added_bf16", TEXT, mask="added_bf16"),
     torch.float16: Case("mask-added_f16", TEXT, mask="added_f16"),
+}
+
+CALLS = (
+    Case("few", Sizes(2, 2, 1, 4, 5, 3, 2)),
+    Case("few-added", Sizes(2, 2, 1, 4, 5, 3, 2), "dense", mask="added"),
+)
+OPERATORS = {
+    "attention_words_": [
+        Example(case.name, lambda dtype, case=case: (case.out(dtype), *case.operands(dtype)))
+        for case in CALLS
+    ]
 }

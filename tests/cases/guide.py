@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tests.cases._example import Example
 from tests.cases.intervention import lay_out
 
 SELECTIONS: dict[str, Callable[[int, int], Tensor]] = {
@@ -90,3 +91,27 @@ CASES = [
     Case("few_tokens_many_weights", (2, 3, 600), (450,), iterations=2),
     Case("one_label", (2, 9, 40), labels=1),
 ]
+
+# The last one has so many weights and so few tokens that the kernel leaves it to plain torch.
+CALLS = (
+    Case("linear", (2, 3, 6), (), iterations=2, trust=0.3),
+    Case("one", (2, 3, 6), (5,), activation="silu", iterations=2, trust=0.3),
+    Case("two", (2, 3, 6), (5, 4), activation="gelu", iterations=3, gamma=0.7),
+    Case("two-trust", (2, 3, 6), (5, 4), activation="silu", iterations=2, trust=0.05),
+)
+MANY_WEIGHTS = Case("many_weights", (1, 1, 2100), (128,), activation="silu", selection="all")
+OPERATORS = {
+    "guide": [
+        *(Example(case.name, case.inputs, learned=(0,), twice=(0,)) for case in CALLS),
+        Example(MANY_WEIGHTS.name, MANY_WEIGHTS.inputs),
+    ],
+    "guide_backward": [
+        Example(case.name, lambda dtype, case=case: (noise(case, dtype), *case.inputs(dtype)))
+        for case in CALLS[1:2]
+    ],
+}
+
+
+def noise(case: Case, dtype: torch.dtype) -> Tensor:
+    """A gradient of the result."""
+    return torch.randn(case.shape, generator=torch.Generator().manual_seed(8)).to(dtype)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.ops import Instruction, Program
+from tests.cases._example import Example
 
 Make = Callable[["Case", torch.Generator], list[Instruction]]
 
@@ -251,3 +252,36 @@ CASES = [
     *(Case(f"subspace_{m}", (2, 33, 72), projection(m)) for m in SUBSPACES),
     *(Case(f"subspace_9-{layout}", (3, 5, 123), projection(9), layout) for layout in LAYOUTS),
 ]
+
+FEW = (2, 3, 7)
+CALLS = [
+    *many([kind for kind in KINDS if kind not in ("empty", "all_off")], FEW),
+    *many(("three", "patch", "renorm"), FEW, layout="nchw"),
+    *(Case(f"{kind}-scattered", FEW, masked(kind, scattered)) for kind in MASKED),
+    Case("subspace", FEW, projection(2)),
+]
+
+
+def call(case: Case) -> Example:
+    """The operator with the tables of the case; in float64 the sources of its patches are too."""
+
+    def arguments(dtype: torch.dtype) -> tuple:
+        *tables, patches = case.program().tables(dtype)
+        if dtype == torch.float64:
+            patches = [each.double() if each.is_floating_point() else each for each in patches]
+        return case.input(dtype), *tables, patches
+
+    return Example(case.name, arguments, learned=(0, 2, 3, 6), twice=(0, 3, 6))
+
+
+def live(case: Case) -> Example:
+    """The operator by the number of a program, which this function keeps."""
+    program = case.program()
+    return Example(case.name, lambda dtype: (case.input(dtype), program.number))
+
+
+OPERATORS = {
+    "intervene": [call(case) for case in CALLS],
+    "intervene_": [Example(case.name, call(case).arguments) for case in CALLS[-12:-6]],
+    "intervene_live_": [live(case) for case in CALLS[-12:-10]],
+}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tests.cases._example import Example
 from tests.cases.intervention import VALUES, lay_out
 
 Make = Callable[[int, int, torch.Generator], Tensor]
@@ -96,3 +97,17 @@ CASES = [
     Case("adapter_each", (6, 1, 40), 3, adapters=6, index=(5, 4, 3, 2, 1, 0)),
     Case("adapter_of_pieces", (3, 150, 16), 3, adapters=2, index=(1, 0, 1)),
 ]
+
+ALL = (True, True, True, True)
+TWO = Case("two_adapters", (3, 3, 5), 2, adapters=2, index=(1, 0, 1))
+MAP = Case("map", (3, 3, 5), 2, "nchw", adapters=2, index=(1, 0, 1))
+OPERATORS = {
+    "low_rank": [
+        Example(case.name, case.inputs, learned=(0, 1, 2, 3, 4), twice=(0, 1, 2, 3))
+        for case in (TWO, MAP)
+    ],
+    "low_rank_": [Example(case.name, case.inputs) for case in (TWO, MAP)],
+    "low_rank_backward": [
+        Example(TWO.name, lambda dtype: (TWO.gradient(dtype), *TWO.inputs(dtype), ALL))
+    ],
+}

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tests.cases._example import Example
+
 LABELS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
     "many": lambda n, g: torch.randint(0, 300, (n,), generator=g),
     "mixed": lambda n, g: torch.randint(0, 3, (n,), generator=g),
@@ -74,3 +76,11 @@ CASES = [
     Case("many_labels", (170, 9), labels="many", count=300),
     Case("tiny", (50, 16), scale=1e-6),
 ]
+
+FEW = Case("few", (7, 5), labels="some_left_out")
+OPERATORS = {
+    "moments": [
+        Example(f"squares_{squares}", lambda dtype, s=squares: (*FEW.inputs(dtype), FEW.count, s))
+        for squares in (True, False)
+    ]
+}

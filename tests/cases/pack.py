@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.ops.pack import MOST, POOLS
+from tests.cases._example import Example
 
 
 class Outputs(NamedTuple):
@@ -116,3 +117,22 @@ CASES = [
     Case("wide", (1, 70, 1280), 66, layout="channels_first"),
     Case("threads", (2, 300, 260), 900),
 ]
+
+
+def call(case: Case, stored: torch.dtype) -> Example:
+    """The case, written in a type."""
+
+    def arguments(dtype: torch.dtype) -> tuple:
+        x, places, minus, groups = case.inputs(dtype)
+        return *case.outputs(stored), x, places, minus, groups, case.pool_number
+
+    return Example(f"{case.name}-{str(stored).removeprefix('torch.')}", arguments)
+
+
+CALLS = (
+    Case("rows", (2, 9, 6), 7, minus=True),
+    Case("mean", (2, 9, 6), 7, pool="mean", layout="channels_first"),
+)
+OPERATORS = {
+    "pack": [call(case, stored) for case in CALLS for stored in (torch.bfloat16, torch.int8)]
+}

@@ -12,6 +12,7 @@ from dreamreader.engine.families.timestep import raw, rising, thousandth
 from dreamreader.errors import ClockUnknown
 
 from .. import tiny
+from ..tiny.parts import assemble
 from .clock_log import Log, call, logged
 
 
@@ -203,9 +204,10 @@ def test_timesteps_set_anew_within_a_run() -> None:
         return tensors
 
     said = logged("sd", pipe, callback_on_step_end=refine)
-    assert [(moment.step, moment.timestep) for moment in said[:3]] == [(0, 999), (1, 666), (4, 333)]
+    assert [(moment.step, moment.timestep) for moment in said[:2]] == [(0, 999), (1, 666)]
     # the pipeline still walks the timesteps it began with
-    assert isinstance(said[3], ClockUnknown) and "not of the same run" in str(said[3])
+    for error in said[2:]:
+        assert isinstance(error, ClockUnknown) and "set anew in a callback" in str(error)
 
 
 def test_scheduler_swapped_between_runs() -> None:
@@ -215,6 +217,66 @@ def test_scheduler_swapped_between_runs() -> None:
         pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
         call("sd", pipe, num_inference_steps=2)
     assert places(log.said) == [(0, 0), (1, 0), (0, 0), (0, 1), (1, 0)]
+
+
+@pytest.mark.parametrize("ar_step", [0, 1])
+def test_frames_at_different_steps_have_no_single_one(ar_step: int) -> None:
+    """Diffusion forcing: with `ar_step` later frames wait for the earlier ones."""
+    pipe = assemble("SkyReelsV2DiffusionForcingPipeline", "skyreels")
+    width = pipe.transformer.config.text_dim
+    times: list[list[int]] = []
+    with Clock(pipe) as clock, Log(clock) as log:
+        hook = pipe.transformer.register_forward_pre_hook(
+            lambda m, a, k: times.append(sorted({int(t) for t in k["timestep"].flatten()})),
+            with_kwargs=True,
+        )
+        pipe(
+            None,
+            prompt_embeds=torch.ones(1, 16, width),
+            negative_prompt_embeds=torch.zeros(1, 16, width),
+            height=16,
+            width=32,
+            num_frames=9,
+            base_num_frames=9,
+            ar_step=ar_step,
+            causal_block_size=1 if ar_step else None,
+            num_inference_steps=3,
+            max_sequence_length=16,
+            output_type="latent",
+        )
+        hook.remove()
+    assert any(len(each) > 1 for each in times) == bool(ar_step)
+    order = sorted({each[-1] for each in times}, reverse=True)
+    for found, said in zip(times, log.said, strict=True):
+        if len(found) > 1:
+            assert isinstance(said, ClockUnknown) and "it has no single step" in str(said)
+        else:
+            assert isinstance(said, Moment) and said.step == order.index(found[0])
+
+
+def test_a_given_first_frame_is_no_other_step() -> None:
+    pipe = assemble("LTXImageToVideoPipeline", "ltx")
+    times: list[list[float]] = []
+    with Clock(pipe) as clock, Log(clock) as log:
+        hook = pipe.transformer.register_forward_pre_hook(
+            lambda m, a, k: times.append(k["timestep"].unique().tolist()), with_kwargs=True
+        )
+        pipe(
+            image=torch.rand(1, 3, 32, 64),
+            prompt="a red cat",
+            height=32,
+            width=64,
+            num_frames=9,
+            num_inference_steps=3,
+            max_sequence_length=16,
+            output_type="latent",
+        )
+        hook.remove()
+    assert [len(each) for each in times] == [2] * 3 and {each[0] for each in times} == {0.0}
+    assert [m.timestep for m in log.moments] == [each[1] for each in times]
+    assert [(m.step, m.branches) for m in log.moments] == [
+        (n, ("uncond", "cond")) for n in range(3)
+    ]
 
 
 class TestTrajectory:
@@ -233,10 +295,28 @@ class TestTrajectory:
             assert trajectory.locate(torch.tensor(form(time, 1000, None)), 1e-5) == index
 
     def test_one_value_per_token_counts_the_noisy_ones(self) -> None:
+        """Only where the family has tokens without noise in the call of any step."""
         scheduler = self.ddim()
-        trajectory = Trajectory(scheduler, raw, None)
         tokens = torch.tensor([[0, 0, 700, 700], [0, 0, 700, 700]])
-        assert trajectory.locate(tokens, 1e-6) == scheduler.timesteps.tolist().index(700)
+        at = scheduler.timesteps.tolist().index(700)
+        assert Trajectory(scheduler, raw, None, clean_tokens=True).locate(tokens, 1e-6) == at
+        with pytest.raises(ClockUnknown, match=r"different noise levels \(timesteps 0 to 700\)"):
+            Trajectory(scheduler, raw, None).locate(tokens, 1e-6)
+
+    def test_tokens_at_two_noise_levels_have_no_step(self) -> None:
+        scheduler = self.ddim()
+        for values in ([[700, 800]], [[0, 700, 800]], [700, 800]):
+            for clean in (False, True):
+                trajectory = Trajectory(scheduler, raw, None, clean)
+                with pytest.raises(ClockUnknown, match="it has no single step"):
+                    trajectory.locate(torch.tensor(values), 1e-6)
+        trajectory = Trajectory(scheduler, raw, None)
+        trajectory.postpone(torch.tensor([700, 800]), 2, 1e-6)
+        with pytest.raises(ClockUnknown, match="it has no single step"):
+            trajectory.settle()
+        clean = Trajectory(scheduler, raw, None, clean_tokens=True)
+        clean.postpone(torch.tensor([0, 700, 700]), 2, 1e-6)
+        clean.settle()
 
     def test_a_value_between_two_entries_is_refused(self) -> None:
         with pytest.raises(
@@ -285,11 +365,11 @@ class TestTrajectory:
     def test_the_begin_index_tells_repeated_values_apart(self) -> None:
         scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
         scheduler.set_timesteps(4)
-        scheduler.set_begin_index(1)
+        scheduler.set_begin_index(2)
         trajectory = Trajectory(scheduler, thousandth, None)
-        repeated = scheduler.timesteps[2] / 1000
+        repeated = scheduler.timesteps[1] / 1000
         assert scheduler.timesteps[1] == scheduler.timesteps[2]
-        assert trajectory.locate(repeated, 1e-5) == 1
+        assert trajectory.locate(repeated, 1e-5) == 2
 
     def test_postponed_comparison_still_contradicts(self) -> None:
         scheduler = self.ddim()

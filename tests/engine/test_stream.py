@@ -418,13 +418,12 @@ def test_a_call_that_keeps_no_token_is_not_handed_on() -> None:
     copies, site = Copies(), "transformer.h.0"
     result = language().run(PROMPTS, record=Stream(site, copies, tokens=[0, 1]), **SETTINGS)
     assert [each.positions for each in copies.pieces] == [[0, 1], [0, 1]]
-    assert result.firing[0].calls == 4 and dict(result.firing[0].branches) == {"cond": 1}
+    found = result.firing[0]
+    assert (found.calls, found.missed) == (1, 3) and dict(found.branches) == {"cond": 1}
 
 
 def test_positions_that_are_not_known_are_refused() -> None:
     model, copies = language().subject, Copies()
-    with pytest.raises(InvalidInput, match="lm_head: has 1 tokens in a call with"):
-        language().run(PROMPTS, record=Stream("lm_head", copies), **SETTINGS)
     ids = torch.tensor([[1, 2, 3], [4, 5, 0]])
     past = model(ids).past_key_values
     with pytest.raises(ClockUnknown, match="transformer.h.0: streaming needs the step. the cache"):
@@ -433,10 +432,19 @@ def test_positions_that_are_not_known_are_refused() -> None:
     assert not copies.calls
     with language().recording(Stream("transformer.h.0", copies)), torch.no_grad():
         with pytest.raises(InvalidInput, match="transformer.h.0: the attention mask leaves out"):
-            model(ids, attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]]))
+            model(ids, attention_mask=torch.tensor([[1, 1, 1], [1, 0, 1]]))
         assert not copies.calls
-        model(ids)
-    assert len(copies.calls) == 1
+        model(ids, attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    assert [each.positions for each in copies.pieces] == [[0, 1, 2], [0, 1]]
+
+
+def test_modules_behind_the_last_block_see_the_last_token_while_generating() -> None:
+    copies = Copies()
+    result = language().run(PROMPTS, record=Stream("lm_head", copies), **SETTINGS)
+    lengths = [len(language().tokenizer(each)["input_ids"]) for each in PROMPTS]
+    steps = result.firing[0].calls
+    expected = [[length - 1 + step] for step in range(steps) for length in lengths]
+    assert [each.positions for each in copies.pieces] == expected
 
 
 # Refusals

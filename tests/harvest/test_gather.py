@@ -1,5 +1,8 @@
 """Gathering rows: the native form beside the reference, and what both refuse."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -188,6 +191,103 @@ def test_a_missing_or_short_shard_is_named(tmp_path: Path, make) -> None:
     assert out[0].isfinite().all()
 
 
+# In a process of its own, which would end by SIGBUS.
+CUT = """
+import os, sys
+from functools import partial
+from pathlib import Path
+from dreamreader.errors import InvalidInput
+from tests.harvest.test_gather import *
+
+folder = Path(sys.argv[1])
+for n, bytes in enumerate((9_000, 20_000, 8192 + 2 * 200 * ROWS + 100, -100, 0)):
+    for tokens in (None, [1, 6]):
+        for verify in (True, False):
+            for make in (lambda p: NativeGather(p, module), ReferenceGather):
+                own = folder / f"{n}-{tokens}-{verify}-{make is ReferenceGather}"
+                write(own, torch.bfloat16, {"site": 200})
+                runs = picked(Store(own), "site", tokens)
+                gather, file = make(runs), Path(runs.segments.files[1])
+                whole = read(gather, runs.total, torch.float32, seed=3, threads=2)
+                end = tensors_of(runs.segments.site, ROWS, 0, 0).checksums + 4 * ROWS
+                size = bytes if bytes >= 0 else end + bytes
+                content = file.read_bytes()
+                os.truncate(file, size)
+                calls = [dict(seed=3, verify=verify, threads=2), dict(position=5)]
+                calls = [partial(read, gather, runs.total - 5, torch.float32, **c) for c in calls]
+                for call in calls + [partial(gather.count, 2)] * (tokens is not None):
+                    try:
+                        call()
+                    except InvalidInput as error:
+                        assert f"{file} has {size:,} bytes, its rows need" in str(error), error
+                    else:
+                        raise AssertionError(f"{own}: nothing was said")
+                file.write_bytes(content)
+                again = read(gather, runs.total, torch.float32, seed=3, threads=2)
+                same(again, whole)
+print("all said")
+"""
+
+
+@needs_native
+def test_a_shard_that_is_cut_off_while_it_is_mapped_is_named(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", CUT, str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "all said\n"), done.stderr[-3000:]
+
+
+SIGNALS = """
+import ctypes, faulthandler, mmap, os, signal, sys
+from pathlib import Path
+from tests.harvest.test_gather import *
+
+folder = Path(sys.argv[1])
+write(folder, torch.float32, {"site": 3})
+runs = picked(Store(folder), "site")
+gather = NativeGather(runs, module)
+read(gather, runs.total, torch.float32)
+faulthandler.enable()  # takes the signal away; the next reading takes it back
+read(gather, runs.total, torch.float32)
+other = folder / "other"
+other.write_bytes(bytes(8192))
+with open(other, "r+b") as file:
+    there = mmap.mmap(file.fileno(), 8192)
+    os.truncate(other, 0)
+    print("before", flush=True)
+    there[5000] if sys.argv[2] == "touched" else os.kill(os.getpid(), signal.SIGBUS)
+"""
+
+
+@needs_native
+@pytest.mark.parametrize("how", ["touched", "sent"])
+def test_other_errors_of_the_bus_go_where_they_went(tmp_path: Path, how: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALS, str(tmp_path), how],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGBUS, "before\n")
+    assert "Fatal Python error: Bus error" in done.stderr  # the other handler
+
+
+@pytest.mark.parametrize("make", GATHERS)
+def test_a_view_with_another_sign_is_the_numbers_that_it_stands_for(tmp_path: Path, make) -> None:
+    write(tmp_path, torch.float32, {"site": 3}, units=1)
+    gather = make(picked(Store(tmp_path), "site"))
+    mean, plain = torch.randn(3, dtype=torch.complex64).conj().imag, torch.empty(2, 3)
+    assert mean.is_neg()
+    gather.read(0, plain, normal=(mean, torch.ones(3)))
+    want = torch.empty(2, 3)
+    gather.read(0, want, normal=(mean.resolve_neg(), torch.ones(3)))
+    assert torch.equal(plain, want)
+
+
 @needs_native
 def test_the_native_gather_refuses_what_is_not_safe(tmp_path: Path) -> None:
     write(tmp_path, torch.float32, {"site": 3}, units=1)
@@ -205,6 +305,8 @@ def test_the_native_gather_refuses_what_is_not_safe(tmp_path: Path) -> None:
             gather.read(position, out)
     with pytest.raises(ValueError, match="threads must be positive"):
         gather.read(0, torch.empty(2, 3), threads=0)
+    with pytest.raises(InvalidInput, match="out is a negative view"):
+        gather.read(0, torch.zeros(2, 3, dtype=torch.complex64).conj().imag)
     with pytest.raises(ValueError, match="keys must be dense int32"):
         gather.read(0, torch.empty(2, 3), keys=torch.zeros(2, 5, dtype=torch.int64))
     outside = Picked(

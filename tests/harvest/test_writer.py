@@ -204,7 +204,9 @@ WRONG = {
     "as many places as keys": {"places": torch.zeros(5, 2).int()},
     "the rows of one put have one moment": {"keys": torch.arange(16).reshape(4, 4).int()},
     "x has other features": {"x": torch.zeros(8, 16, 1023)},
-    "no kernel for a tensor": {"x": torch.zeros(8, 16, 1024).int()},
+    "got int32 .*; float16, bfloat16, float32 and float64 are": {
+        "x": torch.zeros(8, 16, 1024).int()
+    },
     "x and minus differ in shape": {"minus": torch.zeros(8, 15, 1024)},
     "x and minus differ in type": {"minus": torch.zeros(8, 16, 1024).double()},
     "groups are for sites with a pool": {"groups": torch.arange(5).int()},

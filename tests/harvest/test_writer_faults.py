@@ -21,7 +21,7 @@ from dreamreader._register import native
 from dreamreader.errors import InvalidInput
 from dreamreader.harvest.layout import SiteLayout
 from dreamreader.harvest.reference import ReferenceWriter
-from dreamreader.harvest.writer import open_writer
+from dreamreader.harvest.writer import NativeWriter, open_writer
 from tests.harvest.writing import MOMENTS, RUN, SAMPLES, WIDE, rows_of, same_files, unit
 
 pytestmark = pytest.mark.skipif(native()[0] is None, reason="the native module is not built")
@@ -110,7 +110,7 @@ KILLED = """
 import sys
 import threading
 from pathlib import Path
-from dreamreader.harvest.writer import open_writer
+from dreamreader.harvest.writer import NativeWriter, open_writer
 from tests.harvest.writing import WIDE, rows_of, unit
 writer = open_writer(Path(sys.argv[1]), "0" * 64, ring_bytes=1 << 18)
 unit(writer)
@@ -149,6 +149,72 @@ def test_a_writer_that_is_killed_leaves_whole_units_only(native_writer, tmp_path
 
 def thread_count() -> int:
     return len(os.listdir("/proc/self/task"))
+
+
+def test_sizes_that_no_machine_has_are_refused(tmp_path: Path):
+    for options, text in (
+        ({"ring_bytes": 1 << 60}, "at most 70,368,744,177,664 bytes"),
+        ({"ring_bytes": 1 << 70}, "at most 70,368,744,177,664 bytes"),
+        ({"threads": 1 << 31}, "and 4,096 threads are possible"),
+        ({"ring_bytes": 2.5e8}, "ring_bytes=250000000.0 and threads=2: both must be whole"),
+        ({"threads": "two"}, "threads='two': both must be whole numbers"),
+    ):
+        with pytest.raises(InvalidInput, match=text):
+            open_writer(tmp_path, RUN, **options)
+    before = thread_count()
+    with pytest.raises(MemoryError, match="ring_bytes=70,368,744,177,664: there is not as much"):
+        open_writer(tmp_path, RUN, ring_bytes=1 << 46, threads=2)
+    assert thread_count() == before
+
+
+def test_a_unit_that_did_not_begin_takes_no_rows(native_writer):
+    """After a ring that is too small, where a row had waited for room for ever."""
+    writer = native_writer()
+    unit(writer)
+    wide = SiteLayout("wider", 1 << 16, torch.float32, torch.float32)
+    site = writer.site(wide)
+    with pytest.raises(ValueError, match="ring_bytes must be at least"):
+        writer.begin(1)
+    for number, layout in ((0, WIDE), (site, wide)):
+        with pytest.raises(ValueError, match="begin a unit before its rows"):
+            writer.put(number, *rows_of(layout, 4))
+
+
+def test_a_view_with_another_sign_is_stored_as_the_numbers_that_it_stands_for(
+    native_writer, tmp_path: Path
+):
+    x = torch.randn(8, 16, 1024, dtype=torch.complex64).conj().imag
+    minus = torch.randn(8, 16, 1024, dtype=torch.complex64).conj().imag
+    assert x.is_neg() and minus.is_neg()
+    _, places, keys = rows_of(WIDE, 40)
+    ours, plain = native_writer(), ReferenceWriter(tmp_path / "plain", RUN)
+    for writer in (ours, plain):
+        site = writer.site(WIDE)
+        writer.begin(0)
+        writer.put(site, x, places, keys)
+        writer.put(site, x.clone(), places, keys, minus=minus)
+        writer.seal(SAMPLES, MOMENTS, ["cond", "uncond"])
+    same_files(ours.shards, plain.shards)
+
+
+def test_memory_for_a_device_is_asked_for_again_when_torch_gave_back_its_own(tmp_path: Path):
+    """And where there is no code for the device, rows are packed on the CPU."""
+    module = native()[0]
+    assert module
+
+    class Core:
+        def __init__(self, *errors: Exception):
+            self.errors = list(errors)
+
+        def reserve(self, x: torch.Tensor) -> None:
+            if self.errors:
+                raise self.errors.pop(0)
+
+    x, full = torch.zeros(1), MemoryError("writer: out of memory")
+    for errors, reached in (((), True), ((full,), True), ((module.NoCode("no kernel"),), False)):
+        assert NativeWriter(tmp_path, RUN, Core(*errors))._reserve(x) is reached
+    with pytest.raises(MemoryError, match="writer: out of memory"):
+        NativeWriter(tmp_path, RUN, Core(full, full))._reserve(x)
 
 
 def test_threads_end_with_the_writer(native_writer, tmp_path: Path):

@@ -199,7 +199,7 @@ W, B, C = [torch.ones(5, 4), torch.ones(2, 5)], [torch.ones(5), torch.ones(2)], 
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        (lambda: guide(X[0], W, B, C), r"x must be floating point \[batch, tokens, width\], got"),
+        (lambda: guide(X[0], W, B, C), r"x must be floating point \[batch, tokens, width\] of float32, .*, got torch.float32"),
         (lambda: guide(X.long(), W, B, C), "got torch.int64"),
         (lambda: guide(X, W * 2, B * 2, C), "1 to 3 layers, each with a bias; got 4 weights"),
         (lambda: guide(X, W, B[:1], C), "got 2 weights and 1 biases"),

@@ -112,12 +112,12 @@ def test_opcheck():
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda x, n: moments(x[0], n, 2), r"x must be floating point \[rows, features\], got"),
+        (lambda x, n: moments(x[0], n, 2), r"x must be floating point \[rows, features\] of float32, .*, got"),
         (lambda x, n: moments(x.long(), n, 2), r"got int64 \[4, 3\]"),
         (lambda x, n: moments(x, n[:3], 2), r"labels must be int64 \[4\], got int64 \[3\]"),
         (lambda x, n: moments(x, n.int(), 2), r"labels must be int64 \[4\], got int32 \[4\]"),
         (lambda x, n: moments(x, n, 1), "1 labels are announced, the largest is 1"),
-        (lambda x, n: moments(x[:0], n[:0], -1), "-1 labels are announced, the largest is -1"),
+        (lambda x, n: moments(x[:0], n[:0], -1), "-1 labels are announced, 0 or more are possible"),
         (
             lambda x, n: moments(x, n, 2, shift=torch.zeros(3)),
             r"shift must be float64 \[3\] on cpu, got float32 \[3\] on cpu",
@@ -142,5 +142,5 @@ def test_the_kernel_refuses_what_it_would_follow_blindly():
         NATIVE.moments_cpu(x, labels * 0 + 2, shift, counts, sums, sums.clone(), 1)
     with pytest.raises(ValueError, match="sums must be dense float64"):
         NATIVE.moments_cpu(x, labels * 0, shift, counts, sums.float(), sums.clone(), 1)
-    with pytest.raises(ValueError, match="no kernel for a tensor"):
+    with pytest.raises(ValueError, match="float64 are possible"):
         NATIVE.moments_cpu(x.long(), labels * 0, shift, counts, sums, sums.clone(), 1)

@@ -81,16 +81,16 @@ def _betas(config: Any) -> np.ndarray:
 def walk(scheduler: Any, begin: int = 0) -> Iterator[tuple[Any, Call]]:
     """(the scheduler's timestep, what the denoiser call is) for each turn of the loop.
 
-    A run that starts on the way (img2img) leaves out `begin` timesteps; its first step keeps the
-    number that it has in the full trajectory. The solver itself starts anew there: so does PNDM.
+    A run that starts on the way (img2img) leaves out `begin` timesteps; the others keep the numbers
+    that they have in the full trajectory.
     """
     solver = type(scheduler).__name__
     last, _ = place(scheduler, len(scheduler.timesteps) - 1)
-    skipped = begin // 2 if solver in TWO_EVALUATIONS else begin
-    sigmas = levels(scheduler)[begin:]
-    for index, time in enumerate(scheduler.timesteps[begin:]):
+    sigmas = levels(scheduler)
+    for index, time in enumerate(scheduler.timesteps):
+        if index < begin:
+            continue
         step, evaluation = place(scheduler, index)
-        step += skipped
         sigma = sigmas[index]
         if solver == "KDPM2DiscreteScheduler" and evaluation == 1:
             sigma = (sigmas[index - 1] * sigmas[index + 1]) ** 0.5

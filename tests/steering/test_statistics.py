@@ -116,3 +116,42 @@ def test_wrong_inputs_say_what_is_wrong_and_change_nothing(call, text):
 def test_unknown_kind_names_the_nearest():
     with pytest.raises(UnknownName, match="'covariances'; nearest: covariance"):
         Statistics("covariances")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("sizes", [None, [1] * 8 + [392], [2, 398]], ids=["one", "singly", "two"])
+@pytest.mark.parametrize("keep", ["moments", "covariance"])
+def test_an_outlier_in_the_first_row_costs_no_digits_of_another_label(keep, sizes):
+    for dtype, outlier, rtol in ((torch.float64, 1e8, 1e-12), (torch.float32, 1e6, 1e-12)):
+        x, n = torch.randn(400, 1, 4, dtype=dtype), torch.arange(400) % 2
+        x[0] = outlier
+        found = gathered(x, n, keep, sizes)
+        own = x[n == 1].double().numpy()
+        np.testing.assert_allclose(found.mean([1]), own.mean(0), rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(found.variance([1]), own.var(0), rtol=rtol)
+        every = x[:, 0].double().numpy()
+        np.testing.assert_allclose(found.variance([0, 1])[0], every.var(0), rtol=1e-12)
+        if keep == "covariance":
+            scatter = np.cov(own[:, 0].T, bias=True) * len(own)
+            np.testing.assert_allclose(found.scatter([1], 0), scatter, rtol=1e-11, atol=1e-11)
+
+
+def test_labels_that_are_far_from_each_other_keep_the_digits_of_both():
+    x, n = torch.randn(60, 1, 3, dtype=torch.float64), torch.arange(60) % 3
+    x += 1e7 * n[:, None, None]
+    found = gathered(x, n, "covariance", [30, 30])
+    for label in range(3):
+        near = x[n == label] - 1e7 * label  # exact: the numbers are close
+        torch.testing.assert_close(
+            found.variance([label]), near.var(0, correction=0), rtol=1e-11, atol=0
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rows_are_kept_without_losing_digits(dtype):
+    x = (1e6 + 1e-3 * torch.randn(20, 1, 3, dtype=torch.float64)).to(dtype)
+    found = gathered(x, labels(20) * 0, "rows", [10, 10])
+    assert torch.equal(found.rows([0], 0), x[:, 0].double())
+    mixed = Statistics("rows")
+    mixed.add(x.float(), labels(20) * 0)
+    mixed.add(x, labels(20) * 0)
+    assert torch.equal(mixed.rows([0], 0)[20:], x[:, 0].double())

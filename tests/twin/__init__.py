@@ -22,6 +22,9 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 
 MASKS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 
 
+LIBRARIES: dict[str, Path] = {}  # of each operator, compiled once
+
+
 class Call(ctypes.Structure):
     """As `Call` in intervention.cpp."""
 
@@ -95,18 +98,13 @@ class LowRankCall(ctypes.Structure):
 
 def compiled(name: str, folder: Path) -> Callable[[ctypes.Structure], int]:
     """Compiles the twin of an operator; its function takes a call and returns the launches."""
-    library = folder / f"lib{name}.so"
-    compiler = shutil.which("g++")
-    assert compiler
-    command = [
-        compiler,
-        *FLAGS.split(),
-        f"-I{HERE}",
-        str(HERE / f"{name}.cpp"),
-        "-o",
-        str(library),
-    ]
-    subprocess.run(command, check=True)
+    library = LIBRARIES.setdefault(name, folder / f"lib{name}.so")
+    if not library.exists():
+        compiler = shutil.which("g++")
+        assert compiler
+        source = str(HERE / f"{name}.cpp")
+        command = [compiler, *FLAGS.split(), f"-I{HERE}", source, "-o", str(library)]
+        subprocess.run(command, check=True)
     entry = ctypes.CDLL(str(library))[name]
 
     def launch(call: ctypes.Structure) -> int:
@@ -116,6 +114,11 @@ def compiled(name: str, folder: Path) -> Callable[[ctypes.Structure], int]:
         return launches.value
 
     return launch
+
+
+def limit_shared(name: str, size: int) -> None:
+    """Lets the twin of an operator be a device whose blocks have `size` bytes of shared memory."""
+    ctypes.CDLL(str(LIBRARIES[name])).limit_shared(ctypes.c_int64(size))
 
 
 def build_words(folder: Path) -> Callable[..., int]:
@@ -179,7 +182,7 @@ class LowRankTwin:
 
     def __init__(self, folder: Path) -> None:
         self.launch = compiled("low_rank", folder)
-        library = ctypes.CDLL(str(folder / "liblow_rank.so"))
+        library = ctypes.CDLL(str(LIBRARIES["low_rank"]))
         self._workspace = library.workspace
         self._workspace.restype = ctypes.c_int64
 

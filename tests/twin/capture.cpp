@@ -187,6 +187,26 @@ void check_refusal(const std::string& path) {
   expect(content(path) == std::string(2 * bytes, 'b'), "the file that refused O_DIRECT");
 }
 
+// However early the memory of the GPU ends: an error that leaves nothing behind, so that the next attempt succeeds.
+void check_no_memory(const fs::path& folder) {
+  Writer writer({1 << 18, 4 << 20, 1, false, 0});
+  writer.site({"rows", 4, 16, Stored::f32, Pool::none, false});
+  writer.begin(folder.string());
+  int failures = 0;
+  for (twin::left = 0;; twin::left = ++failures) {
+    try {
+      CudaPacker packer(0, writer.ring());
+      break;
+    } catch (const std::bad_alloc& error) {
+      expect(std::string(error.what()).starts_with("writer: "), "an allocation failed without a reason");
+      expect(twin::held == 0 && !twin::registered, "a constructor that failed left something behind");
+    }
+  }
+  expect(failures > 10, "too few allocations failed");
+  expect(twin::held == 0 && !twin::registered, "a packer that ended left something behind");
+  twin::left = -1;
+}
+
 void check_most_rows(const fs::path& folder) {
   Writer writer({1 << 18, 4 << 20, 1, false, 0});
   HostPacker packer(1);
@@ -208,6 +228,7 @@ int main(int, char** arguments) {
   const fs::path folder = arguments[1];
   check_refusal(folder / "refusing");
   check_most_rows(folder);
+  check_no_memory(folder);
   std::mt19937 random(3);
   std::vector<Input> inputs;
   for (int n = 0; n < 12; ++n) {

@@ -30,6 +30,7 @@ enum cudaError_t {
   cudaErrorNotSupported = 801
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 using cudaStream_t = void*;
 
 struct dim3 {
@@ -50,7 +51,7 @@ namespace twin {
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 64 << 10;
-constexpr size_t kShared = 227 << 10;  // of sm_90
+constexpr size_t kShared = 227 << 10;  // of sm_90, the most that there is
 constexpr size_t kSharedAsked = 48 << 10;
 
 enum class Wait { none, block, warp, shuffle, vote };
@@ -66,6 +67,7 @@ struct Fiber {
 inline std::string error;  // the first one
 inline int64_t launches = 0;
 inline size_t shared_allowed = kSharedAsked;
+inline size_t shared_limit = kShared;  // of the device
 inline std::vector<std::unique_ptr<Fiber>> fibers;
 inline int live = 0, current = 0;
 inline ucontext_t scheduler;
@@ -240,9 +242,17 @@ inline void __syncwarp() { twin::wait(twin::Wait::warp); }
 inline void __syncthreads() { twin::wait(twin::Wait::block); }
 inline int __syncthreads_or(int value) { return twin::any(value, 0, twin::live, twin::Wait::block); }
 
+// Lets the twin be a device whose blocks have so many bytes of shared memory.
+extern "C" __attribute__((used)) inline void limit_shared(int64_t bytes) { twin::shared_limit = size_t(bytes); }
+
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = int(twin::shared_limit), cudaSuccess;
+}
+
 template <typename F>
 cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int bytes) {
-  if (size_t(bytes) > twin::kShared) return cudaErrorInvalidValue;
+  if (size_t(bytes) > twin::shared_limit) return cudaErrorInvalidValue;
   twin::shared_allowed = size_t(bytes);
   return cudaSuccess;
 }

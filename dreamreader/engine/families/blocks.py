@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from dreamreader.engine.families.classes import entry_of
+
 # Beside what diffusers itself registers for its step caches.
 _MORE = {"AuraFlowJointTransformerBlock": {"image": 1, "text": 0}}
 _ARGUMENTS = {"image": "hidden_states", "text": "encoder_hidden_states"}
@@ -9,7 +11,7 @@ _ARGUMENTS = {"image": "hidden_states", "text": "encoder_hidden_states"}
 
 def streams(module: nn.Module) -> dict[str, int]:
     """Entry of the module's result per stream; empty where it returns one stream."""
-    known = _MORE.get(type(module).__name__)
+    known = entry_of(type(module), _MORE, "forward")
     if known is not None:
         return known
     if not type(module).__module__.startswith("diffusers."):

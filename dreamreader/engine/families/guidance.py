@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dreamreader.engine.families.classes import entry_of
+
 Guided = Callable[[Any, Mapping[str, Any]], bool]
 """(pipeline, arguments of its running call) -> is classifier-free guidance on at this moment."""
 
@@ -24,6 +26,11 @@ def by_argument(pipe: Any, arguments: Mapping[str, Any]) -> bool:
     return float(arguments["guidance_scale"]) > 1.0
 
 
+def by_both_scales(pipe: Any, arguments: Mapping[str, Any]) -> bool:
+    """InstructPix2Pix for SDXL: guided by the text and by the picture, or not at all."""
+    return float(arguments["guidance_scale"]) > 1.0 <= float(arguments["image_guidance_scale"])
+
+
 def never(pipe: Any, arguments: Mapping[str, Any]) -> bool:
     """Guidance is distilled into the weights: one pass."""
     return False
@@ -31,18 +38,28 @@ def never(pipe: Any, arguments: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """Branches of one step in their order, as chunks of one batch or as separate calls."""
+    """Branches of one step in their order, as chunks of one batch or as separate calls.
+
+    Args:
+        separate: one call for each branch instead of one for all.
+        order: the branches.
+        guided: whether guidance is on.
+        truncates: guidance may rest at single steps, where the batch holds the prompt alone.
+    """
 
     separate: bool
     order: tuple[str, ...]
     guided: Guided
+    truncates: bool = False
 
 
 UNCOND_FIRST = Layout(False, ("uncond", "cond"), by_property)
 UNCOND_FIRST_LOCAL = Layout(False, ("uncond", "cond"), by_argument)
 COND_FIRST = Layout(False, ("cond", "uncond"), by_property)
 COND_FIRST_LOCAL = Layout(False, ("cond", "uncond"), by_argument)
+COND_FIRST_TRUNCATED = Layout(False, ("cond", "uncond"), by_property, truncates=True)
 IMAGE_THIRD = Layout(False, ("cond", "image", "uncond"), by_property)
+IMAGE_THIRD_LOCAL = Layout(False, ("cond", "image", "uncond"), by_both_scales)
 SEPARATE = Layout(True, ("cond", "uncond"), never)
 SINGLE = Layout(False, ("cond",), never)
 
@@ -64,6 +81,9 @@ _LAYOUTS: dict[str, Layout] = {
             "StableDiffusionXLControlNetImg2ImgPipeline",
             "StableDiffusionXLControlNetInpaintPipeline",
             "StableDiffusionXLAdapterPipeline",
+            "StableDiffusionXLControlNetUnionPipeline",
+            "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+            "StableDiffusionXLControlNetUnionInpaintPipeline",
             "StableDiffusion3Pipeline",
             "StableDiffusion3Img2ImgPipeline",
             "StableDiffusion3InpaintPipeline",
@@ -74,12 +94,45 @@ _LAYOUTS: dict[str, Layout] = {
             "StableDiffusionXLPAGPipeline",
             "StableDiffusionXLPAGImg2ImgPipeline",
             "StableDiffusion3PAGPipeline",
+            "StableDiffusion3PAGImg2ImgPipeline",
+            "StableDiffusionPAGInpaintPipeline",
+            "StableDiffusionXLPAGInpaintPipeline",
+            "StableDiffusionControlNetPAGPipeline",
+            "StableDiffusionControlNetPAGInpaintPipeline",
+            "StableDiffusionXLControlNetPAGPipeline",
+            "StableDiffusionXLControlNetPAGImg2ImgPipeline",
+            "HunyuanDiTPAGPipeline",
+            "KolorsPAGPipeline",
+            "SanaPAGPipeline",
+            "AnimateDiffPAGPipeline",
             "KolorsPipeline",
             "KolorsImg2ImgPipeline",
             "HunyuanDiTPipeline",
+            "HunyuanDiTControlNetPipeline",
             "SanaPipeline",
+            "SanaControlNetPipeline",
+            "SanaVideoPipeline",
+            "SanaImageToVideoPipeline",
             "AnimateDiffPipeline",
+            "AnimateDiffSDXLPipeline",
+            "AnimateDiffControlNetPipeline",
+            "AnimateDiffSparseControlNetPipeline",
+            "AnimateDiffVideoToVideoPipeline",
+            "AnimateDiffVideoToVideoControlNetPipeline",
             "LTXPipeline",
+            "LTXImageToVideoPipeline",
+            "LTXConditionPipeline",
+            "MochiPipeline",
+            "KandinskyV22Pipeline",
+            "KandinskyV22Img2ImgPipeline",
+            "KandinskyV22InpaintPipeline",
+            "KandinskyV22PriorPipeline",
+            "Kandinsky3Pipeline",
+            "Kandinsky3Img2ImgPipeline",
+            "BriaPipeline",
+            "EasyAnimatePipeline",
+            "EasyAnimateControlPipeline",
+            "EasyAnimateInpaintPipeline",
             "CogView3PlusPipeline",
         ),
         UNCOND_FIRST,
@@ -88,17 +141,56 @@ _LAYOUTS: dict[str, Layout] = {
         (
             "PixArtAlphaPipeline",
             "PixArtSigmaPipeline",
+            "PixArtSigmaPAGPipeline",
             "AuraFlowPipeline",
             "LattePipeline",
             "AllegroPipeline",
             "CogVideoXPipeline",
             "CogVideoXImageToVideoPipeline",
             "CogVideoXVideoToVideoPipeline",
+            "CogVideoXFunControlPipeline",
+            "ConsisIDPipeline",
+            "KandinskyPipeline",
+            "KandinskyPriorPipeline",
+            "KandinskyImg2ImgPipeline",
+            "KandinskyInpaintPipeline",
+            "KandinskyV22ControlnetPipeline",
+            "KandinskyV22ControlnetImg2ImgPipeline",
+            "KandinskyV22PriorEmb2EmbPipeline",
+            "IFPipeline",
+            "IFImg2ImgPipeline",
+            "IFInpaintingPipeline",
+            "IFSuperResolutionPipeline",
+            "IFImg2ImgSuperResolutionPipeline",
+            "IFInpaintingSuperResolutionPipeline",
+            "StableDiffusionUpscalePipeline",
+            "StableDiffusionLatentUpscalePipeline",
         ),
         UNCOND_FIRST_LOCAL,
     ),
     "LuminaPipeline": COND_FIRST_LOCAL,
+    **dict.fromkeys(
+        (
+            "StableCascadePriorPipeline",
+            "StableCascadeDecoderPipeline",
+            "WuerstchenPriorPipeline",
+            "WuerstchenDecoderPipeline",
+        ),
+        COND_FIRST,
+    ),
+    **dict.fromkeys(
+        (
+            "ZImagePipeline",
+            "ZImageImg2ImgPipeline",
+            "ZImageInpaintPipeline",
+            "ZImageControlNetPipeline",
+            "ZImageControlNetInpaintPipeline",
+            "ZImageOmniPipeline",
+        ),
+        COND_FIRST_TRUNCATED,
+    ),
     "StableDiffusionInstructPix2PixPipeline": IMAGE_THIRD,
+    "StableDiffusionXLInstructPix2PixPipeline": IMAGE_THIRD_LOCAL,
     **dict.fromkeys(
         (
             "Lumina2Pipeline",
@@ -118,6 +210,8 @@ _LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(
         (
             "FluxControlPipeline",
+            "FluxControlNetImg2ImgPipeline",
+            "FluxControlNetInpaintPipeline",
             "FluxControlImg2ImgPipeline",
             "FluxControlInpaintPipeline",
             "FluxFillPipeline",
@@ -125,13 +219,43 @@ _LAYOUTS: dict[str, Layout] = {
             "LatentConsistencyModelPipeline",
             "LatentConsistencyModelImg2ImgPipeline",
             "SanaSprintPipeline",
+            "SanaSprintImg2ImgPipeline",
         ),
         SINGLE,
     ),
 }
 
 # named by cache_context while denoising, so without a layout above
-_PROMPT_FIRST = ("CogView4Pipeline", "WanPipeline")
+_PROMPT_FIRST = {**_LAYOUTS, "CogView4Pipeline": SEPARATE, "WanPipeline": SEPARATE}
+
+# These take `num_videos_per_prompt` and make one video all the same.
+_ONE_VIDEO = dict.fromkeys(
+    (
+        "AllegroPipeline",
+        "AnimateDiffPipeline",
+        "AnimateDiffControlNetPipeline",
+        "AnimateDiffPAGPipeline",
+        "AnimateDiffSDXLPipeline",
+        "AnimateDiffSparseControlNetPipeline",
+        "AnimateDiffVideoToVideoPipeline",
+        "AnimateDiffVideoToVideoControlNetPipeline",
+        "CogVideoXPipeline",
+        "CogVideoXFunControlPipeline",
+        "CogVideoXImageToVideoPipeline",
+        "CogVideoXVideoToVideoPipeline",
+        "ConsisIDPipeline",
+        "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+        "WanVideoToVideoPipeline",
+    ),
+    True,
+)
+
+
+# Given negative prompts, these embed them as rows of their own, behind those of the prompts.
+_NEGATIVE_ROWS = dict.fromkeys(
+    ("KandinskyPriorPipeline", "KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline"),
+    True,
+)
 
 
 def layout_of(pipeline: type) -> Layout | None:
@@ -140,17 +264,22 @@ def layout_of(pipeline: type) -> Layout | None:
     A subclass is taken for the class it derives from only while it inherits that class's
     `__call__`: another loop may well lay out its passes differently.
     """
-    for base in pipeline.__mro__:
-        if base.__name__ in _LAYOUTS:
-            return _LAYOUTS[base.__name__]
-        if "__call__" in vars(base):
-            return None
-    return None
+    return entry_of(pipeline, _LAYOUTS, "__call__")
 
 
 def encodes_prompt_first(pipeline: type) -> bool:
     """Whether this class's `encode_prompt` is known to encode the prompt first."""
-    return layout_of(pipeline) is not None or pipeline.__name__ in _PROMPT_FIRST
+    return entry_of(pipeline, _PROMPT_FIRST, "encode_prompt") is not None
+
+
+def makes_one_video(pipeline: type) -> bool:
+    """Whether this class makes one video for each prompt, whatever its arguments say."""
+    return entry_of(pipeline, _ONE_VIDEO, "__call__") is not None
+
+
+def embeds_negative_rows(pipeline: type) -> bool:
+    """Whether this class makes rows of negative prompts too."""
+    return entry_of(pipeline, _NEGATIVE_ROWS, "__call__") is not None
 
 
 def chunks_of(layout: Layout, pipe: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dreamreader.engine.families.classes import entry_of
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -67,8 +69,16 @@ class Layout:
 
 def layout(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Layout:
     """Token places of a call of `denoiser` with these arguments (bound by name)."""
-    build = _FAMILIES.get(type(denoiser).__name__, _by_patch)
+    build = entry_of(type(denoiser), _FAMILIES, "forward") or _by_patch
     return build(denoiser, arguments)
+
+
+def text_lengths(denoiser: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Text tokens of each batch entry, for families whose joint sequences leave padding out."""
+    if entry_of(type(denoiser), _FAMILIES, "forward") is not _lumina:
+        return None
+    mask = arguments.get("encoder_attention_mask")
+    return tuple(mask.sum(1).tolist()) if isinstance(mask, Tensor) else None
 
 
 def _text(arguments: Mapping[str, Any]) -> int | None:
@@ -123,8 +133,7 @@ def _qwen_image(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Layout:
 
 
 def _lumina(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Layout:
-    mask = arguments.get("encoder_attention_mask")
-    lengths = tuple(mask.sum(1).tolist()) if isinstance(mask, Tensor) else None
+    lengths = text_lengths(denoiser, arguments)
     return Layout(_patched(denoiser, arguments), _text(arguments), text_lengths=lengths)
 
 

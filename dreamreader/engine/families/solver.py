@@ -5,28 +5,41 @@ from typing import Any
 
 import torch
 
+from dreamreader.engine.families.classes import entry_of
 
-def place(scheduler: Any, entry: int, start: int = 0) -> tuple[int, int]:
-    """(step, evaluation within it) at an entry of `timesteps` in a run that began at `start`.
 
-    step = start // order + (entry - start) // order, evaluation = (entry - start) % order: a solver
-    begins anew where its run begins, and keeps the numbering of its full trajectory. PNDM calls
-    itself a scheduler of order 1 but takes several evaluations for its first steps: two for the
-    first one when the Runge-Kutta start is skipped (its `timesteps` repeat a value for that), else
-    four for each of the first three.
+def place(scheduler: Any, entry: int) -> tuple[int, int]:
+    """(step, evaluation within it) of an entry of `timesteps`, in the full trajectory.
+
+    step = entry // order, evaluation = entry % order. PNDM calls itself a scheduler of order 1 but
+    takes several evaluations for its first steps: two for the first one when the Runge-Kutta start
+    is skipped (its `timesteps` repeat a value for that), else four for each of the first three. A
+    run that begins on the way keeps this numbering, although PNDM then starts its formula anew.
     """
-    order = int(getattr(scheduler, "order", 1))
-    done = entry - start
     if not hasattr(scheduler, "plms_timesteps"):
-        step, evaluation = divmod(done, order)
-    elif done < (runge_kutta := len(scheduler.prk_timesteps)):
-        step, evaluation = divmod(done, 4)
-    elif runge_kutta:
-        step, evaluation = runge_kutta // 4 + done - runge_kutta, 0
-    else:
-        step, evaluation = (0, done) if done < 2 else (done - 1, 0)
-    return start // order + step, evaluation
+        return divmod(entry, int(getattr(scheduler, "order", 1)))
+    runge_kutta = len(scheduler.prk_timesteps)
+    if entry < runge_kutta:
+        return divmod(entry, 4)
+    if runge_kutta:
+        return runge_kutta // 4 + entry - runge_kutta, 0
+    return (0, entry) if entry < 2 else (entry - 1, 0)
 
+
+def begins_within_step(scheduler: Any, entry: int) -> bool:
+    """Whether a run that begins at this entry would take it for another evaluation than it is.
+
+    Solvers of second order begin every run with a first evaluation. PNDM has no such pairs.
+    """
+    return not hasattr(scheduler, "plms_timesteps") and place(scheduler, entry)[1] != 0
+
+
+def spare_entries(scheduler: Any) -> int:
+    """Entries at the end of `timesteps` at which no denoiser is called: they only end a step."""
+    return entry_of(type(scheduler), _SPARE, "set_timesteps") or 0
+
+
+_SPARE = {"DDPMWuerstchenScheduler": 1, "SCMScheduler": 1}
 
 Levels = tuple[list[float | None], list[float | None]]
 
@@ -47,7 +60,8 @@ def noise_levels(scheduler: Any, timesteps: list[float]) -> Levels | None:
         between = getattr(scheduler, "sigmas_interpol", None)
         if between is not None:
             # the ancestral variant indexes this table one entry lower (see its scale_model_input)
-            shift = 1 if "Ancestral" in type(scheduler).__name__ else 0
+            lower = {"KDPM2AncestralDiscreteScheduler": 1}
+            shift = entry_of(type(scheduler), lower, "scale_model_input") or 0
             inner = _host(between)
             return first, [inner[max(index - shift, 0)] for index in range(count)]
         return first, [None] * count if hasattr(scheduler, "mid_point_sigma") else first

@@ -6,8 +6,11 @@ listed is `None`, and the clock then accepts any of the known forms as a cross-c
 reads the step from them.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
+
+from dreamreader.engine.families.classes import entry_of
 
 Form = Callable[[float, float, Any], float]
 """(scheduler timestep, number of training timesteps, config of the denoiser) -> argument."""
@@ -33,6 +36,11 @@ def scaled(timestep: float, train: float, config: Any) -> float:
     return timestep * getattr(config, "timestep_scale", 1.0)
 
 
+def trigonometric(timestep: float, train: float, config: Any) -> float:
+    """sin t / (sin t + cos t) of an angle: 1 at pure noise."""
+    return math.sin(timestep) / (math.sin(timestep) + math.cos(timestep))
+
+
 KNOWN_FORMS: tuple[Form, ...] = (raw, thousandth, rising)
 
 _FORMS: dict[str, Form] = {
@@ -52,7 +60,29 @@ _FORMS: dict[str, Form] = {
     "WanTransformer3DModel": raw,
     "SkyReelsV2Transformer3DModel": raw,
     "HunyuanVideoTransformer3DModel": raw,
+    "MochiTransformer3DModel": raw,
+    "PriorTransformer": raw,
+    "Kandinsky3UNet": raw,
+    "StableCascadeUNet": raw,
+    "WuerstchenPrior": raw,
+    "WuerstchenDiffNeXt": raw,
+    "UNetSpatioTemporalConditionModel": raw,
     "SanaTransformer2DModel": scaled,
+    "SanaControlNetModel": scaled,
+    "ControlNetModel": raw,
+    "ControlNetUnionModel": raw,
+    "MultiControlNetModel": raw,
+    "MultiControlNetUnionModel": raw,
+    "SparseControlNetModel": raw,
+    "HunyuanDiT2DControlNetModel": raw,
+    "HunyuanDiT2DMultiControlNetModel": raw,
+    "SD3ControlNetModel": raw,
+    "SD3MultiControlNetModel": raw,
+    "FluxControlNetModel": thousandth,
+    "FluxMultiControlNetModel": thousandth,
+    "QwenImageControlNetModel": thousandth,
+    "QwenImageMultiControlNetModel": thousandth,
+    "ZImageControlNetModel": rising,
     "AuraFlowTransformer2DModel": thousandth,
     "FluxTransformer2DModel": thousandth,
     "Flux2Transformer2DModel": thousandth,
@@ -66,9 +96,30 @@ _FORMS: dict[str, Form] = {
 }
 
 
-def form_of(denoiser: type) -> Form | None:
-    """The form that denoisers of this class, or of the class it derives from, are called with."""
-    for base in denoiser.__mro__:
-        if base.__name__ in _FORMS:
-            return _FORMS[base.__name__]
-    return None
+# what a scheduler's pipelines hand over, whatever the denoiser
+_FORMS_OF_SCHEDULERS: dict[str, Form] = {"SCMScheduler": trigonometric}
+
+# Tokens of a given first frame and the like get timestep 0 in the call of any step.
+_CLEAN_TOKENS = dict.fromkeys(
+    (
+        "WanTransformer3DModel",
+        "LTXVideoTransformer3DModel",
+        "LTX2VideoTransformer3DModel",
+        "SanaVideoTransformer3DModel",
+    ),
+    True,
+)
+
+
+def form_of(denoiser: type, scheduler: type | None = None) -> Form | None:
+    """The form that denoisers of this class are called with.
+
+    Known for the classes above and for those that inherit their `forward`.
+    """
+    form = None if scheduler is None else entry_of(scheduler, _FORMS_OF_SCHEDULERS, "set_timesteps")
+    return form or entry_of(denoiser, _FORMS, "forward")
+
+
+def has_clean_tokens(denoiser: type) -> bool:
+    """Whether a call of such a denoiser may hold tokens without noise, at timestep 0."""
+    return entry_of(denoiser, _CLEAN_TOKENS, "forward") or False

@@ -14,7 +14,17 @@
 #include <random>
 #include <thread>
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorJitCompilerNotFound = 221,
+  cudaErrorUnsupportedPtxVersion = 222,
+  cudaErrorJitCompilationDisabled = 223,
+  cudaErrorHostMemoryAlreadyRegistered = 712,
+  cudaErrorNotSupported = 801
+};
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
 constexpr unsigned cudaEventDisableTiming = 2, cudaStreamNonBlocking = 1;
 constexpr unsigned cudaHostRegisterDefault = 0, cudaHostAllocDefault = 0;
@@ -24,6 +34,9 @@ namespace twin {
 inline std::mutex lock;
 inline std::condition_variable moved;
 inline int64_t allocations = 0, waits = 0, ended = 0;
+inline int64_t held = 0;      // allocations, events and streams that were not given back
+inline int64_t left = -1;     // allocations until there is no memory; -1: never
+inline void* registered = nullptr;
 
 struct Event {
   int64_t recorded = 0, reached = 0;
@@ -83,27 +96,39 @@ inline const char* cudaGetErrorString(cudaError_t) { return "an error of the twi
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
 inline cudaError_t cudaMalloc(void** found, size_t bytes) {
+  if (twin::left == 0) return cudaErrorMemoryAllocation;
+  if (twin::left > 0) --twin::left;
   ++twin::allocations;
+  ++twin::held;
   *found = std::malloc(bytes);
   std::memset(*found, 0xa5, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaHostAlloc(void** found, size_t bytes, unsigned) { return cudaMalloc(found, bytes); }
-inline cudaError_t cudaFree(void* memory) { return std::free(memory), cudaSuccess; }
+inline cudaError_t cudaFree(void* memory) { return --twin::held, std::free(memory), cudaSuccess; }
 inline cudaError_t cudaFreeHost(void* memory) { return cudaFree(memory); }
-inline cudaError_t cudaHostRegister(void*, size_t, unsigned) { return cudaSuccess; }
-inline cudaError_t cudaHostUnregister(void*) { return cudaSuccess; }
+inline cudaError_t cudaHostRegister(void* memory, size_t, unsigned) {
+  if (twin::registered) return cudaErrorHostMemoryAlreadyRegistered;
+  return twin::registered = memory, cudaSuccess;
+}
+inline cudaError_t cudaHostUnregister(void*) { return twin::registered = nullptr, cudaSuccess; }
 
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  ++twin::held;
   return *stream = new twin::Stream(400), cudaSuccess;
 }
-inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return --twin::held, delete stream, cudaSuccess; }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  if (twin::left == 0) return cudaErrorMemoryAllocation;
+  if (twin::left > 0) --twin::left;
   ++twin::allocations;
+  ++twin::held;
   return *event = new twin::Event, cudaSuccess;
 }
-inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return --twin::held, delete event, cudaSuccess; }
 
 inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   int64_t number;

@@ -1,0 +1,241 @@
+"""Which dimension of a value is which: told by the module that gives it, never by the rank alone.
+
+Linear layers, embeddings, norms of tokens and attention have their features last; convolutions,
+group norms, poolings and the blocks of UNets and autoencoders have them first. What is neither is
+told by comparing the value with the sizes of the module's own layers, what has no sizes by the
+module around it. What stays open is refused: the request can name the dimensions with `layout`.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+
+from torch import nn
+
+from dreamreader.engine import families
+from dreamreader.errors import InvalidInput, UnknownName
+
+NAMES = ("rows", "tokens", "heads", "features", "height", "width", "frames")
+Axes = tuple[str, ...]
+
+_FIRST = (
+    nn.modules.conv._ConvNd,
+    nn.GroupNorm,
+    nn.modules.batchnorm._NormBase,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.Upsample,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+)
+_LAST = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention)
+
+# Their blocks hand feature maps [rows, features, ...] to each other, whatever stands inside.
+_MAPS = (
+    "diffusers.models.unets.",
+    "diffusers.models.autoencoders.",
+    "diffusers.models.controlnets.",
+    "diffusers.models.adapter",
+    "diffusers.models.resnet",
+    "diffusers.models.downsampling",
+    "diffusers.models.upsampling",
+    "diffusers.models.attention_processor",
+    "diffusers.models.transformers.transformer_2d",
+    "diffusers.models.transformers.dual_transformer_2d",
+)
+_SPREAD = {4: ("height", "width"), 5: ("frames", "height", "width")}
+
+
+def axes_named(layout: str, label: str) -> str:
+    """A layout in words, checked.
+
+    Raises:
+        UnknownName, InvalidInput: a name that is none of the dimensions, or no rows or features.
+
+    Example:
+        >>> axes_named("rows tokens  features", "Record")
+        'rows tokens features'
+    """
+    names = layout.split() if isinstance(layout, str) else []
+    for name in names:
+        if name not in NAMES:
+            raise UnknownName(f"dimension in the layout of {label}", name, NAMES)
+    if len(set(names)) != len(names) or not {"rows", "features"} <= set(names):
+        raise InvalidInput(
+            f"{label}: layout names every dimension once, rows and features among them, as in "
+            f"'rows features height width', got {layout!r}"
+        )
+    return " ".join(names)
+
+
+def axes_of(
+    shape: Sequence[int],
+    module: nn.Module,
+    around: Sequence[nn.Module] = (),
+    lengths: Iterable[int] = (),
+    turned: bool = False,
+) -> Axes | None:
+    """Names of the dimensions of a value of this shape at a module; None where they stay open.
+
+    Args:
+        around: the modules that hold it, the nearest first.
+        lengths: numbers of tokens that the running call of a language model has.
+        turned: the second of the two middle dimensions is the outer one in memory.
+    """
+    known = set(lengths)
+    if len(shape) < 3:
+        return ("rows", "features")[: len(shape)]
+    if len(shape) == 3:
+        side = _own_side(module, shape)
+        last_fits = known and shape[1] not in known and shape[2] in known
+        first = side == "first" or (last_fits and side is None)
+        return ("rows", "features", "tokens") if first else ("rows", "tokens", "features")
+    if len(shape) > 5:
+        return None
+    root = _of_root(module, shape)
+    if root is not None:
+        return root
+    side = _side(module, shape) or _nearest_side(around, shape)
+    if side == "first":
+        return ("rows", "features", *_SPREAD[len(shape)])
+    if side != "last":
+        return None
+    if len(shape) == 4:
+        heads = _heads([module, *around])
+        if known or heads:
+            return _split(shape, heads, known, turned)
+    return ("rows", *_SPREAD[len(shape)], "features")
+
+
+def describe_open(name: str, module: nn.Module, shape: Sequence[int]) -> str:
+    """Why the dimensions of a value are not known, and what to do."""
+    return (
+        f"{name}: {type(module).__name__} gives {list(shape)}, and which of these are tokens and "
+        "which features cannot be told from its own sizes; name the dimensions, for example with "
+        'layout="rows features height width"'
+    )
+
+
+def _side(module: nn.Module, shape: Sequence[int]) -> str | None:
+    """`first` or `last`: where a module has its features in a value of four or more dimensions."""
+    own = _own_side(module, shape)
+    if own is not None:
+        return own
+    first, last = _sizes(module)
+    is_first, is_last = shape[1] in first, shape[-1] in last
+    place = f"{type(module).__module__}."
+    if place.startswith("diffusers.models.attention_processor."):
+        return "first" if shape[1] in last else None  # images go in and out as [rows, features, ..]
+    if is_first and place.startswith(_MAPS):
+        return "first"
+    if is_first == is_last:
+        return None
+    return "first" if is_first else "last"
+
+
+def _nearest_side(around: Sequence[nn.Module], shape: Sequence[int]) -> str | None:
+    for module in around:
+        side = _side(module, shape)
+        if side is not None:
+            return side
+        if any(_sizes(module)):
+            return None  # it has layers of its own, and they leave it open
+    return None
+
+
+def _own_side(module: nn.Module, shape: Sequence[int]) -> str | None:
+    """What one layer says: by its class, and of a norm of another library by its weights."""
+    plain = getattr(type(module).forward, "__module__", "").startswith("torch.")
+    if plain and isinstance(module, _FIRST):
+        return "first"
+    if plain and isinstance(module, _LAST):
+        return "last"
+    if next(module.children(), None) is not None:
+        return None
+    name = type(module).__name__
+    if "RMSNorm" in name or name == "LpNorm":
+        return "last"
+    sizes = {tuple(each.shape) for each in module.parameters(recurse=False)}
+    if any(len(each) > 1 and each[0] == max(each) == shape[1] for each in _gains(sizes)):
+        return "first"
+    flat = {each[0] for each in sizes if len(each) == 1}
+    if not flat or isinstance(module, _FIRST):
+        return None
+    if (shape[-1] in flat) != (shape[1] in flat):
+        return "last" if shape[-1] in flat else "first"
+    return None
+
+
+def _gains(sizes: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Shapes such as (features, 1, 1): a weight for each channel of a feature map."""
+    return [each for each in sizes if each and all(size == 1 for size in each[1:])]
+
+
+def _sizes(module: nn.Module) -> tuple[frozenset[int], frozenset[int]]:
+    """Widths that the layers inside have as first and as last dimension."""
+    first: set[int] = set()
+    last: set[int] = set()
+    for each in module.modules():
+        if isinstance(each, nn.modules.conv._ConvNd):
+            first |= {each.in_channels, each.out_channels}
+        elif isinstance(each, nn.GroupNorm):
+            first.add(each.num_channels)
+        elif isinstance(each, nn.modules.batchnorm._NormBase):
+            first.add(each.num_features)
+        elif isinstance(each, nn.Linear):
+            last |= {each.in_features, each.out_features}
+        elif isinstance(each, nn.Embedding):
+            last.add(each.embedding_dim)
+        elif isinstance(each, nn.LayerNorm | nn.RMSNorm):
+            last.add(each.normalized_shape[-1])
+    return frozenset(first), frozenset(last)
+
+
+def _of_root(module: nn.Module, shape: Sequence[int]) -> Axes | None:
+    """Pictures and latents that a whole diffusers model takes and gives."""
+    if not _is_diffusers_model(type(module)):
+        return None
+    config = module.config
+    names = ("in_channels", "out_channels", "latent_channels")
+    counts = {size for name in names if isinstance(size := getattr(config, name, None), int)}
+    fitting = [axis for axis in range(1, len(shape)) if shape[axis] in counts]
+    if fitting[:1] == [1] and not (len(shape) == 5 and 2 in fitting):
+        return ("rows", "features", *_SPREAD[len(shape)])
+    if len(shape) == 5 and fitting[:1] == [2]:
+        return ("rows", "frames", "features", "height", "width")
+    return None
+
+
+@cache
+def _is_diffusers_model(kind: type) -> bool:
+    return any(base.__name__ == "ModelMixin" for base in kind.__mro__) and any(
+        base.__module__.startswith("diffusers.") for base in kind.__mro__
+    )
+
+
+def _heads(modules: Sequence[nn.Module]) -> set[int]:
+    """Numbers of heads of the attention that holds a module; empty where none does."""
+    for module in modules:
+        facts = families.attention(module)
+        if facts is not None:
+            counts = {tap.heads for tap in facts.ports.values() if tap.heads}
+            return counts | {facts.heads}
+    return set()
+
+
+def _split(shape: Sequence[int], heads: set[int], lengths: set[int], turned: bool) -> Axes | None:
+    """Order of tokens and heads in [rows, ., ., features]; None where both orders would fit.
+
+    A projection gives tokens before heads, so memory in another order was transposed since.
+    """
+
+    def fits(tokens: int, head: int) -> bool:
+        return (not lengths or tokens in lengths) and (not heads or head in heads)
+
+    tokens_first, heads_first = fits(shape[1], shape[2]), fits(shape[2], shape[1])
+    if tokens_first and not heads_first:
+        return ("rows", "tokens", "heads", "features")
+    if heads_first and (turned or not tokens_first):
+        return ("rows", "heads", "tokens", "features")
+    return None

@@ -1,0 +1,145 @@
+"""How the values of a site are read as [rows, tokens, features] in one kind of call."""
+
+import re
+from typing import Any
+
+from torch import Tensor
+
+from dreamreader.engine.axes import Axes, axes_of, describe_open
+from dreamreader.engine.now import Now
+from dreamreader.engine.sites import Site
+from dreamreader.engine.taps import read_channels, write_channels
+from dreamreader.engine.token_layout import TokenLayout, TokenMap
+from dreamreader.engine.view import View
+from dreamreader.errors import ClockUnknown, InvalidInput
+
+
+class SiteView:
+    """Reads and writes a port's share of a module's value, and knows which tokens it holds.
+
+    Attributes:
+        map: the tokens of a language model's call; None elsewhere.
+        canonical: [rows, tokens, features] of the port. hw, heads: see `View`.
+    """
+
+    def __init__(self, site: Site, view: View, token_map: TokenMap | ClockUnknown | None):
+        self.map = token_map
+        self.hw = view.hw
+        self.heads = view.heads
+        self.canonical: tuple[int, ...] = ()
+        self._view = view
+        self._tap = site.tap
+        self._whole = site.tap.is_whole
+        self._attention = site.port == "probs"
+
+    @classmethod
+    def of(
+        cls,
+        site: Site,
+        now: Now,
+        value: Tensor,
+        given: Any,
+        layout: str | None,
+    ) -> "SiteView":
+        """The view for values of this shape.
+
+        Args:
+            given: what the module was called with.
+            layout: names of the dimensions, where the request says them.
+
+        Raises:
+            InvalidInput: which dimensions are tokens and features is unknown, or the layout has
+                other dimensions.
+        """
+        tokens = now.tokens if isinstance(now.tokens, TokenLayout) else None
+        flat = None
+        if site.port == "probs":  # [batch, queries, heads, keys]
+            view = View(("rows", "tokens", "features"), (*value.shape[:2], 1))
+        else:
+            flat = tokens.opened(value.shape[0]) if tokens and value.dim() == 2 else None
+            view = View(_axes(site, tokens, value, layout), value.shape, flat)
+        found = cls(site, view, None)
+        x = found.outline(value)
+        found.canonical = tuple(x.shape)
+        found.map = _map(site, now, value, view, x, given)
+        return found
+
+    def outline(self, value: Tensor) -> Tensor:
+        """The values as the edits and recordings see them."""
+        return value if self._attention else self.read(value)
+
+    def read(self, value: Tensor) -> Tensor:
+        """[rows, tokens, features] of the port, in the value's memory where that can be."""
+        x = self._view.read(value)
+        return x if self._whole else read_channels(x, self._tap)
+
+    def back(self, y: Tensor, value: Tensor) -> Tensor:
+        """`value` with the port's values replaced by `y`."""
+        if not self._whole:
+            y = write_channels(self._view.read(value), self._tap, y)
+        return self._view.back(y)
+
+
+def read_site(site: Site, value: Tensor) -> Tensor:
+    """[rows, tokens, features] of a value at a site outside a session, as `SiteView` reads it."""
+    view = View(_axes(site, None, value, None), value.shape)
+    return SiteView(site, view, None).read(value)
+
+
+def _axes(
+    site: Site,
+    tokens: TokenLayout | None,
+    value: Tensor,
+    layout: str | None,
+) -> Axes:
+    if layout is not None:
+        named = tuple(layout.split())
+        if len(named) != value.dim():
+            raise InvalidInput(
+                f"{site.name}: the layout {layout!r} names {len(named)} dimensions, its values are "
+                f"{list(value.shape)}"
+            )
+        return named
+    if site.tap.axes is not None and len(site.tap.axes) == value.dim():
+        return site.tap.axes
+    module = site.tap.module
+    lengths = tokens.lengths if tokens is not None else ()
+    turned = value.dim() == 4 and value.stride(1) < value.stride(2)
+    found = axes_of(value.shape, module, site.around, lengths, turned)
+    if found is None:
+        raise InvalidInput(describe_open(site.name, module, value.shape))
+    return found
+
+
+def _map(
+    site: Site, now: Now, value: Tensor, view: View, x: Tensor, given: Any
+) -> TokenMap | ClockUnknown | None:
+    if not isinstance(now.tokens, TokenLayout):
+        return now.tokens
+    layout = now.tokens
+    if value.dim() == 2 and view.flat is None:
+        if value.shape[0] == layout.rows == layout.length > 1:
+            return ClockUnknown(
+                f"{site.name}: its {layout.rows} entries may be rows or tokens, there are as many"
+            )
+        return layout.map_of(x.shape[0], None, site.name, None)
+    reads: bool | None = None
+    if layout.encoder is not None and layout.encoder.length == layout.length:
+        reads = None if site.port == "probs" else _reads_encoder(site, given, now)
+    return layout.map_of(x.shape[0], x.shape[1], site.name, reads)
+
+
+def _reads_encoder(site: Site, given: Any, now: Now) -> bool | None:
+    """Whether a module works on the encoder's states; None where that is unknown."""
+    states = now.encoder_states
+    if isinstance(given, Tensor) and states is not None and given.shape == states.shape:
+        if given.data_ptr() == states.data_ptr():
+            return True
+    crossing = _CROSSING.search(site.path)
+    if crossing is None or _FROM_DECODER.fullmatch(site.path[crossing.end() :]):
+        return False
+    return None
+
+
+_CROSSING = re.compile(r"(enc_?dec|cross|encoder_attn)\w*", re.IGNORECASE)
+_FROM_DECODER = re.compile(r"|\.(q|o|q_proj|o_proj|out_proj|query)")

@@ -1,0 +1,30 @@
+"""Whose call a hook sees: the session's own thread's, or another's of the same model."""
+
+import threading
+
+import torch
+
+
+class Owner:
+    """The thread that opens a session, with those that torch starts for its calls.
+
+    Threads of torch are the workers of `parallel_apply` (replicas) and the device threads of
+    autograd, which run recomputation under gradient checkpointing.
+    """
+
+    __slots__ = ("_ident",)
+
+    def __init__(self) -> None:
+        self._ident = threading.get_ident()
+
+    def here(self) -> bool:
+        """Whether the running thread is one of these."""
+        return threading.get_ident() == self._ident or _is_of_torch()
+
+
+def _is_of_torch() -> bool:
+    thread = threading.current_thread()
+    if isinstance(thread, threading._DummyThread):
+        return torch._C._current_graph_task_id() != -1
+    target = getattr(thread, "_target", None)
+    return str(getattr(target, "__module__", "")).startswith("torch.")
