@@ -14,7 +14,7 @@ import dreamreader as dr
 from dreamreader.errors import InvalidInput
 
 from .. import tiny
-from ..tiny.parts import assemble
+from ..tiny.parts import assemble, parts_of
 
 PROMPTS = ["a red bird", "a large blue circle"]
 CUT = "cannot be split over batches"
@@ -113,6 +113,16 @@ def test_an_argument_that_could_be_either_is_refused(name: str, value: Any) -> N
 def test_batches_of_pictures_in_a_list_are_refused() -> None:
     with pytest.raises(InvalidInput, match=CUT):
         _both_apart("sd-img2img", image=[_random(2, 3, 16, 24)])
+
+
+def test_pictures_of_several_controlnets_are_refused() -> None:
+    parts = parts_of("sd-control")
+    pipe = assemble("StableDiffusionControlNetPipeline", "sd", controlnet=[parts["controlnet"]] * 2)
+    pictures = [_picture(0), _picture(1)]  # one for each network, not for each row
+    with pytest.raises(InvalidInput, match=CUT):
+        dr.Reader(pipe).run(PROMPTS, image=pictures, seeds=0, batch_size=1)
+    arguments = {**tiny.arguments("sd", 2), "output_type": "latent"}
+    assert len(dr.Reader(pipe).run(PROMPTS, image=pictures, seeds=0, **arguments).images) == 2
 
 
 def test_lists_of_numbers_and_names_stay_whole() -> None:
