@@ -15,6 +15,7 @@ from torch import nn
 
 from dreamreader.engine.clock_callbacks import CallbackListener, with_marks
 from dreamreader.engine.subject import innermost
+from dreamreader.engine.threads import Owner
 
 
 class RunListener(CallbackListener, Protocol):
@@ -55,7 +56,7 @@ def own_class(pipe: Any) -> type:
 
 @contextmanager
 def listen_to_pipeline(pipe: Any, listener: RunListener) -> Iterator[None]:
-    """Tell `listener` about every call of this one pipeline object.
+    """Tell `listener` about every call of this one pipeline object by this thread.
 
     Calling an object looks `__call__` up in its class, so for this time the object gets a class
     that derives from its own under the same name. The pipeline's class itself is not touched, and
@@ -63,23 +64,27 @@ def listen_to_pipeline(pipe: Any, listener: RunListener) -> Iterator[None]:
     """
     if "_dreamreader_listeners" not in vars(type(pipe)):
         object.__setattr__(pipe, "__class__", _listening_class(type(pipe)))
-    listeners: list[RunListener] = type(pipe)._dreamreader_listeners
-    listeners.append(listener)
+    listeners: list[tuple[RunListener, Owner]] = type(pipe)._dreamreader_listeners
+    listening = (listener, Owner())
+    listeners.append(listening)
     try:
         yield
     finally:
-        listeners.remove(listener)
+        listeners.remove(listening)
         if not listeners and "_dreamreader_listeners" in vars(type(pipe)):
             object.__setattr__(pipe, "__class__", own_class(pipe))
 
 
 def _listening_class(own: type) -> type:
-    listeners: list[RunListener] = []
+    listeners: list[tuple[RunListener, Owner]] = []
+
+    def heard_here() -> list[RunListener]:
+        return [listener for listener, owner in listeners if owner.here()]
 
     @functools.wraps(own.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = bound(own.__call__, self, *args, **kwargs)
-        heard = list(listeners)
+        heard = heard_here()
         for listener in heard:
             listener.run_began(arguments)
         args, kwargs = with_marks(own.__call__, args, kwargs, heard)
@@ -106,7 +111,7 @@ def _listening_class(own: type) -> type:
         @functools.wraps(original)
         def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
             arguments = bound(original, self, *args, **kwargs)
-            heard = list(listeners)
+            heard = heard_here()
             for listener in heard:
                 listener.encoding_began(arguments)
             result = None
@@ -127,11 +132,11 @@ class _ContextTap:
     def __init__(self, original: Callable[..., Any], earlier: Any):
         self.original = original
         self.earlier = earlier  # what the object itself had there, beside its class
-        self.listening: list[list[str]] = []
+        self.listening: list[tuple[list[str], Owner]] = []
 
     @contextmanager
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        heard = list(self.listening)
+        heard = [names for names, owner in self.listening if owner.here()]
         for names in heard:
             names.append(name)
         try:
@@ -156,12 +161,12 @@ def listen_to_context(module: nn.Module, names: list[str]) -> Iterator[None]:
     tap = shelf.get("cache_context")
     if not isinstance(tap, _ContextTap):
         tap = shelf["cache_context"] = _ContextTap(original, tap)
-    tap.listening.append(names)
+    tap.listening.append((names, Owner()))
     try:
         yield
     finally:
         # by identity: two empty lists are equal
-        tap.listening[:] = [other for other in tap.listening if other is not names]
+        tap.listening[:] = [other for other in tap.listening if other[0] is not names]
         if not tap.listening and shelf.get("cache_context") is tap:
             del shelf["cache_context"]
             if tap.earlier is not None:
@@ -177,8 +182,10 @@ def listen_to_calls(
     """Tell when this module is called and when that call is over, also by an exception.
 
     `began` runs before other hooks of the module and `ended` after them, so that hooks on the
-    module itself find the call still running.
+    module itself find the call still running. Calls by other threads are not told.
     """
+    owner = Owner()
+    began, ended = owner.only(began), owner.only(ended)
     if getattr(module, "_compiled_call_impl", None) is not None:
         with _listen_to_compiled(module, began, ended):
             yield

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dreamreader.engine.threads import Owner
 from dreamreader.engine.token_layout import TokenLayout, real_tokens
 from dreamreader.errors import ClockUnknown
 
@@ -122,7 +123,7 @@ class _Tap:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.listening: list[GenerationListener] = []
+        self.listening: list[tuple[GenerationListener, Owner]] = []
         self.earlier = {name: vars(model).get(name) for name in _METHODS}
         for name, stand_in in zip(_METHODS, (self._generate, self._prepare), strict=True):
             original = getattr(model, name, None)
@@ -135,13 +136,16 @@ class _Tap:
             if earlier is not None:
                 vars(self.model)[name] = earlier
 
+    def _heard(self) -> list[GenerationListener]:
+        return [listener for listener, owner in self.listening if owner.here()]
+
     def _generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
         names = names_of(original)
 
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
             arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-            heard = list(self.listening)
+            heard = self._heard()
             for listener in heard:
                 listener.generation_began(arguments)
             try:
@@ -158,7 +162,7 @@ class _Tap:
         @functools.wraps(original)
         def prepare_inputs_for_generation(*args: Any, **kwargs: Any) -> Any:
             arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-            for listener in list(self.listening):
+            for listener in self._heard():
                 listener.inputs_prepared(arguments)
             return original(*args, **kwargs)
 
@@ -171,15 +175,15 @@ _TAPS: dict[int, _Tap] = {}
 
 @contextmanager
 def listen_to_generate(model: nn.Module, listener: GenerationListener) -> Iterator[None]:
-    """Tell `listener` about every `generate` of this one model."""
+    """Tell `listener` about every `generate` of this one model by this thread."""
     tap = _TAPS.get(id(model))
     if tap is None:
         tap = _TAPS[id(model)] = _Tap(model)
-    tap.listening.append(listener)
+    tap.listening.append((listener, Owner()))
     try:
         yield
     finally:
-        tap.listening[:] = [each for each in tap.listening if each is not listener]
+        tap.listening[:] = [each for each in tap.listening if each[0] is not listener]
         if not tap.listening:
             del _TAPS[id(model)]
             tap.close()

@@ -13,7 +13,6 @@ from dreamreader.engine.clock_schedule import Instant
 from dreamreader.engine.generation import Generation, listen_to_generate, names_of
 from dreamreader.engine.now import Now
 from dreamreader.engine.subject import Subject, innermost
-from dreamreader.engine.threads import Owner
 from dreamreader.engine.token_layout import TokenLayout, real_tokens
 from dreamreader.engine.tracker import _watched
 from dreamreader.errors import ClockUnknown
@@ -52,7 +51,6 @@ class LanguageTracker(AbstractContextManager):
         self._encoders = _encoders(self.model)
         self._names = {each: names_of(type(each).forward)[1:] for each in _models(self.model)}
         self._encoded: tuple[tuple[Any, Any], Any] = ((None, None), None)
-        self._owner = Owner()
         self._stack: ExitStack | None = None
 
     def __enter__(self) -> Self:
@@ -110,8 +108,6 @@ class LanguageTracker(AbstractContextManager):
     # what the listener of `generate` tells
 
     def generation_began(self, arguments: Mapping[str, Any]) -> None:
-        if not self._owner.here():
-            return
         self.runs += 1
         self._past = _Past()
         generation = Generation.of(arguments, _is_encoder_decoder(self.model))
@@ -119,21 +115,18 @@ class LanguageTracker(AbstractContextManager):
         self._ids = generation.ids
 
     def generation_ended(self) -> None:
-        if not self._owner.here() or not self._generations:
-            return
-        self._generations.pop()
+        if self._generations:
+            self._generations.pop()
         self._past = _Past()
 
     def inputs_prepared(self, arguments: Mapping[str, Any]) -> None:
-        if self._generations and self._owner.here():
+        if self._generations:
             self._generations[-1].prepare(arguments)
 
     # what the hooks tell
 
     def _beginner(self, module: nn.Module):
         def began(args: tuple, kwargs: dict[str, Any]) -> None:
-            if not self._owner.here():
-                return
             names = self._names[module]
             arguments = {**dict(zip(names, args, strict=False)), **kwargs}
             self._frames.append(self._frame(module, arguments))
@@ -141,7 +134,7 @@ class LanguageTracker(AbstractContextManager):
         return began
 
     def _ended(self) -> None:
-        if self._frames and self._owner.here():
+        if self._frames:
             self._frames.pop()
 
     def _frame(self, module: nn.Module, arguments: Mapping[str, Any]) -> Now:

@@ -1,6 +1,8 @@
 """Whose call a hook sees: the session's own thread's, or another's of the same model."""
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -20,6 +22,15 @@ class Owner:
     def here(self) -> bool:
         """Whether the running thread is one of these."""
         return threading.get_ident() == self._ident or _is_of_torch()
+
+    def only(self, function: Callable[..., None]) -> Callable[..., None]:
+        """The function, doing nothing where another thread calls it."""
+
+        def call(*args: Any, **kwargs: Any) -> None:
+            if self.here():
+                function(*args, **kwargs)
+
+        return call
 
 
 def _is_of_torch() -> bool:

@@ -14,6 +14,7 @@ from dreamreader.engine.clock_schedule import Instant
 from dreamreader.engine.families.places import Layout, layout, text_lengths
 from dreamreader.engine.now import ALL, Now
 from dreamreader.engine.subject import Subject, innermost
+from dreamreader.engine.threads import Owner
 from dreamreader.errors import ClockUnknown
 
 
@@ -245,7 +246,12 @@ class ModuleTracker(AbstractContextManager):
 
 @contextmanager
 def _watched(module: nn.Module, began, ended) -> Iterator[None]:
-    """Hooks around a module's call; they see it after the clock's own, which came first."""
+    """Hooks around a module's call; they see it after the clock's own, which came first.
+
+    Calls by other threads are not told.
+    """
+    owner = Owner()
+    began, ended = owner.only(began), owner.only(ended)
     first = module.register_forward_pre_hook(
         lambda _, args, kwargs: began(args, kwargs), with_kwargs=True
     )

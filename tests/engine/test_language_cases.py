@@ -408,7 +408,7 @@ def test_a_prefix_cache_says_that_the_prompts_length_is_unknown(llama: dr.Reader
 
 
 def test_a_factor_that_requires_grad_is_named_as_the_user_knows_it() -> None:
-    with pytest.raises(InvalidInput, match="Scale: factor gets no gradient"):
+    with pytest.raises(InvalidInput, match="Scale: factor requires grad and gets no gradient"):
         dr.Scale(SITE, torch.tensor(0.5, requires_grad=True))
 
 
