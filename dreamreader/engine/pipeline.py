@@ -10,7 +10,7 @@ import torch
 
 from dreamreader.engine.cache import Cache
 from dreamreader.engine.clock_run import own_class
-from dreamreader.engine.families.per_row import TEXTS
+from dreamreader.engine.families.per_row import TEXTS, needs_one_row
 from dreamreader.engine.firing import FiringReport
 from dreamreader.engine.request import EditRequest, Record, Stream, Watch
 from dreamreader.engine.rows import Plan, split
@@ -48,8 +48,14 @@ def run_pipeline(
     pipe, rows = reader.subject, len(plan)
     arguments = _arguments(pipe, arguments, rows)
     size = batch_size or rows
-    _check_batches(pipe, arguments, size, rows)
     made, found, report = [], [], FiringReport()
+    if size > 1 and rows > 1 and needs_one_row(own_class(pipe)):
+        report.notes.append(
+            f"{own_class(pipe).__name__} cuts its texts to the longest of a batch, which changes "
+            "the pictures of the others: rows ran one by one"
+        )
+        size = 1
+    _check_batches(pipe, arguments, size, rows)
     start = 0
     while start < rows:
         stop = min(start + size, rows)
@@ -70,6 +76,7 @@ def run_pipeline(
         found.append(session.activations(plan.rows))
         report.merge(session.report)
         start = stop
+    report.require_hits()
     return RunResult(_joined(made), Cache(merged(found)), report, tuple(plan.rows))
 
 

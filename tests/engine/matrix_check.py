@@ -37,7 +37,11 @@ class Verdict:
 
 
 def check(
-    pipe: Any, arguments: dict[str, Any], sites: Sequence[str], names: Sequence[str] = ()
+    pipe: Any,
+    arguments: dict[str, Any],
+    sites: Sequence[str],
+    names: Sequence[str] = (),
+    unused: int = 0,
 ) -> Verdict:
     """Record and edit with the engine, in its own run and in blocks; compare every value."""
 
@@ -50,7 +54,7 @@ def check(
         seeds = list(SEEDS)
         return dr.Reader(pipe).run(PROMPTS, seeds=seeds, **requests, **copy.deepcopy(arguments))
 
-    true = truth(pipe, call, sites, names)
+    true = truth(pipe, call, sites, names, unused)
     ways: dict[str, Callable[[], None]] = {
         "record in run": lambda: _record_run(pipe, run, sites, true),
         "record in block": lambda: _record_block(pipe, call, sites, true),

@@ -83,6 +83,16 @@ _REFERENCES: dict[str, tuple[str, ...]] = dict.fromkeys(
 )
 
 
+# these treat the padding of a text by what else is in the batch
+_ONE_ROW = ("Kandinsky3Pipeline", "Kandinsky3Img2ImgPipeline", "LattePipeline")
+
+
+def needs_one_row(pipeline: type) -> bool:
+    """Whether a picture of this class depends on the texts that are in the batch beside its own."""
+    own = next((base for base in pipeline.__mro__ if "__call__" in vars(base)), pipeline)
+    return own.__module__.startswith("diffusers.") and own.__name__ in _ONE_ROW
+
+
 def meaning(pipeline: type, name: str) -> bool | None:
     """Whether argument `name` has one entry for each row; None where that is not known."""
     if name in _COMMON:
