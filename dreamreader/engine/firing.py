@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dreamreader.engine import html
+from dreamreader.errors import NeverFired
 
 
 @dataclass
@@ -90,6 +91,21 @@ class FiringReport(Sequence[Firing]):
             for text in each.notes:
                 mine.note(text)
         self.notes += [text for text in other.notes if text not in self.notes]
+
+    def require_hits(self) -> None:
+        """Check all batches of a run together, as rows that are selected may be in any of them.
+
+        Raises:
+            NeverFired: a request was active, but its selection held nothing in any batch.
+        """
+        for number in {each.number: None for each in self.firings}:
+            mine = [each for each in self.firings if each.number == number]
+            missed = sum(each.missed for each in mine)
+            if missed and not any(each.calls for each in mine):
+                raise NeverFired(
+                    f"{mine[0].request} never fired at {mine[0].site}: it was active in {missed} "
+                    "calls, but its selection matched no element in any batch"
+                )
 
     def _table(self) -> list[tuple[str, ...]]:
         return [

@@ -75,6 +75,7 @@ def run_language(
                     outputs.append(model.generate(**part, **arguments))
         found.append(session.activations(plan.rows))
         report.merge(session.report)
+    report.require_hits()
     output, text = _together(outputs, reader.tokenizer, length or 0, decoding)
     return RunResult(output, Cache(merged(found)), report, tuple(plan.rows), text)
 

@@ -1,16 +1,16 @@
 """Running a diffusers pipeline on rows of prompts, in batches."""
 
 import inspect
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dreamreader.engine.cache import Cache
 from dreamreader.engine.clock_run import own_class
-from dreamreader.engine.families.per_row import TEXTS
+from dreamreader.engine.families.per_row import TEXTS, needs_one_row
 from dreamreader.engine.firing import FiringReport
 from dreamreader.engine.request import EditRequest, Record, Stream, Watch
 from dreamreader.engine.rows import Plan, split
@@ -48,8 +48,14 @@ def run_pipeline(
     pipe, rows = reader.subject, len(plan)
     arguments = _arguments(pipe, arguments, rows)
     size = batch_size or rows
-    _check_batches(pipe, arguments, size, rows)
     made, found, report = [], [], FiringReport()
+    if size > 1 and rows > 1 and needs_one_row(own_class(pipe)):
+        report.notes.append(
+            f"{own_class(pipe).__name__} cuts its texts to the longest of a batch, which changes "
+            "the pictures of the others: rows ran one by one"
+        )
+        size = 1
+    _check_batches(pipe, arguments, size, rows)
     start = 0
     while start < rows:
         stop = min(start + size, rows)
@@ -70,6 +76,7 @@ def run_pipeline(
         found.append(session.activations(plan.rows))
         report.merge(session.report)
         start = stop
+    report.require_hits()
     return RunResult(_joined(made), Cache(merged(found)), report, tuple(plan.rows))
 
 
@@ -122,9 +129,7 @@ def _check_batches(pipe: Any, arguments: dict[str, Any], size: int, rows: int) -
     split(pipe, arguments, 0, size, rows)
     own = own_class(pipe)
     classes = _output_classes(own)
-    if arguments.get("return_dict") is False or not classes:
-        return
-    if not any(set(each.__dataclass_fields__) & set(_MADE) for each in classes):
+    if classes and not any(set(each.__dataclass_fields__) & set(_MADE) for each in classes):
         raise InvalidInput(
             f"{own.__name__} gives {classes[0].__name__}, whose rows cannot be joined over "
             "batches; leave batch_size out"
@@ -132,13 +137,16 @@ def _check_batches(pipe: Any, arguments: dict[str, Any], size: int, rows: int) -
 
 
 def _output_classes(own: type) -> list[Any]:
-    """What a pipeline of diffusers may return, as far as its module imports it."""
-    base = next((each for each in own.__mro__ if "__call__" in vars(each)), own)
-    names = vars(sys.modules[base.__module__]) if base.__module__ in sys.modules else {}
+    """Classes of results that the code of a pipeline's call names."""
+    from diffusers.utils import BaseOutput
+
+    call = inspect.unwrap(own.__call__)
+    code, names = getattr(call, "__code__", None), getattr(call, "__globals__", {})
+    found = [names.get(each) for each in getattr(code, "co_names", ())]
     return [
         each
-        for name, each in names.items()
-        if name.endswith("PipelineOutput") and hasattr(each, "__dataclass_fields__")
+        for each in found
+        if isinstance(each, type) and issubclass(each, BaseOutput) and is_dataclass(each)
     ]
 
 

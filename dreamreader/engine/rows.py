@@ -107,7 +107,7 @@ def _belongs_to_rows(pipe: Any, name: str, value: Any, total: int) -> bool:
     own = getattr(type(pipe), "_dreamreader_own_class", type(pipe))
     entries = _entries(value)
     per_row = meaning(own, name)
-    if entries is None or per_row is False:
+    if per_row is False or entries is None:
         return False
     depth = 5 if "video" in name else 4  # dimensions of a batch of pictures, of videos
     if per_row and name in PICTURES:
@@ -119,9 +119,9 @@ def _belongs_to_rows(pipe: Any, name: str, value: Any, total: int) -> bool:
         if not _may_hold_rows(value, total):
             return False
         raise InvalidInput(
-            f"{name}: has {entries} entries for {total} rows, and whether {own.__name__} takes one "
-            "for each row or all of them for every row is not known, so it cannot be split over "
-            "batches; leave batch_size out, or run one row at a time with its own"
+            f"{name}: has length {entries} in a run of {total} rows, and whether {own.__name__} "
+            "takes one for each row or all of them for every row is not known, so it cannot be "
+            "split over batches; leave batch_size out, or run one row at a time with its own"
         )
     if entries not in (1, total):
         raise InvalidInput(f"{name}: has {entries} entries, the run has {total} rows")
@@ -129,8 +129,8 @@ def _belongs_to_rows(pipe: Any, name: str, value: Any, total: int) -> bool:
 
 
 def _entries(value: Any) -> int | None:
-    """Length of a list, tuple, tensor or array; None of what can hold no rows."""
-    if isinstance(value, list | tuple):
+    """Length of a list, tuple, dictionary, tensor or array; None of what can hold no rows."""
+    if isinstance(value, list | tuple | Mapping):
         return len(value)
     shape = getattr(value, "shape", None)
     return int(shape[0]) if shape is not None and len(shape) else None

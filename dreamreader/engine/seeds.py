@@ -156,8 +156,10 @@ def _drawing(name: str, module: nn.Module) -> str:
 def _processors(pipe: Any) -> list[tuple[Any, dict[str, Any]]]:
     if not hasattr(pipe, "_set_pag_attn_processor"):
         return []
-    found = [module for module in _modules(pipe).values() if hasattr(module, "attn_processors")]
-    return [(module, module.attn_processors) for module in found]
+    found: list[Any] = [
+        each for each in _modules(pipe).values() if hasattr(each, "attn_processors")
+    ]
+    return [(each, each.attn_processors) for each in found]
 
 
 def _cuda(pipe: Any) -> list[torch.Generator]:

@@ -37,7 +37,11 @@ class Verdict:
 
 
 def check(
-    pipe: Any, arguments: dict[str, Any], sites: Sequence[str], names: Sequence[str] = ()
+    pipe: Any,
+    arguments: dict[str, Any],
+    sites: Sequence[str],
+    names: Sequence[str] = (),
+    unused: int = 0,
 ) -> Verdict:
     """Record and edit with the engine, in its own run and in blocks; compare every value."""
 
@@ -50,14 +54,25 @@ def check(
         seeds = list(SEEDS)
         return dr.Reader(pipe).run(PROMPTS, seeds=seeds, **requests, **copy.deepcopy(arguments))
 
-    true = truth(pipe, call, sites, names)
+    true = truth(pipe, call, sites, names, unused)
     ways: dict[str, Callable[[], None]] = {
         "record in run": lambda: _record_run(pipe, run, sites, true),
         "record in block": lambda: _record_block(pipe, call, sites, true),
         "edit in run": lambda: _edit_run(pipe, run, sites[0], true),
         "edit in block": lambda: _edit_block(pipe, call, sites[0], true),
+        "one by one": lambda: _one_by_one(run),
     }
     return Verdict({name: _said(way) for name, way in ways.items()})
+
+
+def _one_by_one(run: Callable[..., Any]) -> None:
+    """Rows in batches of one are the rows of one batch, to the tolerance of another batch size."""
+    together, apart = run().images, run(batch_size=1).images
+    together, apart = (torch.as_tensor(each) for each in (together, apart))
+    if together.shape != apart.shape:
+        raise Wrong(f"{list(apart.shape)} one by one, {list(together.shape)} together")
+    if not torch.allclose(together, apart, rtol=1e-3, atol=1e-3 * float(together.abs().max())):
+        raise Wrong(f"other pictures: {(together - apart).abs().amax().item()} apart")
 
 
 def _said(way: Callable[[], None]) -> str:

@@ -174,12 +174,15 @@ Call = Callable[..., Any]
 """(prompts, seeds) -> runs the pipeline on them."""
 
 
-def truth(pipe: Any, call: Call, sites: Sequence[str], names: Sequence[str] = ()) -> "Truth":
+def truth(
+    pipe: Any, call: Call, sites: Sequence[str], names: Sequence[str] = (), unused: int = 0
+) -> "Truth":
     """Run the pipeline and find out what every batch entry of every denoiser call is.
 
     Args:
         names: of the branches that cannot be told apart by what they are given (perturbed
             attention), in the order in which the method is defined; else cond and uncond.
+        unused: entries of the schedule behind the last one at which the denoiser is called.
     """
 
     def run(prompts: list[str], seeds: Sequence[int], kept: Sequence[str] = ()) -> Watcher:
@@ -196,7 +199,7 @@ def truth(pipe: Any, call: Call, sites: Sequence[str], names: Sequence[str] = ()
         for row in range(len(SEEDS))
     ]
     latents = set().union(*(_seeded(base.calls, each.calls) for each in seeded))
-    total = len(base.times)
+    total = len(base.times) - unused
     entries: list[Entry] = []
     for number, seen in enumerate(base.calls):
         rows = [changed(seen, each.calls[number]) for each in seeded]

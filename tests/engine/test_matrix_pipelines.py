@@ -28,7 +28,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.matrix
 @pytest.mark.filterwarnings("ignore")  # those of many classes of diffusers, at their own calls
 def test_engine_agrees_with_hooks(line: Line) -> None:
-    verdict = check(line.build(), line.call_arguments(), line.all_sites, line.names)
+    verdict = check(line.build(), line.call_arguments(), line.all_sites, line.names, line.unused)
     _verdicts[f"{line.name}-{line.parts}"] = verdict
     said = "\n".join(verdict.reasons)
     assert _GRADES.index(verdict.outcome) >= _GRADES.index(line.expected), said

@@ -299,11 +299,32 @@ def sana_sprint() -> dict[str, Any]:
     }
 
 
-def qwen_edit() -> dict[str, Any]:
-    from .parts import parts_of
+def kandinsky_prior() -> dict[str, Any]:
+    from diffusers import PriorTransformer, UnCLIPScheduler
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    own = parts_of("qwen-image")
-    return {**own, "processor": None}
+    tokenizer = text.clip_tokenizer()
+    prior = PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, num_layers=1, embedding_dim=16
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    return {
+        "prior": settle(prior, "kandinsky-prior"),
+        "image_encoder": settle(CLIPVisionModelWithProjection(vision), "kandinsky-vision"),
+        "text_encoder": text.clip_encoder(tokenizer, "kandinsky-text", projected=True),
+        "tokenizer": tokenizer,
+        "scheduler": UnCLIPScheduler(
+            variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0
+        ),
+    }
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -321,4 +342,5 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "ovis": ovis,
     "kandinsky3": kandinsky3,
     "sana-sprint": sana_sprint,
+    "kandinsky-prior": kandinsky_prior,
 }

@@ -54,7 +54,7 @@ _ROWS: dict[str, tuple[str, ...]] = {
             *_classes("StableDiffusion3", "Img2Img", "Inpaint", "PAGImg2Img"),
             *_classes("StableDiffusion3", "ControlNet", "ControlNetInpainting"),
             *_classes("LatentConsistencyModel", "Img2Img"),
-            *_classes("Flux", "Img2Img", "Inpaint", "Fill", "Kontext"),
+            *_classes("Flux", "Img2Img", "Inpaint", "Fill", "Kontext", "KontextInpaint"),
             *_classes("Flux", "Control", "ControlImg2Img", "ControlInpaint"),
             *_classes("Flux", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint"),
             *_classes("Chroma", "Img2Img"),
@@ -81,6 +81,16 @@ _REFERENCES: dict[str, tuple[str, ...]] = dict.fromkeys(
     ),
     ("image",),
 )
+
+
+# these treat the padding of a text by what else is in the batch
+_ONE_ROW = ("Kandinsky3Pipeline", "Kandinsky3Img2ImgPipeline", "LattePipeline")
+
+
+def needs_one_row(pipeline: type) -> bool:
+    """Whether a picture of this class depends on the texts that are in the batch beside its own."""
+    own = next((base for base in pipeline.__mro__ if "__call__" in vars(base)), pipeline)
+    return own.__module__.startswith("diffusers.") and own.__name__ in _ONE_ROW
 
 
 def meaning(pipeline: type, name: str) -> bool | None:
