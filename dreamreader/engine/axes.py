@@ -159,7 +159,7 @@ def _own_side(module: nn.Module, shape: Sequence[int]) -> str | None:
     sizes = {tuple(each.shape) for each in module.parameters(recurse=False)}
     if any(len(each) > 1 and each[0] == max(each) == shape[1] for each in _gains(sizes)):
         return "first"
-    flat = {each[0] for each in sizes if len(each) == 1}
+    flat = {each[0] for each in sizes if len(each) == 1} - {1}  # one number says no dimension
     if not flat or isinstance(module, _FIRST):
         return None
     if (shape[-1] in flat) != (shape[1] in flat):
