@@ -134,6 +134,8 @@ class Checker:
                     yield _failed(label, name, cache, wanted[name], layout.count(chosen))
                 elif not wanted[name]:
                     yield Outcome(label, name, "wrong", "a recording where nothing is selected")
+                elif cache[name].positions is None:
+                    yield Outcome(label, name, "refused", "a recording without positions")
                 else:
                     why = _difference(cache[name], wanted[name], layout)
                     yield Outcome(label, name, "wrong" if why else "equal", why)
@@ -282,8 +284,7 @@ def _difference(got: dr.Activation, wanted: Wanted, layout: Layout) -> str:
             return f"{got.tensor.shape[0]} rows instead of {len(entries)}"
         for number, (entry, values) in enumerate(entries.items()):
             have = got.tensor[number, at].flatten(1)
-            if got.positions is None:
-                return "no positions"
+            assert got.positions is not None
             own = got.positions[number, at]
             if own[own >= 0].tolist() != [place for place, _ in values]:
                 return f"positions {own.tolist()} in entry {entry} at step {step}"

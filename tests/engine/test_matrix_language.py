@@ -44,6 +44,7 @@ THOROUGH = ("LlamaForCausalLM", "MixtralForCausalLM", "T5ForConditionalGeneratio
 REFUSED: dict[tuple[str, str], str] = {
     ("*", "*"): r"runs before decoding: it has no step",
     ("*", "chunks"): r"a prompt in chunks|keep different numbers of tokens",
+    ("*", "4-D mask, diagonal"): r"does not say whether they are padding|without positions",
     ("*", "run"): r"counts padding, so that",
     ("*", "run, written"): r"counts padding, so that",
     ("CpmAntForCausalLM", "*"): r"no single decoding position",  # reads 32 tokens of its own
