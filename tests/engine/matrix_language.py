@@ -332,7 +332,10 @@ def modes(name: str) -> list[Mode]:
     """The modes of a class."""
     embed = decoders.build(name).get_input_embeddings()
     with torch.no_grad():
-        return (causal_modes if decoders.kind(name) == "causal" else seq2seq_modes)(embed)
+        if decoders.kind(name) != "causal":
+            return seq2seq_modes(embed)
+        found = causal_modes(embed, cached=name not in decoders.UNCACHED)
+    return [each for each in found if each.settings is None or name not in decoders.OWN_TOKENS]
 
 
 def check(name: str, mode: Mode) -> list[Outcome]:

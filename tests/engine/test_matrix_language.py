@@ -47,7 +47,9 @@ REFUSED: dict[tuple[str, str], str] = {
     ("*", "4-D mask, diagonal"): r"does not say whether they are padding|without positions",
     ("*", "run"): r"counts padding, so that",
     ("*", "run, written"): r"counts padding, so that",
-    ("CpmAntForCausalLM", "*"): r"no single decoding position",  # reads 32 tokens of its own
+    ("OpenAIGPTLMHeadModel", "*"): r"no single decoding position",  # a cache that it does not use
+    ("InklingForCausalLM", "*"): r"rel_logits_proj: .* name the dimensions",
+    ("Inkling2ForCausalLM", "*"): r"(rel_logits_proj|_clip): .* name the dimensions",
     ("DeepseekV4ForCausalLM", "*"): r"o_a_proj: .* name the dimensions",  # groups, not heads
 }
 
