@@ -220,7 +220,7 @@ def _heads(modules: Sequence[nn.Module]) -> set[int]:
         facts = families.attention(module)
         if facts is not None:
             counts = {tap.heads for tap in facts.ports.values() if tap.heads}
-            return counts | {facts.heads}
+            return (counts | {facts.heads}) - {0}  # 0: it has no ports
     return set()
 
 
@@ -231,8 +231,11 @@ def _split(shape: Sequence[int], heads: set[int], lengths: set[int], turned: boo
     """
 
     def fits(tokens: int, head: int) -> bool:
-        return (not lengths or tokens in lengths) and (not heads or head in heads)
+        known = not heads or head in heads or head == 1  # 1: latent values that all heads share
+        return (not lengths or tokens in lengths) and known
 
+    if shape[1] == shape[2] == 1:
+        return ("rows", "tokens", "heads", "features")  # either order is the same
     tokens_first, heads_first = fits(shape[1], shape[2]), fits(shape[2], shape[1])
     if tokens_first and not heads_first:
         return ("rows", "tokens", "heads", "features")
