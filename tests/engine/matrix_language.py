@@ -114,10 +114,17 @@ class Checker:
             if part != ("encoder" if inside else "decoder"):
                 return False
         found = self.found[name]
-        return len(found) == len(layout.calls) and all(
-            x.is_floating_point() and layout.seen(x, call, name == self.head) is not None
+        if len(found) != len(layout.calls) or not found[0].is_floating_point():
+            return False
+        seen = [
+            layout.seen(x, call, name == self.head)
             for x, call in zip(found, layout.calls, strict=True)
-        )
+        ]
+        if any(each is None for each in seen):
+            return False
+        # tokens are the same dimension at every call: [rows, 1, keys, ...] has none of its own
+        turned = {each[0] is x for each, x in zip(seen, found, strict=True) if each is not None}
+        return len(turned) == 1
 
     def _recordings(
         self, label: str, chosen: Selection, names: Sequence[str], layout: Layout
