@@ -4,7 +4,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -88,7 +88,9 @@ class Checker:
             edited = [name for name in names if name in self.edited]
             written = layout.calls[-1].step > 0
             for label, chosen in (RECORDS_WRITTEN if written else RECORDS).items():
-                yield from self._recordings(f"record {label}", chosen, names, layout)
+                found = self._recordings(f"record {label}", chosen, names, layout)
+                timeless = part == "encoder" and chosen.steps is not None
+                yield from (map(_of_timeless, found) if timeless else found)
             for label, chosen in (EDITS_WRITTEN if written else EDITS).items():
                 yield from self._edits(f"edit {label}", chosen, edited, layout)
 
@@ -318,6 +320,14 @@ def _failed(label: str, site: str, error: Exception, wanted: Wanted, count: int 
         return Outcome(label, site, "equal")
     refused = isinstance(error, (ClockUnknown, InvalidInput))
     return Outcome(label, site, "refused" if refused else "wrong", why)
+
+
+def _of_timeless(outcome: Outcome) -> Outcome:
+    """What asks for a step of an encoder has to be refused: it has none."""
+    if outcome.what == "equal":
+        return replace(outcome, what="wrong", why="a step where there is none")
+    refused = outcome.why.startswith("ClockUnknown")
+    return replace(outcome, what="equal") if refused else outcome
 
 
 def _alike(a: Iterable[Tensor], b: Iterable[Tensor]) -> bool:
