@@ -159,7 +159,7 @@ def _own_side(module: nn.Module, shape: Sequence[int]) -> str | None:
     sizes = {tuple(each.shape) for each in module.parameters(recurse=False)}
     if any(len(each) > 1 and each[0] == max(each) == shape[1] for each in _gains(sizes)):
         return "first"
-    flat = {each[0] for each in sizes if len(each) == 1}
+    flat = {each[0] for each in sizes if len(each) == 1} - {1}  # one number says no dimension
     if not flat or isinstance(module, _FIRST):
         return None
     if (shape[-1] in flat) != (shape[1] in flat):
@@ -220,7 +220,7 @@ def _heads(modules: Sequence[nn.Module]) -> set[int]:
         facts = families.attention(module)
         if facts is not None:
             counts = {tap.heads for tap in facts.ports.values() if tap.heads}
-            return counts | {facts.heads}
+            return (counts | {facts.heads}) - {0}  # 0: it has no ports
     return set()
 
 
@@ -231,8 +231,11 @@ def _split(shape: Sequence[int], heads: set[int], lengths: set[int], turned: boo
     """
 
     def fits(tokens: int, head: int) -> bool:
-        return (not lengths or tokens in lengths) and (not heads or head in heads)
+        known = not heads or head in heads or head == 1  # 1: latent values that all heads share
+        return (not lengths or tokens in lengths) and known
 
+    if shape[1] == shape[2] == 1:
+        return ("rows", "tokens", "heads", "features")  # either order is the same
     tokens_first, heads_first = fits(shape[1], shape[2]), fits(shape[2], shape[1])
     if tokens_first and not heads_first:
         return ("rows", "tokens", "heads", "features")

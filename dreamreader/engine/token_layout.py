@@ -225,7 +225,15 @@ def _of_square(mask: Tensor, past: int, length: int) -> Tensor | ClockUnknown:
             "queries see tokens behind their own and not all the same, so the attention mask does "
             "not say where padding is"
         )
-    return own.diagonal(dim1=1, dim2=2)
+    itself = own.diagonal(dim1=1, dim2=2)
+    behind = own.tril(-1)
+    alone = itself & ~behind.any(1) & ~behind.any(2) & ~seen[:, :, :past].any(2)
+    if length > 1 and bool(alone.any()) and bool(itself.all()):
+        return ClockUnknown(
+            "some tokens see themselves alone and are seen by none, so the attention mask does not "
+            "say whether they are padding"
+        )
+    return itself
 
 
 def _agreed(found: Sequence[Tensor | None | ClockUnknown]) -> Tensor | None | ClockUnknown:

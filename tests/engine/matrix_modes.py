@@ -105,10 +105,16 @@ BEAMS = {"num_beams": 2}
 PEFT = "base_model.model."
 
 
-def causal_modes(embed: Callable[[Tensor], Tensor]) -> list[Mode]:
-    """Modes of a decoder; `embed` gives the embeddings of token ids."""
+def causal_modes(embed: Callable[[Tensor], Tensor], cached: bool = True) -> list[Mode]:
+    """Modes of a decoder.
+
+    Args:
+        embed: gives the embeddings of token ids.
+        cached: whether the model itself keeps what it has read.
+    """
     left, right, even = batch("left"), batch("right"), batch("left", (WIDTH, WIDTH))
-    padded, written = {"": _whole(LENGTHS)}, {"": _written(LENGTHS, WIDTH)}
+    padded, written = {"": _whole(LENGTHS)}, {"": _written(LENGTHS, WIDTH, cached=cached)}
+    beams = {"": _written(LENGTHS, WIDTH, 2, cached)}
     mask = left["attention_mask"]
     embedded = {"inputs_embeds": embed(left["input_ids"]), "attention_mask": mask}
     seen = mask[:, None, None, :].bool() & torch.ones(WIDTH, WIDTH).tril().bool()
@@ -122,11 +128,11 @@ def causal_modes(embed: Callable[[Tensor], Tensor]) -> list[Mode]:
         Mode("right-padded", {"": _whole(LENGTHS, "right")}, right),
         Mode("generate", written, left, {}),
         Mode("static cache", written, left, STATIC),
-        Mode("beams", {"": _written(LENGTHS, WIDTH, 2)}, left, BEAMS),
+        Mode("beams", beams, left, BEAMS),
         Mode("run", padded, None),
         Mode("run, written", written, None, {}),
         Mode("run, static cache", written, None, STATIC),
-        Mode("run, beams", {"": _written(LENGTHS, WIDTH, 2)}, None, BEAMS),
+        Mode("run, beams", beams, None, BEAMS),
         Mode("no cache", uncached, left, {"use_cache": False}),
         Mode("bool mask", padded, {**left, "attention_mask": mask.bool()}),
         Mode("float mask", padded, {**left, "attention_mask": mask.float()}),

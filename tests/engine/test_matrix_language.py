@@ -42,11 +42,15 @@ THOROUGH = ("LlamaForCausalLM", "MixtralForCausalLM", "T5ForConditionalGeneratio
 # What may be refused, by a pattern of the reason: of every class and mode, of a mode, of a class.
 # Whatever else is refused is a failure, so refusals cannot grow unseen.
 REFUSED: dict[tuple[str, str], str] = {
-    ("*", "*"): r"runs before decoding: it has no step",
     ("*", "chunks"): r"a prompt in chunks|keep different numbers of tokens",
+    ("*", "4-D mask, diagonal"): r"does not say whether they are padding|without positions",
     ("*", "run"): r"counts padding, so that",
     ("*", "run, written"): r"counts padding, so that",
-    ("CpmAntForCausalLM", "*"): r"no single decoding position",  # reads 32 tokens of its own
+    # an encoder that is no model of transformers, with tokens before rows
+    ("FSMTForConditionalGeneration", "*"): r"embed_tokens: which tokens|without positions",
+    ("OpenAIGPTLMHeadModel", "*"): r"no single decoding position",  # a cache that it does not use
+    ("InklingForCausalLM", "*"): r"rel_logits_proj: .* name the dimensions",
+    ("Inkling2ForCausalLM", "*"): r"(rel_logits_proj|_clip): .* name the dimensions",
     ("DeepseekV4ForCausalLM", "*"): r"o_a_proj: .* name the dimensions",  # groups, not heads
 }
 

@@ -171,9 +171,9 @@ def pushed(
             x[entry, places] += vector
         if isinstance(output, Tensor):
             return changed
-        if isinstance(output, tuple):
+        if isinstance(output, tuple | list):
             at = next(n for n, each in enumerate(output) if each is given)
-            return (*output[:at], changed, *output[at + 1 :])
+            return type(output)((*output[:at], changed, *output[at + 1 :]))
         name = next(key for key, each in output.items() if each is given)
         output[name] = changed
         return output

@@ -171,6 +171,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "PhiForCausalLM, normed": ("PhiForCausalLM", {"qk_layernorm": True}),
 }
 
+# classes that read the whole text again for every token that they write
+UNCACHED = ("OpenAIGPTLMHeadModel",)
+# classes that put tokens of their own beside those of the prompt while they write
+OWN_TOKENS = ("CpmAntForCausalLM", "XLMWithLMHeadModel", "XLNetLMHeadModel")
+
 # why a class is not here
 LEFT_OUT: dict[str, str] = {
     "BltForCausalLM": "reads bytes in patches of their entropy, beside a second model",
@@ -264,6 +269,7 @@ def build(name: str) -> Any:
             weight.data *= weight.shape[1] ** 0.5
     model.generation_config.eos_token_id = None  # writes as many tokens as it is asked for
     model.generation_config.num_beams = 1
+    model.generation_config.use_cache = True
     return model
 
 
