@@ -89,8 +89,10 @@ class Checker:
             written = layout.calls[-1].step > 0
             for label, chosen in (RECORDS_WRITTEN if written else RECORDS).items():
                 found = self._recordings(f"record {label}", chosen, names, layout)
-                timeless = part == "encoder" and chosen.steps is not None
-                yield from (map(_of_timeless, found) if timeless else found)
+                for outcome in found:
+                    timeless = "encoder" in outcome.site.split(".") and chosen.steps is not None
+                    timeless = timeless and part == "encoder"
+                    yield _of_timeless(outcome) if timeless else outcome
             for label, chosen in (EDITS_WRITTEN if written else EDITS).items():
                 yield from self._edits(f"edit {label}", chosen, edited, layout)
 
