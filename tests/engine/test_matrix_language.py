@@ -43,7 +43,7 @@ THOROUGH = ("LlamaForCausalLM", "MixtralForCausalLM", "T5ForConditionalGeneratio
 # Whatever else is refused is a failure, so refusals cannot grow unseen.
 REFUSED: dict[tuple[str, str], str] = {
     ("*", "chunks"): r"a prompt in chunks|keep different numbers of tokens",
-    ("*", "4-D mask, diagonal"): r"does not say whether they are padding|without positions",
+    ("*", "4-D mask, diagonal"): r"whether they are padding|without positions|12 entries where 2",
     ("*", "run"): r"counts padding, so that",
     ("*", "run, written"): r"counts padding, so that",
     # an encoder that is no model of transformers, with tokens before rows
