@@ -221,3 +221,25 @@ def test_several_for_each_prompt_are_rows(kind: str) -> None:
     pipe = tiny.pipeline("sd") if kind == "images" else assemble("WanPipeline", "wan")
     with pytest.raises(InvalidInput, match=f"every {kind[:-1]} is a row; give seeds=range"):
         dr.Reader(pipe).run(PROMPTS, seeds=0, **{f"num_{kind}_per_prompt": 2})
+
+
+def test_rows_of_an_edit_may_be_in_any_batch() -> None:
+    reader = dr.Reader(tiny.pipeline("sd"))
+    arguments = {**tiny.arguments("sd", 2), "seeds": [3, 4], "output_type": "latent"}
+    plain = reader.run(PROMPTS, batch_size=1, **arguments)
+    edit = dr.Scale("unet.mid_block", 0.5, rows=[1])
+    found = reader.run(PROMPTS, edits=edit, batch_size=1, **arguments)
+    assert found.firing[0].rows == {1}
+    assert torch.equal(found.images[0], plain.images[0])
+    assert not torch.equal(found.images[1], plain.images[1])
+
+
+def test_rows_run_one_by_one_where_texts_are_cut_to_the_longest() -> None:
+    pipe = assemble("LattePipeline", "latte")
+    arguments = {"height": 16, "width": 24, "video_length": 2, "clean_caption": False}
+    together, apart = _both(pipe, **arguments)
+    assert torch.equal(together, apart)
+    found = dr.Reader(pipe).run(
+        PROMPTS, seeds=0, num_inference_steps=2, output_type="latent", **arguments
+    )
+    assert "rows ran one by one" in found.firing.notes[0]
