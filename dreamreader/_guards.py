@@ -24,7 +24,7 @@ AUTOCAST_KEYS = tuple(key for key in dir(torch._C.DispatchKey) if key.startswith
 _autocast_off = torch._C._DisableAutocast
 _is_grad_enabled = torch.is_grad_enabled
 _requires_grad = attrgetter("requires_grad")
-_functorch = torch._C._functorch
+_functorch: Any = vars(torch._C)["_functorch"]
 TransformType = _functorch.TransformType
 
 

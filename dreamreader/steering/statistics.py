@@ -220,6 +220,7 @@ def _twice(x: Tensor, labels: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Ten
     own = labels >= 0
     x, labels = x[own].double(), labels[own]
     n = labels.bincount(minlength=len(mean)).clamp(min=1).unsqueeze(1)
+    rest = torch.zeros_like(mean)
     for _ in range(2):  # the second time from the mean as rounded
         away = x - mean[labels]
         rest = torch.zeros_like(mean).index_add_(0, labels, away) / n
