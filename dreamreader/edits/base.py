@@ -45,7 +45,7 @@ def check_finite(name: str, value: Any) -> None:
         raise InvalidInput(f"{name} must be numbers, got {value!r}") from error
     if tensor.numel() == 0:
         raise InvalidInput(f"{name} is empty")
-    if not bool(tensor.isfinite().all()):
+    if not bool(tensor.detach().isfinite().all()):
         bad = tensor.detach().flatten()
         where = (~bad.isfinite()).nonzero().flatten().tolist()
         raise InvalidInput(

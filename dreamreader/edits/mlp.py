@@ -96,7 +96,7 @@ class Mlp:
         if fraction is None:
             raise InvalidInput("Mlp: it is conditioned on the noise level, fraction is needed")
         f = torch.as_tensor(fraction, dtype=self.noise.dtype, device=self.noise.device)
-        if not bool(f.isfinite().all()):
+        if not bool(f.detach().isfinite().all()):
             raise InvalidInput("Mlp: it is conditioned on the noise level, which is unknown here")
         phi = f.unsqueeze(-1) ** torch.arange(1, 1 + NOISE_FEATURES, device=f.device)  # [*batch, 3]
         return self.biases[0] + phi @ self.noise.T

@@ -143,7 +143,7 @@ class Place:
             raise InvalidInput(
                 f"{name} at {self.site}: floating point is needed, got {value.dtype}"
             )
-        if not bool(value.isfinite().all()):
+        if not bool(value.detach().isfinite().all()):
             raise InvalidInput(f"{name} at {self.site}: has values that are not finite")
         if value.shape[-1] == self.width and value.dim() <= 2:
             return value.reshape(-1, self.width)

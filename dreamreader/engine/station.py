@@ -105,7 +105,8 @@ class SiteRun:
         else:
             y = edits.run_compared(x, self.changed)
         if y.dtype in _HALF:
-            self.overflows.append((now, x.isfinite().all() & ~y.isfinite().all()))
+            before, after = x.detach(), y.detach()
+            self.overflows.append((now, before.isfinite().all() & ~after.isfinite().all()))
         return y
 
     def visit_attention(self, attention: Attention) -> None:

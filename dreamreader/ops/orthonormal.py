@@ -59,7 +59,7 @@ def orthonormal_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     good = (info == 0) & (info_again == 0) & (off <= TOLERANCE[x.dtype]).all(-1).all(-1)
     if bool(good.all()):
         return q, lower @ again
-    if not bool(x.isfinite().all()):
+    if not bool(x.detach().isfinite().all()):
         raise InvalidInput("orthonormal: x has values that are not finite")
     return _householder(x)
 

@@ -340,7 +340,7 @@ def _broadcasts(value: Tensor, shape: tuple[int, int]) -> bool:
 
 
 def _finite(name: str, label: str, value: Tensor) -> None:
-    if not bool(value.isfinite().all()):
+    if not bool(value.detach().isfinite().all()):
         raise InvalidInput(f"{name}: {label} has values that are not finite")
 
 

@@ -1,0 +1,175 @@
+"""Which dimension of a value is which, told by the module that gives it."""
+
+from typing import Any
+
+import diffusers
+import pytest
+import tiny
+import torch
+from diffusers.models.normalization import RMSNorm
+from diffusers.models.resnet import Downsample2D
+from torch import Tensor, nn
+
+from dreamreader.edits import Steer
+from dreamreader.engine import Reader, Record
+from dreamreader.engine.axes import axes_of
+from dreamreader.errors import ClockUnknown, InvalidInput, UnknownName
+
+MAP = ("rows", "features", "height", "width")
+LAST = ("rows", "height", "width", "features")
+SHAPE = (2, 8, 5, 8)  # as many features as cells on one side: only the module can tell
+
+
+class ChannelNorm(nn.Module):
+    """A norm with one weight for each channel of a feature map."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (nn.Linear(8, 8), LAST),
+        (nn.LayerNorm(8), LAST),
+        (nn.Embedding(9, 8), LAST),
+        (RMSNorm(8, 1e-5), LAST),
+        (nn.Conv2d(8, 8, 1), MAP),
+        (nn.GroupNorm(2, 8), MAP),
+        (nn.BatchNorm2d(8), MAP),
+        (nn.AvgPool2d(2), MAP),
+        (ChannelNorm(8), MAP),
+        (nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()), MAP),
+        (nn.Sequential(nn.Linear(3, 8), nn.ReLU()), LAST),
+        (Downsample2D(8, use_conv=True), MAP),
+        (nn.SiLU(), None),
+        (nn.Sequential(nn.Conv2d(8, 8, 1), nn.Linear(8, 8)), None),
+    ],
+)
+def test_modules_say_where_their_features_are(module: nn.Module, expected: Any) -> None:
+    assert axes_of(SHAPE, module) == expected
+
+
+def test_a_layer_without_sizes_is_told_by_the_module_around_it() -> None:
+    around = nn.Sequential(nn.Conv2d(3, 8, 1), nn.SiLU())
+    assert axes_of(SHAPE, around[1], [around]) == MAP
+    assert axes_of((2, 8, 5), nn.Conv1d(3, 8, 1)) == ("rows", "features", "tokens")
+    assert axes_of((2, 5, 8), nn.Linear(8, 8)) == ("rows", "tokens", "features")
+
+
+def recorded(net: nn.Module, x: Tensor, request: Any = "0") -> tuple[Any, Tensor]:
+    with torch.no_grad(), Reader(net).recording(request) as cache:
+        y = net(x)
+    return cache["0"], y
+
+
+def test_a_linear_layer_of_four_dimensions_is_read_and_edited_at_its_last_one() -> None:
+    net, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8, 5, 8)
+    found, y = recorded(net, x)
+    assert found.hw == (8, 5) and torch.equal(found.tensor[:, 0], y.flatten(1, 2))
+    push = torch.zeros(8)
+    push[0] = 1.0
+    with torch.no_grad(), Reader(net).editing(Steer("0", push, alpha=1.0)):
+        moved = net(x) - y
+    assert bool((moved[..., 0] != 0).all()) and not bool(moved[..., 1:].any())
+
+
+def test_what_no_module_tells_is_refused_and_can_be_said() -> None:
+    net, x = nn.Sequential(nn.SiLU()), torch.randn(2, 3, 4, 5)
+    with pytest.raises(InvalidInput, match=r"0: SiLU gives \[2, 3, 4, 5\].*layout="):
+        recorded(net, x)
+    found, y = recorded(net, x, Record("0", layout="rows features height width"))
+    assert found.hw == (4, 5)
+    assert torch.equal(found.tensor[:, 0], y.flatten(2).transpose(1, 2))
+    turned, _ = recorded(net, x, Record("0", layout="rows tokens heads features"))
+    assert turned.axes == ("rows", "steps", "tokens", "heads", "d_head")
+    assert torch.equal(turned.tensor[:, 0], y)
+    with (
+        torch.no_grad(),
+        Reader(net).editing(Steer("0", torch.ones(3), 1.0, layout="rows features height width")),
+    ):
+        assert torch.allclose(net(x), y + 1 / 3**0.5) or torch.allclose(net(x), y + 1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "error", "text"),
+    [
+        ("rows colour", UnknownName, "colour"),
+        ("rows tokens", InvalidInput, "rows and features among them"),
+        ("rows rows features", InvalidInput, "every dimension once"),
+    ],
+)
+def test_layouts_are_checked(layout: str, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        Record("0", layout=layout)
+
+
+def test_a_layout_of_another_rank_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="names 3 dimensions, its values are"):
+        recorded(
+            nn.Sequential(nn.SiLU()),
+            torch.randn(2, 3, 4, 5),
+            Record("0", layout="rows tokens features"),
+        )
+
+
+def test_every_module_of_a_unet_and_its_decoder_is_read_as_hooks_see_it() -> None:
+    pipe = tiny.pipeline("sd")
+    pipe.set_progress_bar_config(disable=True)
+    reader = Reader(pipe)
+    seen: dict[str, Tensor] = {}
+    modules = reader._subject.modules()
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            if isinstance(value, Tensor) and value.dim() == 4:
+                seen.setdefault(name, value.detach().clone())
+
+        return hook
+
+    maps = [name for name in modules if name.startswith(("unet.", "vae.decoder."))]
+    handles = [modules[name].register_forward_hook(keep(name)) for name in maps]
+    run = {"output_type": "pt", **tiny.arguments("sd", 1)}
+    reader.run("a red cat", seeds=0, **run)
+    for handle in handles:
+        handle.remove()
+    checked = 0
+    names = [name for name in seen if not name.endswith("nonlinearity")][::7]
+    for name in names:
+        found = reader.run("a red cat", seeds=0, record=name, **run).cache[name]
+        last = found.tensor.select(1, 0) if len(found.branches) > 1 else found.tensor
+        rows = seen[name][:1].flatten(2).transpose(1, 2)
+        assert torch.equal(last[0, 0], rows[0]), name
+        checked += 1
+    assert checked > 10
+
+
+class Stranger(diffusers.StableDiffusionPipeline):
+    """A pipeline with a loop of its own, whose guidance is not known."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
+@pytest.mark.parametrize("request_", ["record", "rows 0", "rows 3", "per row"])
+def test_rows_are_refused_where_the_layout_of_branches_is_unknown(request_: str) -> None:
+    pipe = Stranger(**tiny.pipeline("sd").components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    reader, site = Reader(pipe), "unet.mid_block"
+    push = torch.ones(32)
+    block = {
+        "record": lambda: reader.recording(site),
+        "rows 0": lambda: reader.editing(Steer(site, push, rows=[0])),
+        "rows 3": lambda: reader.editing(Steer(site, push, rows=[3])),
+        "per row": lambda: reader.editing(Steer(site, push, alpha=[0.0, 1.0])),
+    }[request_]
+    with pytest.raises(ClockUnknown, match="Stranger lays out its guidance"):
+        with block():
+            pipe(["a red cat", "a tree"], output_type="latent", **tiny.arguments("sd", 1))
+    with reader.editing(Steer(site, push)):  # one that needs no rows runs
+        pipe(["a red cat", "a tree"], output_type="latent", **tiny.arguments("sd", 1))
