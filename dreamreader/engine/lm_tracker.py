@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Self
 
@@ -14,7 +14,7 @@ from dreamreader.engine.generation import Generation, listen_to_generate, names_
 from dreamreader.engine.now import Now
 from dreamreader.engine.subject import Subject, innermost
 from dreamreader.engine.token_layout import TokenLayout, real_tokens
-from dreamreader.engine.tracker import _watched
+from dreamreader.engine.tracker import WithoutSchedule, _watched
 from dreamreader.errors import ClockUnknown
 
 _CACHES = ("past_key_values", "cache_params", "past_buckets_states", "state", "mems", "cache")
@@ -22,7 +22,7 @@ _COND = ("cond",)
 _ENCODER = "encoder"
 
 
-class LanguageTracker(AbstractContextManager):
+class LanguageTracker(WithoutSchedule):
     """Follows a transformers model through forward and generate.
 
     Step 0 is the prompt. A later call is at step `past + length - prompt`, from the tokens that the
@@ -51,7 +51,6 @@ class LanguageTracker(AbstractContextManager):
         self._encoders = _encoders(self.model)
         self._names = {each: names_of(type(each).forward)[1:] for each in _models(self.model)}
         self._encoded: tuple[tuple[Any, Any], Any] = ((None, None), None)
-        self._stack: ExitStack | None = None
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -62,9 +61,7 @@ class LanguageTracker(AbstractContextManager):
         return self
 
     def __exit__(self, *error: object) -> None:
-        stack, self._stack = self._stack, None
-        if stack is not None:
-            stack.close()
+        super().__exit__(*error)
         self._frames.clear()
         self._encoded = ((None, None), None)
 
@@ -75,15 +72,6 @@ class LanguageTracker(AbstractContextManager):
     def outside(self, component: str) -> Now:
         why = ClockUnknown(f"{component} was called outside a forward of the whole model")
         return Now(component, "outside", self.runs, why, _COND, None, tokens=why)
-
-    def total(self) -> int | None:
-        return None
-
-    def schedule(self) -> list[Instant]:
-        return []
-
-    def entries(self) -> list[Instant]:
-        return []
 
     def text_ids(self, component: str, branch: str) -> tuple[Tensor, Tensor | None] | None:
         decoding = self._encoders and (self.now is None or self.now.component != _ENCODER)

@@ -198,32 +198,10 @@ class PipelineTracker(AbstractContextManager):
         return began
 
 
-class ModuleTracker(AbstractContextManager):
-    """Follows a plain module: each call is a run, without time or branch."""
+class WithoutSchedule(AbstractContextManager):
+    """What the trackers of subjects share whose steps no schedule tells ahead."""
 
-    def __init__(self, subject: Subject):
-        self.module = subject.components()[""]
-        self.now: Now | None = None
-        self.runs = 0
-        self.rows: int | None = None
-        self.prompts: list[str] | None = None
-        self._stack: ExitStack | None = None
-
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            stack.enter_context(_watched(self.module, self._began, self._ended))
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        stack, self._stack = self._stack, None
-        if stack is not None:
-            stack.close()
-
-    def outside(self, component: str) -> Now:
-        why = ClockUnknown(f"{type(self.module).__name__} has no denoising steps")
-        branch = ClockUnknown(f"{type(self.module).__name__} has no guidance branches")
-        return Now(component, "outside", self.runs, why, branch, None)
+    _stack: ExitStack | None = None
 
     def total(self) -> int | None:
         return None
@@ -233,6 +211,33 @@ class ModuleTracker(AbstractContextManager):
 
     def entries(self) -> list[Instant]:
         return []
+
+    def __exit__(self, *error: object) -> None:
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+
+
+class ModuleTracker(WithoutSchedule):
+    """Follows a plain module: each call is a run, without time or branch."""
+
+    def __init__(self, subject: Subject):
+        self.module = subject.components()[""]
+        self.now: Now | None = None
+        self.runs = 0
+        self.rows: int | None = None
+        self.prompts: list[str] | None = None
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(_watched(self.module, self._began, self._ended))
+            self._stack = stack.pop_all()
+        return self
+
+    def outside(self, component: str) -> Now:
+        why = ClockUnknown(f"{type(self.module).__name__} has no denoising steps")
+        branch = ClockUnknown(f"{type(self.module).__name__} has no guidance branches")
+        return Now(component, "outside", self.runs, why, branch, None)
 
     def text_ids(self, component: str, branch: str) -> tuple[Tensor, Tensor | None] | None:
         return None
