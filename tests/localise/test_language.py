@@ -88,7 +88,37 @@ def test_heads_of_a_language_model(reader: Reader) -> None:
     assert (np.abs(found.values - found.base).max(1) > 1e-5).all()
 
 
-def test_prompts_whose_tokens_do_not_line_up_are_refused(reader: Reader) -> None:
+LONGER = "a dog on a red tree"
+
+
+@pytest.mark.parametrize("direction", ["restore", "corrupt"])
+def test_prompts_of_unequal_length_are_patched_token_by_token(reader: Reader, direction) -> None:
+    clean, corrupted = [LONGER, "a red cat"], ["a blue cat", "a cat"]
+    if direction == "corrupt":  # what gives has the tokens of what takes
+        clean, corrupted = corrupted, clean
     cells = grid(reader, "transformer.h.*")
-    with pytest.raises(InvalidInput, match="pair 1: the clean prompt has [0-9]+ tokens, the corr"):
-        patch_grid(reader, CLEAN, [CORRUPTED[0], "a cat"], cells, metric=logit_difference)
+    asked = {"metric": logit_difference, "direction": direction}
+    found = patch_grid(reader, clean, corrupted, cells, **asked)
+    for pair in range(2):  # alone nothing is padded
+
+        def one(result: RunResult, pair: int = pair) -> torch.Tensor:
+            last = result.output.logits[:, -1]
+            return last[:, ANSWERS[pair, 0]] - last[:, ANSWERS[pair, 1]]
+
+        alone = patch_grid(
+            reader, [clean[pair]], [corrupted[pair]], cells, metric=one, direction=direction
+        )
+        np.testing.assert_allclose(found.values[:, pair], alone.values[:, 0], rtol=1e-3, atol=1e-4)
+        assert np.abs(alone.values - alone.base).max() > 1e-3
+
+
+def test_tokens_without_a_counterpart_are_refused_by_name(reader: Reader) -> None:
+    cells = grid(reader, "transformer.h.*")
+    lacking = "pair 1: tokens [0-9]+ .. [0-9]+ of the corrupted prompt 'a cat on a red tree' would"
+    with pytest.raises(InvalidInput, match=lacking):
+        patch_grid(reader, [CLEAN[0], "a cat"], CORRUPTED, cells, metric=logit_difference)
+    chosen = grid(reader, "transformer.h.1", tokens=[0, 1, -1])
+    first = patch_grid(reader, [CLEAN[0], "a cat"], CORRUPTED, chosen[:2], metric=logit_difference)
+    assert np.isfinite(first.values).all()
+    with pytest.raises(InvalidInput, match="tokens [0-9]+ of row 1 are edited, the source has"):
+        patch_grid(reader, [CLEAN[0], "a cat"], CORRUPTED, chosen[2:], metric=logit_difference)
