@@ -7,9 +7,9 @@ import pytest
 import tiny
 import torch
 
-from dreamreader.engine import Reader, RunResult
+from dreamreader.engine import Reader, Record, RunResult
 from dreamreader.errors import InvalidInput
-from dreamreader.localise import grid, patch_grid
+from dreamreader.localise import Cell, grid, patch_edits, patch_grid
 
 CLEAN, CORRUPTED = ["a red cat", "a dog on a red tree"], ["a blue cat", "a cat on a red tree"]
 ANSWERS = torch.tensor([[40, 41], [50, 60]])  # (right, wrong) token of each pair
@@ -122,3 +122,15 @@ def test_tokens_without_a_counterpart_are_refused_by_name(reader: Reader) -> Non
     assert np.isfinite(first.values).all()
     with pytest.raises(InvalidInput, match="tokens [0-9]+ of row 1 are edited, the source has"):
         patch_grid(reader, [CLEAN[0], "a cat"], CORRUPTED, chosen[2:], metric=logit_difference)
+
+
+def test_a_window_of_generated_steps_keeps_the_tokens_of_its_steps(reader: Reader) -> None:
+    site = "transformer.h.1"
+    asked = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    record = Record(site, steps=slice(1, None))
+    plain = reader.run(CLEAN, record=record, **asked)
+    edits = patch_edits([Cell("late", site, steps=(2, 4))] * 2, plain.cache)
+    found = reader.run(CLEAN, edits=edits, record=record, **asked)
+    assert sorted(found.firing[0].steps) == [2, 3]  # with positions of step 1 it would be refused
+    assert torch.equal(found.cache[site].tensor, plain.cache[site].tensor)
+    assert torch.equal(found.cache[site].positions, plain.cache[site].positions)
