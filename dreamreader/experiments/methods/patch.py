@@ -55,7 +55,7 @@ class Patching(Chunked):
         check_pairs(job.reader, targets, sources, cells, self.direction)
         if job.is_language and self.controls and any(cell.tokens is None for cell in cells):
             takes = sources if self.direction == "restore" else targets
-            _check_control(list(map(len, tokenize(job.reader, takes)[0])))
+            _check_control(list(map(len, tokenize(job.reader, list(map(str, takes)))[0])))
 
     def rows(self, job: "Job") -> list[Row]:
         cells = self.cells(job)
