@@ -119,7 +119,7 @@ class Ablate(ChannelEdit):
             source, rows = self._mean(place), 0
         elif rows is None:
             rows = self._donors(place)
-        table, index = source_table(source, rows, place, f"Ablate ({self.kind})")
+        table, index = source_table(source, rows, place, f"Ablate ({self.kind})", strength)
         return [Instruction("patch", strength, source=table, index=index, channels=channels)]
 
     def apply(self, x: Tensor, place: Place) -> Tensor:
@@ -134,11 +134,20 @@ class Ablate(ChannelEdit):
             for row in range(place.rows):
                 mixed = hash((self.seed + place.first + row, time, *name.encode()))
                 generator = torch.Generator().manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)
-                draws += [torch.randn(x.shape[1:], generator=generator)] * place.beams
+                draws += [self._drawn(x, len(draws), place, generator)] * place.beams
         noise = torch.stack(draws).to(x.device)
         y = torch.where(amount == 0, x, (x.float() + amount * noise).to(x.dtype))
         channels = place.channel_mask(self.heads, self.channels)
         return y if channels is None else torch.where(channels.to(x.device), y, x)
+
+    def _drawn(self, x: Tensor, entry: int, place: Place, generator: torch.Generator) -> Tensor:
+        """Normal numbers of one batch entry [tokens, width], none of them for its padding."""
+        own = place.own
+        if own is None or len(own) == 1 or bool((own[entry] >= 0).all()):
+            return torch.randn(x.shape[1:], generator=generator)
+        found, real = torch.zeros(x.shape[1:]), own[entry] >= 0
+        found[real] = torch.randn(int(real.sum()), x.shape[2], generator=generator)
+        return found
 
     def _project(
         self, place: Place, strength: Tensor, channels: Tensor | None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dreamreader.edits.base import ChannelEdit, check_finite, per_site, row_length
 from dreamreader.engine.cache import Activation, Cache
+from dreamreader.engine.firing import ranges
 from dreamreader.engine.place import Place
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.ops import Instruction
@@ -67,7 +68,7 @@ class Patch(ChannelEdit):
     def instructions(self, place: Place) -> list[Instruction]:
         strength = place.strength(self.strength, "strength")
         channels = place.channel_mask(self.heads, self.channels)
-        source, index = source_table(self.source, self.from_rows, place, "Patch")
+        source, index = source_table(self.source, self.from_rows, place, "Patch", strength)
         return [Instruction("patch", strength, source=source, index=index, channels=channels)]
 
     def apply(self, x: Tensor, place: Place) -> Tensor:
@@ -82,6 +83,11 @@ class Patch(ChannelEdit):
         whole = torch.arange(place.batch).reshape(len(place.branches), place.rows, place.beams)
         entries = whole[:, donors].flatten().tolist()
         y = x.index_select(0, torch.tensor(entries, device=x.device))
+        own = place.own
+        if own is not None and not bool((own == own[:1]).all()):
+            strength = place.strength(self.strength, "strength")
+            token = _same_tokens(own[entries], place, "Patch", strength).to(x.device)
+            y = y.gather(1, token.unsqueeze(-1).expand_as(y))
         share = place.per_row(self.strength, "strength").to(x.device)
         share = share.reshape(-1, 1, 1) if share.dim() else share
         y = torch.where(share == 1, y, torch.where(share == 0, x, x + share.to(x.dtype) * (y - x)))
@@ -89,8 +95,13 @@ class Patch(ChannelEdit):
         return y if channels is None else torch.where(channels.to(x.device), y, x)
 
 
-def source_table(source: Any, from_rows: Any, place: Place, label: str) -> tuple[Tensor, Tensor]:
+def source_table(
+    source: Any, from_rows: Any, place: Place, label: str, strength: Tensor
+) -> tuple[Tensor, Tensor]:
     """What the patch instruction reads: source [entries, width] and index [batch, tokens].
+
+    Args:
+        strength: broadcasts to [batch, tokens]; what has 0 needs no value in the source.
 
     Raises:
         InvalidInput: shape, step or rows do not fit the site in the running call.
@@ -108,6 +119,11 @@ def source_table(source: Any, from_rows: Any, place: Place, label: str) -> tuple
             f"{label} at {place.site}: the site has {place.tokens} tokens of {place.width} "
             f"features, the source {length} of {width}"
         )
+    if not by_position and length > 1 and place.own is not None and bool((place.own < 0).any()):
+        raise InvalidInput(
+            f"{label} at {place.site}: the batch has padding, and which of the {length} tokens of "
+            "the source belong to which of a row's own is unknown; give an Activation or a Cache"
+        )
     if from_rows is None and count not in (1, place.total):
         raise InvalidInput(
             f"{label} at {place.site}: the source has {count} rows, the run {place.total}; say "
@@ -121,7 +137,7 @@ def source_table(source: Any, from_rows: Any, place: Place, label: str) -> tuple
         torch.arange(len(place.branches)) if chunks > 1 else torch.zeros(len(place.branches)).long()
     )
     if by_position:
-        token = _same_tokens(positions[rows], place, label)  # pyright: ignore
+        token = _same_tokens(positions[rows], place, label, strength)  # pyright: ignore
     else:
         token = torch.arange(place.tokens) if length > 1 else torch.zeros(place.tokens).long()
     entry = rows[None, :] * chunks + branch[:, None]  # [branches, rows * beams]
@@ -129,23 +145,29 @@ def source_table(source: Any, from_rows: Any, place: Place, label: str) -> tuple
     return values.reshape(-1, width), index
 
 
-def _same_tokens(positions: Tensor, place: Place, label: str) -> Tensor:
+def _same_tokens(positions: Tensor, place: Place, label: str, strength: Tensor) -> Tensor:
     """[batch, tokens] for each token of the batch the column of the source that is the same token.
 
     Args:
         positions: [batch, columns] own index of the source's tokens, -1 at padding.
+        strength: broadcasts to [batch, tokens]; what has 0 needs no column.
+
+    Raises:
+        InvalidInput: the source lacks tokens that are edited.
     """
     own = place.own
     assert own is not None
     same = positions[:, None, :] == own[:, :, None]  # [batch, tokens, columns]
-    missing = ~same.any(2) & (place.selected.cpu().expand(place.batch, place.tokens) != 0)
-    if bool((missing & (own >= 0)).any()):
-        entry, at = (missing & (own >= 0)).nonzero()[0].tolist()
+    changed = place.selected if strength.requires_grad else strength  # a derivative at 0 counts
+    missing = ~same.any(2) & (changed.cpu().expand(place.batch, place.tokens) != 0) & (own >= 0)
+    if bool(missing.any()):
+        entry = int(missing.any(1).nonzero()[0])
+        lacking = ranges(own[entry][missing[entry]].tolist())
+        row = place.first + entry // place.beams % place.rows
         raise InvalidInput(
-            f"{label} at {place.site}: token {int(own[entry, at])} of row "
-            f"{place.first + entry // place.beams} is edited, the source has "
-            f"{int((positions[entry] >= 0).sum())} tokens there and not this one; limit the edit "
-            "with tokens, or record it"
+            f"{label} at {place.site}: tokens {lacking} of row {row} are edited, the source has "
+            f"{int((positions[entry] >= 0).sum())} tokens there and not these; limit the edit "
+            "with tokens, or record them"
         )
     return same.int().argmax(2)
 

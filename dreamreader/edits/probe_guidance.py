@@ -33,7 +33,7 @@ class ProbeGuidance(EditRequest):
         site: site string or several.
         probe: an `Mlp`; a sequence of these for the steps of denoising; a function that gives
             logits [rows, ..., labels] for activations [rows, tokens, features] in float32, for
-            which autograd runs; or a mapping from site names to these.
+            which autograd runs and which sees no padding; or a mapping from site names to these.
         target: labels to reach, by name or index: one label or a set of labels for all rows, or a
             list with one entry (a label, a collection of labels or None) for each row of the run.
         avoid: labels to move away from, in the same forms.
@@ -177,7 +177,21 @@ class ProbeGuidance(EditRequest):
     def _moved_by_autograd(
         self, logits: Logits, x: Tensor, strength: Tensor, place: Place, trust: float
     ) -> Tensor:
-        """The same for any function; its graph lives only here, unless x itself has one."""
+        """The same for any function, which may look at several tokens: none of them is padding."""
+        own = place.own
+        if own is None or x.shape[1] != place.tokens or not bool((own < 0).any()):
+            return self._descended(logits, x, strength, place, trust, slice(None))
+        y, strength = x.clone(), strength.expand(x.shape[:2])
+        for entry, real in enumerate((own >= 0).to(x.device)):
+            at = slice(entry, entry + 1)
+            part, amount = x[at][:, real], strength[at][:, real]
+            y[entry, real] = self._descended(logits, part, amount, place, trust, at)[0]
+        return y
+
+    def _descended(
+        self, logits: Logits, x: Tensor, strength: Tensor, place: Place, trust: float, at: slice
+    ) -> Tensor:
+        """Some entries of the batch; the graph lives only here, unless x itself has one."""
         graph = torch.is_grad_enabled() and x.requires_grad
 
         def gradient(h: Tensor) -> Tensor:
@@ -185,7 +199,7 @@ class ProbeGuidance(EditRequest):
                 h = h if graph else h.detach().clone().requires_grad_()
                 z = logits(h)
                 _check_logits(z, h, place)
-                c = self._coefficients(place, (), z.shape[-1]).to(z)
+                c = self._coefficients(place, (), z.shape[-1])[at].to(z)
                 c = c.reshape(len(c), *[1] * (z.dim() - 2), -1)  # [batch, 1 .., labels]
                 return torch.autograd.grad((c * z).sum(), h, create_graph=graph)[0]
 

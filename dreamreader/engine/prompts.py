@@ -150,7 +150,7 @@ def encoded(reader: "Reader", prompts: Sequence[str]) -> dict[str, Tensor]:
 
 
 def check_lengths(reader: "Reader", prompts: Sequence[str]) -> None:
-    """Refuse prompts of different lengths, where all of their tokens are recorded.
+    """Refuse prompts of different lengths, where all of their tokens are read side by side.
 
     Raises:
         InvalidInput: padding would count among the tokens of the shorter ones.

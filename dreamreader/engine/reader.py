@@ -12,6 +12,7 @@ from dreamreader.engine import html
 from dreamreader.engine.cache import Activation, Cache, Row
 from dreamreader.engine.firing import FiringReport
 from dreamreader.engine.place import RowSet
+from dreamreader.engine.recorded import joined
 from dreamreader.engine.request import EditRequest, Record, Stream, Watch
 from dreamreader.engine.rows import Plan, plan_rows
 from dreamreader.engine.session import Session
@@ -328,21 +329,7 @@ def _listed(value: Any, kinds: Any, name: str) -> list[Any]:
 
 def merged(found: Sequence[list[Activation]]) -> list[Activation]:
     """The same sites of several batches, joined along the rows."""
-    if len(found) == 1:
-        return found[0]
-    from dataclasses import replace
-
-    joined = []
-    for parts in zip(*found, strict=True):
-        first = parts[0]
-        if any(each.shape[1:] != first.shape[1:] for each in parts):
-            raise InvalidInput(
-                f"recording {first.site}: batches have different shapes "
-                f"({', '.join(str(list(each.shape)) for each in parts)}); use one batch"
-            )
-        rows = tuple(row for each in parts for row in each.rows)
-        joined.append(replace(first, tensor=torch.cat([e.tensor for e in parts]), rows=rows))
-    return joined
+    return [joined(parts) for parts in zip(*found, strict=True)]
 
 
 def _size(module: torch.nn.Module) -> int:

@@ -1,10 +1,12 @@
 """What is fitted to recordings takes them, or tensors in their place, in one layout."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dreamreader.engine.cache import Activation
 from dreamreader.errors import InvalidInput
@@ -23,6 +25,51 @@ def one_branch(site: str, activation: Activation) -> Float[Tensor, "rows steps t
         )
     values = activation.tensor
     return values.flatten(3) if values.ndim > 4 else values
+
+
+def joined(parts: Sequence[Activation]) -> Activation:
+    """One site's recordings of several batches, joined along the rows.
+
+    Those of a text that have fewer tokens are padded in front.
+
+    Raises:
+        InvalidInput: they have different shapes.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    parts = _of_one_length(parts)
+    if any(each.shape[1:] != parts[0].shape[1:] for each in parts):
+        raise InvalidInput(
+            f"recording {first.site}: batches have different shapes "
+            f"({', '.join(str(list(each.shape)) for each in parts)}); use one batch"
+        )
+    known = [each.positions for each in parts if each.positions is not None]
+    return replace(
+        first,
+        tensor=torch.cat([each.tensor for each in parts]),
+        rows=tuple(row for each in parts for row in each.rows),
+        tokens=first.tokens if all(each.tokens == first.tokens for each in parts) else None,
+        positions=torch.cat(known) if len(known) == len(parts) else None,
+    )
+
+
+def _of_one_length(parts: Sequence[Activation]) -> Sequence[Activation]:
+    """The parts with as many tokens each, where they say which are padding."""
+    axis = parts[0].axes.index("tokens")
+    longest = max(each.shape[axis] for each in parts)
+    found = []
+    for each in parts:
+        lacking = longest - each.shape[axis]
+        if each.positions is None:
+            return parts
+        if lacking:
+            behind = (0, 0) * (each.tensor.dim() - axis - 1)
+            tensor = pad(each.tensor, (*behind, lacking, 0))
+            positions = pad(each.positions, (lacking, 0), value=-1)
+            each = replace(each, tensor=tensor, positions=positions, tokens=None)
+        found.append(each)
+    return found
 
 
 def token_means(site: str, activation: Activation) -> Float[Tensor, "rows steps features"]:

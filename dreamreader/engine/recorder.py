@@ -8,6 +8,7 @@ from torch import Tensor
 from dreamreader.engine.cache import Activation, Row
 from dreamreader.engine.clock_schedule import Instant
 from dreamreader.engine.now import Now
+from dreamreader.engine.recorded import joined
 from dreamreader.engine.request import Record
 from dreamreader.engine.token_layout import TokenLayout, TokenMap
 from dreamreader.errors import ClockUnknown, InvalidInput
@@ -202,29 +203,28 @@ class Recorder:
         if self._cut is None:
             return None
         parts, self._parts = list(self._parts.values()), {}
-        tensors, rows, positions = [], [], []
         names, instants = self._axes(parts)
-        for part in parts:
-            positions.append(self._positions(part))
-            tensors.append(self._assembled(part, names, instants))
-            rows += part.rows
-        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         known = {row.index: row for row in described}
-        if len(names) == 1:
-            tensor = tensor.squeeze(1)
         cut = self._cut
         tokens = cut.tokens
-        return Activation(
-            self.name,
-            tensor,
-            tuple(known.get(row, Row(row)) for row in rows),
-            names,
-            instants,
-            cut.hw,
-            cut.heads,
-            None if tokens is None or tokens.dim() > 1 else tuple(tokens.tolist()),
-            None if any(each is None for each in positions) else torch.cat(positions),
-        )
+        found = []
+        for part in parts:
+            positions = self._positions(part)
+            tensor = self._assembled(part, names, instants)
+            found.append(
+                Activation(
+                    self.name,
+                    tensor.squeeze(1) if len(names) == 1 else tensor,
+                    tuple(known.get(row, Row(row)) for row in part.rows),
+                    names,
+                    instants,
+                    cut.hw,
+                    cut.heads,
+                    None if tokens is None or tokens.dim() > 1 else tuple(tokens.tolist()),
+                    positions,
+                )
+            )
+        return joined(found)
 
     def _positions(self, part: _Part) -> Tensor | None:
         """[rows, steps, tokens] own index of the tokens of one part, as far as there is one."""

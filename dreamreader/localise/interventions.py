@@ -151,4 +151,6 @@ def _in_window(found: Activation, cell: Cell, label: str) -> Activation:
         )
     steps = found.steps[kept[0] : kept[-1] + 1]
     tensor = found.tensor.narrow(found.axes.index("steps"), kept[0], len(steps))
-    return replace(found, tensor=tensor, steps=steps)
+    own = found.positions
+    positions = None if own is None else own.narrow(1, kept[0], len(steps))
+    return replace(found, tensor=tensor, steps=steps, positions=positions)

@@ -66,7 +66,7 @@ def patch_grid(
     if direction not in DIRECTIONS:
         raise UnknownName("direction", direction, DIRECTIONS)
     cells = resolved(reader, cells)
-    check_pairs(reader, clean, corrupted)
+    check_pairs(reader, clean, corrupted, cells, direction)
     donors, takers = (clean, corrupted) if direction == "restore" else (corrupted, clean)
     given = job(reader, donors, seeds, metric, batch_size, arguments)
     taking = job(reader, takers, seeds, metric, batch_size, arguments)

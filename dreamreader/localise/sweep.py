@@ -162,22 +162,39 @@ def _ordered(names: set[str] | None) -> tuple[str, ...] | None:
     return None if names is None else tuple(sorted(names))
 
 
-def check_pairs(reader: "Reader", clean: Any, corrupted: Any) -> None:
-    """Refuse prompts that are no pairs, or whose tokens in a language model do not line up."""
+def check_pairs(
+    reader: "Reader",
+    clean: Any,
+    corrupted: Any,
+    cells: Sequence[Cell] = (),
+    direction: str = "restore",
+) -> None:
+    """Refuse prompts that are no pairs, and tokens of a language model without a counterpart.
+
+    Token i of the prompt that gives goes to token i of the one that takes. Where a cell names its
+    tokens, the run tells whether each of them is there.
+    """
     sides = [[each] if isinstance(each, str) else list(each) for each in (clean, corrupted)]
     if len(sides[0]) != len(sides[1]):
         raise InvalidInput(
             f"pairs: {len(sides[0])} clean prompts and {len(sides[1])} corrupted ones; each clean "
             "prompt needs its corrupted one"
         )
-    if hasattr(reader.subject, "components") or reader.tokenizer is None:
+    if reader._subject.kind != "language" or reader.tokenizer is None:
         return
-    for number, (one, other) in enumerate(zip(*sides, strict=True)):
-        a, b = map(len, tokenize(reader, [one, other])[0])
-        if a != b:
+    if all(cell.tokens is not None for cell in cells):
+        return
+    names = ["clean", "corrupted"]
+    if direction == "corrupt":
+        names, sides = names[::-1], sides[::-1]
+    for number, (gives, takes) in enumerate(zip(*sides, strict=True)):
+        has, wants = map(len, tokenize(reader, [gives, takes])[0])
+        if has < wants:
+            which = f"token {has}" if wants == has + 1 else f"tokens {has} .. {wants - 1}"
             raise InvalidInput(
-                f"pair {number}: the clean prompt has {a} tokens, the corrupted one {b}; values "
-                f"go from position to position, so both need as many ({one!r}, {other!r})"
+                f"pair {number}: {which} of the {names[1]} prompt {takes!r} would take the values "
+                f"of the same of the {names[0]} prompt {gives!r}, which has {has} tokens; give "
+                "cells of tokens that both have, or prompts with as many"
             )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamreader.errors import UnknownName
+from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.probes.card import Card
 from dreamreader.probes.controls import controls as measured_controls
 from dreamreader.probes.labels import Targets, encoded
@@ -136,21 +136,32 @@ def _problem(
     goal: Objective,
     recipe: Recipe,
 ) -> Problem:
-    """Rows of each step side by side, or of all steps one below the other; tokens as rows."""
-    values = rows.values.detach()  # [rows, steps, tokens, features]
+    """Rows of each step side by side, or of all steps one below the other; tokens as rows.
+
+    Padding is left out.
+    """
+    values, real = rows.values.detach(), rows.each  # [rows, steps, tokens, features]
     _, steps, tokens, _ = values.shape
     device = values.device
     apart = per_step == "each" and bool(rows.steps)
     if apart:
-        x, repeats = values.transpose(0, 1).flatten(1, 2), tokens
+        if not bool((real == real[:, :1]).all()):
+            raise InvalidInput(
+                f"{rows.site}: padding is at other tokens from step to step; record one token of "
+                "each, or fit with per_step='shared'"
+            )
+        x, repeats, kept = values.transpose(0, 1).flatten(1, 2), tokens, real[:, 0].flatten()
         fraction = torch.zeros(x.shape[1], device=device)
     else:
-        x, repeats = values.flatten(0, 2).unsqueeze(0), steps * tokens
+        x, repeats, kept = values.flatten(0, 2).unsqueeze(0), steps * tokens, real.flatten()
         fraction = torch.tensor(rows.fractions, device=device).repeat_interleave(tokens)
         fraction = fraction.repeat(len(values))
     targets, part, group = (
         each.to(device).repeat_interleave(repeats, 0) for each in (targets, part, group)
     )
+    if rows.real is not None:
+        x, fraction = x[:, kept], fraction[kept]
+        targets, part, group = targets[kept], part[kept], group[kept]
     noisy = per_step == "noise"
     own = rows.steps if apart else None
     return Problem(x, targets, fraction, part, group, goal, noisy, recipe, own)

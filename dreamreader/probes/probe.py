@@ -1,5 +1,6 @@
 """Probe: a trained classifier or regressor of a site's activations, and what it was trained on."""
 
+import math
 import os
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,7 @@ class Probe:
         Args:
             x: raw rows [..., features] (for the pool `flat` all tokens side by side); or a
                 recording of its site, which brings its steps: then [rows, steps, outputs], for the
-                pool `token` [rows, steps, tokens, outputs].
+                pool `token` [rows, steps, tokens, outputs], NaN at padding.
             step: of a tensor's rows, where the probe has a perceptron for each.
             fraction: share of the trajectory done, where it hears of the noise level; a number, or
                 a tensor that broadcasts to the rows.
@@ -133,7 +134,8 @@ class Probe:
     ) -> Any:
         """Names of the likeliest class, nested like the rows; by attribute where there are several.
 
-        Of a multilabel task the set of labels of each row; of a regression the numbers.
+        Of a multilabel task the set of labels of each row; of a regression the numbers. None, or
+        NaN, at padding.
 
         Args:
             x, step, fraction: as in `logits`.
@@ -142,13 +144,12 @@ class Probe:
         if self.task.kind == "regress":
             return found
         if self.task.kind == "multilabel":
-            return _named((found > 0).tolist(), self._set)
-        told = {
-            attribute: _named(
-                found[..., part].argmax(-1).tolist(), self.task.classes[attribute].__getitem__
-            )
-            for attribute, part in self.task.parts.items()
-        }
+            return _named(found.tolist(), self._set)
+        told = {}
+        for attribute, part in self.task.parts.items():
+            own, names = found[..., part], self.task.classes[attribute]
+            likeliest = torch.where(own.isnan().any(-1), len(names), own.argmax(-1))
+            told[attribute] = _named(likeliest.tolist(), (*names, None).__getitem__)
         return told[""] if list(told) == [""] else told
 
     def guidance(
@@ -223,15 +224,19 @@ class Probe:
             read(rows.values[:, n], at, rows.fractions[n] if self.hears_noise else None)
             for n, at in enumerate(steps)
         ]
-        return torch.stack(each, 1)
+        found = torch.stack(each, 1)
+        real = rows.real
+        return found if real is None else torch.where(real[..., None], found, torch.nan)
 
-    def _set(self, flags: list[bool]) -> set[str]:
-        return {name for name, on in zip(self.labels, flags, strict=True) if on}
+    def _set(self, logits: list[float]) -> set[str] | None:
+        if any(map(math.isnan, logits)):
+            return None
+        return {name for name, each in zip(self.labels, logits, strict=True) if each > 0}
 
 
 def _named(values: Any, name: Any) -> Any:
     """A nest of lists with its innermost entries named."""
-    if isinstance(values, list) and not (values and isinstance(values[0], bool)):
+    if isinstance(values, list) and not (values and isinstance(values[0], float)):
         return [_named(each, name) for each in values]
     return name(values)
 

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dreamreader.engine.cache import Activation
-from dreamreader.engine.recorded import of_tensor, one_branch
+from dreamreader.engine.recorded import of_tensor, one_branch, token_means
 from dreamreader.errors import InvalidInput, UnknownName
 
 Recorded = Activation | Mapping[str, Activation] | Mapping[str, Tensor] | Tensor
@@ -21,11 +21,12 @@ class Rows:
     """The values of one site.
 
     Attributes:
-        values: [rows, steps, tokens, features], one token where tokens are pooled.
+        values: [rows, steps, tokens, features], one token where tokens are pooled; 0 at padding.
         site, branch: None where tensors came without a name.
         steps: index of each step; () where the rows have no steps of a run.
         fractions: share of the trajectory done at each step.
         prompts: of the rows, where all are known.
+        real: [rows, steps, tokens] bool, which tokens are no padding; None: all.
     """
 
     values: Float[Tensor, "rows steps tokens features"]
@@ -34,6 +35,13 @@ class Rows:
     steps: tuple[int, ...]
     fractions: tuple[float, ...]
     prompts: tuple[str, ...] | None
+    real: Bool[Tensor, "rows steps tokens"] | None = None
+
+    @property
+    def each(self) -> Bool[Tensor, "rows steps tokens"]:
+        """`real`, also where it is all."""
+        whole = torch.ones(self.values.shape[:3], dtype=torch.bool, device=self.values.device)
+        return whole if self.real is None else self.real
 
 
 def rows_of(recorded: Recorded, pool: str) -> Rows:
@@ -43,12 +51,12 @@ def rows_of(recorded: Recorded, pool: str) -> Rows:
         recorded: an activation, a cache or mapping with one site, or a tensor: [rows, features],
             [rows, steps, features] or [rows, steps, tokens, features].
         pool: `mean` over tokens, `token` for each token as a row of its own, `flat` for all tokens
-            side by side.
+            side by side. Padding is no token.
 
     Raises:
         UnknownName: of the pool.
-        InvalidInput: several sites or branches, a shape that is none of these, or values that are
-            not finite.
+        InvalidInput: several sites or branches, a shape that is none of these, values that are
+            not finite, a row of padding alone, or `flat` of rows with different numbers of tokens.
     """
     if pool not in POOLS:
         raise UnknownName("pool of a probe", pool, POOLS)
@@ -68,13 +76,23 @@ def rows_of(recorded: Recorded, pool: str) -> Rows:
             f"{label}: {len(wrong)} of {len(rows.values)} rows have values that are not finite, "
             f"the first is row {int(wrong[0])}"
         )
-    return Rows(pooled(rows.values, pool), *list(vars(rows).values())[1:])
+    if rows.real is None or pool == "token":
+        return replace(rows, values=pooled(rows.values, pool))
+    if pool == "mean":
+        assert isinstance(found, Activation)
+        means = token_means(label, found)[:, _first_evaluations(found)]
+        return replace(rows, values=means.float().unsqueeze(2), real=None)
+    least, most = (int(each) for each in rows.real.sum(2).aminmax())
+    raise InvalidInput(
+        f"{label}: the rows have {least} to {most} tokens, and pool 'flat' reads as many of each "
+        "side by side; record as many with tokens=, or take pool 'mean' or 'token'"
+    )
 
 
 def pooled(
     values: Float[Tensor, "rows steps tokens features"], pool: str
 ) -> Float[Tensor, "rows steps pooled features"]:
-    """The values as a probe with this pool reads them, in float32."""
+    """Values without padding as a probe with this pool reads them, in float32."""
     if pool == "mean":
         return values.mean(2, keepdim=True, dtype=torch.float32)
     return (values.flatten(2).unsqueeze(2) if pool == "flat" else values).float()
@@ -100,13 +118,20 @@ def _of_activation(site: str, found: Activation) -> Rows:
     steps = tuple(moment.step for moment in moments)
     if len(steps) == 1 and math.isnan(moments[0].timestep):
         steps = ()  # outside of the denoising, such as a text encoder or a prompt
-    # A second-order solver evaluates a step twice; its first evaluation has the step's noise level.
-    first = (
-        [n for n, moment in enumerate(moments) if steps.index(moment.step) == n] if steps else []
-    )
+    first, padding = _first_evaluations(found), found.padding
+    real = None if padding is None else ~padding.to(values.device)
     if len(first) < len(steps):
         values, steps = values[:, first], tuple(steps[n] for n in first)
+        real = None if real is None else real[:, first]
+    if real is not None:
+        values = torch.where(real[..., None], values, 0)
     shares = tuple(moments[n].fraction for n in first) if steps else (0.0,)
     prompts = tuple(row.prompt for row in found.rows)
     known = None if None in prompts else prompts
-    return Rows(values, site, found.branches[0], steps, shares, known)  # pyright: ignore
+    return Rows(values, site, found.branches[0], steps, shares, known, real)  # pyright: ignore
+
+
+def _first_evaluations(found: Activation) -> list[int]:
+    """Of every step the first: a second-order solver evaluates one twice, and not at its noise."""
+    steps = [moment.step for moment in found.steps]
+    return [n for n, step in enumerate(steps) if steps.index(step) == n]

@@ -97,7 +97,8 @@ class ActivationMatch(Loss):
     """Edited activations of the base against those of the teacher, each site by itself.
 
     Formula: sum over sites of mean (Phi(h_base) - h_teacher)^2 / mean (h_base - h_teacher)^2, so
-    that sites weigh alike and 1 is no edit at all.
+    that sites weigh alike and 1 is no edit at all. Each row has the mean over its own tokens, so
+    that rows weigh alike, too.
 
     Args:
         pairs: recorded activations.
@@ -133,7 +134,13 @@ class ActivationMatch(Loss):
                 self._of(values, site, batch, device)
                 for values in (self.pairs.base, self.pairs.teacher)
             )
-            found[site] = (adapter(base, steps) - teacher).square().mean() / self.scales[site]
+            apart = (adapter(base, steps) - teacher).square()
+            if self.pairs.counts is None:
+                mean = apart.mean()
+            else:
+                weights = self.pairs.token_weights(site, batch.rows).to(apart)
+                mean = (apart.mean(2) * weights).sum(1).mean()
+            found[site] = mean / self.scales[site]
         return found
 
     def _of(
@@ -187,13 +194,13 @@ class Together(Loss):
 
 def keep_activations(pairs: Pairs, like: ActivationMatch) -> ActivationMatch:
     """The loss that leaves the base of `pairs` as it is, on the scale of another."""
-    return ActivationMatch(Pairs(pairs.base, pairs.base, pairs.steps), like.scales)
+    return ActivationMatch(Pairs(pairs.base, pairs.base, pairs.steps, pairs.counts), like.scales)
 
 
 def _distance(pairs: Pairs, site: str) -> float:
-    """mean (h_base - h_teacher)^2, without a copy of all of them."""
-    total, count = 0.0, 0
-    for base, teacher in zip(pairs.base[site], pairs.teacher[site], strict=True):
-        total += float((base.double() - teacher.double()).square().sum())
-        count += base.numel()
-    return total / count
+    """mean (h_base - h_teacher)^2, each row over its own tokens, without a copy of all of them."""
+    total = 0.0
+    for row, (base, teacher) in enumerate(zip(pairs.base[site], pairs.teacher[site], strict=True)):
+        apart = (base.double() - teacher.double()).square().mean((0, 2))  # [tokens]
+        total += float((apart * pairs.token_weights(site, torch.tensor([row]))[0].to(apart)).sum())
+    return total / pairs.rows

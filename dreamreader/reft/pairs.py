@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dreamreader.engine import Cache, Reader, Record
-from dreamreader.engine.prompts import check_lengths
+from dreamreader.engine.firing import ranges
+from dreamreader.engine.prompts import tokenize
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.reft.calls import Calls, record_calls, row_seeds
 
@@ -25,11 +26,13 @@ class Pairs:
     Attributes:
         base, teacher: by site, [rows, calls, tokens, features].
         steps: the scheduler's step of each call; None where there are no steps.
+        counts: by site, [rows] how many tokens a row has, the first ones; all where None.
     """
 
     base: dict[str, Tensor]
     teacher: dict[str, Tensor]
     steps: tuple[int, ...] | None
+    counts: dict[str, Tensor] | None = None
 
     def __post_init__(self):
         for site, values in self.base.items():
@@ -48,6 +51,15 @@ class Pairs:
     def calls(self) -> int:
         return next(iter(self.base.values())).shape[1]
 
+    def token_weights(self, site: str, rows: Tensor) -> Tensor:
+        """[rows, tokens] float64: 1 / count at each of a row's tokens, 0 behind them."""
+        tokens = self.base[site].shape[2]
+        count = torch.full((len(rows),), tokens)
+        if self.counts is not None:
+            count = self.counts[site][rows]
+        count = count.unsqueeze(1)
+        return (torch.arange(tokens) < count) / count.double()
+
 
 def record_pairs(
     reader: Reader,
@@ -65,6 +77,9 @@ def record_pairs(
 ) -> Pairs:
     """Runs pairs of prompts and records the activations of both at the same places.
 
+    In a language model token i of the base belongs to token i of the teacher; where `tokens` are
+    chosen, the first of them to the first, and so on.
+
     Args:
         reader: of a pipeline or language model.
         base, teacher: prompts; row i of the teacher belongs to row i of the base.
@@ -74,14 +89,14 @@ def record_pairs(
             for both, so that a pair differs in the prompt alone; `own`: each its own, which drift
             apart with the steps.
         branch: guidance branch.
-        tokens: which tokens are recorded, as in `Record`; as many in both.
+        tokens: which tokens are recorded, as in `Record`; as many in all prompts.
         batch_size: rows computed together.
         memory: bytes of activations above which they go to a file without a name, in bfloat16.
         arguments: of the run.
 
     Raises:
-        InvalidInput: the prompts are not as many, or have different numbers of tokens where all
-            are recorded.
+        InvalidInput: the prompts are not as many, or a base has more tokens than its teacher where
+            all are recorded.
         UnknownName: there is no such trajectory, site or branch.
     """
     base, teacher = list(base), list(teacher)
@@ -92,11 +107,15 @@ def record_pairs(
     names = [name for each in listed for name in reader.sites(each).names]
     numbers = row_seeds(seeds, len(base))
     if not _in_denoiser(reader, names):
+        width = _longest(reader, base, teacher, tokens)
         first, second = (
-            _outside(reader, prompts, names, numbers, tokens, batch_size, memory, arguments)
+            _outside(reader, prompts, names, numbers, tokens, batch_size, memory, width, arguments)
             for prompts in (base, teacher)
         )
-        return Pairs(first, second, None)
+        counts = None if width is None else first.counts
+        if counts is not None:
+            _check_counts(counts, second.counts)
+        return Pairs(first.values, second.values, None, counts)
     one, other = (
         record_calls(reader, each, seeds=numbers, branch=branch, batch_size=batch_size, **arguments)
         for each in (base, teacher)
@@ -182,12 +201,11 @@ def _outside(
     tokens: Any,
     batch_size: int,
     memory: int,
+    width: int | None,
     arguments: dict[str, Any],
-) -> dict[str, Tensor]:
+) -> "_Shelf":
     """Activations of prompts outside a denoiser, by site [rows, 1, tokens, features]."""
-    if reader._subject.kind == "language" and tokens is None:
-        check_lengths(reader, list(prompts))
-    shelf = _Shelf(len(prompts), memory)
+    shelf = _Shelf(len(prompts), memory, width)
     asked = dict(arguments)
     if reader._subject.kind == "pipeline":
         asked |= {"num_inference_steps": 1, "output_type": "latent"}
@@ -197,19 +215,59 @@ def _outside(
         shelf.put(
             chosen, reader.run(prompts[part], record=records, seeds=seeds[part], **asked).cache
         )
-    return {site: value.unsqueeze(1) for site, value in shelf.values.items()}
+    shelf.values = {site: value.unsqueeze(1) for site, value in shelf.values.items()}
+    return shelf
+
+
+def _longest(
+    reader: Reader, base: Sequence[str], teacher: Sequence[str], tokens: Any
+) -> int | None:
+    """Tokens of the longest prompt, where all are recorded and some prompts have fewer."""
+    if reader._subject.kind != "language" or tokens is not None:
+        return None
+    counts = list(map(len, tokenize(reader, [*base, *teacher])[0]))
+    return max(counts) if min(counts) < max(counts) else None
+
+
+def _check_counts(base: dict[str, Tensor], teacher: dict[str, Tensor]) -> None:
+    """Refuse a token of the base that the teacher has not."""
+    for site, counts in base.items():
+        lacking = (counts > teacher[site]).nonzero().flatten().tolist()
+        if lacking:
+            row = lacking[0]
+            had, has = int(counts[row]), int(teacher[site][row])
+            raise InvalidInput(
+                f"pair {row} at {site}: tokens {ranges(range(has, had))} of the base have none in "
+                f"the teacher, which has {has} tokens; choose as many of each with tokens="
+            )
 
 
 class _Shelf:
-    """Rows of several sites, in memory or, where they are many, in a file."""
+    """Rows of several sites, in memory or, where they are many, in a file.
 
-    def __init__(self, count: int, memory: int):
+    Args:
+        width: tokens of a row, where rows have different numbers: then they begin with their first
+            and end with zeros.
+
+    Attributes:
+        counts: by site, [rows] own tokens of each row, where there is a width.
+    """
+
+    def __init__(self, count: int, memory: int, width: int | None = None):
         self.count = count
         self.memory = memory
+        self.width = width
         self.values: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
 
     def put(self, rows: Tensor, cache: Cache) -> None:
         found = {site: _plain(each.tensor, each.heads) for site, each in cache.items()}
+        if self.width is not None:
+            for site, each in cache.items():
+                found[site] = self._aligned(site, found[site], each.positions)
+                counts = self.counts.setdefault(site, torch.zeros(self.count, dtype=torch.int64))
+                assert each.positions is not None
+                counts[rows] = (each.positions[:, 0] >= 0).sum(1)
         if not self.values:
             bytes_ = sum(each[0].numel() * each.element_size() for each in found.values())
             make = _in_file if 2 * bytes_ * self.count > self.memory else torch.empty
@@ -222,6 +280,20 @@ class _Shelf:
                     "tokens; choose as many of each with tokens="
                 )
             self.values[site][rows] = value.to(self.values[site].dtype)
+
+    def _aligned(self, site: str, values: Tensor, positions: Tensor | None) -> Tensor:
+        """[rows, width, features] with each token at its own index, without padding."""
+        assert self.width is not None
+        if positions is None or values.dim() != 3 or int(positions.max()) >= self.width:
+            raise InvalidInput(
+                f"{site}: which tokens of prompts of different length belong together is unknown; "
+                "choose as many of each with tokens="
+            )
+        own = positions[:, 0]
+        out = values.new_zeros(len(values), self.width, values.shape[2])
+        row, column = (own >= 0).nonzero(as_tuple=True)
+        out[row, own[row, column]] = values[row, column]
+        return out
 
 
 def _made(make: Callable[..., Tensor], count: int, like: Tensor) -> Tensor:

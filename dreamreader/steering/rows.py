@@ -65,10 +65,10 @@ def _site(site: str, found: Activation | Tensor, shared: bool) -> SiteRows:
     tokens = values.shape[2]
     if tokens == 0 or values.shape[1] == 0 or values.shape[3] == 0:
         raise InvalidInput(f"{site}: {list(values.shape)} holds no values")
-    if tokens == 1:
+    named = isinstance(found, Activation)
+    if tokens == 1 and not (named and found.padding is not None):
         rows = values[:, :, 0]  # a view: a million rows are read once, by the sums
     else:
-        named = isinstance(found, Activation)
         rows = token_means(site, found) if named else values.double().mean(2)
     if isinstance(found, Activation) and found.positions is not None:
         tokens = None

@@ -34,7 +34,8 @@ class Prompted:
 
     Raises:
         UnknownName: the data have no such column.
-        InvalidInput: all tokens of a language model's prompts are meant, which are not as many.
+        InvalidInput: a probe reads all tokens of a language model's prompts side by side, which
+            are not as many.
     """
 
     def __init__(self, spec: "ProbeSpec", reader: "Reader | None" = None):
@@ -45,7 +46,7 @@ class Prompted:
         if not from_detector(spec.labels):
             self.columns  # noqa: B018  a wrong column is told before the model is opened
         self.reader = padded(reader or opened(spec.subject))
-        if is_language(self.reader) and spec.tokens is None:
+        if is_language(self.reader) and spec.tokens is None and spec.probe.pool == "flat":
             check_lengths(self.reader, [item.prompt for item in self.items])
 
     @property
@@ -201,7 +202,9 @@ class Prompted:
             return torch.zeros(0, 1), targets[:0]
         told = probe.probabilities(found.select(rows=apart))  # [rows, steps, (tokens), outputs]
         repeats = told[0, ..., 0].numel()
-        return told.flatten(0, -2), targets[apart].repeat_interleave(repeats, 0)
+        told, targets = told.flatten(0, -2), targets[apart].repeat_interleave(repeats, 0)
+        real = ~told.isnan().any(-1)  # padding has none
+        return told[real], targets[real.to(targets.device)]
 
     def _row_bytes(self) -> int:
         changes: dict[str, Any] = dict(self.settings)

@@ -7,9 +7,9 @@ import pytest
 import tiny
 import torch
 
-from dreamreader.engine import Reader, RunResult
+from dreamreader.engine import Reader, Record, RunResult
 from dreamreader.errors import InvalidInput
-from dreamreader.localise import grid, patch_grid
+from dreamreader.localise import Cell, grid, patch_edits, patch_grid
 
 CLEAN, CORRUPTED = ["a red cat", "a dog on a red tree"], ["a blue cat", "a cat on a red tree"]
 ANSWERS = torch.tensor([[40, 41], [50, 60]])  # (right, wrong) token of each pair
@@ -88,7 +88,49 @@ def test_heads_of_a_language_model(reader: Reader) -> None:
     assert (np.abs(found.values - found.base).max(1) > 1e-5).all()
 
 
-def test_prompts_whose_tokens_do_not_line_up_are_refused(reader: Reader) -> None:
+LONGER = "a dog on a red tree"
+
+
+@pytest.mark.parametrize("direction", ["restore", "corrupt"])
+def test_prompts_of_unequal_length_are_patched_token_by_token(reader: Reader, direction) -> None:
+    clean, corrupted = [LONGER, "a red cat"], ["a blue cat", "a cat"]
+    if direction == "corrupt":  # what gives has the tokens of what takes
+        clean, corrupted = corrupted, clean
     cells = grid(reader, "transformer.h.*")
-    with pytest.raises(InvalidInput, match="pair 1: the clean prompt has [0-9]+ tokens, the corr"):
-        patch_grid(reader, CLEAN, [CORRUPTED[0], "a cat"], cells, metric=logit_difference)
+    asked = {"metric": logit_difference, "direction": direction}
+    found = patch_grid(reader, clean, corrupted, cells, **asked)
+    for pair in range(2):  # alone nothing is padded
+
+        def one(result: RunResult, pair: int = pair) -> torch.Tensor:
+            last = result.output.logits[:, -1]
+            return last[:, ANSWERS[pair, 0]] - last[:, ANSWERS[pair, 1]]
+
+        alone = patch_grid(
+            reader, [clean[pair]], [corrupted[pair]], cells, metric=one, direction=direction
+        )
+        np.testing.assert_allclose(found.values[:, pair], alone.values[:, 0], rtol=1e-3, atol=1e-4)
+        assert np.abs(alone.values - alone.base).max() > 1e-3
+
+
+def test_tokens_without_a_counterpart_are_refused_by_name(reader: Reader) -> None:
+    cells = grid(reader, "transformer.h.*")
+    lacking = "pair 1: tokens [0-9]+ .. [0-9]+ of the corrupted prompt 'a cat on a red tree' would"
+    with pytest.raises(InvalidInput, match=lacking):
+        patch_grid(reader, [CLEAN[0], "a cat"], CORRUPTED, cells, metric=logit_difference)
+    chosen = grid(reader, "transformer.h.1", tokens=[0, 1, -1])
+    first = patch_grid(reader, [CLEAN[0], "a cat"], CORRUPTED, chosen[:2], metric=logit_difference)
+    assert np.isfinite(first.values).all()
+    with pytest.raises(InvalidInput, match="tokens [0-9]+ of row 1 are edited, the source has"):
+        patch_grid(reader, [CLEAN[0], "a cat"], CORRUPTED, chosen[2:], metric=logit_difference)
+
+
+def test_a_window_of_generated_steps_keeps_the_tokens_of_its_steps(reader: Reader) -> None:
+    site = "transformer.h.1"
+    asked = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    record = Record(site, steps=slice(1, None))
+    plain = reader.run(CLEAN, record=record, **asked)
+    edits = patch_edits([Cell("late", site, steps=(2, 4))] * 2, plain.cache)
+    found = reader.run(CLEAN, edits=edits, record=record, **asked)
+    assert sorted(found.firing[0].steps) == [2, 3]  # with positions of step 1 it would be refused
+    assert torch.equal(found.cache[site].tensor, plain.cache[site].tensor)
+    assert torch.equal(found.cache[site].positions, plain.cache[site].positions)

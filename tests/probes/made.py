@@ -37,3 +37,20 @@ def shifting(rows: int = 200, steps: int = 6, seed: int = 0) -> tuple[Tensor, Te
     x = torch.randn(rows, steps, 2, generator=g)
     x[..., 0] += 4.0 * torch.arange(steps) + (3.0 * (2 * y - 1))[:, None]
     return x, y
+
+
+def padded(rows: int) -> tuple[Activation, list[Tensor]]:
+    """A recorded text whose rows have 2 to 4 tokens, padded in front, and each row's tokens."""
+    x, y = blobs(4 * rows)
+    x = x[y.argsort(stable=True)].reshape(3, -1, 8)  # by class
+    lengths = [2 + n // 3 % 3 for n in range(rows)]
+    each = [x[n % 3, 4 * (n // 3) :][:length] for n, length in enumerate(lengths)]
+    values = torch.full((rows, 1, 4, 8), torch.nan)
+    own = torch.full((rows, 1, 4), -1)
+    for row, tokens in enumerate(each):
+        values[row, 0, 4 - len(tokens) :] = tokens
+        own[row, 0, 4 - len(tokens) :] = torch.arange(len(tokens))
+    moments = (Instant(0, float("nan"), None, float("nan"), 0),)
+    numbered = tuple(Row(n) for n in range(rows))
+    found = Activation("model.layers.1", values, numbered, ("cond",), moments, positions=own)
+    return found, each

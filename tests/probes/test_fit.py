@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from probes.made import SITE, activation, blobs, shifting
+from probes.made import SITE, activation, blobs, padded, shifting
 
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.probes import Probe, fit
@@ -336,3 +336,50 @@ def test_a_probe_writes_the_edit_that_it_guides():
     assert edit == same
     with pytest.raises(UnknownName, match="'d'"):
         probe.guidance(target="d")
+
+
+def test_padding_is_no_row_and_no_part_of_a_mean():
+    """Rows of 2 to 4 tokens, with what is not finite before them."""
+    found, each = padded(60)
+    y = torch.arange(60) % 3
+    mean = fit(found, y, hidden=(), **QUICK)
+    own = torch.stack([row.mean(0) for row in each])
+    wanted = fit(own, y, hidden=(), **QUICK).mlps[0]
+    torch.testing.assert_close(mean.mlps[0].weights, wanted.weights, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mean.logits(found)[:, 0], mean.logits(own))
+    assert mean.predict(found) == [[label] for label in mean.predict(own)]
+    # every token with its row's label; rows are the groups
+    tokens = fit(found, y, hidden=(), pool="token", **QUICK)
+    lengths = [len(row) for row in each]
+    group = torch.arange(60).repeat_interleave(torch.tensor(lengths))
+    part = dealt(torch.arange(60), y[:, None], 5, 0)
+    plain = rows_of(found, "token")
+    assert int(plain.real.sum()) == sum(lengths) and bool(plain.values.isfinite().all())
+    made = _problem_rows(found, y)
+    assert torch.equal(made.x[0], torch.cat(each)) and torch.equal(made.group, group)
+    assert torch.equal(made.targets[:, 0], y[group]) and torch.equal(made.part, part[group])
+    logits = tokens.logits(found)[:, 0]
+    told = tokens.predict(found)
+    for row, values in enumerate(each):
+        torch.testing.assert_close(logits[row, 4 - len(values) :], tokens.logits(values))
+        assert bool(logits[row, : 4 - len(values)].isnan().all())
+        assert told[row][0] == [None] * (4 - len(values)) + tokens.predict(values)
+    with pytest.raises(InvalidInput, match="the rows have 2 to 4 tokens, and pool 'flat' reads as"):
+        fit(found, y, pool="flat", **QUICK)
+    many = fit(found, [{"a"} if n % 2 else {"b"} for n in y], task="multilabel", pool="token",
+               **QUICK)  # fmt: skip
+    assert many.predict(found)[0][0][:2] == [None, None]
+
+
+def _problem_rows(found, y):
+    from dreamreader.probes.fit import _problem
+    from dreamreader.probes.labels import encoded
+    from dreamreader.probes.objective import counted, objective
+    from dreamreader.probes.train import Recipe
+
+    told, targets = encoded(y, "classify", None, len(y))
+    group = torch.arange(len(y))
+    part = dealt(group, targets, 5, 0)
+    goal = objective(told, "softmax", None, counted(told, targets))
+    recipe = Recipe((), "relu", 1, 1, 1e-3, 64, 0)
+    return _problem(rows_of(found, "token"), targets, part, group, "shared", goal, recipe)

@@ -7,7 +7,15 @@ from reft.subjects import BASE, LAYER, SITES, TEACHER, language, pairs, pipeline
 
 from dreamreader.engine import Reader, Record
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.reft import Pairs, record_calls, record_pairs
+from dreamreader.reft import (
+    ActivationMatch,
+    Batch,
+    Pairs,
+    Reft,
+    keep_activations,
+    record_calls,
+    record_pairs,
+)
 
 RECORDS = [Record(site, branch="cond") for site in SITES]
 
@@ -90,7 +98,53 @@ def test_wrong_inputs_say_what_is_wrong():
         record_calls(pipeline(), BASE, seeds=[1, 2, 3], **settings())
     with pytest.raises(InvalidInput, match="calls of a denoiser need a pipeline"):
         record_calls(language(), BASE)
-    with pytest.raises(InvalidInput, match="prompts have 2 to 3 tokens, and padding would count"):
-        record_pairs(language(), ["a dog", "a red cat"], ["a cat", "a red dog"], LAYER)
+    lacking = (
+        r"pair 1 at model.layers.1: tokens 2 of the base have none in the teacher, which has 2"
+    )
+    with pytest.raises(InvalidInput, match=lacking):
+        record_pairs(language(), ["a dog", "a red cat"], ["a cat", "a dog"], LAYER)
     with pytest.raises(InvalidInput, match=r"0: pairs need equal shapes, base .*, teacher nothing"):
         Pairs({"0": torch.zeros(1, 1, 1, 2)}, {}, None)
+
+
+UNEQUAL = ["a dog", "a red cat on a tree", "a blue house"], ["a cat", "a red dog on a tree", "the "
+           "red house on a tree"]  # fmt: skip
+
+
+def test_tokens_of_unequal_prompts_are_paired_by_their_index():
+    asked = (language(), *UNEQUAL, LAYER)
+    found, split = (record_pairs(*asked, batch_size=size) for size in (3, 1))
+    assert found.counts is not None and split.counts is not None
+    for row, prompts in enumerate(zip(*UNEQUAL, strict=True)):
+        base, teacher = (
+            language().run(each, record=LAYER).cache[LAYER].tensor[0, 0] for each in prompts
+        )
+        for each in (found, split):
+            count = int(each.counts[LAYER][row])
+            assert count == len(base) <= len(teacher)
+            pairs = (each.base, base), (each.teacher, teacher[:count])
+            for got, wanted in pairs:
+                torch.testing.assert_close(got[LAYER][row, 0, :count], wanted, rtol=1e-4, atol=1e-5)
+    few = record_pairs(*asked, memory=0)
+    assert few.base[LAYER].dtype == torch.bfloat16
+    torch.testing.assert_close(few.base[LAYER], found.base[LAYER].bfloat16())
+
+
+def test_the_loss_of_unequal_pairs_is_the_mean_of_that_of_each():
+    reader, rows = language(), torch.arange(3)
+    first = Batch(rows, torch.zeros(3).long(), 0)
+    reft = Reft.for_sites(reader, LAYER, 4, init="pyreft")
+    whole = ActivationMatch(record_pairs(reader, *UNEQUAL, LAYER))
+    own = [
+        ActivationMatch(record_pairs(reader, [base], [teacher], LAYER), {LAYER: 1.0})
+        for base, teacher in zip(*UNEQUAL, strict=True)
+    ]
+    each = [loss.terms(reft, Batch(rows[:1], rows[:1], 0))[LAYER] for loss in own]
+    found = whole.terms(reft, first)[LAYER]
+    wanted = torch.stack(each).mean() / whole.scales[LAYER]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    none = Reft.for_sites(reader, LAYER, variant="bias")  # adds 0
+    unedited = whole.terms(none, first)[LAYER]
+    assert float(unedited.detach()) == pytest.approx(1, rel=1e-4)
+    kept = keep_activations(record_pairs(reader, UNEQUAL[0], UNEQUAL[0], LAYER), whole)
+    assert float(kept.terms(none, first)[LAYER].detach()) == 0

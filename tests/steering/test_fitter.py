@@ -4,9 +4,11 @@ import math
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from steering.recorded import SITE, activation, cosine, gaussian
 
+from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.steering import Fitter, fit, fit_pairs
 from dreamreader.steering.evidence import auc
@@ -239,6 +241,22 @@ def test_one_label_alone_has_no_direction():
         Fitter(steps="all")
     with pytest.raises(UnknownName, match="unknown site 'x'"):
         fitter.mean("x", "a")
+
+
+def test_prompts_of_unequal_length_give_the_direction_of_each_alone():
+    reader = Reader(*tiny.language_model("gpt2"))
+    prompts = ["a cat", "a red dog on a tree", "the blue cat", "a dog", "a red house", "the tree"]
+    labels, site = ["x", "y"] * 3, "transformer.h.1"
+    together, apart = Fitter(), Fitter()
+    cache = reader.run(prompts, record=site).cache
+    assert cache[site].padding is not None
+    together.add(cache, labels)
+    for prompt, label in zip(prompts, labels, strict=True):
+        apart.add(reader.run(prompt, record=site).cache, [label])
+    found, wanted = (each.fit("x", "y", norm="channel").vectors[site] for each in (together, apart))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    with pytest.raises(InvalidInput, match="row 0 has nothing but padding"):
+        Fitter().add(cache.select(tokens=[0]), labels)
 
 
 @pytest.mark.parametrize("method", ["pca", "logistic", "lda"])

@@ -1,6 +1,7 @@
 """Probes from specs: rows of prompts and of stores, labels of columns and of pictures."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +160,30 @@ def test_a_language_model(language, tmp_path: Path):
 def test_padding_of_shorter_prompts_is_no_part_of_a_mean(language, tmp_path: Path):
     rows = [{"prompt": each, "animal": each.split()[-1]} for each in ("the fox", "a big red tree")]
     asked = {"name": "a", "reader": language, "data": {"prompts": rows}, "labels": "animal"}
-    job = ProbeJob(**asked, sites="transformer.h.1")
+    asked["sites"] = "transformer.h.1"
     with pytest.raises(InvalidInput, match="prompts have 5 to 6 tokens, and padding would count"):
-        job.run(tmp_path)
-    assert "rows    2" in ProbeJob(**asked, sites="transformer.h.1", tokens=-1).plan()
+        ProbeJob(**asked, probe={"pool": "flat"}).run(tmp_path)
+    for given in ({"tokens": -1}, {"probe": {"pool": "mean"}}, {"probe": {"pool": "token"}}):
+        assert "rows    2" in ProbeJob(**asked, **given).plan()
+
+
+@pytest.mark.parametrize("pool", ["mean", "token"])
+def test_a_language_model_with_prompts_of_unequal_length(language, pool: str, tmp_path: Path):
+    rows = [
+        {"prompt": f"the {size} {animal}", "animal": animal}
+        for size in ("red", "very very red", "old", "wet", "dry", "fat", "shy and sad", "tall")
+        for animal in ("tree", "fox")
+    ]
+    recipe = {**PROBES["probe"], "per_step": "shared", "pool": pool, "epochs": 60, "holdout": 4}
+    found = {}
+    for size in (1, 16):
+        asked = {"name": "animals", "reader": language, "data": {"prompts": rows}, "probe": recipe}
+        job = ProbeJob(**asked, labels="animal", sites="transformer.h.1", batch={"rows": size})
+        found[size] = job.run(tmp_path / str(size))["transformer.h.1"]
+    a, b = (each.mlps[0].weights[0] for each in found.values())
+    torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+    kept = notes(tmp_path / "16", "transformer.h.1")
+    assert all(math.isfinite(each) for line in kept["reliability"][""] for each in line)
 
 
 def test_a_store_gives_the_probe_of_its_rows(reader, tmp_path: Path):

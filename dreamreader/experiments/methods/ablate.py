@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from dreamreader.engine import Activation, Cache
+from dreamreader.engine import Cache
+from dreamreader.engine.recorded import joined, row_means
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.methods.base import Places, Table
 from dreamreader.experiments.methods.chunked import Chunked, others
@@ -141,7 +142,7 @@ class Ablate(Chunked, Places):
                 prompts, numbers = zip(*rows[start:stop], strict=True)
                 with job.uncounted():
                     result, _ = job.draw(prompts, numbers, record=wanted)
-                parts.append((stop - start, result.cache))
+                parts.append(result.cache)
             job.memory["reference"] = _together(parts, mean=self.ablation == "mean")
         return job.memory["reference"]
 
@@ -149,19 +150,8 @@ class Ablate(Chunked, Places):
         return grid_of(results, condition, self.effect, self.base, None, self.floor)
 
 
-def _together(parts: Sequence[tuple[int, Cache]], mean: bool) -> Cache:
-    """One cache of several; of means, weighted by rows, where only the mean is wanted."""
-    import torch
-
-    total = sum(count for count, _ in parts)
-    found: list[Activation] = []
-    for site, first in parts[0][1].items():
-        tensors = [cache[site].tensor for _, cache in parts]
-        if mean:
-            sums = [tensor.double().sum(0, keepdim=True) for tensor in tensors]
-            middle = (torch.stack(sums).sum(0) / total).to(first.tensor.dtype)
-            found.append(replace(first, tensor=middle, rows=first.rows[:1]))
-        else:
-            rows = tuple(row for _, cache in parts for row in cache[site].rows)
-            found.append(replace(first, tensor=torch.cat(tensors), rows=rows))
-    return Cache(found)
+def _together(parts: Sequence[Cache], mean: bool) -> Cache:
+    """One cache of several; of their mean over rows, where only this is wanted."""
+    sites = list(parts[0])
+    found = (joined([cache[site] for cache in parts]) for site in sites)
+    return Cache([row_means(each) if mean else each for each in found])

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from dreamreader.engine.prompts import tokenize
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.methods.base import Places, Table, counted
 from dreamreader.experiments.methods.chunked import Chunked, others
@@ -50,7 +51,11 @@ class Patching(Chunked):
 
     def check(self, job: "Job") -> None:
         targets, sources = [i.target for i in job.items], [i.prompt for i in job.items]
-        check_pairs(job.reader, targets, sources)
+        cells = self.cells(job)
+        check_pairs(job.reader, targets, sources, cells, self.direction)
+        if job.is_language and self.controls and any(cell.tokens is None for cell in cells):
+            takes = sources if self.direction == "restore" else targets
+            _check_control(list(map(len, tokenize(job.reader, list(map(str, takes)))[0])))
 
     def rows(self, job: "Job") -> list[Row]:
         cells = self.cells(job)
@@ -90,6 +95,16 @@ class Patching(Chunked):
         return list(patch_edits(cells, source, others(rows, source)))
 
 
+def _check_control(counts: Sequence[int]) -> None:
+    """Refuse prompts that would take the values of a shorter one."""
+    if min(counts) < max(counts):
+        raise InvalidInput(
+            f"method.controls: resampled gives each prompt the values of another one, token by "
+            f"token, and they have {min(counts)} to {max(counts)} tokens; give method.tokens that "
+            "all have, prompts with as many, or controls: []"
+        )
+
+
 class Patch(Patching, Places):
     """Patches every cell of a grid of sites, step windows, tokens and heads."""
 
@@ -99,8 +114,8 @@ class Patch(Patching, Places):
         return Places.cells(self, job)
 
     def check(self, job: "Job") -> None:
-        super().check(job)
         self.check_cells(job, 1 + len(self.controls))
+        super().check(job)
 
 
 class Windows(Patching):

@@ -141,12 +141,14 @@ def _told(reft: Reft, history: Any) -> dict[str, Any]:
 
 
 def _write(pairs: Pairs, file: Path) -> None:
-    """Differences of means over rows and tokens, for each call."""
+    """Differences of means over rows and their tokens, for each call."""
     from dreamreader._tensor_files import save_described
 
     found = {}
     for site, base in pairs.base.items():
-        off = (pairs.teacher[site].double() - base.double()).mean((0, 2)).float()  # [calls, width]
+        weights = pairs.token_weights(site, torch.arange(pairs.rows)) / pairs.rows  # [rows, tokens]
+        off = pairs.teacher[site].double() - base.double()
+        off = torch.einsum("rt,rctw->cw", weights.to(off), off).float()  # [calls, width]
         found[site] = off[0] if pairs.steps is None else _by_step(off, pairs.steps)
     save_described(file, "differences", found, {})
 

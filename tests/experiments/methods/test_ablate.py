@@ -1,11 +1,14 @@
 """Ablation in experiments gives the grid of `dreamreader.localise`."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from dreamreader.edits import Patch
+from dreamreader.edits import Ablate, Patch
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
+from dreamreader.experiments import Experiment
 from dreamreader.localise import Cell, Grid, ablate_grid, grid
 
 from ..conftest import PAIRS
@@ -170,3 +173,33 @@ def test_the_prompts_of_the_reference_are_part_of_the_fingerprint(experiment, tm
     path.write_text("a yellow cross\n")
     with pytest.raises(InvalidInput, match="holds another run: settings.inputs.reference was "):
         experiment(method=method).run(tmp_path / "run")
+
+
+def test_a_reference_of_unequal_prompts_is_averaged_token_by_token(language, tmp_path) -> None:
+    reference = ["a cat", "a red dog on a tree", "the blue cat"]
+    rows = [{"prompt": "a dog", "answer": 40, "wrong_answer": 41}]
+    found = []
+    for size in (1, 3):
+        job = Experiment(
+            name="mean",
+            reader=language,
+            data={"prompts": rows},
+            method={
+                "kind": "ablate",
+                "sites": "transformer.h.*",
+                "ablation": "mean",
+                "reference": {"prompts": [{"prompt": each} for each in reference]},
+                "random_sets": 0,
+            },
+            metrics=["logit_difference"],
+            batch={"rows": size},
+        ).run(tmp_path / str(size))
+        method: Any = job.spec.method
+        found.append(method.grid(job, "ablated").values)
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-3, atol=1e-4)
+    cells = grid(language, "transformer.h.*")
+    cache = language.run(reference, record=[cell.sites[0] for cell in cells]).cache
+    for cell, [value] in zip(cells, found[1], strict=True):
+        edit = Ablate(cell.sites, "mean", source=cache)
+        last = language.run("a dog", edits=edit).output.logits[0, -1]
+        assert value == pytest.approx(float(last[40] - last[41]), abs=1e-3)

@@ -165,6 +165,26 @@ def test_layer_by_position_of_a_language_model(language, tmp_path) -> None:
     assert not (tmp_path / "run" / "artifacts" / "images").exists()
 
 
+def test_pairs_of_unequal_length_need_tokens_that_all_have(language, tmp_path) -> None:
+    pairs = [
+        {"source": "a cat", "target": "a red cat", "answer": 40, "wrong_answer": 41},
+        {"source": "a red dog", "target": "a blue dog", "answer": 50, "wrong_answer": 60},
+    ]
+    asked: dict[str, Any] = {"name": "x", "reader": language, "data": {"pairs": pairs}}
+    asked |= {"metrics": ["logit_difference"]}
+    method: dict[str, Any] = {"kind": "patch", "sites": "transformer.h.1"}
+    with pytest.raises(
+        InvalidInput, match="method.controls: resampled gives .* they have [0-9]+ t"
+    ):
+        Experiment(**asked, method=method).plan()
+    with pytest.raises(InvalidInput, match="pair 0: tokens? [0-9 .]+ of the clean prompt 'a red c"):
+        Experiment(**asked, method={**method, "direction": "corrupt"}).plan()
+    for changes in ({"controls": []}, {"tokens": [0, 1]}):
+        results = Experiment(**asked, method={**method, **changes}).run(tmp_path / str(changes))
+        found: Any = results.spec.method
+        assert np.isfinite(found.grid(results, "patched").values).all()
+
+
 def test_what_patching_needs(experiment, language, tmp_path) -> None:
     with pytest.raises(InvalidInput, match="data, for method patch: entry '0' has no target prom"):
         experiment(method={"kind": "patch", "sites": SITES[1]}).plan()
