@@ -14,7 +14,9 @@ from dreamreader.engine.threads import Owner
 from dreamreader.engine.token_layout import TokenLayout, real_tokens
 from dreamreader.errors import ClockUnknown
 
-_IDS = ("input_ids", "inputs", "decoder_input_ids")
+_IDS = ("input_ids", "inputs")
+_STATES = ("encoder_outputs", "input_features")
+_GIVEN = ("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_embeds")
 
 
 class GenerationListener(Protocol):
@@ -22,7 +24,7 @@ class GenerationListener(Protocol):
 
     def generation_began(self, arguments: Mapping[str, Any]) -> None: ...
     def generation_ended(self) -> None: ...
-    def inputs_prepared(self, arguments: Mapping[str, Any]) -> None: ...
+    def inputs_prepared(self, arguments: Mapping[str, Any], inputs: Any) -> None: ...
 
 
 @dataclass(eq=False)
@@ -36,6 +38,7 @@ class Generation:
             they are prepared.
         real: [rows, width] bool, False at padding; None where there is none; or why it is unknown.
         whole: tokens of the whole sequence at the call that is prepared.
+        expected: what that call is going to be given; any other call is none of its steps.
     """
 
     rows: int | None
@@ -44,20 +47,23 @@ class Generation:
     real: Tensor | None | ClockUnknown
     is_encoder_decoder: bool
     whole: int | None = None
+    expected: Tensor | None = None
     offset: int = 0
     has_mask: bool = False
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], is_encoder_decoder: bool) -> "Generation":
-        ids = next((v for k in _IDS[:2] if isinstance(v := arguments.get(k), Tensor)), None)
+        ids = next((v for k in _IDS if isinstance(v := arguments.get(k), Tensor)), None)
         embeds = arguments.get("inputs_embeds")
         given = ids if ids is not None and ids.shape[-1] else embeds
         rows = given.shape[0] if isinstance(given, Tensor) else None
         kept = ids if ids is not None and ids.dim() == 2 and ids.shape[1] else None
         if is_encoder_decoder:
-            start = arguments.get("decoder_input_ids")
-            width = start.shape[1] if isinstance(start, Tensor) and start.dim() == 2 else None
-            return cls(rows, kept, width, None, True)
+            if rows is None:
+                states = next((arguments.get(n) for n in _STATES if n in arguments), None)
+                states = states[0] if isinstance(states, tuple | list | Mapping) else states
+                rows = states.shape[0] if isinstance(states, Tensor) else None
+            return cls(rows, kept, None, None, True)  # the decoder's prompt is told at its call
         width = given.shape[1] if isinstance(given, Tensor) and given.dim() > 1 else None
         found = cls(rows, kept, width, None, False)
         if kept is None and isinstance(embeds, Tensor):
@@ -75,7 +81,9 @@ class Generation:
             self.whole = ids.shape[1] + self.offset
             if self.is_encoder_decoder and self.width is None:
                 self.width = ids.shape[1]
-        if self.has_mask or self.is_encoder_decoder or not isinstance(mask, Tensor):
+        if self.is_encoder_decoder:
+            mask = arguments.get("decoder_attention_mask")
+        if self.has_mask or not isinstance(mask, Tensor):
             return
         # `generate` itself tells padding by the pad token where it was given no mask.
         self.has_mask = True
@@ -85,6 +93,21 @@ class Generation:
             )
         else:
             self._masked(mask, mask.shape[0])
+
+    def prepared(self, inputs: Any) -> None:
+        """What the prepared call will be given."""
+        if isinstance(inputs, Mapping):
+            given = (inputs.get(name) for name in _GIVEN)
+            self.expected = next((each for each in given if isinstance(each, Tensor)), None)
+
+    def is_own(self, given: Tensor) -> bool:
+        """Whether a call with these tokens or embeddings is the one that was prepared."""
+        expected, self.expected = self.expected, None
+        return expected is not None and (
+            given is expected  # offload and wrappers may have moved it
+            or (given.shape == expected.shape and given.dtype == expected.dtype)
+            and (given.device != expected.device or given.data_ptr() == expected.data_ptr())
+        )
 
     def layout(self, rows: int, past: int, length: int) -> TokenLayout | ClockUnknown:
         """The layout of a call with `length` tokens behind `past` cached ones."""
@@ -162,9 +185,10 @@ class _Tap:
         @functools.wraps(original)
         def prepare_inputs_for_generation(*args: Any, **kwargs: Any) -> Any:
             arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+            inputs = original(*args, **kwargs)
             for listener in self._heard():
-                listener.inputs_prepared(arguments)
-            return original(*args, **kwargs)
+                listener.inputs_prepared(arguments, inputs)
+            return inputs
 
         return prepare_inputs_for_generation
 

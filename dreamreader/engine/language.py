@@ -1,6 +1,8 @@
 """Running a language model on rows of prompts."""
 
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,7 @@ from dreamreader.errors import InvalidInput
 if TYPE_CHECKING:
     from dreamreader.engine.reader import Reader, RunResult
 
+_DRAWING = threading.RLock()
 _DECODER = ("decoder_input_ids", "decoder_attention_mask")  # one entry for each row
 FORWARD = frozenset({"logits_to_keep", "add_special_tokens", *_DECODER})  # all else is for generate
 
@@ -65,7 +68,8 @@ def run_language(
         stop = min(start + size, len(plan))
         part = {name: value[start:stop] for name, value in inputs.items()}
         session = reader._session(edits, records, plan, start, stop, memory_limit, length)
-        with session, torch.no_grad(), torch.random.fork_rng(enabled=draws):
+        own = _DRAWING if draws else nullcontext()  # the global generator serves one run at a time
+        with own, session, torch.no_grad(), torch.random.fork_rng(enabled=draws):
             if draws:
                 torch.manual_seed(plan.seeds[start])
             if forward:

@@ -1,8 +1,8 @@
 """Time and tokens in a language model: what its calls are given, never what is counted."""
 
 import math
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Self
 
@@ -44,11 +44,13 @@ class LanguageTracker(WithoutSchedule):
         self._given = prompt
         self._prompt: int | None = prompt
         self._past = _Past()
+        self._pasts: list[_Past] = []
         self._generations: list[Generation] = []
         self._frames: list[Now] = []
         self._ids: Tensor | None = None
         self._ids_layout: TokenLayout | ClockUnknown | None = None
         self._encoders = _encoders(self.model)
+        self._adds_tokens = _adds_tokens(subject.model)
         self._names = {each: names_of(type(each).forward)[1:] for each in _models(self.model)}
         self._encoded: tuple[tuple[Any, Any], Any] = ((None, None), None)
 
@@ -63,11 +65,24 @@ class LanguageTracker(WithoutSchedule):
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         self._frames.clear()
+        self._pasts.clear()
         self._encoded = ((None, None), None)
 
     @property
     def now(self) -> Now | None:
         return self._frames[-1] if self._frames else None
+
+    @contextmanager
+    def resumed(self, now: Now | None) -> Iterator[None]:
+        """What is computed again, as under gradient checkpointing, is that part of that call."""
+        if now is None:
+            yield
+            return
+        self._frames.append(now)
+        try:
+            yield
+        finally:
+            self._frames.remove(now)
 
     def outside(self, component: str) -> Now:
         why = ClockUnknown(f"{component} was called outside a forward of the whole model")
@@ -107,9 +122,10 @@ class LanguageTracker(WithoutSchedule):
             self._generations.pop()
         self._past = _Past()
 
-    def inputs_prepared(self, arguments: Mapping[str, Any]) -> None:
+    def inputs_prepared(self, arguments: Mapping[str, Any], inputs: Any) -> None:
         if self._generations:
             self._generations[-1].prepare(arguments)
+            self._generations[-1].prepared(inputs)
 
     # what the hooks tell
 
@@ -150,6 +166,14 @@ class LanguageTracker(WithoutSchedule):
         rows, length = given.shape[:2]
         if len(self._generations) > 1:
             return self._unknown("a generate runs inside another one", rows)
+        if self._adds_tokens:
+            return self._unknown("PEFT puts virtual tokens before those of the prompt", rows)
+        if self._generations and not self._generations[0].is_own(given):
+            return self._unknown(
+                "the model was called inside generate, but not for one of its steps (as guidance "
+                "or a processor of logits does)",
+                rows,
+            )
         past = self._held(arguments, length)
         if isinstance(past, ClockUnknown):
             self._past = _Past()
@@ -174,8 +198,9 @@ class LanguageTracker(WithoutSchedule):
         of_decoder = _is_encoder_decoder(module)
         ids = arguments.get("decoder_input_ids" if of_decoder else "input_ids")
         ids = ids if isinstance(ids, Tensor) else None
-        before = self._past
-        continued = past > 0 and past == before.total and before.rows == rows
+        cache = next((each for n in _CACHES if (each := arguments.get(n)) is not None), None)
+        before = self._before(cache, past, rows)
+        continued = past > 0 and before.total == past and before.rows == rows
         grown = past == 0 and before.grows(ids)
         if not (continued or grown):
             self.runs += 1
@@ -189,21 +214,44 @@ class LanguageTracker(WithoutSchedule):
             self._past = _Past()
             self._ids_layout = real
             return real, step
-        tokens = self._laid_out(real, rows, past, length, continued)
+        tokens = self._laid_out(real, rows, past, length, before if continued else None)
         if not (continued or grown) and not of_decoder:
             self._ids_layout = tokens
-        self._past = _Past(past + length, rows, ids if past == 0 else None, tokens)
+        after = _Past(past + length, rows, ids if past == 0 else None, tokens)
+        after.cache, after.prompt = cache, self._prompt
+        gone = before if continued or grown else None
+        self._pasts = [each for each in self._pasts if each is not gone][-7:] + [after]
+        self._past = after
         return tokens, step
 
+    def _before(self, cache: Any, past: int, rows: int) -> "_Past":
+        """The call that filled this cache; one whose cache was not seen counts where it fits alone.
+
+        A model that makes its own cache hands it out behind the call, where nothing listens.
+        """
+        if past == 0:
+            return self._past
+        known = [each for each in self._pasts if each.cache is cache]
+        if not known:
+            fits = [each for each in self._pasts if each.cache is None]
+            known = [each for each in fits if (each.total, each.rows) == (past, rows)]
+        if len(known) != 1:
+            return _Past()
+        self._prompt = known[0].prompt if known[0].prompt is not None else self._prompt
+        return known[0]
+
     def _laid_out(
-        self, real: Tensor | None, rows: int, past: int, length: int, continued: bool
+        self, real: Tensor | None, rows: int, past: int, length: int, before: "_Past | None"
     ) -> TokenLayout | ClockUnknown:
-        """The layout of a call whose padding is known: over all its tokens, or over new ones."""
-        earlier = self._past.tokens
+        """The layout of a call whose padding is known: over all its tokens, or over new ones.
+
+        `before` is the call that this one goes on with.
+        """
+        earlier = None if before is None else before.tokens
         if real is not None and real.shape[1] == past + length:
             starts, part = tuple(real[:, :past].sum(1).tolist()), real[:, past:].contiguous()
             part = None if bool(part.all()) else part
-        elif continued and isinstance(earlier, TokenLayout):
+        elif isinstance(earlier, TokenLayout):
             starts, part = tuple((earlier.own.amax(1) + 1).tolist()), real
             if earlier.real is not None:  # a row may have had nothing but padding
                 came = earlier.real.sum(1).tolist()
@@ -215,7 +263,7 @@ class LanguageTracker(WithoutSchedule):
                 "the cache was filled before: which of its tokens are padding is unknown"
             )
         prompts: Any = ClockUnknown("the cache was filled before: where the prompt ends is unknown")
-        if continued and isinstance(earlier, TokenLayout):
+        if isinstance(earlier, TokenLayout):
             prompts = earlier.prompts
         elif past == 0 and self._prompt is not None:
             own = part if part is not None else torch.ones(rows, length, dtype=torch.bool)
@@ -327,6 +375,8 @@ class _Past:
         self.rows = rows
         self.ids = ids
         self.tokens = tokens
+        self.cache: Any = None
+        self.prompt: int | None = None
 
     def grows(self, ids: Tensor | None) -> bool:
         """Whether these tokens are the earlier ones with one more, as decoding without a cache."""
@@ -344,6 +394,23 @@ def _models(model: nn.Module) -> list[nn.Module]:
     """The model and every transformers model inside it."""
     found = [each for each in model.modules() if _is_pretrained(type(each))]
     return found if model in found else [model, *found]
+
+
+def _adds_tokens(model: Any) -> bool:
+    """Whether PEFT's prompt or prefix tuning puts tokens of its own before the prompt."""
+    try:
+        config = getattr(model, "active_peft_config", None)
+    except (AttributeError, KeyError):
+        return False
+    return bool(getattr(config, "is_prompt_learning", False))
+
+
+def reads_text(model: nn.Module) -> bool:
+    """Whether a model of transformers that takes tokens is in a module."""
+    return any(
+        _is_pretrained(type(each)) and "input_ids" in names_of(type(each).forward)
+        for each in model.modules()
+    )
 
 
 def _is_pretrained(kind: type) -> bool:

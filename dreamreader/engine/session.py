@@ -11,7 +11,7 @@ from dreamreader.engine.cache import Activation, Row
 from dreamreader.engine.checkpointing import refuse_late_recomputation
 from dreamreader.engine.clock_schedule import Instant
 from dreamreader.engine.firing import Firing, FiringReport
-from dreamreader.engine.lm_tracker import LanguageTracker
+from dreamreader.engine.lm_tracker import LanguageTracker, reads_text
 from dreamreader.engine.now import Now
 from dreamreader.engine.place import RowSet
 from dreamreader.engine.probs import ProbsMode
@@ -245,7 +245,8 @@ class Session(AbstractContextManager):
                 )
             if self.edits:
                 parts = _parts(self.subject)
-                stack.enter_context(refuse_late_recomputation(self.subject, parts))
+                late = refuse_late_recomputation(self.subject, parts, shared.tracker)
+                stack.enter_context(late)
             stack.enter_context(shared.tracker)
             taps = [
                 (run.site.name, run.site.tap.module, run.site.tap.side)
@@ -411,7 +412,7 @@ _ELSEWHERE = "calls of other threads were neither edited nor recorded"
 def _tracker(subject: Subject, prompt_length: int | None) -> Any:
     if subject.kind == "pipeline":
         return PipelineTracker(subject)
-    if subject.kind == "language":
+    if subject.kind == "language" or reads_text(subject.components()[""]):
         return LanguageTracker(subject, prompt_length)
     return ModuleTracker(subject)
 

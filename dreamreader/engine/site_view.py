@@ -26,6 +26,7 @@ class SiteView:
         self.map = token_map
         self.hw = view.hw
         self.heads = view.heads
+        self.is_sequence = "tokens" in view.axes
         self.canonical: tuple[int, ...] = ()
         self._view = view
         self._tap = site.tap
@@ -57,6 +58,7 @@ class SiteView:
             view = View(("rows", "tokens", "features"), (*value.shape[:2], 1))
         else:
             flat = tokens.opened(value.shape[0]) if tokens and value.dim() == 2 else None
+            flat = None if _is_routed(site) else flat
             view = View(_axes(site, tokens, value, layout), value.shape, flat)
         found = cls(site, view, None)
         x = found.outline(value)
@@ -127,6 +129,24 @@ def _map(
     if layout.encoder is not None and layout.encoder.length == layout.length:
         reads = None if site.port == "probs" else _reads_encoder(site, given, now)
     return layout.map_of(x.shape[0], x.shape[1], site.name, reads)
+
+
+def _is_routed(site: Site) -> bool:
+    """Whether a module inside a mixture of experts gets its tokens in the order of the experts."""
+    names = site.path.split(".")
+    for depth, module in enumerate(site.around):
+        routes = any(
+            name in ("gate", "router") or type(each).__name__.endswith(_ROUTING)
+            for name, each in module.named_children()
+        )
+        if routes:  # `depth` modules stand between the two
+            return depth > 0 or names[-1] not in _UNSORTED
+    return False
+
+
+_ROUTING = ("Experts", "Router", "Gating")
+_UNSORTED = {"gate", "router", "experts", "shared_expert", "shared_experts", "shared_expert_gate"}
+_UNSORTED |= {"shared_mlp"}
 
 
 def _reads_encoder(site: Site, given: Any, now: Now) -> bool | None:

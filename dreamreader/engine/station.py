@@ -128,7 +128,7 @@ class SiteRun:
         now = self.shared.current(self.site)
         call = self._any_time() if self._timeless else self.shared.serial
         key = (call, now.run if self._follows_prompt else None, value.shape, value.dtype)
-        key = (*key, value.device)
+        key = (*key, value.device, torch.is_grad_enabled())  # a program without gradients has none
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plans[key] = self._plan(now, value, given)
@@ -171,6 +171,7 @@ class SiteRun:
         run = now.run if self._follows_prompt else None
         numbers = tuple(n for n, _ in active) + tuple(each.number for each in wanted)
         key = (numbers, time, run, self._any_time(), value.shape, value.dtype, value.device)
+        key = (*key, torch.is_grad_enabled())
         found = self._shared_plans.get(key)
         if found is None:
             found = self._shared_plans[key] = self._made(now, value, view, active, wanted, numbers)
@@ -346,6 +347,11 @@ class _Places:
             request.row_lengths() or request.rows is not None or request.branch is not None
         ):
             return
+        named = request.rows is not None or (
+            isinstance(request, EditRequest) and bool(request.row_lengths())
+        )
+        if named and isinstance(self.view.map, ClockUnknown) and self.view.is_sequence:
+            raise ClockUnknown(f"{self.site.name}: rows are asked for. {self.view.map}")
         if isinstance(request, Stream) and self.now.phase == "denoise":
             if not isinstance(self.now.branches, tuple):
                 return  # refused for the step or branch that it lacks, before it is handed on

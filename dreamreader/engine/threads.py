@@ -2,9 +2,12 @@
 
 import threading
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
+
+_WORKERS = "torch.nn.parallel.parallel_apply"
 
 
 class Owner:
@@ -37,5 +40,5 @@ def _is_of_torch() -> bool:
     thread = threading.current_thread()
     if isinstance(thread, threading._DummyThread):
         return torch._C._current_graph_task_id() != -1
-    target = getattr(thread, "_target", None)
-    return str(getattr(target, "__module__", "")).startswith("torch.")
+    target = getattr(thread, "_target", None)  # a module of torch.nn is a user's target
+    return isinstance(target, FunctionType) and target.__module__ == _WORKERS

@@ -107,10 +107,10 @@ class TokenLayout:
                     f"{site}: encoder and decoder both have {tokens} tokens, and which of them its "
                     "values are of is unknown"
                 )
-            if tokens == self.length:
-                return TokenMap(shared=shared)
             if self.kept is not None and tokens == len(self.kept):
                 return TokenMap(self.kept, shared=shared)
+            if tokens == self.length:
+                return TokenMap(shared=shared)
         return ClockUnknown(
             f"{site}: has {batch} entries of {tokens} tokens in a call with {self.rows} rows of "
             f"{self.length} tokens, so which token each belongs to is unknown"
