@@ -92,7 +92,7 @@ def normalized(chosen: Any, label: str, *, soft: bool = False, words: bool = Fal
         return tuple(listed)
     if all(map(_is_index, listed)):
         found = [operator.index(each) for each in listed]
-        return set(found) if unordered else found
+        return set(found) if unordered else _distinct(found, label)
     truths = [isinstance(each, bool) for each in listed]
     if all(truths) and not unordered:
         return torch.tensor(listed)
@@ -233,12 +233,24 @@ def _of_tensor(chosen: Tensor, label: str, soft: bool) -> Any:
         return chosen
     if chosen.is_complex():
         raise InvalidInput(f"{label}: whole numbers or truth values are needed, got {chosen.dtype}")
+    if chosen.dtype == torch.uint8:
+        raise InvalidInput(f"{label}: uint8 could be indices or a mask; use .long() or .bool()")
     if chosen.dim() > 1:
         raise InvalidInput(
             f"{label}: indices are one list of whole numbers, got {list(chosen.shape)}; a mask of "
             "the picture needs truth values (.bool())"
         )
-    return chosen.tolist()
+    listed = chosen.tolist()
+    return listed if isinstance(listed, int) else _distinct(listed, label)
+
+
+def _distinct(indices: list[int], label: str) -> list[int]:
+    """The indices, unless they look like a mask in whole numbers."""
+    if len(indices) > 2 and set(indices) <= {0, 1}:
+        raise InvalidInput(
+            f"{label}: {indices} could be indices or a mask; give truth values, or every index once"
+        )
+    return indices
 
 
 def _scalar(value: Any) -> Any:
