@@ -442,3 +442,12 @@ def test_what_all_rows_share_is_edited_by_token_and_not_by_row() -> None:
             with pytest.raises(InvalidInput, match="1 entries where 2 are expected"):
                 with model.editing(edit):
                     model.subject(ids)
+
+
+@pytest.mark.parametrize(
+    "chosen", [[0, 0, 1], (1, 0, 1), np.array([0, 1, 1]), torch.tensor([0, 1], dtype=torch.uint8)]
+)
+def test_zeros_and_ones_that_could_be_a_mask_are_refused(chosen: Any) -> None:
+    for name in ("tokens", "rows"):
+        with pytest.raises(InvalidInput, match=f"{name}: .*could be indices or a mask"):
+            dr.Record("model.layers.0", **{name: chosen})
