@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -122,6 +122,8 @@ def select(
     """
     if place.map is not None and (chosen is not None or place.padded):
         place.require_known()
+    if isinstance(chosen, str | tuple):
+        place = _text_of(place)
     regions = (
         {place.region(entry) for entry in range(place.batch)}
         if place.stream
@@ -144,6 +146,20 @@ def select(
             mask[start:stop] = _of_sequence(indices, stop - start, place)
         entries.append(mask)
     return torch.stack(entries) if ragged else entries[0]
+
+
+def _text_of(place: SiteTokens) -> SiteTokens:
+    """The text tokens at a site, which alone spell words.
+
+    Raises:
+        InvalidInput: there are none, or which tokens these are is unknown.
+    """
+    kind = place.stream if place.kind == "joint" and place.stream else place.kind
+    if kind not in ("text", "joint"):
+        raise InvalidInput(
+            f"{place.name}: a word needs text tokens, the {place.tokens} tokens here are {kind}"
+        )
+    return replace(place, stream="text") if kind == "joint" else place
 
 
 def _words(

@@ -164,6 +164,32 @@ def test_a_word_that_a_prompt_lacks_is_an_error(reader: Reader) -> None:
         run(reader, Steer(KEYS, ONES, tokens="blue"), prompts=["a blue cat", "a red cat"])
 
 
+@pytest.mark.parametrize("site", [SITE, f"{SITE}:heads", f"{SITE}:probs", "unet.conv_in"])
+def test_a_word_needs_text_tokens(reader: Reader, site: str) -> None:
+    with pytest.raises(InvalidInput, match="a word needs text tokens, the .* tokens here are imag"):
+        run(reader, (), record=Record(site, tokens="red"))
+
+
+def test_a_word_is_in_no_image_stream() -> None:
+    """Of a joint sequence that starts with the image, a word is among the text behind it."""
+    reader, kw = Reader(tiny.pipeline("sd3")), tiny.arguments("sd3", 1)
+    attention = "transformer.transformer_blocks.0.attn"
+
+    def tokens(site: str) -> tuple[int, ...] | None:
+        record = Record(site, tokens="red", branch="cond")
+        found = reader.run("a red cat", record=record, seeds=0, output_type="latent", **kw)
+        return found.cache[site].tokens
+
+    cells = len(
+        reader.run("a red cat", record=f"{attention}:k.image", seeds=0, **kw)
+        .cache[f"{attention}:k.image"]
+        .tensor[0, 0, 0]
+    )
+    assert tokens(f"{attention}:probs") == (cells + 2, cells + 78)
+    with pytest.raises(InvalidInput, match="a word needs text tokens.*are image"):
+        tokens(f"{attention}:k.image")
+
+
 def test_selections_that_do_not_fit_are_errors(reader: Reader) -> None:
     for tokens, text in [
         (24, "token 24 asked for, there are 24 tokens"),
