@@ -115,6 +115,16 @@ def test_batches_join_along_the_rows() -> None:
     torch.testing.assert_close(split.tensor, whole.tensor, rtol=1e-4, atol=1e-5)
 
 
+def test_batches_join_by_site_where_each_records_another() -> None:
+    records = [Record(SITE, rows=[1]), Record(f"{SITE}:q", rows=[0])]
+    whole, split = run(records), run(records, batch_size=1)
+    assert set(split) == set(whole) == {SITE, f"{SITE}:q"}
+    for site, number in ((SITE, 1), (f"{SITE}:q", 0)):
+        assert split[site].rows == whole[site].rows
+        assert split[site].rows[0].prompt == PROMPTS[number]
+        torch.testing.assert_close(split[site].tensor, whole[site].tensor, rtol=1e-4, atol=1e-5)
+
+
 def test_second_order_schedulers_keep_every_evaluation() -> None:
     from diffusers import HeunDiscreteScheduler
 
