@@ -185,15 +185,17 @@ def _of_sequence(chosen: Any, length: int, place: SiteTokens) -> Tensor:
             )
         return chosen.mask(*place.hw).float()
     if isinstance(chosen, Tensor):
-        if chosen.dim() == 2 and place.hw is not None and tuple(chosen.shape) != place.hw:
+        if chosen.dim() != 1 and tuple(chosen.shape) != place.hw:
+            here = f"the grid here is {list(place.hw)}" if place.hw else "no grid is known here"
             raise InvalidInput(
-                f"{place.name}: tokens is a mask of {list(chosen.shape)}, the grid here is "
-                f"{list(place.hw)}"
+                f"{place.name}: tokens is a mask of {list(chosen.shape)}, {here}; give a mask "
+                f"[{length}] of the tokens"
             )
         if chosen.numel() != length:
             raise InvalidInput(
                 f"{place.name}: tokens is a mask of {chosen.numel()}, there are {length} tokens"
             )
+        chosen = chosen.flatten()
     return mask_of(chosen, length, place.name, "token").float()
 
 
@@ -209,6 +211,11 @@ def _of_own(chosen: Any, own: Tensor, place: SiteTokens, entry: int) -> Tensor:
         raise InvalidInput(f"{place.name}: a Box needs image tokens, these are text")
     if isinstance(chosen, Tensor):
         prompt = place.prompt(entry)
+        if chosen.dim() != 1:
+            raise InvalidInput(
+                f"{place.name}: tokens is a mask of {list(chosen.shape)}, that of a text is "
+                f"[{prompt}], its tokens"
+            )
         if chosen.numel() != prompt:
             raise InvalidInput(
                 f"{place.name}: tokens is a mask of {chosen.numel()}, row {entry} has {prompt} "

@@ -102,6 +102,16 @@ def test_a_box_in_the_picture(reader: Reader) -> None:
     assert touched[:4, 6:].all() and touched.sum() == 24
 
 
+def test_a_mask_of_the_picture(reader: Reader) -> None:
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[1, 2:4] = True
+    assert torch.equal(_touched(reader, SITE, tokens=mask), mask.flatten())
+    found = run(reader, (), record=SITE).cache[SITE]
+    assert found.select(tokens=mask).tokens == (8, 9)
+    with pytest.raises(InvalidInput, match=r"tokens: a mask \[24\] is needed, got \[6, 4\]"):
+        found.select(tokens=mask.reshape(6, 4))
+
+
 def test_a_soft_mask_scales_the_strength(reader: Reader) -> None:
     mask = torch.linspace(0, 1, 24)
     plain = run(reader, (), record=Record(SITE, steps=0)).cache[SITE].tensor
@@ -198,6 +208,11 @@ def test_selections_that_do_not_fit_are_errors(reader: Reader) -> None:
     ]:
         with pytest.raises(InvalidInput, match=text):
             run(reader, Steer(SITE, ONES, tokens=tokens))
+    for shape in ([7, 11], [1, 77]):
+        with pytest.raises(InvalidInput, match=r"a mask of \[.*no grid is known here; .*\[77\]"):
+            run(reader, Steer(KEYS, ONES, tokens=torch.ones(shape)))
+    with pytest.raises(InvalidInput, match=r"rows at .*: a mask \[1\] is needed, got \[1, 1\]"):
+        run(reader, Steer(SITE, ONES, rows=torch.ones(1, 1).bool()))
     with pytest.raises(InvalidInput, match="a Box needs image tokens, the 77 tokens here are text"):
         run(reader, Steer(KEYS, ONES, tokens=Box(0, 0, 0.5, 0.5)))
     with pytest.raises(InvalidInput, match="0 <= left < right <= 1"):
