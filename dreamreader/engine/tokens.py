@@ -1,6 +1,5 @@
 """Token selections: from indices, masks, words and boxes to the strength of every token."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -90,9 +89,15 @@ class SiteTokens:
 
 
 def site_tokens(
-    name: str, tokens: int, batch: int, hw: tuple[int, ...] | None, stream: str | None, now: Now
+    name: str,
+    tokens: int,
+    batch: int,
+    hw: tuple[int, ...] | None,
+    stream: str | None,
+    now: Now,
+    crosses: Callable[[], bool | None],
 ) -> SiteTokens:
-    """What the tokens at a site are, from the layout of the running call."""
+    """What the tokens at a site are, from the layout of the running call; see `Layout.kind_at`."""
     if hw is not None:
         grid = (hw[-2], hw[-1]) if len(hw) > 1 else None
         return SiteTokens(name, tokens, batch, grid, "image", stream, now)
@@ -100,11 +105,11 @@ def site_tokens(
         return SiteTokens(name, tokens, batch, None, "text", stream, now)
     if now.layout is None:
         return SiteTokens(name, tokens, batch, None, "unknown", stream, now)
-    kind = now.layout.kind_of(tokens)
-    if kind == "image" and tokens == now.layout.text and re.search(r"attn2:[kv]$|\.text$", name):
-        kind = "text"  # as many text tokens as cells: the port decides
+    kind = now.layout.kind_at(name, tokens, crosses)
     grid = now.layout.grid if kind == "joint" and stream == "image" else now.layout.grid_of(tokens)
-    return SiteTokens(name, tokens, batch, grid if kind != "text" else None, kind, stream, now)
+    return SiteTokens(
+        name, tokens, batch, grid if kind in ("image", "joint") else None, kind, stream, now
+    )
 
 
 def select(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.edits import Ablate, Box, Steer
-from dreamreader.engine import Reader, Record
+from dreamreader.engine import Activation, Reader, Record
 from dreamreader.engine.words import word_positions
 from dreamreader.errors import ClockUnknown, InvalidInput, NeverFired, UnknownName
 
@@ -16,11 +16,24 @@ SITE = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
 KEYS = f"{SITE}:k"
 ONES = torch.ones(32)
 STEPS = 4
+FLUX = "transformer_blocks.0"
 
 
 @pytest.fixture(scope="module")
 def reader() -> Reader:
     return Reader(tiny.pipeline("sd"))
+
+
+@pytest.fixture(scope="module")
+def flux() -> Reader:
+    return Reader(tiny.pipeline("flux"))
+
+
+def same_length(flux: Reader, site: str, **selection: Any) -> Activation:
+    """What is recorded at a site where 24 text tokens meet 24 of the image."""
+    kw = {**tiny.arguments("flux", 1), "max_sequence_length": 24, "output_type": "latent"}
+    record = Record(site, **selection)
+    return flux.run("a red cat", record=record, seeds=0, **kw).cache[site]
 
 
 def run(reader: Reader, edits: Any, record: Any = (), prompts: Any = "a red cat", **kw: Any) -> Any:
@@ -270,3 +283,41 @@ def test_text_encoders_are_edited_by_branch(reader: Reader) -> None:
     change = after.select(branch="uncond").tensor - plain.select(branch="uncond").tensor
     torch.testing.assert_close(change, torch.ones_like(change), rtol=0, atol=1e-5)
     assert dict(result.firing[0].branches) == {"uncond": 1}
+
+
+@pytest.mark.parametrize("name", ["context_embedder", f"{FLUX}.ff_context", f"{FLUX}.attn:k.text"])
+def test_text_of_the_length_of_the_image_is_text(flux: Reader, name: str) -> None:
+    site = f"transformer.{name}"
+    assert same_length(flux, site).hw is None
+    assert same_length(flux, site, tokens="red").tokens == (1,)
+    with pytest.raises(InvalidInput, match="a Box needs image tokens, the 24 tokens here are text"):
+        same_length(flux, site, tokens=Box(0, 0, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("name", ["x_embedder", f"{FLUX}.ff", f"{FLUX}.attn.to_k"])
+def test_an_image_of_the_length_of_the_text_is_image(flux: Reader, name: str) -> None:
+    site = f"transformer.{name}"
+    assert same_length(flux, site).hw == (4, 6)
+    with pytest.raises(InvalidInput, match="a word needs text.*the 24 tokens here are image"):
+        same_length(flux, site, tokens="red")
+
+
+def test_tokens_that_may_be_either_are_unknown(flux: Reader) -> None:
+    """A block gives the two streams, and its name does not say which comes first."""
+    assert same_length(flux, f"transformer.{FLUX}").hw is None
+    with pytest.raises(InvalidInput, match="a word needs.*the 24 tokens here are unknown"):
+        same_length(flux, f"transformer.{FLUX}", tokens="red")
+    with pytest.raises(InvalidInput, match="a Box needs.*the 24 tokens here are unknown"):
+        same_length(flux, f"transformer.{FLUX}", tokens=Box(0, 0, 0.5, 0.5))
+
+
+def test_keys_are_text_where_the_attention_reads_the_text(reader: Reader) -> None:
+    block = SITE.removesuffix(".attn2")
+    text = [f"{block}.attn2:k", f"{block}.attn2:v", f"{block}.attn2.to_k"]
+    image = [block, SITE, f"{SITE}:heads", f"{block}.attn1:k", f"{block}.ff"]
+    states = torch.zeros(1, 24, reader.subject.unet.config.cross_attention_dim)
+    kw = {"prompt_embeds": states, "negative_prompt_embeds": states, "output_type": "latent"}
+    with reader.recording([*text, *image]) as found:
+        reader.subject(**kw, **tiny.arguments("sd", 1))
+    assert {site: found[site].hw for site in text} == dict.fromkeys(text)
+    assert {site: found[site].hw for site in image} == dict.fromkeys(image, (4, 6))
