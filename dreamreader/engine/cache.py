@@ -120,7 +120,10 @@ class Activation:
             found = found._kept("rows", kept, rows=named, positions=positions)
         if tokens is not None:
             count = found.tensor.shape[found.axes.index("tokens")]
-            kept = _numbers(tokens, count, f"{self.site}: tokens")
+            chosen = normalized(tokens, f"{self.site}: tokens")
+            if isinstance(chosen, Tensor) and chosen.shape == found.hw and found.tokens is None:
+                chosen = chosen.flatten()  # a mask of the picture
+            kept = numbers_of(chosen, count, f"{self.site}: tokens")
             places = found.tokens or tuple(range(count))
             positions = found._positions_at(2, kept)
             named = tuple(places[n] for n in kept)

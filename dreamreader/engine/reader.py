@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -328,8 +329,11 @@ def _listed(value: Any, kinds: Any, name: str) -> list[Any]:
 
 
 def merged(found: Sequence[list[Activation]]) -> list[Activation]:
-    """The same sites of several batches, joined along the rows."""
-    return [joined(parts) for parts in zip(*found, strict=True)]
+    """The same sites of several batches, joined along the rows of the batches that have them."""
+    parts: dict[str, list[Activation]] = {}
+    for each in chain.from_iterable(found):
+        parts.setdefault(each.site, []).append(each)
+    return list(map(joined, parts.values()))
 
 
 def _size(module: torch.nn.Module) -> int:

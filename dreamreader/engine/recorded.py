@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dreamreader.engine.cache import Activation
+from dreamreader.engine.clock_schedule import Instant
 from dreamreader.errors import InvalidInput
 
 
@@ -33,11 +34,18 @@ def joined(parts: Sequence[Activation]) -> Activation:
     Those of a text that have fewer tokens are padded in front.
 
     Raises:
-        InvalidInput: they have different shapes.
+        InvalidInput: they have different shapes, grids, timesteps or noise levels.
     """
     first = parts[0]
     if len(parts) == 1:
         return first
+    for each in parts[1:]:
+        if each.hw != first.hw:
+            raise _apart(first.site, "grids", first.hw, each.hw)
+        times = [_time(step) for step in first.steps], [_time(step) for step in each.steps]
+        for was, now in zip(*times, strict=True):
+            if was != now:
+                raise _apart(first.site, "steps", was, now)
     parts = _of_one_length(parts)
     if any(each.shape[1:] != parts[0].shape[1:] for each in parts):
         raise InvalidInput(
@@ -51,6 +59,19 @@ def joined(parts: Sequence[Activation]) -> Activation:
         rows=tuple(row for each in parts for row in each.rows),
         tokens=first.tokens if all(each.tokens == first.tokens for each in parts) else None,
         positions=torch.cat(known) if len(known) == len(parts) else None,
+    )
+
+
+def _time(instant: Instant) -> str:
+    """A step's time in words, which are equal also where the time is not known."""
+    sigma = "" if instant.sigma is None else f", sigma {instant.sigma:g}"
+    return f"step {instant.step} at timestep {instant.timestep:g}{sigma}"
+
+
+def _apart(site: str, what: str, one: object, other: object) -> InvalidInput:
+    return InvalidInput(
+        f"recording {site}: the runs or batches have different {what} ({one} and {other}); record "
+        "them apart"
     )
 
 

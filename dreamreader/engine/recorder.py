@@ -1,5 +1,6 @@
 """Keeps what a recording asks for: exact copies in the canonical layout, bounded in memory."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -107,6 +108,7 @@ class _Part:
     )
     instants: dict[tuple[int, int], Instant] = field(default_factory=dict)
     calls: dict[tuple[int, int], tuple[Now, Cut]] = field(default_factory=dict)
+    cut: Cut | None = None
     blocks: list[_Block] = field(default_factory=list)
 
 
@@ -119,7 +121,6 @@ class Recorder:
         self.number = number
         self._memory = memory
         self._parts: dict[int, _Part] = {}
-        self._cut: Cut | None = None
         self._announced = False
 
     def keep(self, x: Tensor, cut: Cut, now: Now, moments: int) -> None:
@@ -161,7 +162,7 @@ class Recorder:
             part.calls[key] = (now, cut)
         # A copy into memory of our own: later changes in place must not show.
         filed.append((cut.branches, self._block(part, x, cut, moments).write(x)))
-        self._cut = cut
+        part.cut = cut
 
     def _block(self, part: _Part, x: Tensor, cut: Cut, moments: int) -> _Block:
         """Where the next piece goes: a block with room for all the moments that are to come."""
@@ -198,18 +199,23 @@ class Recorder:
             )
         return y
 
-    def activation(self, described: list[Row]) -> Activation | None:
-        """What was recorded, assembled; None where the site never ran. Frees the pieces."""
-        if self._cut is None:
+    def activation(self, described: Callable[[int], Sequence[Row]]) -> Activation | None:
+        """What was recorded, assembled; None where the site never ran. Frees the pieces.
+
+        Args:
+            described: the rows of a run, by its number.
+        """
+        if not self._parts:
             return None
-        parts, self._parts = list(self._parts.values()), {}
-        names, instants = self._axes(parts)
-        known = {row.index: row for row in described}
-        cut = self._cut
-        tokens = cut.tokens
+        runs, self._parts = self._parts, {}
+        names = self._names(list(runs.values()))
         found = []
-        for part in parts:
-            positions = self._positions(part)
+        for run, part in runs.items():
+            known = {row.index: row for row in described(run)}
+            instants = tuple(part.instants[key] for key in part.pieces)
+            cut, positions = part.cut, self._positions(part)
+            assert cut is not None
+            tokens = cut.tokens
             tensor = self._assembled(part, names, instants)
             found.append(
                 Activation(
@@ -224,7 +230,19 @@ class Recorder:
                     positions,
                 )
             )
+        self._require_same_tokens(found)
         return joined(found)
+
+    def _require_same_tokens(self, found: Sequence[Activation]) -> None:
+        """Refuse runs of which one selection kept different tokens, where nothing tells which."""
+        if isinstance(self.request.tokens, str | tuple):
+            return  # a word stands where each prompt has it
+        first = found[0]
+        if any(each.tokens != first.tokens and each.positions is None for each in found):
+            raise InvalidInput(
+                f"recording {self.name}: the runs in this block keep different tokens "
+                f"({first.tokens} and others); record them apart"
+            )
 
     def _positions(self, part: _Part) -> Tensor | None:
         """[rows, steps, tokens] own index of the tokens of one part, as far as there is one."""
@@ -236,8 +254,8 @@ class Recorder:
             return None
         return torch.stack(found, 1)  # pyright: ignore[reportArgumentType]
 
-    def _axes(self, parts: list[_Part]) -> tuple[tuple[str, ...], tuple[Instant, ...]]:
-        """Branches and moments of the run; every part has to have the same."""
+    def _names(self, parts: list[_Part]) -> tuple[str, ...]:
+        """Branches of the runs; every part has to have the same steps."""
         names: dict[str, None] = {}
         for filed in parts[0].pieces.values():
             for branches, _ in filed:
@@ -248,7 +266,7 @@ class Recorder:
                     f"recording {self.name}: the runs in this block have different steps "
                     f"({len(parts[0].pieces)} and {len(part.pieces)}); record them apart"
                 )
-        return tuple(names), tuple(parts[0].instants[key] for key in parts[0].pieces)
+        return tuple(names)
 
     def _assembled(
         self, part: _Part, names: tuple[str, ...], instants: tuple[Instant, ...]

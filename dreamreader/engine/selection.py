@@ -111,16 +111,18 @@ def mask_of(chosen: Any, count: int, label: str, noun: str = "") -> Tensor:
     """A normalized selection over `count` entries as [count] bool, or float where it is soft.
 
     Raises:
-        InvalidInput: an index is out of range, or a mask has another length.
+        InvalidInput: an index is out of range, or a mask is no [count].
 
     Example:
         >>> mask_of([0, -1], 3, "rows").tolist()
         [True, False, True]
     """
     if isinstance(chosen, Tensor):
+        if chosen.dim() != 1:
+            raise InvalidInput(f"{label}: a mask [{count}] is needed, got {list(chosen.shape)}")
         if chosen.numel() != count:
             raise InvalidInput(f"{label}: the mask has {chosen.numel()} values, there are {count}")
-        return chosen.detach().flatten().cpu()
+        return chosen.detach().cpu()
     mask = torch.zeros(count, dtype=torch.bool)
     if isinstance(chosen, slice):
         mask[list(range(*chosen.indices(count)))] = True

@@ -59,6 +59,7 @@ class Shared:
         self.timeless = -1
         self.placeless = -1
         self._serials: dict[tuple, int] = {}
+        self.prompts_of: dict[int, Sequence[str] | None] = {}
         self._now: Now | None = None
         self._checked_run = -1
 
@@ -82,6 +83,7 @@ class Shared:
             now = self.tracker.outside(site.component)
         if now is not self._now:
             self._now = now
+            self.prompts_of.setdefault(now.run, self.tracker.prompts)
             self.serial = self._serials.setdefault(now.stamp, len(self._serials))
             self.timeless = self._serials.setdefault(now.shape_key, len(self._serials))
             self.placeless = self._serials.setdefault(now.placeless_key, len(self._serials))
@@ -128,9 +130,10 @@ class Shared:
         total = self.tracker.total()
         return sum(request.runs_at(each, total) for each in schedule)
 
-    def row(self, number: int) -> Row:
-        """A row of the run, with its prompt and seed as far as they are known."""
-        prompts, seeds = self.prompts or self.tracker.prompts or (), self.seeds or ()
+    def row(self, number: int, prompts: Sequence[str] | None = None) -> Row:
+        """A row of the running or latest run, or of given prompts, with what is known of it."""
+        prompts = self.prompts or self.tracker.prompts or () if prompts is None else prompts
+        seeds = self.seeds or ()
         return Row(
             number,
             prompts[number] if number < len(prompts) else None,
@@ -274,7 +277,7 @@ class Session(AbstractContextManager):
 
     def activations(self, rows: Sequence[Row] | None = None) -> list[Activation]:
         """What the recordings kept, in the order they were asked for."""
-        described = list(rows) if rows is not None else self._rows()
+        described = self._rows if rows is None else lambda run: rows
         found = [each.activation(described) for each in self.recorders]
         return [each for each in found if each is not None]
 
@@ -315,11 +318,11 @@ class Session(AbstractContextManager):
         self.recorders.append(recorder)
         run.recorders.append(recorder)
 
-    def _rows(self) -> list[Row]:
+    def _rows(self, run: int) -> list[Row]:
         shared = self._shared
-        prompts = shared.prompts or shared.tracker.prompts or ()
+        prompts = shared.prompts or shared.prompts_of.get(run) or ()
         count = shared.rowset.total or max(len(prompts), len(shared.seeds or ()))
-        return list(map(shared.row, range(count)))
+        return [shared.row(number, prompts) for number in range(count)]
 
     def _finish(self) -> None:
         """Turn what the stations noted into the firing report."""

@@ -305,9 +305,18 @@ class _Places:
         self.beams = getattr(now.tokens, "beams", 1)
         if not self.regular or batch % (len(self.branches) * self.beams):
             self.branches, self.beams = ("unknown",), 1
-        self.tokens: SiteTokens = replace(
-            site_tokens(site.name, x.shape[1], batch, view.hw, site.tap.stream, now), map=view.map
-        )
+        shape, stream = (x.shape[1], batch, view.hw), site.tap.stream
+        found = site_tokens(site.name, *shape, stream, now, self._crosses)
+        self.tokens: SiteTokens = replace(found, map=view.map)
+
+    def _crosses(self) -> bool | None:
+        """Whether the attention around the site reads the text; None where there is no word."""
+        modules, parts = self.shared.subject.modules(), self.site.path.split(".")
+        for stop in range(len(parts), 0, -1):
+            found = getattr(modules.get(".".join(parts[:stop])), "is_cross_attention", None)
+            if found is not None:
+                return found
+        return None
 
     def make(self, request: Request) -> Place:
         rows = self.x.shape[0] // (len(self.branches) * self.beams)

@@ -1,8 +1,7 @@
 """Token selections: from indices, masks, words and boxes to the strength of every token."""
 
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -90,9 +89,15 @@ class SiteTokens:
 
 
 def site_tokens(
-    name: str, tokens: int, batch: int, hw: tuple[int, ...] | None, stream: str | None, now: Now
+    name: str,
+    tokens: int,
+    batch: int,
+    hw: tuple[int, ...] | None,
+    stream: str | None,
+    now: Now,
+    crosses: Callable[[], bool | None],
 ) -> SiteTokens:
-    """What the tokens at a site are, from the layout of the running call."""
+    """What the tokens at a site are, from the layout of the running call; see `Layout.kind_at`."""
     if hw is not None:
         grid = (hw[-2], hw[-1]) if len(hw) > 1 else None
         return SiteTokens(name, tokens, batch, grid, "image", stream, now)
@@ -100,11 +105,11 @@ def site_tokens(
         return SiteTokens(name, tokens, batch, None, "text", stream, now)
     if now.layout is None:
         return SiteTokens(name, tokens, batch, None, "unknown", stream, now)
-    kind = now.layout.kind_of(tokens)
-    if kind == "image" and tokens == now.layout.text and re.search(r"attn2:[kv]$|\.text$", name):
-        kind = "text"  # as many text tokens as cells: the port decides
+    kind = now.layout.kind_at(name, tokens, crosses)
     grid = now.layout.grid if kind == "joint" and stream == "image" else now.layout.grid_of(tokens)
-    return SiteTokens(name, tokens, batch, grid if kind != "text" else None, kind, stream, now)
+    return SiteTokens(
+        name, tokens, batch, grid if kind in ("image", "joint") else None, kind, stream, now
+    )
 
 
 def select(
@@ -122,6 +127,8 @@ def select(
     """
     if place.map is not None and (chosen is not None or place.padded):
         place.require_known()
+    if isinstance(chosen, str | tuple):
+        place = _text_of(place)
     regions = (
         {place.region(entry) for entry in range(place.batch)}
         if place.stream
@@ -144,6 +151,20 @@ def select(
             mask[start:stop] = _of_sequence(indices, stop - start, place)
         entries.append(mask)
     return torch.stack(entries) if ragged else entries[0]
+
+
+def _text_of(place: SiteTokens) -> SiteTokens:
+    """The text tokens at a site, which alone spell words.
+
+    Raises:
+        InvalidInput: there are none, or which tokens these are is unknown.
+    """
+    kind = place.stream if place.kind == "joint" and place.stream else place.kind
+    if kind not in ("text", "joint"):
+        raise InvalidInput(
+            f"{place.name}: a word needs text tokens, the {place.tokens} tokens here are {kind}"
+        )
+    return replace(place, stream="text") if kind == "joint" else place
 
 
 def _words(
@@ -169,15 +190,17 @@ def _of_sequence(chosen: Any, length: int, place: SiteTokens) -> Tensor:
             )
         return chosen.mask(*place.hw).float()
     if isinstance(chosen, Tensor):
-        if chosen.dim() == 2 and place.hw is not None and tuple(chosen.shape) != place.hw:
+        if chosen.dim() != 1 and tuple(chosen.shape) != place.hw:
+            here = f"the grid here is {list(place.hw)}" if place.hw else "no grid is known here"
             raise InvalidInput(
-                f"{place.name}: tokens is a mask of {list(chosen.shape)}, the grid here is "
-                f"{list(place.hw)}"
+                f"{place.name}: tokens is a mask of {list(chosen.shape)}, {here}; give a mask "
+                f"[{length}] of the tokens"
             )
         if chosen.numel() != length:
             raise InvalidInput(
                 f"{place.name}: tokens is a mask of {chosen.numel()}, there are {length} tokens"
             )
+        chosen = chosen.flatten()
     return mask_of(chosen, length, place.name, "token").float()
 
 
@@ -193,6 +216,11 @@ def _of_own(chosen: Any, own: Tensor, place: SiteTokens, entry: int) -> Tensor:
         raise InvalidInput(f"{place.name}: a Box needs image tokens, these are text")
     if isinstance(chosen, Tensor):
         prompt = place.prompt(entry)
+        if chosen.dim() != 1:
+            raise InvalidInput(
+                f"{place.name}: tokens is a mask of {list(chosen.shape)}, that of a text is "
+                f"[{prompt}], its tokens"
+            )
         if chosen.numel() != prompt:
             raise InvalidInput(
                 f"{place.name}: tokens is a mask of {chosen.numel()}, row {entry} has {prompt} "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.edits import Ablate, Box, Steer
-from dreamreader.engine import Reader, Record
+from dreamreader.engine import Activation, Reader, Record
 from dreamreader.engine.words import word_positions
 from dreamreader.errors import ClockUnknown, InvalidInput, NeverFired, UnknownName
 
@@ -16,11 +16,24 @@ SITE = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
 KEYS = f"{SITE}:k"
 ONES = torch.ones(32)
 STEPS = 4
+FLUX = "transformer_blocks.0"
 
 
 @pytest.fixture(scope="module")
 def reader() -> Reader:
     return Reader(tiny.pipeline("sd"))
+
+
+@pytest.fixture(scope="module")
+def flux() -> Reader:
+    return Reader(tiny.pipeline("flux"))
+
+
+def same_length(flux: Reader, site: str, **selection: Any) -> Activation:
+    """What is recorded at a site where 24 text tokens meet 24 of the image."""
+    kw = {**tiny.arguments("flux", 1), "max_sequence_length": 24, "output_type": "latent"}
+    record = Record(site, **selection)
+    return flux.run("a red cat", record=record, seeds=0, **kw).cache[site]
 
 
 def run(reader: Reader, edits: Any, record: Any = (), prompts: Any = "a red cat", **kw: Any) -> Any:
@@ -102,6 +115,16 @@ def test_a_box_in_the_picture(reader: Reader) -> None:
     assert touched[:4, 6:].all() and touched.sum() == 24
 
 
+def test_a_mask_of_the_picture(reader: Reader) -> None:
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[1, 2:4] = True
+    assert torch.equal(_touched(reader, SITE, tokens=mask), mask.flatten())
+    found = run(reader, (), record=SITE).cache[SITE]
+    assert found.select(tokens=mask).tokens == (8, 9)
+    with pytest.raises(InvalidInput, match=r"tokens: a mask \[24\] is needed, got \[6, 4\]"):
+        found.select(tokens=mask.reshape(6, 4))
+
+
 def test_a_soft_mask_scales_the_strength(reader: Reader) -> None:
     mask = torch.linspace(0, 1, 24)
     plain = run(reader, (), record=Record(SITE, steps=0)).cache[SITE].tensor
@@ -164,6 +187,32 @@ def test_a_word_that_a_prompt_lacks_is_an_error(reader: Reader) -> None:
         run(reader, Steer(KEYS, ONES, tokens="blue"), prompts=["a blue cat", "a red cat"])
 
 
+@pytest.mark.parametrize("site", [SITE, f"{SITE}:heads", f"{SITE}:probs", "unet.conv_in"])
+def test_a_word_needs_text_tokens(reader: Reader, site: str) -> None:
+    with pytest.raises(InvalidInput, match="a word needs text tokens, the .* tokens here are imag"):
+        run(reader, (), record=Record(site, tokens="red"))
+
+
+def test_a_word_is_in_no_image_stream() -> None:
+    """Of a joint sequence that starts with the image, a word is among the text behind it."""
+    reader, kw = Reader(tiny.pipeline("sd3")), tiny.arguments("sd3", 1)
+    attention = "transformer.transformer_blocks.0.attn"
+
+    def tokens(site: str) -> tuple[int, ...] | None:
+        record = Record(site, tokens="red", branch="cond")
+        found = reader.run("a red cat", record=record, seeds=0, output_type="latent", **kw)
+        return found.cache[site].tokens
+
+    cells = len(
+        reader.run("a red cat", record=f"{attention}:k.image", seeds=0, **kw)
+        .cache[f"{attention}:k.image"]
+        .tensor[0, 0, 0]
+    )
+    assert tokens(f"{attention}:probs") == (cells + 2, cells + 78)
+    with pytest.raises(InvalidInput, match="a word needs text tokens.*are image"):
+        tokens(f"{attention}:k.image")
+
+
 def test_selections_that_do_not_fit_are_errors(reader: Reader) -> None:
     for tokens, text in [
         (24, "token 24 asked for, there are 24 tokens"),
@@ -172,6 +221,11 @@ def test_selections_that_do_not_fit_are_errors(reader: Reader) -> None:
     ]:
         with pytest.raises(InvalidInput, match=text):
             run(reader, Steer(SITE, ONES, tokens=tokens))
+    for shape in ([7, 11], [1, 77]):
+        with pytest.raises(InvalidInput, match=r"a mask of \[.*no grid is known here; .*\[77\]"):
+            run(reader, Steer(KEYS, ONES, tokens=torch.ones(shape)))
+    with pytest.raises(InvalidInput, match=r"rows at .*: a mask \[1\] is needed, got \[1, 1\]"):
+        run(reader, Steer(SITE, ONES, rows=torch.ones(1, 1).bool()))
     with pytest.raises(InvalidInput, match="a Box needs image tokens, the 77 tokens here are text"):
         run(reader, Steer(KEYS, ONES, tokens=Box(0, 0, 0.5, 0.5)))
     with pytest.raises(InvalidInput, match="0 <= left < right <= 1"):
@@ -229,3 +283,41 @@ def test_text_encoders_are_edited_by_branch(reader: Reader) -> None:
     change = after.select(branch="uncond").tensor - plain.select(branch="uncond").tensor
     torch.testing.assert_close(change, torch.ones_like(change), rtol=0, atol=1e-5)
     assert dict(result.firing[0].branches) == {"uncond": 1}
+
+
+@pytest.mark.parametrize("name", ["context_embedder", f"{FLUX}.ff_context", f"{FLUX}.attn:k.text"])
+def test_text_of_the_length_of_the_image_is_text(flux: Reader, name: str) -> None:
+    site = f"transformer.{name}"
+    assert same_length(flux, site).hw is None
+    assert same_length(flux, site, tokens="red").tokens == (1,)
+    with pytest.raises(InvalidInput, match="a Box needs image tokens, the 24 tokens here are text"):
+        same_length(flux, site, tokens=Box(0, 0, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("name", ["x_embedder", f"{FLUX}.ff", f"{FLUX}.attn.to_k"])
+def test_an_image_of_the_length_of_the_text_is_image(flux: Reader, name: str) -> None:
+    site = f"transformer.{name}"
+    assert same_length(flux, site).hw == (4, 6)
+    with pytest.raises(InvalidInput, match="a word needs text.*the 24 tokens here are image"):
+        same_length(flux, site, tokens="red")
+
+
+def test_tokens_that_may_be_either_are_unknown(flux: Reader) -> None:
+    """A block gives the two streams, and its name does not say which comes first."""
+    assert same_length(flux, f"transformer.{FLUX}").hw is None
+    with pytest.raises(InvalidInput, match="a word needs.*the 24 tokens here are unknown"):
+        same_length(flux, f"transformer.{FLUX}", tokens="red")
+    with pytest.raises(InvalidInput, match="a Box needs.*the 24 tokens here are unknown"):
+        same_length(flux, f"transformer.{FLUX}", tokens=Box(0, 0, 0.5, 0.5))
+
+
+def test_keys_are_text_where_the_attention_reads_the_text(reader: Reader) -> None:
+    block = SITE.removesuffix(".attn2")
+    text = [f"{block}.attn2:k", f"{block}.attn2:v", f"{block}.attn2.to_k"]
+    image = [block, SITE, f"{SITE}:heads", f"{block}.attn1:k", f"{block}.ff"]
+    states = torch.zeros(1, 24, reader.subject.unet.config.cross_attention_dim)
+    kw = {"prompt_embeds": states, "negative_prompt_embeds": states, "output_type": "latent"}
+    with reader.recording([*text, *image]) as found:
+        reader.subject(**kw, **tiny.arguments("sd", 1))
+    assert {site: found[site].hw for site in text} == dict.fromkeys(text)
+    assert {site: found[site].hw for site in image} == dict.fromkeys(image, (4, 6))

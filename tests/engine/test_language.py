@@ -111,6 +111,15 @@ def test_a_word_of_the_prompt(gpt2: Reader) -> None:
     assert kept.strip() == "dog"
 
 
+@pytest.mark.parametrize("prompts", ["a red dog", ["a red dog", "a dog"]])
+def test_a_mask_of_a_text_has_one_dimension(gpt2: Reader, prompts: Any) -> None:
+    count = len(gpt2.tokenizer("a red dog").input_ids)
+    edit = Steer("transformer.h.0", V, tokens=torch.ones(1, count))
+    text = rf"tokens is a mask of \[1, {count}\], that of a text is \[{count}\], its tokens"
+    with pytest.raises(InvalidInput, match=text):
+        gpt2.run(prompts, edits=edit)
+
+
 def test_patching_heads_between_prompts(gpt2: Reader) -> None:
     from dreamreader.edits import Patch
 

@@ -115,6 +115,16 @@ def test_batches_join_along_the_rows() -> None:
     torch.testing.assert_close(split.tensor, whole.tensor, rtol=1e-4, atol=1e-5)
 
 
+def test_batches_join_by_site_where_each_records_another() -> None:
+    records = [Record(SITE, rows=[1]), Record(f"{SITE}:q", rows=[0])]
+    whole, split = run(records), run(records, batch_size=1)
+    assert set(split) == set(whole) == {SITE, f"{SITE}:q"}
+    for site, number in ((SITE, 1), (f"{SITE}:q", 0)):
+        assert split[site].rows == whole[site].rows
+        assert split[site].rows[0].prompt == PROMPTS[number]
+        torch.testing.assert_close(split[site].tensor, whole[site].tensor, rtol=1e-4, atol=1e-5)
+
+
 def test_second_order_schedulers_keep_every_evaluation() -> None:
     from diffusers import HeunDiscreteScheduler
 
@@ -188,6 +198,7 @@ def test_contexts_record_several_runs_as_rows() -> None:
         assert not found
         pipe("a red cat", **kw)
         pipe("a red dog", **kw)
+    assert [row.prompt for row in found[SITE].rows] == ["a red cat", "a red dog"]
     assert found[SITE].shape == (2, 2, 24, 32) and found[SITE].tensor.dtype == torch.float16
     with (
         pytest.raises(InvalidInput, match="the runs in this block have different steps"),
@@ -195,6 +206,27 @@ def test_contexts_record_several_runs_as_rows() -> None:
     ):
         pipe("a red cat", **kw)
         pipe("a red dog", **{**kw, "num_inference_steps": 3})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "second", "text"),
+    [
+        (None, {"height": 24, "width": 16}, r"different grids \(\(4, 6\) and \(6, 4\)\)"),
+        (None, {"num_inference_steps": 3}, "different steps .step 0 at timestep .*and step 0"),
+        (-1, {"height": 32, "width": 24}, r"keep different tokens \(\(23,\) and others\)"),
+    ],
+)
+def test_runs_that_differ_are_recorded_apart(
+    tokens: Any, second: dict[str, int], text: str
+) -> None:
+    pipe = reader().subject
+    kw = {"output_type": "latent", **tiny.arguments("sd", 2)}
+    with (
+        pytest.raises(InvalidInput, match=f"{text}.*record them apart"),
+        reader().recording(SITE, tokens=tokens, steps=slice(0, 2)),
+    ):
+        pipe("a red cat", **kw)
+        pipe("a red dog", **{**kw, **second})
 
 
 def test_a_shared_module_that_runs_twice_is_refused() -> None:

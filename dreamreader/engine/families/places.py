@@ -4,6 +4,7 @@
 its length.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from dreamreader.engine.families.classes import entry_of
+
+# What modules of denoisers are called that work on the text, on the keys of an attention, and on
+# the image alone.
+_TEXT = re.compile(
+    r"(^|\.)(\w+_context|context_\w+|add_[qkv]_proj|norm_added_[qk]|to_add_out|norm_cross|txt_\w+"
+    r"|caption_\w+|text_\w+|encoder_hid_proj)([.:]|$)|\.text$"
+)
+_KEYS = re.compile(r"\.(to|norm)_[kv]([.:]|$)|:[kv]$")
+_CROSSING = re.compile(r"attn2|cross")
+_IMAGE = re.compile(
+    r"\.(to_q|to_out|norm_q|ff|norm\d*|img_\w+|x_embedder|noise_refiner|patch_embed|pos_embed"
+    r"|proj_out)([.:]|$)|:(q|heads|probs)$|\.image$"
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,25 @@ class Layout:
         if cells is not None and longest is not None and tokens == cells + longest:
             return "joint"
         return "unknown"
+
+    def kind_at(self, name: str, tokens: int, crosses: Callable[[], bool | None]) -> str:
+        """Like `kind_of`, for a site: where text and image are of one length its name tells them.
+
+        Args:
+            name: of the site.
+            crosses: tells whether the attention there reads the text; None: no word of that.
+        """
+        kind, text = self.kind_of(tokens), self.text
+        if kind != "image" or text is None or tokens not in (text, text - self.text_offset):
+            return kind
+        if _TEXT.search(name):
+            return "text" if tokens == text else "unknown"
+        if _KEYS.search(name):
+            crossing = crosses()
+            if crossing is None:
+                return "unknown" if _CROSSING.search(name) else "image"
+            return "text" if crossing else "image"
+        return "image" if self.pyramid or _IMAGE.search(name) else "unknown"
 
     def start_of(self, stream: str, entry: int, tokens: int) -> tuple[int, int]:
         """(first, last + 1) of a stream in the joint sequence of one batch entry."""
