@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dreamreader.edits import Steer
 from dreamreader.engine import Reader, Record
-from dreamreader.engine.axes import axes_of
+from dreamreader.engine.axes import axes_of, describe_open
 from dreamreader.errors import ClockUnknown, InvalidInput, UnknownName
 
 MAP = ("rows", "features", "height", "width")
@@ -111,6 +111,57 @@ def test_the_lengths_of_a_call_decide_in_blocks_with_both_kinds_of_layers() -> N
     mixed = nn.ModuleList([nn.Conv1d(6, 6, 1), nn.Linear(9, 9)])
     assert axes_of((2, 6, 7), mixed, lengths=[6]) == TOKENS
     assert axes_of((2, 7, 6), mixed, lengths=[6]) == CHANNELS
+
+
+class Encoder(nn.Module):
+    """Layers with tokens first, called with [rows, tokens, features]."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = x.transpose(0, 1)
+        many = (turned,) * 3 if isinstance(self.layer, nn.MultiheadAttention) else (turned,)
+        found = self.layer(*many)
+        return (found[0] if isinstance(found, tuple) else found).transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "site"),
+    [
+        (nn.LSTM(8, 8), "layer"),
+        (nn.GRU(8, 8), "layer"),
+        (nn.MultiheadAttention(8, 2), "layer"),
+        (nn.TransformerEncoderLayer(8, 2, 16), "layer"),
+        (nn.TransformerEncoderLayer(8, 2, 16), "layer.norm2"),
+        (nn.LSTM(8, 8, batch_first=True), "layer"),
+    ],
+)
+def test_layers_with_tokens_first_are_read_and_edited_by_rows(layer: Any, site: str) -> None:
+    net, x = Encoder(layer).eval(), torch.randn(2, 5, 8)
+    swapped = bool(getattr(layer, "batch_first", False))
+    with torch.no_grad(), Reader(net).recording(site) as cache:
+        y = net(x)
+    expected = y.transpose(0, 1) if swapped else y
+    assert torch.equal(cache[site].tensor[:, 0], expected)
+    push = torch.zeros(8)
+    push[0] = 1.0
+    with torch.no_grad(), Reader(net).editing(Steer(site, push, 1.0, rows=[1])):
+        moved = net(x) - y
+    moved = moved.transpose(0, 1) if swapped else moved
+    assert bool((moved[1, :, 0] != 0).all()) and not bool(moved[0].any())
+    assert not bool(moved[..., 1:].any())
+
+
+def test_four_dimensions_of_a_language_model_are_heads_in_attention_only() -> None:
+    assert axes_of((2, 3, 7, 8), nn.Linear(8, 8), lengths=[7]) is None
+    assert axes_of((3, 2, 7, 8), nn.ModuleList([nn.Linear(8, 8)]), lengths=[7]) is None
+    assert axes_of((2, 3, 7, 8), nn.Conv2d(3, 3, 1), lengths=[7]) == MAP
+    assert 'layout="rows features height width"' in describe_open("0", nn.SiLU(), (2, 3, 7, 8))
+    holder = tiny.language_model("llama")[0].model.layers[0].self_attn
+    text = describe_open("0", nn.SiLU(), (2, 3, 7, 8), [holder])
+    assert 'layout="rows tokens heads features"' in text
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
