@@ -117,7 +117,9 @@ def axes_of(
     if side != "last":
         return None
     if len(shape) == 4:
-        heads = _heads([module, *around])
+        heads = _heads([module, *around]) or (
+            _declared_heads([module, *around]) if known else set()
+        )
         if heads:
             return _split(shape, heads, known, turned)
         if known:
@@ -129,7 +131,8 @@ def describe_open(
     name: str, module: nn.Module, shape: Sequence[int], around: Sequence[nn.Module] = ()
 ) -> str:
     """Why the dimensions of a value are not known, and what to do."""
-    inside = len(shape) == 4 and _heads([module, *around])
+    holders = [module, *around]
+    inside = len(shape) == 4 and (_heads(holders) or _declared_heads(holders))
     example = "rows tokens heads features" if inside else "rows features height width"
     return (
         f"{name}: {type(module).__name__} gives {list(shape)}, and which of these are tokens and "
@@ -303,6 +306,19 @@ def _heads(modules: Sequence[nn.Module]) -> set[int]:
         if facts is not None:
             counts = {tap.heads for tap in facts.ports.values() if tap.heads}
             return (counts | {facts.heads}) - {0}  # 0: it has no ports
+    return set()
+
+
+def _declared_heads(modules: Sequence[nn.Module]) -> set[int]:
+    """Numbers of heads that the nearest attention of another kind has among its attributes."""
+    for module in modules:
+        facts = [vars(module)]
+        if "Attention" in type(module).__name__:
+            facts.append(getattr(getattr(module, "config", None), "__dict__", {}))
+        named = (item for each in facts for item in each.items())
+        counts = {count for name, count in named if "heads" in name and type(count) is int}
+        if counts:
+            return counts
     return set()
 
 
