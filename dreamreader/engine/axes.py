@@ -57,6 +57,7 @@ _MAPS = (
     "diffusers.models.attention_processor",
     "diffusers.models.transformers.transformer_2d",
     "diffusers.models.transformers.dual_transformer_2d",
+    "diffusers.models.transformers.sana_transformer.GLUMBConv",
     "torchvision.models.resnet.",
     "transformers.models.resnet.",
 )
@@ -186,7 +187,7 @@ def _side(module: nn.Module, shape: Sequence[int]) -> str | None:
         return own
     first, last = _sizes(module, len(shape))
     is_first, is_last = shape[1] in first, shape[-1] in last
-    place = f"{type(module).__module__}."
+    place = f"{type(module).__module__}.{type(module).__qualname__}"
     if len(shape) > 3 and place.startswith("diffusers.models.attention_processor."):
         return "first" if shape[1] in last else None  # images go in and out as [rows, features, ..]
     if is_first and place.startswith(_MAPS):

@@ -8,6 +8,7 @@ import tiny
 import torch
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.resnet import Downsample2D
+from diffusers.models.transformers.sana_transformer import GLUMBConv
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -47,6 +48,7 @@ class ChannelNorm(nn.Module):
         (nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()), MAP),
         (nn.Sequential(nn.Linear(3, 8), nn.ReLU()), LAST),
         (Downsample2D(8, use_conv=True), MAP),
+        (GLUMBConv(8, 8), MAP),
         (nn.SiLU(), None),
         (nn.Sequential(nn.Conv2d(8, 8, 1), nn.Linear(8, 8)), LAST),
         (nn.ModuleList([nn.Conv2d(8, 8, 1), nn.Linear(8, 8)]), None),
