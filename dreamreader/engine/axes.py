@@ -30,6 +30,20 @@ _FIRST = (
     nn.PixelUnshuffle,
 )
 _LAST = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention)
+# Work on each number alone: what comes in has the same dimensions as what goes out.
+_KEEPING = (
+    nn.Identity,
+    nn.modules.dropout._DropoutNd,
+    nn.ELU,
+    nn.GELU,
+    nn.LeakyReLU,
+    nn.Mish,
+    nn.ReLU,
+    nn.Sigmoid,
+    nn.SiLU,
+    nn.Softplus,
+    nn.Tanh,
+)
 
 # Their blocks hand feature maps [rows, features, ...] to each other, whatever stands inside.
 _MAPS = (
@@ -43,6 +57,9 @@ _MAPS = (
     "diffusers.models.attention_processor",
     "diffusers.models.transformers.transformer_2d",
     "diffusers.models.transformers.dual_transformer_2d",
+    "diffusers.models.transformers.sana_transformer.GLUMBConv",
+    "torchvision.models.resnet.",
+    "transformers.models.resnet.",
 )
 _SPREAD = {4: ("height", "width"), 5: ("frames", "height", "width")}
 
@@ -86,61 +103,115 @@ def axes_of(
     known = set(lengths)
     if len(shape) < 3:
         return ("rows", "features")[: len(shape)]
+    if len(shape) == 3 and _is_tokens_first([module, *around]):
+        return ("tokens", "rows", "features")
     if len(shape) == 3:
-        side = _own_side(module, shape)
-        last_fits = known and shape[1] not in known and shape[2] in known
-        first = side == "first" or (last_fits and side is None)
-        return ("rows", "features", "tokens") if first else ("rows", "tokens", "features")
+        return _of_three(module, shape, around, known)
     if len(shape) > 5:
         return None
     root = _of_root(module, shape)
     if root is not None:
         return root
-    side = _side(module, shape) or _nearest_side(around, shape)
+    side = _output_side(module, shape) or _nearest_side(module, around, shape)
     if side == "first":
         return ("rows", "features", *_SPREAD[len(shape)])
     if side != "last":
         return None
     if len(shape) == 4:
-        heads = _heads([module, *around])
-        if known or heads:
+        heads = _heads([module, *around]) or (
+            _declared_heads([module, *around]) if known else set()
+        )
+        if heads:
             return _split(shape, heads, known, turned)
+        if known:
+            return None  # rows, tokens and something else, in an order that nothing tells
     return ("rows", *_SPREAD[len(shape)], "features")
 
 
-def describe_open(name: str, module: nn.Module, shape: Sequence[int]) -> str:
+def describe_open(
+    name: str, module: nn.Module, shape: Sequence[int], around: Sequence[nn.Module] = ()
+) -> str:
     """Why the dimensions of a value are not known, and what to do."""
+    holders = [module, *around]
+    inside = len(shape) == 4 and (_heads(holders) or _declared_heads(holders))
+    example = "rows tokens heads features" if inside else "rows features height width"
     return (
         f"{name}: {type(module).__name__} gives {list(shape)}, and which of these are tokens and "
         "which features cannot be told from its own sizes; name the dimensions, for example with "
-        'layout="rows features height width"'
+        f'layout="{example}"'
     )
 
 
+def _is_tokens_first(modules: Sequence[nn.Module]) -> bool:
+    """Whether the nearest layer of torch that takes sequences has `batch_first=False`."""
+    for module in modules:
+        if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+            module = next(iter(module.layers), module)
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            module = module.self_attn
+        if isinstance(module, nn.MultiheadAttention | nn.RNNBase | nn.Transformer):
+            return not module.batch_first
+    return False
+
+
+def _of_three(
+    module: nn.Module, shape: Sequence[int], around: Sequence[nn.Module], lengths: set[int]
+) -> Axes:
+    """Three dimensions: features last, unless a layer, the lengths or the sizes say first."""
+    side = _own_side(module, shape)
+    if side is None and (shape[1] in lengths) != (shape[2] in lengths):
+        side = "first" if shape[2] in lengths else "last"
+    if side is None:
+        side = _output_side(module, shape) or _nearest_side(module, around, shape)
+    return ("rows", "features", "tokens") if side == "first" else ("rows", "tokens", "features")
+
+
+def _output_side(module: nn.Module, shape: Sequence[int]) -> str | None:
+    """What a module says of its own output: a chain of layers gives what its last layer gives."""
+    chain = list(module) if type(module).forward is nn.Sequential.forward else []
+    return _last_side(chain, shape) or _side(module, shape)
+
+
+def _last_side(chain: Sequence[nn.Module], shape: Sequence[int]) -> str | None:
+    """What the last layer of a chain says, those that keep every dimension left out."""
+    for module in reversed(chain):
+        if not isinstance(module, _KEEPING):
+            return _output_side(module, shape)
+    return None
+
+
 def _side(module: nn.Module, shape: Sequence[int]) -> str | None:
-    """`first` or `last`: where a module has its features in a value of four or more dimensions."""
+    """`first` or `last`: where the values of a module have their features, by its layers' sizes."""
     own = _own_side(module, shape)
     if own is not None:
         return own
-    first, last = _sizes(module)
+    first, last = _sizes(module, len(shape))
     is_first, is_last = shape[1] in first, shape[-1] in last
-    place = f"{type(module).__module__}."
-    if place.startswith("diffusers.models.attention_processor."):
+    place = f"{type(module).__module__}.{type(module).__qualname__}"
+    if len(shape) > 3 and place.startswith("diffusers.models.attention_processor."):
         return "first" if shape[1] in last else None  # images go in and out as [rows, features, ..]
     if is_first and place.startswith(_MAPS):
         return "first"
     if is_first == is_last:
         return None
+    if shape[1] == shape[-1] and next(module.children(), None) is not None:
+        return None  # it may have turned what its layers give: the number fits either way
     return "first" if is_first else "last"
 
 
-def _nearest_side(around: Sequence[nn.Module], shape: Sequence[int]) -> str | None:
-    for module in around:
-        side = _side(module, shape)
+def _nearest_side(
+    module: nn.Module, around: Sequence[nn.Module], shape: Sequence[int]
+) -> str | None:
+    """What the modules around say: in a chain the layer before, else the sizes of the nearest."""
+    for outer in around:
+        chain = list(outer.children()) if isinstance(outer, nn.Sequential) else []
+        before = next((at for at, each in enumerate(chain) if each is module), 0)
+        side = _last_side(chain[:before], shape) or _side(outer, shape)
         if side is not None:
             return side
-        if any(_sizes(module)):
+        if any(_sizes(outer, len(shape))):
             return None  # it has layers of its own, and they leave it open
+        module = outer
     return None
 
 
@@ -156,7 +227,11 @@ def _own_side(module: nn.Module, shape: Sequence[int]) -> str | None:
     name = type(module).__name__
     if "RMSNorm" in name or name == "LpNorm":
         return "last"
+    if _is_turned_linear(module):
+        return "last"
     sizes = {tuple(each.shape) for each in module.parameters(recurse=False)}
+    if (1, shape[1], *(1,) * (len(shape) - 2)) in sizes and shape[1] > 1:
+        return "first"  # a weight for each channel
     if any(len(each) > 1 and each[0] == max(each) == shape[1] for each in _gains(sizes)):
         return "first"
     flat = {each[0] for each in sizes if len(each) == 1} - {1}  # one number says no dimension
@@ -172,19 +247,30 @@ def _gains(sizes: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
     return [each for each in sizes if each and all(size == 1 for size in each[1:])]
 
 
-def _sizes(module: nn.Module) -> tuple[frozenset[int], frozenset[int]]:
-    """Widths that the layers inside have as first and as last dimension."""
+def _is_turned_linear(module: nn.Module) -> bool:
+    """Whether it is the linear layer of transformers whose weight is [in, out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _sizes(module: nn.Module, rank: int) -> tuple[frozenset[int], frozenset[int]]:
+    """Widths that the layers inside have as first and as last dimension.
+
+    Of a value of three dimensions a convolution over images says nothing: it was flattened.
+    """
     first: set[int] = set()
     last: set[int] = set()
     for each in module.modules():
         if isinstance(each, nn.modules.conv._ConvNd):
-            first |= {each.in_channels, each.out_channels}
+            if rank > 3 or len(each.kernel_size) == 1:
+                first |= {each.in_channels, each.out_channels}
         elif isinstance(each, nn.GroupNorm):
             first.add(each.num_channels)
         elif isinstance(each, nn.modules.batchnorm._NormBase):
             first.add(each.num_features)
         elif isinstance(each, nn.Linear):
             last |= {each.in_features, each.out_features}
+        elif _is_turned_linear(each):
+            last |= set(each.weight.shape)
         elif isinstance(each, nn.Embedding):
             last.add(each.embedding_dim)
         elif isinstance(each, nn.LayerNorm | nn.RMSNorm):
@@ -224,6 +310,19 @@ def _heads(modules: Sequence[nn.Module]) -> set[int]:
     return set()
 
 
+def _declared_heads(modules: Sequence[nn.Module]) -> set[int]:
+    """Numbers of heads that the nearest attention of another kind has among its attributes."""
+    for module in modules:
+        facts = [vars(module)]
+        if "Attention" in type(module).__name__:
+            facts.append(getattr(getattr(module, "config", None), "__dict__", {}))
+        named = (item for each in facts for item in each.items())
+        counts = {count for name, count in named if "heads" in name and type(count) is int}
+        if counts:
+            return counts
+    return set()
+
+
 def _split(shape: Sequence[int], heads: set[int], lengths: set[int], turned: bool) -> Axes | None:
     """Order of tokens and heads in [rows, ., ., features]; None where both orders would fit.
 
@@ -231,7 +330,7 @@ def _split(shape: Sequence[int], heads: set[int], lengths: set[int], turned: boo
     """
 
     def fits(tokens: int, head: int) -> bool:
-        known = not heads or head in heads or head == 1  # 1: latent values that all heads share
+        known = head in heads or head == 1  # 1: latent values that all heads share
         return (not lengths or tokens in lengths) and known
 
     if shape[1] == shape[2] == 1:

@@ -109,7 +109,7 @@ def _axes(
     turned = value.dim() == 4 and value.stride(1) < value.stride(2)
     found = axes_of(value.shape, module, site.around, lengths, turned)
     if found is None:
-        raise InvalidInput(describe_open(site.name, module, value.shape))
+        raise InvalidInput(describe_open(site.name, module, value.shape, site.around))
     return found
 
 

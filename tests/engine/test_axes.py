@@ -8,11 +8,13 @@ import tiny
 import torch
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.resnet import Downsample2D
+from diffusers.models.transformers.sana_transformer import GLUMBConv
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from dreamreader.edits import Steer
 from dreamreader.engine import Reader, Record
-from dreamreader.engine.axes import axes_of
+from dreamreader.engine.axes import axes_of, describe_open
 from dreamreader.errors import ClockUnknown, InvalidInput, UnknownName
 
 MAP = ("rows", "features", "height", "width")
@@ -46,8 +48,12 @@ class ChannelNorm(nn.Module):
         (nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()), MAP),
         (nn.Sequential(nn.Linear(3, 8), nn.ReLU()), LAST),
         (Downsample2D(8, use_conv=True), MAP),
+        (GLUMBConv(8, 8), MAP),
         (nn.SiLU(), None),
-        (nn.Sequential(nn.Conv2d(8, 8, 1), nn.Linear(8, 8)), None),
+        (nn.Sequential(nn.Conv2d(8, 8, 1), nn.Linear(8, 8)), LAST),
+        (nn.ModuleList([nn.Conv2d(8, 8, 1), nn.Linear(8, 8)]), None),
+        (nn.ModuleList([nn.Linear(8, 8)]), None),  # may have been turned
+        (nn.ModuleList([nn.Conv2d(3, 8, 1)]), None),
     ],
 )
 def test_modules_say_where_their_features_are(module: nn.Module, expected: Any) -> None:
@@ -59,6 +65,134 @@ def test_a_layer_without_sizes_is_told_by_the_module_around_it() -> None:
     assert axes_of(SHAPE, around[1], [around]) == MAP
     assert axes_of((2, 8, 5), nn.Conv1d(3, 8, 1)) == ("rows", "features", "tokens")
     assert axes_of((2, 5, 8), nn.Linear(8, 8)) == ("rows", "tokens", "features")
+
+
+CHANNELS = ("rows", "features", "tokens")
+TOKENS = ("rows", "tokens", "features")
+
+
+class Snake(nn.Module):
+    """One number for each channel of [rows, channels, samples]."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(1, width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.alpha * x).sin()
+
+
+@pytest.mark.parametrize("samples", [5, 6])
+def test_layers_without_sizes_between_convolutions_have_channels_first(samples: int) -> None:
+    net = nn.Sequential(nn.Conv1d(4, 6, 1), nn.GELU(), nn.Dropout(0.1), Snake(6))
+    shape = (2, 6, samples)
+    assert all(axes_of(shape, each, [net]) == CHANNELS for each in [*net, net])
+    x = torch.randn(2, 4, samples)
+    net.eval()
+    with torch.no_grad(), Reader(net).recording("1") as cache:
+        net(x)
+    value = net[1](net[0](x))
+    assert torch.equal(cache["1"].tensor[:, 0], value.transpose(1, 2))
+
+
+def test_three_dimensions_are_tokens_and_features_where_linear_layers_are_around() -> None:
+    mlp = nn.Sequential(nn.Conv1d(4, 6, 1), nn.GELU(), nn.Flatten(2), nn.Linear(6, 6), nn.GELU())
+    assert axes_of((2, 6, 5), mlp[1], [mlp]) == CHANNELS
+    assert axes_of((2, 6, 6), mlp[4], [mlp]) == axes_of((2, 6, 6), mlp) == TOKENS
+    mixed = nn.ModuleList([nn.Conv1d(6, 6, 1), nn.Linear(6, 6)])
+    assert axes_of((2, 6, 6), mixed) == axes_of((2, 6, 6), nn.GELU(), [mixed]) == TOKENS
+    assert axes_of((2, 6, 5), mixed) == CHANNELS and axes_of((2, 5, 6), mixed) == TOKENS
+    patches = nn.ModuleList([nn.Conv2d(3, 6, 2)])  # [rows, 6, 6]: six patches of six features
+    assert axes_of((2, 6, 6), patches) == axes_of((2, 6, 5), patches) == TOKENS
+    turned = Conv1D(6, 4)
+    outer = nn.ModuleList([turned, nn.Conv1d(6, 6, 1)])
+    assert axes_of((2, 6, 6), turned, [outer]) == TOKENS
+
+
+def test_the_lengths_of_a_call_decide_in_blocks_with_both_kinds_of_layers() -> None:
+    mixed = nn.ModuleList([nn.Conv1d(6, 6, 1), nn.Linear(9, 9)])
+    assert axes_of((2, 6, 7), mixed, lengths=[6]) == TOKENS
+    assert axes_of((2, 7, 6), mixed, lengths=[6]) == CHANNELS
+
+
+class Encoder(nn.Module):
+    """Layers with tokens first, called with [rows, tokens, features]."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = x.transpose(0, 1)
+        many = (turned,) * 3 if isinstance(self.layer, nn.MultiheadAttention) else (turned,)
+        found = self.layer(*many)
+        return (found[0] if isinstance(found, tuple) else found).transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "site"),
+    [
+        (nn.LSTM(8, 8), "layer"),
+        (nn.GRU(8, 8), "layer"),
+        (nn.MultiheadAttention(8, 2), "layer"),
+        (nn.TransformerEncoderLayer(8, 2, 16), "layer"),
+        (nn.TransformerEncoderLayer(8, 2, 16), "layer.norm2"),
+        (nn.LSTM(8, 8, batch_first=True), "layer"),
+    ],
+)
+def test_layers_with_tokens_first_are_read_and_edited_by_rows(layer: Any, site: str) -> None:
+    net, x = Encoder(layer).eval(), torch.randn(2, 5, 8)
+    swapped = bool(getattr(layer, "batch_first", False))
+    with torch.no_grad(), Reader(net).recording(site) as cache:
+        y = net(x)
+    expected = y.transpose(0, 1) if swapped else y
+    assert torch.equal(cache[site].tensor[:, 0], expected)
+    push = torch.zeros(8)
+    push[0] = 1.0
+    with torch.no_grad(), Reader(net).editing(Steer(site, push, 1.0, rows=[1])):
+        moved = net(x) - y
+    moved = moved.transpose(0, 1) if swapped else moved
+    assert bool((moved[1, :, 0] != 0).all()) and not bool(moved[0].any())
+    assert not bool(moved[..., 1:].any())
+
+
+def test_four_dimensions_of_a_language_model_are_heads_in_attention_only() -> None:
+    assert axes_of((2, 3, 7, 8), nn.Linear(8, 8), lengths=[7]) is None
+    assert axes_of((3, 2, 7, 8), nn.ModuleList([nn.Linear(8, 8)]), lengths=[7]) is None
+    assert axes_of((2, 3, 7, 8), nn.Conv2d(3, 3, 1), lengths=[7]) == MAP
+    assert 'layout="rows features height width"' in describe_open("0", nn.SiLU(), (2, 3, 7, 8))
+    holder = tiny.language_model("llama")[0].model.layers[0].self_attn
+    text = describe_open("0", nn.SiLU(), (2, 3, 7, 8), [holder])
+    assert 'layout="rows tokens heads features"' in text
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_every_module_of_an_audio_decoder_has_channels_first() -> None:
+    vae = diffusers.AutoencoderOobleck(
+        encoder_hidden_size=8,
+        downsampling_ratios=[2, 4],
+        channel_multiples=[1, 2],
+        decoder_channels=8,
+        decoder_input_channels=4,
+        audio_channels=2,
+    ).eval()
+    found: dict[str, Any] = {}
+    names = {module: name for name, module in vae.named_modules()}
+
+    def keep(module: nn.Module, _: Any, output: Tensor) -> None:
+        name, around = names[module], []
+        while name:
+            name = name.rpartition(".")[0]
+            around.append(vae.get_submodule(name))
+        found[names[module]] = axes_of(output.shape, module, around)
+
+    handles = [each.register_forward_hook(keep) for each in vae.decoder.modules()]
+    with torch.no_grad():
+        vae.decode(torch.randn(1, 4, 4))
+        vae.decode(torch.randn(1, 4, 16))
+    for handle in handles:
+        handle.remove()
+    assert len(found) > 20 and set(found.values()) == {CHANNELS}
 
 
 def recorded(net: nn.Module, x: Tensor, request: Any = "0") -> tuple[Any, Tensor]:
