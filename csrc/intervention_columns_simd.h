@@ -17,6 +17,9 @@ constexpr int kLanes = int(kLaneBytes / sizeof(W));
 // Elsewhere fewer, but not one at a time, since y is rounded once per tile.
 constexpr int kTile = DR_VECTOR_BYTES == 64 ? 8 : 4;
 
+// Channels that are summed apart: one long sum of a lane would round once per channel.
+constexpr int64_t kSummed = 16;
+
 // One value of every lane.
 template <typename W>
 struct Column {
@@ -125,14 +128,20 @@ struct Group {
     const uint8_t* mask = mask_of(step);
     const int64_t width = job.in.width;
     Column<W> total[count] = {};
-    for (int64_t c = step.begin; c < step.end; ++c) {
-      if (mask && !mask[c]) continue;
-      const Column<W> now = y[c];
+    for (int64_t first = step.begin; first < step.end; first += kSummed) {
+      const int64_t last = step.end - first < kSummed ? step.end : first + kSummed;
+      Column<W> part[count] = {};
+      for (int64_t c = first; c < last; ++c) {
+        if (mask && !mask[c]) continue;
+        const Column<W> now = y[c];
 #pragma GCC unroll 8
-      for (int k = 0; k < count; ++k) {
-        const V factor = v[k * width + c] - V{};
-        DR_COLUMN total[k].v[i] += now.v[i] * factor;
+        for (int k = 0; k < count; ++k) {
+          const V factor = v[k * width + c] - V{};
+          DR_COLUMN part[k].v[i] += now.v[i] * factor;
+        }
       }
+#pragma GCC unroll 8
+      for (int k = 0; k < count; ++k) DR_COLUMN total[k].v[i] += part[k].v[i];
     }
     for (int k = 0; k < count; ++k) totals[k] = total[k];
   }
@@ -140,9 +149,14 @@ struct Group {
   Column<W> norm(const Step& step) const {
     const uint8_t* mask = mask_of(step);
     Column<W> total{};
-    for (int64_t c = step.begin; c < step.end; ++c) {
-      if (mask && !mask[c]) continue;
-      DR_COLUMN total.v[i] += y[c].v[i] * y[c].v[i];
+    for (int64_t first = step.begin; first < step.end; first += kSummed) {
+      const int64_t last = step.end - first < kSummed ? step.end : first + kSummed;
+      Column<W> part{};
+      for (int64_t c = first; c < last; ++c) {
+        if (mask && !mask[c]) continue;
+        DR_COLUMN part.v[i] += y[c].v[i] * y[c].v[i];
+      }
+      DR_COLUMN total.v[i] += part.v[i];
     }
     for (int l = 0; l < kLanes<W>; ++l) total.set(l, W(__builtin_sqrt(total.get(l))));
     return total;

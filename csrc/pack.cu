@@ -68,7 +68,7 @@ struct Values {
       }
     }
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) at[i] = (mean ? at[i] / W(end - begin) : at[i]) + W(0);  // +0 of two zeros
+    for (int i = 0; i < kRun; ++i) at[i] = (mean ? at[i] / W(end - begin) : at[i]) + W(0);  // zeros are +0
   }
 
  private:

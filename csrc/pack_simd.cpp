@@ -87,7 +87,7 @@ class Packer {
           raise(v, other);
         }
       }
-      if (!alone) add(v, Block<W>{});  // of two zeros the positive one
+      if (!alone) add(v, Block<W>{});  // zeros are +0
       seen.values.see(v);
       if (storing_.most != 0) seen.finite.template see<true>(v);
       store(values_ + e, v, kBlock<W>);

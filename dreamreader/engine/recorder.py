@@ -192,6 +192,10 @@ class Recorder:
     def _checked(self, x: Tensor) -> Tensor:
         assert self.request.reduce is not None
         y = self.request.reduce(x)
+        if not isinstance(y, Tensor):
+            raise InvalidInput(
+                f"recording {self.name}: reduce has to return a tensor, got {type(y).__name__}"
+            )
         if y.dim() != x.dim() or y.shape[0] != x.shape[0]:
             raise InvalidInput(
                 f"recording {self.name}: reduce made {list(y.shape)} of {list(x.shape)}; rows and "

@@ -55,7 +55,7 @@ def normalized(chosen: Any, label: str, *, soft: bool = False, words: bool = Fal
 
     Anything with `__index__` is an index, 0-d tensors and arrays are the number that they hold,
     lists, tuples, arrays and tensors are indices where they hold integers and masks where they hold
-    truth values or, with `soft`, floating point strengths.
+    truth values or, with `soft`, floating point strengths; arrays of strings are words, as lists.
 
     Args:
         soft: strengths from 0 to 1 are allowed, as for tokens.
@@ -72,14 +72,14 @@ def normalized(chosen: Any, label: str, *, soft: bool = False, words: bool = Fal
         >>> normalized(np.array([0, 2]), "rows"), normalized(torch.tensor(1), "rows")
         ([0, 2], 1)
     """
+    if isinstance(chosen, np.ndarray):
+        chosen = _of_array(chosen)
     if chosen is None or (words and isinstance(chosen, str | Box)):
         return chosen
     if isinstance(chosen, slice):
         return slice(*(_bound(each, label) for each in (chosen.start, chosen.stop, chosen.step)))
     if isinstance(chosen, range):
         return chosen
-    if isinstance(chosen, np.ndarray):
-        chosen = torch.from_numpy(np.ascontiguousarray(chosen))
     if isinstance(chosen, Tensor):
         return _of_tensor(chosen, label, soft)
     if _is_index(chosen):
@@ -253,6 +253,16 @@ def _distinct(indices: list[int], label: str) -> list[int]:
             f"{label}: {indices} could be indices or a mask; give truth values, or every index once"
         )
     return indices
+
+
+def _of_array(chosen: np.ndarray) -> Any:
+    """The same as a tensor; what no tensor holds, words among it, as Python values."""
+    if chosen.dtype.kind not in "biufc":
+        return chosen.tolist()
+    try:
+        return torch.from_numpy(np.ascontiguousarray(chosen).reshape(chosen.shape))
+    except (TypeError, ValueError):  # a byte order or a width that torch does not have
+        return chosen.tolist()
 
 
 def _scalar(value: Any) -> Any:

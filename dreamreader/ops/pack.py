@@ -100,8 +100,8 @@ def pack_reference(
         bounds = groups.tolist()
         parts = [slice(*pair) for pair in zip(bounds[:-1], bounds[1:], strict=True)]
         odd = torch.stack([odd[part].any() for part in parts])
-        pooled = _mean if POOLS[pool] == "mean" else _largest
-        values = torch.stack([pooled(values[part]) for part in parts])
+        pooled = torch.mean if POOLS[pool] == "mean" else torch.amax
+        values = torch.stack([pooled(values[part], 0) for part in parts]) + 0.0  # zeros are +0
     if out.dtype in MOST:
         assert scales is not None
         stored, scale = _scaled(values, out.dtype)
@@ -112,17 +112,6 @@ def pack_reference(
     out.copy_(stored)
     if not_finite is not None:
         not_finite += (odd | ~values.isfinite().all(1)).sum()
-
-
-def _mean(values: Tensor) -> Tensor:
-    """[D]: mean of [n, D]; of -0 alone -0, where torch, which begins its sums at +0, has +0."""
-    negative = ((values == 0) & values.signbit()).all(0)
-    return values.mean(0).where(~negative, -0.0)
-
-
-def _largest(values: Tensor) -> Tensor:
-    """[D]: largest of [n, D], +0 of zeros of both signs."""
-    return values.amax(0) + 0.0
 
 
 def _scaled(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ SHORT, LONG = "w5 w6 w7", "w9 w10 w11 w12 w13 w5 w6 w7"
 SITE = "model.layers.0"
 V = torch.randn(32, generator=torch.Generator().manual_seed(1))
 GREEDY = {"do_sample": False}
+BYTES = np.array([b"w5"])
 # PEFT asks transformers by the names that were
 OLD_NAMES = pytest.mark.filterwarnings("ignore:.*radient_checkpointing.*:FutureWarning")
 
@@ -91,6 +92,10 @@ def test_a_mask_selects_the_same_in_every_form(llama: dr.Reader, mask: Any) -> N
         {"tokens": 1, "rows": np.array([True])},
         {"tokens": 1, "rows": torch.tensor(0)},
         {"tokens": ["w6"]},
+        {"tokens": np.array(["w6"])},
+        {"tokens": np.array("w6")},
+        {"tokens": np.array(1)},
+        {"tokens": np.array([1], ">i4")},
     ],
     ids=repr,
 )
@@ -98,7 +103,7 @@ def test_whole_numbers_of_every_kind_are_indices(llama: dr.Reader, chosen: Any) 
     assert touched(llama, SHORT, dr.Steer(SITE, V, 1.0, **chosen)) == [[0, 1, 0]]
 
 
-@pytest.mark.parametrize("mixed", [[0, True], [0.5, 1], ["w5", 1], [None], object(), 1.5])
+@pytest.mark.parametrize("mixed", [[0, True], [0.5, 1], ["w5", 1], [None], object(), 1.5, BYTES])
 def test_what_is_neither_is_refused(llama: dr.Reader, mixed: Any) -> None:
     with pytest.raises(InvalidInput, match="tokens"):
         llama.run(SHORT, edits=dr.Steer(SITE, V, 1.0, tokens=mixed))

@@ -109,6 +109,11 @@ def test_reduce_runs_before_values_are_stored() -> None:
     assert torch.equal(found[f"{SITE}:heads"].tensor, whole.tensor.mean(3, keepdim=True))
 
 
+def test_reduce_has_to_return_a_tensor() -> None:
+    with pytest.raises(InvalidInput, match="reduce has to return a tensor, got NoneType"):
+        run(Record(SITE, reduce=lambda x: None))  # pyright: ignore[reportArgumentType]
+
+
 def test_batches_join_along_the_rows() -> None:
     whole, split = run(SITE)[SITE], run(SITE, batch_size=1)[SITE]
     assert split.rows == whole.rows
