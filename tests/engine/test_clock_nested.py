@@ -57,6 +57,11 @@ def during_the_run(pipe, where: str, action: Callable[[], object]) -> Callable[[
     return module.register_forward_hook(hook).remove
 
 
+def running(tracker: PipelineTracker) -> Now:
+    assert tracker.now is not None
+    return tracker.now
+
+
 @pytest.mark.parametrize("where", ["scheduler", "module"])
 @pytest.mark.parametrize("who", ["another", "itself"])
 def test_a_pipeline_within_the_run(where: str, who: str) -> None:
@@ -104,16 +109,16 @@ def test_a_pipeline_within_the_run(where: str, who: str) -> None:
 
 def test_the_reason_names_the_other_pipeline() -> None:
     pipe, other = two()
-    said: list[Now | None] = []
+    said: list[Now] = []
     undo = during_the_run(
         pipe, "scheduler", lambda: call("sd", other, "a star", num_inference_steps=4)
     )
     with PipelineTracker(Subject(pipe)) as tracker:
-        hook = pipe.unet.register_forward_hook(lambda *_: said.append(tracker.now))
+        hook = pipe.unet.register_forward_hook(lambda *_: said.append(running(tracker)))
         call("sd", pipe)
         hook.remove()
     undo()
-    phases = [now.phase for now in said if now is not None]
+    phases = [now.phase for now in said]
     assert phases == ["denoise"] * 2 + ["aside"] * 4 + ["denoise"] * 2
     assert "called by another pipeline (StableDiffusionPipeline) while" in str(said[2].instant)
 
@@ -125,16 +130,16 @@ def test_the_denoiser_within_its_own_call() -> None:
 
     def look() -> None:
         latents = torch.zeros(2, 4, 8, 12)
-        hook = pipe.unet.register_forward_hook(lambda *_: said.append(tracker.now))
+        hook = pipe.unet.register_forward_hook(lambda *_: said.append(running(tracker)))
         pipe.unet(latents, pipe.scheduler.timesteps[1], text)
         hook.remove()
-        after.append((tracker.now.instant.step, tracker.clock.now().step))
+        after.append((running(tracker).stamp[1], tracker.clock.now().step))
 
     undo = during_the_run(pipe, "module", look)
     with PipelineTracker(Subject(pipe)) as tracker:
         call("sd", pipe)
     undo()
-    assert after == [(1, 1)]
+    assert after == [((1, 0), 1)]
     assert [now.phase for now in said] == ["aside"]
     assert "it is called while a call of unet runs" in str(said[0].instant)
 
