@@ -22,9 +22,10 @@ SITE = "unet.mid_block"
 def two():
     """A pipeline, and another of the same class with the same UNet and a schedule of its own."""
     pipe = tiny.pipeline("sd")
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    config = pipe.scheduler.config
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(config)
     other = type(pipe)(**pipe.components, requires_safety_checker=False)
-    other.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    other.scheduler = diffusers.DDIMScheduler.from_config(config)
     other.set_progress_bar_config(disable=True)
     return pipe, other
 
@@ -157,3 +158,27 @@ def test_a_run_within_another_pipeline_is_followed() -> None:
         call("sd", other, callback_on_step_end=draw)
     steps = [each.step for each in log.said if not isinstance(each, ClockUnknown)]
     assert steps == [0, 1, 2, 3]
+
+
+class Combined(diffusers.StableDiffusionPipeline):
+    """A pipeline that leaves the work to another one, which is a part of it."""
+
+    part: diffusers.StableDiffusionPipeline
+
+    def __call__(self, *args, **kwargs):
+        return self.part(*args, **kwargs)
+
+
+def test_a_pipeline_that_is_a_part_is_the_run_itself() -> None:
+    part, _ = two()
+    pipe = Combined(**part.components, requires_safety_checker=False)
+    pipe.part = part
+    with PipelineTracker(Subject(pipe)) as tracker:
+        steps, names = [], []
+        hook = pipe.unet.register_forward_hook(
+            lambda *_: (steps.append(tracker.clock.time().step), names.append(running(tracker)))
+        )
+        call("sd", pipe)
+        hook.remove()
+    assert steps == [0, 1, 2, 3]
+    assert all(now.phase == "denoise" for now in names)
