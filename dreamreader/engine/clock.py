@@ -15,6 +15,7 @@ from dreamreader.engine.clock_run import (
     listen_to_calls,
     listen_to_context,
     listen_to_pipeline,
+    other_caller,
     own_class,
 )
 from dreamreader.engine.clock_schedule import Instant, Trajectory
@@ -49,10 +50,12 @@ class Moment(Instant):
 class _Call:
     """The running call of a denoiser: time and branches, or why they are unknown."""
 
-    __slots__ = ("branches", "instant", "moment", "name")
+    __slots__ = ("aside", "branches", "instant", "moment", "name", "outer")
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, outer: "_Call | None", aside: str | None):
         self.name = name
+        self.outer = outer  # within which it runs
+        self.aside = aside  # why it is not the run's own
         self.instant: Instant | ClockUnknown
         self.branches: tuple[str, ...] | ClockUnknown
         self.moment: Moment | None = None
@@ -69,7 +72,9 @@ class Clock:
 
     A ControlNet has the step of the denoiser call that follows, and the branches that it runs for.
     What a callback of the run calls is not the run: another pipeline that shares the denoiser, or
-    the denoiser itself, has neither time nor branch.
+    the denoiser itself, has neither time nor branch. Nor has another pipeline that runs meanwhile
+    in a hook or in the scheduler, a run of the pipeline within its run, or a denoiser's call within
+    another one.
 
     The clock follows every run of the pipeline inside its `with` block. It adds hooks of its own to
     the denoisers and text encoders, hears `cache_context`, and sees the pipeline being called; all
@@ -102,6 +107,7 @@ class Clock:
         self._contexts: dict[str, list[str]] = {name: [] for name in followed}
         self._runs: list[_Run] = []
         self._callbacks = 0
+        self._within = 0  # runs of the pipeline that began within the running one
         self._last: Trajectory | None = None
         self._call: _Call | None = None
         self._encoding: Encoding | None = None
@@ -125,7 +131,7 @@ class Clock:
         for run in self._runs:
             run.close()
         self._runs.clear()
-        self._callbacks = 0
+        self._callbacks = self._within = 0
         self._call = self._encoding = self._encoder = None
 
     def now(self) -> Moment:
@@ -189,13 +195,21 @@ class Clock:
         """Why what is being called is not part of the run that is going on; None where it is."""
         if self._callbacks:
             return "it is called in a callback of the running pipeline, maybe by another one"
+        if self._within:
+            return "it is called by a run of the pipeline that began within the running one"
+        if self._call is not None and self._call.aside is not None:
+            return self._call.aside
+        other = other_caller(self.pipe) if self._runs else None
+        if other is not None:
+            return f"it is called by another pipeline ({other}) while this one runs"
         return None
 
     # what the listeners tell
 
     def run_began(self, arguments: Mapping[str, Any]) -> None:
         """A call of the pipeline begins: nothing of an earlier one is believed any more."""
-        if self.aside() is not None:
+        if self._runs:
+            self._within += 1
             return
         self._runs.append(_Run(self.pipe, arguments))
         self._call = self._encoding = self._encoder = None
@@ -204,7 +218,9 @@ class Clock:
 
     def run_ended(self, failed: bool) -> None:
         """The call is over; timesteps that could not be read without waiting are compared now."""
-        if self.aside() is not None:
+        if self._within:
+            self._within -= 1
+            self._runs[-1].interrupted = True
             return
         self._call = None
         run = self._runs.pop() if self._runs else None  # the clock may have been closed meanwhile
@@ -223,7 +239,7 @@ class Clock:
         """The run goes on."""
         self._callbacks = max(self._callbacks - 1, 0)
         if self._runs and not self._callbacks:
-            self._runs[-1].called_back = True
+            self._runs[-1].interrupted = True
 
     def encoding_began(self, arguments: Mapping[str, Any]) -> None:
         """`encode_prompt` begins."""
@@ -257,9 +273,13 @@ class Clock:
         scheduler_name = own if getattr(self.pipe, own, None) is not None else "scheduler"
 
         def began(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            why = self.aside()
-            self._call = call = _Call(name)
+            outer, why = self._call, self.aside()
+            if why is None and outer is not None:
+                why = f"it is called while a call of {outer.name} runs, so it is not the run's own"
+            self._call = call = _Call(name, outer, why)
             if why is not None:
+                if self._runs:
+                    self._runs[-1].interrupted = True
                 call.instant = call.branches = ClockUnknown(f"{name} has no step or branch: {why}")
                 return
             if not self._runs:
@@ -298,7 +318,7 @@ class Clock:
         return began
 
     def _called(self) -> None:
-        self._call = None
+        self._call = None if self._call is None else self._call.outer
 
     def _hear_text(self, name: str):
         def began(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -333,7 +353,7 @@ class _Run:
     def __init__(self, pipe: Any, arguments: Mapping[str, Any]):
         self.pipe = pipe
         self.arguments = arguments
-        self.called_back = False
+        self.interrupted = False
         own = own_class(pipe)
         self.branches = Branches(pipe, own, layout_of(own), arguments)
         self.trajectory: Trajectory | None = None
@@ -353,7 +373,7 @@ class _Run:
         """The schedule that the pipeline has set for a denoiser; read anew when it sets another.
 
         Raises:
-            ClockUnknown: it has none, or something that ran in a callback has set another.
+            ClockUnknown: it has none, or something that ran in between has set another.
         """
         scheduler = getattr(self.pipe, scheduler_name, None)
         if scheduler is None or getattr(scheduler, "timesteps", None) is None:
@@ -364,20 +384,25 @@ class _Run:
         if trajectory is None or trajectory.source is not scheduler.timesteps:
             form, config = form_of(inner, type(scheduler)), getattr(denoiser, "config", None)
             new = Trajectory(scheduler, form, config, has_clean_tokens(inner))
-            if trajectory is not None and self.called_back and new.values != trajectory.values:
+            if trajectory is not None and self.interrupted and new.values != trajectory.values:
                 raise ClockUnknown(
-                    f"the schedule of {type(scheduler).__name__} was set anew in a callback, while "
-                    "the pipeline goes on with the one that it had set"
+                    f"the schedule of {type(scheduler).__name__} was set anew in a callback "
+                    "or another run, while the pipeline goes on with the one that it had set"
                 )
             self._trajectories[key] = trajectory = new
-        self.called_back = False
+        self.interrupted = False
         self.trajectory = trajectory
         return trajectory
 
 
 def _modules(pipe: Any, names: tuple[str, ...]) -> dict[str, nn.Module]:
-    found = {name: getattr(pipe, name, None) for name in names}
-    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    found: dict[str, nn.Module] = {}
+    for name in names:
+        module = getattr(pipe, name, None)
+        # one module of two names is one: its call would seem to run within itself
+        if isinstance(module, nn.Module) and all(module is not each for each in found.values()):
+            found[name] = module
+    return found
 
 
 def _known(value: Any) -> Any:

@@ -7,6 +7,7 @@ Three listeners, each installed for the length of a context manager and removed 
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -54,6 +55,26 @@ def own_class(pipe: Any) -> type:
     return getattr(type(pipe), "_dreamreader_own_class", type(pipe))
 
 
+def other_caller(pipe: Any) -> str | None:
+    """The class of the pipeline whose `__call__` is running innermost; None where it is `pipe`.
+
+    Pipelines that are parts of this one (of a prior and a decoder in one) count as itself. Only the
+    call stack tells who calls a denoiser that several pipelines share.
+    """
+    from diffusers import DiffusionPipeline, ModularPipeline
+
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__call__" and code.co_argcount:
+            owner = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(owner, DiffusionPipeline | ModularPipeline):
+                own = owner is pipe or any(owner is part for part in vars(pipe).values())
+                return None if own else own_class(owner).__name__
+        frame = frame.f_back
+    return None
+
+
 @contextmanager
 def listen_to_pipeline(pipe: Any, listener: RunListener) -> Iterator[None]:
     """Tell `listener` about every call of this one pipeline object by this thread.
@@ -82,7 +103,7 @@ def _listening_class(own: type) -> type:
         return [listener for listener, owner in listeners if owner.here()]
 
     @functools.wraps(own.__call__)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # `other_caller` knows the name
         arguments = bound(own.__call__, self, *args, **kwargs)
         heard = heard_here()
         for listener in heard:
@@ -101,7 +122,7 @@ def _listening_class(own: type) -> type:
         "__module__": own.__module__,
         "__qualname__": own.__qualname__,
         "__doc__": own.__doc__,
-        "__call__": call,
+        "__call__": __call__,
         "_dreamreader_listeners": listeners,
         "_dreamreader_own_class": own,
     }

@@ -18,8 +18,8 @@ class Now:
 
     Args:
         component: its name, empty outside.
-        phase: `denoise`, `text`, `language` or `outside`; `aside` for what a callback of the run
-            calls by itself, which is not the run.
+        phase: `denoise`, `text`, `language` or `outside`; `aside` for what is called within the
+            run, as by a callback, but is not the run.
         run: number of the run within the session.
         instant: time, or why it is unknown.
         branches: names of the equal chunks of the batch, or why they are unknown.

@@ -1,7 +1,7 @@
 """Trackers say what is running now: in a pipeline, a language model, a plain module."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol, Self
 
@@ -49,8 +49,8 @@ class PipelineTracker(AbstractContextManager):
     """Follows a diffusers pipeline: its clock says time and branch.
 
     Attributes:
-        now: what is running, of the phase `aside` where a callback of the run called it: that is
-            not the run, and nothing of it is edited or recorded.
+        now: what is running, of the phase `aside` where a callback of the run called it, or
+            anything else that is not the run: nothing of it is edited or recorded.
         rows: pictures or videos that the running or latest call of the pipeline asked for; None
             where its arguments do not say it.
         prompts: the prompt of each of these rows, those of one prompt next to each other.
@@ -65,6 +65,7 @@ class PipelineTracker(AbstractContextManager):
         self.prompts: list[str] | None = None
         self._ids: dict[tuple[str, str], tuple[Tensor, Tensor | None]] = {}
         self._layouts: dict[tuple, Layout] = {}
+        self._outer: list[Now | None] = []  # what goes on when the running call is over
         self._stack: ExitStack | None = None
 
     def __enter__(self) -> Self:
@@ -72,9 +73,9 @@ class PipelineTracker(AbstractContextManager):
             stack.enter_context(self.clock)
             stack.enter_context(listen_to_pipeline(self.pipe, self))
             for name, module in {**self.clock.denoisers, **self.clock.beside}.items():
-                stack.enter_context(_watched(module, self._denoiser(name, module), self._ended))
+                stack.enter_context(self._followed(module, self._denoiser(name, module)))
             for name, module in self.clock.text_encoders.items():
-                stack.enter_context(_watched(module, self._encoder(name, module), self._ended))
+                stack.enter_context(self._followed(module, self._encoder(name, module)))
             self._stack = stack.pop_all()
         return self
 
@@ -83,6 +84,7 @@ class PipelineTracker(AbstractContextManager):
         if stack is not None:
             stack.close()
         self.now = None
+        self._outer.clear()
 
     # what the pipeline's listener tells
 
@@ -97,6 +99,7 @@ class PipelineTracker(AbstractContextManager):
     def run_ended(self, failed: bool) -> None:
         if self.clock.aside() is None:
             self.now = None
+            self._outer.clear()
 
     def callback_began(self) -> None:
         pass
@@ -141,22 +144,30 @@ class PipelineTracker(AbstractContextManager):
     def text_ids(self, component: str, branch: str) -> tuple[Tensor, Tensor | None] | None:
         return self._ids.get((component, branch))
 
-    def _ended(self) -> None:
-        self.now = None
+    def _followed(
+        self, module: nn.Module, now_of: Callable[[tuple, dict[str, Any]], Now]
+    ) -> AbstractContextManager[None]:
+        def began(args: tuple, kwargs: dict[str, Any]) -> None:
+            self._outer.append(self.now)
+            self.now = now_of(args, kwargs)
+
+        def ended() -> None:
+            self.now = self._outer.pop() if self._outer else None
+
+        return _watched(module, began, ended)
 
     def _denoiser(self, name: str, module: nn.Module):
         inner = innermost(module)
         parameters = Parameters(inner)
         by_mask = leaves_padding_out(inner)
 
-        def began(args: tuple, kwargs: dict[str, Any]) -> None:
+        def now_of(args: tuple, kwargs: dict[str, Any]) -> Now:
             arguments = parameters.bind(args, kwargs)
             sample = next((each for each in arguments.values() if isinstance(each, Tensor)), None)
             batch = sample.shape[0] if sample is not None else None
             aside = self.clock.aside()
             if aside is not None:
-                self.now = self._aside(name, aside, batch)
-                return
+                return self._aside(name, aside, batch)
             shapes = tuple(
                 (key, value.shape) for key, value in arguments.items() if isinstance(value, Tensor)
             )
@@ -164,7 +175,7 @@ class PipelineTracker(AbstractContextManager):
             key = (name, shapes, text_lengths(arguments) if by_mask else None)
             if key not in self._layouts:
                 self._layouts[key] = layout(inner, arguments)
-            self.now = Now(
+            return Now(
                 name,
                 "denoise",
                 self.runs,
@@ -174,28 +185,27 @@ class PipelineTracker(AbstractContextManager):
                 self._layouts[key],
             )
 
-        return began
+        return now_of
 
     def _encoder(self, name: str, module: nn.Module):
         parameters = Parameters(innermost(module))
 
-        def began(args: tuple, kwargs: dict[str, Any]) -> None:
+        def now_of(args: tuple, kwargs: dict[str, Any]) -> Now:
             arguments = parameters.bind(args, kwargs)
             ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
             found = ids if isinstance(ids, Tensor) else None
             batch = found.shape[0] if found is not None else None
             aside = self.clock.aside()
             if aside is not None:
-                self.now = self._aside(name, aside, batch)
-                return
+                return self._aside(name, aside, batch)
             branches = _known(self.clock.branches)
             if found is not None and isinstance(branches, tuple):
                 kept = mask if isinstance(mask, Tensor) and mask.shape == found.shape else None
                 self._ids[name, branches[0]] = (found, kept)
             why = ClockUnknown(f"{name} runs before the first denoising step: it has no step")
-            self.now = Now(name, "text", self.runs, why, branches, batch)
+            return Now(name, "text", self.runs, why, branches, batch)
 
-        return began
+        return now_of
 
 
 class WithoutSchedule(AbstractContextManager):

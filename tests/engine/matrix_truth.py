@@ -91,8 +91,6 @@ class Watcher:
             for handle in [*handles, *self._inside]:
                 handle.remove()
         self.times = [float(each) for each in scheduler.timesteps]
-        if type(scheduler).__name__ == "SCMScheduler":  # its last entry only ends the last step
-            self.times.pop()
 
     def _begin(self, component: str) -> Callable[..., None]:
         def began(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -76,7 +76,7 @@ def test_pndm_starts_with_one_heun_step() -> None:
         ("sd-img2img", [2, 3]),  # strength 0.6 of 4 steps: two are left
         ("flux-img2img", [1, 2, 3]),
         ("sd-img2img-HeunDiscrete", [2, 2, 3, 3, 4]),
-        ("sd-img2img-PNDM", [2, 2, 3, 4]),
+        ("sd-img2img-PNDM", [1, 2, 3, 4]),  # entries 2 to 5 of six; the pair 0, 1 is its first step
     ],
 )
 def test_img2img_starts_on_the_way(name: str, steps: list[int]) -> None:
