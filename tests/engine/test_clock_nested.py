@@ -174,11 +174,12 @@ def test_a_pipeline_that_is_a_part_is_the_run_itself() -> None:
     pipe = Combined(**part.components, requires_safety_checker=False)
     pipe.part = part
     with PipelineTracker(Subject(pipe)) as tracker:
-        steps, names = [], []
-        hook = pipe.unet.register_forward_hook(
-            lambda *_: (steps.append(tracker.clock.time().step), names.append(running(tracker)))
-        )
+        said: list[tuple[str, int]] = []
+
+        def ask(*_: object) -> None:
+            said.append((running(tracker).phase, tracker.clock.time().step))
+
+        hook = pipe.unet.register_forward_hook(ask)
         call("sd", pipe)
         hook.remove()
-    assert steps == [0, 1, 2, 3]
-    assert all(now.phase == "denoise" for now in names)
+    assert said == [("denoise", step) for step in range(4)]
