@@ -123,8 +123,9 @@ def axes_of(
         )
         if heads:
             return _split(shape, heads, known, turned)
-        if known:
-            return None  # rows, tokens and something else, in an order that nothing tells
+        if known:  # outside of attention: in [., ., tokens, features] either may be the rows
+            told = shape[1] in known and shape[2] not in known
+            return ("rows", "tokens", "heads", "features") if told else None
     return ("rows", *_SPREAD[len(shape)], "features")
 
 

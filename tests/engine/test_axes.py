@@ -159,6 +159,9 @@ def test_layers_with_tokens_first_are_read_and_edited_by_rows(layer: Any, site: 
 def test_four_dimensions_of_a_language_model_are_heads_in_attention_only() -> None:
     assert axes_of((2, 3, 7, 8), nn.Linear(8, 8), lengths=[7]) is None
     assert axes_of((3, 2, 7, 8), nn.ModuleList([nn.Linear(8, 8)]), lengths=[7]) is None
+    assert axes_of((3, 1, 1, 8), nn.Linear(8, 8), lengths=[1]) is None
+    streams = axes_of((2, 7, 3, 8), nn.Linear(8, 8), lengths=[7])
+    assert streams == ("rows", "tokens", "heads", "features")
     assert axes_of((2, 3, 7, 8), nn.Conv2d(3, 3, 1), lengths=[7]) == MAP
     assert 'layout="rows features height width"' in describe_open("0", nn.SiLU(), (2, 3, 7, 8))
     holder = tiny.language_model("llama")[0].model.layers[0].self_attn
