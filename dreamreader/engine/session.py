@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dreamreader.engine.cache import Activation, Row
-from dreamreader.engine.checkpointing import refuse_late_recomputation
+from dreamreader.engine.checkpointing import recomputed_as_before
 from dreamreader.engine.clock_schedule import Instant
 from dreamreader.engine.firing import Firing, FiringReport
 from dreamreader.engine.lm_tracker import LanguageTracker
@@ -59,6 +59,7 @@ class Shared:
         self.timeless = -1
         self.placeless = -1
         self._serials: dict[tuple, int] = {}
+        self.again: Now | None = None  # what ran when a part was called that is computed again
         self._now: Now | None = None
         self._checked_run = -1
 
@@ -77,7 +78,7 @@ class Shared:
         `serial` stands for its kind of call, `timeless` for it at any time, `placeless` for it at
         any time and decoding position.
         """
-        now = self.tracker.now
+        now = self.tracker.now or self.again
         if now is None:
             now = self.tracker.outside(site.component)
         if now is not self._now:
@@ -245,7 +246,7 @@ class Session(AbstractContextManager):
                 )
             if self.edits:
                 parts = _parts(self.subject)
-                stack.enter_context(refuse_late_recomputation(self.subject, parts))
+                stack.enter_context(recomputed_as_before(shared, parts))
             stack.enter_context(shared.tracker)
             taps = [
                 (run.site.name, run.site.tap.module, run.site.tap.side)

@@ -47,6 +47,11 @@ class Plan:
     missed: frozenset[int]
     active: tuple[int, ...]
 
+    @property
+    def has_graph(self) -> bool:
+        """Whether gradients flow into what was made for it: then it holds for one call."""
+        return self.edits is not None and self.edits.has_graph
+
 
 _IDLE = Plan(None, None, [], [], [], frozenset(), frozenset(), ())
 _Reading = Recorder | Watcher | Streamer
@@ -128,10 +133,12 @@ class SiteRun:
         now = self.shared.current(self.site)
         call = self._any_time() if self._timeless else self.shared.serial
         key = (call, now.run if self._follows_prompt else None, value.shape, value.dtype)
-        key = (*key, value.device)
+        key = (*key, value.device, torch.is_grad_enabled())
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._plan(now, value, given)
+            plan = self._plan(now, value, given)
+            if not plan.has_graph:
+                self._plans[key] = plan
         return now, plan
 
     def pass_over(self) -> None:
@@ -171,9 +178,12 @@ class SiteRun:
         run = now.run if self._follows_prompt else None
         numbers = tuple(n for n, _ in active) + tuple(each.number for each in wanted)
         key = (numbers, time, run, self._any_time(), value.shape, value.dtype, value.device)
+        key = (*key, torch.is_grad_enabled())
         found = self._shared_plans.get(key)
         if found is None:
-            found = self._shared_plans[key] = self._made(now, value, view, active, wanted, numbers)
+            found = self._made(now, value, view, active, wanted, numbers)
+            if not found.has_graph:
+                self._shared_plans[key] = found
         return found
 
     def _made(
