@@ -271,7 +271,7 @@ def _sizes(module: nn.Module, rank: int) -> tuple[frozenset[int], frozenset[int]
         elif isinstance(each, nn.Linear):
             last |= {each.in_features, each.out_features}
         elif _is_turned_linear(each):
-            last |= set(each.weight.shape)
+            last |= set(each.weight.shape)  # pyright: ignore[reportArgumentType]
         elif isinstance(each, nn.Embedding):
             last.add(each.embedding_dim)
         elif isinstance(each, nn.LayerNorm | nn.RMSNorm):

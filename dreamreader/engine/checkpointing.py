@@ -1,28 +1,28 @@
 """Gradient checkpointing: what is computed again in the backward pass has to be edited again."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dreamreader.engine.subject import Subject
 from dreamreader.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from dreamreader.engine.session import Shared
 
 _FUNCTION = "_gradient_checkpointing_func"
 
 
 @contextmanager
-def refuse_late_recomputation(
-    subject: Subject, modules: Iterable[nn.Module], tracker: Any
-) -> Iterator[None]:
-    """While this is open, edited parts that are checkpointed know that they need its hooks.
+def recomputed_as_before(shared: "Shared", modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While this is open, parts that are computed again are edited as they were, and not recorded.
 
-    Computed again after the block they would not be edited, and gradients would be wrong.
+    The backward pass runs outside every forward: what was running is remembered. Computed again
+    after the block parts would not be edited, and gradients would be wrong.
 
     Args:
         modules: of transformers or diffusers; those that checkpoint are found among them.
-        tracker: says what was running, which is what runs again.
 
     Raises:
         InvalidInput: later, by the backward pass, where it runs after the block.
@@ -32,7 +32,7 @@ def refuse_late_recomputation(
     for module in modules:
         function = vars(module).get(_FUNCTION)
         if function is not None and getattr(module, "gradient_checkpointing", False):
-            vars(module)[_FUNCTION] = _guarded(function, subject, state, tracker)
+            vars(module)[_FUNCTION] = _guarded(function, shared, state)
             wrapped.append((module, function))
     try:
         yield
@@ -43,24 +43,29 @@ def refuse_late_recomputation(
 
 
 def _guarded(
-    checkpoint: Callable[..., Any], subject: Subject, state: dict[str, bool], tracker: Any
+    checkpoint: Callable[..., Any], shared: "Shared", state: dict[str, bool]
 ) -> Callable[..., Any]:
+    subject = shared.subject
+
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        edited = ran = False
-        now, resumed = tracker.now, getattr(tracker, "resumed", None)
+        edited = begun = False
+        now = shared.tracker.now
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            nonlocal edited, ran
+            nonlocal edited, begun
             if edited and not state["open"]:
                 raise InvalidInput(
                     "gradient checkpointing computes an edited layer again, but the block of its "
                     "edits is over: call backward inside `with reader.editing(...)`"
                 )
-            before, again, ran = subject.edited, ran, True
+            before, rehearsing, again = subject.edited, subject.rehearsing, shared.again
+            if begun and state["open"]:
+                subject.rehearsing, shared.again = True, now
+            begun = True
             try:
-                with resumed(now) if again and resumed else nullcontext():
-                    return function(*args, **kwargs)
+                return function(*args, **kwargs)
             finally:
+                subject.rehearsing, shared.again = rehearsing, again
                 edited = edited or subject.edited > before
 
         return checkpoint(run, *args, **kwargs)

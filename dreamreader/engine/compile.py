@@ -63,6 +63,8 @@ class Compiled:
 
     def __post_init__(self):
         self.numbers = frozenset(each.number for each in self.hits)
+        programs = [each.program for each in self.stages if each.program is not None]
+        self.has_graph = any(each.requires_grad for each in programs)
 
     def run(self, x: Tensor) -> Tensor:
         for stage in self.stages:

@@ -1,8 +1,8 @@
 """Time and tokens in a language model: what its calls are given, never what is counted."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Self
 
@@ -71,18 +71,6 @@ class LanguageTracker(WithoutSchedule):
     @property
     def now(self) -> Now | None:
         return self._frames[-1] if self._frames else None
-
-    @contextmanager
-    def resumed(self, now: Now | None) -> Iterator[None]:
-        """What is computed again, as under gradient checkpointing, is that part of that call."""
-        if now is None:
-            yield
-            return
-        self._frames.append(now)
-        try:
-            yield
-        finally:
-            self._frames.remove(now)
 
     def outside(self, component: str) -> Now:
         why = ClockUnknown(f"{component} was called outside a forward of the whole model")

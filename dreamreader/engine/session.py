@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dreamreader.engine.cache import Activation, Row
-from dreamreader.engine.checkpointing import refuse_late_recomputation
+from dreamreader.engine.checkpointing import recomputed_as_before
 from dreamreader.engine.clock_schedule import Instant
 from dreamreader.engine.firing import Firing, FiringReport
 from dreamreader.engine.lm_tracker import LanguageTracker, reads_text
@@ -60,6 +60,7 @@ class Shared:
         self.placeless = -1
         self._serials: dict[tuple, int] = {}
         self.prompts_of: dict[int, Sequence[str] | None] = {}
+        self.again: Now | None = None  # what ran when a part was called that is computed again
         self._now: Now | None = None
         self._checked_run = -1
 
@@ -78,7 +79,7 @@ class Shared:
         `serial` stands for its kind of call, `timeless` for it at any time, `placeless` for it at
         any time and decoding position.
         """
-        now = self.tracker.now
+        now = self.tracker.now or self.again
         if now is None:
             now = self.tracker.outside(site.component)
         if now is not self._now:
@@ -248,8 +249,7 @@ class Session(AbstractContextManager):
                 )
             if self.edits:
                 parts = _parts(self.subject)
-                late = refuse_late_recomputation(self.subject, parts, shared.tracker)
-                stack.enter_context(late)
+                stack.enter_context(recomputed_as_before(shared, parts))
             stack.enter_context(shared.tracker)
             taps = [
                 (run.site.name, run.site.tap.module, run.site.tap.side)

@@ -47,6 +47,11 @@ class Plan:
     missed: frozenset[int]
     active: tuple[int, ...]
 
+    @property
+    def has_graph(self) -> bool:
+        """Whether gradients flow into what was made for it: then it holds for one call."""
+        return self.edits is not None and self.edits.has_graph
+
 
 _IDLE = Plan(None, None, [], [], [], frozenset(), frozenset(), ())
 _Reading = Recorder | Watcher | Streamer
@@ -131,7 +136,9 @@ class SiteRun:
         key = (*key, value.device, torch.is_grad_enabled())  # a program without gradients has none
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._plan(now, value, given)
+            plan = self._plan(now, value, given)
+            if not plan.has_graph:
+                self._plans[key] = plan
         return now, plan
 
     def pass_over(self) -> None:
@@ -174,7 +181,9 @@ class SiteRun:
         key = (*key, torch.is_grad_enabled())
         found = self._shared_plans.get(key)
         if found is None:
-            found = self._shared_plans[key] = self._made(now, value, view, active, wanted, numbers)
+            found = self._made(now, value, view, active, wanted, numbers)
+            if not found.has_graph:
+                self._shared_plans[key] = found
         return found
 
     def _made(

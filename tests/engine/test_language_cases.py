@@ -297,6 +297,36 @@ def test_gradient_checkpointing_is_right_inside_and_refused_after() -> None:
             gradients(reentrant, inside=False)
 
 
+@OLD_NAMES
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        dr.Ablate(f"{SITE}.self_attn", "noise"),
+        dr.Steer(f"{SITE}.self_attn", V, 2.0),
+        dr.Steer(f"{SITE}.self_attn", V, 2.0, tokens=[0], steps=[0]),
+    ],
+    ids=["noise", "all", "chosen"],
+)
+def test_what_is_computed_again_knows_its_tokens_and_step(edit: Any, reentrant: bool) -> None:
+    batch = padded("left")
+    model = decoders.build("LlamaForCausalLM").train().requires_grad_()
+    model.enable_input_require_grads()
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            settings = {"use_reentrant": reentrant}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        with dr.Reader(model).editing(edit):
+            for _ in range(2):
+                model.zero_grad()
+                model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
+        grad = model.model.layers[0].mlp.up_proj.weight.grad
+        assert grad is not None
+        found.append(grad.clone())
+    torch.testing.assert_close(*found)
+
+
 def test_calls_of_another_thread_are_left_alone(llama: dr.Reader) -> None:
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():

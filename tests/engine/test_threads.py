@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dreamreader.edits import Steer
+from dreamreader.edits import Ablate, Steer
 from dreamreader.engine import Reader
 
 NET = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
@@ -52,6 +52,22 @@ def test_recomputation_in_the_backward_pass_belongs_to_the_session() -> None:
             y.square().sum().backward()
         grads.append(push.grad.clone())
     assert torch.equal(*grads) and bool(grads[0].any())
+
+
+def test_what_is_learned_is_read_anew_in_every_call() -> None:
+    direction = torch.ones(3, requires_grad=True)
+    with Reader(NET).editing(Ablate("1", "project", direction=direction)):
+        with torch.no_grad():
+            NET(X)
+        for _ in range(2):
+            direction.grad = None
+            y = NET(X)
+            y.sum().backward()
+            unit = (direction / direction.norm()).detach()
+            torch.testing.assert_close(y @ unit, torch.zeros(4))
+            assert direction.grad is not None and bool(direction.grad.any())
+            with torch.no_grad():
+                direction -= torch.tensor([0.5, 0.0, -0.5])
 
 
 def test_recordings_of_two_threads_do_not_mix() -> None:
