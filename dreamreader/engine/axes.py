@@ -169,7 +169,7 @@ def _of_three(
 
 def _output_side(module: nn.Module, shape: Sequence[int]) -> str | None:
     """What a module says of its own output: a chain of layers gives what its last layer gives."""
-    chain = list(module) if type(module).forward is nn.Sequential.forward else []
+    chain = list(module.children()) if type(module).forward is nn.Sequential.forward else []
     return _last_side(chain, shape) or _side(module, shape)
 
 
