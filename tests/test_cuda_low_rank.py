@@ -67,7 +67,7 @@ def check_gradient(case: Case, dtype: torch.dtype, kernels: twin.LowRankTwin) ->
 
 def close(case: Case, got: Tensor, same: Tensor, exact: Tensor) -> None:
     """The tolerance rule; one or two numbers may be exact in the reference by chance."""
-    if case.shape[0] * case.shape[1] < 5:
+    if case.shape[0] * case.shape[1] < 5 or got.numel() < 3:
         torch.testing.assert_close(got, same, equal_nan=True)
     else:
         assert_close(got, same, exact)
