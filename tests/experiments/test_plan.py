@@ -181,7 +181,9 @@ def test_pairs_of_a_language_model_need_as_many_tokens(language) -> None:
         data={"pairs": [{"source": "a red cat", "target": "a cat"}]},
         method={"kind": "patch", "sites": "transformer.h.*"},
     )
-    with pytest.raises(InvalidInput, match="pair 0: token 2 of the corrupted prompt .*which has 2 tokens"):
+    with pytest.raises(
+        InvalidInput, match="pair 0: token 2 of the corrupted prompt .*which has 2 tokens"
+    ):
         made.plan()
 
 
