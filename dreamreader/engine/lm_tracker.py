@@ -170,7 +170,7 @@ class LanguageTracker(WithoutSchedule):
         if self._generations:
             generation = self._generations[0]
             tokens = generation.layout(rows, past, length)
-            step = self._step(past, length, generation.width, _keeps(arguments))
+            step = self._step(past, length, generation.width, bool(_caches(arguments)))
         else:
             tokens, step = self._plain(module, arguments, given, past)
         if isinstance(tokens, TokenLayout):
@@ -186,7 +186,7 @@ class LanguageTracker(WithoutSchedule):
         of_decoder = _is_encoder_decoder(module)
         ids = arguments.get("decoder_input_ids" if of_decoder else "input_ids")
         ids = ids if isinstance(ids, Tensor) else None
-        cache = next((each for n in _CACHES if (each := arguments.get(n)) is not None), None)
+        cache = next(iter(_caches(arguments)), None)
         before = self._before(cache, past, rows)
         continued = past > 0 and before.total == past and before.rows == rows
         grown = past == 0 and before.grows(ids)
@@ -272,7 +272,7 @@ class LanguageTracker(WithoutSchedule):
 
     def _held(self, arguments: Mapping[str, Any], length: int) -> int | ClockUnknown:
         """Tokens that the caches of a call hold, or why that is unknown."""
-        caches = [each for n in _CACHES if (each := arguments.get(n)) is not None]
+        caches = _caches(arguments)
         whole = self._generations[-1].whole if self._generations else None
         if not caches:
             return 0
@@ -438,9 +438,9 @@ def _sequence(arguments: Mapping[str, Any], of_decoder: bool) -> Tensor | None:
     return None
 
 
-def _keeps(arguments: Mapping[str, Any]) -> bool:
-    """Whether a call of `generate` fills a cache, so that earlier tokens do not come again."""
-    return any(arguments.get(name) is not None for name in _CACHES)
+def _caches(arguments: Mapping[str, Any]) -> list[Any]:
+    """What a call is given of earlier ones, so that their tokens do not come again."""
+    return [each for name in _CACHES if (each := arguments.get(name)) is not None]
 
 
 def _beside(
