@@ -21,10 +21,10 @@ import torch
 from paired import environment, interleaved, summary, write
 
 import dreamreader as dr
-from dreamreader.harvest import Store
 from dreamreader.harvest.plan import Plan, make_plan
 from dreamreader.harvest.run import harvest_unit
-from dreamreader.harvest.writer import open_writer
+from dreamreader.store import Store
+from dreamreader.store.writer import open_writer
 
 SITES = ["unet.**.attn1", "unet.**.attn2"]
 GOAL = 1.05

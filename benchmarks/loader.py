@@ -28,9 +28,9 @@ import torch
 from paired import environment, interleaved, summary, write
 from torch import Tensor
 
-from dreamreader.harvest.dataset import StoreDataset
-from dreamreader.harvest.layout import HEADER, Moment, SiteLayout
-from dreamreader.harvest.reference import ReferenceWriter
+from dreamreader.store.dataset import StoreDataset
+from dreamreader.store.layout import HEADER, Moment, SiteLayout
+from dreamreader.store.reference import ReferenceWriter
 
 PEERS = Path(__file__).parent / "peers"
 GOALS = {"saelens": 5.0, "datasets": 3.0, "copy": 0.7}

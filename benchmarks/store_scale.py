@@ -27,13 +27,13 @@ import pyarrow as pa
 import torch
 from paired import environment, write
 
-from dreamreader.harvest.index import Index, save_index, table_of, write_index
-from dreamreader.harvest.layout import Moment, SiteLayout, tensors_of
-from dreamreader.harvest.manifest import Job, Manifest
-from dreamreader.harvest.shard import ShardFile
-from dreamreader.harvest.verify import verify
-from dreamreader.harvest.writer import open_writer
 from dreamreader.ops import permuted
+from dreamreader.store.index import Index, save_index, table_of, write_index
+from dreamreader.store.layout import Moment, SiteLayout, tensors_of
+from dreamreader.store.manifest import Job, Manifest
+from dreamreader.store.shard import ShardFile
+from dreamreader.store.verify import verify
+from dreamreader.store.writer import open_writer
 
 RUN = "0" * 64
 SITES = [
@@ -53,8 +53,8 @@ def memory(name):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(name))
 
-import torch, numpy, pyarrow.parquet, dreamreader.harvest.store as stores
-from dreamreader.harvest import StoreDataset
+import torch, numpy, pyarrow.parquet, dreamreader.store.store as stores
+from dreamreader.store import StoreDataset
 from dreamreader.ops import permuted
 before = memory("VmRSS")
 begun = time.perf_counter()

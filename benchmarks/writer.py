@@ -33,10 +33,10 @@ from paired import environment, interleaved, summary, write
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dreamreader.harvest.layout import Moment, SiteLayout
-from dreamreader.harvest.reference import ReferenceWriter
-from dreamreader.harvest.writer import NativeWriter, open_writer
 from dreamreader.ops.pack import pack
+from dreamreader.store.layout import Moment, SiteLayout
+from dreamreader.store.reference import ReferenceWriter
+from dreamreader.store.writer import NativeWriter, open_writer
 
 RAW = 0.9  # at least this share of the speed of raw writes
 CORES = 0.15  # at most these core seconds for each GB, without packing

@@ -56,6 +56,7 @@ _MODULES = (
     "reft",
     "stats",
     "steering",
+    "store",
     "training",
     "zoo",
 )

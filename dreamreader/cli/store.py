@@ -13,9 +13,9 @@ from dreamreader.errors import InvalidInput
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dreamreader.harvest.manifest import Count
-    from dreamreader.harvest.stats import Statistics
-    from dreamreader.harvest.store import Store
+    from dreamreader.store.manifest import Count
+    from dreamreader.store.stats import Statistics
+    from dreamreader.store.store import Store
 
 DAMAGED = 1
 _SHOWN = 20  # of the places of damage
@@ -45,7 +45,7 @@ def info(folder: Folder) -> None:
       dreamreader store info activations
     """
     from dreamreader.cli.progress import console, table
-    from dreamreader.harvest.store import Store
+    from dreamreader.store.store import Store
 
     store = Store(folder)
     columns = ("site", "width", "dtype", "rows", "GB", "tokens")
@@ -73,7 +73,7 @@ def verify(folder: Folder) -> None:
       dreamreader store verify activations
     """
     from dreamreader.cli.progress import console, progress
-    from dreamreader.harvest.verify import verify as check
+    from dreamreader.store.verify import verify as check
 
     with progress() as bar:
         report = check(folder, lambda units: bar.track(units, description="units"))
@@ -109,7 +109,7 @@ def merge(
       dreamreader store merge colours shapes --out both
     """
     from dreamreader.cli.progress import console
-    from dreamreader.harvest.merge import merge as run
+    from dreamreader.store.merge import merge as run
 
     store = run(stores, out, not copy)
     console().print(f"{out}: {len(store.units):,} units, {store.rows:,} rows")
@@ -133,8 +133,8 @@ def export(
       dreamreader store export activations -o rows -f huggingface --branch cond
     """
     from dreamreader.cli.progress import console
-    from dreamreader.harvest.export import export as run
-    from dreamreader.harvest.store import Store
+    from dreamreader.store.export import export as run
+    from dreamreader.store.store import Store
 
     chosen, store = steps_of(steps), Store(folder)
     total = sum(store.segments(each, chosen, branch).total for each in site or store.sites)
@@ -163,9 +163,9 @@ def stats(
       dreamreader store stats activations --branch cond --covariance --out statistics
     """
     from dreamreader.cli.progress import console
-    from dreamreader.harvest.layout import file_of
-    from dreamreader.harvest.stats import stats as run
-    from dreamreader.harvest.store import Store
+    from dreamreader.store.layout import file_of
+    from dreamreader.store.stats import stats as run
+    from dreamreader.store.store import Store
 
     if covariance and out is None:
         raise InvalidInput("--covariance is too large to print: name a folder with --out")

@@ -1,30 +1,30 @@
-"""Harvests: activations of many prompts, to a store on disk and from there to training.
+"""Harvests: the activations of many prompts, from a running model to a store on disk.
 
-Every name below is imported on first use.
+Every name below is imported on first use; `Store` and its like live in `dreamreader.store`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dreamreader.harvest.batch import Batch
-    from dreamreader.harvest.dataset import StoreDataset
     from dreamreader.harvest.harvest import Harvest
-    from dreamreader.harvest.manifest import Manifest
     from dreamreader.harvest.plan import Plan
     from dreamreader.harvest.ray_engine import RayEngine
     from dreamreader.harvest.spec import Spec
-    from dreamreader.harvest.store import Store
+    from dreamreader.store.batch import Batch
+    from dreamreader.store.dataset import StoreDataset
+    from dreamreader.store.manifest import Manifest
+    from dreamreader.store.store import Store
 
 _HOME = {
-    "Batch": "batch",
-    "Harvest": "harvest",
-    "Manifest": "manifest",
-    "Plan": "plan",
-    "RayEngine": "ray_engine",
-    "Spec": "spec",
-    "Store": "store",
-    "StoreDataset": "dataset",
+    "Batch": "store.batch",
+    "Harvest": "harvest.harvest",
+    "Manifest": "store.manifest",
+    "Plan": "harvest.plan",
+    "RayEngine": "harvest.ray_engine",
+    "Spec": "harvest.spec",
+    "Store": "store.store",
+    "StoreDataset": "store.dataset",
 }
 
 __all__ = ["Batch", "Harvest", "Manifest", "Plan", "RayEngine", "Spec", "Store", "StoreDataset"]
@@ -32,7 +32,7 @@ __all__ = ["Batch", "Harvest", "Manifest", "Plan", "RayEngine", "Spec", "Store",
 
 def __getattr__(name: str):
     if name in _HOME:
-        return getattr(import_module(f"dreamreader.harvest.{_HOME[name]}"), name)
+        return getattr(import_module(f"dreamreader.{_HOME[name]}"), name)
     raise AttributeError(f"module 'dreamreader.harvest' has no attribute {name!r}")
 
 

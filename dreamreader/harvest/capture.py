@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dreamreader.engine import Flowing, Stream
 from dreamreader.errors import InvalidInput
-from dreamreader.harvest.layout import POOLED, STORED, Moment, SiteLayout, tensors_of
 from dreamreader.harvest.spec import Capture, Choice
 from dreamreader.ops.choose import choose, counts_of_budget, streams_of
+from dreamreader.store.layout import POOLED, STORED, Moment, SiteLayout, tensors_of
 
 if TYPE_CHECKING:
     from dreamreader.engine.clock_schedule import Instant

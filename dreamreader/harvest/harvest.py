@@ -11,8 +11,8 @@ from dreamreader.harvest.job import HarvestJob, open_job
 from dreamreader.harvest.plan import GB, Plan, make_plan
 from dreamreader.harvest.run import Engine, Progress, run_job
 from dreamreader.harvest.spec import Spec
-from dreamreader.harvest.store import Store
 from dreamreader.specs.load import load_spec, spec_of
+from dreamreader.store.store import Store
 
 if TYPE_CHECKING:
     from dreamreader.engine import Reader

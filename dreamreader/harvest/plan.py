@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from dreamreader.errors import InvalidInput
 from dreamreader.harvest.capture import Counter, Taken
 from dreamreader.harvest.job import HarvestJob
-from dreamreader.harvest.layout import tensors_of
 from dreamreader.specs.batch import activation_bytes, duration, rows_that_fit
+from dreamreader.store.layout import tensors_of
 
 MIB = 2**20
 GB = 10**9

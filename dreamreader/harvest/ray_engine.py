@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreamreader.errors import InvalidInput
-from dreamreader.harvest.index import sealed_units
 from dreamreader.harvest.ray_worker import Order, Refused, Sealed, Worker
 from dreamreader.harvest.run import Work, expected, tidy
+from dreamreader.store.index import sealed_units
 
 _TRIES = 3  # workers lost with the same unit, or one after the other at their start, that end it
 _MEMORY = 200 << 20

@@ -12,10 +12,10 @@ from dreamreader.audit.differences import first_difference
 from dreamreader.errors import DreamreaderError, InvalidInput
 from dreamreader.harvest.capture import Collector
 from dreamreader.harvest.job import HarvestJob, open_job
-from dreamreader.harvest.manifest import Manifest
 from dreamreader.harvest.plan import Plan
 from dreamreader.harvest.run import fingerprint_of, harvest_unit, writer_for
 from dreamreader.harvest.spec import Spec
+from dreamreader.store.manifest import Manifest
 
 
 @dataclass(frozen=True)

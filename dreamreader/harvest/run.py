@@ -13,14 +13,14 @@ from dreamreader.audit.differences import first_difference
 from dreamreader.audit.fingerprint import Fingerprint, portable
 from dreamreader.errors import InvalidInput
 from dreamreader.harvest.capture import Collector, Finder, NotFinite
-from dreamreader.harvest.index import sealed_units, write_index
 from dreamreader.harvest.job import HarvestJob
-from dreamreader.harvest.layout import unit_folder
-from dreamreader.harvest.manifest import Job, Manifest
 from dreamreader.harvest.plan import MIB, Plan, make_plan
-from dreamreader.harvest.reference import ReferenceWriter
-from dreamreader.harvest.unit import read_unit
-from dreamreader.harvest.writer import NativeWriter, open_writer
+from dreamreader.store.index import sealed_units, write_index
+from dreamreader.store.layout import unit_folder
+from dreamreader.store.manifest import Job, Manifest
+from dreamreader.store.reference import ReferenceWriter
+from dreamreader.store.unit import read_unit
+from dreamreader.store.writer import NativeWriter, open_writer
 
 _REFRESHED = 60.0  # seconds between two writings of the index
 

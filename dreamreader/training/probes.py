@@ -12,10 +12,10 @@ from dreamreader._files import explained
 from dreamreader.audit import Fingerprint, fingerprint
 from dreamreader.audit.fingerprint import portable
 from dreamreader.errors import DreamreaderError
-from dreamreader.harvest.layout import file_of
 from dreamreader.probes import Probe
 from dreamreader.specs.load import load_spec, spec_of
 from dreamreader.specs.parts import AnySeeds, AnySubject, Batch, Data, Part, Seeds, listed_seeds
+from dreamreader.store.layout import file_of
 from dreamreader.training.folder import RESULT, TrainingFolder
 from dreamreader.training.labels import Named, check_detected, from_detector
 from dreamreader.training.parts import ProbeTraining

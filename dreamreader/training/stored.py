@@ -12,12 +12,12 @@ from torch import Tensor
 
 from dreamreader.engine.pattern import parse
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.harvest.batch import Batch
-from dreamreader.harvest.dataset import StoreDataset
-from dreamreader.harvest.store import Store
 from dreamreader.probes import Probe, fit_batches
 from dreamreader.probes.labels import Task, encoded
 from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION, dealt, numbered
+from dreamreader.store.batch import Batch
+from dreamreader.store.dataset import StoreDataset
+from dreamreader.store.store import Store
 from dreamreader.training.labels import of_columns, told
 from dreamreader.training.reliability import Told, reliability
 

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dreamreader.cli import app
-from dreamreader.harvest import Store
+from dreamreader.store import Store
 
 SPEC = """\
 name: the middle

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harvest.conftest import fill
+from store.conftest import fill
 from typer.testing import CliRunner
 
 from dreamreader.cli import app
 from dreamreader.cli.store import steps_of
 from dreamreader.errors import InvalidInput
-from dreamreader.harvest.manifest import Count, Job, Manifest
-from dreamreader.harvest.reference import ReferenceWriter
-from dreamreader.harvest.store import Store
+from dreamreader.store.manifest import Count, Job, Manifest
+from dreamreader.store.reference import ReferenceWriter
+from dreamreader.store.store import Store
 
 COMMANDS = ("info", "verify", "merge", "export", "stats")
 OUT = "block.out"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dreamreader.engine import Reader, Record
 from dreamreader.errors import ClockUnknown, InvalidInput, NeverFired
-from dreamreader.harvest import Store
+from dreamreader.store import Store
 from dreamreader.zoo import settings
 
 from .jobs import LAYER, MIDDLE, PROMPTS, TEXTS, gpt2, pictures, texts, unet

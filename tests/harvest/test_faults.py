@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dreamreader.harvest import Store
-from dreamreader.harvest.verify import verify
+from dreamreader.store import Store
+from dreamreader.store.verify import verify
 
 from .jobs import content, texts
 

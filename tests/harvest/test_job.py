@@ -16,10 +16,10 @@ from dreamreader import Edit
 from dreamreader._files import locked
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
-from dreamreader.harvest import Manifest, Store
 from dreamreader.harvest import run as running
-from dreamreader.harvest.layout import unit_folder
-from dreamreader.harvest.merge import merge
+from dreamreader.store import Manifest, Store
+from dreamreader.store.layout import unit_folder
+from dreamreader.store.merge import merge
 
 from .jobs import LAYER, MIDDLE, PROMPTS, TEXTS, content, gpt2, pictures, texts, unet
 

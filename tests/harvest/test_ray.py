@@ -18,11 +18,12 @@ from tiny.embedded import untrained
 
 from dreamreader.cli.harvest import engine_of
 from dreamreader.errors import InvalidInput
-from dreamreader.harvest import Harvest, Manifest, RayEngine, Store
+from dreamreader.harvest import Harvest, RayEngine
 from dreamreader.harvest.plan import Plan
 from dreamreader.harvest.ray_engine import Machine, _Room, threads_of
 from dreamreader.harvest.ray_worker import Order, Worker
 from dreamreader.harvest.run import Progress, Work
+from dreamreader.store import Manifest, Store
 
 ray = pytest.importorskip("ray", reason="needs the extra [ray]")
 PROMPTS = [f"a {c} {s}" for c in ("red", "blue", "green") for s in ("circle", "square", "star")]

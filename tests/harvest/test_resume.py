@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from dreamreader.harvest import Store
-from dreamreader.harvest.verify import verify
+from dreamreader.store import Store
+from dreamreader.store.verify import verify
 
 from . import killed
 from .jobs import content

@@ -10,9 +10,9 @@ import torch
 
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.harvest import Harvest
-from dreamreader.harvest.merge import merge
 from dreamreader.probes import Probe
 from dreamreader.probes.split import TRAIN
+from dreamreader.store.merge import merge
 from dreamreader.training import ProbeJob, ProbeTraining
 from dreamreader.training.labels import told
 from dreamreader.training.stored import Part

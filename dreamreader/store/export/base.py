@@ -1,0 +1,56 @@
+"""What all formats have in common: the rows that are chosen, and dtypes that others know."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dreamreader.store.layout import SiteLayout, file_of
+from dreamreader.store.rows import Block, Segments, blocks_of
+from dreamreader.store.store import Store
+
+KEPT = {torch.float32: np.float32, torch.float16: np.float16}  # all others become float32
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Rows of a store.
+
+    Attributes:
+        store, sites, steps, branch: see `export`. done: told of each number of rows written.
+    """
+
+    store: Store
+    sites: Sequence[str]
+    steps: Any
+    branch: str | Sequence[str] | None
+    done: Callable[[int], None]
+
+    def segments(self, site: str) -> Segments:
+        """Where the chosen rows of a site are."""
+        return self.store.segments(site, self.steps, self.branch)
+
+    def blocks(self, site: str, rows: int | None = None) -> Iterator[Block]:
+        """The chosen rows of a site, a block at a time."""
+        for block in blocks_of(self.segments(site), rows):
+            yield block
+            self.done(len(block))
+
+
+def name_of(site: str) -> str:
+    """What files of a site are called."""
+    return file_of(site).removesuffix(".safetensors")
+
+
+def dtype_of(site: SiteLayout) -> np.dtype:
+    """In which dtype the rows of a site are exported."""
+    return np.dtype(KEPT.get(site.stored, np.float32))
+
+
+def array_of(values: Float[Tensor, "rows width"]) -> np.ndarray:
+    """Rows as numpy has them."""
+    return (values if values.dtype in KEPT else values.float()).numpy()

@@ -1,0 +1,96 @@
+"""Stores put together into one: units under new numbers, their files linked or copied."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from dreamreader._files import explained, locked, new_folder
+from dreamreader.errors import InvalidInput
+from dreamreader.store.index import add_site, sealed_units, write_index
+from dreamreader.store.layout import SiteLayout, unit_folder
+from dreamreader.store.manifest import Job, Manifest
+from dreamreader.store.store import Store
+
+
+def merge(stores: Sequence[str | Path], out: str | Path, link: bool = True) -> Store:
+    """Makes one store of the sealed units of several, which stay as they are.
+
+    Args:
+        stores: their folders; the units of each follow those of the one before.
+        out: a new folder; it appears when all is there.
+        link: give the files a second name where the file system can, instead of copying them.
+
+    Returns:
+        The new store. It is complete where all of them were.
+
+    Raises:
+        InvalidInput: a store is given twice, is being written, has no units or is damaged; `out` is
+            there; or rows under one site's name are of different kinds.
+
+    Example:
+        >>> merged = merge(["colours", "shapes"], "both")
+    """
+    folders, target = [Path(store) for store in stores], Path(out)
+    if len({folder.resolve() for folder in folders}) < len(folders) or not folders:
+        raise InvalidInput(f"merge: needs different stores, got {', '.join(map(str, folders))}")
+    with new_folder(target) as part, ExitStack() as locks:
+        _check(folders)
+        for folder in folders:
+            locks.enter_context(locked(folder))
+        _fill(folders, part, link)
+    return Store(target)
+
+
+def _check(folders: Sequence[Path]) -> None:
+    """Opens each, and refuses sites that do not go together."""
+    sites: dict[str, SiteLayout] = {}
+    for folder in folders:
+        store = Store(folder)
+        if not store.units:
+            raise InvalidInput(f"{folder} has no sealed units")
+        for site in store.sites.values():
+            add_site(sites, site, folder)
+
+
+def _fill(folders: Sequence[Path], part: Path, link: bool) -> None:
+    jobs, complete, done = [], True, 0
+    (part / "shards").mkdir()
+    for folder in folders:
+        manifest = Manifest.read(folder) if Manifest.there(folder) else Manifest()
+        units = sealed_units(folder)
+        for number, unit in enumerate(units, done):
+            with explained(part):
+                _copy(
+                    folder / "shards" / unit_folder(unit),
+                    part / "shards" / unit_folder(number),
+                    link,
+                )
+        jobs += [_renumbered(job, units, done) for job in manifest.jobs]
+        complete = complete and manifest.complete
+        done += len(units)
+    Manifest(tuple(jobs), complete).write(part)
+    write_index(part)
+
+
+def _renumbered(job: Job, units: Sequence[int], start: int) -> Job:
+    """The job with the numbers that its sealed units have now."""
+    before = sum(unit < job.units[0] for unit in units)
+    own = sum(job.units[0] <= unit < job.units[1] for unit in units)
+    return replace(job, units=(start + before, start + before + own))
+
+
+def _copy(source: Path, target: Path, link: bool) -> None:
+    target.mkdir()
+    for file in sorted(source.iterdir()):
+        if link:
+            try:
+                os.link(file, target / file.name)
+                continue
+            except OSError:  # another file system, or one that has no links
+                pass
+        shutil.copyfile(file, target / file.name)
+        with open(target / file.name, "rb") as copied:
+            os.fsync(copied.fileno())

@@ -1,0 +1,146 @@
+"""Rows of a store: where they are, and reading them a block at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dreamreader.store.layout import MOMENTS, SiteLayout
+from dreamreader.store.shard import ShardFile, open_shard
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BLOCK_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Runs of rows of one site that lie side by side, in the order of the store.
+
+    Attributes:
+        site: whose rows. files: absolute paths of the shards. file_rows: rows of each.
+        file: place in `files` of each run. first, rows: where it starts, and its length.
+    """
+
+    site: SiteLayout
+    files: list[str]
+    file_rows: Int[np.ndarray, " files"]
+    file: Int[np.ndarray, " runs"]
+    first: Int[np.ndarray, " runs"]
+    rows: Int[np.ndarray, " runs"]
+
+    @property
+    def total(self) -> int:
+        """Rows of all runs."""
+        return int(self.rows.sum())
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of one shard.
+
+    Attributes:
+        shard: they are in. unit: it belongs to. places: which rows, ascending.
+    """
+
+    shard: ShardFile
+    unit: int
+    places: Int[np.ndarray, " rows"]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def head(self, rows: int) -> "Block":
+        """The first so many rows."""
+        return replace(self, places=self.places[:rows])
+
+    @cached_property
+    def keys(self) -> Int[np.ndarray, "rows 4"]:
+        """Columns KEYS."""
+        return self.shard.keys[self._where]
+
+    @property
+    def stored(self) -> Float[Tensor, "rows width"]:
+        """The rows as they are on disk; a view of the file where they lie side by side."""
+        return torch.from_numpy(self.shard.values[self._where]).view(self.shard.site.stored)
+
+    @property
+    def values(self) -> Float[Tensor, "rows width"]:
+        """The rows; float32 where they are stored with scales, which are multiplied in."""
+        stored, scales = self.stored, self.shard.scales
+        if scales is None:
+            return stored
+        return stored.float() * torch.from_numpy(scales[self._where])[:, None]
+
+    def table(self, samples: "pa.Table") -> "pa.Table":
+        """One line for each row: its sample, and when and where in it the row was taken.
+
+        Args:
+            samples: of its unit.
+        """
+        import pyarrow as pa
+
+        sample = np.ascontiguousarray(self.keys[:, 0])
+        columns = {"unit": pa.array(np.full(len(self), self.unit, np.int32))}
+        columns["sample"] = pa.array(sample)
+        for name in samples.column_names:
+            columns[name] = _taken(samples[name].combine_chunks(), columns["sample"])
+        return pa.table(columns | self.times())
+
+    def times(self) -> "dict[str, pa.Array]":
+        """Of each row step, evaluation, timestep, sigma, fraction, branch and token."""
+        import pyarrow as pa
+
+        _, moment, branch, token = np.ascontiguousarray(self.keys.T)
+        at = self.shard.moments[moment]
+        columns = {name: pa.array(at[:, n].astype(np.int32)) for n, name in enumerate(MOMENTS[:2])}
+        columns |= {name: pa.array(at[:, n + 2]) for n, name in enumerate(MOMENTS[2:5])}
+        words = pa.array(self.shard.branches, pa.string())
+        columns["branch"] = pa.DictionaryArray.from_arrays(pa.array(branch), words)
+        return columns | {"token": pa.array(token)}
+
+    @property
+    def _where(self) -> "slice | Int[np.ndarray, ' rows']":
+        places = self.places
+        if len(places) and places[-1] - places[0] + 1 == len(places):
+            return slice(int(places[0]), int(places[-1]) + 1)
+        return places
+
+
+def blocks_of(segments: Segments, rows: int | None = None) -> Iterator[Block]:
+    """The rows of segments, in their order, each block within one shard.
+
+    Args:
+        segments: from `Store.segments`. rows: of a block at most; 32 MB by default.
+    """
+    rows = rows or max(BLOCK_BYTES // segments.site.row_bytes, 1)
+    bounds = np.searchsorted(segments.file, np.arange(len(segments.files) + 1))
+    for number, name in enumerate(segments.files):
+        path = Path(name)
+        shard, unit = open_shard(path), int(path.parent.name)
+        part = slice(*bounds[number : number + 2])
+        places = _places(segments.first[part], segments.rows[part])
+        for start in range(0, len(places), rows):
+            yield Block(shard, unit, places[start : start + rows])
+
+
+def _places(first: Int[np.ndarray, " n"], rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " rows"]:
+    """Every place of the runs, one after the other."""
+    before = rows.cumsum() - rows
+    return np.arange(rows.sum()) + np.repeat(first - before, rows)
+
+
+def _taken(column: "pa.Array", sample: "pa.Array") -> "pa.Array":
+    """The column's value for each row; text once for each sample, as prompts can be long."""
+    import pyarrow as pa
+
+    if pa.types.is_string(column.type):
+        return pa.DictionaryArray.from_arrays(sample, column)
+    return column.take(sample)

@@ -1,0 +1,210 @@
+"""Checking a store: that everything is there and as it was written."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dreamreader.errors import InvalidInput
+from dreamreader.store.checksum import crc32c
+from dreamreader.store.index import FILE, current, read_index, sealed_units
+from dreamreader.store.layout import (
+    HEADER,
+    SiteLayout,
+    Tensors,
+    site_from,
+    tensors_of,
+    unit_folder,
+)
+from dreamreader.store.manifest import Manifest
+from dreamreader.store.shard import open_shard
+from dreamreader.store.unit import crc32c_of, read_unit
+
+BLOCK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something that is not as it was written.
+
+    Attributes:
+        file: within the store. what: is wrong with it. rows: pairs first, last of the rows meant.
+    """
+
+    file: str
+    what: str
+    rows: tuple[tuple[int, int], ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found.
+
+    Attributes:
+        units, shards, rows, bytes: how many were read. damage: all that is wrong.
+    """
+
+    units: int
+    shards: int
+    rows: int
+    bytes: int
+    damage: tuple[Damage, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.damage
+
+
+def verify(store: str | Path, watch: Callable[[Sequence[int]], Iterable[int]] = iter) -> Report:
+    """Reads every sealed byte of a store and compares it with its checksum.
+
+    Args:
+        store: its folder. watch: told the numbers of the units, gives them back one by one.
+
+    Returns:
+        What is wrong: units that are missing from a complete store, files that are missing or have
+        another size, tables and rows that do not have their checksum, an index that says other
+        than the shards do.
+
+    Raises:
+        InvalidInput: it is no store, or its manifest is damaged or of a newer format.
+
+    Example:
+        >>> report = verify("activations")
+        >>> report.holds, report.rows
+    """
+    folder = Path(store)
+    units = sealed_units(folder)
+    manifest = Manifest.read(folder) if Manifest.there(folder) or not units else Manifest()
+    found = list(_missing(manifest, units))
+    shards = rows = size = 0
+    for unit in watch(units):
+        path = folder / "shards" / unit_folder(unit)
+        name = f"shards/{path.name}"
+        try:
+            content = read_unit(path)
+            listed = [(each, site_from(each["site"])) for each in content["shards"]]
+            found += _of_samples(path, name, content["samples"])
+            for each, site in listed:
+                found += _of_shard(path, f"{name}/{each['file']}", each, site, content["run"])
+                shards, rows, size = shards + 1, rows + each["rows"], size + each["bytes"]
+        except InvalidInput as error:
+            found.append(Damage(f"{name}/unit.json", str(error).removeprefix(f"{path}/unit.json ")))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            found.append(Damage(f"{name}/unit.json", f"is damaged: {error!r}"))
+    found += _of_index(folder, bool(found))
+    return Report(len(units), shards, rows, size, tuple(found))
+
+
+def _missing(manifest: Manifest, units: Sequence[int]) -> Iterator[Damage]:
+    if not manifest.complete:
+        return
+    planned = [unit for job in manifest.jobs for unit in range(*job.units)]
+    missing = np.setdiff1d(planned, units)
+    for first, last in _ranges(missing):
+        shown = (
+            unit_folder(first) if first == last else f"{unit_folder(first)} to {unit_folder(last)}"
+        )
+        yield Damage(f"shards/{shown}", "missing, though the store is said to be complete")
+
+
+def _of_samples(path: Path, name: str, listed: Mapping[str, Any]) -> Iterator[Damage]:
+    file = path / "samples.parquet"
+    wrong = _size(file, listed["bytes"])
+    if wrong is None and crc32c_of(np.fromfile(file, np.uint8)) != listed["checksum"]:
+        wrong = "does not have its checksum"
+    if wrong is not None:
+        yield Damage(f"{name}/samples.parquet", wrong)
+
+
+def _of_shard(
+    path: Path, name: str, listed: Mapping[str, Any], site: SiteLayout, run: str
+) -> Iterator[Damage]:
+    file = path / listed["file"]
+    at = tensors_of(site, listed["rows"], listed["segments"], listed["moments"])
+    wrong = _size(file, listed["bytes"])
+    if wrong is None and at.bytes != listed["bytes"]:
+        wrong = f"unit.json says {listed['bytes']:,} bytes, its rows need {at.bytes:,}"
+    if wrong is not None:
+        yield Damage(name, wrong)
+        return
+    whole = np.memmap(file, np.uint8, mode="r")
+    described = np.concatenate([whole[:HEADER], whole[at.segments :]])
+    if crc32c_of(described) != listed["checksum"]:
+        yield Damage(name, "header, segments or moments do not have their checksum")
+    try:
+        shard = open_shard(file)
+        if (shard.site, shard.run) != (site, run):
+            yield Damage(name, "header and unit.json describe different sites or runs")
+    except InvalidInput as error:
+        yield Damage(name, str(error).removeprefix(f"{file} ").removeprefix(f"{file}: "))
+    bad = np.concatenate(list(_bad_rows(whole, at, site, listed["rows"])) or [np.zeros(0, int)])
+    if len(bad):
+        ranges = tuple(_ranges(bad))
+        shown = ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in ranges)
+        yield Damage(name, f"rows {shown} do not have their checksums", ranges)
+
+
+def _bad_rows(whole: np.ndarray, at: Tensors, site: SiteLayout, rows: int) -> Iterator[np.ndarray]:
+    """Rows that do not have their checksum, a block at a time."""
+    block = max(BLOCK_BYTES // site.row_bytes, 1)
+    wanted = np.frombuffer(whole[at.checksums : at.checksums + rows * 4], "<u4")
+    parts = [(at.values, site.row_bytes), (at.keys, 16), *([(at.scales, 4)] if site.scaled else [])]
+    for first in range(0, rows, block):
+        stop = min(first + block, rows)
+        each = (whole[at + first * n : at + stop * n].reshape(-1, n) for at, n in parts)
+        yield first + np.flatnonzero(crc32c(*each) != wanted[first:stop])
+
+
+def _size(file: Path, wanted: int) -> str | None:
+    """What is wrong with a file's length."""
+    if not file.is_file():
+        return "missing"
+    found = os.stat(file).st_size
+    return None if found == wanted else f"has {found:,} bytes, was written with {wanted:,}"
+
+
+def _of_index(folder: Path, damaged: bool) -> Iterator[Damage]:
+    try:
+        index = read_index(folder)
+    except InvalidInput as error:
+        yield Damage(FILE, str(error).removeprefix(f"{folder / FILE} "))
+        return
+    if index is None or damaged:  # damaged shards cannot be compared with
+        return
+    anew = current(folder, None)
+    known = np.isin(anew.table["unit"].to_numpy(), index.units)
+    if not _equal(index.table, anew.table.filter(pa.array(known))):
+        yield Damage(FILE, "does not say what the shards do; delete it: it is made anew from them")
+
+
+def _equal(table: pa.Table, other: pa.Table) -> bool:
+    """Equal lines, NaN being equal to itself."""
+    if table.schema != other.schema or len(table) != len(other):
+        return False
+    for one, two in zip(table.columns, other.columns, strict=True):
+        if pa.types.is_floating(one.type):
+            same = np.array_equal(one.to_numpy(), two.to_numpy(), equal_nan=True)
+        elif pa.types.is_dictionary(one.type):
+            same = one.cast(pa.string()).equals(two.cast(pa.string()))
+        else:
+            same = one.equals(two)
+        if not same:
+            return False
+    return True
+
+
+def _ranges(numbers: np.ndarray) -> list[tuple[int, int]]:
+    """Ascending numbers as pairs first, last."""
+    if not len(numbers):
+        return []
+    parts = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
+    return [(int(part[0]), int(part[-1])) for part in parts]
