@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dreamreader.errors import InvalidInput
 from dreamreader.specs.data import Item, item_of, scene_items
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 PROMPT = ("prompt", "text")  # columns that hold it
 TAKEN = ("seed", "sample", "step", "timestep", "sigma", "branch", "token")
 _APART = 4096  # prompts between two places that are noted
+_EXACT = 2**53  # the integers up to here are float64
 
 
 class Prompts:
@@ -38,6 +42,7 @@ class Prompts:
     def __init__(self, data: Data):
         self.file = None if data.file is None else Path(data.file)
         self.kinds: dict[str, str] = {}
+        self._largest: dict[str, int] = {}
         self._listed = [] if self.file else _listed(data)
         self._numbers: list[int] = []
         self._places: list[Place] = []
@@ -101,14 +106,16 @@ class Prompts:
         self._rows = FileRows(self.file, self._places[at])
 
     def _scanned(self, limit: int | None) -> tuple[int, str]:
-        digest, count = hashlib.sha256(), 0
+        digest, count, ids = hashlib.sha256(), 0, _Ids()
         for item, where in self._all():
             self._note_kinds(item, where)
+            ids.add(item.id)
             content = [item.id, item.prompt, dict(item.columns)]
             digest.update(_json(content).encode() + b"\n")
             count += 1
             if count == limit:
                 break
+        self._check_ids(ids.twice(), count)
         return count, digest.hexdigest()
 
     def _all(self) -> Iterator[tuple[Item, str]]:
@@ -128,12 +135,33 @@ class Prompts:
             number, last = number + 1, rows.place
         rows.close()
 
+    def _check_ids(self, suspects: set[int], count: int) -> None:
+        """Refuses an id that two rows of the file have, as id and seed name a row.
+
+        Args:
+            suspects: hashes that came twice. count: rows that are read.
+        """
+        places: dict[str, str] = {}
+        if not suspects or self.file is None:
+            return
+        for number, (row, where) in zip(range(count), FileRows(self.file), strict=False):
+            name = _item(number, row, where).id
+            if _hash(name) in suspects and (first := places.setdefault(name, where)) != where:
+                raise InvalidInput(f"{where}: {first} has the id {name!r} too")
+
     def _note_kinds(self, item: Item, where: str) -> None:
         for name, value in item.columns.items():
             if value is None:
                 self.kinds.setdefault(name, "none")
                 continue
             kind, known = _kind(value), self.kinds.get(name, "none")
+            if kind == "int":
+                self._largest[name] = max(self._largest.get(name, 0), abs(value))
+            if "float" in (kind, known) and self._largest.get(name, 0) > _EXACT:
+                raise InvalidInput(
+                    f"{where}: the column {name!r} holds fractions and an integer beyond 2**53, "
+                    "which no float64 holds exactly; write one of them as a text"
+                )
             if known == "none" or {kind, known} == {"int", "float"}:
                 self.kinds[name] = (
                     "float" if known == "int" else known if known == "float" else kind
@@ -149,6 +177,31 @@ class Prompts:
             return None
         found = self.file.stat()
         return found.st_size, found.st_mtime_ns
+
+
+class _Ids:
+    """Eight bytes for each id, once there is one that is not the number of its row."""
+
+    def __init__(self):
+        self._hashes = array("Q")
+        self._count = 0
+
+    def add(self, name: str) -> None:
+        if not self._hashes and name != str(self._count):
+            self._hashes.extend(_hash(str(number)) for number in range(self._count))
+            self._hashes.append(_hash(name))
+        elif self._hashes:
+            self._hashes.append(_hash(name))
+        self._count += 1
+
+    def twice(self) -> set[int]:
+        """Hashes that came more than once."""
+        values, counts = np.unique(np.frombuffer(self._hashes, np.uint64), return_counts=True)
+        return set(values[counts > 1].tolist())
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 def _listed(data: Data) -> list[Item]:
@@ -176,9 +229,7 @@ def _is_parquet(file: Path) -> bool:
 def _kind(value: Any) -> str:
     if isinstance(value, bool | str | float):
         return type(value).__name__
-    if isinstance(value, int):
-        return "int" if -(2**63) <= value < 2**63 else "float"
-    return "json"
+    return "int" if isinstance(value, int) else "json"
 
 
 def _json(value: Any) -> str:

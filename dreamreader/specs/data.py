@@ -139,6 +139,8 @@ def item_of(
     for name, value in row.items():
         if isinstance(value, str):
             check_text(value, f"{where}: {name}")
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise InvalidInput(f"{where}: {name} is beyond 64 bits; write it as a text")
     taken = [name for name in rest if name in reserved]
     if taken:
         raise InvalidInput(f"{where}: the column {taken[0]!r} is made by the run; rename it")

@@ -1,13 +1,13 @@
 """Files of prompts, one row after another, from any place on that was noted before."""
 
 import csv
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dreamreader.errors import InvalidInput
+from dreamreader.specs.parse import parse_json
 
 _ROWS = 1024  # of Parquet, in memory together
 
@@ -94,10 +94,11 @@ def _text_rows(file: FileRows) -> Iterator[Row]:
 
 def _csv_rows(file: FileRows) -> Iterator[Row]:
     names = None
-    if file.place.at:
-        names = csv.DictReader(FileRows(file.path).lines(), strict=True).fieldnames
-    reader = csv.DictReader(file.lines(), names, strict=True)
     try:
+        if file.place.at:
+            names = csv.DictReader(FileRows(file.path).lines(), strict=True).fieldnames
+        reader = csv.DictReader(file.lines(), names, strict=True)
+        _check_names(file, reader.fieldnames or ())
         for row in reader:
             where = f"{file.path}:{file.place.line}"
             if None in row:
@@ -115,10 +116,7 @@ def _json_rows(file: FileRows) -> Iterator[Row]:
         if not line.strip():
             continue
         where = f"{file.path}:{file.place.line}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InvalidInput(f"{where}: no JSON: {error.msg}") from error
+        row = parse_json(line, where)
         if isinstance(row, str):
             row = {"prompt": row}
         if not isinstance(row, dict):
@@ -127,20 +125,29 @@ def _json_rows(file: FileRows) -> Iterator[Row]:
 
 
 def _parquet_rows(file: FileRows) -> Iterator[Row]:
-    import pyarrow as pa
     from pyarrow import parquet
 
     number = file.place.line
     try:
         with parquet.ParquetFile(file.path) as table:
+            _check_names(file, table.schema_arrow.names)
             for group in range(file.place.at, table.num_row_groups):
                 file.place = Place(group, number)
                 for batch in table.iter_batches(_ROWS, row_groups=[group]):
                     for row in batch.to_pylist():
                         yield row, f"{file.path}: row {number}"
                         number += 1
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InvalidInput(f"{file.path}: no whole Parquet file: {error}") from error
+    except InvalidInput:
+        raise
+    except Exception as error:  # of damaged Parquet anything can be raised
+        said = " ".join(str(error).split())
+        raise InvalidInput(f"{file.path}: no whole Parquet file: {said}") from error
+
+
+def _check_names(file: FileRows, names: Sequence[str]) -> None:
+    """Refuses a column that is there twice: one of them would be read without a word."""
+    if twice := [name for n, name in enumerate(names) if name in names[:n]]:
+        raise InvalidInput(f"{file.path}: the column {twice[0]!r} is there twice")
 
 
 _KINDS: dict[str, Callable[[FileRows], Any]] = {

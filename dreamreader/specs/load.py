@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from dreamreader.errors import InvalidInput, nearest
 from dreamreader.specs.overrides import apply_override
+from dreamreader.specs.parse import parse_yaml
 
 if TYPE_CHECKING:
     from dreamreader.engine import Reader
@@ -110,14 +111,7 @@ def check_spec(
 
 
 def _parsed(text: str, name: str) -> tuple[dict[str, Any], Lines]:
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f":{mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise InvalidInput(f"{name}{at}: no YAML: {problem}") from error
+    content, root = parse_yaml(text, name)
     if not isinstance(content, dict):
         raise InvalidInput(f"{name}: a spec is a mapping, got {type(content).__name__}")
     lines: Lines = {}

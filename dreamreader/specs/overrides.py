@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel
 
 from dreamreader.errors import InvalidInput
+from dreamreader.specs.parse import parse_yaml
 from dreamreader.specs.parts import Shorthand
 
 Key = tuple[str | int, ...]
@@ -45,9 +45,10 @@ def apply_override(model: type[BaseModel], content: dict[str, Any], text: str) -
         place = place[step]
     step = _step(place, last, text)
     try:
-        place[step] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise InvalidInput(f"override {text!r}: the value is no YAML") from error
+        place[step], _ = parse_yaml(value, "value")
+    except InvalidInput as error:
+        said = str(error).partition(": ")[2]  # without the line: there is only one
+        raise InvalidInput(f"override {text!r}: the value is {said}") from error
     return [*changed, (*path, step)]
 
 

@@ -119,6 +119,22 @@ def test_further_columns_have_one_type_in_every_table(tmp_path: Path) -> None:
             "{path}:2: the column 't' holds str, but int in rows before",
         ),
         ("p.parquet", b"PAR1", "{path}: no whole Parquet file: "),
+        ("p.csv", "id,prompt\na,x\nb,y\na,z\n", "{path}:4: {path}:2 has the id 'a' too"),
+        ("p.jsonl", '"x"\n"y"\n{"prompt": "z", "id": 1}', "{path}:3: {path}:2 has the id '1' too"),
+        ("p.csv", "prompt,prompt\na,b\n", "{path}: the column 'prompt' is there twice"),
+        ("p.jsonl", '{"prompt": "a", "prompt": "b"}', "{path}:1: no JSON that is read here: 'pro"),
+        ("p.jsonl", '{"prompt": "a", "n": 18446744073709551616}', "{path}:1: no JSON that is read"),
+        (
+            "p.jsonl",
+            '{"prompt": "\\ud800"}',
+            "{path}:1: no JSON that is read here: this is no text",
+        ),
+        ("p.jsonl", "[" * 100_000, "{path}:1: no JSON that is read here: values stand more than"),
+        (
+            "p.jsonl",
+            '{"prompt": "a", "n": 9007199254740993}\n{"prompt": "b", "n": 0.5}',
+            "{path}:2: the column 'n' holds fractions and an integer beyond 2**53",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_right(tmp_path: Path, name: str, content: Any, text: str) -> None:
@@ -132,6 +148,19 @@ def test_a_file_that_cannot_be_right(tmp_path: Path, name: str, content: Any, te
 def test_ids_of_inline_prompts_are_unique() -> None:
     with pytest.raises(InvalidInput, match="data.prompts.1: an earlier entry has the id '0'"):
         Prompts(Data(prompts=["a", {"prompt": "b", "id": 0}]))
+
+
+def test_only_the_ids_that_are_read_have_to_differ(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text("id,prompt\na,x\nb,y\na,z\n")
+    assert Prompts(Data(file=str(path), limit=2)).count == 2
+
+
+def test_a_column_that_parquet_has_twice(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
+    parquet.write_table(table, tmp_path / "p.parquet")
+    with pytest.raises(InvalidInput, match="the column 'prompt' is there twice"):
+        Prompts(Data(file=str(tmp_path / "p.parquet")))
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:

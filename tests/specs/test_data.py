@@ -189,3 +189,8 @@ def test_data_without_pairs_is_refused_where_they_are_needed() -> None:
     pairs_only(of(pairs=[{"source": "a", "target": "b"}]), "data")
     with pytest.raises(InvalidInput, match="method.fit: entry 'x' has no target prompt; give pair"):
         pairs_only(of(prompts=[{"prompt": "a", "id": "x"}]), "method.fit")
+
+
+def test_an_integer_that_no_column_holds() -> None:
+    with pytest.raises(InvalidInput, match="data.prompts.0: n is beyond 64 bits"):
+        of(prompts=[{"prompt": "a", "n": 2**70}])
