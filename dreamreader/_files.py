@@ -39,6 +39,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(written.fileno())
         part.chmod(0o666 & ~_umask())
         part.replace(target)
+        sync(target.parent)  # else a crash may undo the renaming
     finally:
         part.unlink(missing_ok=True)
 
@@ -76,7 +77,9 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield part
         with explained(target):
             part.chmod(0o777 & ~_umask())
+            sync(part)
             part.rename(target)
+            sync(target.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -88,24 +91,80 @@ def _umask() -> int:
     return mask
 
 
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Makes a folder and keeps a second process out of it, until the block ends or we are killed.
 
     Raises:
-        InvalidInput: another one is in it, or the folder cannot be written.
+        InvalidInput: another one is in it, or the folder cannot be written or locked.
     """
+    with explained(folder):
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        if made:
+            sync(folder.parent)
+        handle = _open_lock(folder, os.O_RDWR)
+    try:
+        _lock(handle, folder, exclusive=True)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked_for_reading(folder: Path) -> Iterator[None]:
+    """Keeps processes that write out of a folder until the block ends; needs no right to write.
+
+    A folder that has no lock, and in which none can be made, is read as it is.
+
+    Raises:
+        InvalidInput: a process writes there, or the folder cannot be locked.
+    """
+    try:
+        handle = _open_lock(folder, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise InvalidInput(f"{folder} cannot be read: {error.strerror}") from error
+        yield
+        return
+    try:
+        _lock(handle, folder, exclusive=False)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _open_lock(folder: Path, flags: int) -> int:
+    try:
+        # not through a link: what it points to is somebody else's
+        return os.open(folder / ".lock", flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise InvalidInput(f"{folder / '.lock'} is a link; delete it") from error
+        raise
+
+
+def _lock(handle: int, folder: Path, exclusive: bool) -> None:
     import fcntl  # not on Windows
 
-    with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InvalidInput(f"{folder}: another process runs here") from None
-        yield
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InvalidInput(f"{folder}: another process runs here") from None
+    except OSError as error:
+        raise InvalidInput(
+            f"{folder} cannot be locked ({error.strerror}): its file system has no file locks, and "
+            "without them two processes could write there; choose a folder on another one"
+        ) from error
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from dreamreader._files import explained, locked, new_folder
+from dreamreader._files import explained, locked_for_reading, new_folder
 from dreamreader.errors import InvalidInput
 from dreamreader.store.index import add_site, sealed_units, write_index
 from dreamreader.store.layout import SiteLayout, unit_folder
@@ -39,7 +39,7 @@ def merge(stores: Sequence[str | Path], out: str | Path, link: bool = True) -> S
     with new_folder(target) as part, ExitStack() as locks:
         _check(folders)
         for folder in folders:
-            locks.enter_context(locked(folder))
+            locks.enter_context(locked_for_reading(folder))
         _fill(folders, part, link)
     return Store(target)
 

@@ -1,7 +1,6 @@
 """A unit of a store: a folder of shards that appears whole, under its number, or not at all."""
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dreamreader._files import explained, write_atomic
+from dreamreader._files import explained, sync, write_atomic
 from dreamreader.errors import InvalidInput
 from dreamreader.store.checksum import crc32c
 from dreamreader.store.layout import FORMAT, SiteLayout, check_format, unit_folder
@@ -49,7 +48,9 @@ class Shard:
 def begin_unit(shards: Path, unit: int) -> Path:
     """A new folder for what is not sealed yet; readers do not see it."""
     with explained(shards.parent):
-        shards.mkdir(parents=True, exist_ok=True)
+        if not shards.is_dir():
+            shards.mkdir(parents=True, exist_ok=True)
+            sync(shards.parent)
         return Path(tempfile.mkdtemp(prefix=f".{unit_folder(unit)}.", suffix=".part", dir=shards))
 
 
@@ -77,17 +78,17 @@ def seal_unit(
             "samples": {"rows": samples.num_rows, **_whole(file)},
             "shards": [each.as_dict() for each in shards],
         }
-        _sync(file)
+        sync(file)
         write_atomic(part / "unit.json", json.dumps(content, indent=1) + "\n")
         part.chmod(0o755)
-        _sync(part)
+        sync(part)
         try:
             part.rename(target)
         except OSError:
             if not target.is_dir():
                 raise
             shutil.rmtree(part)
-        _sync(part.parent)
+        sync(part.parent)
     return target
 
 
@@ -117,11 +118,3 @@ def _whole(file: Path) -> dict[str, int]:
 def crc32c_of(data: np.ndarray) -> int:
     """CRC-32C of one run of bytes."""
     return int(crc32c(data.reshape(1, -1))[0])
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
