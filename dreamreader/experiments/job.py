@@ -60,7 +60,7 @@ class Job:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Arguments of the subject's call."""
-        return call_settings(self.spec.subject, self.spec.pipeline)
+        return call_settings(self.reader, self.spec.subject, self.spec.pipeline)
 
     @cached_property
     def steps(self) -> int | None:

@@ -51,7 +51,7 @@ class HarvestJob:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Arguments of the subject's call. Pictures are not decoded unless the decoder is read."""
-        found = call_settings(self.spec.subject, self.spec.pipeline)
+        found = call_settings(self.reader, self.spec.subject, self.spec.pipeline)
         if self.is_language or "output_type" in self.spec.pipeline:
             return found
         known = inspect.signature(type(self.reader.subject).__call__).parameters

@@ -183,6 +183,8 @@ def _without_tags(loc: tuple[str | int, ...], schema: dict[str, Any]) -> tuple[s
     kept: list[str | int] = []
     node: Any = schema
     for part in loc:
+        if part == "[key]":  # what pydantic puts behind a key that is wrong itself
+            continue
         node = _resolved(node, schema)
         if isinstance(part, str) and part in node.get("discriminator", {}).get("mapping", {}):
             node = {"$ref": node["discriminator"]["mapping"][part]}

@@ -13,6 +13,8 @@ from pydantic import (
     model_validator,
 )
 
+from dreamreader.specs.call import CallArguments
+
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -154,7 +156,7 @@ class Common(Part):
     seeds: AnySeeds = Field(
         default_factory=Seeds, description="Every prompt is run with every seed."
     )
-    pipeline: dict[str, Any] = Field(
+    pipeline: CallArguments = Field(
         default_factory=dict,
         description="Arguments of the pipeline's call, or of a language model's generate.",
     )

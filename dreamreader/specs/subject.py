@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dreamreader.engine import Reader
+from dreamreader.specs.call import check_call, check_generate
 from dreamreader.specs.parts import Subject
 
 
@@ -31,11 +32,17 @@ def is_language(reader: Reader) -> bool:
     return not hasattr(reader.subject, "components")
 
 
-def call_settings(subject: Subject, pipeline: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the subject's call: those of the embedded models, then the spec's."""
+def call_settings(reader: Reader, subject: Subject, pipeline: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the subject's call: those of the embedded models, then the spec's.
+
+    Raises:
+        InvalidInput, UnknownName: the call does not take an argument, or not from a spec.
+    """
     from dreamreader.zoo import MODELS, settings
 
-    own = dict(pipeline)
+    if is_language(reader):
+        return check_generate(pipeline)
+    own = check_call(reader.subject, pipeline)
     return settings(**own) if subject.model in MODELS else own
 
 

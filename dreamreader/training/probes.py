@@ -13,6 +13,7 @@ from dreamreader.audit import Fingerprint, fingerprint
 from dreamreader.audit.fingerprint import portable
 from dreamreader.errors import DreamreaderError
 from dreamreader.probes import Probe
+from dreamreader.specs.call import CallArguments
 from dreamreader.specs.load import load_spec, spec_of
 from dreamreader.specs.parts import AnySeeds, AnySubject, Batch, Data, Part, Seeds, listed_seeds
 from dreamreader.store.layout import file_of
@@ -48,7 +49,7 @@ class ProbeSpec(Part):
     seeds: AnySeeds = Field(
         default_factory=Seeds, description="Every prompt is run with every seed."
     )
-    pipeline: dict[str, Any] = Field(
+    pipeline: CallArguments = Field(
         default_factory=dict, description="Arguments of the pipeline's call."
     )
     batch: Batch = Field(default_factory=Batch)

@@ -80,7 +80,7 @@ class Prompted:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Arguments of the subject's call; pictures are decoded for the detector only."""
-        found = call_settings(self.model, self.spec.pipeline)
+        found = call_settings(self.reader, self.model, self.spec.pipeline)
         if is_language(self.reader):
             return found
         return found | {"output_type": "pt" if from_detector(self.spec.labels) else "latent"}

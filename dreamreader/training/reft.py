@@ -103,7 +103,7 @@ class ReftJob:
         """Arguments of the subject's call."""
         if is_language(self.reader):
             return {}
-        return call_settings(self.spec.subject, self.spec.pipeline)
+        return call_settings(self.reader, self.spec.subject, self.spec.pipeline)
 
     def place(self, batch: int) -> Place:
         spec = self.spec
