@@ -1,4 +1,4 @@
-"""The content hash of a run: settings, weights, code, packages and seeds; not the machine."""
+"""The content hash of a run: settings, subject, code, packages and seeds; not the machine."""
 
 import dataclasses
 import hashlib
@@ -15,11 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dreamreader.audit.subject import bytes_of, describe_subject, hash_weights
 from dreamreader.errors import InvalidInput
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
+PACKAGES = (
+    *("torch", "diffusers", "transformers", "tokenizers", "accelerate", "peft", "safetensors"),
+    *("numpy", "pillow"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Fingerprint:
 
     settings: Mapping[str, Any]
     weights: str
+    subject: Mapping[str, str]
     code: str
     packages: Mapping[str, str]
     seeds: Sequence[int]
@@ -39,6 +44,7 @@ class Fingerprint:
         return {
             "settings": plain(self.settings),
             "weights": self.weights,
+            "subject": dict(self.subject),
             "code": self.code,
             "packages": dict(sorted(self.packages.items())),
             "seeds": [int(seed) for seed in self.seeds],
@@ -54,13 +60,16 @@ class Fingerprint:
         return {"digest": self.digest, **self.content, "machine": dict(self.machine)}
 
 
-def fingerprint(subject: Any, settings: Mapping[str, Any], seeds: Sequence[int]) -> Fingerprint:
+def fingerprint(
+    subject: Any, settings: Mapping[str, Any], seeds: Sequence[int], tokenizer: Any = None
+) -> Fingerprint:
     """Takes the fingerprint of a run on `subject` with these resolved settings and seeds.
 
     Args:
         subject: diffusers pipeline, module, or anything `hash_weights` takes.
         settings: all that was chosen, defaults included; tensors enter by their hash.
         seeds: every seed used.
+        tokenizer: that a language model was used with; those of a pipeline are its components.
 
     Returns:
         A fingerprint with this machine's facts beside the hash.
@@ -71,6 +80,7 @@ def fingerprint(subject: Any, settings: Mapping[str, Any], seeds: Sequence[int])
     return Fingerprint(
         settings=plain(settings),
         weights=hash_weights(subject),
+        subject=describe_subject(subject, tokenizer),
         code=code_version(),
         packages=package_versions(),
         seeds=list(seeds),
@@ -78,45 +88,19 @@ def fingerprint(subject: Any, settings: Mapping[str, Any], seeds: Sequence[int])
     )
 
 
-def hash_weights(subject: Any) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every parameter and buffer of a subject.
-
-    Args:
-        subject: a module, or a pipeline whose `components` hold modules and configured parts (their
-            configuration enters the hash, as a scheduler's does).
-
-    Returns:
-        64 hexadecimal digits, the same wherever the weights lie.
-
-    Raises:
-        InvalidInput: when there is no module in the subject.
-    """
-    parts: dict[str, Any] = {"": subject}
-    if not isinstance(subject, nn.Module):
-        parts = dict(getattr(subject, "components", {}))
-    if not any(isinstance(part, nn.Module) for part in parts.values()):
-        raise InvalidInput(f"hash_weights: {type(subject).__name__} holds no module")
-    digest = hashlib.sha256()
-    for name, part in sorted(parts.items()):
-        if isinstance(part, nn.Module):
-            for key, tensor in sorted(part.state_dict().items()):
-                if isinstance(tensor, Tensor):
-                    digest.update(f"{name}.{key}:{tensor.dtype}:{list(tensor.shape)};".encode())
-                    digest.update(_bytes(tensor))
-        elif hasattr(part, "config") and hasattr(part.config, "items"):
-            config = {k: v for k, v in part.config.items() if not k.startswith("_")}
-            digest.update(f"{name}={json.dumps(config, sort_keys=True, default=str)};".encode())
-    return digest.hexdigest()
-
-
 @cache
 def code_version() -> str:
-    """Version of the package and a hash of its Python files, e.g. `0.1.0+3f9c52d1a0b4`."""
+    """Version of the package and a hash of its files, e.g. `0.1.0+3f9c52d1a0b4`.
+
+    The files are those in Python and the native module that is loaded, where there is one.
+    """
+    from dreamreader._register import native
     from dreamreader._version import __version__
 
     root = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
+    digest, module = hashlib.sha256(), native()[0]
+    built = [] if module is None or module.__file__ is None else [Path(module.__file__)]
+    for path in sorted([*root.rglob("*.py"), *built], key=lambda p: p.relative_to(root).as_posix()):
         digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
     return f"{__version__}+{digest.hexdigest()[:12]}"
 
@@ -158,7 +142,7 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, (Tensor, np.ndarray)):
         tensor = torch.as_tensor(value)
-        return {"tensor": hashlib.sha256(_bytes(tensor)).hexdigest(), "shape": list(tensor.shape)}
+        return {"tensor": hashlib.sha256(bytes_of(tensor)).hexdigest(), "shape": list(tensor.shape)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"type": type(value).__name__, **fields}
@@ -183,11 +167,6 @@ def portable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [portable(each) for each in value]
     return value if not isinstance(value, float) or value - value == 0 else repr(value)
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def _processor() -> str:

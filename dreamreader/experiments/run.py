@@ -71,7 +71,8 @@ def begun(job: Job, folder: RunFolder) -> Plan:
     before = None if earlier is None else folder.read_json("plan.json")
     _check_version(folder, before)
     plan = make_plan(job, None if before is None else before["batch"], estimates=False)
-    taken = fingerprint(job.reader.subject, _settings(job, plan), job.seeds)
+    reader = job.reader
+    taken = fingerprint(reader.subject, _settings(job, plan), job.seeds, reader.tokenizer)
     if earlier is not None and earlier["digest"] != taken.digest:
         raise InvalidInput(
             f"{folder.path} holds another run: {first_difference(earlier, taken.as_dict())}. Give "

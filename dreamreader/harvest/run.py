@@ -309,7 +309,8 @@ def fingerprint_of(job: HarvestJob, plan: Plan) -> Fingerprint:
         "unit": plan.unit,
         "batch": plan.batch,
     }
-    return fingerprint(job.reader.subject, settings, job.spec.seed_list)
+    reader = job.reader
+    return fingerprint(reader.subject, settings, job.spec.seed_list, reader.tokenizer)
 
 
 def tidy(store: Path) -> None:

@@ -191,13 +191,15 @@ class ProbeJob:
         return batch
 
     def _fingerprint(self, settings: Mapping[str, Any]) -> Fingerprint:
-        subject = self.source.subject
-        if subject is not None:
-            return fingerprint(subject, settings, self.spec.seed_list)
+        reader = self.source.reader
+        if reader is not None:
+            return fingerprint(reader.subject, settings, self.spec.seed_list, reader.tokenizer)
         from dreamreader.audit.fingerprint import code_version, machine_facts, package_versions
 
         # rows of a store: the fingerprints of its harvests, in the settings, know the weights
-        return Fingerprint(settings, "", code_version(), package_versions(), [], machine_facts())
+        return Fingerprint(
+            settings, "", {}, code_version(), package_versions(), [], machine_facts()
+        )
 
     def __repr__(self) -> str:
         spec = self.spec

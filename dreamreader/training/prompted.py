@@ -49,10 +49,6 @@ class Prompted:
         if is_language(self.reader) and spec.tokens is None and spec.probe.pool == "flat":
             check_lengths(self.reader, [item.prompt for item in self.items])
 
-    @property
-    def subject(self) -> Any:
-        return self.reader.subject
-
     @cached_property
     def sites(self) -> list[str]:
         """Names of the sites.

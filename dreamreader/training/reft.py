@@ -175,7 +175,9 @@ class ReftJob:
             "examples": self.examples.digest(pictures),
             "batch": batch,
         }
-        folder.begin(self.spec, fingerprint(self.reader.subject, settings, self.examples.seeds))
+        reader = self.reader
+        taken = fingerprint(reader.subject, settings, self.examples.seeds, reader.tokenizer)
+        folder.begin(self.spec, taken)
         return batch
 
     def __repr__(self) -> str:

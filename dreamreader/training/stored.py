@@ -41,7 +41,7 @@ class Stored:
 
     def __init__(self, spec: "ProbeSpec", path: Path):
         self.spec, self.store = spec, Store(path)
-        self.subject: Any = None
+        self.reader: None = None  # no model is run
 
     @cached_property
     def sites(self) -> list[str]:

@@ -2,10 +2,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
+import dreamreader as dr
 from dreamreader.audit import fingerprint, hash_weights
 from dreamreader.audit.fingerprint import plain
+from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
 
 
@@ -56,9 +59,85 @@ def test_a_pipelines_scheduler_enters_the_hash(module):
     class Pipe:
         components = {"unet": module, "scheduler": DDIMScheduler(), "safety_checker": None}
 
-    before = hash_weights(Pipe())
+    before = fingerprint(Pipe(), {}, [0])
     Pipe.components = {**Pipe.components, "scheduler": EulerDiscreteScheduler()}
-    assert hash_weights(Pipe()) != before
+    after = fingerprint(Pipe(), {}, [0])
+    assert after.weights == before.weights and after.digest != before.digest
+
+
+def _epsilon(model, tokenizer):
+    model.config.layer_norm_epsilon = 0.5
+
+
+def _epsilon_of_one_norm(model, tokenizer):
+    model.transformer.h[0].ln_1.eps = 0.5
+
+
+def _activation(model, tokenizer):
+    model.transformer.h[1].mlp.act = torch.nn.ReLU()
+
+
+def _attention(model, tokenizer):
+    model.config._attn_implementation = "eager"
+
+
+def _generation(model, tokenizer):
+    model.generation_config.repetition_penalty = 1.5
+
+
+def _buffer(model, tokenizer):
+    model.register_buffer("scale", torch.ones(1), persistent=False)
+
+
+def _token(model, tokenizer):
+    tokenizer.add_tokens(["unheard"])
+
+
+def _padding_side(model, tokenizer):
+    tokenizer.padding_side = "left" if tokenizer.padding_side == "right" else "right"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(_epsilon, _epsilon_of_one_norm, _activation, _attention, _generation, _buffer, _token),
+        _padding_side,
+    ],
+)
+def test_whatever_the_result_depends_on_changes_the_digest(change):
+    model, tokenizer = tiny.language_model("gpt2")
+    before = fingerprint(model, {}, [0], tokenizer)
+    assert before == fingerprint(*_again(model, tokenizer))
+    change(model, tokenizer)
+    assert fingerprint(model, {}, [0], tokenizer).digest != before.digest
+
+
+def _again(model, tokenizer):
+    """The same after it was used."""
+    reader = Reader(model, tokenizer)
+    reader.run(["a cat", "a longer text of several words"], record=["transformer.h.1"])
+    reader.run(["a cat"], max_new_tokens=3)
+    return model, {}, [0], tokenizer
+
+
+def test_a_pipeline_that_was_used_has_the_same_fingerprint():
+    pipeline = tiny.pipeline("sd")
+    before = fingerprint(pipeline, {}, [0])
+    Reader(pipeline).run("a cat", num_inference_steps=2)
+    assert fingerprint(pipeline, {}, [0]) == before
+    pipeline.tokenizer.add_tokens(["unheard"])
+    after = fingerprint(pipeline, {}, [0])
+    assert after.subject["tokenizer"] != before.subject["tokenizer"]
+    assert {**after.subject, "tokenizer": ""} == {**before.subject, "tokenizer": ""}
+
+
+def test_a_folder_gives_the_fingerprint_of_what_was_saved(tmp_path):
+    model, tokenizer = tiny.language_model("gpt2")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    one, two = (dr.load(str(tmp_path)) for _ in range(2))
+    taken = [fingerprint(each.subject, {}, [0], each.tokenizer) for each in (one, two)]
+    assert taken[0] == taken[1]
 
 
 def test_settings_without_a_canonical_form_are_refused():
