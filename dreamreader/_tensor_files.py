@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dreamreader._files import replacing
+from dreamreader._checked import read_tensors, write_tensors
 from dreamreader.errors import InvalidInput
 
 VERSION = 1
@@ -17,11 +17,8 @@ def save_described(
     path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], content: Mapping[str, Any]
 ) -> None:
     """Writes a file whole or not at all; the description is under the key `dreamreader.<kind>`."""
-    from safetensors.torch import save_file
-
     text = json.dumps({"version": VERSION, **content}, allow_nan=False)
-    with replacing(path) as part:
-        save_file(tensors, part, metadata={f"dreamreader.{kind}": text})
+    write_tensors(path, tensors, {f"dreamreader.{kind}": text})
 
 
 def check_file(path: str | os.PathLike[str]) -> None:
@@ -45,7 +42,7 @@ def load_described(
 
     Raises:
         FileNotFoundError, IsADirectoryError, PermissionError: as `check_file` does.
-        InvalidInput: it is no whole safetensors file, of another kind, or of another version.
+        InvalidInput: it is no safetensors file, of another kind or version, or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -53,15 +50,15 @@ def load_described(
     check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(f"dreamreader.{kind}")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            known = f"dreamreader.{kind}" in (file.metadata() or {})
     except SafetensorError as error:
         raise InvalidInput(
             f"{name} is no safetensors file, or only a part of one: {error}"
         ) from error
-    if text is None:
+    if not known:
         raise InvalidInput(f"{name} holds no {kind} of dreamreader")
-    content = json.loads(text)
+    tensors, metadata = read_tensors(path)
+    content = json.loads(metadata[f"dreamreader.{kind}"])
     if content.get("version") != VERSION:
         raise InvalidInput(f"{name} is of version {content.get('version')}, this reads {VERSION}")
     return content, tensors

@@ -19,7 +19,7 @@ from dreamreader.store.index import sealed_units, write_index
 from dreamreader.store.layout import unit_folder
 from dreamreader.store.manifest import Job, Manifest
 from dreamreader.store.reference import ReferenceWriter
-from dreamreader.store.unit import read_unit
+from dreamreader.store.unit import Unit, read_unit
 from dreamreader.store.writer import NativeWriter, open_writer
 
 _REFRESHED = 60.0  # seconds between two writings of the index
@@ -103,8 +103,8 @@ def run_job(
         sealed = sealed_units(store)
         progress = Progress(job.samples, units=len(sealed))
         for unit in sealed:
+            progress.stored += _own(store, unit, plan, manifest.jobs[0].run).bytes
             progress.there += plan.range_of(unit)[1] - plan.range_of(unit)[0]
-            progress.stored += bytes_of(store, unit)
         progress.samples = progress.there
         if started is not None:
             started(plan, progress)
@@ -205,10 +205,21 @@ def harvest_unit(
     return sum(shard.bytes for shard in shards)
 
 
-def bytes_of(store: Path, unit: int) -> int:
-    """Bytes of the shards of a sealed unit."""
-    content = read_unit(store / "shards" / unit_folder(unit))
-    return sum(each["bytes"] for each in content["shards"])
+def _own(store: Path, number: int, plan: Plan, run: str) -> Unit:
+    """A sealed unit of this job, under its own number.
+
+    Raises:
+        InvalidInput: it is damaged, or was copied here from another place.
+    """
+    folder = store / "shards" / unit_folder(number)
+    unit = read_unit(folder)
+    if (unit.run, unit.number) != (run, number) or number >= plan.units:
+        whose = "this harvest" if unit.run == run else f"another harvest, {unit.run[:16]}"
+        raise InvalidInput(
+            f"{folder} is unit {unit.number} of {whose}; take it away, and run the same command "
+            "again to go on"
+        )
+    return unit
 
 
 def writer_for(job: HarvestJob, store: Path, run: str) -> NativeWriter | ReferenceWriter:

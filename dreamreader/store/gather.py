@@ -11,10 +11,9 @@ from torch import Tensor
 from dreamreader._register import narrowed, native
 from dreamreader.errors import InvalidInput
 from dreamreader.ops.permutation import permuted
-from dreamreader.store.checksum import crc32c
 from dreamreader.store.layout import STORED
 from dreamreader.store.picking import Picked
-from dreamreader.store.shard import ShardFile, open_shard
+from dreamreader.store.shard import ADVICE, ShardFile, damaged_row, open_shard
 
 FOUND = ("file", "sample", "moment", "branch", "token")  # columns of `keys`, int32
 _MAPPED = 16_384  # files; Linux allows a process 65,530 mappings
@@ -114,12 +113,12 @@ class NativeGather:
         kind, number, row, detail = problem
         file = self.picked.segments.files[number]
         if kind == "checksum":
-            raise _damaged(file, row)
+            raise damaged_row(file, row)
         if kind == "short":
-            raise InvalidInput(f"{file} has {int(detail):,} bytes, its rows need {row:,}{_ADVICE}")
+            raise InvalidInput(f"{file} has {int(detail):,} bytes, its rows need {row:,}{ADVICE}")
         if kind == "read":
-            raise InvalidInput(f"{file} cannot be read: {detail}{_ADVICE}")
-        raise InvalidInput(f"{file} cannot be opened: {detail}{_ADVICE}")
+            raise InvalidInput(f"{file} cannot be read: {detail}{ADVICE}")
+        raise InvalidInput(f"{file} cannot be opened: {detail}{ADVICE}")
 
 
 class ReferenceGather:
@@ -134,7 +133,7 @@ class ReferenceGather:
         assert tokens is not None
         return np.array(
             [
-                tokens.wanted(self._shard(file).keys[first : first + rows, 3]).sum()
+                tokens.wanted(self._shard(file).keys[first : first + rows][:, 3]).sum()
                 for file, first, rows in zip(p.file.tolist(), p.first, p.rows, strict=True)
             ],
             np.int64,
@@ -176,7 +175,7 @@ class ReferenceGather:
         for n, (file, first, rows) in enumerate(
             zip(p.file[run].tolist(), p.first[run], p.rows[run], strict=True)
         ):
-            token = self._shard(file).keys[first : first + rows, 3]
+            token = self._shard(file).keys[first : first + rows][:, 3]
             row[n] = first + np.flatnonzero(p.tokens.wanted(token))[within[n]]
         return p.file[run], row
 
@@ -186,31 +185,13 @@ class ReferenceGather:
         values, keys = shard.values[row], shard.keys[row]
         scales = None if shard.scales is None else shard.scales[row]
         if verify:
-            parts = [values, keys.view(np.uint8)]
-            parts += [] if scales is None else [scales[:, None].view(np.uint8)]
-            wrong = row[crc32c(*parts) != shard.checksums[row]]
-            if len(wrong):
-                raise _damaged(shard.path, int(wrong[0]))
+            shard.check_rows(row, values, keys, scales)
         stored = torch.from_numpy(values).view(shard.site.stored)
         if scales is not None:
             stored = stored.float() * torch.from_numpy(scales)[:, None]
         return stored, keys
 
     def _shard(self, number: int) -> ShardFile:
-        path = Path(self.picked.segments.files[number])
         if number not in self._shards:
-            self._shards[number] = open_shard(path)
-        shard = self._shards[number]
-        size = path.stat().st_size if path.exists() else 0
-        if size < shard.at.bytes:  # to touch what a mapped file has lost ends the process
-            raise InvalidInput(
-                f"{path} has {size:,} bytes, its rows need {shard.at.bytes:,}{_ADVICE}"
-            )
-        return shard
-
-
-_ADVICE = "; run `dreamreader store verify`"
-
-
-def _damaged(file: str | Path, row: int) -> InvalidInput:
-    return InvalidInput(f"{file}: row {row} is damaged, its checksum is wrong{_ADVICE}")
+            self._shards[number] = open_shard(Path(self.picked.segments.files[number]))
+        return self._shards[number]

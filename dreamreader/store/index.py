@@ -5,7 +5,6 @@ It says nothing that the shards do not, so it can be deleted: it is made anew fr
 
 import json
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dreamreader._files import explained, replacing
+from dreamreader._checked import check, damaged, write_table
 from dreamreader.errors import InvalidInput
 from dreamreader.store.layout import (
     FORMAT,
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 FILE = "index.parquet"
 _OWN = b"dreamreader.index"  # key of the metadata in the Parquet file
-_CHECKSUM = b"dreamreader.index.checksum"
+_ANEW = "delete it: it is made anew from the shards"
 _WORDS = ("shard", "site", "run", "branch", "dtype")  # columns with a dictionary
 _COLUMNS = (
     "unit shard site run branch step evaluation timestep sigma fraction first rows width dtype "
@@ -82,7 +81,6 @@ def write_index(folder: Path) -> "pa.Table":
 
 def save_index(folder: Path, index: Index) -> Path:
     """Writes the index of a store, whole or not at all."""
-    from pyarrow import parquet
 
     own = {
         "format": FORMAT,
@@ -91,12 +89,8 @@ def save_index(folder: Path, index: Index) -> Path:
         "left_out": [[*key, rows] for key, rows in sorted(index.left_out.items())],
         "not_finite": [[*key, rows] for key, rows in sorted(index.not_finite.items())],
     }
-    text = json.dumps(own).encode()
-    checksum = str(_checksum(index.table, text)).encode()
-    table = index.table.replace_schema_metadata({_OWN: text, _CHECKSUM: checksum})
-    with explained(folder), replacing(folder / FILE) as part:
-        parquet.write_table(table, part, compression="zstd")
-    return folder / FILE
+    table = index.table.replace_schema_metadata({_OWN: json.dumps(own)})
+    return write_table(folder / FILE, table, compression="zstd")
 
 
 def read_index(folder: Path) -> Index | None:
@@ -109,27 +103,19 @@ def read_index(folder: Path) -> Index | None:
     from pyarrow import parquet
 
     file = Path(folder) / FILE
-    if not file.is_file():
-        return None
     try:
-        with parquet.ParquetFile(file, memory_map=True) as whole:
-            metadata = whole.schema_arrow.metadata or {}
-            if whole.schema_arrow.remove_metadata() != _schema():
-                raise ValueError("it has other columns")
-            # One after the other: all at once take twice the memory.
-            columns = [whole.read([name], use_threads=False)[name] for name in _COLUMNS]
-        table = pa.table(columns, schema=_schema())
-        own = json.loads(metadata[_OWN])
-        check_format(file, own["format"])
-        if int(metadata[_CHECKSUM]) != _checksum(table, metadata[_OWN]):
-            raise ValueError("it does not have its checksum")
-    except InvalidInput:
-        raise
-    except Exception as error:  # of damaged Parquet anything can be raised
-        said = " ".join(str(error).split())
-        raise InvalidInput(
-            f"{file} is damaged ({said}); delete it: it is made anew from the shards"
-        ) from error
+        check(file, _ANEW)
+    except FileNotFoundError:
+        return None
+    with parquet.ParquetFile(file, memory_map=True) as whole:
+        metadata = whole.schema_arrow.metadata or {}
+        if whole.schema_arrow.remove_metadata() != _schema():
+            raise damaged(file, "it has other columns", _ANEW)
+        # One after the other: all at once take twice the memory.
+        columns = [whole.read([name], use_threads=False)[name] for name in _COLUMNS]
+    table = pa.table(columns, schema=_schema())
+    own = json.loads(metadata[_OWN])
+    check_format(file, own["format"])
     units = np.concatenate([np.arange(*pair) for pair in own["units"]] or [np.arange(0)])
     return Index(
         table,
@@ -175,10 +161,8 @@ def sealed_units(folder: Path) -> list[int]:
 def open_unit(folder: Path, unit: int) -> list[ShardFile]:
     """The shards of a unit, by file."""
     path = Path(folder) / "shards" / unit_folder(unit)
-    return [
-        open_shard(path / name)
-        for name in sorted(each["file"] for each in read_unit(path)["shards"])
-    ]
+    content = read_unit(path)
+    return [open_shard(path / name, content) for name in sorted(content.shards)]
 
 
 def add_site(sites: dict[str, SiteLayout], found: SiteLayout, where: object) -> None:
@@ -257,20 +241,6 @@ def _schema() -> "pa.Schema":
     kinds |= {name: pa.int32() for name in ("unit", "step", "evaluation", "width")}
     kinds |= {name: pa.float64() for name in ("timestep", "sigma", "fraction")}
     return pa.schema([(name, kinds.get(name, pa.int64())) for name in _COLUMNS])
-
-
-def _checksum(table: "pa.Table", own: bytes) -> int:
-    """CRC-32 of the lines, whatever their dictionaries look like, and of what is with them."""
-    found = zlib.crc32(own)
-    for name in _COLUMNS:
-        for chunk in table[name].chunks:
-            if name in _WORDS:
-                words = [zlib.crc32(word.encode()) for word in chunk.dictionary.to_pylist()]
-                values = np.array(words, np.uint32)[chunk.indices.to_numpy()]
-            else:
-                values = chunk.to_numpy()
-            found = zlib.crc32(np.ascontiguousarray(values).data, found)
-    return found
 
 
 def _count(counts: Counts, shard: ShardFile, column: int) -> None:

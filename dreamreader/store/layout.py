@@ -87,7 +87,7 @@ def site_from(content: dict) -> SiteLayout:
     hw = content["hw"]
     return SiteLayout(
         content["name"],
-        content["width"],
+        int(content["width"]),
         getattr(torch, content["stored"]),
         getattr(torch, content["source"]),
         content["heads"],

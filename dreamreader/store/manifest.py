@@ -1,12 +1,12 @@
 """manifest.json: what was asked for, of which subject, and how much of it is there."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dreamreader._files import explained, write_atomic
+from dreamreader._checked import damaged, read_json, write_json
+from dreamreader._files import explained
 from dreamreader._version import __version__
 from dreamreader.errors import InvalidInput
 from dreamreader.store.layout import FORMAT, check_format
@@ -74,17 +74,14 @@ class Manifest:
         """
         file = Path(folder) / FILE
         try:
-            content = json.loads(file.read_bytes())
-            found = content["format"] if content["kind"] == KIND else None
+            content = read_json(file)
         except (FileNotFoundError, NotADirectoryError):
             raise InvalidInput(f"{folder} is no store: it has no {FILE}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise InvalidInput(f"{file} is damaged: {error!r}") from error
-        check_format(file, found)
+        check_format(file, content.get("format") if content.get("kind") == KIND else None)
         try:
             return _from(content)
         except (KeyError, TypeError, ValueError) as error:
-            raise InvalidInput(f"{file} is damaged: {error!r}") from error
+            raise damaged(file, repr(error)) from error
 
     def write(self, folder: Path) -> Path:
         """Writes it into a store, whole or not at all."""
@@ -98,7 +95,7 @@ class Manifest:
             "not_finite": [asdict(each) for each in self.not_finite],
         }
         with explained(Path(folder)):
-            return write_atomic(Path(folder) / FILE, json.dumps(content, indent=1) + "\n")
+            return write_json(Path(folder) / FILE, content)
 
 
 def _from(content: Mapping[str, Any]) -> Manifest:

@@ -63,21 +63,33 @@ class Block:
 
     @cached_property
     def keys(self) -> Int[np.ndarray, "rows 4"]:
-        """Columns KEYS."""
-        return self.shard.keys[self._where]
+        """Columns KEYS. Whoever wants the values too asks for them first: that reads both."""
+        return self._read()[1]
 
     @property
     def stored(self) -> Float[Tensor, "rows width"]:
-        """The rows as they are on disk; a view of the file where they lie side by side."""
-        return torch.from_numpy(self.shard.values[self._where]).view(self.shard.site.stored)
+        """The rows as they are on disk."""
+        return torch.from_numpy(self._read()[0]).view(self.shard.site.stored)
 
     @property
     def values(self) -> Float[Tensor, "rows width"]:
         """The rows; float32 where they are stored with scales, which are multiplied in."""
-        stored, scales = self.stored, self.shard.scales
-        if scales is None:
-            return stored
-        return stored.float() * torch.from_numpy(scales[self._where])[:, None]
+        values, _, scales = self._read()
+        stored = torch.from_numpy(values).view(self.shard.site.stored)
+        return stored if scales is None else stored.float() * torch.from_numpy(scales)[:, None]
+
+    def _read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Values as bytes, keys and scales, compared with the checksums of the rows.
+
+        Raises:
+            InvalidInput: the file is missing or has lost bytes, or a row is damaged.
+        """
+        shard, where = self.shard, self._where
+        values, keys = shard.values[where], shard.keys[where]
+        scales = None if shard.scales is None else shard.scales[where]
+        shard.check_rows(self.places, values, keys, scales)
+        self.__dict__["keys"] = keys
+        return values, keys, scales
 
     def table(self, samples: "pa.Table") -> "pa.Table":
         """One line for each row: its sample, and when and where in it the row was taken.

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dreamreader._checked import read_table
 from dreamreader.engine.selection import in_steps
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.store.index import Index, current, read_index, sealed_units
@@ -235,16 +236,11 @@ def read_samples(folder: Path, unit: int) -> "pa.Table":
     Raises:
         InvalidInput: the file is missing or damaged.
     """
-    import pyarrow as pa
-    from pyarrow import parquet
-
     file = Path(folder) / "shards" / unit_folder(unit) / "samples.parquet"
     try:
-        return parquet.read_table(file, page_checksum_verification=True)
+        return read_table(file)
     except FileNotFoundError:
         raise InvalidInput(f"{file} is missing") from None
-    except (pa.ArrowException, OSError) as error:
-        raise InvalidInput(f"{file} is damaged: {error}") from error
 
 
 def _starts(shard: np.ndarray) -> np.ndarray:

@@ -1,6 +1,5 @@
 """A unit of a store: a folder of shards that appears whole, under its number, or not at all."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -10,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dreamreader._files import explained, sync, write_atomic
+from dreamreader._checked import damaged, read_json, write_json, write_table
+from dreamreader._files import explained, sync
 from dreamreader.errors import InvalidInput
 from dreamreader.store.checksum import crc32c
-from dreamreader.store.layout import FORMAT, SiteLayout, check_format, unit_folder
+from dreamreader.store.layout import FORMAT, SiteLayout, check_format, site_from, unit_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,13 +36,31 @@ class Shard:
     checksum: int
 
     def as_dict(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("rows", "segments", "moments", "bytes")}
-        return {
-            "file": self.site.file,
-            "site": self.site.as_dict(),
-            **own,
-            "checksum": self.checksum,
-        }
+        own = {name: getattr(self, name) for name in _COUNTS}
+        return {"file": self.site.file, "site": self.site.as_dict(), **own}
+
+
+_COUNTS = ("rows", "segments", "moments", "bytes", "checksum")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What unit.json says.
+
+    Attributes:
+        run: digest of the fingerprint of its harvest. number: that it was made under there.
+        samples: `rows`, `bytes` and `checksum` of samples.parquet. shards: by file.
+    """
+
+    run: str
+    number: int
+    samples: Mapping[str, int]
+    shards: Mapping[str, Shard]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(each.bytes for each in self.shards.values())
 
 
 def begin_unit(shards: Path, unit: int) -> Path:
@@ -66,20 +84,18 @@ def seal_unit(
         run: digest of the fingerprint.
         samples: one row for each sample; its place is what the keys of rows call it.
     """
-    from pyarrow import parquet
-
     target = part.parent / unit_folder(unit)
     with explained(part.parent.parent):
         file = part / "samples.parquet"
-        parquet.write_table(samples, file, write_page_checksum=True)
+        write_table(file, samples)
         content = {
             "format": FORMAT,
             "run": run,
+            "unit": unit,
             "samples": {"rows": samples.num_rows, **_whole(file)},
             "shards": [each.as_dict() for each in shards],
         }
-        sync(file)
-        write_atomic(part / "unit.json", json.dumps(content, indent=1) + "\n")
+        write_json(part / "unit.json", content)
         part.chmod(0o755)
         sync(part)
         try:
@@ -92,7 +108,7 @@ def seal_unit(
     return target
 
 
-def read_unit(folder: Path) -> Mapping[str, Any]:
+def read_unit(folder: Path) -> Unit:
     """The content of unit.json.
 
     Raises:
@@ -100,14 +116,21 @@ def read_unit(folder: Path) -> Mapping[str, Any]:
     """
     file = folder / "unit.json"
     try:
-        content = json.loads(file.read_bytes())
-        found = content["format"]
-    except FileNotFoundError:
-        raise InvalidInput(f"{file} is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InvalidInput(f"{file} is damaged: {error}") from error
-    check_format(file, found)
-    return content
+        content = read_json(file, _HINT)
+    except (FileNotFoundError, NotADirectoryError):
+        raise InvalidInput(f"{file} is missing; {_HINT}") from None
+    check_format(file, content.get("format"))
+    try:
+        shards = {
+            each["file"]: Shard(site_from(each["site"]), *(int(each[name]) for name in _COUNTS))
+            for each in content["shards"]
+        }
+        return Unit(content["run"], int(content["unit"]), content["samples"], shards)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(file, repr(error), _HINT) from error
+
+
+_HINT = "delete the folder of the unit, and the command that made it makes it again"
 
 
 def _whole(file: Path) -> dict[str, int]:

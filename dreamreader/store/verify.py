@@ -3,8 +3,8 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,17 +12,10 @@ import pyarrow as pa
 from dreamreader.errors import InvalidInput
 from dreamreader.store.checksum import crc32c
 from dreamreader.store.index import FILE, current, read_index, sealed_units
-from dreamreader.store.layout import (
-    HEADER,
-    SiteLayout,
-    Tensors,
-    site_from,
-    tensors_of,
-    unit_folder,
-)
+from dreamreader.store.layout import SiteLayout, Tensors, tensors_of, unit_folder
 from dreamreader.store.manifest import Manifest
-from dreamreader.store.shard import open_shard
-from dreamreader.store.unit import crc32c_of, read_unit
+from dreamreader.store.shard import ADVICE, open_shard, opened, read_into
+from dreamreader.store.unit import Shard, Unit, crc32c_of, read_unit
 
 BLOCK_BYTES = 16 << 20
 
@@ -71,8 +64,8 @@ def verify(store: str | Path, watch: Callable[[Sequence[int]], Iterable[int]] = 
 
     Returns:
         What is wrong: units that are missing from a complete store, files that are missing or have
-        another size, tables and rows that do not have their checksum, an index that says other
-        than the shards do.
+        another size, tables and rows that do not have their checksum, units of another harvest or
+        there twice, an index that says other than the shards do.
 
     Raises:
         InvalidInput: it is no store, or its manifest is damaged or of a newer format.
@@ -86,22 +79,34 @@ def verify(store: str | Path, watch: Callable[[Sequence[int]], Iterable[int]] = 
     manifest = Manifest.read(folder) if Manifest.there(folder) or not units else Manifest()
     found = list(_missing(manifest, units))
     shards = rows = size = 0
+    seen: dict[tuple[str, int], int] = {}
     for unit in watch(units):
         path = folder / "shards" / unit_folder(unit)
         name = f"shards/{path.name}"
         try:
             content = read_unit(path)
-            listed = [(each, site_from(each["site"])) for each in content["shards"]]
-            found += _of_samples(path, name, content["samples"])
-            for each, site in listed:
-                found += _of_shard(path, f"{name}/{each['file']}", each, site, content["run"])
-                shards, rows, size = shards + 1, rows + each["rows"], size + each["bytes"]
+            found += _of_job(name, manifest, unit, content, seen)
+            found += _of_samples(path, name, content.samples)
+            for file, listed in content.shards.items():
+                found += _of_shard(path / file, f"{name}/{file}", content, listed)
+                shards, rows, size = shards + 1, rows + listed.rows, size + listed.bytes
         except InvalidInput as error:
             found.append(Damage(f"{name}/unit.json", str(error).removeprefix(f"{path}/unit.json ")))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            found.append(Damage(f"{name}/unit.json", f"is damaged: {error!r}"))
     found += _of_index(folder, bool(found))
     return Report(len(units), shards, rows, size, tuple(found))
+
+
+def _of_job(
+    name: str, manifest: Manifest, number: int, unit: Unit, seen: dict[tuple[str, int], int]
+) -> Iterator[Damage]:
+    """Whether a unit is one of its store: of the job that has its number, and there once."""
+    jobs = [job for job in manifest.jobs if job.units[0] <= number < job.units[1]]
+    if manifest.jobs and not jobs:
+        yield Damage(name, "no job of the store has a unit of this number")
+    elif jobs and jobs[0].run != unit.run:
+        yield Damage(name, f"is of another harvest, {unit.run[:16]}, not of {jobs[0].run[:16]}")
+    elif (first := seen.setdefault((unit.run, unit.number), number)) != number:
+        yield Damage(name, f"has the same samples as unit {unit_folder(first)}")
 
 
 def _missing(manifest: Manifest, units: Sequence[int]) -> Iterator[Damage]:
@@ -116,7 +121,7 @@ def _missing(manifest: Manifest, units: Sequence[int]) -> Iterator[Damage]:
         yield Damage(f"shards/{shown}", "missing, though the store is said to be complete")
 
 
-def _of_samples(path: Path, name: str, listed: Mapping[str, Any]) -> Iterator[Damage]:
+def _of_samples(path: Path, name: str, listed: Mapping[str, int]) -> Iterator[Damage]:
     file = path / "samples.parquet"
     wrong = _size(file, listed["bytes"])
     if wrong is None and crc32c_of(np.fromfile(file, np.uint8)) != listed["checksum"]:
@@ -125,43 +130,56 @@ def _of_samples(path: Path, name: str, listed: Mapping[str, Any]) -> Iterator[Da
         yield Damage(f"{name}/samples.parquet", wrong)
 
 
-def _of_shard(
-    path: Path, name: str, listed: Mapping[str, Any], site: SiteLayout, run: str
-) -> Iterator[Damage]:
-    file = path / listed["file"]
-    at = tensors_of(site, listed["rows"], listed["segments"], listed["moments"])
-    wrong = _size(file, listed["bytes"])
-    if wrong is None and at.bytes != listed["bytes"]:
-        wrong = f"unit.json says {listed['bytes']:,} bytes, its rows need {at.bytes:,}"
+def _of_shard(file: Path, name: str, unit: Unit, listed: Shard) -> Iterator[Damage]:
+    at = tensors_of(listed.site, listed.rows, listed.segments, listed.moments)
+    wrong = _size(file, listed.bytes)
+    if wrong is None and at.bytes != listed.bytes:
+        wrong = f"unit.json says {listed.bytes:,} bytes, its rows need {at.bytes:,}"
     if wrong is not None:
         yield Damage(name, wrong)
         return
-    whole = np.memmap(file, np.uint8, mode="r")
-    described = np.concatenate([whole[:HEADER], whole[at.segments :]])
-    if crc32c_of(described) != listed["checksum"]:
-        yield Damage(name, "header, segments or moments do not have their checksum")
     try:
-        shard = open_shard(file)
-        if (shard.site, shard.run) != (site, run):
-            yield Damage(name, "header and unit.json describe different sites or runs")
+        open_shard(file, unit)
     except InvalidInput as error:
-        yield Damage(name, str(error).removeprefix(f"{file} ").removeprefix(f"{file}: "))
-    bad = np.concatenate(list(_bad_rows(whole, at, site, listed["rows"])) or [np.zeros(0, int)])
+        yield Damage(name, _without(file, error))
+    try:
+        with opened(file, at.bytes) as source:
+            parts = list(_bad_rows(source, at, listed.site, listed.rows))
+    except InvalidInput as error:  # cut off, or gone, since its length was compared
+        yield Damage(name, _without(file, error))
+        return
+    bad = np.concatenate([np.zeros(0, int), *parts])
     if len(bad):
         ranges = tuple(_ranges(bad))
         shown = ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in ranges)
         yield Damage(name, f"rows {shown} do not have their checksums", ranges)
 
 
-def _bad_rows(whole: np.ndarray, at: Tensors, site: SiteLayout, rows: int) -> Iterator[np.ndarray]:
-    """Rows that do not have their checksum, a block at a time."""
+def _without(file: Path, error: InvalidInput) -> str:
+    """What an error says of a file, without its name and without the advice to verify."""
+    said = str(error).removesuffix(ADVICE)
+    return said.removeprefix(f"{file} ").removeprefix(f"{file}: ")
+
+
+def _bad_rows(file: FileIO, at: Tensors, site: SiteLayout, rows: int) -> Iterator[np.ndarray]:
+    """Rows that do not have their checksum, a block at a time.
+
+    Raises:
+        InvalidInput: the file has lost bytes.
+    """
+
+    def part(start: int, size: int, first: int, stop: int) -> np.ndarray:
+        out = np.empty((stop - first) * size, np.uint8)
+        read_into(file, start + first * size, out, at.bytes)
+        return out.reshape(-1, size)
+
     block = max(BLOCK_BYTES // site.row_bytes, 1)
-    wanted = np.frombuffer(whole[at.checksums : at.checksums + rows * 4], "<u4")
     parts = [(at.values, site.row_bytes), (at.keys, 16), *([(at.scales, 4)] if site.scaled else [])]
     for first in range(0, rows, block):
         stop = min(first + block, rows)
-        each = (whole[at + first * n : at + stop * n].reshape(-1, n) for at, n in parts)
-        yield first + np.flatnonzero(crc32c(*each) != wanted[first:stop])
+        wanted = part(at.checksums, 4, first, stop).view("<u4")[:, 0]
+        found = crc32c(*(part(start, size, first, stop) for start, size in parts))
+        yield first + np.flatnonzero(found != wanted)
 
 
 def _size(file: Path, wanted: int) -> str | None:

@@ -51,9 +51,9 @@ def fill(writer, units: int = 2, stored: torch.dtype = torch.bfloat16, samples: 
 def written(tmp_path: Path) -> Callable[..., Path]:
     """Makes a folder with sealed units, by the reference."""
 
-    def make(name: str = "store", **options) -> Path:
+    def make(name: str = "store", run: str = "0" * 64, **options) -> Path:
         folder = tmp_path / name
-        writer = ReferenceWriter(folder, run="0" * 64)
+        writer = ReferenceWriter(folder, run)
         fill(writer, **options)
         writer.close()
         return folder

@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from dreamreader._checked import read_json, write_json
 from dreamreader.errors import InvalidInput
 from dreamreader.store.manifest import Count, Job, Manifest
 
@@ -37,19 +38,31 @@ def test_a_folder_without_one(tmp_path) -> None:
             Manifest.read(folder)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"format": 1, "kind": "dreamreader.store", "jobs": [{}]}']
-)
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1}'])
 def test_damaged(text, tmp_path) -> None:
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(InvalidInput, match="manifest.json is damaged: "):
+    with pytest.raises(InvalidInput, match=r"manifest.json is damaged \(it has no checksum"):
+        Manifest.read(tmp_path)
+
+
+def test_a_changed_number(tmp_path) -> None:
+    file = FULL.write(tmp_path)
+    file.write_text(file.read_text().replace('"rows": 40', '"rows": 41'))
+    with pytest.raises(InvalidInput, match=r"manifest.json is damaged \(it does not have its che"):
+        Manifest.read(tmp_path)
+
+
+def test_whole_but_not_a_manifest(tmp_path) -> None:
+    content = {"format": 1, "kind": "dreamreader.store", "jobs": [{}]}
+    write_json(tmp_path / "manifest.json", content)
+    with pytest.raises(InvalidInput, match=r"manifest.json is damaged \(KeyError\('run'\)"):
         Manifest.read(tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"format": 2}, {"format": "1"}, {"kind": "other"}])
 def test_another_format_or_kind(change, tmp_path) -> None:
     file = FULL.write(tmp_path)
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    write_json(file, read_json(file) | change)
     found = change.get("format", "other")
     text = "is of format 2, this version of dreamreader reads up to 1" if found == 2 else ""
     with pytest.raises(InvalidInput, match=text or "manifest.json is "):

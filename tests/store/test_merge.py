@@ -20,7 +20,7 @@ HEADS, OUT = "block.attn:heads", "block.out"
 
 
 def make(written, name: str, units: int, complete: bool = True) -> Path:
-    folder = written(name, units=units)
+    folder = written(name, name * 64, units=units)
     Manifest((Job(name * 64, (0, units), {"name": name}),), complete).write(folder)
     return folder
 

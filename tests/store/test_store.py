@@ -152,10 +152,10 @@ def test_bad_input(written, tmp_path) -> None:
     with pytest.raises(InvalidInput, match="none is no store: it has no manifest.json"):
         Store(tmp_path / "none")
     file = store.path / "shards/000001/samples.parquet"
-    data, page = bytearray(file.read_bytes()), parquet.read_metadata(file).row_group(0).column(1)
-    data[page.dictionary_page_offset + page.total_compressed_size - 1] ^= 1
+    data = bytearray(file.read_bytes())
+    data[-40] ^= 1
     file.write_bytes(data)
-    with pytest.raises(InvalidInput, match="000001/samples.parquet is damaged: "):
+    with pytest.raises(InvalidInput, match=r"000001/samples.parquet is damaged \("):
         store.read(OUT)
     file.unlink()
     with pytest.raises(InvalidInput, match="000001/samples.parquet is missing"):

@@ -1,6 +1,5 @@
 """A store with one fault each: verify must name it, and nothing else."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from pyarrow import parquet
 from store.conftest import fill
 
+from dreamreader._checked import read_json, write_json
 from dreamreader.errors import InvalidInput
 from dreamreader.store import verify as module
 from dreamreader.store.index import write_index
@@ -22,6 +22,7 @@ from dreamreader.store.verify import verify
 UNIT = "shards/000001"
 SHARD = f"{UNIT}/block.attn@heads.safetensors"
 ROWS = 144
+HEADER_DAMAGED = "is damaged: its header or tables do not have their checksum"
 
 
 @pytest.fixture(scope="module")
@@ -88,23 +89,30 @@ def test_a_flipped_byte_elsewhere_in_a_shard(tensor, store) -> None:
     flip(
         store / SHARD, {"header": 8000, "segments": at.segments, "moments": at.moments + 9}[tensor]
     )
-    assert found(store)[0] == (SHARD, "header, segments or moments do not have their checksum")
+    assert found(store)[0] == (SHARD, HEADER_DAMAGED)
     assert not any(damage.rows for damage in verify(store).damage)
 
 
 def test_rows_are_checked_behind_a_damaged_header(store) -> None:
     flip(store / SHARD, 9, 8192 + 12 * 7)
-    first, second, third = found(store)
-    assert first == (SHARD, "header, segments or moments do not have their checksum")
-    assert second[1].startswith("its header is damaged: ")
-    assert third == (SHARD, "rows 7 do not have their checksums")
+    assert found(store) == [
+        (SHARD, HEADER_DAMAGED),
+        (SHARD, "rows 7 do not have their checksums"),
+    ]
 
 
 @pytest.mark.parametrize(
     "damage, expected",
     [
         (lambda s: (s / SHARD).unlink(), (SHARD, "missing")),
-        (lambda s: (s / UNIT / "unit.json").unlink(), (f"{UNIT}/unit.json", "is missing")),
+        (
+            lambda s: (s / UNIT / "unit.json").unlink(),
+            (
+                f"{UNIT}/unit.json",
+                "is missing; delete the folder of the unit, and the command that made it makes it "
+                "again",
+            ),
+        ),
         (
             lambda s: (s / UNIT / "samples.parquet").unlink(),
             (f"{UNIT}/samples.parquet", "missing"),
@@ -136,29 +144,48 @@ def test_another_length(name, change, store) -> None:
 
 
 @pytest.mark.parametrize(
-    "old, new, text",
+    "change, text",
     [
-        ('"format": 1', '"format": 4', "is of format 4, this version of dreamreader reads up to 1"),
-        ("{", "", "is damaged: "),
-        ('"rows": 144', '"rows": 145', "unit.json says 13,640 bytes, its rows need"),
-        ('"width": 7', '"width": "7"', "is damaged: "),
-        ('"samples"', '"smaples"', "is damaged: KeyError('samples')"),
-        ('"heads": 3', '"heads": 2', "header and unit.json describe different sites or runs"),
-        ("000", "001", "header and unit.json describe different sites or runs"),
-        ('"stored": "int8"', '"stored": "lint8"', "is damaged: AttributeError"),
+        ({"format": 4}, "is of format 4, this version of dreamreader reads up to 1"),
+        ({"rows": 145}, "unit.json says 13,640 bytes, its rows need"),
+        ({"width": "seven"}, "is damaged ("),
+        ({"heads": 2}, "and unit.json describe different rows, sites or runs"),
+        ({"run": "1" * 64}, "is of another harvest, 1111111111111111, not of 0000000000000000"),
+        ({"stored": "lint8"}, "is damaged (AttributeError"),
     ],
 )
-def test_a_changed_unit_json(old, new, text, store) -> None:
+def test_a_unit_json_that_says_something_else(change, text, store) -> None:
     file = store / UNIT / "unit.json"
-    assert old in file.read_text()
-    file.write_text(file.read_text().replace(old, new, 1))
+    content = read_json(file)
+    (name,) = change
+    shard = content["shards"][0]
+    for part in (content, shard, shard["site"]):
+        if name in part:
+            part.update(change)
+    write_json(file, content)
     assert any(name.startswith(UNIT) and what.startswith(text) for name, what in found(store))
 
 
-def test_a_newer_shard(store) -> None:
-    file = store / SHARD
-    file.write_bytes(file.read_bytes().replace(rb"\"format\": 1", rb"\"format\": 9"))
-    assert (SHARD, "is of format 9, this version of dreamreader reads up to 1") in found(store)
+def test_a_unit_json_that_was_changed_by_hand(store) -> None:
+    file = store / UNIT / "unit.json"
+    file.write_text(file.read_text().replace('"rows": 144', '"rows": 145'))
+    ((name, what),) = found(store)
+    assert name == f"{UNIT}/unit.json" and what.startswith("is damaged (it does not have its che")
+
+
+def test_a_unit_of_another_harvest_under_a_number_of_this_one(store, written) -> None:
+    other = written("other", "1" * 64, stored=torch.int8)
+    shutil.rmtree(store / UNIT)
+    shutil.copytree(other / UNIT, store / UNIT)
+    assert (UNIT, "is of another harvest, 1111111111111111, not of 0000000000000000") in found(
+        store
+    )
+
+
+def test_a_unit_that_is_there_twice(store) -> None:
+    shutil.rmtree(store / UNIT)
+    shutil.copytree(store / "shards/000000", store / UNIT)
+    assert (UNIT, "has the same samples as unit 000000") in found(store)
 
 
 def test_missing_units_are_named_in_ranges(store) -> None:
@@ -188,6 +215,8 @@ def test_an_index_of_other_units(store, written) -> None:
 
 def test_units_that_the_index_does_not_have_yet(store) -> None:
     fill(ReferenceWriter(store, "0" * 64), units=3, stored=torch.int8)
+    assert found(store) == [("shards/000002", "no job of the store has a unit of this number")]
+    Manifest((Job("0" * 64, (0, 3)),), complete=True).write(store)
     report = verify(store)
     assert report.holds and report.units == 3
 
@@ -202,7 +231,7 @@ def test_not_a_store(store, tmp_path) -> None:
     with pytest.raises(InvalidInput, match="none is no store"):
         verify(tmp_path / "none")
     manifest = store / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
+    write_json(manifest, read_json(manifest) | {"format": 2})
     with pytest.raises(InvalidInput, match="manifest.json is of format 2, this version of"):
         verify(store)
 
