@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dreamreader._files import write_atomic
-from dreamreader.audit import Fingerprint, fingerprint
 from dreamreader.demo import data, directions, patch, remove, steer
 from dreamreader.demo.bench import Bench
 from dreamreader.demo.plan import WINDOWS, Plan
+from dreamreader.jobs import Fingerprint, fingerprint
 from dreamreader.steering import LabelMeans
 
 if TYPE_CHECKING:

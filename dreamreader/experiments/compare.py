@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from dreamreader.audit.differences import Difference, differences
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.folder import RunFolder
 from dreamreader.experiments.job import Job
 from dreamreader.experiments.row import Unit
+from dreamreader.jobs.differences import Difference, differences
+from dreamreader.jobs.folder import FINGERPRINT
 
 _NOT_RESULTS = {"row", "seed", "base", "unit", "strength"}
 
@@ -46,9 +46,9 @@ def diff(first: Path, second: Path) -> RunDifference:
     """
     folders = RunFolder(first), RunFolder(second)
     rows = [folder.table()[0] for folder in folders]
-    specs = [yaml.safe_load((folder.path / "spec.yaml").read_text()) for folder in folders]
-    taken = [folder.read_json("fingerprint.json") or {} for folder in folders]
-    parts = ("weights", "code", "packages", "seeds")
+    specs = [folder.spec() for folder in folders]
+    taken = [folder.need(FINGERPRINT) for folder in folders]
+    parts = ("weights", "subject", "code", "packages", "seeds")
     hashed = [{name: each.get(name) for name in parts} for each in taken]
     means = [condition_means(each) for each in rows]
     digests = [{row["row"]: row["digest"] for row in each} for each in rows]

@@ -1,45 +1,39 @@
 """A run folder: what one run leaves behind, written so that it can be stopped at any moment.
 
-    spec.yaml         what was asked for, with all defaults
-    fingerprint.json  what the numbers depend on
-    plan.json         which rows share a batch; a resumed run keeps it
+Beside what the folder of any job has:
+
     rows/             one Parquet file per finished batch, until the run is complete
     rows.parquet      all rows, once the run is complete
     artifacts/        images/, references/, and tensors that were fitted before the first row
+    firing.json       what edits and recordings did, batch by batch
     report.html
 
-A file appears whole or not at all. What a batch found is in its file in rows/: while that is
-missing, the batch counts as not run.
+What a batch found is in its file in rows/: while that is missing, the batch counts as not run.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from pyarrow import parquet
 from torch import Tensor
 
-from dreamreader._files import explained, locked, replacing, write_atomic
+from dreamreader._checked import damaged, read_table, read_tensors, write_table, write_tensors
+from dreamreader._files import explained, replacing
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.row import Unit
+from dreamreader.jobs.folder import JobFolder
 
 FORMAT = 1
-_FIRED = b"dreamreader.firing"  # keys of metadata in Parquet files
-_MEASURED = b"dreamreader.measured"
+_FIRED, _MEASURED = "dreamreader.firing", "dreamreader.measured"  # keys of metadata
+_RUN = "dreamreader.run"
+_FOREIGN = "it is of another run"
 
 
-class RunFolder:
-    """Reads and writes one run folder.
-
-    Args:
-        path: of the folder; made at the first write.
-    """
-
-    def __init__(self, path: Path):
-        self.path = Path(path)
+class RunFolder(JobFolder):
+    """Reads and writes one run folder."""
 
     @property
     def rows_file(self) -> Path:
@@ -50,63 +44,25 @@ class RunFolder:
         return self.rows_file.is_file()
 
     @property
-    def is_run(self) -> bool:
-        """Whether a run was started here."""
-        return (self.path / "fingerprint.json").is_file()
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether something was computed here."""
+    def has_results(self) -> bool:
         return self.is_complete or any((self.path / "rows").glob("batch-*.parquet"))
-
-    def locked(self) -> AbstractContextManager[None]:
-        """Keeps a second process out; see `locked`."""
-        return locked(self.path)
-
-    # small files
-
-    def read_json(self, name: str) -> Any:
-        """The content of a JSON file, None where it does not exist.
-
-        Raises:
-            InvalidInput: it is damaged.
-        """
-        file = self.path / name
-        if not file.is_file():
-            return None
-        try:
-            return json.loads(file.read_text())
-        except ValueError as error:
-            raise InvalidInput(f"{file} is damaged ({error}); start in another folder") from error
-
-    def write_json(self, name: str, content: Any) -> None:
-        with explained(self.path):
-            write_atomic(self.path / name, json.dumps(content, indent=1) + "\n")
-
-    def write_text(self, name: str, content: str) -> None:
-        with explained(self.path):
-            write_atomic(self.path / name, content)
 
     # tensors
 
     def tensors(self, name: str) -> dict[str, Tensor] | None:
         """Tensors of `artifacts/<name>.safetensors`, None where it does not exist."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        file = self._tensor_file(name)
+        file, hint = self._tensor_file(name), "delete it and run again"
         if not file.is_file():
             return None
-        try:
-            return load_file(file)
-        except SafetensorError as error:
-            raise InvalidInput(f"{file} is damaged ({error}); delete it and run again") from error
+        tensors, notes = read_tensors(file, hint)
+        if notes.get(_RUN) != self.run:
+            raise damaged(file, _FOREIGN, hint)
+        return tensors
 
     def keep_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        from safetensors.torch import save_file
-
-        with explained(self.path), replacing(self._tensor_file(name)) as part:
-            save_file({key: each.contiguous() for key, each in tensors.items()}, part)
+        with explained(self.path):
+            dense = {key: each.contiguous() for key, each in tensors.items()}
+            write_tensors(self._tensor_file(name), dense, {_RUN: self.run})
 
     def _tensor_file(self, name: str) -> Path:
         return self.path / "artifacts" / f"{name}.safetensors"
@@ -136,10 +92,8 @@ class RunFolder:
         names = list(dict.fromkeys(name for row in rows for name in row))  # rows may differ
         with one_kind():
             table = pa.table({name: [row.get(name) for row in rows] for name in names})
-        notes = {_FIRED: json.dumps(fired).encode(), _MEASURED: json.dumps(measured).encode()}
-        table = table.replace_schema_metadata(notes)
-        with explained(self.path), replacing(self._unit_file(unit)) as part:
-            parquet.write_table(table, part, write_page_checksum=True)
+        notes = {_FIRED: json.dumps(fired), _MEASURED: json.dumps(measured), _RUN: self.run}
+        write_table(self._unit_file(unit), table.replace_schema_metadata(notes))
 
     def read_unit(self, unit: Unit) -> pa.Table:
         """The rows of one finished batch.
@@ -149,7 +103,7 @@ class RunFolder:
         """
         file = self._unit_file(unit)
         hint = f"delete it and run again: its {unit.stop - unit.start} rows are computed anew"
-        table = _read(file, hint)
+        table = self._table(file, hint)
         found = table.column("row").to_pylist() if "row" in table.column_names else []
         if found != list(range(unit.start, unit.stop)):
             raise InvalidInput(f"{file} does not hold rows {unit.start} .. {unit.stop - 1}; {hint}")
@@ -159,27 +113,33 @@ class RunFolder:
         """Puts the rows of all batches into rows.parquet."""
         tables = [self.read_unit(unit) for unit in units]
         notes = [table.schema.metadata or {} for table in tables]
-        fired = [json.loads(each.get(_FIRED, b"[]")) for each in notes]
+        fired = [json.loads(each.get(_FIRED.encode(), b"[]")) for each in notes]
         plain = [table.replace_schema_metadata(None) for table in tables]
         with one_kind():
             whole = pa.concat_tables(plain, promote_options="permissive")
-        whole = whole.replace_schema_metadata({_MEASURED: notes[0].get(_MEASURED, b"[]")})
-        self.write_json("firing.json", fired)
-        with explained(self.path), replacing(self.rows_file) as part:
-            parquet.write_table(whole, part, write_page_checksum=True)
+        own = {_MEASURED: notes[0].get(_MEASURED.encode(), b"[]"), _RUN: self.run}
+        self.write("firing.json", {"run": self.run, "batches": fired})
+        write_table(self.rows_file, whole.replace_schema_metadata(own))
 
-    def tidy(self, units: Sequence[Unit]) -> None:
-        """Takes away the files of the batches, which rows.parquet holds now, and what writes that
-        were stopped have left."""
+    def firing(self) -> list[Any]:
+        """What fired, batch by batch, of a complete run.
+
+        Raises:
+            InvalidInput: the file is missing, damaged or of another run.
+        """
+        found = self.need("firing.json")
+        if found.get("run") != self.run:
+            raise damaged(self.path / "firing.json", _FOREIGN)
+        return found["batches"]
+
+    def clear(self, units: Sequence[Unit]) -> None:
+        """Takes away the files of the batches, which rows.parquet holds now."""
         folder = self.path / "rows"
-        if not folder.is_dir():
-            return
-        for unit in units:
-            self._unit_file(unit).unlink(missing_ok=True)
-        for part in self.path.rglob(".*.part"):
-            part.unlink()
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        with explained(self.path):
+            for unit in units:
+                self._unit_file(unit).unlink(missing_ok=True)
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def table(self) -> tuple[list[dict[str, Any]], list[str]]:
         """All rows of a complete run, and the names of the columns that were measured.
@@ -188,22 +148,25 @@ class RunFolder:
             InvalidInput: the run is not complete, or the file is damaged.
         """
         if not self.is_complete:
-            what = "is not complete: run it again to go on" if self.is_run else "is no run folder"
+            what = "is not complete: run it again to go on" if self.is_begun else "is no run folder"
             raise InvalidInput(f"{self.path} {what}")
         hint = "restore it, or delete it and run again: all rows are computed anew"
-        table = _read(self.rows_file, hint)
-        measured = json.loads((table.schema.metadata or {}).get(_MEASURED, b"[]"))
+        table = self._table(self.rows_file, hint)
+        measured = json.loads((table.schema.metadata or {}).get(_MEASURED.encode(), b"[]"))
         return table.to_pylist(), measured
 
     def _unit_file(self, unit: Unit) -> Path:
         return self.path / "rows" / f"batch-{unit.number:06d}.parquet"
 
-
-def _read(file: Path, hint: str) -> pa.Table:
-    try:
-        return parquet.ParquetFile(file, page_checksum_verification=True).read()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InvalidInput(f"{file} is damaged ({str(error).splitlines()[0]}); {hint}") from error
+    def _table(self, file: Path, hint: str) -> pa.Table:
+        """A table of this run."""
+        try:
+            table = read_table(file, hint=hint)
+        except FileNotFoundError:
+            raise InvalidInput(f"{file} is missing; {hint}") from None
+        if (table.schema.metadata or {}).get(_RUN.encode(), b"").decode() != self.run:
+            raise damaged(file, _FOREIGN, hint)
+        return table
 
 
 @contextmanager

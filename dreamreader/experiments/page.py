@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreamreader.experiments.results import Results, axis_values, interval, said
+from dreamreader.jobs.folder import FINGERPRINT
 from dreamreader.report import (
     Charts,
     Code,
@@ -38,12 +39,12 @@ def write_report(results: Results) -> Path:
 def build(results: Results) -> Report:
     """The report of a complete run."""
     spec = results.spec
-    taken = results.folder.read_json("fingerprint.json") or {}
+    taken = results.folder.need(FINGERPRINT)
     sections = [
         _overview(results),
         *spec.method.sections(results),
         *_pictures(results),
-        *_fired(results.folder.read_json("firing.json") or []),
+        *_fired(results.folder.firing()),
         _fingerprint(results, taken),
     ]
     return Report(

@@ -11,6 +11,7 @@ import yaml
 
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.experiments.folder import RunFolder
+from dreamreader.jobs.folder import SPEC
 from dreamreader.localise import Cell
 from dreamreader.stats import Interval, bootstrap, wilson
 
@@ -51,10 +52,8 @@ class Results:
 
         folder = RunFolder(Path(path))
         rows, measured = folder.table()
-        content = yaml.safe_load((folder.path / "spec.yaml").read_text())
-        return cls(
-            folder, check_spec(content, source=str(folder.path / "spec.yaml")), rows, measured
-        )
+        spec = check_spec(folder.spec(), source=str(folder.path / SPEC))
+        return cls(folder, spec, rows, measured)
 
     @cached_property
     def conditions(self) -> list[str]:

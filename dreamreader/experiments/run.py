@@ -7,17 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
-from dreamreader.audit import fingerprint
-from dreamreader.audit.differences import first_difference
-from dreamreader.audit.fingerprint import portable
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.folder import FORMAT, RunFolder
 from dreamreader.experiments.job import Job
 from dreamreader.experiments.plan import Plan, make_plan
 from dreamreader.experiments.row import Row, Unit
+from dreamreader.jobs import fingerprint
+from dreamreader.jobs.fingerprint import portable
 from dreamreader.metrics import Outputs
 
 
@@ -52,46 +50,23 @@ def run_job(job: Job, folder: RunFolder, started: Any = None) -> None:
             folder.write_unit(unit, *computed(job, unit))
         if not folder.is_complete:
             folder.merge(plan.units)
-        folder.tidy(plan.units)
+        folder.clear(plan.units)
+        folder.tidy()
 
 
 def begun(job: Job, folder: RunFolder) -> Plan:
-    """The plan of a folder: that of the run that began there, or a new one.
-
-    `fingerprint.json` is written last: without it nothing was computed, and what is there is
-    written anew.
-    """
+    """The plan of a folder: that of the run that began there, or a new one."""
     job.use_folder(folder)
-    earlier = folder.read_json("fingerprint.json")
-    if earlier is None and folder.has_rows:
-        raise InvalidInput(
-            f"{folder.path} has rows, but no fingerprint.json that says of what; give another "
-            "folder"
-        )
-    before = None if earlier is None else folder.read_json("plan.json")
+    before = folder.plan()
     _check_version(folder, before)
     plan = make_plan(job, None if before is None else before["batch"], estimates=False)
     reader = job.reader
     taken = fingerprint(reader.subject, _settings(job, plan), job.seeds, reader.tokenizer)
-    if earlier is not None and earlier["digest"] != taken.digest:
-        raise InvalidInput(
-            f"{folder.path} holds another run: {first_difference(earlier, taken.as_dict())}. Give "
-            "another folder, or delete this one"
-        )
     listed = [[unit.start, unit.stop] for unit in plan.units]
+    folder.begin(job.spec, taken, {"format": FORMAT, "batch": job.batch, "units": listed})
     if before is not None and before["units"] != listed:
         raise InvalidInput(f"{folder.path}/plan.json does not fit its spec; give another folder")
-    if before is None:
-        folder.write_json("plan.json", {"format": FORMAT, "batch": job.batch, "units": listed})
-    if earlier is None:
-        folder.write_text("spec.yaml", spec_yaml(job))
-        folder.write_json("fingerprint.json", taken.as_dict())
     return plan
-
-
-def spec_yaml(job: Job) -> str:
-    """The spec as YAML, with all defaults."""
-    return yaml.safe_dump(job.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def computed(

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dreamreader.audit.differences import first_difference
 from dreamreader.errors import DreamreaderError, InvalidInput
 from dreamreader.harvest.capture import Collector
 from dreamreader.harvest.job import HarvestJob, open_job
 from dreamreader.harvest.plan import Plan
 from dreamreader.harvest.run import fingerprint_of, harvest_unit, writer_for
 from dreamreader.harvest.spec import Spec
+from dreamreader.jobs.differences import first_difference
 from dreamreader.store.manifest import Manifest
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from dreamreader._files import locked
-from dreamreader.audit import fingerprint
-from dreamreader.audit.differences import first_difference
-from dreamreader.audit.fingerprint import Fingerprint, portable
 from dreamreader.errors import InvalidInput
 from dreamreader.harvest.capture import Collector, Finder, NotFinite
 from dreamreader.harvest.job import HarvestJob
 from dreamreader.harvest.plan import MIB, Plan, make_plan
+from dreamreader.jobs import fingerprint
+from dreamreader.jobs.differences import first_difference
+from dreamreader.jobs.fingerprint import Fingerprint, portable
 from dreamreader.store.index import sealed_units, write_index
 from dreamreader.store.layout import unit_folder
 from dreamreader.store.manifest import Job, Manifest

@@ -1,12 +1,13 @@
 """What adapters are trained on: activations of a teacher, and the parts that all losses share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamreader.edits import Edit
 from dreamreader.engine import Reader
@@ -47,6 +48,10 @@ class Loss(ABC):
     def terms(self, reft: Reft, batch: Batch) -> dict[str, Tensor]:
         """Parts of the loss by name, with graphs to the adapters; their sum is minimised."""
 
+    def identity(self) -> Mapping[str, Any]:
+        """All that the loss depends on beside the adapters; a training goes on with the same."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
     def culprit(self, reft: Reft, batch: Batch) -> str:
         """The first site where values stop being finite."""
         with torch.no_grad():
@@ -65,6 +70,12 @@ class ModelLoss(Loss):
     def __init__(self, reader: Reader):
         self.reader = reader
         self._watching: list[EditRequest] = []
+
+    def identity(self) -> Mapping[str, Any]:
+        subject = self.reader.subject
+        parts = getattr(subject, "components", {"": subject})
+        modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+        return {**super().identity(), "reader": modules}
 
     def culprit(self, reft: Reft, batch: Batch) -> str:
         found: list[str] = []

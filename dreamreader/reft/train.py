@@ -3,13 +3,17 @@
 import math
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dreamreader._files import locked
+from dreamreader._hashing import hash_values
 from dreamreader.errors import DreamreaderError, InvalidInput
 from dreamreader.reft.batches import Batches
 from dreamreader.reft.checkpoint import load_state, save_state
@@ -71,13 +75,13 @@ def train(
         NonFiniteLoss: the loss or a parameter is not finite; names step, rows and site. The
             adapters are what they were at the last finite loss, on disk too.
         InvalidInput, UnknownName: a value of the recipe cannot be right, or the folder holds a
-            training with another recipe, of other adapters, or on another number of rows.
+            training with another recipe, of other adapters, or on other data, or is in use.
 
     Example:
         >>> history = train(reft, ActivationMatch(pairs), steps=300)     # doctest: +SKIP
     """
     run = _Run(reft, loss, Recipe(**recipe), Path(folder) if folder is not None else None)
-    with loss.ready():
+    with nullcontext() if run.folder is None else locked(run.folder), loss.ready():
         run.resume()
         while not run.over:
             value = run.step()
@@ -202,7 +206,11 @@ class _Run:
         """What a training that goes on shares with the one that was stopped."""
         adapters = [each.extra_repr() for each in self.reft.adapters.values()]
         sizes = {"adapters": adapters, "rows": self.loss.rows, "calls": self.loss.moments}
-        return self.recipe.said() | sizes
+        return self.recipe.said() | sizes | {"loss and its data": self._data}
+
+    @cached_property
+    def _data(self) -> str:
+        return f"{type(self.loss).__name__} {hash_values(self.loss)[:16]}"
 
     def _check_parameters(self, batch: Batch) -> None:
         for site, adapter in self.reft.adapters.items():

@@ -131,9 +131,7 @@ def check_generate(pipeline: Mapping[str, Any]) -> dict[str, Any]:
     """
     for name in pipeline:
         if name not in GenerateCall.model_fields:
-            raise UnknownName(
-                "argument in pipeline", name, GenerateCall.model_fields, "what a spec may give"
-            )
+            raise UnknownName("argument of generate", name, GenerateCall.model_fields)
     try:
         GenerateCall.model_validate(dict(pipeline))
     except ValidationError as error:
@@ -156,7 +154,7 @@ def check_call(pipeline: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     hints = _hints(call)
     for name, value in given.items():
         if name not in known:
-            raise UnknownName("argument in pipeline", name, [*known][1:], type(pipeline).__name__)
+            raise UnknownName(f"argument of {type(pipeline).__name__}", name, [*known][1:])
         kept = _plain_types(hints.get(name, Any))
         if not kept:
             raise InvalidInput(

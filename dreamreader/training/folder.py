@@ -1,98 +1,64 @@
-"""The folder of a training: what was asked for, and what the numbers depend on.
+"""The folder of a training, beside what the folder of any job has:
 
-    spec.yaml         what was asked for, with all defaults
-    fingerprint.json  what the numbers depend on
-    plan.json         rows of a call while activations are recorded
-    result.json       written last: the training is complete
-
-A file appears whole or not at all.
+result.json       written last: the training is complete; knows the files beside it
 """
 
-import json
+import hashlib
 import shutil
-from contextlib import AbstractContextManager
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import yaml
-from pydantic import BaseModel
-
-from dreamreader._files import explained, locked, write_atomic
-from dreamreader.audit import Fingerprint
-from dreamreader.audit.differences import first_difference
+from dreamreader._checked import damaged
+from dreamreader._files import explained, write_atomic
 from dreamreader.errors import InvalidInput
+from dreamreader.jobs.folder import PLAN, SPEC, JobFolder
 
 RESULT = "result.json"
 
 
-class TrainingFolder:
-    """Reads and writes one folder.
+class TrainingFolder(JobFolder):
+    """Reads and writes one folder."""
 
-    Args:
-        path: made at the first write.
-    """
-
-    def __init__(self, path: Path):
-        self.path = Path(path)
+    noun = "training"
 
     @property
     def is_complete(self) -> bool:
         return (self.path / RESULT).is_file()
 
-    def locked(self) -> AbstractContextManager[None]:
-        """Keeps a second process out."""
-        return locked(self.path)
+    @property
+    def has_results(self) -> bool:
+        return any(each.name not in (PLAN, SPEC) for each in self.path.glob("[!.]*"))
 
-    def begin(self, spec: BaseModel, taken: Fingerprint) -> None:
-        """Says what the folder is of, or checks that it is of the same.
-
-        Args:
-            spec: as it is shown. taken: what the numbers depend on.
-
-        Raises:
-            InvalidInput: the folder is of another training, or of something else.
-        """
-        earlier = self.read("fingerprint.json")
-        if earlier is None:
-            there = [each.name for each in self.path.glob("[!.]*") if each.name != "plan.json"]
-            if sorted(there) not in ([], ["spec.yaml"]):
-                raise InvalidInput(
-                    f"{self.path} has files, but no fingerprint.json that says of what; give "
-                    "another folder"
-                )
-            text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-            self.write("spec.yaml", text)
-            self.write("fingerprint.json", taken.as_dict())
-        elif earlier["digest"] != taken.digest:
-            raise InvalidInput(
-                f"{self.path} holds another training: "
-                f"{first_difference(earlier, taken.as_dict())}. Give another folder, or delete "
-                "this one"
-            )
-
-    def tidy(self, *folders: str) -> None:
-        """Takes away what a complete training does not need, and what stopped writes have left."""
-        for name in folders:
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        for part in self.path.rglob(".*.part"):
-            part.unlink()
-
-    def read(self, name: str) -> Any:
-        """The content of a JSON file, None where it does not exist.
-
-        Raises:
-            InvalidInput: it is damaged.
-        """
-        file = self.path / name
-        if not file.is_file():
-            return None
-        try:
-            return json.loads(file.read_text())
-        except ValueError as error:
-            raise InvalidInput(f"{file} is damaged ({error}); start in another folder") from error
-
-    def write(self, name: str, content: Any) -> None:
-        """Writes text as it is, anything else as JSON."""
-        text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a text whose checksum `complete` notes."""
         with explained(self.path):
             write_atomic(self.path / name, text)
+
+    def complete(self, result: Mapping[str, Any], files: Iterable[str]) -> None:
+        """Writes the result, with the checksums of the files that belong to it."""
+        sums = {name: self.checksum(name) for name in files}
+        self.write(RESULT, {**result, "files": sums})
+
+    def check(self) -> None:
+        """Compares the files of a complete training with their checksums.
+
+        Raises:
+            InvalidInput: one is missing or damaged.
+        """
+        for name, said in self.need(RESULT)["files"].items():
+            if not (self.path / name).is_file():
+                raise InvalidInput(f"{self.path / name} is missing; {_HINT}")
+            if self.checksum(name) != said:
+                raise damaged(self.path / name, "it is not the one of this training", _HINT)
+
+    def checksum(self, name: str) -> str:
+        """SHA-256 of a file."""
+        with open(self.path / name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def clear(self, name: str) -> None:
+        """Takes away a folder that a complete training does not need."""
+        shutil.rmtree(self.path / name, ignore_errors=True)
+
+
+_HINT = "restore it, or train anew in another folder"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreamreader._files import explained
+from dreamreader.jobs.folder import FINGERPRINT
 from dreamreader.probes import Card
 from dreamreader.report import (
     Charts,
@@ -30,8 +31,9 @@ def write_report(spec: "ProbeSpec", folder: TrainingFolder) -> Path:
     """Writes `report.html` into a complete folder."""
     from dreamreader.training.probes import notes_file
 
-    sites, taken = folder.read(RESULT)["sites"], folder.read("fingerprint.json")
-    notes = {site: folder.read(notes_file(site)) for site in sites}
+    folder.check()
+    sites, taken = folder.need(RESULT)["sites"], folder.need(FINGERPRINT)
+    notes = {site: folder.need(notes_file(site)) for site in sites}
     cards = {site: Card.of(each["card"]) for site, each in notes.items()}
     first, card = next(iter(notes.values())), next(iter(cards.values()))
     told = [name for names in card.classes.values() for name in names]

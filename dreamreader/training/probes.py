@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, field_validator, model_validator
 
 from dreamreader._files import explained
-from dreamreader.audit import Fingerprint, fingerprint
-from dreamreader.audit.fingerprint import portable
 from dreamreader.errors import DreamreaderError
+from dreamreader.jobs import Fingerprint, fingerprint
+from dreamreader.jobs.fingerprint import portable
 from dreamreader.probes import Probe
 from dreamreader.specs.call import CallArguments
 from dreamreader.specs.load import load_spec, spec_of
 from dreamreader.specs.parts import AnySeeds, AnySubject, Batch, Data, Part, Seeds, listed_seeds
 from dreamreader.store.layout import file_of
-from dreamreader.training.folder import RESULT, TrainingFolder
+from dreamreader.training.folder import TrainingFolder
 from dreamreader.training.labels import Named, check_detected, from_detector
 from dreamreader.training.parts import ProbeTraining
 
@@ -162,16 +162,19 @@ class ProbeJob:
         from dreamreader.training.probe_page import write_report
 
         folder, source = TrainingFolder(Path(out)), self.source
-        files = {site: probe_file(folder.path, site) for site in source.sites}
+        files = {site: folder.path / probe_name(site) for site in source.sites}
         with folder.locked():
             batch = self._begun(folder)
-            missing = [site for site, file in files.items() if not file.is_file()]
+            missing = [site for site in files if not _is_trained(folder, site)]
             for site, probe, notes in source.trained(missing, batch, told):
-                folder.write(notes_file(site), {"card": probe.card.as_dict(), **notes})
                 with explained(folder.path):
                     probe.save(files[site])
+                own = {"run": folder.run, "probe": folder.checksum(probe_name(site))}
+                folder.write(notes_file(site), {**own, "card": probe.card.as_dict(), **notes})
             if not folder.is_complete:
-                folder.write(RESULT, {"sites": list(files)})
+                names = [name for site in files for name in (probe_name(site), notes_file(site))]
+                folder.complete({"sites": list(files)}, names)
+            folder.check()
             if not (folder.path / "report.html").is_file():
                 write_report(self.spec, folder)
             folder.tidy()
@@ -179,22 +182,20 @@ class ProbeJob:
 
     def _begun(self, folder: TrainingFolder) -> int:
         """Rows of a call, as the folder has it from before; checks that it is of this job."""
-        plan = folder.read("plan.json")
+        plan = folder.plan()
         batch = plan["batch"] if plan else self.source.batch()
-        if plan is None:
-            folder.write("plan.json", {"batch": batch})
         shown = self.spec.model_dump(
             mode="json", exclude={"name", "data", "store", "seeds", "batch"}
         )
         settings = {"spec": portable(shown), "batch": batch, **self.source.identity()}
-        folder.begin(self.spec, self._fingerprint(settings))
+        folder.begin(self.spec, self._fingerprint(settings), {"batch": batch})
         return batch
 
     def _fingerprint(self, settings: Mapping[str, Any]) -> Fingerprint:
         reader = self.source.reader
         if reader is not None:
             return fingerprint(reader.subject, settings, self.spec.seed_list, reader.tokenizer)
-        from dreamreader.audit.fingerprint import code_version, machine_facts, package_versions
+        from dreamreader.jobs.fingerprint import code_version, machine_facts, package_versions
 
         # rows of a store: the fingerprints of its harvests, in the settings, know the weights
         return Fingerprint(
@@ -207,11 +208,19 @@ class ProbeJob:
         return f"ProbeJob({spec.name!r}: {spec.probe.task} on {of})"
 
 
-def probe_file(folder: Path, site: str) -> Path:
-    """The file of a site's probe."""
-    return folder / _PROBES / file_of(site)
+def _is_trained(folder: TrainingFolder, site: str) -> bool:
+    """Whether the probe of a site is there, as this job trained it."""
+    notes = folder.read(notes_file(site))
+    if notes is None or not (folder.path / probe_name(site)).is_file():
+        return False
+    return (notes["run"], notes["probe"]) == (folder.run, folder.checksum(probe_name(site)))
+
+
+def probe_name(site: str) -> str:
+    """The file of a site's probe, within the folder."""
+    return str(Path(_PROBES, file_of(site)))
 
 
 def notes_file(site: str) -> str:
     """The file beside it, with its card and what was measured, within the folder."""
-    return str(Path(_PROBES, file_of(site)).with_suffix(".json"))
+    return str(Path(probe_name(site)).with_suffix(".json"))

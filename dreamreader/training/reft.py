@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from dreamreader._files import explained
-from dreamreader.audit import fingerprint
-from dreamreader.audit.fingerprint import portable
 from dreamreader.errors import InvalidInput
+from dreamreader.jobs import fingerprint
+from dreamreader.jobs.fingerprint import portable
 from dreamreader.reft import Reft
 from dreamreader.specs import parts
 from dreamreader.specs.batch import activation_bytes, rows_that_fit
@@ -21,7 +21,7 @@ from dreamreader.specs.load import load_spec, spec_of
 from dreamreader.specs.subject import call_settings, is_language, opened, padded
 from dreamreader.training.examples import Examples, examples_of, folder_of
 from dreamreader.training.fit import Fitted, Told, fitted, orthonormality
-from dreamreader.training.folder import RESULT, TrainingFolder
+from dreamreader.training.folder import TrainingFolder
 from dreamreader.training.losses import Place
 from dreamreader.training.parts import Training
 
@@ -154,20 +154,20 @@ class ReftJob:
                         self.spec.training, self.place(batch), self.examples, checkpoints, told
                     )
                     _keep(folder, found)
+            folder.check()
             if not (folder.path / "report.html").is_file():
                 write_report(self.spec, folder)
-            folder.tidy(_CHECKPOINTS)
+            folder.clear(_CHECKPOINTS)
+            folder.tidy()
         return Reft.load(folder.path / ADAPTER)
 
     def _begun(self, folder: TrainingFolder) -> int:
         """Rows of a call, as the folder has it from before; checks that it is of this job."""
-        plan = folder.read("plan.json")
+        plan = folder.plan()
         auto = self.spec.batch.rows == "auto"
         batch = (
             plan["batch"] if plan else rows_that_fit(self.spec.batch, self.row_bytes if auto else 0)
         )
-        if plan is None:
-            folder.write("plan.json", {"batch": batch})
         shown = self.spec.model_dump(mode="json", exclude={"name", "data", "seeds", "batch"})
         pictures = self.spec.training.loss == "denoising"
         settings = {
@@ -177,7 +177,7 @@ class ReftJob:
         }
         reader = self.reader
         taken = fingerprint(reader.subject, settings, self.examples.seeds, reader.tokenizer)
-        folder.begin(self.spec, taken)
+        folder.begin(self.spec, taken, {"batch": batch})
         return batch
 
     def __repr__(self) -> str:
@@ -194,7 +194,7 @@ def _keep(folder: TrainingFolder, found: Fitted) -> None:
         json.dumps({"step": step, "loss": loss, "validation": validated.get(step)})
         for step, loss in enumerate(history.losses, 1)
     ]
-    folder.write(HISTORY, "\n".join(lines) + "\n")
+    folder.write_text(HISTORY, "\n".join(lines) + "\n")
     sites = {
         site: {
             "width": adapter.width,
@@ -214,4 +214,4 @@ def _keep(folder: TrainingFolder, found: Fitted) -> None:
         "held_out": {name: list(each) for name, each in found.held_out.items()},
         "explained": found.explained,
     }
-    folder.write(RESULT, result)
+    folder.complete(result, [ADAPTER, HISTORY])

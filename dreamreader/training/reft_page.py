@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreamreader._files import explained
+from dreamreader.jobs.folder import FINGERPRINT
 from dreamreader.report import Charts, Curves, Number, Numbers, Report, Section, Series, Table
 from dreamreader.training.folder import RESULT, TrainingFolder
 from dreamreader.training.page import fingerprint_section, thinned
@@ -18,7 +19,8 @@ def write_report(spec: "ReftSpec", folder: TrainingFolder) -> Path:
     """Writes `report.html` into a complete folder."""
     from dreamreader.training.reft import HISTORY
 
-    result, taken = folder.read(RESULT), folder.read("fingerprint.json")
+    folder.check()
+    result, taken = folder.need(RESULT), folder.need(FINGERPRINT)
     lines = [json.loads(line) for line in (folder.path / HISTORY).read_text().splitlines()]
     training = spec.training
     page = Report(

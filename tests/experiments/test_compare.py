@@ -5,12 +5,12 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from pyarrow import parquet
 
-from dreamreader.audit.differences import differences
+from dreamreader._checked import read_table, write_table
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments import Experiment, diff, verify
 from dreamreader.experiments.folder import RunFolder
+from dreamreader.jobs.differences import differences
 
 from .conftest import MIDDLE, PAIRS
 
@@ -28,12 +28,12 @@ def checked(made: Experiment, path: Path, count: int = 100) -> Any:
 
 def changed(path: Path, row: int, column: str, value: Any) -> None:
     """Writes another value into the rows of a run."""
-    table = parquet.read_table(path / "rows.parquet")
+    table = read_table(path / "rows.parquet")
     rows = table.to_pylist()
     assert rows[row][column] != value
     rows[row][column] = value
     new = pa.Table.from_pylist(rows, schema=table.schema)
-    parquet.write_table(new, path / "rows.parquet", write_page_checksum=True)
+    write_table(path / "rows.parquet", new)
 
 
 @pytest.mark.parametrize("kind", list(METHODS))

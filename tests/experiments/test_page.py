@@ -31,7 +31,7 @@ def test_a_report_says_conditions_numbers_firing_and_fingerprint(experiment, tmp
     )
     results = made.run(tmp_path / "run")
     page = (tmp_path / "run" / "report.html").read_text()
-    digest = (tmp_path / "run" / "fingerprint.json").read_text().split('"')[3]
+    digest = results.folder.run
     assert digest in page and results.spec.name in page
     for text in ("corrupted", "clean", "patched", "resampled", "pixel distance", "What fired"):
         assert text in page, text

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from pyarrow import parquet
 from tiny.embedded import untrained
 
+from dreamreader._checked import read_table, write_table
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.experiments import Experiment, Results
@@ -160,12 +160,12 @@ def test_metrics_get_the_exact_outputs_of_the_base_row(experiment, tmp_path) -> 
     # the last batch anew, in a new process so to say
     again = Gap()
     folder = tmp_path / "run"
-    table = parquet.read_table(folder / "rows.parquet")
+    table = read_table(folder / "rows.parquet")
     (folder / "rows").mkdir()
     for unit in range(3):
         rows = [row for row in table.to_pylist() if row["unit"] == unit]
         part = table.slice(rows[0]["row"], len(rows))
-        parquet.write_table(part, folder / "rows" / f"batch-{unit:06d}.parquet")
+        write_table(folder / "rows" / f"batch-{unit:06d}.parquet", part)
     (folder / "rows.parquet").unlink()
     later = experiment(metrics=[again], seeds=2, batch={"rows": 3}).run(folder)
     assert sorted(again.own) == [9, 10, 11] and later.rows == results.rows
@@ -180,8 +180,8 @@ def test_references_that_are_missing_say_what_to_delete(experiment, tmp_path) ->
     folder = tmp_path / "run"
     (folder / "artifacts" / "references" / "000000.safetensors").unlink()
     (folder / "rows").mkdir()
-    rows = parquet.read_table(folder / "rows.parquet")
-    parquet.write_table(rows.slice(0, 2), folder / "rows" / "batch-000000.parquet")
+    rows = read_table(folder / "rows.parquet")
+    write_table(folder / "rows" / "batch-000000.parquet", rows.slice(0, 2))
     (folder / "rows.parquet").unlink()
     text = r"references/000000.safetensors is missing; delete rows/batch-000000.parquet and run"
     with pytest.raises(InvalidInput, match=text):

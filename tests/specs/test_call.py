@@ -82,7 +82,10 @@ def test_values_that_no_call_may_have(tmp_path: Path, line: str, said: str) -> N
         ({"latents": 1}, "pipeline.latents: takes objects, which a spec cannot write"),
         ({"generator": 1}, "pipeline.generator: takes objects, which a spec cannot write"),
         ({"sigmas": ["a"]}, "pipeline.sigmas: input should be a valid number, got ['a']"),
-        ({"guidance": 2}, "unknown argument in pipeline 'guidance'; nearest: guidance_scale"),
+        (
+            {"guidance": 2},
+            "unknown argument of StableDiffusionPipeline 'guidance'; nearest: guidance_scale",
+        ),
     ],
 )
 def test_arguments_of_a_pipeline(given: dict[str, Any], said: str) -> None:
@@ -107,9 +110,9 @@ def test_arguments_of_a_pipeline_that_are_right() -> None:
         ({"max_new_tokens": 0}, "pipeline.max_new_tokens: input should be greater than or equal"),
         ({"temperature": 0.0}, "pipeline.temperature: input should be greater than 0, got 0.0"),
         ({"do_sample": 1}, "pipeline.do_sample: input should be a valid boolean, got 1"),
-        ({"temperatur": 1}, "unknown argument in pipeline 'temperatur'; nearest: temperature"),
-        ({"dola_layers": "high"}, "unknown argument in pipeline 'dola_layers'"),
-        ({"assistant_model": "x"}, "unknown argument in pipeline 'assistant_model'"),
+        ({"temperatur": 1}, "unknown argument of generate 'temperatur'; nearest: temperature"),
+        ({"dola_layers": "high"}, "unknown argument of generate 'dola_layers'"),
+        ({"assistant_model": "x"}, "unknown argument of generate 'assistant_model'"),
     ],
 )
 def test_arguments_of_generate(given: dict[str, Any], said: str) -> None:

@@ -10,6 +10,7 @@ from steering.recorded import gaussian
 
 import dreamreader as dr
 from dreamreader import edits
+from dreamreader._checked import write_tensors
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.steering import (
     Directions,
@@ -55,7 +56,10 @@ def test_files_that_are_none_say_so(tmp_path: Path):
     save_file({"a": torch.ones(2)}, path)
     with pytest.raises(InvalidInput, match="x.safetensors holds no directions of dreamreader"):
         Directions.load(path)
-    save_file({"a": torch.ones(2)}, path, metadata={"dreamreader.directions": '{"version": 9}'})
+    save_file({"a": torch.ones(2)}, path, metadata={"dreamreader.directions": '{"version": 1}'})
+    with pytest.raises(InvalidInput, match=r"is damaged \(it has no checksum"):
+        Directions.load(path)
+    write_tensors(path, {"a": torch.ones(2)}, {"dreamreader.directions": '{"version": 9}'})
     with pytest.raises(InvalidInput, match="is of version 9, this reads 1"):
         Directions.load(path)
     fitted().save(path)

@@ -1,6 +1,5 @@
 """The adapters of a run: trained on pairs that are recorded once, kept in its folder."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,7 +87,8 @@ class _Workshop:
         )
 
     def make(self, files: dict[Key, Path], means: Path) -> None:
-        from dreamreader._files import explained, write_atomic
+        from dreamreader._checked import write_json
+        from dreamreader._files import explained
 
         assert self.job.folder is not None
         made = {key: self._adapters(*key) for key in files}  # refuses a rank above a width
@@ -101,7 +101,7 @@ class _Workshop:
                 if loss is not None and condition == "edited":
                     history = train(reft, loss, **self.method.training.recipe)
                     note = {"cell": cell, "variant": variant, "rank": rank} | _told(reft, history)
-                    write_atomic(files[key].with_suffix(".json"), json.dumps(note))
+                    write_json(files[key].with_suffix(".json"), note)
                 reft.save(files[key])
             if self.method.has_difference and not means.is_file():
                 _write(self._pairs(), means)

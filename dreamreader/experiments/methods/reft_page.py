@@ -107,7 +107,7 @@ def _training(results: "Results") -> list[Section]:
     from dreamreader.experiments.methods.reft_adapters import evidence_name
 
     rows: list[tuple[Any, ...]] = []
-    while (one := results.folder.read_json(evidence_name(len(rows)))) is not None:
+    while (one := results.folder.read(evidence_name(len(rows)))) is not None:
         held = [value for _, value in one["validation"]]
         losses = (f"{held[0]:.4g}", f"{min(held):.4g}") if held else ("–", "–")
         kind = (one["cell"], one["variant"], one["rank"] or "")

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from dreamreader._hashing import class_of, hash_tensors, tensors_of
 from dreamreader.errors import InvalidInput
 
 # Of a configuration: where it came from, not what it says.
@@ -29,11 +30,8 @@ def hash_weights(subject: Any) -> str:
     """
     digest = hashlib.sha256()
     for name, part in _modules(subject):
-        held = {**dict(part.named_buffers(remove_duplicate=False)), **part.state_dict()}
-        for key, tensor in sorted(held.items()):
-            if isinstance(tensor, Tensor):
-                digest.update(f"{name}.{key}:{tensor.dtype}:{list(tensor.shape)};".encode())
-                digest.update(bytes_of(tensor))
+        own = {f"{name}.{key}": tensor for key, tensor in tensors_of(part).items()}
+        hash_tensors(own, digest)
     return digest.hexdigest()
 
 
@@ -51,26 +49,20 @@ def describe_subject(subject: Any, tokenizer: Any = None) -> dict[str, str]:
         InvalidInput: when there is no module in the subject.
     """
     modules = [
-        f"{name}.{inner}: {_class(module)}({module.extra_repr()})"
+        f"{name}.{inner}: {class_of(module)}({module.extra_repr()})"
         for name, part in _modules(subject)
         for inner, module in part.named_modules(remove_duplicate=False)
     ]
     parts = _parts(subject)
-    told = {name: [_class(part), _configuration(part)] for name, part in sorted(parts.items())}
+    told = {name: [class_of(part), _configuration(part)] for name, part in sorted(parts.items())}
     readers = {name: part for name, part in parts.items() if hasattr(part, "get_vocab")}
     if tokenizer is not None:
         readers["tokenizer"] = tokenizer
     return {
-        "modules": _digest([_class(subject), *modules]),
+        "modules": _digest([class_of(subject), *modules]),
         "configuration": _digest(told),
         "tokenizer": _digest({name: _tokenizer(each) for name, each in sorted(readers.items())}),
     }
-
-
-def bytes_of(tensor: Tensor) -> bytes:
-    """The values of a tensor, in the order of its indices."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def _parts(subject: Any) -> dict[str, Any]:
@@ -124,18 +116,13 @@ def _tokenizer(tokenizer: Any) -> Any:
         content = {k: v for k, v in content.items() if k not in ("truncation", "padding")}
     names = ("padding_side", "truncation_side", "model_max_length", "chat_template")
     own = [getattr(tokenizer, name, None) for name in names]
-    return [_class(tokenizer), content, own, getattr(tokenizer, "special_tokens_map", None)]
+    return [class_of(tokenizer), content, own, getattr(tokenizer, "special_tokens_map", None)]
 
 
 def _settings_of(tokenizer: Any) -> Any:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     given = getattr(tokenizer, "init_kwargs", {})
     return [{k: str(v) for k, v in added.items()}, _without_origin(given)]
-
-
-def _class(thing: Any) -> str:
-    kind = type(thing)
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _digest(content: Any) -> str:
@@ -148,4 +135,4 @@ def _shown(value: Any) -> str:
     if isinstance(value, torch.dtype | torch.device):
         return str(value)
     shown = repr(value)
-    return _class(value) if " at 0x" in shown else shown
+    return class_of(value) if " at 0x" in shown else shown

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreamreader.audit.subject import bytes_of, describe_subject, hash_weights
+from dreamreader._hashing import bytes_of
 from dreamreader.errors import InvalidInput
+from dreamreader.jobs.subject import describe_subject, hash_weights
 
 PACKAGES = (
     *("torch", "diffusers", "transformers", "tokenizers", "accelerate", "peft", "safetensors"),

@@ -6,10 +6,10 @@ import tiny
 import torch
 
 import dreamreader as dr
-from dreamreader.audit import fingerprint, hash_weights
-from dreamreader.audit.fingerprint import plain
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
+from dreamreader.jobs import fingerprint, hash_weights
+from dreamreader.jobs.fingerprint import plain
 
 
 @pytest.fixture

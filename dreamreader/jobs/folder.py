@@ -1,0 +1,164 @@
+"""The folder of a job: what was asked for, what the result depends on, and what is there of it.
+
+    spec.yaml         what was asked for, with all defaults
+    fingerprint.json  what the numbers depend on; written when the folder is begun
+    plan.json         how the work is cut; a job that goes on keeps it
+
+A file appears whole or not at all, and carries its own checksum. What is computed carries the
+digest of the job that it is of.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from dreamreader._checked import check, comment, read_json, write_json, write_text
+from dreamreader._files import explained, locked
+from dreamreader.errors import InvalidInput
+from dreamreader.jobs.differences import first_difference
+from dreamreader.jobs.fingerprint import Fingerprint
+
+FINGERPRINT, PLAN, SPEC = "fingerprint.json", "plan.json", "spec.yaml"
+_RUN = "# of the run "
+_SAID = "what was run, for you to read; change a copy"
+
+
+class JobFolder:
+    """Reads and writes the folder of one job.
+
+    Args:
+        path: of the folder; made at the first write.
+    """
+
+    noun = "run"  # what is in it, for messages
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a job was started here."""
+        return (self.path / FINGERPRINT).is_file()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of its result is here."""
+        raise NotImplementedError
+
+    @property
+    def has_results(self) -> bool:
+        """Whether something was computed here."""
+        raise NotImplementedError
+
+    @cached_property
+    def run(self) -> str:
+        """Digest of the fingerprint.
+
+        Raises:
+            InvalidInput: no job was begun here.
+        """
+        taken = self.read(FINGERPRINT)
+        if taken is None:
+            raise InvalidInput(f"{self.path} has no {FINGERPRINT} that says what it is of")
+        return taken["digest"]
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keeps a second process out; see `locked`."""
+        return locked(self.path)
+
+    def begin(self, spec: BaseModel, taken: Fingerprint, plan: Mapping[str, Any]) -> None:
+        """Says what the folder is of, or checks that it is of the same.
+
+        Args:
+            spec: as it is shown; written anew where it is missing or was changed.
+            taken: what the numbers depend on. plan: of a job that begins.
+
+        Raises:
+            InvalidInput: the folder is of another job, or of something else.
+        """
+        earlier = self.read(FINGERPRINT)
+        if earlier is not None and earlier["digest"] != taken.digest:
+            raise InvalidInput(
+                f"{self.path} holds another {self.noun}: "
+                f"{first_difference(earlier, taken.as_dict())}. Give another folder, or delete "
+                "this one"
+            )
+        if earlier is None:
+            if self.has_results:
+                raise InvalidInput(
+                    f"{self.path} has files, but no {FINGERPRINT} that says of what; give another "
+                    "folder"
+                )
+            self.write(PLAN, plan)
+        if earlier is None or not self._has_spec(taken.digest):
+            self._write_spec(spec, taken.digest)
+        if earlier is None:
+            self.write(FINGERPRINT, taken.as_dict())
+
+    def plan(self) -> dict[str, Any] | None:
+        """How the work was cut; None where no job was begun."""
+        return self.read(PLAN) if self.is_begun else None
+
+    def spec(self) -> Any:
+        """The content of spec.yaml.
+
+        Raises:
+            InvalidInput: it is missing, was changed, or is of another job.
+        """
+        if not self._has_spec(self.run):
+            raise InvalidInput(
+                f"{self.path / SPEC} is missing or was changed; run the same command again, which "
+                "writes it anew"
+            )
+        return yaml.safe_load((self.path / SPEC).read_text())
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """The content of a JSON file, None where it does not exist.
+
+        Raises:
+            InvalidInput: it is damaged.
+        """
+        try:
+            return read_json(self.path / name, "start in another folder")
+        except FileNotFoundError:
+            return None
+
+    def need(self, name: str) -> dict[str, Any]:
+        """The content of a JSON file that has to be there.
+
+        Raises:
+            InvalidInput: it is missing or damaged.
+        """
+        found = self.read(name)
+        if found is None:
+            raise InvalidInput(f"{self.path / name} is missing; start in another folder")
+        return found
+
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Writes a JSON file."""
+        with explained(self.path):
+            write_json(self.path / name, content)
+
+    def tidy(self) -> None:
+        """Takes away what writes that were stopped have left."""
+        with explained(self.path):
+            for part in self.path.rglob(".*.part"):
+                part.unlink(missing_ok=True)
+
+    def _write_spec(self, spec: BaseModel, run: str) -> None:
+        text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_text(self.path / SPEC, f"{comment(_SAID)}{_RUN}{run}\n{text}")
+
+    def _has_spec(self, run: str) -> bool:
+        """Whether spec.yaml is what a job wrote here."""
+        file = self.path / SPEC
+        try:
+            check(file)
+        except (FileNotFoundError, InvalidInput):
+            return False
+        return file.read_text().splitlines()[1] == f"{_RUN}{run}"
