@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class Cut:
     Attributes:
         branches: names kept, in order. entries: their batch entries, None for all of them in order.
         rows: rows kept, as numbers in the run.
-        tokens: [n] the same for all, or [entries, n]; None for all.
+        tokens: [n] the same for all, or [entries, n], -1 where a row has fewer; None for all.
         map: which tokens of a language model's call the site has; None elsewhere.
     """
 
@@ -43,7 +44,16 @@ class Cut:
         own = self.map.own(now.tokens)
         if self.entries is not None:
             own = own[self.entries.cpu()]
-        return own if self.tokens is None else _gather(own, self.tokens.cpu())
+        if self.tokens is None:
+            return own
+        filled = None if self.filled is None else self.filled.cpu()
+        return _gather(own, self.tokens.cpu(), filled, -1)
+
+    @cached_property
+    def filled(self) -> Tensor | None:
+        """[entries, n] true where a row has no token of its own; None where all of them have."""
+        filled = None if self.tokens is None else self.tokens < 0
+        return filled if filled is not None and bool(filled.any()) else None
 
 
 class Memory:
@@ -129,7 +139,7 @@ class Recorder:
         if cut.entries is not None:
             x = x.index_select(0, cut.entries)
         if cut.tokens is not None:
-            x = _gather(x, cut.tokens)
+            x = _gather(x, cut.tokens, cut.filled)
         if cut.heads and x.dim() == 3:
             x = x.unflatten(-1, (cut.heads, -1))
         if self.request.reduce is not None:
@@ -322,10 +332,14 @@ def _sizes(piece: Tensor) -> str:
     return "x".join(map(str, piece.shape[2:]))
 
 
-def _gather(x: Tensor, tokens: Tensor) -> Tensor:
+def _gather(x: Tensor, tokens: Tensor, filled: Tensor | None = None, value: int = 0) -> Tensor:
+    """The tokens of x [entries, tokens, ...] by their numbers, and `value` where it is filled."""
     tokens = tokens.to(x.device)
     if tokens.dim() == 1:
         return x.index_select(1, tokens)
+    if filled is not None:
+        found = _gather(x, tokens.clamp(min=0))
+        return found.masked_fill(filled.reshape(*filled.shape, *(1,) * (x.dim() - 2)), value)
     index = tokens.reshape(*tokens.shape, *(1,) * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
     return x.gather(1, index)
 

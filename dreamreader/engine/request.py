@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.engine.axes import axes_named
-from dreamreader.engine.pattern import parse
+from dreamreader.engine.pattern import WHOLE, parse
 from dreamreader.engine.selection import (
     in_steps,
     in_values,
@@ -75,6 +75,12 @@ class Request:
         self._normalize("tokens", normalized, soft=True, words=True)
         self._normalize("rows", normalized)
         if self.layout is not None:
+            for site in sites:
+                if parse(site).port not in WHOLE:
+                    raise InvalidInput(
+                        f"{self.label}: layout={self.layout!r} has no meaning at {site}: a port of "
+                        f"an attention has its own dimensions. It is for {', '.join(WHOLE)}"
+                    )
             object.__setattr__(self, "layout", axes_named(self.layout, self.label))
 
     def _normalize(self, name: str, form: Callable[..., Any], **allowed: bool) -> None:

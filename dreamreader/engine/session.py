@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dreamreader.engine.cache import Activation, Row
 from dreamreader.engine.checkpointing import recomputed_as_before
@@ -150,22 +150,43 @@ class Shared:
         """Rows that the caller's own call has; None where its arguments do not say."""
         return self.tracker.rows
 
-    def words_for(self, now: Now, site: Site, branches: tuple[str, ...], rows: int, beams: int = 1):
-        """A function that finds the token numbers of a word for every batch entry."""
+    def words_for(
+        self,
+        now: Now,
+        site: Site,
+        branches: tuple[str, ...],
+        rows: int,
+        beams: int = 1,
+        asked: Tensor | None = None,
+    ):
+        """A function that finds the token numbers of a word for every batch entry.
+
+        `asked`, [batch], is 0 at entries that the request leaves out: nothing is looked for there.
+        """
+        everywhere = torch.ones(len(branches), rows, beams) if asked is None else asked
+        wanted = (everywhere.reshape(len(branches), rows, beams)[..., 0] != 0).tolist()
 
         def find_word(word: str) -> list[list[int]]:
             found: list[list[int]] = []
-            for branch in branches:
-                for places in self._word(word, now, site, branch, rows):
+            for branch, where in zip(branches, wanted, strict=True):
+                if not any(where):
+                    found += [[]] * rows * beams
+                    continue
+                for places in self._word(word, now, site, branch, where):
                     found += [places] * beams
             return found
 
         return find_word
 
-    def _word(self, word: str, now: Now, site: Site, branch: str, rows: int) -> list[list[int]]:
+    def _word(
+        self, word: str, now: Now, site: Site, branch: str, wanted: list[bool]
+    ) -> list[list[int]]:
+        """Token numbers of a word in the wanted rows of a branch; none in the others."""
+        rows = len(wanted)
         places = self.words.positions(word, now, site.name, branch, rows) or [[]] * rows
+        places = [each if asked else [] for each, asked in zip(places, wanted, strict=True)]
         if branch == "cond":
-            missing = [row for row, each in enumerate(places) if not each]
+            missing = [row for row, each in enumerate(places) if wanted[row] and not each]
             if missing:
                 text = self.words.text(now, branch, missing[0])
                 raise InvalidInput(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from dreamreader.engine.compile import Active, Compiled, compiled
 from dreamreader.engine.now import Now
@@ -351,8 +352,10 @@ class _Places:
         entries = row_mask(request, place)
         words = None
         if isinstance(request.tokens, str | tuple):
-            words = self.shared.words_for(self.now, self.site, self.branches, rows, self.beams)
-        tokens = select(request.tokens, self.tokens, words)
+            words = self.shared.words_for(
+                self.now, self.site, self.branches, rows, self.beams, entries
+            )
+        tokens = select(request.tokens, self.tokens, words, entries)
         selected = torch.ones(1, 1) if tokens is None else torch.atleast_2d(tokens)
         if entries is not None:
             selected = selected * entries.reshape(-1, 1)
@@ -435,6 +438,8 @@ def _kept_tokens(request: Request, place: Place, entries: list[int]) -> Tensor |
         return None
     kept = [row.nonzero().flatten() for row in chosen]
     if len({len(each) for each in kept}) > 1:
+        if place.own is not None and all(map(len, kept)):
+            return _filled_in_front(kept)
         counts = ", ".join(str(len(each)) for each in kept)
         raise InvalidInput(
             f"recording {place.site}: the rows keep different numbers of tokens ({counts}); record "
@@ -443,6 +448,12 @@ def _kept_tokens(request: Request, place: Place, entries: list[int]) -> Tensor |
     if all(torch.equal(each, kept[0]) for each in kept):
         return kept[0]
     return torch.stack(kept)
+
+
+def _filled_in_front(kept: list[Tensor]) -> Tensor:
+    """Token numbers of rows that keep different numbers of them, [rows, n]; -1 is padding."""
+    turned = [each.flip(0) for each in kept]
+    return pad_sequence(turned, batch_first=True, padding_value=-1).flip(1)
 
 
 class Station:

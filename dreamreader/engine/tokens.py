@@ -113,7 +113,10 @@ def site_tokens(
 
 
 def select(
-    chosen: Any, place: SiteTokens, ids_of: Callable[[str], list[list[int]]] | None = None
+    chosen: Any,
+    place: SiteTokens,
+    ids_of: Callable[[str], list[list[int]]] | None = None,
+    asked: Tensor | None = None,
 ) -> Tensor | None:
     """Strength of every token under a selection: [tokens] or [batch, tokens]; None: all alike.
 
@@ -121,6 +124,8 @@ def select(
         chosen: what the request says, normalized.
         place: the sequence at the site.
         ids_of: finds the token indices of a word, for each batch entry.
+        asked: [batch], 0 at entries that are left out by rows or branch: what they have does not
+            matter.
 
     Raises:
         ClockUnknown: which tokens these are is unknown, and matters.
@@ -142,9 +147,12 @@ def select(
     ragged = words is not None or len(regions) > 1 or own is not None
     entries = []
     for entry in range(place.batch if ragged else 1):
+        mask = torch.zeros(place.tokens)
+        if ragged and asked is not None and not asked[entry]:
+            entries.append(mask)
+            continue
         start, stop = place.region(entry)
         indices = words[entry] if words is not None else chosen
-        mask = torch.zeros(place.tokens)
         if own is not None:
             mask[start:stop] = _of_own(indices, own[entry, start:stop], place, entry)
         else:
