@@ -1,12 +1,12 @@
 """What `generate` will do with a run's arguments and the model's own generation config."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from dreamreader.engine.refusal import refusals
 from dreamreader.engine.subject import innermost
-from dreamreader.errors import DreamreaderError, InvalidInput
+from dreamreader.errors import InvalidInput
 
 _OURS = (
     "inputs",
@@ -79,21 +79,6 @@ def check(arguments: dict[str, Any]) -> None:
             )
 
 
-@contextmanager
-def told_clearly() -> Iterator[None]:
+def told_clearly() -> AbstractContextManager[None]:
     """Say which argument was wrong where transformers refuses it, without its traceback."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        if isinstance(error, DreamreaderError) or not _is_from_generation(error):
-            raise
-        raise InvalidInput(f"generate: {error}") from error
-
-
-def _is_from_generation(error: BaseException) -> bool:
-    """Whether the checks of transformers' generation raised it, not the model or a hook."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = "" if trace is None else trace.tb_frame.f_code.co_filename.replace("\\", "/")
-    return "/transformers/generation/" in where
+    return refusals("generate", "transformers/generation/")

@@ -1,6 +1,7 @@
 """Running a diffusers pipeline on rows of prompts, in batches."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import is_dataclass
@@ -12,6 +13,7 @@ from dreamreader.engine.cache import Cache
 from dreamreader.engine.clock_run import own_class
 from dreamreader.engine.families.per_row import TEXTS, needs_one_row
 from dreamreader.engine.firing import FiringReport
+from dreamreader.engine.refusal import refusals
 from dreamreader.engine.request import EditRequest, Record, Stream, Watch
 from dreamreader.engine.rows import Plan, split
 from dreamreader.engine.seeds import GlobalDraw, seeded, watched
@@ -24,6 +26,9 @@ Records = Sequence[Record | Watch | Stream]
 
 # fields of the output of a pipeline that hold what it made of each row, the first there is
 _MADE = ("images", "frames", "videos", "audios", "image_embeddings", "image_embeds")
+# the code of diffusers that checks arguments, not that of models
+_CHECKS = ("diffusers/pipelines/", "diffusers/schedulers/", "diffusers/image_processor.py")
+_CHECKS += ("diffusers/video_processor.py", "diffusers/guiders/")
 
 
 def run_pipeline(
@@ -86,7 +91,8 @@ def _randomness(pipe: Any, seeds: Sequence[int]) -> AbstractContextManager[None]
 
 def _call(pipe: Any, plan: Plan, start: int, stop: int, arguments: dict[str, Any]) -> Any:
     generators = [torch.Generator().manual_seed(seed) for seed in plan.seeds[start:stop]]
-    return pipe(prompt=list(plan.prompts[start:stop]), generator=generators, **arguments)
+    with refusals(own_class(pipe).__name__, *_CHECKS):
+        return pipe(prompt=list(plan.prompts[start:stop]), generator=generators, **arguments)
 
 
 def _arguments(pipe: Any, arguments: dict[str, Any], rows: int) -> dict[str, Any]:
@@ -108,6 +114,8 @@ def _arguments(pipe: Any, arguments: dict[str, Any], rows: int) -> dict[str, Any
             raise UnknownName(f"argument of {own.__name__}", name, known)
         if name in ("prompt", "generator"):
             raise InvalidInput(f"{name} is set by the reader: use prompts and seeds")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InvalidInput(f"{name}={value}: a finite number is needed")
         if name.startswith("num_") and name.endswith("_per_prompt") and value not in (None, 1):
             raise InvalidInput(
                 f"{name}={value}: every {name.split('_')[1].removesuffix('s')} is a row; give "
