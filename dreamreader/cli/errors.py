@@ -39,12 +39,14 @@ def told(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def check_folder(path: Path) -> None:
-    """Refuses, before any work, a folder for results that cannot be one.
+def check_folder(path: Path | None) -> None:
+    """Refuses, before any work, a folder for results that cannot be one; None is the default.
 
     Raises:
         InvalidInput: there is a file of this name, or nothing can be written there.
     """
+    if path is None:
+        return
     there = next(each for each in (path, *path.absolute().parents) if each.exists())
     if not there.is_dir():
         raise InvalidInput(f"{there} is a file; --out names a folder")

@@ -26,6 +26,7 @@ Records = Sequence[Record | Watch | Stream]
 
 # fields of the output of a pipeline that hold what it made of each row, the first there is
 _MADE = ("images", "frames", "videos", "audios", "image_embeddings", "image_embeds")
+_COUNTS = ("num_inference_steps", "height", "width", "num_frames")
 # the code of diffusers that checks arguments, not that of models
 _CHECKS = ("diffusers/pipelines/", "diffusers/schedulers/", "diffusers/image_processor.py")
 _CHECKS += ("diffusers/video_processor.py", "diffusers/guiders/")
@@ -116,6 +117,8 @@ def _arguments(pipe: Any, arguments: dict[str, Any], rows: int) -> dict[str, Any
             raise InvalidInput(f"{name} is set by the reader: use prompts and seeds")
         if isinstance(value, float) and not math.isfinite(value):
             raise InvalidInput(f"{name}={value}: a finite number is needed")
+        if name in _COUNTS and isinstance(value, int | float) and (value < 1 or value % 1):
+            raise InvalidInput(f"{name}={value}: a whole number of at least 1 is needed")
         if name.startswith("num_") and name.endswith("_per_prompt") and value not in (None, 1):
             raise InvalidInput(
                 f"{name}={value}: every {name.split('_')[1].removesuffix('s')} is a row; give "

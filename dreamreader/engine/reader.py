@@ -1,6 +1,6 @@
 """The Reader: wraps a subject; everything starts from it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -15,7 +15,7 @@ from dreamreader.engine.firing import FiringReport
 from dreamreader.engine.place import RowSet
 from dreamreader.engine.recorded import joined
 from dreamreader.engine.request import EditRequest, Record, Stream, Watch
-from dreamreader.engine.rows import Plan, plan_rows
+from dreamreader.engine.rows import Plan, plan_rows, seeds_of
 from dreamreader.engine.session import Session
 from dreamreader.engine.sites import SiteList, find
 from dreamreader.engine.subject import Subject
@@ -165,8 +165,8 @@ class Reader:
             raise InvalidInput(
                 "run needs a pipeline or language model; use recording() and editing()"
             )
-        if batch_size is not None and batch_size < 1:
-            raise InvalidInput(f"batch_size must be at least 1, got {batch_size}")
+        if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+            raise InvalidInput(f"batch_size is a whole number of at least 1, got {batch_size!r}")
         if self._subject.kind == "language":
             from dreamreader.engine.language import run_language
             from dreamreader.engine.prompts import with_chats
@@ -199,8 +199,13 @@ class Reader:
         Args:
             hooks: pairs (site, fn); see `Edit`.
         """
-        edits = [_Hook(site, fn) for site, fn in hooks]
-        return self.run(prompts, edits=[*edits, *arguments.pop("edits", ())], **arguments).output
+        listed = list(hooks) if isinstance(hooks, Iterable) else [hooks]
+        for each in listed:
+            if not (isinstance(each, tuple | list) and len(each) == 2 and callable(each[1])):
+                raise InvalidInput(f"hooks: pairs (site, function) are needed, got {each!r}")
+        own = [_Hook(site, fn) for site, fn in listed]
+        edits = [*own, *_listed(arguments.pop("edits", ()), EditRequest, "edits")]
+        return self.run(prompts, edits=edits, **arguments).output
 
     @contextmanager
     def recording(
@@ -254,8 +259,9 @@ class Reader:
             NeverFired: an edit matched nothing in the block.
         """
         listed = _listed(edits, EditRequest, "edits")
+        own = None if seeds is None else seeds_of(seeds)
         session = Session(
-            self._subject, listed, seeds=seeds, shapes=self._shapes, tokenizer=self.tokenizer
+            self._subject, listed, seeds=own, shapes=self._shapes, tokenizer=self.tokenizer
         )
         with session:
             yield session.report

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 from dreamreader.errors import DreamreaderError, InvalidInput, first_line
 
+_ERRORS = (ValueError, TypeError, AttributeError, IndexError, KeyError, ZeroDivisionError)
+
 
 @contextmanager
 def refusals(what: str, *places: str) -> Iterator[None]:
@@ -20,7 +22,7 @@ def refusals(what: str, *places: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
+    except _ERRORS as error:
         where = _raised_in(error)
         if isinstance(error, DreamreaderError) or not any(f"/{each}" in where for each in places):
             raise

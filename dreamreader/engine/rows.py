@@ -1,7 +1,8 @@
 """Rows of a run: how prompts, seeds and per-row strengths are brought to one length."""
 
+import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,7 @@ def plan_rows(
         >>> plan_rows("a", [0, 1, 2], []).prompts
         ('a', 'a', 'a')
     """
-    listed = [prompts] if isinstance(prompts, str) else list(prompts)
+    listed = [prompts] if isinstance(prompts, str) else _in_order(prompts, "prompts", "a prompt")
     if not listed:
         raise InvalidInput("prompts is empty: at least one prompt is needed")
     wrong = [each for each in listed if not isinstance(each, str)]
@@ -53,10 +54,8 @@ def plan_rows(
     for number, each in enumerate(listed):
         check_text(each, f"prompt {number}")
     lengths = {"prompts": len(listed)}
-    if seeds is not None and not isinstance(seeds, int):
-        seeds = [_seed(each) for each in seeds]
-        if not seeds:
-            raise InvalidInput("seeds is empty: give an int, or one seed for each row")
+    if seeds is not None and not _is_number(seeds):
+        seeds = list(seeds_of(seeds))
         lengths["seeds"] = len(seeds)
     for number, edit in enumerate(edits):
         for name, length in edit.row_lengths().items():
@@ -68,17 +67,46 @@ def plan_rows(
     several = len(listed) > 1
     if seeds is None:
         seeds = int.from_bytes(os.urandom(4), "little")
-    if isinstance(seeds, int):
+    if not isinstance(seeds, list):
         first = _seed(seeds)
         seeds = [first + n if several else first for n in range(count)]
     full_prompts = tuple(listed if several else listed * count)
     return Plan(full_prompts, tuple(seeds if len(seeds) > 1 else list(seeds) * count))
 
 
+def seeds_of(seeds: Any) -> tuple[int, ...]:
+    """One seed for each row, of a list, range, array or tensor.
+
+    Raises:
+        InvalidInput: there are none, they have no order, or one is no seed.
+    """
+    found = tuple(_seed(each) for each in _in_order(seeds, "seeds", "an int"))
+    if not found:
+        raise InvalidInput("seeds is empty: give an int, or one seed for each row")
+    return found
+
+
+def _in_order(value: Any, name: str, kind: str) -> list[Any]:
+    """What a list, tuple, array or generator holds; a set or dictionary has no order for rows."""
+    unordered = isinstance(value, str | bytes | Mapping | Set)
+    if unordered or not isinstance(value, Iterable) or not getattr(value, "shape", (1,)):
+        raise InvalidInput(
+            f"{name}: {kind} or a list with one for each row is needed, got {value!r}"
+        )
+    return list(value)
+
+
+def _is_number(value: Any) -> bool:
+    return hasattr(value, "__index__") and not getattr(value, "shape", ())
+
+
 def _seed(value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
         raise InvalidInput(f"a seed is an int, got {value!r}")
-    number = int(value.__index__())
     if not 0 <= number < 2**63:
         raise InvalidInput(f"a seed is between 0 and 2**63 - 1, got {number}")
     return number

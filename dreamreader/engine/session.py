@@ -248,6 +248,9 @@ class Session(AbstractContextManager):
         self.report = FiringReport()
         self.recorders: list[Recorder] = []
         self._shapes = shapes if shapes is not None else {}
+        number = isinstance(memory_limit, int | float) and not isinstance(memory_limit, bool)
+        if memory_limit is not None and not (number and memory_limit >= 0):
+            raise InvalidInput(f"memory_limit is a number of bytes, got {memory_limit!r}")
         self._memory = Memory(memory_limit)
         self._runs: dict[str, SiteRun] = {}
         self._stack: ExitStack | None = None

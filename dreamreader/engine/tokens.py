@@ -242,6 +242,8 @@ def _of_own(chosen: Any, own: Tensor, place: SiteTokens, entry: int) -> Tensor:
         start, step = chosen.start or 0, chosen.step or 1
         stop = chosen.stop if chosen.stop is not None else int(own.max()) + 1
         return ((own >= start) & (own < stop) & ((own - start) % step == 0) & real).float()
+    if isinstance(chosen, range) and chosen and min(chosen[0], chosen[-1]) >= 0:
+        return (torch.tensor([at in chosen for at in own.tolist()]) & real).float()
     wanted = _wanted(chosen, place, entry)
     return (torch.isin(own, torch.tensor(wanted, dtype=own.dtype)) & real).float()
 

@@ -13,7 +13,7 @@ from dreamreader.errors import InvalidInput
 from dreamreader.harvest.checksum import crc32c
 from dreamreader.harvest.layout import STORED
 from dreamreader.harvest.picking import Picked
-from dreamreader.harvest.shard import ShardFile, open_shard
+from dreamreader.harvest.shard import ADVICE, ShardFile, open_shard
 from dreamreader.ops.permutation import permuted
 
 FOUND = ("file", "sample", "moment", "branch", "token")  # columns of `keys`, int32
@@ -116,10 +116,10 @@ class NativeGather:
         if kind == "checksum":
             raise _damaged(file, row)
         if kind == "short":
-            raise InvalidInput(f"{file} has {int(detail):,} bytes, its rows need {row:,}{_ADVICE}")
+            raise InvalidInput(f"{file} has {int(detail):,} bytes, its rows need {row:,}{ADVICE}")
         if kind == "read":
-            raise InvalidInput(f"{file} cannot be read: {detail}{_ADVICE}")
-        raise InvalidInput(f"{file} cannot be opened: {detail}{_ADVICE}")
+            raise InvalidInput(f"{file} cannot be read: {detail}{ADVICE}")
+        raise InvalidInput(f"{file} cannot be opened: {detail}{ADVICE}")
 
 
 class ReferenceGather:
@@ -134,7 +134,7 @@ class ReferenceGather:
         assert tokens is not None
         return np.array(
             [
-                tokens.wanted(self._shard(file).keys[first : first + rows, 3]).sum()
+                tokens.wanted(self._shard(file).keys[first : first + rows][:, 3]).sum()
                 for file, first, rows in zip(p.file.tolist(), p.first, p.rows, strict=True)
             ],
             np.int64,
@@ -176,7 +176,7 @@ class ReferenceGather:
         for n, (file, first, rows) in enumerate(
             zip(p.file[run].tolist(), p.first[run], p.rows[run], strict=True)
         ):
-            token = self._shard(file).keys[first : first + rows, 3]
+            token = self._shard(file).keys[first : first + rows][:, 3]
             row[n] = first + np.flatnonzero(p.tokens.wanted(token))[within[n]]
         return p.file[run], row
 
@@ -197,20 +197,10 @@ class ReferenceGather:
         return stored, keys
 
     def _shard(self, number: int) -> ShardFile:
-        path = Path(self.picked.segments.files[number])
         if number not in self._shards:
-            self._shards[number] = open_shard(path)
-        shard = self._shards[number]
-        size = path.stat().st_size if path.exists() else 0
-        if size < shard.at.bytes:  # to touch what a mapped file has lost ends the process
-            raise InvalidInput(
-                f"{path} has {size:,} bytes, its rows need {shard.at.bytes:,}{_ADVICE}"
-            )
-        return shard
-
-
-_ADVICE = "; run `dreamreader store verify`"
+            self._shards[number] = open_shard(Path(self.picked.segments.files[number]))
+        return self._shards[number]
 
 
 def _damaged(file: str | Path, row: int) -> InvalidInput:
-    return InvalidInput(f"{file}: row {row} is damaged, its checksum is wrong{_ADVICE}")
+    return InvalidInput(f"{file}: row {row} is damaged, its checksum is wrong{ADVICE}")

@@ -68,7 +68,7 @@ class Block:
 
     @property
     def stored(self) -> Float[Tensor, "rows width"]:
-        """The rows as they are on disk; a view of the file where they lie side by side."""
+        """The rows as they are on disk."""
         return torch.from_numpy(self.shard.values[self._where]).view(self.shard.site.stored)
 
     @property

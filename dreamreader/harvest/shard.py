@@ -1,13 +1,16 @@
 """Reading one shard: its header and tables at once, its rows as they are asked for."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8, UInt32
+from jaxtyping import Float, Int, UInt8
 
 from dreamreader.errors import InvalidInput
 from dreamreader.harvest.layout import (
@@ -21,6 +24,8 @@ from dreamreader.harvest.layout import (
     site_from,
     tensors_of,
 )
+
+ADVICE = "; run `dreamreader store verify`"
 
 
 @dataclass(frozen=True)
@@ -44,32 +49,111 @@ class ShardFile:
     moments: Float[np.ndarray, "moments 7"]
 
     @cached_property
-    def values(self) -> UInt8[np.ndarray, "rows bytes"]:
-        """The rows as bytes, mapped."""
-        return self._map(self.at.values, np.dtype(np.uint8), (self.rows, self.site.row_bytes))
+    def values(self) -> "Column":
+        """UInt8 [rows, bytes]: the rows as bytes."""
+        return self._column(self.at.values, "u1", (self.site.row_bytes,))
 
     @cached_property
-    def keys(self) -> Int[np.ndarray, "rows 4"]:
-        """Columns KEYS, mapped."""
-        return self._map(self.at.keys, np.dtype("<i4"), (self.rows, len(KEYS)))
+    def keys(self) -> "Column":
+        """Int32 [rows, 4]: columns KEYS."""
+        return self._column(self.at.keys, "<i4", (len(KEYS),))
 
     @cached_property
-    def scales(self) -> Float[np.ndarray, " rows"] | None:
-        """What stored values are multiplied with, mapped; None where they are as they were."""
-        if not self.site.scaled:
-            return None
-        return self._map(self.at.scales, np.dtype("<f4"), (self.rows,))
+    def scales(self) -> "Column | None":
+        """Float32 [rows]: what stored values are multiplied with; None where that is nothing."""
+        return self._column(self.at.scales, "<f4", ()) if self.site.scaled else None
 
     @cached_property
-    def checksums(self) -> UInt32[np.ndarray, " rows"]:
-        """CRC-32C of each row, mapped."""
-        return self._map(self.at.checksums, np.dtype("<u4"), (self.rows,))
+    def checksums(self) -> "Column":
+        """UInt32 [rows]: CRC-32C of each row."""
+        return self._column(self.at.checksums, "<u4", ())
 
-    def _map(self, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> Any:
-        if not self.rows:
-            return np.zeros(shape, dtype)
-        # Copy on write, because torch warns of memory that cannot be written.
-        return np.memmap(self.path, dtype=dtype, mode="c", offset=start, shape=shape)
+    def _column(self, start: int, dtype: str, shape: tuple[int, ...]) -> "Column":
+        return Column(self.path, self.at.bytes, start, np.dtype((dtype, shape)), self.rows)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One tensor of a shard, whose rows are read when they are asked for.
+
+    They are read, not mapped: to touch what a mapped file has lost would end the process.
+
+    Attributes:
+        path: of the shard. whole: bytes that it has. start: first byte of the tensor.
+        row: dtype of one row, with its shape. rows: how many there are.
+    """
+
+    path: Path
+    whole: int
+    start: int
+    row: np.dtype
+    rows: int
+
+    def __getitem__(self, where: "slice | Int[np.ndarray, ' n']") -> np.ndarray:
+        """The rows of a slice without step, or of places in any order.
+
+        Raises:
+            InvalidInput: the file is missing or has lost bytes.
+        """
+        if isinstance(where, slice):
+            first, stop, _ = where.indices(self.rows)
+            runs, back = [range(first, max(stop, first))], None
+        else:
+            places, back = np.unique(where, return_inverse=True)
+            parts = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
+            runs = [range(each[0], each[-1] + 1) for each in parts if len(each)]
+        size = self.row.itemsize
+        out = np.empty(sum(map(len, runs)) * size, np.uint8)
+        with opened(self.path, self.whole) as file:
+            done = 0
+            for run in runs:
+                stop = done + len(run) * size
+                read_into(file, self.start + run.start * size, out[done:stop], self.whole)
+                done = stop
+        found = out.view(self.row.base).reshape(-1, *self.row.shape)
+        return found if back is None else found[back]
+
+
+@contextmanager
+def opened(path: Path, whole: int) -> Iterator[FileIO]:
+    """A shard for reading, as long as it has all of its bytes.
+
+    Raises:
+        InvalidInput: it is missing, cannot be opened or has lost bytes.
+    """
+    try:
+        file = open(path, "rb", buffering=0)
+    except FileNotFoundError:
+        raise InvalidInput(f"{path} is missing{ADVICE}") from None
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be opened: {error.strerror}{ADVICE}") from error
+    with file:
+        _check_size(file, whole)
+        yield file
+
+
+def read_into(file: FileIO, start: int, out: UInt8[np.ndarray, " n"], whole: int) -> None:
+    """Fills `out` with the bytes of a file from `start`.
+
+    Raises:
+        InvalidInput: the file, of `whole` bytes, has lost some, or cannot be read.
+    """
+    try:
+        file.seek(start)
+        left = memoryview(out)
+        while left:
+            if not (count := file.readinto(left)):
+                _check_size(file, whole)
+                raise InvalidInput(f"{file.name} changes while it is read")
+            left = left[count:]
+    except OSError as error:
+        raise InvalidInput(f"{file.name} cannot be read: {error.strerror}{ADVICE}") from error
+
+
+def _check_size(file: FileIO, whole: int) -> None:
+    size = os.fstat(file.fileno()).st_size
+    if size < whole:
+        raise InvalidInput(f"{file.name} has {size:,} bytes, its rows need {whole:,}{ADVICE}")
 
 
 def open_shard(path: Path) -> ShardFile:
@@ -79,14 +163,14 @@ def open_shard(path: Path) -> ShardFile:
         InvalidInput: it is missing, truncated or damaged, or of a newer format.
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             site, run, branches, counts = _header(path, file.read(HEADER))
             at = tensors_of(site, *counts)
             size = file.seek(0, 2)
             if size != at.bytes:
                 raise InvalidInput(f"{path} has {size:,} bytes, its header says {at.bytes:,}")
-            file.seek(at.segments)
-            tables = file.read(at.bytes - at.segments)
+            tables = np.empty(at.bytes - at.segments, np.uint8)
+            read_into(file, at.segments, tables, at.bytes)
     except FileNotFoundError:
         raise InvalidInput(f"{path} is missing") from None
     split = at.moments - at.segments
@@ -97,8 +181,8 @@ def open_shard(path: Path) -> ShardFile:
         branches,
         counts[0],
         at,
-        np.frombuffer(tables[:split], "<i4").reshape(-1, len(SEGMENTS)),
-        np.frombuffer(tables[split:], "<f8").reshape(-1, len(MOMENTS)),
+        tables[:split].view("<i4").reshape(-1, len(SEGMENTS)),
+        tables[split:].view("<f8").reshape(-1, len(MOMENTS)),
     )
 
 

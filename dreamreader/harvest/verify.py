@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dreamreader.harvest.layout import (
     unit_folder,
 )
 from dreamreader.harvest.manifest import Manifest
-from dreamreader.harvest.shard import open_shard
+from dreamreader.harvest.shard import ADVICE, open_shard, opened, read_into
 from dreamreader.harvest.unit import crc32c_of, read_unit
 
 BLOCK_BYTES = 16 << 20
@@ -136,32 +137,58 @@ def _of_shard(
     if wrong is not None:
         yield Damage(name, wrong)
         return
-    whole = np.memmap(file, np.uint8, mode="r")
-    described = np.concatenate([whole[:HEADER], whole[at.segments :]])
-    if crc32c_of(described) != listed["checksum"]:
-        yield Damage(name, "header, segments or moments do not have their checksum")
     try:
-        shard = open_shard(file)
-        if (shard.site, shard.run) != (site, run):
-            yield Damage(name, "header and unit.json describe different sites or runs")
-    except InvalidInput as error:
-        yield Damage(name, str(error).removeprefix(f"{file} ").removeprefix(f"{file}: "))
-    bad = np.concatenate(list(_bad_rows(whole, at, site, listed["rows"])) or [np.zeros(0, int)])
+        with opened(file, at.bytes) as source:
+            described = np.empty(HEADER + at.bytes - at.segments, np.uint8)
+            read_into(source, 0, described[:HEADER], at.bytes)
+            read_into(source, at.segments, described[HEADER:], at.bytes)
+            if crc32c_of(described) != listed["checksum"]:
+                yield Damage(name, "header, segments or moments do not have their checksum")
+            yield from _of_header(name, file, site, run)
+            bad = np.concatenate([np.zeros(0, int), *_bad_rows(source, at, site, listed["rows"])])
+    except InvalidInput as error:  # cut off, or gone, since its length was compared
+        yield Damage(name, _without(file, error))
+        return
     if len(bad):
         ranges = tuple(_ranges(bad))
         shown = ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in ranges)
         yield Damage(name, f"rows {shown} do not have their checksums", ranges)
 
 
-def _bad_rows(whole: np.ndarray, at: Tensors, site: SiteLayout, rows: int) -> Iterator[np.ndarray]:
-    """Rows that do not have their checksum, a block at a time."""
+def _of_header(name: str, file: Path, site: SiteLayout, run: str) -> Iterator[Damage]:
+    try:
+        shard = open_shard(file)
+        if (shard.site, shard.run) != (site, run):
+            yield Damage(name, "header and unit.json describe different sites or runs")
+    except InvalidInput as error:
+        yield Damage(name, _without(file, error))
+
+
+def _without(file: Path, error: InvalidInput) -> str:
+    """What an error says of a file, without its name and without the advice to verify."""
+    said = str(error).removesuffix(ADVICE)
+    return said.removeprefix(f"{file} ").removeprefix(f"{file}: ")
+
+
+def _bad_rows(file: FileIO, at: Tensors, site: SiteLayout, rows: int) -> Iterator[np.ndarray]:
+    """Rows that do not have their checksum, a block at a time.
+
+    Raises:
+        InvalidInput: the file has lost bytes.
+    """
+
+    def part(start: int, size: int, first: int, stop: int) -> np.ndarray:
+        out = np.empty((stop - first) * size, np.uint8)
+        read_into(file, start + first * size, out, at.bytes)
+        return out.reshape(-1, size)
+
     block = max(BLOCK_BYTES // site.row_bytes, 1)
-    wanted = np.frombuffer(whole[at.checksums : at.checksums + rows * 4], "<u4")
     parts = [(at.values, site.row_bytes), (at.keys, 16), *([(at.scales, 4)] if site.scaled else [])]
     for first in range(0, rows, block):
         stop = min(first + block, rows)
-        each = (whole[at + first * n : at + stop * n].reshape(-1, n) for at, n in parts)
-        yield first + np.flatnonzero(crc32c(*each) != wanted[first:stop])
+        wanted = part(at.checksums, 4, first, stop).view("<u4")[:, 0]
+        found = crc32c(*(part(start, size, first, stop) for start, size in parts))
+        yield first + np.flatnonzero(found != wanted)
 
 
 def _size(file: Path, wanted: int) -> str | None:
