@@ -4,6 +4,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from dreamreader.engine.refusal import refusals
 from dreamreader.engine.subject import innermost
 from dreamreader.errors import InvalidInput
@@ -70,7 +72,12 @@ def planned(model: Any, arguments: dict[str, Any], rows: int) -> Decoding:
 
 
 def check(arguments: dict[str, Any]) -> None:
-    """Refuse arguments that the reader itself sets."""
+    """Refuse arguments that the reader itself sets, and tokens to keep that are no number."""
+    keep = arguments.get("logits_to_keep", 0)
+    if not isinstance(keep, Tensor) and (type(keep) is not int or keep < 0):
+        raise InvalidInput(
+            f"logits_to_keep is a number of tokens from 0 on, or a tensor of them, got {keep!r}"
+        )
     for name in _OURS:
         if name in arguments:
             raise InvalidInput(

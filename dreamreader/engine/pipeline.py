@@ -117,6 +117,8 @@ def _arguments(pipe: Any, arguments: dict[str, Any], rows: int) -> dict[str, Any
             raise InvalidInput(f"{name} is set by the reader: use prompts and seeds")
         if isinstance(value, float) and not math.isfinite(value):
             raise InvalidInput(f"{name}={value}: a finite number is needed")
+        if name == "latents" and isinstance(value, torch.Tensor) and value.dim() < 3:
+            raise InvalidInput(f"latents: values of each row are needed, got {list(value.shape)}")
         if name in _COUNTS and isinstance(value, int | float) and (value < 1 or value % 1):
             raise InvalidInput(f"{name}={value}: a whole number of at least 1 is needed")
         if name.startswith("num_") and name.endswith("_per_prompt") and value not in (None, 1):

@@ -3,9 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from dreamreader.errors import DreamreaderError, InvalidInput, first_line
 
 _ERRORS = (ValueError, TypeError, AttributeError, IndexError, KeyError, ZeroDivisionError)
+_ERRORS += (RuntimeError,)
+_NOT_OF_ARGUMENTS = (DreamreaderError, torch.OutOfMemoryError, torch.AcceleratorError)
 
 
 @contextmanager
@@ -24,7 +28,7 @@ def refusals(what: str, *places: str) -> Iterator[None]:
         yield
     except _ERRORS as error:
         where = _raised_in(error)
-        if isinstance(error, DreamreaderError) or not any(f"/{each}" in where for each in places):
+        if isinstance(error, _NOT_OF_ARGUMENTS) or not any(f"/{each}" in where for each in places):
             raise
         raise InvalidInput(f"{what}: {first_line(error)}") from error
 

@@ -12,6 +12,7 @@ from dreamreader._devices import device_of
 from dreamreader.engine.axes import axes_named
 from dreamreader.engine.pattern import WHOLE, parse
 from dreamreader.engine.selection import (
+    described,
     in_steps,
     in_values,
     normalized,
@@ -131,8 +132,7 @@ class Request:
         for each in fields(Request)[1:]:
             value = getattr(self, each.name)
             if value is not None:
-                shown = f"mask {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-                parts.append(f"{each.name}={shown}")
+                parts.append(f"{each.name}={described(value)}")
         return f"{self.label}({', '.join(parts)})"
 
     def __eq__(self, other: object) -> bool:

@@ -145,6 +145,11 @@ def mask_of(chosen: Any, count: int, label: str, noun: str = "") -> Tensor:
     return mask
 
 
+def described(chosen: Any) -> str:
+    """A selection in a few words."""
+    return f"mask {list(chosen.shape)}" if isinstance(chosen, Tensor) else repr(chosen)
+
+
 def numbers_of(chosen: Any, count: int, label: str) -> list[int]:
     """A normalized selection over `count` entries as indices, in the order in which they are given.
 
@@ -157,7 +162,7 @@ def numbers_of(chosen: Any, count: int, label: str) -> list[int]:
     else:
         kept = mask_of(chosen, count, label).nonzero().flatten().tolist()
     if not kept:
-        raise InvalidInput(f"{label}: {chosen!r} selects none of {count}")
+        raise InvalidInput(f"{label}: {described(chosen)} selects none of {count}")
     return kept
 
 
@@ -245,6 +250,8 @@ def _of_tensor(chosen: Tensor, label: str, soft: bool) -> Any:
             raise InvalidInput(f"{label}: one truth value selects nothing; give one for each entry")
         return chosen
     if chosen.is_floating_point():
+        if chosen.shape == (0,):  # an empty list has no other dtype
+            return []
         if not soft or chosen.dim() == 0:
             raise InvalidInput(f"{label}: whole numbers or truth values are needed, got {chosen}")
         if not bool(chosen.isfinite().all()):

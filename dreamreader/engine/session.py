@@ -17,6 +17,7 @@ from dreamreader.engine.place import RowSet
 from dreamreader.engine.probs import ProbsMode
 from dreamreader.engine.recorder import Memory, Recorder
 from dreamreader.engine.request import EditRequest, Record, Request, Stream, Watch
+from dreamreader.engine.selection import described
 from dreamreader.engine.sites import Site, find
 from dreamreader.engine.station import SiteRun, Station
 from dreamreader.engine.step_caches import StepCaches, cache_hooks, caches_batch
@@ -422,14 +423,16 @@ class Session(AbstractContextManager):
 
     def _why_missed(self, request: Request, line: Firing, run: SiteRun) -> str:
         asked = [
-            f"{name}={getattr(request, name)!r}"
+            f"{name}={described(getattr(request, name))}"
             for name in ("tokens", "rows", "heads", "channels")
             if getattr(request, name, None) is not None
         ]
-        had = f"[{', '.join(map(str, run.shape or ()))}]"
+        shape = run.shape or ()
+        had = f"[{', '.join(map(str, shape))}]"
+        axes = "rows, tokens, heads, features" if len(shape) == 4 else "rows, tokens, features"
         return (
             f"it was active in {line.missed} calls, but {' and '.join(asked) or 'its selection'} "
-            f"matched no element of the {had} values there (rows, tokens, features)"
+            f"matched no element of the {had} values there ({axes})"
         )
 
 
