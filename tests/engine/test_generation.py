@@ -123,6 +123,10 @@ def test_arguments_that_generate_refuses_are_told_clearly(reader: Reader) -> Non
         ({"input_ids": torch.tensor([[3]])}, "input_ids is set by the reader: use prompts"),
         ({"max_new_token": 3}, r"generate: .*`model_kwargs` are not used.*'max_new_token'"),
         ({"num_return_sequences": 2, "do_sample": False}, "generate: Greedy methods"),
+        ({"num_beams": -1, "max_new_tokens": 2}, "generate: .*negative dimension"),
+        ({"max_new_tokens": "a"}, "generate: .*not supported between"),
+        ({"logits_to_keep": "a"}, "logits_to_keep is a number of tokens from 0 on.* got 'a'"),
+        ({"logits_to_keep": -1}, "logits_to_keep is a number of tokens from 0 on.* got -1"),
         ({"streamer": TextStreamer(reader.tokenizer)}, "a streamer follows one row: run one"),
         ({"past_key_values": DynamicCache(), "do_sample": True}, "one cache, and the rows are run"),
         (
