@@ -52,8 +52,10 @@ class Cut:
     @cached_property
     def filled(self) -> Tensor | None:
         """[entries, n] true where a row has no token of its own; None where all of them have."""
-        filled = None if self.tokens is None else self.tokens < 0
-        return filled if filled is not None and bool(filled.any()) else None
+        if self.tokens is None or self.tokens.dim() == 1:
+            return None
+        filled = self.tokens < 0
+        return filled if bool(filled.any()) else None
 
 
 class Memory:

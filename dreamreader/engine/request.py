@@ -300,7 +300,7 @@ def _listed(value: Any, label: str, kind: str) -> tuple[str, ...]:
         InvalidInput: they are no strings.
     """
     several = not isinstance(value, str | bytes | Mapping) and isinstance(value, Iterable)
-    listed = tuple(value) if several else (value,)
+    listed: tuple[Any, ...] = tuple(value) if several else (value,)
     for each in listed:
         if not isinstance(each, str):
             raise InvalidInput(f"{label}: {kind} is needed, or several, got {each!r}")
