@@ -1,6 +1,5 @@
 """Running a language model on rows of prompts."""
 
-import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -15,13 +14,13 @@ from dreamreader.engine.padding import decoder_start, position_arguments
 from dreamreader.engine.prompts import padded, tokenize
 from dreamreader.engine.request import EditRequest, Record, Stream, Watch
 from dreamreader.engine.rows import Plan
+from dreamreader.engine.seeds import DRAWING
 from dreamreader.engine.subject import is_encoder_decoder
 from dreamreader.errors import InvalidInput
 
 if TYPE_CHECKING:
     from dreamreader.engine.reader import Reader, RunResult
 
-_DRAWING = threading.RLock()
 _DECODER = ("decoder_input_ids", "decoder_attention_mask")  # one entry for each row
 FORWARD = frozenset({"logits_to_keep", "add_special_tokens", *_DECODER})  # all else is for generate
 
@@ -68,7 +67,7 @@ def run_language(
         stop = min(start + size, len(plan))
         part = {name: value[start:stop] for name, value in inputs.items()}
         session = reader._session(edits, records, plan, start, stop, memory_limit, length)
-        own = _DRAWING if draws else nullcontext()  # the global generator serves one run at a time
+        own = DRAWING if draws else nullcontext()  # the global generator serves one run at a time
         with own, session, torch.no_grad(), torch.random.fork_rng(enabled=draws):
             if draws:
                 torch.manual_seed(plan.seeds[start])
