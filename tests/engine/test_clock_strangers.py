@@ -79,15 +79,18 @@ def test_a_denoiser_with_a_forward_of_its_own_is_a_stranger(kept: str) -> None:
 def test_text_places_are_those_of_the_class() -> None:
     known = diffusers.SD3Transformer2DModel
     own = type("SD3Transformer2DModel", (known,), {"forward": lambda self, x: x})
-    parts = {"text_encoder": object(), "tokenizer_max_length": 77}
+    parts = {"text_encoder": object(), "text_encoder_3": object(), "tokenizer_max_length": 77}
 
     def sources(transformer: type) -> list:
         module = object.__new__(transformer)
         nn.Module.__init__(module)
         return text_sources(SimpleNamespace(transformer=module, **parts), None)
 
-    assert sources(known) == [("text_encoder", 0, False), ("text_encoder_3", 77, False)]
-    assert sources(own) == [("text_encoder", 0, False)]
+    assert sources(known) == [(("text_encoder",), 0, False), (("text_encoder_3",), 77, False)]
+    with pytest.raises(ClockUnknown, match="text_encoder, text_encoder_3.* is not known"):
+        sources(own)
+    del parts["text_encoder_3"]
+    assert sources(own) == [(("text_encoder",), 0, False)]
 
 
 def test_a_block_called_like_a_known_one_has_one_stream() -> None:
