@@ -18,6 +18,7 @@ class Branches:
     the pass which it announced to its guider. Without one the family's layout decides: a batched
     call is cut into as many equal chunks as the pipeline declares passes at that moment, and the
     size of the batch has to confirm it; separate calls are told apart by their order within a step.
+    Where no layout is known, a call whose embeddings are all of one prompt is of its branch.
     The prompt embeddings of every call have to agree with any of these.
     """
 
@@ -32,6 +33,7 @@ class Branches:
         self._replaced = replaced(own, "__call__")
         self._index: int | None = None
         self._calls = 0
+        self._met: set[str] = set()  # the branches of calls that their embeddings alone tell
 
     def of(
         self, context: str | None, index: int | None, batch: int | None, embedding: Any, skips: bool
@@ -62,7 +64,7 @@ class Branches:
         if self.passes is not None:
             return (self.passes.running(embedding).removeprefix("pred_"),)
         if self.layout is None:
-            raise ClockUnknown(self._unknown(context))
+            return (self._by_embedding(context, index, batch, embedding),)
         if self.layout.separate:
             return (self._in_turn(index),)
         return self._chunks(batch)
@@ -85,6 +87,23 @@ class Branches:
                 "has no prompt embeddings that encode_prompt returned"
             )
         return self._checked(tuple(owners), batch)
+
+    def _by_embedding(
+        self, context: str | None, index: int | None, batch: int | None, embedding: Any
+    ) -> str:
+        """The one branch of a call of an unknown class, whose embeddings are all of one prompt."""
+        name = self.heard.branch_of(embedding) if context is None else None
+        if name is None or index is None or batch is None or batch != self.rows:
+            raise ClockUnknown(self._unknown(context))
+        if index != self._index:
+            self._index, self._met = index, set()
+        if name in self._met:
+            raise ClockUnknown(
+                f"{self.family} called its denoiser twice with the prompt embeddings of {name} at "
+                "one entry of the schedule: which pass that is, is not known"
+            )
+        self._met.add(name)
+        return name
 
     def _chunks(self, batch: int | None) -> tuple[str, ...]:
         """Names of the chunks of a batched call."""

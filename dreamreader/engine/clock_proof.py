@@ -49,6 +49,21 @@ class Heard:
         """The branches whose very object `given` is; both where they were given the same one."""
         return {name for name, each in self._objects if each is given}
 
+    def branch_of(self, given: Any) -> str | None:
+        """The branch whose embeddings the whole of `given` is; None where it is not one of them."""
+        owners = self.owners(given)
+        if len(owners) == 1:
+            return owners.pop()
+        if owners or not (isinstance(given, Tensor) or _is_embedding(given)):
+            return None
+        found = {
+            name
+            for pair in self._whole()
+            for name, each in pair.items()
+            if len(each) == len(given) and _same(each, given)
+        }
+        return found.pop() if len(found) == 1 else None
+
     def contradiction(
         self, names: tuple[str, ...], given: Any, whose: str = "denoiser"
     ) -> str | None:

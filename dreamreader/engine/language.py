@@ -12,6 +12,7 @@ from dreamreader.engine.decoding import Decoding, check, planned, told_clearly
 from dreamreader.engine.firing import FiringReport
 from dreamreader.engine.padding import decoder_start, position_arguments
 from dreamreader.engine.prompts import padded, tokenize
+from dreamreader.engine.recorder import Memory
 from dreamreader.engine.request import EditRequest, Record, Stream, Watch
 from dreamreader.engine.rows import Plan
 from dreamreader.engine.seeds import DRAWING
@@ -63,10 +64,11 @@ def run_language(
     length = None if is_encoder_decoder(model) else inputs["input_ids"].shape[1]
     outputs: list[Any] = []
     found, report = [], FiringReport(notes=notes)
+    memory = Memory(memory_limit)  # of all batches together
     for start in range(0, len(plan), size):
         stop = min(start + size, len(plan))
         part = {name: value[start:stop] for name, value in inputs.items()}
-        session = reader._session(edits, records, plan, start, stop, memory_limit, length)
+        session = reader._session(edits, records, plan, start, stop, memory, length)
         own = DRAWING if draws else nullcontext()  # the global generator serves one run at a time
         with own, session, torch.no_grad(), torch.random.fork_rng(enabled=draws):
             if draws:

@@ -12,8 +12,9 @@ from dreamreader.engine.cache import Cache
 from dreamreader.engine.clock_run import own_class
 from dreamreader.engine.families.per_row import TEXTS, needs_one_row
 from dreamreader.engine.firing import FiringReport
+from dreamreader.engine.recorder import Memory
 from dreamreader.engine.request import EditRequest, Record, Stream, Watch
-from dreamreader.engine.rows import Plan, split
+from dreamreader.engine.rows import Plan, repeated, split
 from dreamreader.engine.seeds import DRAWING, GlobalDraw, seeded, watched
 from dreamreader.errors import InvalidInput, UnknownName
 
@@ -49,6 +50,7 @@ def run_pipeline(
     arguments = _arguments(pipe, arguments, rows)
     size = batch_size or rows
     made, found, report = [], [], FiringReport()
+    memory = Memory(memory_limit)  # of all batches together
     if size > 1 and rows > 1 and needs_one_row(own_class(pipe)):
         report.notes.append(
             f"{own_class(pipe).__name__} cuts its texts to the longest of a batch, which changes "
@@ -59,7 +61,8 @@ def run_pipeline(
     start = 0
     while start < rows:
         stop = min(start + size, rows)
-        session = reader._session(edits, records, plan, start, stop, memory_limit)
+        held = memory.held
+        session = reader._session(edits, records, plan, start, stop, memory)
         own = split(pipe, arguments, start, stop, rows)
         try:
             with DRAWING, _randomness(pipe, plan.seeds[start:stop]) as notes, session:
@@ -70,7 +73,7 @@ def run_pipeline(
                 f"{draw.who} draws from {draw.what}, which a batch would share: rows ran one by "
                 "one, each seeded by itself"
             )
-            size = 1
+            size, memory.held = 1, held
             continue
         report.notes += [each for each in notes if each not in report.notes]
         made.append(_made(output, stop - start, whole=stop - start == rows))
@@ -120,7 +123,7 @@ def _arguments(pipe: Any, arguments: dict[str, Any], rows: int) -> dict[str, Any
             if len(value) not in (1, rows):
                 raise InvalidInput(f"{name} has {len(value)} entries, the run has {rows} rows")
             ready[name] = list(value) * (rows // len(value))
-    return ready
+    return repeated(pipe, ready, rows)
 
 
 def _check_batches(pipe: Any, arguments: dict[str, Any], size: int, rows: int) -> None:

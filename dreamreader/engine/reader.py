@@ -14,6 +14,7 @@ from dreamreader.engine.cache import Activation, Cache, Row
 from dreamreader.engine.firing import FiringReport
 from dreamreader.engine.place import RowSet
 from dreamreader.engine.recorded import joined
+from dreamreader.engine.recorder import Memory
 from dreamreader.engine.request import EditRequest, Record, Stream, Watch
 from dreamreader.engine.rows import Plan, plan_rows
 from dreamreader.engine.session import Session
@@ -146,7 +147,7 @@ class Reader:
                 after the edits.
             batch_size: rows computed together; all by default. An argument of which it is not
                 known whether it has one entry for each row is refused where it would be split.
-            memory_limit: bytes that recordings may hold.
+            memory_limit: bytes that the recordings of all batches may hold together.
             arguments: passed on to the pipeline, or to the model's `generate` where it is a
                 language model (its plain forward where none but `logits_to_keep` are given; an
                 encoder-decoder then gets its start token, or `decoder_input_ids`). For a language
@@ -284,7 +285,7 @@ class Reader:
         plan: Plan,
         start: int,
         stop: int,
-        memory_limit: int | None,
+        memory_limit: int | Memory | None,
         prompt_length: int | None = None,
     ) -> Session:
         return Session(

@@ -202,7 +202,8 @@ class Session(AbstractContextManager):
         rowset: the rows of the run, where a plan exists.
         prompts, seeds: of these rows.
         prompt_length: tokens of a language model's padded prompt.
-        memory_limit: bytes that recordings may hold; most of the free memory by default.
+        memory_limit: bytes that recordings may hold; most of the free memory by default. A `Memory`
+            goes on with what earlier sessions hold.
         shapes: gets the shapes that sites had.
         require: whether an edit or recording that never fires is an error at the end.
     """
@@ -217,7 +218,7 @@ class Session(AbstractContextManager):
         prompts: Sequence[str] | None = None,
         seeds: Sequence[int] | None = None,
         prompt_length: int | None = None,
-        memory_limit: int | None = None,
+        memory_limit: int | Memory | None = None,
         shapes: dict[str, tuple[int, ...]] | None = None,
         tokenizer: Any = None,
     ):
@@ -227,7 +228,7 @@ class Session(AbstractContextManager):
         self.report = FiringReport()
         self.recorders: list[Recorder] = []
         self._shapes = shapes if shapes is not None else {}
-        self._memory = Memory(memory_limit)
+        self._memory = memory_limit if isinstance(memory_limit, Memory) else Memory(memory_limit)
         self._runs: dict[str, SiteRun] = {}
         self._stack: ExitStack | None = None
         tracker = _tracker(subject, prompt_length)

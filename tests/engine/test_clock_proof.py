@@ -167,3 +167,45 @@ def test_values_are_compared_once_for_each_tensor(monkeypatch: pytest.MonkeyPatc
             call("sd", pipe, num_inference_steps=steps)
         counts.append(sum(pair[0].dim() == 3 for pair in compared))
     assert counts[0] == counts[1] > 0
+
+
+class Separate(diffusers.StableDiffusionPipeline):
+    """A loop of its own, which calls its UNet once per branch; `order` says with what."""
+
+    order = ("cond", "uncond")
+
+    @torch.no_grad()
+    def __call__(self, prompt: Any, generator: Any = None, **_: Any) -> tuple[torch.Tensor]:
+        negative = "a dog" if isinstance(prompt, str) else ["a dog"] * len(prompt)
+        cond, uncond = self.encode_prompt(prompt, "cpu", 1, True, negative)
+        self.scheduler.set_timesteps(3)
+        texts = {"cond": cond, "uncond": uncond, "copy": cond.clone(), "other": cond * 1.5}
+        x = torch.randn(len(cond), 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        for t in self.scheduler.timesteps:
+            for each in self.order:
+                guess = self.unet(x, t, encoder_hidden_states=texts[each]).sample
+            x = self.scheduler.step(guess, t, x).prev_sample
+        return (x,)
+
+
+@pytest.mark.parametrize(
+    ("order", "known"),
+    [
+        (("cond", "uncond"), [COND, UNCOND]),
+        (("uncond", "copy"), [UNCOND, COND]),
+        (("cond", "copy"), [COND, "twice with the prompt embeddings of cond"]),
+        (("cond", "other"), [COND, "how Separate lays out its guidance passes is not known"]),
+    ],
+)
+def test_calls_of_an_unknown_loop_are_told_by_their_embeddings(order: Any, known: Any) -> None:
+    pipe = Separate(**tiny.pipeline("sd").components, requires_safety_checker=False)
+    pipe.order = order
+    for prompts in ("a cat", ["a cat", "a red cat"]):
+        with Clock(pipe) as clock, Log(clock) as log:
+            pipe(prompts)
+        assert len(log.said) == 6
+        for said, expected in zip(log.said, known * 3, strict=True):
+            if isinstance(expected, str):
+                assert expected in str(said)
+            else:
+                assert said.branches == expected
