@@ -76,11 +76,11 @@ class Heard:
         owners = self.owners(given)
         if len(names) == len(owners) == 1 and {*names} | owners == {"cond", "uncond"}:
             return _contradicts(*names, *owners)
-        chunks = _chunks(given, len(names))
-        if chunks is None:
-            return None
         mark = _mark(given)
         if mark is not None and any(names == own and mark == at for own, at, _ in self._agreed):
+            return None
+        chunks = _chunks(given, len(names))
+        if chunks is None:
             return None
         first = self._first.setdefault(whose, {})
         for pair in (*self._whole(), *([first] if {"cond", "uncond"} <= first.keys() else [])):

@@ -30,7 +30,7 @@ class Source:
 
     name: str
     read: Callable[[], Any]
-    write: Callable[[Any], None]
+    write: Callable[[Any], Any]
     seed: Callable[[int], Any]
     own: Any = None  # of a private one, the generator
 

@@ -151,11 +151,11 @@ def _belongs_to_rows(pipe: Any, name: str, value: Any, total: int) -> bool:
     if per_row is None:
         if not _may_hold_rows(value, total):
             return False
+        own = own_class(pipe).__name__
         raise InvalidInput(
-            f"{name}: has length {entries} in a run of {total} rows, and whether "
-            f"{own_class(pipe).__name__} takes one for each row or all of them for every row is "
-            "not known, so it cannot be split over batches; leave batch_size out, or run one row at a "
-            "time with its own"
+            f"{name}: has length {entries} in a run of {total} rows, and whether {own} takes one "
+            "for each row or all of them for every row is not known, so it cannot be split over "
+            "batches; leave batch_size out, or run one row at a time with its own"
         )
     if entries not in (1, total):
         raise InvalidInput(f"{name}: has {entries} entries, the run has {total} rows")

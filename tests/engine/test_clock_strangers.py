@@ -145,3 +145,13 @@ def test_a_known_loop_whose_halves_are_swapped_is_noticed() -> None:
     assert swapped
     assert all(isinstance(each, ClockUnknown) for each in said)
     assert "should be uncond holds the prompt embeddings of cond" in str(said[0])
+
+
+def test_a_pipeline_that_does_not_state_where_its_text_begins_has_no_words() -> None:
+    module = object.__new__(diffusers.QwenImageTransformer2DModel)
+    nn.Module.__init__(module)
+    pipe = SimpleNamespace(transformer=module, text_encoder=object())
+    with pytest.raises(ClockUnknown, match="has no prompt_template_encode_start_idx"):
+        text_sources(pipe, None)
+    pipe.prompt_template_encode_start_idx = 34
+    assert text_sources(pipe, None) == [(("text_encoder",), -34, True)]

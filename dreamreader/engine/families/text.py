@@ -46,7 +46,7 @@ def _side_by_side(pipe: Any) -> list[Source]:
 
 def _clip_then_t5(pipe: Any) -> list[Source]:
     """Stable Diffusion 3 puts the tokens of its CLIP encoders first, those of T5 behind them."""
-    clip = int(getattr(pipe, "tokenizer_max_length", 77))
+    clip = _stated(pipe, "tokenizer_max_length")
     return [*_side_by_side(pipe), (_present(pipe, "text_encoder_3"), clip, False)]
 
 
@@ -55,7 +55,17 @@ def _second(pipe: Any) -> list[Source]:
 
 
 def _after_template(pipe: Any) -> list[Source]:
-    return [(("text_encoder",), -int(getattr(pipe, "prompt_template_encode_start_idx", 0)), True)]
+    return [(("text_encoder",), -_stated(pipe, "prompt_template_encode_start_idx"), True)]
+
+
+def _stated(pipe: Any, name: str) -> int:
+    number = getattr(pipe, name, None)
+    if not isinstance(number, int):
+        raise ClockUnknown(
+            f"{own_class(pipe).__name__} has no {name}, which says where the words of the prompt "
+            "are among the text tokens of its denoiser: give token numbers"
+        )
+    return number
 
 
 def _cut(pipe: Any) -> list[Source]:
