@@ -150,12 +150,26 @@ class Shared:
         """Rows that the caller's own call has; None where its arguments do not say."""
         return self.tracker.rows
 
-    def words_for(self, now: Now, site: Site, branches: tuple[str, ...], rows: int, beams: int = 1):
-        """A function that finds the token numbers of a word for every batch entry."""
+    def words_for(
+        self,
+        now: Now,
+        site: Site,
+        branches: tuple[str, ...],
+        rows: int,
+        beams: int = 1,
+        asked: tuple[str, ...] | None = None,
+    ):
+        """A function that finds the token numbers of a word for every batch entry.
+
+        Branches that are not asked for have none.
+        """
 
         def find_word(word: str) -> list[list[int]]:
             found: list[list[int]] = []
             for branch in branches:
+                if asked is not None and branch not in asked:
+                    found += [[]] * rows * beams
+                    continue
                 for places in self._word(word, now, site, branch, rows):
                     found += [places] * beams
             return found

@@ -351,7 +351,9 @@ class _Places:
         entries = row_mask(request, place)
         words = None
         if isinstance(request.tokens, str | tuple):
-            words = self.shared.words_for(self.now, self.site, self.branches, rows, self.beams)
+            words = self.shared.words_for(
+                self.now, self.site, self.branches, rows, self.beams, request.branches
+            )
         tokens = select(request.tokens, self.tokens, words)
         selected = torch.ones(1, 1) if tokens is None else torch.atleast_2d(tokens)
         if entries is not None:

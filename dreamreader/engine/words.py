@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from dreamreader.engine.tracker import Tracker
 
 
+_NEGATIVE = ("negative_prompt_embeds", "negative_prompt_embeds_2", "negative_prompt_embeds_clip")
+
+
 class Words:
     """Finds words in what the text encoders, or a language model, were given.
 
@@ -75,9 +78,15 @@ class Words:
                 raise InvalidInput(_describe_apart(site, word, found))
             for row, own in enumerate(hits):
                 places[row] += [at + offset for at in own if at + offset >= 0]
-        if not known and branch != "uncond":
+        if not known and (branch != "uncond" or self._is_given_negative()):
             raise ClockUnknown(f"{site}: the tokens of the prompt ({branch}) are not known here")
         return places if known else None
+
+    def _is_given_negative(self) -> bool:
+        """Whether the caller embedded the negative prompt himself, so that it has unknown words."""
+        clock = getattr(self.tracker, "clock", None)
+        given = {} if clock is None else clock.arguments
+        return any(given.get(name) is not None for name in _NEGATIVE)
 
     def _in(
         self,

@@ -96,3 +96,26 @@ def test_a_template_in_front_of_the_prompt_moves_its_words() -> None:
     with pytest.raises(ClockUnknown, match="not known"):
         record = dr.Record(site, tokens="circle")
         dr.Reader(pipe).run("a large blue circle", record=record, seeds=0, **arguments)
+
+
+def test_words_of_a_negative_prompt_that_the_caller_embedded_are_not_known() -> None:
+    pipe = tiny.pipeline("sd")
+    with torch.no_grad():
+        _, negative = pipe.encode_prompt("a cat", "cpu", 1, True, "a red bird")
+    site = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    given = {"negative_prompt_embeds": negative, "negative_prompt": None, "seeds": 0}
+    settings = {**_settings("sd"), **given}
+    cond = dr.Record(site, tokens="red", branch="cond")
+    assert dr.Reader(pipe).run("a red bird", record=cond, **settings).cache[site].shape[-2] == 1
+    push = dr.Steer(site, torch.ones(32), alpha=1.0, tokens="red")
+    with pytest.raises(ClockUnknown, match="tokens of the prompt .uncond. are not known"):
+        dr.Reader(pipe).run("a red bird", edits=push, **settings)
+
+
+def test_a_word_of_the_negative_prompt_alone() -> None:
+    site = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    record = dr.Record(site, tokens="red", branch="uncond")
+    settings = {**_settings("sd"), "negative_prompt": "a red bird", "seeds": 0}
+    found = dr.Reader(tiny.pipeline("sd")).run("a dog", record=record, **settings).cache[site]
+    whole = dr.Reader(tiny.pipeline("sd")).run("a dog", record=site, **settings).cache[site]
+    assert torch.equal(found.tensor, whole.select(branch="uncond").tensor[..., 2:3, :])
