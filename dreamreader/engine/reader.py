@@ -139,9 +139,11 @@ class Reader:
         Args:
             prompts, seeds: one or one for each row; see `plan_rows`. Every row draws from its own
                 generator, so its result does not depend on the batch around it. Where a scheduler
-                or module draws from the global generators instead, rows run one by one, and a note
-                says so; the global generators are left as they were. A list of chat messages,
-                `{"role": ..., "content": ...}`, is one prompt of a language model.
+                or module draws from the global generators instead, or from one that it keeps, rows
+                run one by one, and a note says so; these generators are left as they were. What
+                cannot be seen, and so does not follow the seed, is a generator that a function
+                makes for itself at every call, and `numpy.random.seed()` within a run. A list of
+                chat messages, `{"role": ..., "content": ...}`, is one prompt of a language model.
             edits: applied in this order.
             record: site strings, `Record`s, `Watch`es or `Stream`s. A recording sees the values
                 after the edits.
