@@ -1,6 +1,5 @@
 """Running a language model on rows of prompts."""
 
-import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -13,15 +12,16 @@ from dreamreader.engine.decoding import Decoding, check, planned, told_clearly
 from dreamreader.engine.firing import FiringReport
 from dreamreader.engine.padding import decoder_start, position_arguments
 from dreamreader.engine.prompts import padded, tokenize
+from dreamreader.engine.recorder import Memory
 from dreamreader.engine.request import EditRequest, Record, Stream, Watch
 from dreamreader.engine.rows import Plan
+from dreamreader.engine.seeds import DRAWING
 from dreamreader.engine.subject import is_encoder_decoder
 from dreamreader.errors import InvalidInput
 
 if TYPE_CHECKING:
     from dreamreader.engine.reader import Reader, RunResult
 
-_DRAWING = threading.RLock()
 _DECODER = ("decoder_input_ids", "decoder_attention_mask")  # one entry for each row
 FORWARD = frozenset({"logits_to_keep", "add_special_tokens", *_DECODER})  # all else is for generate
 
@@ -64,11 +64,12 @@ def run_language(
     length = None if is_encoder_decoder(model) else inputs["input_ids"].shape[1]
     outputs: list[Any] = []
     found, report = [], FiringReport(notes=notes)
+    memory = Memory(memory_limit)  # of all batches together
     for start in range(0, len(plan), size):
         stop = min(start + size, len(plan))
         part = {name: value[start:stop] for name, value in inputs.items()}
-        session = reader._session(edits, records, plan, start, stop, memory_limit, length)
-        own = _DRAWING if draws else nullcontext()  # the global generator serves one run at a time
+        session = reader._session(edits, records, plan, start, stop, memory, length)
+        own = DRAWING if draws else nullcontext()  # the global generator serves one run at a time
         with own, session, torch.no_grad(), torch.random.fork_rng(enabled=draws):
             if draws:
                 torch.manual_seed(plan.seeds[start])

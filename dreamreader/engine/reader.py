@@ -14,6 +14,7 @@ from dreamreader.engine.cache import Activation, Cache, Row
 from dreamreader.engine.firing import FiringReport
 from dreamreader.engine.place import RowSet
 from dreamreader.engine.recorded import joined
+from dreamreader.engine.recorder import Memory
 from dreamreader.engine.request import EditRequest, Record, Stream, Watch
 from dreamreader.engine.rows import Plan, plan_rows, seeds_of
 from dreamreader.engine.session import Session
@@ -138,15 +139,17 @@ class Reader:
         Args:
             prompts, seeds: one or one for each row; see `plan_rows`. Every row draws from its own
                 generator, so its result does not depend on the batch around it. Where a scheduler
-                or module draws from the global generators instead, rows run one by one, and a note
-                says so; the global generators are left as they were. A list of chat messages,
-                `{"role": ..., "content": ...}`, is one prompt of a language model.
+                or module draws from the global generators instead, or from one that it keeps, rows
+                run one by one, and a note says so; these generators are left as they were. What
+                cannot be seen, and so does not follow the seed, is a generator that a function
+                makes for itself at every call, and `numpy.random.seed()` within a run. A list of
+                chat messages, `{"role": ..., "content": ...}`, is one prompt of a language model.
             edits: applied in this order.
             record: site strings, `Record`s, `Watch`es or `Stream`s. A recording sees the values
                 after the edits.
             batch_size: rows computed together; all by default. An argument of which it is not
                 known whether it has one entry for each row is refused where it would be split.
-            memory_limit: bytes that recordings may hold.
+            memory_limit: bytes that the recordings of all batches may hold together.
             arguments: passed on to the pipeline, or to the model's `generate` where it is a
                 language model (its plain forward where none but `logits_to_keep` are given; an
                 encoder-decoder then gets its start token, or `decoder_input_ids`). For a language
@@ -290,7 +293,7 @@ class Reader:
         plan: Plan,
         start: int,
         stop: int,
-        memory_limit: int | None,
+        memory_limit: int | Memory | None,
         prompt_length: int | None = None,
     ) -> Session:
         return Session(

@@ -62,6 +62,9 @@ class Memory:
     """Bytes that the recordings of one session hold, and how many they may."""
 
     def __init__(self, limit: int | None):
+        number = isinstance(limit, int | float) and not isinstance(limit, bool)
+        if limit is not None and not (number and limit >= 0):
+            raise InvalidInput(f"memory_limit is a number of bytes, got {limit!r}")
         self.limit = _available() if limit is None else limit
         self.held = 0
 

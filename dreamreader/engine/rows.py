@@ -6,7 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
+from torch import Tensor
+
 from dreamreader.engine.cache import Row
+from dreamreader.engine.clock_run import own_class
 from dreamreader.engine.families.per_row import PICTURES, has_several_networks, meaning
 from dreamreader.engine.request import EditRequest
 from dreamreader.errors import InvalidInput, check_text
@@ -131,25 +135,55 @@ def split(pipe: Any, arguments: Mapping[str, Any], start: int, stop: int, total:
     return found
 
 
-def _belongs_to_rows(pipe: Any, name: str, value: Any, total: int) -> bool:
-    own = getattr(type(pipe), "_dreamreader_own_class", type(pipe))
-    entries = _entries(value)
-    per_row = meaning(own, name)
-    if per_row is False or entries is None:
-        return False
+def repeated(pipe: Any, arguments: Mapping[str, Any], total: int) -> dict[str, Any]:
+    """Arguments with one entry for each row, also where one was given for all of them.
+
+    Raises:
+        InvalidInput: latents or embeddings have neither 1 entry nor one for each row.
+    """
+    found = dict(arguments)
+    for name, value in arguments.items():
+        entries = _entries(value)
+        if entries is None or not _is_per_row(pipe, name, value):
+            continue
+        if entries not in (1, total) and name not in PICTURES:  # of which pipelines repeat several
+            raise InvalidInput(f"{name}: has {entries} entries, the run has {total} rows")
+        if entries == 1 < total:
+            if isinstance(value, list | tuple):
+                found[name] = list(value) * total
+            elif isinstance(value, Tensor):
+                found[name] = value.expand(total, *value.shape[1:]).clone()
+            elif isinstance(value, numpy.ndarray):
+                found[name] = value.repeat(total, axis=0)
+    return found
+
+
+def _is_per_row(pipe: Any, name: str, value: Any) -> bool | None:
+    """Whether an argument has one entry for each row, or one for all; None: not known."""
+    per_row = meaning(own_class(pipe), name)
+    if not per_row:
+        return per_row
     depth = 5 if "video" in name else 4  # dimensions of a batch of pictures, of videos
-    if per_row and name in PICTURES:
+    if name in PICTURES:
         if _is_one(name, value, depth):
             return False
         if has_several_networks(pipe) or _is_ambiguous(value, depth):
-            per_row = None
+            return None
+    return True
+
+
+def _belongs_to_rows(pipe: Any, name: str, value: Any, total: int) -> bool:
+    entries, per_row = _entries(value), _is_per_row(pipe, name, value)
+    if per_row is False or entries is None:
+        return False
     if per_row is None:
         if not _may_hold_rows(value, total):
             return False
+        own = own_class(pipe).__name__
         raise InvalidInput(
-            f"{name}: has length {entries} in a run of {total} rows, and whether {own.__name__} "
-            "takes one for each row or all of them for every row is not known, so it cannot be "
-            "split over batches; leave batch_size out, or run one row at a time with its own"
+            f"{name}: has length {entries} in a run of {total} rows, and whether {own} takes one "
+            "for each row or all of them for every row is not known, so it cannot be split over "
+            "batches; leave batch_size out, or run one row at a time with its own"
         )
     if entries not in (1, total):
         raise InvalidInput(f"{name}: has {entries} entries, the run has {total} rows")

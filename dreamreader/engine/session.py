@@ -224,7 +224,8 @@ class Session(AbstractContextManager):
         rowset: the rows of the run, where a plan exists.
         prompts, seeds: of these rows.
         prompt_length: tokens of a language model's padded prompt.
-        memory_limit: bytes that recordings may hold; most of the free memory by default.
+        memory_limit: bytes that recordings may hold; most of the free memory by default. A `Memory`
+            goes on with what earlier sessions hold.
         shapes: gets the shapes that sites had.
         require: whether an edit or recording that never fires is an error at the end.
     """
@@ -239,7 +240,7 @@ class Session(AbstractContextManager):
         prompts: Sequence[str] | None = None,
         seeds: Sequence[int] | None = None,
         prompt_length: int | None = None,
-        memory_limit: int | None = None,
+        memory_limit: int | Memory | None = None,
         shapes: dict[str, tuple[int, ...]] | None = None,
         tokenizer: Any = None,
     ):
@@ -249,10 +250,7 @@ class Session(AbstractContextManager):
         self.report = FiringReport()
         self.recorders: list[Recorder] = []
         self._shapes = shapes if shapes is not None else {}
-        number = isinstance(memory_limit, int | float) and not isinstance(memory_limit, bool)
-        if memory_limit is not None and not (number and memory_limit >= 0):
-            raise InvalidInput(f"memory_limit is a number of bytes, got {memory_limit!r}")
-        self._memory = Memory(memory_limit)
+        self._memory = memory_limit if isinstance(memory_limit, Memory) else Memory(memory_limit)
         self._runs: dict[str, SiteRun] = {}
         self._stack: ExitStack | None = None
         tracker = _tracker(subject, prompt_length)
