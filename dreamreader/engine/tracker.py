@@ -151,7 +151,7 @@ class PipelineTracker(AbstractContextManager):
             self._outer.append(self.now)
             self.now = now_of(args, kwargs)
 
-        def ended() -> None:
+        def ended(output: Any) -> None:
             self.now = self._outer.pop() if self._outer else None
 
         return _watched(module, began, ended)
@@ -256,7 +256,7 @@ class ModuleTracker(WithoutSchedule):
         self.runs += 1
         self.now = self.outside(type(self.module).__name__)
 
-    def _ended(self) -> None:
+    def _ended(self, output: Any) -> None:
         self.now = None
 
 
@@ -271,7 +271,7 @@ def _watched(module: nn.Module, began, ended) -> Iterator[None]:
     first = module.register_forward_pre_hook(
         lambda _, args, kwargs: began(args, kwargs), with_kwargs=True
     )
-    last = module.register_forward_hook(lambda *_: ended(), always_call=True)
+    last = module.register_forward_hook(lambda _, __, output: ended(output), always_call=True)
 
     def keep_last(*_: object) -> None:
         # The subject's own outputs are a site too: `ended` has to run after every hook on them.
