@@ -1,7 +1,9 @@
 """What the arguments of a call say of its tokens: which they are, and which are padding."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,11 +36,28 @@ def sequence_of(module: nn.Module, arguments: Mapping[str, Any]) -> Tensor | Non
 
 
 def _labels(module: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
-    """Labels that a decoder reads, shifted by one; those of a classifier are none."""
+    """Labels that the decoder reads, shifted by one; those of a classifier are none."""
     labels = tokens_of(arguments, ("labels",))
-    if labels is None or labels.is_floating_point() or not hasattr(module, "generate"):
+    if labels is None or labels.is_floating_point() or not _shifts_labels(type(module)):
         return None
     return labels
+
+
+@lru_cache(maxsize=256)
+def _shifts_labels(kind: type[nn.Module]) -> bool:
+    """Whether a forward makes the decoder's inputs of labels; some make them of the encoder's."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return hasattr(kind, "generate") and any(
+        "shift" in each for each in getattr(code, "co_names", ())
+    )
+
+
+def makes_decoder_inputs(module: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    """Whether an encoder-decoder has to make its decoder's inputs itself, and some are padding."""
+    if not is_encoder_decoder(module):
+        return False
+    mask, given = arguments.get("attention_mask"), tokens_of(arguments, OF_ENCODER)
+    return given is not None and real_tokens(mask, *given.shape[:1], 0, given.shape[1]) is not None
 
 
 def source_of(arguments: Mapping[str, Any]) -> Tensor | None:

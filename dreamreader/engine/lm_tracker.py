@@ -14,6 +14,7 @@ from dreamreader.engine.call_tokens import (
     kept_of,
     layout_after,
     layout_behind,
+    makes_decoder_inputs,
     real_of,
     sequence_of,
     source_of,
@@ -183,11 +184,13 @@ class LanguageTracker(WithoutSchedule):
         given = sequence_of(module, arguments)
         inside = around is not None and not around.is_strange
         if given is None:
+            which = "decoder_input_ids" if is_encoder_decoder(module) else "input_ids"
             why = (
-                f"{type(module).__name__} was called without input_ids or inputs_embeds: its "
-                "tokens are none of the prompt's"
+                f"{type(module).__name__} was called without {which} or embeddings: its tokens "
+                "are none of the prompt's"
             )
-            return _Frame(self._unknown(why), is_strange=not inside)
+            strange = not inside and not makes_decoder_inputs(module, arguments)
+            return _Frame(self._unknown(why), is_strange=strange)
         if around is not None and inside:
             return _Frame(self._within(module, arguments, around.now, *given.shape[:2]))
         if self._generations or _adds_tokens(self._outermost):
@@ -386,7 +389,7 @@ class LanguageTracker(WithoutSchedule):
         states = self._encoded[0][0] if getattr(tokens, "encoder", None) is not None else None
         return Now(
             component,
-            "language",
+            "text" if component == _ENCODER else "language",
             self._run,
             instant,
             _COND,
