@@ -57,7 +57,7 @@ def makes_decoder_inputs(module: nn.Module, arguments: Mapping[str, Any]) -> boo
     if not is_encoder_decoder(module):
         return False
     mask, given = arguments.get("attention_mask"), tokens_of(arguments, OF_ENCODER)
-    return given is not None and real_tokens(mask, *given.shape[:1], 0, given.shape[1]) is not None
+    return given is not None and real_tokens(mask, len(given), 0, given.shape[1]) is not None
 
 
 def source_of(arguments: Mapping[str, Any]) -> Tensor | None:

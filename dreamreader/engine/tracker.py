@@ -163,8 +163,10 @@ class PipelineTracker(AbstractContextManager):
 
         def now_of(args: tuple, kwargs: dict[str, Any]) -> Now:
             arguments = parameters.bind(args, kwargs)
-            sample = next((each for each in arguments.values() if isinstance(each, Tensor)), None)
-            batch = sample.shape[0] if sample is not None else None
+            tensors = [each for each in arguments.values() if isinstance(each, Tensor)]
+            given = next((each for each in tensors if each.dim() > 1), None)  # no timesteps
+            given = next((each for each in tensors if each.dim()), None) if given is None else given
+            batch = given.shape[0] if given is not None else None
             aside = self.clock.aside()
             if aside is not None:
                 return self._aside(name, aside, batch)
