@@ -104,15 +104,23 @@ def _grows(
         return False
     if old.dtype != whole.dtype or old.device != whole.device:
         return False
-    befores, nows = _real(earlier.layout, old), _real(layout, whole)
-    more = {int(now.sum()) - int(before.sum()) for before, now in zip(befores, nows, strict=True)}
+    more = {
+        now - was
+        for was, now in zip(_counts(earlier.layout, old), _counts(layout, whole), strict=True)
+    }
     if 1 not in more or more - {0, 1} or not _same(earlier.source, source):
         return False
-    for row, (before, now) in enumerate(zip(befores, nows, strict=True)):
+    for row, (before, now) in enumerate(
+        zip(_real(earlier.layout, old), _real(layout, whole), strict=True)
+    ):
         was, came = old[row][before.to(old.device)], whole[row][now.to(whole.device)]
         if not torch.equal(was, came[: len(was)]):
             return False
     return True
+
+
+def _counts(layout: TokenLayout | ClockUnknown, tokens: Tensor) -> tuple[int, ...]:
+    return ends(layout) if isinstance(layout, TokenLayout) else (tokens.shape[1],) * len(tokens)
 
 
 def _real(layout: TokenLayout | ClockUnknown, tokens: Tensor) -> Tensor:
