@@ -27,12 +27,12 @@ class Decoding:
     Args:
         draws: tokens are drawn, so that every row needs its own seed.
         alone: why rows go through the model one by one; None: together.
-        pad: the token behind a text that ended.
+        pad: the token behind a text that ended; None where no config says it.
     """
 
     draws: bool
     alone: str | None
-    pad: int
+    pad: int | None
 
 
 def planned(model: Any, arguments: dict[str, Any], rows: int) -> Decoding:
@@ -48,7 +48,7 @@ def planned(model: Any, arguments: dict[str, Any], rows: int) -> Decoding:
     given = {k: v for k, v in arguments.items() if k not in ("generation_config", "streamer")}
     inner: Any = innermost(model)
     if not hasattr(inner, "_prepare_generation_config"):  # another library's generate
-        return Decoding(True, "tokens may be drawn from each row's seed", 0)
+        return Decoding(True, "tokens may be drawn from each row's seed", None)
     own = getattr(model, "generation_config", None)
     if own is not None and own is not inner.generation_config:  # that of PEFT's wrapper is used
         inner.generation_config = own
@@ -66,8 +66,8 @@ def planned(model: Any, arguments: dict[str, Any], rows: int) -> Decoding:
         )
     ends = config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    pads = (config.pad_token_id, *ends, 0)
-    pad = next(int(each) for each in pads if each is not None)
+    pads = (config.pad_token_id, *ends)
+    pad = next((int(each) for each in pads if each is not None), None)
     return Decoding(draws, why, pad)
 
 

@@ -15,8 +15,8 @@ from dreamreader.engine.prompts import padded, tokenize
 from dreamreader.engine.recorder import Memory
 from dreamreader.engine.request import EditRequest, Record, Stream, Watch
 from dreamreader.engine.rows import Plan
-from dreamreader.engine.seeds import DRAWING
 from dreamreader.engine.subject import is_encoder_decoder
+from dreamreader.engine.threads import GENERATORS
 from dreamreader.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def run_language(
         stop = min(start + size, len(plan))
         part = {name: value[start:stop] for name, value in inputs.items()}
         session = reader._session(edits, records, plan, start, stop, memory, length)
-        own = DRAWING if draws else nullcontext()  # the global generator serves one run at a time
+        own = GENERATORS if draws else nullcontext()  # the global one serves one run at a time
         with own, session, torch.no_grad(), torch.random.fork_rng(enabled=draws):
             if draws:
                 torch.manual_seed(plan.seeds[start])
@@ -110,8 +110,15 @@ def _together(
     if len(outputs) == 1:
         return first, text
     longest = max(each.shape[1] for each in tokens)
-    filled = [
-        torch.nn.functional.pad(each, (0, longest - each.shape[1]), value=decoding.pad)
-        for each in tokens
-    ]
-    return torch.cat(filled), text
+    if any(each.shape[1] < longest for each in tokens):
+        pad = tokenizer.pad_token_id if decoding.pad is None else decoding.pad
+        if pad is None:
+            raise InvalidInput(
+                "the rows wrote texts of different length, and nothing says which token fills the "
+                "shorter ones: set tokenizer.pad_token, or run them apart"
+            )
+        tokens = [
+            torch.nn.functional.pad(each, (0, longest - each.shape[1]), value=pad)
+            for each in tokens
+        ]
+    return torch.cat(tokens), text

@@ -17,7 +17,8 @@ from dreamreader.engine.recorder import Memory
 from dreamreader.engine.refusal import refusals
 from dreamreader.engine.request import EditRequest, Record, Stream, Watch
 from dreamreader.engine.rows import Plan, repeated, split
-from dreamreader.engine.seeds import DRAWING, GlobalDraw, seeded, watched
+from dreamreader.engine.seeds import GlobalDraw, seeded, watched
+from dreamreader.engine.threads import GENERATORS
 from dreamreader.errors import InvalidInput, UnknownName
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def run_pipeline(
         session = reader._session(edits, records, plan, start, stop, memory)
         own = split(pipe, arguments, start, stop, rows)
         try:
-            with DRAWING, _randomness(pipe, plan.seeds[start:stop]) as notes, session:
+            with GENERATORS, _randomness(pipe, plan.seeds[start:stop]) as notes, session:
                 output = _call(pipe, plan, start, stop, own)
         except GlobalDraw as draw:
             _check_again(draw, pipe, edits, records, arguments, rows)

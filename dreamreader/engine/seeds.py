@@ -7,7 +7,6 @@ one. What draws from the system's entropy is refused where that can be noticed.
 """
 
 import hashlib
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,9 +17,6 @@ from torch import nn
 from dreamreader.engine.clock_run import listen_to_calls
 from dreamreader.engine.generators import Source, global_others, global_torch, private, same
 from dreamreader.errors import InvalidInput
-
-DRAWING = threading.RLock()
-"""Held by a run that seeds or watches the global generators: they serve one run at a time."""
 
 _SMALL = 2**32  # seeds that people write; those of the system's entropy have 53 bits
 

@@ -164,6 +164,29 @@ def test_wrappers_do_not_hide_positions(wrap: Any) -> None:
     agrees(Reader(wrap(model), tokenizer))
 
 
+class AtOnce:
+    """Ends a text whose prompt begins with a token."""
+
+    def __init__(self, first: int):
+        self.first = first
+
+    def __call__(self, ids: Any, scores: Any, **more: Any) -> Any:
+        return ids[:, 0] == self.first
+
+
+def test_what_fills_shorter_texts_is_known_or_asked_for(reader: Reader) -> None:
+    ids = reader.tokenizer(["a red dog", "b red dog"]).input_ids
+    assert len(ids[0]) == len(ids[1])
+    for config in (reader.subject.config, reader.subject.generation_config):
+        config.pad_token_id = config.eos_token_id = None
+    kw = {"max_new_tokens": 3, "batch_size": 1, "stopping_criteria": [AtOnce(ids[0][0])]}
+    run = reader.run(["a red dog", "b red dog"], do_sample=False, **kw)
+    assert run.output[0, -2:].tolist() == [reader.tokenizer.pad_token_id] * 2
+    reader.tokenizer.pad_token = None
+    with pytest.raises(InvalidInput, match="nothing says which token fills the shorter ones"):
+        reader.run(["a red dog", "b red dog"], do_sample=False, **kw)
+
+
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 FAMILIES: dict[str, dict[str, Any]] = {
     "OPT": {**SMALL, "ffn_dim": 64, "max_position_embeddings": 64, "word_embed_proj_dim": 32},

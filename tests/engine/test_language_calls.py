@@ -29,7 +29,7 @@ def marks(reader: dr.Reader, site: str, call: Callable[[], Any], **selection: An
     module = reader._subject.modules()[site]
 
     def tensor(output: Any) -> Tensor:
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple | list) else output
 
     plain: list[Tensor] = []
     handle = module.register_forward_hook(lambda _, __, output: plain.append(tensor(output)))
