@@ -13,7 +13,7 @@ from dreamreader.engine.clock_schedule import Instant
 from dreamreader.engine.generation import Generation, listen_to_generate, names_of
 from dreamreader.engine.now import Now
 from dreamreader.engine.subject import Subject, innermost
-from dreamreader.engine.token_layout import TokenLayout, real_tokens
+from dreamreader.engine.token_layout import RowsUnknown, TokenLayout, real_tokens
 from dreamreader.engine.tracker import WithoutSchedule, _watched
 from dreamreader.errors import ClockUnknown
 
@@ -136,7 +136,7 @@ class LanguageTracker(WithoutSchedule):
             return self._of_encoder(module, arguments, around)
         given = _sequence(arguments, _is_encoder_decoder(module))
         if given is None:
-            return self._unknown(
+            return self._apart(
                 f"{type(module).__name__} was called without input_ids or inputs_embeds: its "
                 "tokens are none of the prompt's"
             )
@@ -144,7 +144,7 @@ class LanguageTracker(WithoutSchedule):
         if around is not None and isinstance(tokens := around.tokens, TokenLayout):
             if (tokens.rows, tokens.length) == (rows, length):
                 return self._inside(around, arguments)
-            return self._unknown(
+            return self._apart(
                 f"{type(module).__name__} works on {rows} rows of {length} tokens inside a call "
                 "with others: which token each is is unknown"
             )
@@ -310,7 +310,7 @@ class LanguageTracker(WithoutSchedule):
         inside: TokenLayout | ClockUnknown = tokens
         if tokens.kept is not None or encoder is not tokens.encoder:
             inside = _beside(replace(tokens, kept=None), encoder)
-        return self._now(around.instant, inside, tokens.rows)
+        return self._now(around.instant, inside, tokens.rows, around.component)
 
     def _encoder(self, arguments: Mapping[str, Any]) -> TokenLayout | ClockUnknown | None:
         """Tokens of the encoder's states that a decoder is given; None where it attends to none."""
@@ -334,6 +334,14 @@ class LanguageTracker(WithoutSchedule):
     def _unknown(self, why: str, rows: int | None = None) -> Now:
         error = ClockUnknown(why)
         return self._now(error, error, rows)
+
+    def _apart(self, why: str) -> Now:
+        """A model within a call, or within generate, that does not work on its rows."""
+        around = self.now
+        if around is None and not self._generations:
+            return self._unknown(why)  # the caller's own batch
+        rows = around.batch if around is not None else self._generations[0].rows
+        return self._now(ClockUnknown(why), RowsUnknown(why, rows), None)
 
     def _now(self, instant: Any, tokens: Any, rows: int | None, component: str = "") -> Now:
         states = self._encoded[0][0] if getattr(tokens, "encoder", None) is not None else None

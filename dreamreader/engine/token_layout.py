@@ -15,6 +15,18 @@ from torch import Tensor
 from dreamreader.errors import ClockUnknown
 
 
+class RowsUnknown(ClockUnknown):
+    """Not even which entries are which row is known.
+
+    Attributes:
+        rows: of the call; None where this is unknown too.
+    """
+
+    def __init__(self, why: str, rows: int | None = None):
+        super().__init__(why)
+        self.rows = rows
+
+
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
     """The tokens of one call of a language model.
@@ -87,7 +99,7 @@ class TokenLayout:
 
         Args:
             tokens: None where the values have no dimension of tokens.
-            reads_encoder: whether the module works on the encoder's states; None where its lengths
+            reads_encoder: whether the module works on the encoder's states; None where the lengths
                 have to tell.
         """
         if tokens is None:
@@ -111,9 +123,10 @@ class TokenLayout:
                 return TokenMap(self.kept, shared=shared)
             if tokens == self.length:
                 return TokenMap(shared=shared)
-        return ClockUnknown(
+        return RowsUnknown(
             f"{site}: has {batch} entries of {tokens} tokens in a call with {self.rows} rows of "
-            f"{self.length} tokens, so which token each belongs to is unknown"
+            f"{self.length} tokens, so which token each belongs to is unknown",
+            self.rows,
         )
 
     def of_beams(self, beams: int) -> "TokenLayout":
