@@ -142,19 +142,20 @@ def axes_of(
     root = _of_root(module, shape)
     if root is not None:
         return root
+    if len(shape) == 4 and known and _own_side(module, shape) != "first":
+        holders = [module, *around]
+        if heads := _heads(holders) or _declared_heads(holders):
+            return _split(shape, heads, known, turned)
     side = _output_side(module, shape) or _nearest_side(module, around, shape)
     if side == "first":
         return ("rows", "features", *_SPREAD[len(shape)])
     if side != "last":
         return None
     if len(shape) == 4:
-        heads = _heads([module, *around]) or (
-            _declared_heads([module, *around]) if known else set()
-        )
-        if heads:
-            return _split(shape, heads, known, turned)
         if known:  # outside of attention
             return _of_streams(shape, known, rows)
+        if heads := _heads([module, *around]):
+            return _split(shape, heads, known, turned)
     return ("rows", *_SPREAD[len(shape)], "features")
 
 
@@ -188,12 +189,12 @@ def _of_three(
     tokens_first = _tokens_first(holders)
     if tokens_first:
         return ("tokens", "rows", "features")
-    side = _own_side(module, shape)
-    if side is None and (shape[1] in lengths) != (shape[2] in lengths):
+    side, turns = _own_side(module, shape), _has_convolutions(holders)
+    if side is None and turns and (shape[1] in lengths) != (shape[2] in lengths):
         side = "first" if shape[2] in lengths else "last"
     if side is None:
         side = _output_side(module, shape) or _nearest_side(module, around, shape)
-    if side is None and _has_convolutions(holders):
+    if side is None and turns:
         if not lengths or next(module.children(), None) is None or not _is_rows_first(holders):
             return None
     if side == "first":

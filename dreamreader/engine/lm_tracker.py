@@ -51,7 +51,8 @@ class LanguageTracker(WithoutSchedule):
         self._ids_layout: TokenLayout | ClockUnknown | None = None
         self._encoders = _encoders(self.model)
         self._adds_tokens = _adds_tokens(subject.model)
-        self._names = {each: names_of(type(each).forward)[1:] for each in _models(self.model)}
+        models = {*_models(self.model), *self._encoders}
+        self._names = {each: names_of(type(each).forward)[1:] for each in models}
         self._encoded: tuple[tuple[Any, Any], Any] = ((None, None), None)
 
     def __enter__(self) -> Self:
@@ -461,12 +462,16 @@ def _beside(
 
 
 def _kept(chosen: Any, length: int) -> tuple[int, ...] | None:
-    """Numbers of the tokens that `logits_to_keep` leaves; None for all."""
-    if isinstance(chosen, Tensor) and chosen.dim() == 1:
-        return tuple(int(each) % length for each in chosen.tolist())
-    if isinstance(chosen, int) and chosen > 0:
-        return tuple(range(length))[-chosen:]
-    return None
+    """Numbers of the tokens that `logits_to_keep` leaves, indexed as models do; None for all."""
+    chosen = slice(-chosen, None) if isinstance(chosen, int) else chosen
+    if chosen is None:
+        return None
+    try:
+        found = torch.arange(length)[chosen.cpu() if isinstance(chosen, Tensor) else chosen]
+    except (IndexError, TypeError, ValueError):
+        return None  # the model says what is wrong with it
+    kept = tuple(found.tolist()) if found.dim() == 1 else None
+    return None if kept == tuple(range(length)) else kept
 
 
 def _whole(real: Tensor | None, rows: int, length: int) -> TokenLayout:

@@ -10,7 +10,12 @@ from dreamreader.engine.now import Now
 from dreamreader.engine.sites import Site
 from dreamreader.engine.subject import innermost, is_encoder_decoder
 from dreamreader.engine.taps import read_channels, write_channels
-from dreamreader.engine.token_layout import RowsUnknown, TokenLayout, TokenMap
+from dreamreader.engine.token_layout import (
+    PaddingUnknown,
+    RowsUnknown,
+    TokenLayout,
+    TokenMap,
+)
 from dreamreader.engine.view import View
 from dreamreader.errors import ClockUnknown, InvalidInput
 
@@ -152,7 +157,7 @@ def _map(
         return RowsUnknown(f"{site.name}: {why}", layout.rows)
     reads = None if site.port == "probs" else _reads_encoder(site, given, now)
     if layout.encoder is None and reads is not False and x.shape[1] == layout.length:
-        return ClockUnknown(
+        return PaddingUnknown(
             f"{site.name}: its {x.shape[1]} tokens may be those of the encoder or of the decoder"
         )
     return layout.map_of(x.shape[0], x.shape[1], site.name, reads)
@@ -218,4 +223,6 @@ def _part_of(site: Site, now: Now) -> str | None:
 
 
 _CROSSING = re.compile(r"(enc_?dec|cross|encoder_attn)\w*", re.IGNORECASE)
-_FROM_DECODER = re.compile(r"|\.(q|o|q_proj|o_proj|out_proj|query)")
+_FROM_DECODER = re.compile(
+    r"(\.self)?(\.(q|o|q_proj|o_proj|out_proj|query))?|\.output(\.\w+)?", re.IGNORECASE
+)

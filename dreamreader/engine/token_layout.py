@@ -27,6 +27,10 @@ class RowsUnknown(ClockUnknown):
         self.rows = rows
 
 
+class PaddingUnknown(ClockUnknown):
+    """Not even whether some of the entries are padding is known."""
+
+
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
     """The tokens of one call of a language model.
@@ -75,8 +79,8 @@ class TokenLayout:
 
     @property
     def padded(self) -> bool:
-        """Whether some entry is padding."""
-        return self.real is not None
+        """Whether some entry is padding, also of the encoder's."""
+        return self.real is not None or (self.encoder is not None and self.encoder.padded)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -120,6 +124,11 @@ class TokenLayout:
                     "values are of is unknown"
                 )
             if self.kept is not None and tokens == len(self.kept):
+                if tokens == self.length:
+                    return ClockUnknown(
+                        f"{site}: whether its {tokens} tokens are all or those that logits_to_keep "
+                        "leaves, in another order, is unknown"
+                    )
                 return TokenMap(self.kept, shared=shared)
             if tokens == self.length:
                 return TokenMap(shared=shared)
