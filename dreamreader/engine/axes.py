@@ -168,7 +168,7 @@ def describe_open(
     example = "rows tokens heads features" if inside else "rows features height width"
     dimensions = "tokens and which features"
     if len(shape) == 3:
-        example = "rows tokens features"
+        example = 'rows tokens features" or layout="tokens rows features'
         dimensions = "rows, which tokens and which features"
     return (
         f"{name}: {type(module).__name__} gives {list(shape)}, and which of these are "
@@ -247,7 +247,7 @@ def _may_be_turned(modules: Sequence[nn.Module], shape: Sequence[int], rows: int
     if rows is not None and not known:
         return True
     for module in modules:
-        if known and _is_model(type(module)):
+        if known and is_model(type(module)):
             return False  # its parts may be turned, it gives what all of its library's models do
         if any(isinstance(e, _SEQUENCE) and not _is_batch_first(e) for e in module.modules()):
             return True
@@ -264,7 +264,8 @@ def _is_rows_first(modules: Sequence[nn.Module]) -> bool:
 
 
 @cache
-def _is_model(kind: type) -> bool:
+def is_model(kind: type) -> bool:
+    """Whether a class is a whole model of transformers or diffusers."""
     return any(base.__name__ in ("PreTrainedModel", "ModelMixin") for base in kind.__mro__)
 
 

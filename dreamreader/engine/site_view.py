@@ -1,11 +1,13 @@
 """How the values of a site are read as [rows, tokens, features] in one kind of call."""
 
 import re
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
-from dreamreader.engine.axes import Axes, axes_of, describe_open
+from dreamreader.engine.axes import Axes, axes_of, describe_open, is_model
+from dreamreader.engine.generation import names_of
 from dreamreader.engine.now import Now
 from dreamreader.engine.sites import Site
 from dreamreader.engine.subject import innermost, is_encoder_decoder
@@ -170,7 +172,17 @@ def _without_rows(site: Site) -> str | None:
         return "inside experts, tokens of all rows are sorted by expert"
     if isinstance(site.tap.module, nn.Embedding) and any("Attention" in each for each in holders):
         return "an embedding inside attention is of pairs of tokens"
+    owner = next((each for each in site.around if is_model(type(each))), None)
+    if owner is not None and any(_reads_no_tokens(type(each)) for each in owner.children()):
+        return f"{type(owner).__name__} has it beside a model that reads no tokens"
     return None
+
+
+@cache
+def _reads_no_tokens(kind: type) -> bool:
+    """Whether a class is a model of pictures or sound."""
+    names = names_of(kind.forward)[1:] if is_model(kind) else []
+    return bool(names) and not any(name.endswith(("input_ids", "inputs_embeds")) for name in names)
 
 
 def _is_routed(site: Site) -> bool:
@@ -222,7 +234,7 @@ def _part_of(site: Site, now: Now) -> str | None:
     return "decoder" if "decoder" in inside else None
 
 
-_CROSSING = re.compile(r"(enc_?dec|cross|encoder_attn)\w*", re.IGNORECASE)
+_CROSSING = re.compile(r"(enc_?dec|cross)\w*att\w*|encoder_attn\w*", re.IGNORECASE)
 _FROM_DECODER = re.compile(
     r"(\.self)?(\.(q|o|q_proj|o_proj|out_proj|query))?|\.output(\.\w+)?", re.IGNORECASE
 )
