@@ -98,12 +98,14 @@ def is_causal(model: Any, few: dict[str, Any], many: dict[str, Any]) -> bool:
         a, b = (first_tensor(model(**each).logits) for each in (few, many))
     assert a is not None and b is not None
     rows, tokens = min(len(a), len(b)), a.shape[1]
-    return torch.allclose(a[1:rows], b[1:rows, :tokens], rtol=1e-3, atol=1e-3)
+    return torch.allclose(a[:rows, 1:], b[:rows, 1:tokens], rtol=1e-3, atol=1e-3)
 
 
 def difference(got: dr.Activation, wanted: dr.Activation) -> str:
     """Why two recordings do not agree where both have own tokens; empty where they do."""
-    if got.axes != wanted.axes or got.tensor.shape[3:] != wanted.tensor.shape[3:]:
+    sizes, others = got.shape[3:], wanted.shape[3:]
+    keys = (sizes[-1], others[-1]) == (got.shape[2], wanted.shape[2])  # as many as tokens
+    if got.axes != wanted.axes or (sizes != others and not keys):
         return f"{got.axes} of {list(got.shape)} instead of {wanted.axes} of {list(wanted.shape)}"
     both = [slice(min(a, b)) for a, b in zip(got.shape, wanted.shape, strict=True)]
     mine, theirs = got.tensor[both], wanted.tensor[both]
@@ -125,7 +127,8 @@ def test_equal_sizes_change_nothing(each_name: str, equal: Sizes) -> None:
     model = decoders.build(each_name)
     reader = dr.Reader(model)
     sites = [name for name, module in model.named_modules() if name and can_run(module)]
-    arguments, other = inputs(each_name, equal), Sizes(3, equal.tokens + 3, equal.source)
+    # some models fill up to a multiple of four tokens
+    arguments, other = inputs(each_name, equal), Sizes(3, equal.tokens + 8, equal.source)
     if not is_causal(model, arguments, inputs(each_name, other)):
         other = other._replace(tokens=equal.tokens)
     found = recorded(reader, sites, arguments)
@@ -135,6 +138,8 @@ def test_equal_sizes_change_nothing(each_name: str, equal: Sizes) -> None:
     wrong = []
     for site in sites:
         got, true = found[site], truth[site]
+        if not got.tensor.is_floating_point():
+            continue  # numbers of tokens that were chosen among others
         why = str(true) if isinstance(true, Exception) else difference(got, true)
         wrong += [f"{site}: {why}"] if why else []
     assert not wrong, "\n".join(wrong)
