@@ -87,6 +87,8 @@ _TOKENS_FIRST = {
     _ERNIE + "AdaLNContinuous": (True, True),
     _ERNIE + "Attention": (False, False),
 }
+# Whose models have several vectors for each token, and those of one kind side by side.
+_STREAMS_FIRST = "transformers.models.prophetnet."
 # Whose models hand [rows, tokens, features] to each other, but for those above.
 _ROWS_FIRST = ("transformers.", "diffusers.")
 # Wrappers of a layer, which hand on what it gives.
@@ -153,7 +155,7 @@ def axes_of(
         return None
     if len(shape) == 4:
         if known:  # outside of attention
-            return _of_streams(shape, known, rows)
+            return _of_streams(shape, [module, *around], known, rows)
         if heads := _heads([module, *around]):
             return _split(shape, heads, known, turned)
     return ("rows", *_SPREAD[len(shape)], "features")
@@ -204,8 +206,12 @@ def _of_three(
     return ("rows", "tokens", "features")
 
 
-def _of_streams(shape: Sequence[int], lengths: set[int], rows: int | None) -> Axes | None:
+def _of_streams(
+    shape: Sequence[int], modules: Sequence[nn.Module], lengths: set[int], rows: int | None
+) -> Axes | None:
     """Several vectors for each token, before or behind the tokens; None where either would fit."""
+    if any(type(each).__module__.startswith(_STREAMS_FIRST) for each in modules):
+        return ("rows", "heads", "tokens", "features")
     if shape[1] in lengths:
         return ("rows", "tokens", "heads", "features") if shape[2] not in lengths else None
     if shape[2] in lengths and shape[0] == rows != shape[1]:  # else the second may be the rows
