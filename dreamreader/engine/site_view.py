@@ -157,7 +157,8 @@ def _map(
         return layout.map_of(x.shape[0], None, site.name, None)
     if value.dim() == 3 and (why := _without_rows(site)) is not None:
         return RowsUnknown(f"{site.name}: {why}", layout.rows)
-    reads = None if site.port == "probs" else _reads_encoder(site, given, now)
+    both = site.port == "probs" and layout.encoder is not None  # queries or keys
+    reads = None if both else _reads_encoder(site, given, now)
     if layout.encoder is None and reads is not False and x.shape[1] == layout.length:
         return PaddingUnknown(
             f"{site.name}: its {x.shape[1]} tokens may be those of the encoder or of the decoder"
