@@ -115,12 +115,16 @@ def beside(
 
 
 def kept_of(chosen: Any, length: int) -> tuple[int, ...] | None:
-    """Numbers of the tokens that `logits_to_keep` leaves; None for all."""
-    if isinstance(chosen, Tensor) and chosen.dim() == 1:
-        return tuple(int(each) % length for each in chosen.tolist())
-    if isinstance(chosen, int) and chosen > 0:
-        return tuple(range(length))[-chosen:]
-    return None
+    """Numbers of the tokens that `logits_to_keep` leaves, indexed as models do; None for all."""
+    chosen = slice(-chosen, None) if isinstance(chosen, int) else chosen
+    if chosen is None:
+        return None
+    try:
+        found = torch.arange(length)[chosen.cpu() if isinstance(chosen, Tensor) else chosen]
+    except (IndexError, TypeError, ValueError):
+        return None  # the model says what is wrong with it
+    kept = tuple(found.tolist()) if found.dim() == 1 else None
+    return None if kept == tuple(range(length)) else kept
 
 
 def whole_layout(real: Tensor | None, rows: int, length: int) -> TokenLayout:

@@ -34,7 +34,7 @@ from dreamreader.engine.sequences import (
     keeps_state,
 )
 from dreamreader.engine.subject import Subject, forward_names, innermost, is_encoder_decoder
-from dreamreader.engine.token_layout import TokenLayout, real_tokens
+from dreamreader.engine.token_layout import RowsUnknown, TokenLayout, real_tokens
 from dreamreader.engine.tracker import WithoutSchedule, _watched
 from dreamreader.errors import ClockUnknown
 
@@ -86,7 +86,8 @@ class LanguageTracker(WithoutSchedule):
         self._ids_layout: TokenLayout | ClockUnknown | None = None
         self._encoders = _encoders(self.model)
         self._outermost = subject.model
-        self._names = {each: forward_names(type(each)) for each in _models(self.model)}
+        models = {*_models(self.model), *self._encoders}
+        self._names = {each: forward_names(type(each)) for each in models}
         self._encoded: tuple[tuple[Any, Any], Any] = ((None, None), None)
 
     def __enter__(self) -> Self:
@@ -190,7 +191,7 @@ class LanguageTracker(WithoutSchedule):
                 "are none of the prompt's"
             )
             strange = not inside and not makes_decoder_inputs(module, arguments)
-            return _Frame(self._unknown(why), is_strange=strange)
+            return _Frame(self._apart(why), is_strange=strange)
         if around is not None and inside:
             return _Frame(self._within(module, arguments, around.now, *given.shape[:2]))
         if self._generations or _adds_tokens(self._outermost):
@@ -206,7 +207,7 @@ class LanguageTracker(WithoutSchedule):
             return self._now(around.instant, tokens, around.batch)
         if isinstance(tokens, TokenLayout) and (tokens.rows, tokens.length) == (rows, length):
             return self._inside(around, arguments)
-        return self._unknown(
+        return self._apart(
             f"{type(module).__name__} works on {rows} rows of {length} tokens inside a call "
             "with others: which token each is is unknown"
         )
@@ -384,6 +385,14 @@ class LanguageTracker(WithoutSchedule):
     def _unknown(self, why: str, rows: int | None = None) -> Now:
         error = ClockUnknown(why)
         return self._now(error, error, rows)
+
+    def _apart(self, why: str) -> Now:
+        """A model within a call, or within generate, that does not work on its rows."""
+        around = self.now
+        if around is None and not self._generations:
+            return self._unknown(why)  # the caller's own batch
+        rows = around.batch if around is not None else self._generations[0].rows
+        return self._now(ClockUnknown(why), RowsUnknown(why, rows), None)
 
     def _now(self, instant: Any, tokens: Any, rows: int | None, component: str = "") -> Now:
         states = self._encoded[0][0] if getattr(tokens, "encoder", None) is not None else None

@@ -18,6 +18,7 @@ from dreamreader.engine.site_view import SiteView
 from dreamreader.engine.sites import Site
 from dreamreader.engine.stream import Kept, Streamer
 from dreamreader.engine.taps import Argument, pick, put
+from dreamreader.engine.token_layout import RowsUnknown
 from dreamreader.engine.tokens import SiteTokens, select, site_tokens
 from dreamreader.engine.watch import Call, Seen, Watcher
 from dreamreader.errors import ClockUnknown, InvalidInput
@@ -378,6 +379,13 @@ class _Places:
                 return  # refused for the step or branch that it lacks, before it is handed on
         rowset = self.shared.rowset
         count = rowset.count if rowset.total is not None else self.shared.rows_asked()
+        unknown = self.view.map if isinstance(self.view.map, RowsUnknown) else None
+        if self.regular and unknown is not None and not rows == unknown.rows == 1:
+            raise ClockUnknown(
+                f"{self.site.name}: which of its {rows} entries are which row is asked for. "
+                f"{unknown}; where there is one for each row, say so with "
+                'layout="rows tokens features"'
+            )
         if self.regular and rows == count:
             return
         if self.regular and count is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dreamreader.engine.now import Now
 from dreamreader.engine.selection import Box, mask_of
-from dreamreader.engine.token_layout import TokenLayout, TokenMap
+from dreamreader.engine.token_layout import PaddingUnknown, TokenLayout, TokenMap
 from dreamreader.errors import ClockUnknown, InvalidInput
 
 
@@ -67,7 +67,9 @@ class SiteTokens:
 
     @property
     def padded(self) -> bool:
-        """Whether the running call has padding."""
+        """Whether the running call has padding, or may have."""
+        if isinstance(self.map, PaddingUnknown):
+            return True
         return isinstance(self.now.tokens, TokenLayout) and self.now.tokens.padded
 
     def prompt(self, entry: int) -> int:
