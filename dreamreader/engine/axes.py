@@ -303,7 +303,9 @@ def _side(module: nn.Module, shape: Sequence[int]) -> str | None:
     first, last = _sizes(module, len(shape))
     is_first, is_last = shape[1] in first, shape[-1] in last
     place = f"{type(module).__module__}.{type(module).__qualname__}"
-    if len(shape) > 3 and place.startswith("diffusers.models.attention_processor."):
+    if place.startswith("diffusers.models.attention_processor."):
+        if len(shape) == 3:
+            return "last" if shape[-1] in last else None
         return "first" if shape[1] in last else None  # images go in and out as [rows, features, ..]
     if is_first and place.startswith(_MAPS):
         return "first"

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from dreamreader.engine.cache import Activation, Row
-from dreamreader.engine.clock_schedule import Instant
+from dreamreader.engine.clock_schedule import UNTIMED, Instant
 from dreamreader.engine.now import Now
 from dreamreader.engine.recorded import joined
 from dreamreader.engine.request import Record
 from dreamreader.engine.token_layout import TokenLayout, TokenMap
 from dreamreader.errors import ClockUnknown, InvalidInput
-
-_UNTIMED = Instant(0, float("nan"), None, float("nan"), 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,11 +155,13 @@ class Recorder:
         self._file(x, cut, now, moments)
 
     def _file(self, x: Tensor, cut: Cut, now: Now, moments: int) -> None:
-        instant = now.instant if isinstance(now.instant, Instant) else _UNTIMED
+        instant = now.instant if isinstance(now.instant, Instant) else UNTIMED
         part = self._parts.setdefault(now.run, _Part(cut.rows))
         key = (instant.step, instant.evaluation)
         filed = part.pieces.setdefault(key, [])
-        if any(set(branches) & set(cut.branches) for branches, _ in filed):
+        untimed = instant is UNTIMED or (UNTIMED.step, UNTIMED.evaluation) in part.pieces
+        before = [each for pieces in part.pieces.values() for each in pieces] if untimed else filed
+        if any(set(branches) & set(cut.branches) for branches, _ in before):
             if isinstance(now.instant, ClockUnknown) and now.phase != "outside":
                 raise ClockUnknown(
                     f"{self.name} ran more than once, and which step each call is of is unknown. "

@@ -228,7 +228,7 @@ def _part_of(site: Site, now: Now) -> str | None:
     named = next((each for each in site.path.split(".") if each in ("encoder", "decoder")), None)
     if named is not None:
         return named
-    head = innermost(root).get_output_embeddings()
+    head = innermost(root).get_output_embeddings()  # pyright: ignore[reportCallIssue]
     if module is head or isinstance(module, nn.Embedding):
         return "decoder"
     inside = (name.rpartition(".")[2] for name, _ in module.named_modules())

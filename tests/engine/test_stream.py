@@ -54,7 +54,7 @@ class Copies:
                 Piece(
                     branch,
                     row,
-                    (0, 0) if at is None else (at.step, at.evaluation),
+                    (-1, 0) if at is None else (at.step, at.evaluation),
                     tokens.tolist(),
                     (tokens + flowing.shift[n]).tolist(),
                     x[flowing.entries[n], tokens].clone(),
