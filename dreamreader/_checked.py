@@ -101,6 +101,7 @@ def write_tensors(
 
     with replacing(path) as part:
         save_file(dict(tensors), part, metadata={KEY: _BLANK, **metadata})
+        _order_metadata(part)
         _stamp(part, ".safetensors")
 
 
@@ -165,6 +166,21 @@ def _stamp(path: Path, suffix: str) -> None:
         digest = _digest(file, at)
         file.seek(at)
         file.write(digest.encode())
+
+
+def _order_metadata(path: Path) -> None:
+    """Sorts the metadata of a safetensors file, which its library writes in any order.
+
+    So that equal tensors and metadata are equal files.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(_read(file, 0, 8), "little")
+        header = json.loads(_read(file, 8, size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, path
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _place(file: BinaryIO, suffix: str) -> tuple[int, str]:

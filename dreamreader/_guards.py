@@ -43,9 +43,13 @@ def guard_kernel(op: torch._ops.OpOverload, call: Callable, differentiable: bool
         differentiable: whether it has a gradient; without one, inputs that require grad are
             refused while torch records.
     """
-    name, written = op._opname, written_by(op)
-    alone = sum("Tensor" in str(each.type) for each in op._schema.arguments) == 1
-    may_share = bool(written) and not alone
+    name = op._opname
+    kinds = [str(each.type) for each in op._schema.arguments]
+    tensors = tuple(at for at, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]"))
+    has_lists = any(kind == "List[Tensor]" for kind in kinds)
+    # Of every argument that is written, the others; lists are the operator's own matter.
+    pairs = [(at, tuple(each for each in tensors if each != at)) for at in written_by(op)]
+    pairs = [each for each in pairs if each[1]]
 
     def kernel(*args):
         if forward_ad._current_level >= 0:
@@ -56,9 +60,14 @@ def guard_kernel(op: torch._ops.OpOverload, call: Callable, differentiable: bool
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, args)
         if _is_grad_enabled():
-            _refuse_gradients(name, args)
-        if may_share:
-            _refuse_shared(name, args, written)
+            for at in tensors:  # a generator over the arguments takes three times as long
+                if (each := args[at]) is not None and each.requires_grad:
+                    _refuse_gradients(name)
+            if has_lists and any(map(_requires_grad, _tensors(args))):
+                _refuse_gradients(name)
+        for at, others in pairs:
+            if args[at] is not None:
+                _refuse_shared(name, args, at, others)
         return call(*args)
 
     return kernel if differentiable else kernel_without_gradient
@@ -151,39 +160,37 @@ def _refuse_tangents(name: str, args: Sequence[Any]) -> None:
         )
 
 
-def _refuse_gradients(name: str, args: Sequence[Any]) -> None:
-    if any(each.requires_grad for each in _tensors(args)):
-        raise InvalidInput(
-            f"{name}: an input requires grad, and this operator has no gradient; detach the "
-            "input, or call it under torch.no_grad()"
-        )
+def _refuse_gradients(name: str) -> None:
+    raise InvalidInput(
+        f"{name}: an input requires grad, and this operator has no gradient; detach the "
+        "input, or call it under torch.no_grad()"
+    )
 
 
-def _refuse_shared(name: str, args: Sequence[Any], written: Sequence[int]) -> None:
-    """Refuse to write into the memory of another argument; lists are the operator's own matter."""
-    starts = [(n, each.data_ptr()) for n, each in enumerate(args) if isinstance(each, Tensor)]
-    for at in written:
-        first, end = (0, 0) if args[at] is None else _span(args[at])
-        for other, start in starts:
-            if start < end and other != at and first < _span(args[other])[1] and first < end:
-                changed, read = (list(args[each].shape) for each in (at, other))
-                if not args[other].numel():
-                    continue
-                raise InvalidInput(
-                    f"{name}: what is written, {changed}, shares memory with another argument, "
-                    f"{read}; clone one of them"
-                )
+def _refuse_shared(name: str, args: Sequence[Any], written: int, others: Sequence[int]) -> None:
+    """Refuse to write into the memory of another argument."""
+    first = args[written].data_ptr()  # 0 where there are no values
+    end = first + _extent(args[written])
+    for at in others:
+        other = args[at]
+        if other is None or (start := other.data_ptr()) >= end:
+            continue
+        if start >= first or start + _extent(other) > first:
+            changed, read = (list(args[each].shape) for each in (written, at))
+            raise InvalidInput(
+                f"{name}: what is written, {changed}, shares memory with another argument, "
+                f"{read}; clone one of them"
+            )
 
 
-def _span(value: Tensor) -> tuple[int, int]:
-    """Address of the first byte of a tensor, and of the one behind its last."""
-    first = value.data_ptr()
+def _extent(value: Tensor) -> int:
+    """Bytes from the first value of a tensor to behind its last."""
     if value.is_contiguous():
-        return first, first + value.nbytes
+        return value.nbytes
     if not value.numel():
-        return first, first
+        return 0
     last = sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
-    return first, first + (last + 1) * value.element_size()
+    return (last + 1) * value.element_size()
 
 
 def _with_signs(op: torch._ops.OpOverload, args: Sequence[Any]) -> None:

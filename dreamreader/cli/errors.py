@@ -1,6 +1,7 @@
 """What a person sees when something is wrong: one message and an exit code, not a traceback."""
 
 import functools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,24 @@ def told(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def check_folder(path: Path) -> None:
-    """Refuses, before any work, a folder for results that cannot be one.
+def check_folder(path: Path | None) -> None:
+    """Refuses, before any work, a folder for results that cannot be one; None is the default.
 
     Raises:
-        InvalidInput: there is a file of this name.
+        InvalidInput: there is a file of this name, or nothing can be written there.
     """
-    if path.exists() and not path.is_dir():
-        raise InvalidInput(f"{path} is a file; --out names a folder")
+    if path is None:
+        return
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise InvalidInput(f"{there} is a file; --out names a folder")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InvalidInput(
+            f"nothing can be written in {there}: {error.strerror}; --out names another folder"
+        ) from error
 
 
 def fail(message: str) -> typer.Exit:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dreamreader.cli.errors import told
+from dreamreader.cli.errors import check_folder, told
 from dreamreader.cli.run import Overrides, Spec
 from dreamreader.cli.subject import SpecDevice, SpecDtype, with_subject
 from dreamreader.errors import InvalidInput
@@ -60,6 +60,7 @@ def harvest(
         return
     if out is None:
         raise InvalidInput("give --out, the folder of the store; or --dry-run")
+    check_folder(out)
     with progress(TextColumn("{task.fields[speed]}", markup=False)) as bar:
         task = bar.add_task("opening", total=None, speed="")
         seen, began = [], time.perf_counter()

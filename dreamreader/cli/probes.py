@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dreamreader.cli.errors import told
+from dreamreader.cli.errors import check_folder, told
 from dreamreader.cli.run import Overrides, Spec
 from dreamreader.cli.subject import SpecDevice, SpecDtype, with_subject
 from dreamreader.errors import InvalidInput
@@ -47,6 +47,7 @@ def train(
         return
     if out is None:
         raise InvalidInput("give --out, the folder of the probes; or --dry-run")
+    check_folder(out)
     with stages() as report:
         probes = job.run(out, told=report)
     console().print(f"{job.spec.name}: {len(probes)} probes")

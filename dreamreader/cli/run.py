@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dreamreader.cli.errors import told
+from dreamreader.cli.errors import check_folder, told
 from dreamreader.cli.subject import SpecDevice, SpecDtype, with_subject
 
 Spec = Annotated[Path, typer.Argument(help="Spec file: YAML or JSON.")]
@@ -36,6 +36,7 @@ def run(
     from dreamreader.cli.progress import console, progress
     from dreamreader.experiments import Experiment
 
+    check_folder(out)
     experiment = Experiment.from_file(spec, with_subject(overrides, device, dtype))
     with progress() as bar:
         task = bar.add_task("rows", total=None)

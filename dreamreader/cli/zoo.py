@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dreamreader.cli.errors import told
+from dreamreader.cli.errors import check_folder, told
 from dreamreader.cli.subject import Device, Dtype
 
 app = typer.Typer(
@@ -56,6 +56,7 @@ def train(
     from dreamreader.cli.progress import console, progress
     from dreamreader.zoo.train import train as run
 
+    check_folder(out)
     with progress() as bar:
         tasks = {}
 
@@ -123,5 +124,6 @@ def fetch(
     from dreamreader.cli.progress import console
     from dreamreader.zoo.fetch import fetch as run
 
+    check_folder(out)
     path = run(name, out, say=lambda text: console(stderr=True).print(text))
     console().print(path)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dreamreader.edits.base import ChannelEdit, check_finite, per_site, row_length
 from dreamreader.engine.cache import Activation, Cache
+from dreamreader.engine.clock_schedule import UNTIMED
 from dreamreader.engine.firing import ranges
 from dreamreader.engine.place import Place
 from dreamreader.errors import InvalidInput, UnknownName
@@ -219,7 +220,8 @@ def _of_cache(source: Any, place: Place, label: str) -> tuple[Tensor, Tensor | N
         raise InvalidInput(
             f"{label} at {place.site}: the source holds only some tokens of the site"
         )
-    here = (0, 0) if place.instant is None else (place.instant.step, place.instant.evaluation)
+    instant = place.instant or UNTIMED
+    here = (instant.step, instant.evaluation)
     moments = [(each.step, each.evaluation) for each in found.steps]
     if here not in moments:
         steps = ", ".join(str(each.step) for each in found.steps)

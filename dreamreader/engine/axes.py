@@ -63,6 +63,37 @@ _MAPS = (
 )
 _SPREAD = {4: ("height", "width"), 5: ("frames", "height", "width")}
 
+# Layers of torch that take sequences with the tokens first unless they are told `batch_first`.
+_SEQUENCE = (
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+_ERNIE = "diffusers.models.transformers.transformer_ernie_image.ErnieImage"
+# Whether the tokens come first: in what a class gives, and in the modules inside it.
+_TOKENS_FIRST = {
+    "transformers.models.xlnet.modeling_xlnet.XLNetModel": (False, True),
+    "transformers.models.fsmt.modeling_fsmt.EncoderLayer": (True, True),
+    "transformers.models.fsmt.modeling_fsmt.DecoderLayer": (True, True),
+    "transformers.models.longformer.modeling_longformer.LongformerSelfAttention": (False, True),
+    "transformers.models.led.modeling_led.LEDEncoderSelfAttention": (False, True),
+    "diffusers.pipelines.kolors.text_encoder.Embedding": (True, False),
+    "diffusers.pipelines.kolors.text_encoder.GLMTransformer": (True, True),
+    _ERNIE + "SharedAdaLNBlock": (True, True),
+    _ERNIE + "AdaLNContinuous": (True, True),
+    _ERNIE + "Attention": (False, False),
+}
+# Whose models have several vectors for each token, and those of one kind side by side.
+_STREAMS_FIRST = "transformers.models.prophetnet."
+# Whose models hand [rows, tokens, features] to each other, but for those above.
+_ROWS_FIRST = ("transformers.", "diffusers.")
+# Wrappers of a layer, which hand on what it gives.
+_PASSING = ("torch.", "peft.")
+
 
 def axes_named(layout: str, label: str) -> str:
     """A layout in words, checked.
@@ -91,41 +122,42 @@ def axes_of(
     module: nn.Module,
     around: Sequence[nn.Module] = (),
     lengths: Iterable[int] = (),
-    turned: bool = False,
+    turned: bool | None = None,
+    rows: int | None = None,
 ) -> Axes | None:
     """Names of the dimensions of a value of this shape at a module; None where they stay open.
 
     Args:
         around: the modules that hold it, the nearest first.
         lengths: numbers of tokens that the running call of a language model has.
-        turned: the second of the two middle dimensions is the outer one in memory.
+        turned: whether two middle dimensions of a projection were transposed since; None where
+            that is unknown.
+        rows: sequences in that call.
     """
     known = set(lengths)
     if len(shape) < 3:
         return ("rows", "features")[: len(shape)]
-    if len(shape) == 3 and _is_tokens_first([module, *around]):
-        return ("tokens", "rows", "features")
     if len(shape) == 3:
-        return _of_three(module, shape, around, known)
+        return _of_three(shape, module, around, known, rows)
     if len(shape) > 5:
         return None
     root = _of_root(module, shape)
     if root is not None:
         return root
+    if len(shape) == 4 and known and _own_side(module, shape) != "first":
+        holders = [module, *around]
+        if heads := _heads(holders) or _declared_heads(holders):
+            return _split(shape, heads, known, turned)
     side = _output_side(module, shape) or _nearest_side(module, around, shape)
     if side == "first":
         return ("rows", "features", *_SPREAD[len(shape)])
     if side != "last":
         return None
     if len(shape) == 4:
-        heads = _heads([module, *around]) or (
-            _declared_heads([module, *around]) if known else set()
-        )
-        if heads:
+        if known:  # outside of attention
+            return _of_streams(shape, [module, *around], known, rows)
+        if heads := _heads([module, *around]):
             return _split(shape, heads, known, turned)
-        if known:  # outside of attention: in [., ., tokens, features] either may be the rows
-            told = shape[1] in known and shape[2] not in known
-            return ("rows", "tokens", "heads", "features") if told else None
     return ("rows", *_SPREAD[len(shape)], "features")
 
 
@@ -136,35 +168,117 @@ def describe_open(
     holders = [module, *around]
     inside = len(shape) == 4 and (_heads(holders) or _declared_heads(holders))
     example = "rows tokens heads features" if inside else "rows features height width"
+    dimensions = "tokens and which features"
+    if len(shape) == 3:
+        example = 'rows tokens features" or layout="tokens rows features'
+        dimensions = "rows, which tokens and which features"
     return (
-        f"{name}: {type(module).__name__} gives {list(shape)}, and which of these are tokens and "
-        "which features cannot be told from its own sizes; name the dimensions, for example with "
+        f"{name}: {type(module).__name__} gives {list(shape)}, and which of these are "
+        f"{dimensions} cannot be told from its own sizes; name the dimensions, for example with "
         f'layout="{example}"'
     )
 
 
-def _is_tokens_first(modules: Sequence[nn.Module]) -> bool:
-    """Whether the nearest layer of torch that takes sequences has `batch_first=False`."""
-    for module in modules:
-        if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
-            module = next(iter(module.layers), module)
-        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-            module = module.self_attn
-        if isinstance(module, nn.MultiheadAttention | nn.RNNBase | nn.Transformer):
-            return not module.batch_first
-    return False
-
-
 def _of_three(
-    module: nn.Module, shape: Sequence[int], around: Sequence[nn.Module], lengths: set[int]
-) -> Axes:
+    shape: Sequence[int],
+    module: nn.Module,
+    around: Sequence[nn.Module],
+    lengths: set[int],
+    rows: int | None,
+) -> Axes | None:
     """Three dimensions: features last, unless a layer, the lengths or the sizes say first."""
-    side = _own_side(module, shape)
-    if side is None and (shape[1] in lengths) != (shape[2] in lengths):
+    holders = [module, *around]
+    tokens_first = _tokens_first(holders)
+    if tokens_first:
+        return ("tokens", "rows", "features")
+    side, turns = _own_side(module, shape), _has_convolutions(holders)
+    if side is None and turns and (shape[1] in lengths) != (shape[2] in lengths):
         side = "first" if shape[2] in lengths else "last"
     if side is None:
         side = _output_side(module, shape) or _nearest_side(module, around, shape)
-    return ("rows", "features", "tokens") if side == "first" else ("rows", "tokens", "features")
+    if side is None and turns:
+        if not lengths or next(module.children(), None) is None or not _is_rows_first(holders):
+            return None
+    if side == "first":
+        return ("rows", "features", "tokens")
+    if tokens_first is None and _may_be_turned(holders, shape, rows):
+        return None
+    return ("rows", "tokens", "features")
+
+
+def _of_streams(
+    shape: Sequence[int], modules: Sequence[nn.Module], lengths: set[int], rows: int | None
+) -> Axes | None:
+    """Several vectors for each token, before or behind the tokens; None where either would fit."""
+    if any(type(each).__module__.startswith(_STREAMS_FIRST) for each in modules):
+        return ("rows", "heads", "tokens", "features")
+    if shape[1] in lengths:
+        return ("rows", "tokens", "heads", "features") if shape[2] not in lengths else None
+    if shape[2] in lengths and shape[0] == rows != shape[1]:  # else the second may be the rows
+        return ("rows", "heads", "tokens", "features")
+    return None
+
+
+def _tokens_first(modules: Sequence[nn.Module]) -> bool | None:
+    """Whether tokens come before rows, by the nearest class that says so; None where none does."""
+    for depth, module in enumerate(modules):
+        told = _told_first(type(module))
+        if told is not None:
+            return told[depth > 0]
+        if isinstance(module, _SEQUENCE):
+            return not _is_batch_first(module)
+    return None
+
+
+@cache
+def _told_first(kind: type) -> tuple[bool, bool] | None:
+    """What a class, or one that it is made of, says of its values and of those inside it."""
+    names = (f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
+    return next((_TOKENS_FIRST[name] for name in names if name in _TOKENS_FIRST), None)
+
+
+def _is_batch_first(module: nn.Module) -> bool:
+    if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+        module = next(iter(module.layers), module)
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        module = module.self_attn
+    return bool(getattr(module, "batch_first", False))
+
+
+def _may_be_turned(modules: Sequence[nn.Module], shape: Sequence[int], rows: int | None) -> bool:
+    """Whether tokens may come before rows, as sizes and the code around a module say nothing."""
+    if rows is not None and (shape[0] != shape[1] or shape[0] < 2):
+        return False  # the number of rows tells
+    known = _is_rows_first(modules)
+    if rows is not None and not known:
+        return True
+    for module in modules:
+        if known and is_model(type(module)):
+            return False  # its parts may be turned, it gives what all of its library's models do
+        if any(isinstance(e, _SEQUENCE) and not _is_batch_first(e) for e in module.modules()):
+            return True
+    return False
+
+
+def _is_rows_first(modules: Sequence[nn.Module]) -> bool:
+    """Whether the code around a module is of a library that has rows before tokens."""
+    for module in modules:
+        place = f"{getattr(type(module).forward, '__module__', '')}."
+        if next(module.children(), None) is not None and not place.startswith(_PASSING):
+            return place.startswith(_ROWS_FIRST)
+    return False
+
+
+@cache
+def is_model(kind: type) -> bool:
+    """Whether a class is a whole model of transformers or diffusers."""
+    return any(base.__name__ in ("PreTrainedModel", "ModelMixin") for base in kind.__mro__)
+
+
+def _has_convolutions(modules: Sequence[nn.Module]) -> bool:
+    """Whether the nearest module with layers has some with their features first."""
+    sizes = (_sizes(module, 3) for module in modules)
+    return bool(next((first for first, last in sizes if first or last), ()))
 
 
 def _output_side(module: nn.Module, shape: Sequence[int]) -> str | None:
@@ -189,7 +303,9 @@ def _side(module: nn.Module, shape: Sequence[int]) -> str | None:
     first, last = _sizes(module, len(shape))
     is_first, is_last = shape[1] in first, shape[-1] in last
     place = f"{type(module).__module__}.{type(module).__qualname__}"
-    if len(shape) > 3 and place.startswith("diffusers.models.attention_processor."):
+    if place.startswith("diffusers.models.attention_processor."):
+        if len(shape) == 3:
+            return "last" if shape[-1] in last else None
         return "first" if shape[1] in last else None  # images go in and out as [rows, features, ..]
     if is_first and place.startswith(_MAPS):
         return "first"
@@ -324,7 +440,9 @@ def _declared_heads(modules: Sequence[nn.Module]) -> set[int]:
     return set()
 
 
-def _split(shape: Sequence[int], heads: set[int], lengths: set[int], turned: bool) -> Axes | None:
+def _split(
+    shape: Sequence[int], heads: set[int], lengths: set[int], turned: bool | None
+) -> Axes | None:
     """Order of tokens and heads in [rows, ., ., features]; None where both orders would fit.
 
     A projection gives tokens before heads, so memory in another order was transposed since.
@@ -337,7 +455,7 @@ def _split(shape: Sequence[int], heads: set[int], lengths: set[int], turned: boo
     if shape[1] == shape[2] == 1:
         return ("rows", "tokens", "heads", "features")  # either order is the same
     tokens_first, heads_first = fits(shape[1], shape[2]), fits(shape[2], shape[1])
-    if tokens_first and not heads_first:
+    if tokens_first and (turned is False or not heads_first):
         return ("rows", "tokens", "heads", "features")
     if heads_first and (turned or not tokens_first):
         return ("rows", "heads", "tokens", "features")

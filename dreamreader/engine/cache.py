@@ -104,6 +104,8 @@ class Activation:
         if branch is not None:
             found = found._of_branches((branch,) if isinstance(branch, str) else tuple(branch))
         if step is not None:
+            if all(each.step < 0 for each in self.steps):
+                raise InvalidInput(f"{self.site}: its values are of no known step; leave step out")
             total = max(each.step for each in self.steps) + 1
             chosen = normalized_steps(step, f"{self.site}: step")
             kept = [n for n, each in enumerate(found.steps) if in_steps(chosen, each.step, total)]
@@ -153,7 +155,7 @@ class Activation:
         return replace(self, tensor=tensor, **coordinates)
 
     def _summary(self) -> list[tuple[str, str]]:
-        steps = [each.step for each in self.steps]
+        steps = [each.step for each in self.steps if each.step >= 0]
         return [
             ("site", self.site),
             ("shape", _shape(self)),

@@ -188,6 +188,11 @@ class Clock:
         return [] if trajectory is None else trajectory.entries()
 
     @property
+    def arguments(self) -> Mapping[str, Any]:
+        """What the running call of the pipeline was given, with its defaults; empty in none."""
+        return self._runs[-1].arguments if self._runs else {}
+
+    @property
     def _trajectory(self) -> Trajectory | None:
         return self._runs[-1].trajectory if self._runs else self._last
 

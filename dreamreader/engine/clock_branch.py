@@ -6,6 +6,7 @@ from typing import Any
 from dreamreader.engine.clock_guider import Passes
 from dreamreader.engine.clock_proof import Heard
 from dreamreader.engine.clock_rows import rows_of
+from dreamreader.engine.families.classes import replaced
 from dreamreader.engine.families.guidance import Layout, chunks_of
 from dreamreader.errors import ClockUnknown
 
@@ -17,7 +18,8 @@ class Branches:
     the pass which it announced to its guider. Without one the family's layout decides: a batched
     call is cut into as many equal chunks as the pipeline declares passes at that moment, and the
     size of the batch has to confirm it; separate calls are told apart by their order within a step.
-    The prompt embeddings have to confirm either.
+    Where no layout is known, a call whose embeddings are all of one prompt is of its branch.
+    The prompt embeddings of every call have to agree with any of these.
     """
 
     def __init__(self, pipe: Any, own: type, layout: Layout | None, arguments: Mapping[str, Any]):
@@ -28,10 +30,10 @@ class Branches:
         self.rows = rows_of(own, arguments)
         self.heard = Heard(arguments)
         self.passes: Passes | None = None
-        self._confirmed = False
+        self._replaced = replaced(own, "__call__")
         self._index: int | None = None
         self._calls = 0
-        self._embeddings: dict[str, Any] = {}
+        self._met: set[str] = set()  # the branches of calls that their embeddings alone tell
 
     def of(
         self, context: str | None, index: int | None, batch: int | None, embedding: Any, skips: bool
@@ -48,18 +50,24 @@ class Branches:
         Raises:
             ClockUnknown: nothing says it, or two facts contradict each other.
         """
+        return self._confirm(
+            self._checked(self._names(context, index, batch, embedding, skips), batch), embedding
+        )
+
+    def _names(
+        self, context: str | None, index: int | None, batch: int | None, embedding: Any, skips: bool
+    ) -> tuple[str, ...]:
         if context is not None and context != "cond_uncond":
-            return self._checked((context.removeprefix("pred_"),), batch)
+            return (context.removeprefix("pred_"),)
         if skips:
-            return self._checked(("cond_skip",), batch)
+            return ("cond_skip",)
         if self.passes is not None:
-            name = self.passes.running(embedding)
-            return self._checked((name.removeprefix("pred_"),), batch)
+            return (self.passes.running(embedding).removeprefix("pred_"),)
         if self.layout is None:
-            raise ClockUnknown(self._unknown(context))
+            return (self._by_embedding(context, index, batch, embedding),)
         if self.layout.separate:
-            return self._checked((self._in_turn(index, embedding),), batch)
-        return self._confirm(self._checked(self._chunks(batch), batch), embedding)
+            return (self._in_turn(index),)
+        return self._chunks(batch)
 
     def beside(self, batch: int | None, embedding: Any) -> tuple[str, ...]:
         """Branches of a call of a ControlNet, which runs ahead of the denoiser's own call.
@@ -71,7 +79,7 @@ class Branches:
             names = self._chunks(batch)
             if self.rows is not None and batch == self.rows:
                 names = ("cond",)  # guess mode
-            return self._confirm(self._checked(names, batch), embedding)
+            return self._confirm(self._checked(names, batch), embedding, "beside")
         owners = set() if embedding is None else self.heard.owners(embedding)
         if len(owners) != 1:
             raise ClockUnknown(
@@ -79,6 +87,23 @@ class Branches:
                 "has no prompt embeddings that encode_prompt returned"
             )
         return self._checked(tuple(owners), batch)
+
+    def _by_embedding(
+        self, context: str | None, index: int | None, batch: int | None, embedding: Any
+    ) -> str:
+        """The one branch of a call of an unknown class, whose embeddings are all of one prompt."""
+        name = self.heard.branch_of(embedding) if context is None else None
+        if name is None or index is None or batch is None or batch != self.rows:
+            raise ClockUnknown(self._unknown(context))
+        if index != self._index:
+            self._index, self._met = index, set()
+        if name in self._met:
+            raise ClockUnknown(
+                f"{self.family} called its denoiser twice with the prompt embeddings of {name} at "
+                "one entry of the schedule: which pass that is, is not known"
+            )
+        self._met.add(name)
+        return name
 
     def _chunks(self, batch: int | None) -> tuple[str, ...]:
         """Names of the chunks of a batched call."""
@@ -94,24 +119,25 @@ class Branches:
                 return ("cond",)
         return names
 
-    def _confirm(self, names: tuple[str, ...], embedding: Any) -> tuple[str, ...]:
-        """Compare the first call of the run with what `encode_prompt` returned."""
-        if not self._confirmed and len(names) > 1:
-            self._confirmed = True
-            wrong = self.heard.contradiction(names, embedding)
-            if wrong is not None:
-                self._confirmed = False
-                raise ClockUnknown(f"{self.family}: {wrong}")
+    def _confirm(
+        self, names: tuple[str, ...], embedding: Any, whose: str = "denoiser"
+    ) -> tuple[str, ...]:
+        """Compare with what `encode_prompt` returned, and with the first calls of the run."""
+        wrong = self.heard.contradiction(names, embedding, whose)
+        if wrong is not None:
+            turn = f" (call {self._calls} of the step)" if self._calls else ""
+            raise ClockUnknown(f"{self.family}{turn}: {wrong}")
         return names
 
     def _unknown(self, context: str | None) -> str:
         said = "it enters no cache_context" if context is None else f"it only says {context!r}"
-        return (
-            f"how {self.family} lays out its guidance passes is not known: {said} and "
-            "dreamreader/engine/families/guidance.py has no entry for this class"
+        return f"how {self.family} lays out its guidance passes is not known: {said} and " + (
+            f"its __call__ was replaced by {self._replaced}"
+            if self._replaced
+            else "dreamreader/engine/families/guidance.py has no entry for this class"
         )
 
-    def _in_turn(self, index: int | None, embedding: Any) -> str:
+    def _in_turn(self, index: int | None) -> str:
         if index is None:
             raise ClockUnknown(
                 f"{self.family} calls its denoiser once per branch, and their order cannot be told "
@@ -126,19 +152,6 @@ class Branches:
             raise ClockUnknown(
                 f"{self.family} called its denoiser {turn + 1} times at one entry of the schedule, "
                 f"but has the branches {', '.join(order)}"
-            )
-        known = next((name for name, seen in self._embeddings.items() if seen is embedding), None)
-        if known is None and embedding is not None:
-            owners = self.heard.owners(embedding)
-            if len(owners) > 1:
-                return order[turn]  # one tensor for both: nothing speaks against the order
-            known = next(iter(owners), None)
-        if embedding is not None and known in (None, order[turn]):
-            self._embeddings[order[turn]] = embedding
-        elif known is not None and known != order[turn]:
-            raise ClockUnknown(
-                f"call {turn + 1} of the step should be {order[turn]}, but its prompt embeddings "
-                f"are those of {known}: the same tensor for both, or another order than known"
             )
         return order[turn]
 

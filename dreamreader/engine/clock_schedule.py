@@ -48,6 +48,10 @@ class Instant:
     evaluation: int
 
 
+UNTIMED = Instant(-1, float("nan"), None, float("nan"), 0)
+"""Of what runs outside the denoising, or at a step that is not known: it has no number."""
+
+
 class Trajectory:
     """Host copy of one run's schedule, and the run's place on it."""
 

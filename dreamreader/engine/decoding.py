@@ -1,12 +1,14 @@
 """What `generate` will do with a run's arguments and the model's own generation config."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from dreamreader.engine.refusal import refusals
 from dreamreader.engine.subject import innermost
-from dreamreader.errors import DreamreaderError, InvalidInput
+from dreamreader.errors import InvalidInput
 
 _OURS = (
     "inputs",
@@ -25,12 +27,12 @@ class Decoding:
     Args:
         draws: tokens are drawn, so that every row needs its own seed.
         alone: why rows go through the model one by one; None: together.
-        pad: the token behind a text that ended.
+        pad: the token behind a text that ended; None where no config says it.
     """
 
     draws: bool
     alone: str | None
-    pad: int
+    pad: int | None
 
 
 def planned(model: Any, arguments: dict[str, Any], rows: int) -> Decoding:
@@ -46,7 +48,7 @@ def planned(model: Any, arguments: dict[str, Any], rows: int) -> Decoding:
     given = {k: v for k, v in arguments.items() if k not in ("generation_config", "streamer")}
     inner: Any = innermost(model)
     if not hasattr(inner, "_prepare_generation_config"):  # another library's generate
-        return Decoding(True, "tokens may be drawn from each row's seed", 0)
+        return Decoding(True, "tokens may be drawn from each row's seed", None)
     own = getattr(model, "generation_config", None)
     if own is not None and own is not inner.generation_config:  # that of PEFT's wrapper is used
         inner.generation_config = own
@@ -64,13 +66,18 @@ def planned(model: Any, arguments: dict[str, Any], rows: int) -> Decoding:
         )
     ends = config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    pads = (config.pad_token_id, *ends, 0)
-    pad = next(int(each) for each in pads if each is not None)
+    pads = (config.pad_token_id, *ends)
+    pad = next((int(each) for each in pads if each is not None), None)
     return Decoding(draws, why, pad)
 
 
 def check(arguments: dict[str, Any]) -> None:
-    """Refuse arguments that the reader itself sets."""
+    """Refuse arguments that the reader itself sets, and tokens to keep that are no number."""
+    keep = arguments.get("logits_to_keep", 0)
+    if not isinstance(keep, Tensor) and (type(keep) is not int or keep < 0):
+        raise InvalidInput(
+            f"logits_to_keep is a number of tokens from 0 on, or a tensor of them, got {keep!r}"
+        )
     for name in _OURS:
         if name in arguments:
             raise InvalidInput(
@@ -79,21 +86,6 @@ def check(arguments: dict[str, Any]) -> None:
             )
 
 
-@contextmanager
-def told_clearly() -> Iterator[None]:
+def told_clearly() -> AbstractContextManager[None]:
     """Say which argument was wrong where transformers refuses it, without its traceback."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        if isinstance(error, DreamreaderError) or not _is_from_generation(error):
-            raise
-        raise InvalidInput(f"generate: {error}") from error
-
-
-def _is_from_generation(error: BaseException) -> bool:
-    """Whether the checks of transformers' generation raised it, not the model or a hook."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = "" if trace is None else trace.tb_frame.f_code.co_filename.replace("\\", "/")
-    return "/transformers/generation/" in where
+    return refusals("generate", "transformers/generation/")

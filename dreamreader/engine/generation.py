@@ -1,7 +1,6 @@
 """What `generate` is called with: the one place that knows prompts, their padding and the beams."""
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dreamreader.engine.sequences import caches_in
+from dreamreader.engine.subject import names_of
 from dreamreader.engine.threads import Owner
 from dreamreader.engine.token_layout import TokenLayout, real_tokens
 from dreamreader.errors import ClockUnknown
@@ -39,6 +40,8 @@ class Generation:
         real: [rows, width] bool, False at padding; None where there is none; or why it is unknown.
         whole: tokens of the whole sequence at the call that is prepared.
         expected: what that call is going to be given; any other call is none of its steps.
+        reached: tokens of the whole sequence behind the latest call, None before the first.
+        goes_on: whether the caller gave it a cache.
     """
 
     rows: int | None
@@ -50,9 +53,17 @@ class Generation:
     expected: Tensor | None = None
     offset: int = 0
     has_mask: bool = False
+    reached: int | None = None
+    goes_on: bool = False
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], is_encoder_decoder: bool) -> "Generation":
+        found = cls._of(arguments, is_encoder_decoder)
+        found.goes_on = bool(caches_in(arguments))
+        return found
+
+    @classmethod
+    def _of(cls, arguments: Mapping[str, Any], is_encoder_decoder: bool) -> "Generation":
         ids = next((v for k in _IDS if isinstance(v := arguments.get(k), Tensor)), None)
         embeds = arguments.get("inputs_embeds")
         given = ids if ids is not None and ids.shape[-1] else embeds
@@ -109,8 +120,56 @@ class Generation:
             and (given.device != expected.device or given.data_ptr() == expected.data_ptr())
         )
 
-    def layout(self, rows: int, past: int, length: int) -> TokenLayout | ClockUnknown:
-        """The layout of a call with `length` tokens behind `past` cached ones."""
+    def call(
+        self, rows: int, past: int, length: int
+    ) -> tuple[TokenLayout | ClockUnknown, int | ClockUnknown]:
+        """Layout and decoding step of the next call, of `length` tokens behind `past` cached ones.
+
+        Where the call does not begin where the one before it ended, both are unknown.
+        """
+        why = self._gap(past, length)
+        if why is not None:
+            return why, why
+        step = self._step(past, length)
+        self.reached = past + length
+        return self._layout(rows, past, length), step
+
+    def _gap(self, past: int, length: int) -> ClockUnknown | None:
+        if self.whole is not None and past + length < self.whole:
+            return ClockUnknown(
+                f"generate is at {self.whole} tokens, and the call has {length} of them behind "
+                f"{past} cached ones: which they are is unknown"
+            )
+        if self.reached is not None:
+            if past <= self.reached:
+                return None
+            return ClockUnknown(
+                f"generate was at {self.reached} tokens, and the cache holds {past}: what came "
+                "between is unknown"
+            )
+        if past and self.width is not None and (past >= self.width or past + length < self.width):
+            return ClockUnknown(
+                f"generate was given {self.width} tokens and a cache that holds {past} already: "
+                "which of them are new is unknown; give it the whole text, or an attention_mask of "
+                "all its tokens"
+            )
+        return None
+
+    def _step(self, past: int, length: int) -> int | ClockUnknown:
+        if self.width is None:
+            return ClockUnknown("where the prompt ends is unknown")
+        total = past + length
+        if total <= self.width:
+            return 0
+        again = past == 0 and self.reached is not None and total == self.reached + 1
+        if again or (past and length == 1):
+            return total - self.width
+        return ClockUnknown(
+            f"{length} tokens came in at once behind {past} cached ones: no single decoding "
+            "position"
+        )
+
+    def _layout(self, rows: int, past: int, length: int) -> TokenLayout | ClockUnknown:
         if isinstance(self.real, ClockUnknown):
             return self.real
         if self.rows is None or rows % self.rows or self.width is None:
@@ -211,12 +270,3 @@ def listen_to_generate(model: nn.Module, listener: GenerationListener) -> Iterat
         if not tap.listening:
             del _TAPS[id(model)]
             tap.close()
-
-
-def names_of(function: Callable[..., Any]) -> list[str]:
-    """Names of the arguments that a function takes by position."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some callables have no signature
-        return []
-    return [each.name for each in parameters if each.kind <= each.POSITIONAL_OR_KEYWORD]

@@ -1,6 +1,5 @@
 """Running a language model on rows of prompts."""
 
-import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -13,15 +12,16 @@ from dreamreader.engine.decoding import Decoding, check, planned, told_clearly
 from dreamreader.engine.firing import FiringReport
 from dreamreader.engine.padding import decoder_start, position_arguments
 from dreamreader.engine.prompts import padded, tokenize
+from dreamreader.engine.recorder import Memory
 from dreamreader.engine.request import EditRequest, Record, Stream, Watch
 from dreamreader.engine.rows import Plan
 from dreamreader.engine.subject import is_encoder_decoder
+from dreamreader.engine.threads import GENERATORS
 from dreamreader.errors import InvalidInput
 
 if TYPE_CHECKING:
     from dreamreader.engine.reader import Reader, RunResult
 
-_DRAWING = threading.RLock()
 _DECODER = ("decoder_input_ids", "decoder_attention_mask")  # one entry for each row
 FORWARD = frozenset({"logits_to_keep", "add_special_tokens", *_DECODER})  # all else is for generate
 
@@ -64,11 +64,12 @@ def run_language(
     length = None if is_encoder_decoder(model) else inputs["input_ids"].shape[1]
     outputs: list[Any] = []
     found, report = [], FiringReport(notes=notes)
+    memory = Memory(memory_limit)  # of all batches together
     for start in range(0, len(plan), size):
         stop = min(start + size, len(plan))
         part = {name: value[start:stop] for name, value in inputs.items()}
-        session = reader._session(edits, records, plan, start, stop, memory_limit, length)
-        own = _DRAWING if draws else nullcontext()  # the global generator serves one run at a time
+        session = reader._session(edits, records, plan, start, stop, memory, length)
+        own = GENERATORS if draws else nullcontext()  # the global one serves one run at a time
         with own, session, torch.no_grad(), torch.random.fork_rng(enabled=draws):
             if draws:
                 torch.manual_seed(plan.seeds[start])
@@ -109,8 +110,15 @@ def _together(
     if len(outputs) == 1:
         return first, text
     longest = max(each.shape[1] for each in tokens)
-    filled = [
-        torch.nn.functional.pad(each, (0, longest - each.shape[1]), value=decoding.pad)
-        for each in tokens
-    ]
-    return torch.cat(filled), text
+    if any(each.shape[1] < longest for each in tokens):
+        pad = tokenizer.pad_token_id if decoding.pad is None else decoding.pad
+        if pad is None:
+            raise InvalidInput(
+                "the rows wrote texts of different length, and nothing says which token fills the "
+                "shorter ones: set tokenizer.pad_token, or run them apart"
+            )
+        tokens = [
+            torch.nn.functional.pad(each, (0, longest - each.shape[1]), value=pad)
+            for each in tokens
+        ]
+    return torch.cat(tokens), text

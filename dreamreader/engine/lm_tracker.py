@@ -3,21 +3,56 @@
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
+from dreamreader.engine.call_tokens import (
+    OF_ENCODER,
+    beside,
+    kept_of,
+    layout_after,
+    layout_behind,
+    makes_decoder_inputs,
+    real_of,
+    sequence_of,
+    source_of,
+    states_of,
+    tokens_of,
+    whole_layout,
+)
 from dreamreader.engine.clock_schedule import Instant
-from dreamreader.engine.generation import Generation, listen_to_generate, names_of
+from dreamreader.engine.generation import Generation, listen_to_generate
 from dreamreader.engine.now import Now
-from dreamreader.engine.subject import Subject, innermost
-from dreamreader.engine.token_layout import TokenLayout, real_tokens
+from dreamreader.engine.sequences import (
+    Sequence,
+    Sequences,
+    cache_of,
+    caches_in,
+    held_by,
+    keeps_state,
+)
+from dreamreader.engine.subject import Subject, forward_names, innermost, is_encoder_decoder
+from dreamreader.engine.token_layout import RowsUnknown, TokenLayout, real_tokens
 from dreamreader.engine.tracker import WithoutSchedule, _watched
 from dreamreader.errors import ClockUnknown
 
-_CACHES = ("past_key_values", "cache_params", "past_buckets_states", "state", "mems", "cache")
+_FILLED = "the cache was filled before: where the prompt ends is unknown"
+_SEVERAL = (
+    "several tokens came in behind those in the cache: whether they are more of the prompt, a "
+    "further turn or a draft is unknown, and so is where the prompt ends; let generate take the "
+    "prompt (prefill_chunk_size=), give it in one call, or count tokens from 0"
+)
+_GROWN = (
+    "the call repeats an earlier one with one more token and no cache: whether it decodes this "
+    "token or is a prompt of its own is unknown; use generate or a cache for the one, a block or "
+    "run of its own for the other"
+)
+_STATE = (
+    "the model keeps its state in its modules: whether a call of one token goes on from it is "
+    "unknown; use generate, or hand the cache over"
+)
 _COND = ("cond",)
 _ENCODER = "encoder"
 
@@ -26,14 +61,15 @@ class LanguageTracker(WithoutSchedule):
     """Follows a transformers model through forward and generate.
 
     Step 0 is the prompt. A later call is at step `past + length - prompt`, from the tokens that the
-    cache holds and those that come in; the prompt's length is read from `generate`, or is that of
-    the call that began without a cache. Every model inside the subject (base model, encoder,
-    decoder, vision tower) that is called has tokens of its own, or shares those of the call around
-    it.
+    cache holds and those that come in; the prompt's length is read from `generate`. Outside it, a
+    call without a cache, or with an empty one, is a prompt of its own, and one of a single token
+    with the cache of an earlier call decodes it; what may be either has no step and no prompt.
+    Every model inside the subject (base model, encoder, decoder, vision tower) that is called has
+    tokens of its own, or shares those of the call around it.
 
     Args:
         subject: the model.
-        prompt: tokens of the padded prompt where the caller knows it.
+        prompt: tokens of the padded prompt where the caller knows that it makes one call for it.
     """
 
     def __init__(self, subject: Subject, prompt: int | None = None):
@@ -41,17 +77,17 @@ class LanguageTracker(WithoutSchedule):
         self.runs = 0
         self.rows: int | None = None
         self.prompts: list[str] | None = None
-        self._given = prompt
-        self._prompt: int | None = prompt
-        self._past = _Past()
-        self._pasts: list[_Past] = []
+        self._is_prompt = prompt is not None
+        self._sequences = Sequences()
         self._generations: list[Generation] = []
-        self._frames: list[Now] = []
-        self._ids: Tensor | None = None
+        self._frames: list[_Frame] = []
+        self._run = 0
+        self._ids: Tensor | ClockUnknown | None = None
         self._ids_layout: TokenLayout | ClockUnknown | None = None
         self._encoders = _encoders(self.model)
-        self._adds_tokens = _adds_tokens(subject.model)
-        self._names = {each: names_of(type(each).forward)[1:] for each in _models(self.model)}
+        self._outermost = subject.model
+        models = {*_models(self.model), *self._encoders}
+        self._names = {each: forward_names(type(each)) for each in models}
         self._encoded: tuple[tuple[Any, Any], Any] = ((None, None), None)
 
     def __enter__(self) -> Self:
@@ -65,20 +101,23 @@ class LanguageTracker(WithoutSchedule):
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         self._frames.clear()
-        self._pasts.clear()
+        self._sequences.clear()
         self._encoded = ((None, None), None)
 
     @property
     def now(self) -> Now | None:
-        return self._frames[-1] if self._frames else None
+        return self._frames[-1].now if self._frames else None
 
     def outside(self, component: str) -> Now:
         why = ClockUnknown(f"{component} was called outside a forward of the whole model")
         return Now(component, "outside", self.runs, why, _COND, None, tokens=why)
 
     def text_ids(self, component: str, branch: str) -> tuple[Tensor, Tensor | None] | None:
-        decoding = self._encoders and (self.now is None or self.now.component != _ENCODER)
-        return None if self._ids is None or decoding else (self._ids, None)
+        if self._encoders and (self.now is None or self.now.component != _ENCODER):
+            return None
+        if isinstance(self._ids, ClockUnknown):
+            raise ClockUnknown(*self._ids.args)
+        return None if self._ids is None else (self._ids, None)
 
     def own_of_prompt(self) -> Tensor | None:
         """[rows, width] index of each token of `text_ids` among the row's own; None: as it stands.
@@ -94,21 +133,23 @@ class LanguageTracker(WithoutSchedule):
             own = layout.own if isinstance(layout, TokenLayout) else layout
         if isinstance(own, ClockUnknown):
             raise ClockUnknown(*own.args)
-        return own if own is None or self._ids is None else own[:, -self._ids.shape[1] :]
+        if own is None or not isinstance(self._ids, Tensor):
+            return own
+        return own[:, -self._ids.shape[1] :]
 
     # what the listener of `generate` tells
 
     def generation_began(self, arguments: Mapping[str, Any]) -> None:
-        self.runs += 1
-        self._past = _Past()
-        generation = Generation.of(arguments, _is_encoder_decoder(self.model))
+        self._new_run()
+        for each in caches_in(arguments):
+            self._sequences.forget(each)
+        generation = Generation.of(arguments, is_encoder_decoder(self.model))
         self._generations.append(generation)
         self._ids = generation.ids
 
     def generation_ended(self) -> None:
         if self._generations:
             self._generations.pop()
-        self._past = _Past()
 
     def inputs_prepared(self, arguments: Mapping[str, Any], inputs: Any) -> None:
         if self._generations:
@@ -125,171 +166,184 @@ class LanguageTracker(WithoutSchedule):
 
         return began
 
-    def _ended(self) -> None:
+    def _ended(self, output: Any) -> None:
         if self._frames:
-            self._frames.pop()
+            sequence = self._frames.pop().sequence
+            if sequence is not None and (cache := cache_of(output)) is not None:
+                sequence.keep(cache)
 
-    def _frame(self, module: nn.Module, arguments: Mapping[str, Any]) -> Now:
+    def _new_run(self) -> int:
+        self.runs += 1
+        self._run = self.runs
+        return self._run
+
+    def _frame(self, module: nn.Module, arguments: Mapping[str, Any]) -> "_Frame":
         """What is known of a call of a model: its tokens and its decoding step."""
-        around = self.now
+        around = self._frames[-1] if self._frames else None
         if module in self._encoders:
-            return self._of_encoder(module, arguments, around)
-        given = _sequence(arguments, _is_encoder_decoder(module))
+            return _Frame(self._of_encoder(module, arguments, around is not None))
+        given = sequence_of(module, arguments)
+        inside = around is not None and not around.is_strange
         if given is None:
-            return self._unknown(
-                f"{type(module).__name__} was called without input_ids or inputs_embeds: its "
-                "tokens are none of the prompt's"
+            which = "decoder_input_ids" if is_encoder_decoder(module) else "input_ids"
+            why = (
+                f"{type(module).__name__} was called without {which} or embeddings: its tokens "
+                "are none of the prompt's"
             )
-        rows, length = given.shape[:2]
-        if around is not None and isinstance(tokens := around.tokens, TokenLayout):
-            if (tokens.rows, tokens.length) == (rows, length):
-                return self._inside(around, arguments)
-            return self._unknown(
-                f"{type(module).__name__} works on {rows} rows of {length} tokens inside a call "
-                "with others: which token each is is unknown"
-            )
-        return self._of_call(module, arguments, given)
+            strange = not inside and not makes_decoder_inputs(module, arguments)
+            return _Frame(self._apart(why), is_strange=strange)
+        if around is not None and inside:
+            return _Frame(self._within(module, arguments, around.now, *given.shape[:2]))
+        if self._generations or _adds_tokens(self._outermost):
+            return _Frame(self._of_generation(arguments, given))
+        return _Frame(*self._plain(module, arguments, given))
 
-    def _of_call(self, module: nn.Module, arguments: Mapping[str, Any], given: Tensor) -> Now:
+    def _within(
+        self, module: nn.Module, arguments: Mapping[str, Any], around: Now, rows: int, length: int
+    ) -> Now:
+        """A model inside the call of another."""
+        tokens = around.tokens
+        if isinstance(tokens, ClockUnknown):  # and so are those of its parts
+            return self._now(around.instant, tokens, around.batch)
+        if isinstance(tokens, TokenLayout) and (tokens.rows, tokens.length) == (rows, length):
+            return self._inside(around, arguments)
+        return self._apart(
+            f"{type(module).__name__} works on {rows} rows of {length} tokens inside a call "
+            "with others: which token each is is unknown"
+        )
+
+    def _of_generation(self, arguments: Mapping[str, Any], given: Tensor) -> Now:
+        """A call that `generate` makes."""
         rows, length = given.shape[:2]
         if len(self._generations) > 1:
             return self._unknown("a generate runs inside another one", rows)
-        if self._adds_tokens:
+        if _adds_tokens(self._outermost):
             return self._unknown("PEFT puts virtual tokens before those of the prompt", rows)
-        if self._generations and not self._generations[0].is_own(given):
+        if not self._generations[0].is_own(given):
             return self._unknown(
                 "the model was called inside generate, but not for one of its steps (as guidance "
                 "or a processor of logits does)",
                 rows,
             )
-        past = self._held(arguments, length)
+        generation = self._generations[0]
+        past = self._held(arguments, length, generation.is_encoder_decoder)
         if isinstance(past, ClockUnknown):
-            self._past = _Past()
             return self._now(past, past, rows)
-        tokens: TokenLayout | ClockUnknown
-        if self._generations:
-            generation = self._generations[0]
-            tokens = generation.layout(rows, past, length)
-            step = self._step(past, length, generation.width, bool(_caches(arguments)))
-        else:
-            tokens, step = self._plain(module, arguments, given, past)
+        return self._placed(arguments, *generation.call(rows, past, length), rows, length)
+
+    def _placed(
+        self,
+        arguments: Mapping[str, Any],
+        tokens: TokenLayout | ClockUnknown,
+        step: int | ClockUnknown,
+        rows: int,
+        length: int,
+    ) -> Now:
         if isinstance(tokens, TokenLayout):
-            kept = _kept(arguments.get("logits_to_keep"), length)
-            tokens = _beside(replace(tokens, kept=kept), self._encoder(arguments))
+            kept = kept_of(arguments.get("logits_to_keep"), length)
+            tokens = beside(replace(tokens, kept=kept), self._encoder(arguments))
         return self._now(step if isinstance(step, ClockUnknown) else _instant(step), tokens, rows)
 
     def _plain(
-        self, module: nn.Module, arguments: Mapping[str, Any], given: Tensor, past: int
-    ) -> tuple[TokenLayout | ClockUnknown, int | ClockUnknown]:
-        """Tokens and step of a call outside `generate`."""
+        self, module: nn.Module, arguments: Mapping[str, Any], given: Tensor
+    ) -> tuple[Now, Sequence | None]:
+        """A call outside `generate`: a prompt of its own, or one that goes on with a cache."""
         rows, length = given.shape[:2]
-        of_decoder = _is_encoder_decoder(module)
-        ids = arguments.get("decoder_input_ids" if of_decoder else "input_ids")
-        ids = ids if isinstance(ids, Tensor) else None
-        cache = next(iter(_caches(arguments)), None)
-        before = self._before(cache, past, rows)
-        continued = past > 0 and before.total == past and before.rows == rows
-        grown = past == 0 and before.grows(ids)
-        if not (continued or grown):
-            self.runs += 1
-            self._prompt = self._given if past or self._given is not None else length
-            if not of_decoder:
-                self._ids = ids
-        step = 0 if past == 0 and not grown else self._step(past, length, self._prompt, past > 0)
-        mask = arguments.get("decoder_attention_mask" if of_decoder else "attention_mask")
-        real = real_tokens(mask, rows, past, length)
-        if isinstance(real, ClockUnknown):
-            self._past = _Past()
-            self._ids_layout = real
-            return real, step
-        tokens = self._laid_out(real, rows, past, length, before if continued else None)
-        if not (continued or grown) and not of_decoder:
-            self._ids_layout = tokens
-        after = _Past(past + length, rows, ids if past == 0 else None, tokens)
-        after.cache, after.prompt = cache, self._prompt
-        gone = before if continued or grown else None
-        self._pasts = [each for each in self._pasts if each is not gone][-7:] + [after]
-        self._past = after
-        return tokens, step
-
-    def _before(self, cache: Any, past: int, rows: int) -> "_Past":
-        """The call that filled this cache; one whose cache was not seen counts where it fits alone.
-
-        A model that makes its own cache hands it out behind the call, where nothing listens.
-        """
-        if past == 0:
-            return self._past
-        known = [each for each in self._pasts if each.cache is cache]
-        if not known:
-            fits = [each for each in self._pasts if each.cache is None]
-            known = [each for each in fits if (each.total, each.rows) == (past, rows)]
-        if len(known) != 1:
-            return _Past()
-        self._prompt = known[0].prompt if known[0].prompt is not None else self._prompt
-        return known[0]
-
-    def _laid_out(
-        self, real: Tensor | None, rows: int, past: int, length: int, before: "_Past | None"
-    ) -> TokenLayout | ClockUnknown:
-        """The layout of a call whose padding is known: over all its tokens, or over new ones.
-
-        `before` is the call that this one goes on with.
-        """
-        earlier = None if before is None else before.tokens
-        if real is not None and real.shape[1] == past + length:
-            starts, part = tuple(real[:, :past].sum(1).tolist()), real[:, past:].contiguous()
-            part = None if bool(part.all()) else part
-        elif isinstance(earlier, TokenLayout):
-            starts, part = tuple((earlier.own.amax(1) + 1).tolist()), real
-            if earlier.real is not None:  # a row may have had nothing but padding
-                came = earlier.real.sum(1).tolist()
-                starts = tuple(a + b for a, b in zip(earlier.starts, came, strict=True))
-        elif real is None or past == 0:
-            starts, part = (past,) * rows, real
+        of_decoder = is_encoder_decoder(module)
+        caches = caches_in(arguments)
+        past = self._held(arguments, length, of_decoder)
+        if past == 0 and not caches and length == 1 and not self._is_prompt:
+            past = ClockUnknown(_STATE) if keeps_state(module, rows) else 0
+        if isinstance(past, ClockUnknown):
+            for each in caches:
+                self._sequences.forget(each)
+            return self._now(past, past, rows), None
+        real = real_of(module, arguments, given, past)
+        if past:
+            sequence, before = self._continued(caches, given, real, past)
         else:
-            return ClockUnknown(
-                "the cache was filled before: which of its tokens are padding is unknown"
-            )
-        prompts: Any = ClockUnknown("the cache was filled before: where the prompt ends is unknown")
-        if isinstance(earlier, TokenLayout):
+            source = source_of(arguments) if of_decoder else None
+            ids = arguments.get("decoder_input_ids" if of_decoder else "input_ids")
+            whole = None if caches else given.detach()
+            sequence, before = self._begun(real, rows, length, ids, whole, source)
+        if caches:
+            sequence.keep(caches[0])
+        self._sequences.add(sequence, instead_of=before)
+        self._run = sequence.run
+        if not of_decoder:
+            self._ids, self._ids_layout = sequence.ids, sequence.first
+        step = prompt = sequence.prompt
+        if isinstance(prompt, int):
+            step = sequence.total - prompt
+        elif not of_decoder:
+            self._ids = prompt
+        return self._placed(arguments, sequence.layout, step, rows, length), sequence
+
+    def _begun(
+        self,
+        real: Tensor | ClockUnknown | None,
+        rows: int,
+        length: int,
+        ids: Any,
+        whole: Tensor | None,
+        source: Tensor | None,
+    ) -> tuple[Sequence, Sequence | None]:
+        """A call with nothing before it; with the earlier one that it may go on with, if any."""
+        layout = real if isinstance(real, ClockUnknown) else whole_layout(real, rows, length)
+        grown = None
+        if whole is not None and not self._is_prompt:
+            grown = self._sequences.grown(whole, layout, source)
+        prompt: int | ClockUnknown = length
+        if grown is not None:
+            prompt = ClockUnknown(_GROWN)
+            if isinstance(layout, TokenLayout):
+                layout = replace(layout, prompts=prompt)
+        run = self._new_run() if grown is None else grown.run
+        ids = ids if isinstance(ids, Tensor) else None
+        return Sequence(run, rows, length, prompt, layout, ids, layout, whole, source), grown
+
+    def _continued(
+        self, caches: list[Any], given: Tensor, real: Tensor | ClockUnknown | None, past: int
+    ) -> tuple[Sequence, Sequence | None]:
+        """A call behind cached tokens; with the sequence of this cache, where it is known."""
+        rows, length = given.shape[:2]
+        before = next((each for each in map(self._sequences.of_cache, caches) if each), None)
+        follows = before is not None and (before.total, before.rows) == (past, rows)
+        if before is None or not follows:
+            why = ClockUnknown(_FILLED)
+            layout = layout_behind(real, rows, past, length, before, why)
+            return Sequence(self._new_run(), rows, past + length, why, layout, None, why), before
+        prompt = before.prompt
+        if length > 1 and isinstance(prompt, int):
+            prompt = ClockUnknown(_SEVERAL)
+        earlier = before.layout
+        prompts: Any = prompt
+        if isinstance(prompt, int) and isinstance(earlier, TokenLayout):
             prompts = earlier.prompts
-        elif past == 0 and self._prompt is not None:
-            own = part if part is not None else torch.ones(rows, length, dtype=torch.bool)
-            prompts = tuple(own[:, : self._prompt].sum(1).tolist())
-        return TokenLayout(rows, length, starts, part, prompts)
+        layout = layout_after(real, rows, past, length, earlier, prompts)
+        ids, first = before.ids, before.first
+        return Sequence(before.run, rows, past + length, prompt, layout, ids, first), before
 
-    def _step(self, past: int, length: int, prompt: int | None, keeps: bool) -> int | ClockUnknown:
-        """The decoding step of a call; `keeps`: earlier tokens do not come again."""
-        if prompt is None:
-            return ClockUnknown("the cache was filled before: where the prompt ends is unknown")
-        total = past + length
-        if keeps and length > 1 and total > prompt:
-            return ClockUnknown(
-                f"{length} tokens came in at once behind {past} cached ones: no single decoding "
-                "position"
-            )
-        return max(0, total - prompt)
-
-    def _held(self, arguments: Mapping[str, Any], length: int) -> int | ClockUnknown:
+    def _held(
+        self, arguments: Mapping[str, Any], length: int, of_decoder: bool
+    ) -> int | ClockUnknown:
         """Tokens that the caches of a call hold, or why that is unknown."""
-        caches = _caches(arguments)
-        whole = self._generations[-1].whole if self._generations else None
+        caches = caches_in(arguments)
         if not caches:
             return 0
-        for each in caches:
-            held = _held(each)
-            if held is not None:
-                return held
+        held = held_by(caches, of_decoder)
+        if held is not None:
+            return held
+        generation = self._generations[-1] if self._generations else None
+        whole = None if generation is None or generation.goes_on else generation.whole
         if whole is not None and whole >= length:
             return whole - length  # a recurrent state does not say how much it has read
-        return ClockUnknown("its recurrent state does not say how many tokens it has read")
+        return ClockUnknown("its cache or state does not say how many tokens it has read")
 
-    def _of_encoder(
-        self, module: nn.Module, arguments: Mapping[str, Any], around: Now | None
-    ) -> Now:
-        given = _sequence(arguments, False)
-        if around is None and not self._generations:
-            self.runs += 1
+    def _of_encoder(self, module: nn.Module, arguments: Mapping[str, Any], inside: bool) -> Now:
+        given = tokens_of(arguments, OF_ENCODER)
+        if not inside and not self._generations:
+            self._new_run()
         if given is None:
             return self._unknown(f"{type(module).__name__} reads no tokens: it has no positions")
         rows, length = given.shape[:2]
@@ -298,7 +352,7 @@ class LanguageTracker(WithoutSchedule):
             self._ids = ids
         real = real_tokens(arguments.get("attention_mask"), rows, 0, length)
         why = ClockUnknown(f"{type(module).__name__} runs before decoding: it has no step")
-        tokens = real if isinstance(real, ClockUnknown) else _whole(real, rows, length)
+        tokens = real if isinstance(real, ClockUnknown) else whole_layout(real, rows, length)
         self._ids_layout = tokens
         return self._now(why, tokens, rows, _ENCODER)
 
@@ -309,25 +363,22 @@ class LanguageTracker(WithoutSchedule):
         encoder = tokens.encoder or self._encoder(arguments)
         inside: TokenLayout | ClockUnknown = tokens
         if tokens.kept is not None or encoder is not tokens.encoder:
-            inside = _beside(replace(tokens, kept=None), encoder)
-        return self._now(around.instant, inside, tokens.rows)
+            inside = beside(replace(tokens, kept=None), encoder)
+        return self._now(around.instant, inside, tokens.rows, around.component)
 
     def _encoder(self, arguments: Mapping[str, Any]) -> TokenLayout | ClockUnknown | None:
         """Tokens of the encoder's states that a decoder is given; None where it attends to none."""
-        states = arguments.get("encoder_hidden_states")
-        if states is None:
-            outputs = arguments.get("encoder_outputs")
-            states = outputs[0] if isinstance(outputs, tuple | list | Mapping) and outputs else None
+        states, mask = arguments.get("encoder_hidden_states"), "encoder_attention_mask"
+        if states is None:  # of a whole encoder-decoder, whose mask is the encoder's
+            states, mask = states_of(arguments), "attention_mask"
         if not isinstance(states, Tensor) or states.dim() != 3:
             return None
-        mask = arguments.get("encoder_attention_mask")
-        if mask is None and "decoder_input_ids" in arguments:
-            mask = arguments.get("attention_mask")
+        mask = arguments.get(mask)
         given, found = self._encoded
         if given[0] is not states or given[1] is not mask:  # the same at every decoding step
             rows, length = states.shape[:2]
             real = real_tokens(mask, rows, 0, length)
-            found = real if isinstance(real, ClockUnknown) else _whole(real, rows, length)
+            found = real if isinstance(real, ClockUnknown) else whole_layout(real, rows, length)
             self._encoded = ((states, mask), found)
         return found
 
@@ -335,12 +386,20 @@ class LanguageTracker(WithoutSchedule):
         error = ClockUnknown(why)
         return self._now(error, error, rows)
 
+    def _apart(self, why: str) -> Now:
+        """A model within a call, or within generate, that does not work on its rows."""
+        around = self.now
+        if around is None and not self._generations:
+            return self._unknown(why)  # the caller's own batch
+        rows = around.batch if around is not None else self._generations[0].rows
+        return self._now(ClockUnknown(why), RowsUnknown(why, rows), None)
+
     def _now(self, instant: Any, tokens: Any, rows: int | None, component: str = "") -> Now:
         states = self._encoded[0][0] if getattr(tokens, "encoder", None) is not None else None
         return Now(
             component,
-            "language",
-            self.runs,
+            "text" if component == _ENCODER else "language",
+            self._run,
             instant,
             _COND,
             rows,
@@ -349,33 +408,19 @@ class LanguageTracker(WithoutSchedule):
         )
 
 
-class _Past:
-    """What the latest call outside `generate` left behind."""
+@dataclass(slots=True)
+class _Frame:
+    """A running call of a model.
 
-    def __init__(
-        self,
-        total: int | None = None,
-        rows: int = 0,
-        ids: Tensor | None = None,
-        tokens: TokenLayout | ClockUnknown | None = None,
-    ):
-        self.total = total
-        self.rows = rows
-        self.ids = ids
-        self.tokens = tokens
-        self.cache: Any = None
-        self.prompt: int | None = None
+    Attributes:
+        sequence: what it begins or goes on with, outside `generate`.
+        is_strange: nothing in its arguments is known, and so in those of the calls around it: the
+            models in it are looked at as if they were called alone.
+    """
 
-    def grows(self, ids: Tensor | None) -> bool:
-        """Whether these tokens are the earlier ones with one more, as decoding without a cache."""
-        earlier = self.ids
-        return (
-            ids is not None
-            and earlier is not None
-            and ids.shape[0] == earlier.shape[0]
-            and ids.shape[1] == earlier.shape[1] + 1
-            and torch.equal(ids[:, :-1], earlier)
-        )
+    now: Now
+    sequence: Sequence | None = None
+    is_strange: bool = False
 
 
 def _models(model: nn.Module) -> list[nn.Module]:
@@ -396,7 +441,7 @@ def _adds_tokens(model: Any) -> bool:
 def reads_text(model: nn.Module) -> bool:
     """Whether a model of transformers that takes tokens is in a module."""
     return any(
-        _is_pretrained(type(each)) and "input_ids" in names_of(type(each).forward)
+        _is_pretrained(type(each)) and "input_ids" in forward_names(type(each))
         for each in model.modules()
     )
 
@@ -405,15 +450,8 @@ def _is_pretrained(kind: type) -> bool:
     return any(base.__name__ == "PreTrainedModel" for base in kind.__mro__)
 
 
-def _is_encoder_decoder(module: nn.Module) -> bool:
-    config = getattr(module, "config", None)
-    return bool(getattr(config, "is_encoder_decoder", False)) and any(
-        name.startswith("decoder_") for name in names_of(type(module).forward)
-    )
-
-
 def _encoders(model: nn.Module) -> set[nn.Module]:
-    if not _is_encoder_decoder(model):
+    if not is_encoder_decoder(model):
         return set()
     try:
         return {model.get_encoder()}  # pyright: ignore[reportCallIssue]
@@ -421,64 +459,5 @@ def _encoders(model: nn.Module) -> set[nn.Module]:
         return set()
 
 
-def _sequence(arguments: Mapping[str, Any], of_decoder: bool) -> Tensor | None:
-    """The tokens [rows, tokens] or embeddings [rows, tokens, features] of a call."""
-    names = (
-        ("decoder_input_ids", "decoder_inputs_embeds", "labels")
-        if of_decoder
-        else (
-            "input_ids",
-            "inputs_embeds",
-        )
-    )
-    for name in names:
-        value = arguments.get(name)
-        if isinstance(value, Tensor) and value.dim() >= 2:
-            return value
-    return None
-
-
-def _caches(arguments: Mapping[str, Any]) -> list[Any]:
-    """What a call is given of earlier ones, so that their tokens do not come again."""
-    return [each for name in _CACHES if (each := arguments.get(name)) is not None]
-
-
-def _beside(
-    tokens: TokenLayout, encoder: TokenLayout | ClockUnknown | None
-) -> TokenLayout | ClockUnknown:
-    """With the encoder's tokens; where these are unknown, nothing tells the two apart."""
-    if isinstance(encoder, ClockUnknown):
-        return encoder
-    return tokens if encoder is None else replace(tokens, encoder=encoder)
-
-
-def _kept(chosen: Any, length: int) -> tuple[int, ...] | None:
-    """Numbers of the tokens that `logits_to_keep` leaves; None for all."""
-    if isinstance(chosen, Tensor) and chosen.dim() == 1:
-        return tuple(int(each) % length for each in chosen.tolist())
-    if isinstance(chosen, int) and chosen > 0:
-        return tuple(range(length))[-chosen:]
-    return None
-
-
-def _whole(real: Tensor | None, rows: int, length: int) -> TokenLayout:
-    """A layout of one call that has all the tokens there are."""
-    prompts = (length,) * rows if real is None else tuple(real.sum(1).tolist())
-    return TokenLayout(rows, length, (0,) * rows, real, prompts)
-
-
 def _instant(step: int) -> Instant:
     return Instant(step, math.nan, None, math.nan, 0)
-
-
-def _held(cache: Any) -> int | None:
-    """Tokens that a cache of keys and values holds; None where it does not say."""
-    length = getattr(cache, "get_seq_length", None)
-    if length is not None:
-        try:
-            return int(length())
-        except (ValueError, TypeError, NotImplementedError):
-            return None
-    if isinstance(cache, tuple) and cache and isinstance(cache[0], tuple):
-        return int(cache[0][0].shape[-2])
-    return None

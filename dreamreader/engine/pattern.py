@@ -10,7 +10,8 @@ from functools import lru_cache
 
 from dreamreader.errors import InvalidInput, UnknownName
 
-PORTS = ("out", "in", "delta", "q", "k", "v", "heads", "probs")
+WHOLE = ("out", "in", "delta")  # of any module
+PORTS = (*WHOLE, "q", "k", "v", "heads", "probs")
 STREAMS = ("image", "text")
 
 

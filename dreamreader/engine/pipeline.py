@@ -1,6 +1,7 @@
 """Running a diffusers pipeline on rows of prompts, in batches."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import is_dataclass
@@ -12,9 +13,12 @@ from dreamreader.engine.cache import Cache
 from dreamreader.engine.clock_run import own_class
 from dreamreader.engine.families.per_row import TEXTS, needs_one_row
 from dreamreader.engine.firing import FiringReport
+from dreamreader.engine.recorder import Memory
+from dreamreader.engine.refusal import refusals
 from dreamreader.engine.request import EditRequest, Record, Stream, Watch
-from dreamreader.engine.rows import Plan, split
+from dreamreader.engine.rows import Plan, repeated, split
 from dreamreader.engine.seeds import GlobalDraw, seeded, watched
+from dreamreader.engine.threads import GENERATORS
 from dreamreader.errors import InvalidInput, UnknownName
 
 if TYPE_CHECKING:
@@ -24,6 +28,10 @@ Records = Sequence[Record | Watch | Stream]
 
 # fields of the output of a pipeline that hold what it made of each row, the first there is
 _MADE = ("images", "frames", "videos", "audios", "image_embeddings", "image_embeds")
+_COUNTS = ("num_inference_steps", "height", "width", "num_frames")
+# the code of diffusers that checks arguments, not that of models
+_CHECKS = ("diffusers/pipelines/", "diffusers/schedulers/", "diffusers/image_processor.py")
+_CHECKS += ("diffusers/video_processor.py", "diffusers/guiders/")
 
 
 def run_pipeline(
@@ -37,8 +45,8 @@ def run_pipeline(
 ) -> "RunResult":
     """Run the pipeline on every row, `batch_size` rows together.
 
-    A batch of several rows ends at the first draw from a global generator, and its rows run one
-    by one from there on.
+    A batch of several rows ends at the first draw from a generator that they share, and its rows
+    run one by one from there on. Runs in several threads wait for each other.
 
     Raises:
         InvalidInput: an argument that cannot be split, or rows that cannot be run again.
@@ -49,6 +57,7 @@ def run_pipeline(
     arguments = _arguments(pipe, arguments, rows)
     size = batch_size or rows
     made, found, report = [], [], FiringReport()
+    memory = Memory(memory_limit)  # of all batches together
     if size > 1 and rows > 1 and needs_one_row(own_class(pipe)):
         report.notes.append(
             f"{own_class(pipe).__name__} cuts its texts to the longest of a batch, which changes "
@@ -59,19 +68,21 @@ def run_pipeline(
     start = 0
     while start < rows:
         stop = min(start + size, rows)
-        session = reader._session(edits, records, plan, start, stop, memory_limit)
+        held = memory.held
+        session = reader._session(edits, records, plan, start, stop, memory)
         own = split(pipe, arguments, start, stop, rows)
         try:
-            with _randomness(pipe, plan.seeds[start:stop]), session:
+            with GENERATORS, _randomness(pipe, plan.seeds[start:stop]) as notes, session:
                 output = _call(pipe, plan, start, stop, own)
         except GlobalDraw as draw:
             _check_again(draw, pipe, edits, records, arguments, rows)
             report.notes.append(
-                f"{draw.who} draws from the global random generators, which a batch would share: "
-                "rows ran one by one, each seeded by itself"
+                f"{draw.who} draws from {draw.what}, which a batch would share: rows ran one by "
+                "one, each seeded by itself"
             )
-            size = 1
+            size, memory.held = 1, held
             continue
+        report.notes += [each for each in notes if each not in report.notes]
         made.append(_made(output, stop - start, whole=stop - start == rows))
         found.append(session.activations(plan.rows))
         report.merge(session.report)
@@ -80,13 +91,14 @@ def run_pipeline(
     return RunResult(_joined(made), Cache(merged(found)), report, tuple(plan.rows))
 
 
-def _randomness(pipe: Any, seeds: Sequence[int]) -> AbstractContextManager[None]:
-    return seeded(pipe, seeds[0]) if len(seeds) == 1 else watched(pipe)
+def _randomness(pipe: Any, seeds: Sequence[int]) -> AbstractContextManager[list[str]]:
+    return seeded(pipe, seeds[0]) if len(seeds) == 1 else watched(pipe, seeds)
 
 
 def _call(pipe: Any, plan: Plan, start: int, stop: int, arguments: dict[str, Any]) -> Any:
     generators = [torch.Generator().manual_seed(seed) for seed in plan.seeds[start:stop]]
-    return pipe(prompt=list(plan.prompts[start:stop]), generator=generators, **arguments)
+    with refusals(own_class(pipe).__name__, *_CHECKS):
+        return pipe(prompt=list(plan.prompts[start:stop]), generator=generators, **arguments)
 
 
 def _arguments(pipe: Any, arguments: dict[str, Any], rows: int) -> dict[str, Any]:
@@ -108,6 +120,12 @@ def _arguments(pipe: Any, arguments: dict[str, Any], rows: int) -> dict[str, Any
             raise UnknownName(f"argument of {own.__name__}", name, known)
         if name in ("prompt", "generator"):
             raise InvalidInput(f"{name} is set by the reader: use prompts and seeds")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InvalidInput(f"{name}={value}: a finite number is needed")
+        if name == "latents" and isinstance(value, torch.Tensor) and value.dim() < 3:
+            raise InvalidInput(f"latents: values of each row are needed, got {list(value.shape)}")
+        if name in _COUNTS and isinstance(value, int | float) and (value < 1 or value % 1):
+            raise InvalidInput(f"{name}={value}: a whole number of at least 1 is needed")
         if name.startswith("num_") and name.endswith("_per_prompt") and value not in (None, 1):
             raise InvalidInput(
                 f"{name}={value}: every {name.split('_')[1].removesuffix('s')} is a row; give "
@@ -119,7 +137,7 @@ def _arguments(pipe: Any, arguments: dict[str, Any], rows: int) -> dict[str, Any
             if len(value) not in (1, rows):
                 raise InvalidInput(f"{name} has {len(value)} entries, the run has {rows} rows")
             ready[name] = list(value) * (rows // len(value))
-    return ready
+    return repeated(pipe, ready, rows)
 
 
 def _check_batches(pipe: Any, arguments: dict[str, Any], size: int, rows: int) -> None:
@@ -166,7 +184,7 @@ def _check_again(
     told = [each.describe() for each in records if isinstance(each, Watch | Stream)]
     told += [each.describe() for each in edits if callable(getattr(each, "fn", None))]
     told += [name for name, value in arguments.items() if callable(value)]
-    why = f"{draw.who} draws from the global random generators, which the rows of a batch share"
+    why = f"{draw.who} draws from {draw.what}, which the rows of a batch share"
     if told:
         raise InvalidInput(
             f"{why}; give batch_size=1, so that every row is seeded by itself (the rows are not "

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dreamreader.engine.clock_schedule import Instant
 from dreamreader.engine.request import Request
-from dreamreader.engine.selection import mask_of
+from dreamreader.engine.selection import described, mask_of
 from dreamreader.engine.tokens import SiteTokens
 from dreamreader.errors import InvalidInput
 
@@ -127,7 +127,10 @@ class Place:
         if channels is not None:
             mask &= mask_of(channels, self.width, f"channels at {self.site}")
         if not mask.any():
-            raise InvalidInput(f"{self.site}: heads={heads!r} and channels={channels!r} share none")
+            asked = {"heads": heads, "channels": channels}
+            said = [f"{name}={described(one)}" for name, one in asked.items() if one is not None]
+            of = f"{self.width} channels" + (f" in {self.heads} heads" if self.heads else "")
+            raise InvalidInput(f"{self.site}: {' and '.join(said)} selects none of the {of}")
         return mask
 
     def vectors(self, value: Tensor, heads: Any, name: str) -> Tensor:
@@ -179,7 +182,8 @@ class Place:
     def _of_heads(self, heads: Any) -> Tensor:
         if not self.heads:
             raise InvalidInput(
-                f"{self.site} has no heads; heads={heads!r} needs the port q, k, v or heads"
+                f"{self.site} has no heads; heads={described(heads)} needs the port q, k, "
+                "v or heads"
             )
         chosen = mask_of(heads, self.heads, f"heads at {self.site}")
         return chosen.repeat_interleave(self.width // self.heads)

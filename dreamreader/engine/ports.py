@@ -6,11 +6,10 @@ from torch import nn
 
 from dreamreader.engine import families
 from dreamreader.engine.families import blocks
-from dreamreader.engine.pattern import Pattern
+from dreamreader.engine.pattern import WHOLE, Pattern
 from dreamreader.engine.taps import Tap
 from dreamreader.errors import UnknownName
 
-_ALWAYS = ("out", "in", "delta")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -26,11 +25,11 @@ def ports_of(module: nn.Module) -> list[str]:
         >>> ports_of(nn.Linear(2, 2))
         ['out', 'in', 'delta']
     """
-    found: list[str] = list(_ALWAYS)
+    found: list[str] = list(WHOLE)
     facts = families.attention(module)
     streams = blocks.streams(module) or (facts.streams if facts else {})
     if streams:
-        found += [f"{port}.text" for port in _ALWAYS]
+        found += [f"{port}.text" for port in WHOLE]
     if facts is not None:
         found += facts.ports
         if facts.no_probs is None:
@@ -44,7 +43,7 @@ def tap_for(module: nn.Module, pattern: Pattern, name: str) -> Tap:
     Raises:
         UnknownName: the module has no such port; the message lists those it has.
     """
-    if pattern.port in _ALWAYS:
+    if pattern.port in WHOLE:
         return _on_module(module, pattern)
     facts = families.attention(module)
     if facts is None:

@@ -1,6 +1,6 @@
 """The Reader: wraps a subject; everything starts from it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -14,8 +14,9 @@ from dreamreader.engine.cache import Activation, Cache, Row
 from dreamreader.engine.firing import FiringReport
 from dreamreader.engine.place import RowSet
 from dreamreader.engine.recorded import joined
+from dreamreader.engine.recorder import Memory
 from dreamreader.engine.request import EditRequest, Record, Stream, Watch
-from dreamreader.engine.rows import Plan, plan_rows
+from dreamreader.engine.rows import Plan, plan_rows, seeds_of
 from dreamreader.engine.session import Session
 from dreamreader.engine.sites import SiteList, find
 from dreamreader.engine.subject import Subject
@@ -138,15 +139,17 @@ class Reader:
         Args:
             prompts, seeds: one or one for each row; see `plan_rows`. Every row draws from its own
                 generator, so its result does not depend on the batch around it. Where a scheduler
-                or module draws from the global generators instead, rows run one by one, and a note
-                says so; the global generators are left as they were. A list of chat messages,
-                `{"role": ..., "content": ...}`, is one prompt of a language model.
+                or module draws from the global generators instead, or from one that it keeps, rows
+                run one by one, and a note says so; these generators are left as they were. What
+                cannot be seen, and so does not follow the seed, is a generator that a function
+                makes for itself at every call, and `numpy.random.seed()` within a run. A list of
+                chat messages, `{"role": ..., "content": ...}`, is one prompt of a language model.
             edits: applied in this order.
             record: site strings, `Record`s, `Watch`es or `Stream`s. A recording sees the values
                 after the edits.
             batch_size: rows computed together; all by default. An argument of which it is not
                 known whether it has one entry for each row is refused where it would be split.
-            memory_limit: bytes that recordings may hold.
+            memory_limit: bytes that the recordings of all batches may hold together.
             arguments: passed on to the pipeline, or to the model's `generate` where it is a
                 language model (its plain forward where none but `logits_to_keep` are given; an
                 encoder-decoder then gets its start token, or `decoder_input_ids`). For a language
@@ -165,8 +168,8 @@ class Reader:
             raise InvalidInput(
                 "run needs a pipeline or language model; use recording() and editing()"
             )
-        if batch_size is not None and batch_size < 1:
-            raise InvalidInput(f"batch_size must be at least 1, got {batch_size}")
+        if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+            raise InvalidInput(f"batch_size is a whole number of at least 1, got {batch_size!r}")
         if self._subject.kind == "language":
             from dreamreader.engine.language import run_language
             from dreamreader.engine.prompts import with_chats
@@ -199,8 +202,13 @@ class Reader:
         Args:
             hooks: pairs (site, fn); see `Edit`.
         """
-        edits = [_Hook(site, fn) for site, fn in hooks]
-        return self.run(prompts, edits=[*edits, *arguments.pop("edits", ())], **arguments).output
+        listed = list(hooks) if isinstance(hooks, Iterable) else [hooks]
+        for each in listed:
+            if not (isinstance(each, tuple | list) and len(each) == 2 and callable(each[1])):
+                raise InvalidInput(f"hooks: pairs (site, function) are needed, got {each!r}")
+        own = [_Hook(site, fn) for site, fn in listed]
+        edits = [*own, *_listed(arguments.pop("edits", ()), EditRequest, "edits")]
+        return self.run(prompts, edits=edits, **arguments).output
 
     @contextmanager
     def recording(
@@ -254,8 +262,9 @@ class Reader:
             NeverFired: an edit matched nothing in the block.
         """
         listed = _listed(edits, EditRequest, "edits")
+        own = None if seeds is None else seeds_of(seeds)
         session = Session(
-            self._subject, listed, seeds=seeds, shapes=self._shapes, tokenizer=self.tokenizer
+            self._subject, listed, seeds=own, shapes=self._shapes, tokenizer=self.tokenizer
         )
         with session:
             yield session.report
@@ -284,7 +293,7 @@ class Reader:
         plan: Plan,
         start: int,
         stop: int,
-        memory_limit: int | None,
+        memory_limit: int | Memory | None,
         prompt_length: int | None = None,
     ) -> Session:
         return Session(

@@ -2,19 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from dreamreader.engine.cache import Activation, Row
-from dreamreader.engine.clock_schedule import Instant
+from dreamreader.engine.clock_schedule import UNTIMED, Instant
 from dreamreader.engine.now import Now
 from dreamreader.engine.recorded import joined
 from dreamreader.engine.request import Record
 from dreamreader.engine.token_layout import TokenLayout, TokenMap
 from dreamreader.errors import ClockUnknown, InvalidInput
-
-_UNTIMED = Instant(0, float("nan"), None, float("nan"), 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +23,7 @@ class Cut:
     Attributes:
         branches: names kept, in order. entries: their batch entries, None for all of them in order.
         rows: rows kept, as numbers in the run.
-        tokens: [n] the same for all, or [entries, n]; None for all.
+        tokens: [n] the same for all, or [entries, n], -1 where a row has fewer; None for all.
         map: which tokens of a language model's call the site has; None elsewhere.
     """
 
@@ -43,13 +42,27 @@ class Cut:
         own = self.map.own(now.tokens)
         if self.entries is not None:
             own = own[self.entries.cpu()]
-        return own if self.tokens is None else _gather(own, self.tokens.cpu())
+        if self.tokens is None:
+            return own
+        filled = None if self.filled is None else self.filled.cpu()
+        return _gather(own, self.tokens.cpu(), filled, -1)
+
+    @cached_property
+    def filled(self) -> Tensor | None:
+        """[entries, n] true where a row has no token of its own; None where all of them have."""
+        if self.tokens is None or self.tokens.dim() == 1:
+            return None
+        filled = self.tokens < 0
+        return filled if bool(filled.any()) else None
 
 
 class Memory:
     """Bytes that the recordings of one session hold, and how many they may."""
 
     def __init__(self, limit: int | None):
+        number = isinstance(limit, int | float) and not isinstance(limit, bool)
+        if limit is not None and not (number and limit >= 0):
+            raise InvalidInput(f"memory_limit is a number of bytes, got {limit!r}")
         self.limit = _available() if limit is None else limit
         self.held = 0
 
@@ -129,7 +142,7 @@ class Recorder:
         if cut.entries is not None:
             x = x.index_select(0, cut.entries)
         if cut.tokens is not None:
-            x = _gather(x, cut.tokens)
+            x = _gather(x, cut.tokens, cut.filled)
         if cut.heads and x.dim() == 3:
             x = x.unflatten(-1, (cut.heads, -1))
         if self.request.reduce is not None:
@@ -142,11 +155,13 @@ class Recorder:
         self._file(x, cut, now, moments)
 
     def _file(self, x: Tensor, cut: Cut, now: Now, moments: int) -> None:
-        instant = now.instant if isinstance(now.instant, Instant) else _UNTIMED
+        instant = now.instant if isinstance(now.instant, Instant) else UNTIMED
         part = self._parts.setdefault(now.run, _Part(cut.rows))
         key = (instant.step, instant.evaluation)
         filed = part.pieces.setdefault(key, [])
-        if any(set(branches) & set(cut.branches) for branches, _ in filed):
+        untimed = instant is UNTIMED or (UNTIMED.step, UNTIMED.evaluation) in part.pieces
+        before = [each for pieces in part.pieces.values() for each in pieces] if untimed else filed
+        if any(set(branches) & set(cut.branches) for branches, _ in before):
             if isinstance(now.instant, ClockUnknown) and now.phase != "outside":
                 raise ClockUnknown(
                     f"{self.name} ran more than once, and which step each call is of is unknown. "
@@ -322,10 +337,14 @@ def _sizes(piece: Tensor) -> str:
     return "x".join(map(str, piece.shape[2:]))
 
 
-def _gather(x: Tensor, tokens: Tensor) -> Tensor:
+def _gather(x: Tensor, tokens: Tensor, filled: Tensor | None = None, value: int = 0) -> Tensor:
+    """The tokens of x [entries, tokens, ...] by their numbers, and `value` where it is filled."""
     tokens = tokens.to(x.device)
     if tokens.dim() == 1:
         return x.index_select(1, tokens)
+    if filled is not None:
+        found = _gather(x, tokens.clamp(min=0))
+        return found.masked_fill(filled.reshape(*filled.shape, *(1,) * (x.dim() - 2)), value)
     index = tokens.reshape(*tokens.shape, *(1,) * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
     return x.gather(1, index)
 

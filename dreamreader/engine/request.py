@@ -1,16 +1,18 @@
 """What recordings and edits have in common: a site, and when and where they apply."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from dreamreader._devices import device_of
 from dreamreader.engine.axes import axes_named
-from dreamreader.engine.pattern import parse
+from dreamreader.engine.pattern import WHOLE, parse
 from dreamreader.engine.selection import (
+    described,
     in_steps,
     in_values,
     normalized,
@@ -60,7 +62,7 @@ class Request:
     layout: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
-        sites = (self.site,) if isinstance(self.site, str) else tuple(self.site)
+        sites = _listed(self.site, f"{self.label}: site", "a site such as 'unet.mid_block:out'")
         if not sites:
             raise InvalidInput(f"{self.label}: the list of sites is empty")
         for site in sites:
@@ -68,13 +70,20 @@ class Request:
         if not isinstance(self.site, str):
             object.__setattr__(self, "site", sites)
         if self.branch is not None and not isinstance(self.branch, str):
-            object.__setattr__(self, "branch", tuple(self.branch))
+            branches = _listed(self.branch, f"{self.label}: branch", "a name such as 'cond'")
+            object.__setattr__(self, "branch", branches)
         self._normalize("steps", normalized_steps)
         for name in ("timesteps", "sigmas", "fraction"):
             self._normalize(name, normalized_values)
         self._normalize("tokens", normalized, soft=True, words=True)
         self._normalize("rows", normalized)
         if self.layout is not None:
+            for site in sites:
+                if parse(site).port not in WHOLE:
+                    raise InvalidInput(
+                        f"{self.label}: layout={self.layout!r} has no meaning at {site}: a port of "
+                        f"an attention has its own dimensions. It is for {', '.join(WHOLE)}"
+                    )
             object.__setattr__(self, "layout", axes_named(self.layout, self.label))
 
     def _normalize(self, name: str, form: Callable[..., Any], **allowed: bool) -> None:
@@ -123,8 +132,7 @@ class Request:
         for each in fields(Request)[1:]:
             value = getattr(self, each.name)
             if value is not None:
-                shown = f"mask {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-                parts.append(f"{each.name}={shown}")
+                parts.append(f"{each.name}={described(value)}")
         return f"{self.label}({', '.join(parts)})"
 
     def __eq__(self, other: object) -> bool:
@@ -157,6 +165,20 @@ class Record(Request):
     dtype: torch.dtype | None = field(default=None, kw_only=True)
     device: str | torch.device | None = field(default="cpu", kw_only=True)
     reduce: Callable[[Tensor], Tensor] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        dtype = self.dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise InvalidInput(
+                f"Record: dtype is a floating point type such as torch.float32, got {dtype!r}"
+            )
+        if self.device is not None:
+            device_of(self.device)
+        if self.reduce is not None and not callable(self.reduce):
+            raise InvalidInput(
+                f"Record: reduce must be a function, got {type(self.reduce).__name__}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,6 +291,20 @@ class EditRequest(Request):
 
     def apply(self, x: Tensor, place: "Place") -> Tensor:
         raise NotImplementedError
+
+
+def _listed(value: Any, label: str, kind: str) -> tuple[str, ...]:
+    """One string or several as a tuple.
+
+    Raises:
+        InvalidInput: they are no strings.
+    """
+    several = not isinstance(value, str | bytes | Mapping) and isinstance(value, Iterable)
+    listed: tuple[Any, ...] = tuple(value) if several else (value,)
+    for each in listed:
+        if not isinstance(each, str):
+            raise InvalidInput(f"{label}: {kind} is needed, or several, got {each!r}")
+    return listed
 
 
 def same(a: Any, b: Any) -> bool:

@@ -1,11 +1,16 @@
 """Rows of a run: how prompts, seeds and per-row strengths are brought to one length."""
 
+import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
+from torch import Tensor
+
 from dreamreader.engine.cache import Row
+from dreamreader.engine.clock_run import own_class
 from dreamreader.engine.families.per_row import PICTURES, has_several_networks, meaning
 from dreamreader.engine.request import EditRequest
 from dreamreader.errors import InvalidInput, check_text
@@ -44,7 +49,7 @@ def plan_rows(
         >>> plan_rows("a", [0, 1, 2], []).prompts
         ('a', 'a', 'a')
     """
-    listed = [prompts] if isinstance(prompts, str) else list(prompts)
+    listed = [prompts] if isinstance(prompts, str) else _in_order(prompts, "prompts", "a prompt")
     if not listed:
         raise InvalidInput("prompts is empty: at least one prompt is needed")
     wrong = [each for each in listed if not isinstance(each, str)]
@@ -53,10 +58,8 @@ def plan_rows(
     for number, each in enumerate(listed):
         check_text(each, f"prompt {number}")
     lengths = {"prompts": len(listed)}
-    if seeds is not None and not isinstance(seeds, int):
-        seeds = [_seed(each) for each in seeds]
-        if not seeds:
-            raise InvalidInput("seeds is empty: give an int, or one seed for each row")
+    if seeds is not None and not _is_number(seeds):
+        seeds = list(seeds_of(seeds))
         lengths["seeds"] = len(seeds)
     for number, edit in enumerate(edits):
         for name, length in edit.row_lengths().items():
@@ -68,17 +71,46 @@ def plan_rows(
     several = len(listed) > 1
     if seeds is None:
         seeds = int.from_bytes(os.urandom(4), "little")
-    if isinstance(seeds, int):
+    if not isinstance(seeds, list):
         first = _seed(seeds)
         seeds = [first + n if several else first for n in range(count)]
     full_prompts = tuple(listed if several else listed * count)
     return Plan(full_prompts, tuple(seeds if len(seeds) > 1 else list(seeds) * count))
 
 
+def seeds_of(seeds: Any) -> tuple[int, ...]:
+    """One seed for each row, of a list, range, array or tensor.
+
+    Raises:
+        InvalidInput: there are none, they have no order, or one is no seed.
+    """
+    found = tuple(_seed(each) for each in _in_order(seeds, "seeds", "an int"))
+    if not found:
+        raise InvalidInput("seeds is empty: give an int, or one seed for each row")
+    return found
+
+
+def _in_order(value: Any, name: str, kind: str) -> list[Any]:
+    """What a list, tuple, array or generator holds; a set or dictionary has no order for rows."""
+    unordered = isinstance(value, str | bytes | Mapping | Set)
+    if unordered or not isinstance(value, Iterable) or not getattr(value, "shape", (1,)):
+        raise InvalidInput(
+            f"{name}: {kind} or a list with one for each row is needed, got {value!r}"
+        )
+    return list(value)
+
+
+def _is_number(value: Any) -> bool:
+    return hasattr(value, "__index__") and not getattr(value, "shape", ())
+
+
 def _seed(value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
         raise InvalidInput(f"a seed is an int, got {value!r}")
-    number = int(value.__index__())
     if not 0 <= number < 2**63:
         raise InvalidInput(f"a seed is between 0 and 2**63 - 1, got {number}")
     return number
@@ -103,25 +135,55 @@ def split(pipe: Any, arguments: Mapping[str, Any], start: int, stop: int, total:
     return found
 
 
-def _belongs_to_rows(pipe: Any, name: str, value: Any, total: int) -> bool:
-    own = getattr(type(pipe), "_dreamreader_own_class", type(pipe))
-    entries = _entries(value)
-    per_row = meaning(own, name)
-    if per_row is False or entries is None:
-        return False
+def repeated(pipe: Any, arguments: Mapping[str, Any], total: int) -> dict[str, Any]:
+    """Arguments with one entry for each row, also where one was given for all of them.
+
+    Raises:
+        InvalidInput: latents or embeddings have neither 1 entry nor one for each row.
+    """
+    found = dict(arguments)
+    for name, value in arguments.items():
+        entries = _entries(value)
+        if entries is None or not _is_per_row(pipe, name, value):
+            continue
+        if entries not in (1, total) and name not in PICTURES:  # of which pipelines repeat several
+            raise InvalidInput(f"{name}: has {entries} entries, the run has {total} rows")
+        if entries == 1 < total:
+            if isinstance(value, list | tuple):
+                found[name] = list(value) * total
+            elif isinstance(value, Tensor):
+                found[name] = value.expand(total, *value.shape[1:]).clone()
+            elif isinstance(value, numpy.ndarray):
+                found[name] = value.repeat(total, axis=0)
+    return found
+
+
+def _is_per_row(pipe: Any, name: str, value: Any) -> bool | None:
+    """Whether an argument has one entry for each row, or one for all; None: not known."""
+    per_row = meaning(own_class(pipe), name)
+    if not per_row:
+        return per_row
     depth = 5 if "video" in name else 4  # dimensions of a batch of pictures, of videos
-    if per_row and name in PICTURES:
+    if name in PICTURES:
         if _is_one(name, value, depth):
             return False
         if has_several_networks(pipe) or _is_ambiguous(value, depth):
-            per_row = None
+            return None
+    return True
+
+
+def _belongs_to_rows(pipe: Any, name: str, value: Any, total: int) -> bool:
+    entries, per_row = _entries(value), _is_per_row(pipe, name, value)
+    if per_row is False or entries is None:
+        return False
     if per_row is None:
         if not _may_hold_rows(value, total):
             return False
+        own = own_class(pipe).__name__
         raise InvalidInput(
-            f"{name}: has length {entries} in a run of {total} rows, and whether {own.__name__} "
-            "takes one for each row or all of them for every row is not known, so it cannot be "
-            "split over batches; leave batch_size out, or run one row at a time with its own"
+            f"{name}: has length {entries} in a run of {total} rows, and whether {own} takes one "
+            "for each row or all of them for every row is not known, so it cannot be split over "
+            "batches; leave batch_size out, or run one row at a time with its own"
         )
     if entries not in (1, total):
         raise InvalidInput(f"{name}: has {entries} entries, the run has {total} rows")

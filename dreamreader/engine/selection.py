@@ -6,7 +6,7 @@ a number of entries.
 
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from dreamreader.errors import InvalidInput
 
 Steps = int | slice | range | Iterable[int] | Callable[[int], bool] | None
+_VALUES = ", slice, range, set or predicate"
 Values = float | tuple[float, float] | slice | Iterable[float] | Callable[[float], bool] | None
 
 
@@ -35,6 +36,8 @@ class Box:
     bottom: float
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            _number(value, f"Box: {name}")
         if not (0 <= self.left < self.right <= 1 and 0 <= self.top < self.bottom <= 1):
             raise InvalidInput(
                 f"{self}: needs 0 <= left < right <= 1 and 0 <= top < bottom <= 1 (shares of width "
@@ -74,22 +77,27 @@ def normalized(chosen: Any, label: str, *, soft: bool = False, words: bool = Fal
     """
     if isinstance(chosen, np.ndarray):
         chosen = _of_array(chosen)
-    if chosen is None or (words and isinstance(chosen, str | Box)):
+    if words and isinstance(chosen, str):
+        return _word(chosen, label)
+    if chosen is None or (words and isinstance(chosen, Box)):
         return chosen
     if isinstance(chosen, slice):
-        return slice(*(_bound(each, label) for each in (chosen.start, chosen.stop, chosen.step)))
+        start, stop, step = (_bound(each, label) for each in _parts(chosen))
+        if step == 0:
+            raise InvalidInput(f"{label}: the step of a slice is not 0, got {chosen}")
+        return slice(start, stop, step)
     if isinstance(chosen, range):
         return chosen
     if isinstance(chosen, Tensor):
         return _of_tensor(chosen, label, soft)
     if _is_index(chosen):
         return operator.index(chosen)
-    if isinstance(chosen, str | bytes) or not isinstance(chosen, Iterable):
+    if isinstance(chosen, str | bytes | Mapping) or not isinstance(chosen, Iterable):
         raise InvalidInput(f"{label}: {_kinds(soft, words)} is needed, got {chosen!r}")
     unordered = isinstance(chosen, set | frozenset)
     listed = [_scalar(each) for each in chosen]
     if words and listed and all(isinstance(each, str) for each in listed):
-        return tuple(listed)
+        return tuple(_word(each, label) for each in listed)
     if all(map(_is_index, listed)):
         found = [operator.index(each) for each in listed]
         return set(found) if unordered else _distinct(found, label)
@@ -127,13 +135,19 @@ def mask_of(chosen: Any, count: int, label: str, noun: str = "") -> Tensor:
     if isinstance(chosen, slice):
         mask[list(range(*chosen.indices(count)))] = True
         return mask
-    listed = [chosen] if isinstance(chosen, int) else list(chosen)
-    wrong = [each for each in listed if not -count <= each < count]
+    listed = [chosen] if isinstance(chosen, int) else chosen
+    ends = (*listed[:1], *listed[-1:]) if isinstance(listed, range) else listed
+    wrong = [each for each in ends if not -count <= each < count]
     if wrong:
         what, all_of = (f"{noun} {wrong[0]}", f"{count} {noun}s") if noun else (wrong[0], count)
         raise InvalidInput(f"{label}: {what} asked for, there are {all_of}")
     mask[[each % count for each in listed]] = True
     return mask
+
+
+def described(chosen: Any) -> str:
+    """A selection in a few words."""
+    return f"mask {list(chosen.shape)}" if isinstance(chosen, Tensor) else repr(chosen)
 
 
 def numbers_of(chosen: Any, count: int, label: str) -> list[int]:
@@ -148,7 +162,7 @@ def numbers_of(chosen: Any, count: int, label: str) -> list[int]:
     else:
         kept = mask_of(chosen, count, label).nonzero().flatten().tolist()
     if not kept:
-        raise InvalidInput(f"{label}: {chosen!r} selects none of {count}")
+        raise InvalidInput(f"{label}: {described(chosen)} selects none of {count}")
     return kept
 
 
@@ -173,13 +187,20 @@ def normalized_values(chosen: Any, label: str) -> Any:
     if chosen is None or callable(chosen) or isinstance(chosen, range):
         return chosen
     if isinstance(chosen, slice):
-        bounds = [each if each is None else _number(each, label) for each in _parts(chosen)]
+        bounds = [
+            each if each is None else _number(each, label, _VALUES) for each in _parts(chosen)
+        ]
+        if bounds[2] is not None:
+            raise InvalidInput(f"{label}: a slice of values has no step, got {chosen}")
         return slice(*bounds)
     if isinstance(chosen, Tensor | np.ndarray):
         chosen = chosen.tolist()
     if isinstance(chosen, tuple | list | set | frozenset):
-        return type(chosen)(_number(each, label) for each in chosen)
-    return _number(chosen, label)
+        found = type(chosen)(_number(each, label, _VALUES) for each in chosen)
+        if isinstance(found, tuple) and len(found) == 2 and found[0] > found[1]:
+            raise InvalidInput(f"{label}: a pair is (low, high), got {found}")
+        return found
+    return _number(chosen, label, _VALUES)
 
 
 def in_steps(chosen: Any, step: int, total: int | None) -> bool:
@@ -196,10 +217,11 @@ def in_steps(chosen: Any, step: int, total: int | None) -> bool:
         if total is None and any((each or 0) < 0 for each in (chosen.start, chosen.stop)):
             raise InvalidInput(f"steps={chosen}: negative indices need a known number of steps")
         return step in range(*chosen.indices(total if total is not None else step + 1))
-    wanted = [chosen] if isinstance(chosen, int) else list(chosen)
+    wanted = [chosen] if isinstance(chosen, int) else chosen
     if total is not None:
-        wanted = [each + total if each < 0 else each for each in wanted]
-    elif any(each < 0 for each in wanted):
+        return step in wanted or (step < total and step - total in wanted)
+    ends = (*wanted[:1], *wanted[-1:]) if isinstance(wanted, range) else wanted
+    if any(each < 0 for each in ends):
         raise InvalidInput(f"steps={chosen}: negative indices need a known number of steps")
     return step in wanted
 
@@ -228,10 +250,17 @@ def _of_tensor(chosen: Tensor, label: str, soft: bool) -> Any:
             raise InvalidInput(f"{label}: one truth value selects nothing; give one for each entry")
         return chosen
     if chosen.is_floating_point():
+        if chosen.shape == (0,):  # an empty list has no other dtype
+            return []
         if not soft or chosen.dim() == 0:
             raise InvalidInput(f"{label}: whole numbers or truth values are needed, got {chosen}")
         if not bool(chosen.isfinite().all()):
             raise InvalidInput(f"{label}: a soft mask with values that are not finite")
+        if not bool(((chosen >= 0) & (chosen <= 1)).all()):
+            raise InvalidInput(
+                f"{label}: a soft mask has strengths from 0 to 1, got {chosen.min():g} to "
+                f"{chosen.max():g}; alpha or the direction scales them"
+            )
         return chosen
     if chosen.is_complex():
         raise InvalidInput(f"{label}: whole numbers or truth values are needed, got {chosen.dtype}")
@@ -253,6 +282,12 @@ def _distinct(indices: list[int], label: str) -> list[int]:
             f"{label}: {indices} could be indices or a mask; give truth values, or every index once"
         )
     return indices
+
+
+def _word(text: str, label: str) -> str:
+    if not text.strip():
+        raise InvalidInput(f"{label}: a word of the prompt is needed, got {text!r}")
+    return text
 
 
 def _of_array(chosen: np.ndarray) -> Any:
@@ -285,12 +320,12 @@ def _bound(value: Any, label: str) -> int | None:
     raise InvalidInput(f"{label}: a slice has whole numbers, got {value!r}")
 
 
-def _number(value: Any, label: str) -> float:
+def _number(value: Any, label: str, more: str = "") -> float:
     value = _scalar(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidInput(
-            f"{label} must be a number, slice, range, set or predicate, got {value!r}"
-        )
+        raise InvalidInput(f"{label} must be a number{more}, got {value!r}")
+    if math.isnan(value):
+        raise InvalidInput(f"{label}: nan is no number to select by")
     return value
 
 

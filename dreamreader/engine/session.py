@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dreamreader.engine.cache import Activation, Row
 from dreamreader.engine.checkpointing import recomputed_as_before
@@ -17,6 +17,7 @@ from dreamreader.engine.place import RowSet
 from dreamreader.engine.probs import ProbsMode
 from dreamreader.engine.recorder import Memory, Recorder
 from dreamreader.engine.request import EditRequest, Record, Request, Stream, Watch
+from dreamreader.engine.selection import described
 from dreamreader.engine.sites import Site, find
 from dreamreader.engine.station import SiteRun, Station
 from dreamreader.engine.step_caches import StepCaches, cache_hooks, caches_batch
@@ -150,22 +151,43 @@ class Shared:
         """Rows that the caller's own call has; None where its arguments do not say."""
         return self.tracker.rows
 
-    def words_for(self, now: Now, site: Site, branches: tuple[str, ...], rows: int, beams: int = 1):
-        """A function that finds the token numbers of a word for every batch entry."""
+    def words_for(
+        self,
+        now: Now,
+        site: Site,
+        branches: tuple[str, ...],
+        rows: int,
+        beams: int = 1,
+        asked: Tensor | None = None,
+    ):
+        """A function that finds the token numbers of a word for every batch entry.
+
+        `asked`, [batch], is 0 at entries that the request leaves out: nothing is looked for there.
+        """
+        everywhere = torch.ones(len(branches), rows, beams) if asked is None else asked
+        wanted = (everywhere.reshape(len(branches), rows, beams)[..., 0] != 0).tolist()
 
         def find_word(word: str) -> list[list[int]]:
             found: list[list[int]] = []
-            for branch in branches:
-                for places in self._word(word, now, site, branch, rows):
+            for branch, where in zip(branches, wanted, strict=True):
+                if not any(where):
+                    found += [[]] * rows * beams
+                    continue
+                for places in self._word(word, now, site, branch, where):
                     found += [places] * beams
             return found
 
         return find_word
 
-    def _word(self, word: str, now: Now, site: Site, branch: str, rows: int) -> list[list[int]]:
+    def _word(
+        self, word: str, now: Now, site: Site, branch: str, wanted: list[bool]
+    ) -> list[list[int]]:
+        """Token numbers of a word in the wanted rows of a branch; none in the others."""
+        rows = len(wanted)
         places = self.words.positions(word, now, site.name, branch, rows) or [[]] * rows
+        places = [each if asked else [] for each, asked in zip(places, wanted, strict=True)]
         if branch == "cond":
-            missing = [row for row, each in enumerate(places) if not each]
+            missing = [row for row, each in enumerate(places) if wanted[row] and not each]
             if missing:
                 text = self.words.text(now, branch, missing[0])
                 raise InvalidInput(
@@ -202,7 +224,8 @@ class Session(AbstractContextManager):
         rowset: the rows of the run, where a plan exists.
         prompts, seeds: of these rows.
         prompt_length: tokens of a language model's padded prompt.
-        memory_limit: bytes that recordings may hold; most of the free memory by default.
+        memory_limit: bytes that recordings may hold; most of the free memory by default. A `Memory`
+            goes on with what earlier sessions hold.
         shapes: gets the shapes that sites had.
         require: whether an edit or recording that never fires is an error at the end.
     """
@@ -217,7 +240,7 @@ class Session(AbstractContextManager):
         prompts: Sequence[str] | None = None,
         seeds: Sequence[int] | None = None,
         prompt_length: int | None = None,
-        memory_limit: int | None = None,
+        memory_limit: int | Memory | None = None,
         shapes: dict[str, tuple[int, ...]] | None = None,
         tokenizer: Any = None,
     ):
@@ -227,7 +250,7 @@ class Session(AbstractContextManager):
         self.report = FiringReport()
         self.recorders: list[Recorder] = []
         self._shapes = shapes if shapes is not None else {}
-        self._memory = Memory(memory_limit)
+        self._memory = memory_limit if isinstance(memory_limit, Memory) else Memory(memory_limit)
         self._runs: dict[str, SiteRun] = {}
         self._stack: ExitStack | None = None
         tracker = _tracker(subject, prompt_length)
@@ -398,14 +421,16 @@ class Session(AbstractContextManager):
 
     def _why_missed(self, request: Request, line: Firing, run: SiteRun) -> str:
         asked = [
-            f"{name}={getattr(request, name)!r}"
+            f"{name}={described(getattr(request, name))}"
             for name in ("tokens", "rows", "heads", "channels")
             if getattr(request, name, None) is not None
         ]
-        had = f"[{', '.join(map(str, run.shape or ()))}]"
+        shape = run.shape or ()
+        had = f"[{', '.join(map(str, shape))}]"
+        axes = "rows, tokens, heads, features" if len(shape) == 4 else "rows, tokens, features"
         return (
             f"it was active in {line.missed} calls, but {' and '.join(asked) or 'its selection'} "
-            f"matched no element of the {had} values there (rows, tokens, features)"
+            f"matched no element of the {had} values there ({axes})"
         )
 
 

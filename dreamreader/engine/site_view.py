@@ -1,15 +1,23 @@
 """How the values of a site are read as [rows, tokens, features] in one kind of call."""
 
 import re
+from functools import cache
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from dreamreader.engine.axes import Axes, axes_of, describe_open
+from dreamreader.engine.axes import Axes, axes_of, describe_open, is_model
+from dreamreader.engine.generation import names_of
 from dreamreader.engine.now import Now
 from dreamreader.engine.sites import Site
+from dreamreader.engine.subject import innermost, is_encoder_decoder
 from dreamreader.engine.taps import read_channels, write_channels
-from dreamreader.engine.token_layout import TokenLayout, TokenMap
+from dreamreader.engine.token_layout import (
+    PaddingUnknown,
+    RowsUnknown,
+    TokenLayout,
+    TokenMap,
+)
 from dreamreader.engine.view import View
 from dreamreader.errors import ClockUnknown, InvalidInput
 
@@ -59,11 +67,13 @@ class SiteView:
         else:
             flat = tokens.opened(value.shape[0]) if tokens and value.dim() == 2 else None
             flat = None if _is_routed(site) else flat
-            view = View(_axes(site, tokens, value, layout), value.shape, flat)
+            view = View(_axes(site, now, value, layout, given), value.shape, flat)
         found = cls(site, view, None)
         x = found.outline(value)
         found.canonical = tuple(x.shape)
         found.map = _map(site, now, value, view, x, given)
+        if layout is not None and isinstance(found.map, RowsUnknown):
+            found.map = ClockUnknown(*found.map.args)  # the request says which are the rows
         return found
 
     def outline(self, value: Tensor) -> Tensor:
@@ -84,15 +94,16 @@ class SiteView:
 
 def read_site(site: Site, value: Tensor) -> Tensor:
     """[rows, tokens, features] of a value at a site outside a session, as `SiteView` reads it."""
-    view = View(_axes(site, None, value, None), value.shape)
+    view = View(_axes(site, None, value, None, None), value.shape)
     return SiteView(site, view, None).read(value)
 
 
 def _axes(
     site: Site,
-    tokens: TokenLayout | None,
+    now: Now | None,
     value: Tensor,
     layout: str | None,
+    given: Any,
 ) -> Axes:
     if layout is not None:
         named = tuple(layout.split())
@@ -105,12 +116,31 @@ def _axes(
     if site.tap.axes is not None and len(site.tap.axes) == value.dim():
         return site.tap.axes
     module = site.tap.module
-    lengths = tokens.lengths if tokens is not None else ()
-    turned = value.dim() == 4 and value.stride(1) < value.stride(2)
-    found = axes_of(value.shape, module, site.around, lengths, turned)
+    tokens = None if now is None else now.tokens
+    known = isinstance(tokens, TokenLayout)
+    lengths, batch = tokens.lengths if known else (), None if now is None else now.batch
+    rows = tokens.rows if known else batch
+    turned = _is_turned(value, given, module) if value.dim() == 4 else None
+    found = axes_of(value.shape, module, site.around, lengths, turned, rows)
     if found is None:
         raise InvalidInput(describe_open(site.name, module, value.shape, site.around))
     return found
+
+
+def _is_turned(value: Tensor, given: Any, module: nn.Module) -> bool | None:
+    """Whether the second of the two middle dimensions is the outer one in memory; None if unknown.
+
+    What a norm of transformers gets in the order of memory comes from a projection as it is.
+    """
+    leaf = next(module.children(), None) is None
+    from_given = leaf and isinstance(given, Tensor) and given.shape == value.shape
+    seen = given if from_given else value
+    if seen.stride(1) < seen.stride(2):
+        return True
+    place = getattr(type(module).forward, "__module__", "")
+    own = place.startswith("transformers.") or isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    is_norm = own and "norm" in type(module).__name__.lower()
+    return False if from_given and is_norm else None
 
 
 def _map(
@@ -125,10 +155,35 @@ def _map(
                 f"{site.name}: its {layout.rows} entries may be rows or tokens, there are as many"
             )
         return layout.map_of(x.shape[0], None, site.name, None)
-    reads: bool | None = None
-    if layout.encoder is not None and layout.encoder.length == layout.length:
-        reads = None if site.port == "probs" else _reads_encoder(site, given, now)
+    if value.dim() == 3 and (why := _without_rows(site)) is not None:
+        return RowsUnknown(f"{site.name}: {why}", layout.rows)
+    both = site.port == "probs" and layout.encoder is not None  # queries or keys
+    reads = None if both else _reads_encoder(site, given, now)
+    if layout.encoder is None and reads is not False and x.shape[1] == layout.length:
+        return PaddingUnknown(
+            f"{site.name}: its {x.shape[1]} tokens may be those of the encoder or of the decoder"
+        )
     return layout.map_of(x.shape[0], x.shape[1], site.name, reads)
+
+
+def _without_rows(site: Site) -> str | None:
+    """Why three dimensions at a site are no [rows, tokens, features], whatever their sizes."""
+    holders = [type(each).__name__ for each in site.around]
+    if any(name.endswith("Experts") for name in holders):
+        return "inside experts, tokens of all rows are sorted by expert"
+    if isinstance(site.tap.module, nn.Embedding) and any("Attention" in each for each in holders):
+        return "an embedding inside attention is of pairs of tokens"
+    owner = next((each for each in site.around if is_model(type(each))), None)
+    if owner is not None and any(_reads_no_tokens(type(each)) for each in owner.children()):
+        return f"{type(owner).__name__} has it beside a model that reads no tokens"
+    return None
+
+
+@cache
+def _reads_no_tokens(kind: type) -> bool:
+    """Whether a class is a model of pictures or sound."""
+    names = names_of(kind.forward)[1:] if is_model(kind) else []
+    return bool(names) and not any(name.endswith(("input_ids", "inputs_embeds")) for name in names)
 
 
 def _is_routed(site: Site) -> bool:
@@ -155,11 +210,32 @@ def _reads_encoder(site: Site, given: Any, now: Now) -> bool | None:
     if isinstance(given, Tensor) and states is not None and given.shape == states.shape:
         if given.data_ptr() == states.data_ptr():
             return True
+    part = _part_of(site, now)
+    if part != "decoder":
+        return True if part == "encoder" else None
     crossing = _CROSSING.search(site.path)
     if crossing is None or _FROM_DECODER.fullmatch(site.path[crossing.end() :]):
         return False
     return None
 
 
-_CROSSING = re.compile(r"(enc_?dec|cross|encoder_attn)\w*", re.IGNORECASE)
-_FROM_DECODER = re.compile(r"|\.(q|o|q_proj|o_proj|out_proj|query)")
+def _part_of(site: Site, now: Now) -> str | None:
+    """`encoder` or `decoder`: whose tokens a module has; None where it stands between the two."""
+    module = site.tap.module
+    root: Any = site.around[-1] if site.around else module
+    if now.component == "encoder" or not is_encoder_decoder(root):
+        return "decoder"  # or there is one kind of tokens only
+    named = next((each for each in site.path.split(".") if each in ("encoder", "decoder")), None)
+    if named is not None:
+        return named
+    head = innermost(root).get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    if module is head or isinstance(module, nn.Embedding):
+        return "decoder"
+    inside = (name.rpartition(".")[2] for name, _ in module.named_modules())
+    return "decoder" if "decoder" in inside else None
+
+
+_CROSSING = re.compile(r"(enc_?dec|cross)\w*att\w*|encoder_attn\w*", re.IGNORECASE)
+_FROM_DECODER = re.compile(
+    r"(\.self)?(\.(q|o|q_proj|o_proj|out_proj|query))?|\.output(\.\w+)?", re.IGNORECASE
+)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from dreamreader.engine.compile import Active, Compiled, compiled
 from dreamreader.engine.now import Now
@@ -17,6 +18,7 @@ from dreamreader.engine.site_view import SiteView
 from dreamreader.engine.sites import Site
 from dreamreader.engine.stream import Kept, Streamer
 from dreamreader.engine.taps import Argument, pick, put
+from dreamreader.engine.token_layout import RowsUnknown
 from dreamreader.engine.tokens import SiteTokens, select, site_tokens
 from dreamreader.engine.watch import Call, Seen, Watcher
 from dreamreader.errors import ClockUnknown, InvalidInput
@@ -351,8 +353,10 @@ class _Places:
         entries = row_mask(request, place)
         words = None
         if isinstance(request.tokens, str | tuple):
-            words = self.shared.words_for(self.now, self.site, self.branches, rows, self.beams)
-        tokens = select(request.tokens, self.tokens, words)
+            words = self.shared.words_for(
+                self.now, self.site, self.branches, rows, self.beams, entries
+            )
+        tokens = select(request.tokens, self.tokens, words, entries)
         selected = torch.ones(1, 1) if tokens is None else torch.atleast_2d(tokens)
         if entries is not None:
             selected = selected * entries.reshape(-1, 1)
@@ -375,6 +379,13 @@ class _Places:
                 return  # refused for the step or branch that it lacks, before it is handed on
         rowset = self.shared.rowset
         count = rowset.count if rowset.total is not None else self.shared.rows_asked()
+        unknown = self.view.map if isinstance(self.view.map, RowsUnknown) else None
+        if self.regular and unknown is not None and not rows == unknown.rows == 1:
+            raise ClockUnknown(
+                f"{self.site.name}: which of its {rows} entries are which row is asked for. "
+                f"{unknown}; where there is one for each row, say so with "
+                'layout="rows tokens features"'
+            )
         if self.regular and rows == count:
             return
         if self.regular and count is None:
@@ -435,6 +446,8 @@ def _kept_tokens(request: Request, place: Place, entries: list[int]) -> Tensor |
         return None
     kept = [row.nonzero().flatten() for row in chosen]
     if len({len(each) for each in kept}) > 1:
+        if place.own is not None and all(map(len, kept)):
+            return _filled_in_front(kept)
         counts = ", ".join(str(len(each)) for each in kept)
         raise InvalidInput(
             f"recording {place.site}: the rows keep different numbers of tokens ({counts}); record "
@@ -443,6 +456,12 @@ def _kept_tokens(request: Request, place: Place, entries: list[int]) -> Tensor |
     if all(torch.equal(each, kept[0]) for each in kept):
         return kept[0]
     return torch.stack(kept)
+
+
+def _filled_in_front(kept: list[Tensor]) -> Tensor:
+    """Token numbers of rows that keep different numbers of them, [rows, n]; -1 is padding."""
+    turned = [each.flip(0) for each in kept]
+    return pad_sequence(turned, batch_first=True, padding_value=-1).flip(1)
 
 
 class Station:

@@ -12,14 +12,21 @@ from torch import nn
 
 from dreamreader.errors import InvalidInput
 
-_CACHES = (
-    "fbc_",
-    "pyramid_attention",
-    "faster_cache",
-    "taylorseer",
-    "mag_cache",
-    "sea_cache",
-    "text_kv",
+# hooks of diffusers that neither skip a module nor hand out old values; any other may
+_HARMLESS = (
+    "cp_input",
+    "cp_output",
+    "group_offloading",
+    "layer_execution_tracker",
+    "lazy_prefetch_group_offloading",
+    "layerwise_casting",
+    "peft_autocast_disable",
+    "smoothed_energy_guidance",
+    "SmoothedEnergyGuidance",
+    "layer_skip",
+    "SkipLayerGuidance",
+    "AutoGuidance",
+    "PerturbedAttentionGuidance",
 )
 _LEADER = "fbc_leader_block_hook"
 
@@ -96,7 +103,7 @@ def cache_hooks(module: nn.Module) -> list[str]:
     """Names of the step caches that sit on this very module."""
     registry = getattr(module, "_diffusers_hook", None)
     names = list(getattr(registry, "hooks", {}))
-    return [name for name in names if name.startswith(_CACHES)]
+    return [name for name in names if not name.startswith(_HARMLESS)]
 
 
 def caches_batch(module: nn.Module) -> bool:

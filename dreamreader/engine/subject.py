@@ -1,5 +1,8 @@
 """The model or pipeline under study: its modules by the names that users know."""
 
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -93,8 +96,38 @@ def innermost(model: nn.Module) -> nn.Module:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a language model reads the prompt with an encoder of its own."""
-    return bool(getattr(getattr(innermost(model), "config", None), "is_encoder_decoder", False))
+    """Whether a language model reads the prompt with an encoder of its own.
+
+    The two halves of such a model have its config, but take no inputs of a decoder.
+    """
+    inner = innermost(model)
+    if not getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        return False
+    return _takes_decoder_inputs(type(inner))
+
+
+@lru_cache(maxsize=256)
+def _takes_decoder_inputs(kind: type) -> bool:
+    """Also below a subclass that hands its arguments on."""
+    forwards = [vars(each)["forward"] for each in kind.__mro__ if "forward" in vars(each)]
+    return any(name.startswith("decoder_") for each in forwards for name in names_of(each))
+
+
+def names_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the arguments that a function takes by position."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some callables have no signature
+        return ()
+    return tuple(each.name for each in parameters if each.kind <= each.POSITIONAL_OR_KEYWORD)
+
+
+def forward_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the arguments that a class of modules takes by position, itself left out."""
+    return _names_of_method(kind.forward)[1:]
+
+
+_names_of_method = lru_cache(maxsize=512)(names_of)  # of functions of classes, which stay anyway
 
 
 def input_device(model: nn.Module) -> torch.device:

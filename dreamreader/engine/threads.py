@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+GENERATORS = threading.RLock()  # held by whoever seeds or watches the global ones for a run
 _WORKERS = "torch.nn.parallel.parallel_apply"
 
 

@@ -15,6 +15,22 @@ from torch import Tensor
 from dreamreader.errors import ClockUnknown
 
 
+class RowsUnknown(ClockUnknown):
+    """Not even which entries are which row is known.
+
+    Attributes:
+        rows: of the call; None where this is unknown too.
+    """
+
+    def __init__(self, why: str, rows: int | None = None):
+        super().__init__(why)
+        self.rows = rows
+
+
+class PaddingUnknown(ClockUnknown):
+    """Not even whether some of the entries are padding is known."""
+
+
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
     """The tokens of one call of a language model.
@@ -63,8 +79,8 @@ class TokenLayout:
 
     @property
     def padded(self) -> bool:
-        """Whether some entry is padding."""
-        return self.real is not None
+        """Whether some entry is padding, also of the encoder's."""
+        return self.real is not None or (self.encoder is not None and self.encoder.padded)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -87,7 +103,7 @@ class TokenLayout:
 
         Args:
             tokens: None where the values have no dimension of tokens.
-            reads_encoder: whether the module works on the encoder's states; None where its lengths
+            reads_encoder: whether the module works on the encoder's states; None where the lengths
                 have to tell.
         """
         if tokens is None:
@@ -108,12 +124,18 @@ class TokenLayout:
                     "values are of is unknown"
                 )
             if self.kept is not None and tokens == len(self.kept):
+                if tokens == self.length:
+                    return ClockUnknown(
+                        f"{site}: whether its {tokens} tokens are all or those that logits_to_keep "
+                        "leaves, in another order, is unknown"
+                    )
                 return TokenMap(self.kept, shared=shared)
             if tokens == self.length:
                 return TokenMap(shared=shared)
-        return ClockUnknown(
+        return RowsUnknown(
             f"{site}: has {batch} entries of {tokens} tokens in a call with {self.rows} rows of "
-            f"{self.length} tokens, so which token each belongs to is unknown"
+            f"{self.length} tokens, so which token each belongs to is unknown",
+            self.rows,
         )
 
     def of_beams(self, beams: int) -> "TokenLayout":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dreamreader.engine.now import Now
 from dreamreader.engine.selection import Box, mask_of
-from dreamreader.engine.token_layout import TokenLayout, TokenMap
+from dreamreader.engine.token_layout import PaddingUnknown, TokenLayout, TokenMap
 from dreamreader.errors import ClockUnknown, InvalidInput
 
 
@@ -67,7 +67,9 @@ class SiteTokens:
 
     @property
     def padded(self) -> bool:
-        """Whether the running call has padding."""
+        """Whether the running call has padding, or may have."""
+        if isinstance(self.map, PaddingUnknown):
+            return True
         return isinstance(self.now.tokens, TokenLayout) and self.now.tokens.padded
 
     def prompt(self, entry: int) -> int:
@@ -113,7 +115,10 @@ def site_tokens(
 
 
 def select(
-    chosen: Any, place: SiteTokens, ids_of: Callable[[str], list[list[int]]] | None = None
+    chosen: Any,
+    place: SiteTokens,
+    ids_of: Callable[[str], list[list[int]]] | None = None,
+    asked: Tensor | None = None,
 ) -> Tensor | None:
     """Strength of every token under a selection: [tokens] or [batch, tokens]; None: all alike.
 
@@ -121,6 +126,8 @@ def select(
         chosen: what the request says, normalized.
         place: the sequence at the site.
         ids_of: finds the token indices of a word, for each batch entry.
+        asked: [batch], 0 at entries that are left out by rows or branch: what they have does not
+            matter.
 
     Raises:
         ClockUnknown: which tokens these are is unknown, and matters.
@@ -142,9 +149,12 @@ def select(
     ragged = words is not None or len(regions) > 1 or own is not None
     entries = []
     for entry in range(place.batch if ragged else 1):
+        mask = torch.zeros(place.tokens)
+        if ragged and asked is not None and not asked[entry]:
+            entries.append(mask)
+            continue
         start, stop = place.region(entry)
         indices = words[entry] if words is not None else chosen
-        mask = torch.zeros(place.tokens)
         if own is not None:
             mask[start:stop] = _of_own(indices, own[entry, start:stop], place, entry)
         else:
@@ -234,6 +244,8 @@ def _of_own(chosen: Any, own: Tensor, place: SiteTokens, entry: int) -> Tensor:
         start, step = chosen.start or 0, chosen.step or 1
         stop = chosen.stop if chosen.stop is not None else int(own.max()) + 1
         return ((own >= start) & (own < stop) & ((own - start) % step == 0) & real).float()
+    if isinstance(chosen, range) and chosen and min(chosen[0], chosen[-1]) >= 0:
+        return (torch.tensor([at in chosen for at in own.tolist()]) & real).float()
     wanted = _wanted(chosen, place, entry)
     return (torch.isin(own, torch.tensor(wanted, dtype=own.dtype)) & real).float()
 

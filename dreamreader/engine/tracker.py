@@ -151,7 +151,7 @@ class PipelineTracker(AbstractContextManager):
             self._outer.append(self.now)
             self.now = now_of(args, kwargs)
 
-        def ended() -> None:
+        def ended(output: Any) -> None:
             self.now = self._outer.pop() if self._outer else None
 
         return _watched(module, began, ended)
@@ -163,8 +163,10 @@ class PipelineTracker(AbstractContextManager):
 
         def now_of(args: tuple, kwargs: dict[str, Any]) -> Now:
             arguments = parameters.bind(args, kwargs)
-            sample = next((each for each in arguments.values() if isinstance(each, Tensor)), None)
-            batch = sample.shape[0] if sample is not None else None
+            tensors = [each for each in arguments.values() if isinstance(each, Tensor)]
+            given = next((each for each in tensors if each.dim() > 1), None)  # no timesteps
+            given = next((each for each in tensors if each.dim()), None) if given is None else given
+            batch = given.shape[0] if given is not None else None
             aside = self.clock.aside()
             if aside is not None:
                 return self._aside(name, aside, batch)
@@ -256,7 +258,7 @@ class ModuleTracker(WithoutSchedule):
         self.runs += 1
         self.now = self.outside(type(self.module).__name__)
 
-    def _ended(self) -> None:
+    def _ended(self, output: Any) -> None:
         self.now = None
 
 
@@ -271,7 +273,7 @@ def _watched(module: nn.Module, began, ended) -> Iterator[None]:
     first = module.register_forward_pre_hook(
         lambda _, args, kwargs: began(args, kwargs), with_kwargs=True
     )
-    last = module.register_forward_hook(lambda *_: ended(), always_call=True)
+    last = module.register_forward_hook(lambda _, __, output: ended(output), always_call=True)
 
     def keep_last(*_: object) -> None:
         # The subject's own outputs are a site too: `ended` has to run after every hook on them.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dreamreader.engine import Reader
 from dreamreader.engine.clock import Clock, Moment
-from dreamreader.engine.selection import in_steps
+from dreamreader.engine.selection import in_steps, normalized_steps
 from dreamreader.engine.sites import Site, find
 from dreamreader.engine.subject import is_compiled, unwrapped
 from dreamreader.engine.taps import Argument
@@ -99,7 +99,7 @@ def latent_guidance(
         Dhariwal and Nichol, Diffusion models beat GANs on image synthesis (2021).
     """
     guide = _Guide(reader, probe, target, avoid, scale, objective, branch, site, checkpoint)
-    guide.steps = steps
+    guide.steps = normalized_steps(steps, "latent_guidance: steps")
     with ExitStack() as stack:
         guide.attach(stack)
         yield guide.found

@@ -160,7 +160,7 @@ def read_into(file: FileIO, start: int, out: UInt8[np.ndarray, " n"], whole: int
     """
     try:
         file.seek(start)
-        left = memoryview(out)
+        left = memoryview(out)  # pyright: ignore[reportArgumentType]
         while left:
             if not (count := file.readinto(left)):
                 _check_size(file, whole)

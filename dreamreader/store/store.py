@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader._checked import read_table
-from dreamreader.engine.selection import in_steps
+from dreamreader.engine.selection import in_steps, normalized_steps
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.store.index import Index, current, read_index, sealed_units
 from dreamreader.store.layout import SiteLayout, unit_folder
@@ -209,7 +209,8 @@ class Store:
         if steps is not None:
             known, place = np.unique(self._column("step"), return_inverse=True)
             total = int(known[-1]) + 1 if len(known) else 0
-            hit = np.array([in_steps(steps, int(step), total) for step in known], bool)
+            selected = normalized_steps(steps, f"{self.path}: steps")
+            hit = np.array([in_steps(selected, int(step), total) for step in known], bool)
             chosen = chosen & hit[place]
         return np.flatnonzero(chosen)
 

@@ -198,7 +198,11 @@ def _of_index(folder: Path, damaged: bool) -> Iterator[Damage]:
         return
     if index is None or damaged:  # damaged shards cannot be compared with
         return
-    anew = current(folder, None)
+    try:
+        anew = current(folder, None)
+    except InvalidInput as error:  # a shard is no more what it was when it was read
+        yield Damage(FILE, f"cannot be compared with the shards: {error}")
+        return
     known = np.isin(anew.table["unit"].to_numpy(), index.units)
     if not _equal(index.table, anew.table.filter(pa.array(known))):
         yield Damage(FILE, "does not say what the shards do; delete it: it is made anew from them")

@@ -167,10 +167,10 @@ class ProbeJob:
             batch = self._begun(folder)
             missing = [site for site in files if not _is_trained(folder, site)]
             for site, probe, notes in source.trained(missing, batch, told):
+                own = {"run": folder.run, "card": probe.card.as_dict()}
+                folder.write(notes_file(site), {**own, **notes})
                 with explained(folder.path):
                     probe.save(files[site])
-                own = {"run": folder.run, "probe": folder.checksum(probe_name(site))}
-                folder.write(notes_file(site), {**own, "card": probe.card.as_dict(), **notes})
             if not folder.is_complete:
                 names = [name for site in files for name in (probe_name(site), notes_file(site))]
                 folder.complete({"sites": list(files)}, names)
@@ -210,10 +210,10 @@ class ProbeJob:
 
 def _is_trained(folder: TrainingFolder, site: str) -> bool:
     """Whether the probe of a site is there, as this job trained it."""
-    notes = folder.read(notes_file(site))
-    if notes is None or not (folder.path / probe_name(site)).is_file():
+    notes, file = folder.read(notes_file(site)), folder.path / probe_name(site)
+    if notes is None or notes["run"] != folder.run or not file.is_file():
         return False
-    return (notes["run"], notes["probe"]) == (folder.run, folder.checksum(probe_name(site)))
+    return Probe.load(file).card.as_dict() == notes["card"]
 
 
 def probe_name(site: str) -> str:

@@ -12,12 +12,14 @@ def hub_file(repo: str, name: str) -> Path | None:
     Raises:
         InvalidInput: the hub has no such repository, does not give it, or could not be reached.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     if (path := cached_file(repo, name)) is not None:
         return path
     try:
+        # Asked once: without a network, the download asks six times in half a minute.
+        get_hf_file_metadata(hf_hub_url(repo, name))
         return Path(hf_hub_download(repo, name))
     except LocalEntryNotFoundError as error:  # of the class below too, but nothing was asked
         raise InvalidInput(failure(repo, error)) from error
@@ -70,7 +72,7 @@ def failure(repo: str, error: BaseException) -> str:
         return f"{missing} is switched off by HF_HUB_OFFLINE"
     if any_of(LocalEntryNotFoundError, ConnectionError, TimeoutError) or any(map(_of_http, chain)):
         reason = next((each for each in reversed(chain) if str(each)), error)
-        return f"{missing} ({hub}) could not be reached: {first_line(reason)}"
+        return f"{missing} ({hub}) could not be reached: {first_line(reason)} (no network?)"
     return f"{repo}: {first_line(error)}"
 
 

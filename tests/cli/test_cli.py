@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +93,22 @@ def test_broken_weights_are_named_without_a_traceback(folder, tmp_path):
     found = run("sites", str(broken))
     assert found.exit_code == 2 and str(broken) in found.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once():
+    """In another process, as the hub's client reads the address when it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dreamreader", "sites", "some-one/tiny"],
+        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: some-one/tiny: not whole in the local cache")
+    assert "the hub (http://127.0.0.1:9) could not be reached: " in line
+    assert line.endswith("(no network?)")
 
 
 def test_a_hub_id_that_cannot_be_reached_is_an_error(monkeypatch):
@@ -272,6 +290,62 @@ def test_generate_into_a_place_that_cannot_be_written(folder, tmp_path):
     (tmp_path / "file").write_text("")
     found = run("generate", "x", "-m", folder, "--steps", "1", "-o", str(tmp_path / "file"))
     assert found.exit_code == 2 and "file is a file; --out names a folder" in found.output
+
+
+@pytest.mark.parametrize(
+    "command", ["generate", "run", "harvest", "reft", "probes", "train", "demo"]
+)
+def test_a_place_that_cannot_be_written_is_named_before_any_work(folder, tmp_path, command):
+    examples = Path(__file__).parents[2] / "examples"
+    start = {
+        "generate": ["generate", "x", "-m", folder],
+        "run": ["run", str(examples / "steer-colour.yaml")],
+        "harvest": ["harvest", str(examples / "harvest" / "attention.yaml")],
+        "reft": ["reft", "train", str(examples / "reft" / "frame.yaml")],
+        "probes": ["probes", "train", str(examples / "probes" / "colour.yaml")],
+        "train": ["zoo", "train", "shapes-unet"],
+        "demo": ["demo", "-m", folder],
+    }[command]
+    (tmp_path / "file").write_text("")
+    for out, text in (
+        (tmp_path / "file", f"{tmp_path / 'file'} is a file; --out names a folder"),
+        (tmp_path / "file" / "sub", f"{tmp_path / 'file'} is a file; --out names a folder"),
+        (Path("/proc/none"), "nothing can be written in /proc: "),
+    ):
+        began = time.perf_counter()
+        found = run(*start, "-o", str(out))
+        assert found.exit_code == 2 and f"error: {text}" in found.output, found.output
+        assert time.perf_counter() - began < 20
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        (["--steps", "1001"], "error: StableDiffusionPipeline: `num_inference_steps`: 1001 cannot"),
+        (["--steps", "1", "--guidance", "inf"], "error: guidance_scale=inf: a finite number"),
+        (["--steps", "1", "--guidance", "nan"], "Invalid value for '--guidance'"),
+        (["--steps", "-1"], "Invalid value for '--steps'"),
+        (["--seed", str(2**63)], "error: a seed is between 0 and 2**63 - 1"),
+    ],
+)
+def test_numbers_that_the_pipeline_refuses_are_one_line(folder, tmp_path, options, text):
+    found = run("generate", "x", "-m", folder, "-o", str(tmp_path / "out"), *options)
+    assert found.exit_code == 2 and text in found.output, found.output
+    assert "Traceback" not in found.output and not isinstance(found.exception, ValueError)
+    assert not (tmp_path / "out").exists()
+
+
+def test_edits_of_another_model_name_the_site(folder, tmp_path):
+    from dreamreader.edits import Steer, save
+
+    common = ["generate", "x", "-m", folder, "--steps", "1", "-o", str(tmp_path / "out")]
+    for site, text in (
+        ("transformer.transformer_blocks.0.attn", "unknown site 'transformer.transformer_blocks."),
+        ("unet.mid_block", "the site has 96 features, direction is [7]"),
+    ):
+        save(tmp_path / "edit.safetensors", Steer(site, torch.ones(7), 1.0))
+        found = run(*common, "--edits", str(tmp_path / "edit.safetensors"))
+        assert found.exit_code == 2 and text in found.output, found.output
 
 
 def test_zoo_list_says_what_is_here(tmp_path, monkeypatch):

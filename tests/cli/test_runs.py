@@ -12,9 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import yaml
-from pyarrow import parquet
 from typer.testing import CliRunner
 
+from dreamreader._checked import read_table, write_table
 from dreamreader.cli import app
 from dreamreader.experiments import Results, Spec, load_spec
 
@@ -205,7 +205,7 @@ def test_verify_holds_and_notices(finished, tmp_path) -> None:
     found = run("verify", finished, "--rows", "4")
     assert found.exit_code == 0, found.output
     assert "4 rows repeated, all equal to the bit" in found.stdout
-    rows = parquet.read_table(finished / "rows.parquet")
+    rows = read_table(finished / "rows.parquet")
     values = rows.to_pylist()
     copy = tmp_path / "run"
     copy.mkdir()
@@ -213,7 +213,7 @@ def test_verify_holds_and_notices(finished, tmp_path) -> None:
         (copy / name).write_bytes((finished / name).read_bytes())
     (copy / "artifacts").symlink_to(finished / "artifacts")
     values[5]["pixel_distance"] += 0.5
-    parquet.write_table(pa.Table.from_pylist(values, rows.schema), copy / "rows.parquet")
+    write_table(copy / "rows.parquet", pa.Table.from_pylist(values, rows.schema))
     found = run("verify", copy, "--rows", "6")
     assert found.exit_code == 1
     line = next(line for line in found.stdout.splitlines() if "pixel_distance" in line)

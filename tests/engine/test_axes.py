@@ -100,7 +100,7 @@ def test_three_dimensions_are_tokens_and_features_where_linear_layers_are_around
     assert axes_of((2, 6, 5), mlp[1], [mlp]) == CHANNELS
     assert axes_of((2, 6, 6), mlp[4], [mlp]) == axes_of((2, 6, 6), mlp) == TOKENS
     mixed = nn.ModuleList([nn.Conv1d(6, 6, 1), nn.Linear(6, 6)])
-    assert axes_of((2, 6, 6), mixed) == axes_of((2, 6, 6), nn.GELU(), [mixed]) == TOKENS
+    assert axes_of((2, 6, 6), mixed) is axes_of((2, 6, 6), nn.GELU(), [mixed]) is None
     assert axes_of((2, 6, 5), mixed) == CHANNELS and axes_of((2, 5, 6), mixed) == TOKENS
     patches = nn.ModuleList([nn.Conv2d(3, 6, 2)])  # [rows, 6, 6]: six patches of six features
     assert axes_of((2, 6, 6), patches) == axes_of((2, 6, 5), patches) == TOKENS
@@ -310,3 +310,77 @@ def test_rows_are_refused_where_the_layout_of_branches_is_unknown(request_: str)
             pipe(["a red cat", "a tree"], output_type="latent", **tiny.arguments("sd", 1))
     with reader.editing(Steer(site, push)):  # one that needs no rows runs
         pipe(["a red cat", "a tree"], output_type="latent", **tiny.arguments("sd", 1))
+
+
+class Blocks(nn.Module):
+    """Blocks around layers with tokens first, called with [rows, tokens, features]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.attn = nn.MultiheadAttention(8, 2)
+        self.mlp = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x.transpose(0, 1))
+        return self.mlp(self.attn(x, x, x)[0]).transpose(0, 1)
+
+
+@pytest.mark.parametrize("site", ["norm", "mlp", "mlp.0", "mlp.1"])
+def test_modules_beside_layers_with_tokens_first_are_refused_and_can_be_said(site: str) -> None:
+    net, x = Blocks().eval(), torch.randn(2, 5, 8)
+    with pytest.raises(InvalidInput, match=rf"{site}: \w+ gives \[5, 2, 8\].*tokens rows features"):
+        with torch.no_grad(), Reader(net).recording(site):
+            net(x)
+    seen: list[Tensor] = []
+    handle = net.get_submodule(site).register_forward_hook(lambda *given: seen.append(given[2]))
+    said = Record(site, layout="tokens rows features")
+    with torch.no_grad(), Reader(net).recording(said) as cache:
+        net(x)
+    handle.remove()
+    assert torch.equal(cache[site].tensor[:, 0], seen[0].transpose(0, 1))
+    with torch.no_grad(), Reader(net).recording("attn") as cache:
+        net(x)
+    assert cache["attn"].tensor.shape == (2, 1, 5, 8)
+
+
+def test_convolutions_alone_leave_equal_sizes_open() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.ModuleDict({"a": nn.Conv1d(6, 6, 1), "b": nn.SiLU()})
+            self.block = Turning()
+
+    class Turning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(6, 6, 1)
+
+    net = Net()
+    assert axes_of((2, 6, 6), net.block, [net]) is None
+    assert axes_of((2, 6, 6), net.inner["b"], [net.inner, net]) is None
+    assert axes_of((2, 6, 6), net.block.conv, [net.block, net]) == CHANNELS
+    assert axes_of((2, 6, 5), net.block, [net]) == CHANNELS
+    assert axes_of((2, 5, 6), net.block, [net]) is None  # its convolution may have been turned
+
+
+def test_as_many_rows_as_tokens_are_told_by_classes_that_are_known() -> None:
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+    mine, known = Mine(), tiny.language_model("llama")[0].model.layers[0].mlp
+    for module, around in ((mine, []), (mine.linear, [mine])):
+        assert axes_of((4, 4, 8), module, around, lengths=[4], rows=4) is None
+        assert axes_of((4, 5, 8), module, around, lengths=[5], rows=4) == TOKENS
+        assert axes_of((1, 1, 8), module, around, lengths=[1], rows=1) == TOKENS
+    assert axes_of((4, 4, 8), known.up_proj, [known], lengths=[4], rows=4) == TOKENS
+
+
+def test_streams_before_the_tokens_are_told_by_the_number_of_rows() -> None:
+    head = nn.Linear(8, 8)
+    streams = ("rows", "heads", "tokens", "features")
+    assert axes_of((3, 2, 7, 8), head, lengths=[7], rows=3) == streams
+    assert axes_of((2, 2, 7, 8), head, lengths=[7], rows=2) is None
+    assert axes_of((2, 3, 7, 8), head, lengths=[7], rows=3) is None

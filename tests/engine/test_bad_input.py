@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from dreamreader.edits import Scale, Steer
+from dreamreader.edits import Edit, Scale, Steer
 from dreamreader.engine import Reader, Record
 from dreamreader.errors import DreamreaderError, InvalidInput, NeverFired, UnknownName
 
@@ -105,7 +105,29 @@ CASES: list[tuple[dict[str, Any], type[DreamreaderError], str]] = [
         InvalidInput,
         "negative_prompt has 2 entries, the run has 3 rows",
     ),
-    ({"batch_size": 0}, InvalidInput, "batch_size must be at least 1, got 0"),
+    ({"batch_size": 0}, InvalidInput, "batch_size is a whole number of at least 1, got 0"),
+    ({"batch_size": 1.5}, InvalidInput, "batch_size is a whole number of at least 1, got 1.5"),
+    ({"batch_size": "a"}, InvalidInput, "batch_size is a whole number of at least 1, got 'a'"),
+    ({"memory_limit": "a"}, InvalidInput, "memory_limit is a number of bytes, got 'a'"),
+    ({"memory_limit": -1}, InvalidInput, "memory_limit is a number of bytes, got -1"),
+    ({"prompts": None}, InvalidInput, "prompts: a prompt or a list .* is needed, got None"),
+    ({"prompts": 5}, InvalidInput, "prompts: a prompt or a list .* is needed, got 5"),
+    ({"prompts": {"a"}}, InvalidInput, "prompts: a prompt or a list .* is needed, got {'a'}"),
+    ({"prompts": b"a"}, InvalidInput, "prompts: a prompt or a list .* is needed, got b'a'"),
+    ({"seeds": "abc"}, InvalidInput, "seeds: an int or a list .* is needed, got 'abc'"),
+    ({"seeds": 1.5}, InvalidInput, "seeds: an int or a list .* is needed, got 1.5"),
+    ({"seeds": {1, 2}}, InvalidInput, "seeds: an int or a list .* is needed, got {1, 2}"),
+    ({"seeds": torch.tensor(1.5)}, InvalidInput, "a seed is an int, got tensor"),
+    ({"seeds": True}, InvalidInput, "a seed is an int, got True"),
+    ({"num_inference_steps": 1001}, InvalidInput, "StableDiffusionPipeline: .* 1001 cannot be la"),
+    ({"num_inference_steps": -1}, InvalidInput, "num_inference_steps=-1: a whole number of at lea"),
+    ({"num_inference_steps": 1.5}, InvalidInput, "num_inference_steps=1.5: a whole number of at"),
+    ({"num_inference_steps": "a"}, InvalidInput, "StableDiffusionPipeline: '>' not supported"),
+    ({"height": 7}, InvalidInput, "StableDiffusionPipeline: `height` and `width` have to be div"),
+    ({"height": -8}, InvalidInput, "height=-8: a whole number of at least 1 is needed"),
+    ({"guidance_scale": float("nan")}, InvalidInput, "guidance_scale=nan: a finite number is ne"),
+    ({"latents": "a"}, InvalidInput, "StableDiffusionPipeline: 'str' object has no attribute"),
+    ({"latents": torch.zeros(1)}, InvalidInput, r"latents: values of each row are needed, got .1"),
     ({"edits": [SITE]}, InvalidInput, "edits: got str"),
     ({"record": 3.5}, InvalidInput, "record: got float 3.5"),
     (
@@ -128,6 +150,28 @@ def test_wrong_input_is_an_error(reader: Reader, given: Any, error: Any, text: s
     arguments = {"prompts": "a red cat", "seeds": 0, **KW, **given}
     with pytest.raises(error, match=text):
         reader.run(**arguments)
+
+
+def test_hooks_are_pairs(reader: Reader) -> None:
+    for hooks in (5, [5], [(SITE, 5)], [(SITE,)], {SITE: len}):
+        with pytest.raises(InvalidInput, match="hooks: pairs .site, function. are needed"):
+            reader.run_with_hooks("a cat", hooks, seeds=0, **KW)
+
+
+def test_seeds_of_a_block_are_a_list(reader: Reader) -> None:
+    for seeds in (5, {1}, "a"):
+        with pytest.raises(InvalidInput, match="seeds: an int or a list"):
+            with reader.editing(Steer(SITE, V), seeds=seeds):
+                raise AssertionError
+
+
+def test_what_a_function_of_the_caller_raises_stays_what_it_is(reader: Reader) -> None:
+    def fail(x: Any) -> Any:
+        raise ValueError("of the caller")
+
+    with pytest.raises(ValueError, match="^of the caller$") as caught:
+        reader.run("a cat", edits=Edit(SITE, fail), seeds=0, **KW)
+    assert not isinstance(caught.value, DreamreaderError)
 
 
 def test_the_pipeline_runs_as_before_after_an_error(reader: Reader) -> None:

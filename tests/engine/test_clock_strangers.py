@@ -79,15 +79,18 @@ def test_a_denoiser_with_a_forward_of_its_own_is_a_stranger(kept: str) -> None:
 def test_text_places_are_those_of_the_class() -> None:
     known = diffusers.SD3Transformer2DModel
     own = type("SD3Transformer2DModel", (known,), {"forward": lambda self, x: x})
-    parts = {"text_encoder": object(), "tokenizer_max_length": 77}
+    parts = {"text_encoder": object(), "text_encoder_3": object(), "tokenizer_max_length": 77}
 
     def sources(transformer: type) -> list:
         module = object.__new__(transformer)
         nn.Module.__init__(module)
         return text_sources(SimpleNamespace(transformer=module, **parts), None)
 
-    assert sources(known) == [("text_encoder", 0, False), ("text_encoder_3", 77, False)]
-    assert sources(own) == [("text_encoder", 0, False)]
+    assert sources(known) == [(("text_encoder",), 0, False), (("text_encoder_3",), 77, False)]
+    with pytest.raises(ClockUnknown, match="text_encoder, text_encoder_3.* is not known"):
+        sources(own)
+    del parts["text_encoder_3"]
+    assert sources(own) == [(("text_encoder",), 0, False)]
 
 
 def test_a_block_called_like_a_known_one_has_one_stream() -> None:
@@ -142,3 +145,13 @@ def test_a_known_loop_whose_halves_are_swapped_is_noticed() -> None:
     assert swapped
     assert all(isinstance(each, ClockUnknown) for each in said)
     assert "should be uncond holds the prompt embeddings of cond" in str(said[0])
+
+
+def test_a_pipeline_that_does_not_state_where_its_text_begins_has_no_words() -> None:
+    module = object.__new__(diffusers.QwenImageTransformer2DModel)
+    nn.Module.__init__(module)
+    pipe = SimpleNamespace(transformer=module, text_encoder=object())
+    with pytest.raises(ClockUnknown, match="has no prompt_template_encode_start_idx"):
+        text_sources(pipe, None)
+    pipe.prompt_template_encode_start_idx = 34
+    assert text_sources(pipe, None) == [(("text_encoder",), -34, True)]

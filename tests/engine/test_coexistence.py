@@ -324,3 +324,27 @@ def test_two_readers_of_one_pipeline(truth: tuple[Tensor, Tensor]) -> None:
         ).images
     close(images, truth[1])
     assert cache[SITE].shape == (2, 2, 3, 24, 32)
+
+
+def test_a_hook_of_diffusers_that_is_not_known_may_skip_a_module() -> None:
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    class Old(ModelHook):
+        """Hands out an old value at every second call."""
+
+        old = None
+
+        def new_forward(self, module, *args, **kwargs):
+            if self.old is None:
+                self.old = self.fn_ref.original_forward(*args, **kwargs)
+                return self.old
+            old, self.old = self.old, None
+            return old
+
+    pipe = tiny.pipeline("flux")
+    site = "transformer.transformer_blocks.0.attn"
+    block = pipe.transformer.transformer_blocks[0].attn
+    HookRegistry.check_if_exists_or_initialize(block).register_hook(Old(), "a_cache_of_mine")
+    found = run(Reader(pipe), record=site, name="flux")
+    assert "step caches are on: a_cache_of_mine" in found.firing.notes
+    assert [each.step for each in found.cache[site].steps] == [0, 2]

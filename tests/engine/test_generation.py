@@ -123,6 +123,10 @@ def test_arguments_that_generate_refuses_are_told_clearly(reader: Reader) -> Non
         ({"input_ids": torch.tensor([[3]])}, "input_ids is set by the reader: use prompts"),
         ({"max_new_token": 3}, r"generate: .*`model_kwargs` are not used.*'max_new_token'"),
         ({"num_return_sequences": 2, "do_sample": False}, "generate: Greedy methods"),
+        ({"num_beams": -1, "max_new_tokens": 2}, "generate: .*negative dimension"),
+        ({"max_new_tokens": "a"}, "generate: .*not supported between"),
+        ({"logits_to_keep": "a"}, "logits_to_keep is a number of tokens from 0 on.* got 'a'"),
+        ({"logits_to_keep": -1}, "logits_to_keep is a number of tokens from 0 on.* got -1"),
         ({"streamer": TextStreamer(reader.tokenizer)}, "a streamer follows one row: run one"),
         ({"past_key_values": DynamicCache(), "do_sample": True}, "one cache, and the rows are run"),
         (
@@ -158,6 +162,29 @@ def agrees(reader: Reader) -> None:
 def test_wrappers_do_not_hide_positions(wrap: Any) -> None:
     model, tokenizer = tiny.language_model("gpt2")
     agrees(Reader(wrap(model), tokenizer))
+
+
+class AtOnce:
+    """Ends a text whose prompt begins with a token."""
+
+    def __init__(self, first: int):
+        self.first = first
+
+    def __call__(self, ids: Any, scores: Any, **more: Any) -> Any:
+        return ids[:, 0] == self.first
+
+
+def test_what_fills_shorter_texts_is_known_or_asked_for(reader: Reader) -> None:
+    ids = reader.tokenizer(["a red dog", "b red dog"]).input_ids
+    assert len(ids[0]) == len(ids[1])
+    for config in (reader.subject.config, reader.subject.generation_config):
+        config.pad_token_id = config.eos_token_id = None
+    kw = {"max_new_tokens": 3, "batch_size": 1, "stopping_criteria": [AtOnce(ids[0][0])]}
+    run = reader.run(["a red dog", "b red dog"], do_sample=False, **kw)
+    assert run.output[0, -2:].tolist() == [reader.tokenizer.pad_token_id] * 2
+    reader.tokenizer.pad_token = None
+    with pytest.raises(InvalidInput, match="nothing says which token fills the shorter ones"):
+        reader.run(["a red dog", "b red dog"], do_sample=False, **kw)
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -48,7 +48,6 @@ REFUSED: dict[tuple[str, str], str] = {
     ("*", "run, written"): r"counts padding, so that",
     # an encoder that is no model of transformers, with tokens before rows
     ("FSMTForConditionalGeneration", "*"): r"embed_tokens: which tokens|without positions",
-    ("OpenAIGPTLMHeadModel", "*"): r"no single decoding position",  # a cache that it does not use
     ("InklingForCausalLM", "*"): r"rel_logits_proj: .* name the dimensions",
     ("Inkling2ForCausalLM", "*"): r"(rel_logits_proj|_clip): .* name the dimensions",
     ("DeepseekV4ForCausalLM", "*"): r"o_a_proj: .* name the dimensions",  # groups, not heads

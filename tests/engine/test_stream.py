@@ -54,7 +54,7 @@ class Copies:
                 Piece(
                     branch,
                     row,
-                    (0, 0) if at is None else (at.step, at.evaluation),
+                    (-1, 0) if at is None else (at.step, at.evaluation),
                     tokens.tolist(),
                     (tokens + flowing.shift[n]).tolist(),
                     x[flowing.entries[n], tokens].clone(),
@@ -91,7 +91,7 @@ def check(pieces: list[Piece], found: Activation) -> None:
     assert not left
 
 
-SOFT = torch.linspace(-0.2, 1, 24)
+SOFT = torch.linspace(-0.2, 1, 24).clamp(min=0)
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "whole": ("sd", SITE, {}),
     "heads": ("sd", f"{SITE}:heads", {"branch": "cond", "steps": [1]}),

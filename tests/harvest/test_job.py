@@ -1,6 +1,5 @@
 """Jobs: plans, units and samples in their order, limits, and what is refused."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -13,13 +12,14 @@ import torch
 from pyarrow import parquet
 
 from dreamreader import Edit
+from dreamreader._checked import read_json, write_json
 from dreamreader._files import locked
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
-from dreamreader.harvest import run as running
 from dreamreader.store import Manifest, Store
 from dreamreader.store.layout import unit_folder
 from dreamreader.store.merge import merge
+from dreamreader.store.unit import read_unit
 
 from .jobs import LAYER, MIDDLE, PROMPTS, TEXTS, content, gpt2, pictures, texts, unet
 
@@ -108,7 +108,7 @@ def test_progress_counts_what_is_written(tmp_path: Path) -> None:
 
 def test_a_limit_stops_before_the_unit_that_goes_beyond_it(tmp_path: Path) -> None:
     whole = texts(store={"unit": 1}).run(tmp_path / "whole")
-    sizes = [running.bytes_of(whole.path, unit) for unit in range(4)]
+    sizes = [read_unit(whole.path / "shards" / unit_folder(unit)).bytes for unit in range(4)]
     store = texts(store={"unit": 1}).run(tmp_path / "s", limit_gb=(sum(sizes[:2]) + 10) / 1e9)
     assert store.units == [0, 1] and not store.manifest.complete
     assert store.nbytes == sum(sizes[:2])
@@ -170,14 +170,42 @@ def test_a_second_job_on_one_store_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "s" / "manifest.json").exists()
 
 
+def test_a_unit_of_another_harvest_is_not_taken_for_the_own(tmp_path: Path) -> None:
+    texts(store={"unit": 1}).run(tmp_path / "other", limit_gb=1)
+    own = texts(store={"unit": 1}, seeds=[7])
+    one = own.run(tmp_path / "one").nbytes
+    own.run(tmp_path / "s", limit_gb=0.6 * one / 1e9)
+    there = tmp_path / "s" / "shards"
+    free = there / unit_folder(len(list(there.glob("[0-9]*"))))
+    shutil.copytree(tmp_path / "other" / "shards" / "000000", free)
+    with pytest.raises(InvalidInput, match=f"{free.name} is unit 0 of another harvest"):
+        own.run(tmp_path / "s")
+    shutil.rmtree(free)
+    shutil.copytree(there / "000000", free)
+    with pytest.raises(InvalidInput, match=f"{free.name} is unit 0 of this harvest; take it away"):
+        own.run(tmp_path / "s")
+    shutil.rmtree(free)
+    assert own.run(tmp_path / "s").nbytes == one
+
+
+def test_a_model_with_another_epsilon_does_not_go_on(tmp_path: Path) -> None:
+    reader = Reader(*tiny.language_model("gpt2"))
+    texts(reader=reader, store={"unit": 1}).run(tmp_path / "s", limit_gb=1e-6)
+    for module in reader.subject.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 0.5
+    with pytest.raises(InvalidInput, match="s holds another harvest: subject.modules was"):
+        texts(reader=reader, store={"unit": 1}).run(tmp_path / "s")
+
+
 def test_stores_that_cannot_go_on(tmp_path: Path) -> None:
     texts().run(tmp_path / "s")
     file = tmp_path / "s" / "manifest.json"
-    whole = json.loads(file.read_text())
-    file.write_text(json.dumps(whole | {"format": 7}))
+    whole = read_json(file)
+    write_json(file, whole | {"format": 7})
     with pytest.raises(InvalidInput, match="manifest.json is of format 7, this version of dreamre"):
         texts().run(tmp_path / "s")
-    file.write_text(json.dumps(whole | {"jobs": whole["jobs"] * 2}))
+    write_json(file, whole | {"jobs": whole["jobs"] * 2})
     with pytest.raises(InvalidInput, match="s holds 2 harvests, so none of them goes on there"):
         texts().run(tmp_path / "s")
     file.unlink()

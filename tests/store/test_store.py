@@ -80,6 +80,9 @@ def test_rows_are_those_of_the_files(stored, written) -> None:
         ({2}, {2}),
         (lambda step: step > 1, {2}),
         (7, set()),
+        (np.array([0, 2]), {0, 2}),
+        ([True, False, True], {0, 2}),
+        (torch.tensor(2), {2}),
     ],
 )
 @pytest.mark.parametrize("branch", [None, "cond", ["uncond"], ["uncond", "cond"]])

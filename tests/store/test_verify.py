@@ -1,5 +1,7 @@
 """A store with one fault each: verify must name it, and nothing else."""
 
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -219,6 +221,65 @@ def test_units_that_the_index_does_not_have_yet(store) -> None:
     Manifest((Job("0" * 64, (0, 3)),), complete=True).write(store)
     report = verify(store)
     assert report.holds and report.units == 3
+
+
+@pytest.mark.parametrize(
+    ("block", "name", "what"),
+    [
+        (3, SHARD, "has 8,192 bytes, its rows need 13,640"),
+        (ROWS, "index.parquet", "cannot be compared with the shards: .* has 8,192 bytes"),
+    ],
+)
+def test_a_shard_that_is_cut_off_while_it_is_read_is_named(
+    store, monkeypatch, block, name, what
+) -> None:
+    """The file is cut between two blocks; a mapping of it would end the process here."""
+    blocks: list[int] = []
+    plain = module.crc32c
+
+    def cutting(*parts):
+        blocks.append(len(parts[0]))
+        if len(blocks) == block:
+            os.truncate(store / SHARD, 8192)
+        return plain(*parts)
+
+    def units_of(units):
+        for unit in units:
+            if unit == 1:  # the shard is the first one there
+                monkeypatch.setattr(module, "crc32c", cutting)
+            yield unit
+
+    monkeypatch.setattr(module, "BLOCK_BYTES", 1)
+    (damage,) = verify(store, units_of).damage
+    assert damage.file == name and re.match(what, damage.what)
+
+
+@pytest.mark.parametrize("size", [0, 8192, -1])
+def test_a_shard_that_is_cut_off_after_it_was_opened_is_named(store, size) -> None:
+    shard = open_shard(store / SHARD)
+    whole = shard.at.bytes
+    wanted = {name: getattr(shard, name)[:] for name in ("values", "keys", "scales", "checksums")}
+    size = size if size >= 0 else whole + size
+    os.truncate(shard.path, size)
+    for name in wanted:
+        for where in (slice(0, 2), np.array([ROWS - 1, 0])):
+            with pytest.raises(InvalidInput, match=f"has {size:,} bytes, its rows need {whole:,}"):
+                getattr(shard, name)[where]
+    shard.path.unlink()
+    with pytest.raises(InvalidInput, match="is missing; run `dreamreader store verify`"):
+        shard.values[:1]
+
+
+def test_rows_are_read_as_they_lie_in_the_file(sound) -> None:
+    shard = open_shard(sound / SHARD)
+    data = np.fromfile(shard.path, np.uint8)
+    places = np.array([5, 143, 5, 0, 6, 7])
+    for name, dtype in (("values", "u1"), ("keys", "<i4"), ("scales", "<f4"), ("checksums", "<u4")):
+        column, start = getattr(shard, name), getattr(shard.at, name)
+        size = column.row.itemsize
+        whole = data[start : start + ROWS * size].view(dtype).reshape(ROWS, -1)
+        for where in (slice(3, 9), slice(None), slice(9, 3), places, places[:0]):
+            assert np.array_equal(column[where].reshape(-1, whole.shape[1]), whole[where])
 
 
 def test_unsealed_folders_are_left_alone(store) -> None:

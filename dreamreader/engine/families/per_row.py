@@ -8,6 +8,8 @@ could be either. A class is known only with the `__call__` of diffusers itself.
 from collections.abc import Iterable
 from typing import Any
 
+from dreamreader.engine.families.classes import author_of
+
 TEXTS = ("prompt_2", "prompt_3", "prompt_4", "negative_prompt", "negative_prompt_2")
 TEXTS += ("negative_prompt_3", "negative_prompt_4", "neg_prompt")
 
@@ -89,16 +91,16 @@ _ONE_ROW = ("Kandinsky3Pipeline", "Kandinsky3Img2ImgPipeline", "LattePipeline")
 
 def needs_one_row(pipeline: type) -> bool:
     """Whether a picture of this class depends on the texts that are in the batch beside its own."""
-    own = next((base for base in pipeline.__mro__ if "__call__" in vars(base)), pipeline)
-    return own.__module__.startswith("diffusers.") and own.__name__ in _ONE_ROW
+    own = author_of(pipeline, "__call__")
+    return own is not None and own.__name__ in _ONE_ROW
 
 
 def meaning(pipeline: type, name: str) -> bool | None:
     """Whether argument `name` has one entry for each row; None where that is not known."""
     if name in _COMMON:
         return False
-    own = next((base for base in pipeline.__mro__ if "__call__" in vars(base)), pipeline)
-    if not own.__module__.startswith("diffusers."):
+    own = author_of(pipeline, "__call__")
+    if own is None:
         return True if name in TEXTS else None
     if name in _EVERYWHERE or name in _ROWS.get(own.__name__, ()):
         return True
