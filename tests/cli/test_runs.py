@@ -250,6 +250,4 @@ def test_a_killed_command_goes_on(spec, finished, tmp_path) -> None:
     assert f"6 rows{note} in 6 batches of 1" in found.stderr
     whole = run("run", spec, "-o", tmp_path / "whole", "batch.rows=1")
     assert whole.exit_code == 0
-    assert parquet.read_table(out / "rows.parquet").equals(
-        parquet.read_table(tmp_path / "whole" / "rows.parquet")
-    )
+    assert read_table(out / "rows.parquet").equals(read_table(tmp_path / "whole" / "rows.parquet"))

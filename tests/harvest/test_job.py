@@ -256,7 +256,7 @@ def test_a_row_that_is_not_finite_is_refused(tmp_path: Path, broken: None, pool:
 
 
 def test_the_index_is_brought_up_to_date_on_the_way(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(running, "_REFRESHED", 0.0)
+    monkeypatch.setattr("dreamreader.harvest.run._REFRESHED", 0.0)
     seen: list[int] = []
 
     def look(progress: Any) -> None:
