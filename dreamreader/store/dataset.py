@@ -99,6 +99,8 @@ class StoreDataset(IterableDataset):
             )
         if not 0 <= rank < world:
             raise InvalidInput(f"StoreDataset: rank must be 0 .. world - 1, got {rank} of {world}")
+        _whole("seed", seed, -(2**63))
+        _whole("epoch", epoch, 0)
         if pin_memory and not torch.cuda.is_available():
             raise InvalidInput("StoreDataset: pin_memory=True needs a CUDA device")
         store = store if isinstance(store, Store) else Store(store)
@@ -143,6 +145,7 @@ class StoreDataset(IterableDataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch; another one than now is read from its start."""
+        _whole("epoch", epoch, 0)
         if epoch != self.epoch:
             self._epoch.fill_(epoch)
             self._start, self._at = (epoch, 0), 0
@@ -168,7 +171,7 @@ class StoreDataset(IterableDataset):
         every iteration starts there.
 
         Raises:
-            InvalidInput: it is the state of other rows, or of another order.
+            InvalidInput: it is the state of other rows, or of another order, or none at all.
         """
         for name, own in self._identity().items():
             if state.get(name) != own:
@@ -176,8 +179,11 @@ class StoreDataset(IterableDataset):
                     f"StoreDataset: the state has {name}={state.get(name)!r}, here it is {own!r}; "
                     "it goes on with the same units, site, filters, seed and shuffle only"
                 )
-        self._epoch.fill_(state["epoch"])
-        self._start, self._at = (state["epoch"], state["position"]), state["position"]
+        epoch, position = state.get("epoch"), state.get("position")
+        _whole("the state's epoch", epoch, 0)
+        _whole("the state's position", position, 0, self.rows + 1)
+        self._epoch.fill_(epoch)
+        self._start, self._at = (epoch, position), position
 
     def __len__(self) -> int:
         """Batches of this rank, from where the next iteration starts."""
@@ -321,3 +327,11 @@ def _ahead(read: Callable[[int], _T], numbers: range, ahead: int) -> Iterator[_T
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _whole(name: str, value: Any, start: int, stop: int = 2**63) -> None:
+    """Refuses what is no integer of a range."""
+    if isinstance(value, bool) or not isinstance(value, int) or not start <= value < stop:
+        raise InvalidInput(
+            f"StoreDataset: {name} is an integer from {start:,} to {stop - 1:,}, got {value!r}"
+        )

@@ -1,6 +1,7 @@
 """Which rows of a store are read, and where they are: runs of rows, cut down to chosen tokens."""
 
 import hashlib
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +59,11 @@ def tokens_of(chosen: TOKENS) -> Tokens:
             )
         return Tokens(begin, stop - begin, every)
     try:
-        numbers = sorted({int(each) for each in ([chosen] if isinstance(chosen, int) else chosen)})
-    except (TypeError, ValueError):
+        given = [chosen] if isinstance(chosen, int) else list(chosen)
+        numbers = sorted({operator.index(each) for each in given})
+        if any(isinstance(each, bool) for each in given):
+            raise TypeError
+    except TypeError:
         raise InvalidInput(
             f"tokens: a number, a slice, a range or several numbers, got {chosen!r}"
         ) from None

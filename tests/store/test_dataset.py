@@ -371,3 +371,34 @@ def test_the_batches_of_all_ranks_are_the_positions(rows, batch_size, world, sta
             assert 0 < count <= batch_size
             found += range(first, first + count)
     assert sorted(found) == list(range(start, rows))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"position": 10**9}, "the state's position is an integer from 0 to"),
+        ({"position": -5}, "the state's position is an integer from 0 to"),
+        ({"position": 3.5}, "the state's position is an integer from 0 to"),
+        ({"epoch": 2**70}, "the state's epoch is an integer from 0 to"),
+        ({"epoch": None}, "the state's epoch is an integer from 0 to"),
+    ],
+)
+def test_states_that_nobody_wrote(written, change, said) -> None:
+    data = StoreDataset(written(), "block.out", batch_size=4)
+    with pytest.raises(InvalidInput, match=said):
+        data.load_state_dict(data.state_dict() | change)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"seed": 1.5}, "seed is an integer"),
+        ({"seed": True}, "seed is an integer"),
+        ({"epoch": -1}, "epoch is an integer from 0"),
+        ({"tokens": True}, "tokens: a number, a slice, a range or several numbers, got True"),
+        ({"tokens": [0, 1.5]}, "tokens: a number, a slice, a range or several numbers"),
+    ],
+)
+def test_numbers_that_are_none(written, given, said) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        StoreDataset(written(), "block.out", batch_size=4, **given)
