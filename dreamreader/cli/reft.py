@@ -89,7 +89,7 @@ def summary(spec, out: Path) -> list[str]:
     from dreamreader.training.folder import RESULT, TrainingFolder
     from dreamreader.training.reft_page import parameters, reached
 
-    result = TrainingFolder(out).read(RESULT)
+    result = TrainingFolder(out).need(RESULT)
     share, prompts = reached(result), result["prompts"]
     lines = [
         f"{spec.name}: {parameters(result):,} parameters at {len(result['sites'])} sites, best at "

@@ -84,7 +84,7 @@ def _configuration(part: Any) -> Any:
     found = []
     for name in ("config", "generation_config"):
         config = getattr(part, name, None)
-        content = config.to_dict() if hasattr(config, "to_dict") else config
+        content = config if isinstance(config, Mapping) else getattr(config, "to_dict", dict)()
         if isinstance(content, Mapping):
             found.append(_without_origin(content))
     # transformers leaves it out of what a configuration writes

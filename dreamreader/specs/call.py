@@ -161,7 +161,7 @@ def check_call(pipeline: Any, given: Mapping[str, Any]) -> dict[str, Any]:
                 f"pipeline.{name}: takes objects, which a spec cannot write; leave it out"
             )
         count = name in _SIZES or name.startswith("num_images")
-        kind: Any = Count | None if count else functools.reduce(operator.or_, kept, None)
+        kind: Any = Union[Count, None] if count else functools.reduce(operator.or_, kept, None)  # noqa: UP007
         try:
             TypeAdapter(kind).validate_python(value)
         except ValidationError as error:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from dreamreader.errors import InvalidInput, check_text
 
@@ -91,7 +93,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.depth += 1
         if self.depth > DEPTH:
-            raise yaml.composer.ComposerError(None, None, _TOO_DEEP, self.peek_event().start_mark)
+            raise ComposerError(None, None, _TOO_DEEP, self.peek_event().start_mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -107,7 +109,7 @@ class _Loader(yaml.SafeLoader):
             shown = str(node.value)[:40] if isinstance(node, yaml.ScalarNode) else "this"
             kind = node.tag.rpartition(":")[2]
             said = str(error) if isinstance(error, _Refused) else f"{shown!r} is no {kind}"
-            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from error
+            raise ConstructorError(None, None, said, node.start_mark) from error
         return value
 
 

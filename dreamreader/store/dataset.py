@@ -179,9 +179,8 @@ class StoreDataset(IterableDataset):
                     f"StoreDataset: the state has {name}={state.get(name)!r}, here it is {own!r}; "
                     "it goes on with the same units, site, filters, seed and shuffle only"
                 )
-        epoch, position = state.get("epoch"), state.get("position")
-        _whole("the state's epoch", epoch, 0)
-        _whole("the state's position", position, 0, self.rows + 1)
+        epoch = _whole("the state's epoch", state.get("epoch"), 0)
+        position = _whole("the state's position", state.get("position"), 0, self.rows + 1)
         self._epoch.fill_(epoch)
         self._start, self._at = (epoch, position), position
 
@@ -329,9 +328,10 @@ def _ahead(read: Callable[[int], _T], numbers: range, ahead: int) -> Iterator[_T
         pool.shutdown(cancel_futures=True)
 
 
-def _whole(name: str, value: Any, start: int, stop: int = 2**63) -> None:
-    """Refuses what is no integer of a range."""
+def _whole(name: str, value: Any, start: int, stop: int = 2**63) -> int:
+    """The value, where it is an integer of a range."""
     if isinstance(value, bool) or not isinstance(value, int) or not start <= value < stop:
         raise InvalidInput(
             f"StoreDataset: {name} is an integer from {start:,} to {stop - 1:,}, got {value!r}"
         )
+    return value
