@@ -127,9 +127,12 @@ def kept_of(chosen: Any, length: int) -> tuple[int, ...] | None:
     return None if kept == tuple(range(length)) else kept
 
 
-def whole_layout(real: Tensor | None, rows: int, length: int) -> TokenLayout:
-    """A layout of one call that has all the tokens there are."""
-    prompts = (length,) * rows if real is None else tuple(real.sum(1).tolist())
+def whole_layout(
+    real: Tensor | None, rows: int, length: int, prompt: int | None = None
+) -> TokenLayout:
+    """A layout of one call that has all the tokens there are, `prompt` of them the prompt's."""
+    prompt = length if prompt is None else prompt
+    prompts = (prompt,) * rows if real is None else tuple(real[:, :prompt].sum(1).tolist())
     return TokenLayout(rows, length, (0,) * rows, real, prompts)
 
 

@@ -69,7 +69,8 @@ class LanguageTracker(WithoutSchedule):
 
     Args:
         subject: the model.
-        prompt: tokens of the padded prompt where the caller knows that it makes one call for it.
+        prompt: tokens of the padded prompt, where the caller knows them: its one call, which may
+            have those of a completion behind them.
     """
 
     def __init__(self, subject: Subject, prompt: int | None = None):
@@ -77,7 +78,7 @@ class LanguageTracker(WithoutSchedule):
         self.runs = 0
         self.rows: int | None = None
         self.prompts: list[str] | None = None
-        self._is_prompt = prompt is not None
+        self._given = prompt
         self._sequences = Sequences()
         self._generations: list[Generation] = []
         self._frames: list[_Frame] = []
@@ -252,7 +253,7 @@ class LanguageTracker(WithoutSchedule):
         of_decoder = is_encoder_decoder(module)
         caches = caches_in(arguments)
         past = self._held(arguments, length, of_decoder)
-        if past == 0 and not caches and length == 1 and not self._is_prompt:
+        if past == 0 and not caches and length == 1 and self._given is None:
             past = ClockUnknown(_STATE) if keeps_state(module, rows) else 0
         if isinstance(past, ClockUnknown):
             for each in caches:
@@ -274,7 +275,7 @@ class LanguageTracker(WithoutSchedule):
             self._ids, self._ids_layout = sequence.ids, sequence.first
         step = prompt = sequence.prompt
         if isinstance(prompt, int):
-            step = sequence.total - prompt
+            step = sequence.total - prompt if past else 0
         elif not of_decoder:
             self._ids = prompt
         return self._placed(arguments, sequence.layout, step, rows, length), sequence
@@ -289,11 +290,14 @@ class LanguageTracker(WithoutSchedule):
         source: Tensor | None,
     ) -> tuple[Sequence, Sequence | None]:
         """A call with nothing before it; with the earlier one that it may go on with, if any."""
-        layout = real if isinstance(real, ClockUnknown) else whole_layout(real, rows, length)
+        given = length if self._given is None else min(self._given, length)
+        layout: Any = real
+        if not isinstance(real, ClockUnknown):
+            layout = whole_layout(real, rows, length, given)
         grown = None
-        if whole is not None and not self._is_prompt:
+        if whole is not None and self._given is None:
             grown = self._sequences.grown(whole, layout, source)
-        prompt: int | ClockUnknown = length
+        prompt: int | ClockUnknown = given
         if grown is not None:
             prompt = ClockUnknown(_GROWN)
             if isinstance(layout, TokenLayout):

@@ -11,6 +11,8 @@ from tiny import decoders
 from torch import Tensor, nn
 
 import dreamreader as dr
+from dreamreader.engine import Record
+from dreamreader.engine.session import Session
 from dreamreader.errors import ClockUnknown
 
 SETTINGS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
@@ -212,3 +214,13 @@ def test_a_call_without_gradients_does_not_take_them_from_the_next(llama: dr.Rea
             llama.subject(IDS)
         llama.subject(IDS, labels=IDS).loss.backward()
     assert push.grad is not None and bool(push.grad.any())
+
+
+def test_a_completion_behind_the_prompt_of_a_session_is_no_part_of_it(llama: dr.Reader) -> None:
+    """As losses on completions call a model: prompts end together, completions follow."""
+    mask = torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
+    last, every = Record(BLOCK, tokens=-1, steps=0), llama.recording(BLOCK)
+    session = Session(llama._subject, [], [last], prompt_length=3, tokenizer=llama.tokenizer)
+    with torch.no_grad(), session, every as cache:
+        llama.subject(torch.cat([IDS, IDS]), attention_mask=mask)
+    assert torch.equal(session.activations()[0].tensor[:, 0, 0], cache[BLOCK].tensor[:, 0, 2])
