@@ -4,10 +4,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, overload
+from typing import Any, Protocol, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dreamreader._files import explained, locked
 from dreamreader._hashing import class_of, hash_values
@@ -25,7 +25,6 @@ Progress = Callable[[int, int | None, float], Any]
 
 Goal = Objective | Callable[[Any, Any], Terms]
 Validate = Callable[[], Any]
-_T = TypeVar("_T")
 
 
 class Stateful(Protocol):

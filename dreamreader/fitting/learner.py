@@ -207,5 +207,7 @@ class Learner:
         return [
             name
             for name, own in self.objective.parts(self.module).items()
-            if any((t := tensor_of(each)) is not None and not bool(t.isfinite().all()) for each in own)
+            if any(
+                (t := tensor_of(each)) is not None and not bool(t.isfinite().all()) for each in own
+            )
         ]

@@ -121,9 +121,7 @@ def fit_batches(
 class _Run:
     """Trains on batches, once for the probe and once for each control."""
 
-    def __init__(
-        self, sources: Sequence[Source], survey: Survey, goal: Objective, recipe: Recipe
-    ):
+    def __init__(self, sources: Sequence[Source], survey: Survey, goal: Objective, recipe: Recipe):
         self.train, self.validation, self.held_out = sources
         self.survey, self.goal, self.recipe = survey, goal, recipe
         self.noisy = self.train.per_step == "noise"
