@@ -2,10 +2,11 @@
 
 from dreamreader.fitting.batches import Batches, ByStep
 from dreamreader.fitting.best import Best
-from dreamreader.fitting.fit import Progress, Stateful, fit
+from dreamreader.fitting.fit import fit
 from dreamreader.fitting.learner import History, NonFiniteLoss
 from dreamreader.fitting.objective import Objective
 from dreamreader.fitting.recipe import SCHEDULES, Recipe
+from dreamreader.fitting.run import Progress, Stateful
 
 __all__ = [
     "SCHEDULES",

@@ -6,6 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from dreamreader._hashing import class_of, hash_values
 from dreamreader.errors import InvalidInput
 
@@ -101,9 +103,9 @@ class _Epochs(Stream):
         self.taken = 0  # batches of this epoch
         self._iterator: Iterator[Any] | None = None
         self._source: Any = None
-        if hasattr(batches, "set_epoch"):
-            for epoch in (1, 0):  # another epoch than before is read from its start
-                batches.set_epoch(epoch)
+        self._random = torch.get_rng_state()  # before the epoch, whose order may be drawn from it
+        for epoch in (1, 0):  # another epoch than before is read from its start
+            _set_epoch(batches, epoch)
         if not callable(batches):
             with suppress(TypeError):  # iterables need no length
                 self.length = len(batches)
@@ -122,7 +124,7 @@ class _Epochs(Stream):
     def identity(self) -> Any:
         own = getattr(self.batches, "identity", None)
         if callable(own):
-            return {"batches": self.length, **own()}
+            return {"batches": self.length, "of": own()}
         if isinstance(self.batches, list | tuple):
             return hash_values(self.batches)
         name = getattr(self.batches, "__qualname__", None) or class_of(self.batches)
@@ -132,19 +134,22 @@ class _Epochs(Stream):
         inner = None
         if self.taken and hasattr(self._source, "state_dict"):
             inner = self._source.state_dict()
-        return {"epoch": self.epoch, "taken": self.taken, "source": inner}
+        own = {"epoch": self.epoch, "taken": self.taken, "random": self._random}
+        return own | {"source": inner}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.close()
         self.epoch, self.taken = state["epoch"], state["taken"]
-        source = self._open()
+        if not self.taken:
+            return
+        torch.set_rng_state(state["random"])
+        source: Any = self._open()
         if state["source"] is not None:
             source.load_state_dict(state["source"])
-            self._iterator = iter(source)
-            return
         self._iterator = iter(source)
-        for _ in range(self.taken):
-            next(self._iterator, None)
+        if state["source"] is None:
+            for _ in range(self.taken):
+                next(self._iterator, None)
 
     def close(self) -> None:
         close = getattr(self._iterator, "close", None)
@@ -153,7 +158,15 @@ class _Epochs(Stream):
         self._iterator = None
 
     def _open(self) -> Iterable[Any]:
+        self._random = torch.get_rng_state()
         self._source = self.batches(self.epoch) if callable(self.batches) else self.batches
-        if hasattr(self._source, "set_epoch"):
-            self._source.set_epoch(self.epoch)
+        _set_epoch(self._source, self.epoch)
         return self._source
+
+
+def _set_epoch(source: Any, epoch: int) -> None:
+    """Tells a dataset its epoch, inside a `DataLoader` too."""
+    named: list[Any] = [source, getattr(source, "dataset", None)]
+    for each in named:
+        if hasattr(each, "set_epoch"):
+            each.set_epoch(epoch)

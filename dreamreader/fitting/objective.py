@@ -24,21 +24,21 @@ class Objective(ABC):
     part_name = "part"
 
     @abstractmethod
-    def terms(self, module: Any, batch: Any) -> Terms:
+    def terms(self, module: Any, batch: Any, /) -> Terms:
         """The loss, or parts of it whose sum is minimised; None: nothing to learn from here."""
 
-    def parts(self, module: nn.Module) -> Mapping[str, Iterable[nn.Parameter]]:
+    def parts(self, module: Any, /) -> Mapping[str, Iterable[nn.Parameter]]:
         """The parameters by the names that errors use."""
         return {name: [each] for name, each in module.named_parameters()}
 
-    def culprit(self, module: Any, batch: Any) -> str:
+    def culprit(self, module: Any, batch: Any, /) -> str:
         """The first part of the loss that is not finite."""
         with torch.no_grad():
             terms = self.terms(module, batch)
         named = terms if isinstance(terms, Mapping) else {}
         return next((name for name, each in named.items() if not bool(each.isfinite())), "none")
 
-    def describe(self, batch: Any) -> str:
+    def describe(self, batch: Any, /) -> str:
         """The examples of a batch, for errors, such as `rows 3, 5`; may be empty."""
         return ""
 
@@ -58,5 +58,5 @@ class Function(Objective):
     def __init__(self, function: Callable[[Any, Any], Terms]):
         self.function = function
 
-    def terms(self, module: Any, batch: Any) -> Terms:
+    def terms(self, module: Any, batch: Any, /) -> Terms:
         return self.function(module, batch)

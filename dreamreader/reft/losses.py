@@ -47,12 +47,11 @@ class Loss(Objective):
     moments: int
 
     @abstractmethod
-    def terms(self, module: Reft, batch: Batch) -> dict[str, Tensor]:
+    def terms(self, reft: Reft, batch: Batch, /) -> dict[str, Tensor]:
         """Parts of the loss by name, with graphs to the adapters; their sum is minimised."""
 
-    def parts(self, module: nn.Module) -> Mapping[str, Iterable[nn.Parameter]]:
-        assert isinstance(module, Reft)
-        return {site: list(each.parameters()) for site, each in module.adapters.items()}
+    def parts(self, reft: Reft, /) -> Mapping[str, Iterable[nn.Parameter]]:
+        return {site: list(each.parameters()) for site, each in reft.adapters.items()}
 
     def describe(self, batch: Batch) -> str:
         return f"rows {', '.join(map(str, batch.rows.tolist()))}"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.fitting import Best, ByStep, NonFiniteLoss, Objective, Recipe, fit
@@ -45,10 +46,14 @@ def stop_at(step: int) -> Any:
     return progress
 
 
+def loader() -> DataLoader[Any]:
+    return DataLoader(rows(5), batch_size=None, shuffle=True)  # pyright: ignore
+
+
 @pytest.mark.parametrize(
     "batches",
-    [rows(), drawn, ByStep(lambda step: rows(1, step)[0])],
-    ids=["list", "function of the epoch", "function of the step"],
+    [rows(), drawn, ByStep(lambda step: rows(1, step)[0]), loader()],
+    ids=["list", "function of the epoch", "function of the step", "loader"],
 )
 @pytest.mark.parametrize("at", [7, 10])
 def test_every_kind_of_batches_goes_on_to_the_same_bits(tmp_path: Path, batches: Any, at: int):

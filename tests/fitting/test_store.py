@@ -9,6 +9,7 @@ import pytest
 import torch
 from fitting.toy import RECIPES, SITE, error, normalise, saes, trained, write_store
 from torch import nn
+from torch.utils.data import DataLoader
 
 from dreamreader.errors import InvalidInput
 from dreamreader.fitting import fit
@@ -65,6 +66,14 @@ def test_in_one_pass_each_is_what_it_is_alone(store: Path):
         alone, history = trained(store, names=(name,))
         check_equal({name: both[name]}, alone)
         assert history[name] == histories[name]
+
+
+def test_a_loader_of_the_store_gives_every_epoch_its_order(store: Path):
+    saes_alone, _ = trained(store, names=("small",))
+    sae = saes()["small"]
+    loader = DataLoader(StoreDataset(store, SITE, batch_size=29, seed=4), batch_size=None)
+    fit(sae, error, loader, RECIPES["small"], after_step=normalise)
+    check_equal(saes_alone, {"small": sae})
 
 
 def test_it_is_the_loop_that_one_would_write(store: Path):
