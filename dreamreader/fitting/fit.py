@@ -11,7 +11,7 @@ from torch import nn
 
 from dreamreader._files import locked
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.fitting.batches import Batches, stream_of
+from dreamreader.fitting.batches import Batches, ByStep, stream_of
 from dreamreader.fitting.learner import AfterStep, History, Learner
 from dreamreader.fitting.objective import Function, Objective, Terms
 from dreamreader.fitting.recipe import Recipe
@@ -130,6 +130,8 @@ def fit(
         )
     stream = stream_of(batches)
     common = next(iter(recipes.values()))
+    if isinstance(batches, ByStep) and common.steps is None:
+        raise InvalidInput("fit: batches by the step have no epochs: give steps=")
     total = _total(common, stream.length)
     for each in recipes.values():
         if total is None and each.schedule != "constant":

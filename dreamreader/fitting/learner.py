@@ -159,7 +159,12 @@ class Learner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         put_values(self.module, state["values"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, ValueError) as error:
+            raise InvalidInput(
+                f"fit: {self._title}the checkpoint is of another optimizer: {error}"
+            ) from error
         if self.best is not None:
             self.best.load_state_dict(state["best"])
         losses, validation = state["losses"].tolist(), list(state["validation"])

@@ -129,10 +129,13 @@ class Run:
 
     def resume(self) -> None:
         """Goes on from the folder, where there is a training."""
-        if self.folder is None or not (self.folder / CHECKPOINT).is_file():
+        if self.folder is None:
+            return
+        now = self._of()  # before the first step, as an objective may change
+        if not (self.folder / CHECKPOINT).is_file():
             return
         found = load_state(self.folder / CHECKPOINT)
-        had, now = found["of"], self._of()
+        had = found["of"]
         for name in (*now, *(each for each in had if each not in now)):
             if had.get(name) != now.get(name):
                 raise InvalidInput(
@@ -159,6 +162,7 @@ class Run:
                 found |= {f"{before}{key}": own for key, own in each.recipe.describe().items()}
             found |= self.of
             found |= {"batches": self.stream.identity(), "state": list(self.state)}
+            found["validated"] = self.held_out is not None
             for name, each in self.learners.items():
                 found |= _shapes(f"{name}: " if name else "", each)
             self._identity = found
@@ -174,6 +178,8 @@ def _shapes(before: str, learner: Learner) -> dict[str, Any]:
     for kind in ("parameters", "buffers"):
         for key, each in getattr(module, f"named_{kind}")():
             found[f"{kind[:-1]} {key}"] = f"{list(each.shape)} {each.dtype}"
+    hook = learner.after_step
+    found["after_step"] = None if hook is None else getattr(hook, "__qualname__", class_of(hook))
     found["loss and its data"] = f"{name} {hash_values(what)[:16]}"
     return {f"{before}{key}": each for key, each in found.items()}
 

@@ -115,7 +115,7 @@ def test_what_a_checkpoint_keeps_beside_modules(tmp_path: Path):
 def test_validation_keeps_parameters_and_buffers_of_the_best(tmp_path: Path):
     module = layer()
     module.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-    values = iter([5.0, math.nan, 2.0, 3.0, math.inf, 9.0])
+    values = iter([math.nan, 5.0, 2.0, 3.0, math.inf, 9.0])
 
     def count(module: Any, done: int) -> None:
         module.seen.fill_(done)
@@ -123,7 +123,7 @@ def test_validation_keeps_parameters_and_buffers_of_the_best(tmp_path: Path):
     recipe = Recipe(epochs=9, schedule="constant", validate_every=None, patience=3)
     given: Any = {"validate": lambda: next(values), "after_step": count, "save_every": 5}
     history = fit(module, error, rows(), recipe, tmp_path, **given)
-    assert history.validation == [(5, 5.0), (10, math.inf), (15, 2.0), (20, 3.0), (25, math.inf),
+    assert history.validation == [(5, math.inf), (10, 5.0), (15, 2.0), (20, 3.0), (25, math.inf),
                                   (30, 9.0)]  # fmt: skip
     assert history.stopped and history.best == 15 and len(history.losses) == 30
     assert int(module.seen) == 15  # pyright: ignore
@@ -223,8 +223,10 @@ def test_a_checkpoint_that_is_damaged_is_refused(tmp_path: Path):
         ({"objective": lambda module, x: error(module, x)}, "loss and its data='error"),
         ({"module": layer(width=4)}, r"parameter weight='\[3, 3\] torch.float32', not '\[4, 4\]"),
         ({"of": {"data": "other"}}, "data='mine', not 'other'"),
+        ({"validate": lambda: 1.0}, "validated=False, not True"),
+        ({"after_step": lambda module, done: None}, "after_step=None, not '"),
     ],
-    ids=["seed", "optimizer", "batches", "objective", "shape", "of"],
+    ids=["seed", "optimizer", "batches", "objective", "shape", "of", "validate", "hook"],
 )
 def test_a_folder_goes_on_with_the_same_training_only(tmp_path: Path, change: Any, text: str):
     given = {"module": layer(), "objective": error, "batches": rows(), "recipe": Recipe(steps=4)}
@@ -234,9 +236,24 @@ def test_a_folder_goes_on_with_the_same_training_only(tmp_path: Path, change: An
         fit(**given | change)
 
 
+def test_a_function_that_gives_another_optimizer_is_told(tmp_path: Path):
+    def run(parameters: Any) -> None:
+        recipe = Recipe(steps=2, optimizer=lambda given: torch.optim.SGD(parameters(given)))
+        fit(layer(), error, rows(), recipe, tmp_path)
+
+    run(lambda given: given)
+    with pytest.raises(InvalidInput, match="fit: the checkpoint is of another optimizer: .*group"):
+        run(lambda given: given[:1])
+
+
 @pytest.mark.parametrize(
     ("given", "kind", "text"),
     [
+        (
+            {"batches": ByStep(lambda step: rows()[0]), "recipe": Recipe(epochs=2)},
+            InvalidInput,
+            "batches by the step have no epochs: give steps=",
+        ),
         ({"batches": iter(rows())}, InvalidInput, "can be read only once; give a list"),
         ({"batches": 3}, InvalidInput, "batches are an iterable, a function .*, got int"),
         ({"batches": []}, InvalidInput, "there are no batches in epoch 0"),
