@@ -174,12 +174,13 @@ def _shapes(before: str, learner: Learner) -> dict[str, Any]:
     module, goal = learner.module, learner.objective
     what = goal.function if isinstance(goal, Function) else goal
     name = getattr(what, "__qualname__", type(what).__name__)
-    found = {"module": class_of(module)}
+    found: dict[str, Any] = {"module": class_of(module)}
     for kind in ("parameters", "buffers"):
         for key, each in getattr(module, f"named_{kind}")():
             found[f"{kind[:-1]} {key}"] = f"{list(each.shape)} {each.dtype}"
     hook = learner.after_step
-    found["after_step"] = None if hook is None else getattr(hook, "__qualname__", class_of(hook))
+    named = None if hook is None else getattr(hook, "__qualname__", class_of(hook))
+    found["after_step"] = named
     found["loss and its data"] = f"{name} {hash_values(what)[:16]}"
     return {f"{before}{key}": each for key, each in found.items()}
 
