@@ -1,9 +1,11 @@
 """Autoencoders from a store: several in one pass, buffers, constraints, exact resume."""
 
+import math
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,26 +78,46 @@ def test_a_loader_of_the_store_gives_every_epoch_its_order(store: Path):
     check_equal(saes_alone, {"small": sae})
 
 
-def test_it_is_the_loop_that_one_would_write(store: Path):
-    found, histories = trained(store, names=("small",))
-    sae = saes()["small"]
-    optimizer = torch.optim.Adam(sae.parameters(), lr=0.02)
+def falling(step: int) -> float:
+    return min(1, (step + 1) / 3) * min(1, (30 - step) / 7.5)
+
+
+def cosine(step: int) -> float:
+    return (1 + math.cos(math.pi * step / 30)) / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "lr", "share", "clip"),
+    [
+        ("small", torch.optim.Adam, 0.02, falling, math.inf),
+        ("large", lambda p, lr: torch.optim.AdamW(p, lr=lr, weight_decay=0.0), 0.01, cosine, 0.05),
+    ],
+    ids=["small", "large"],
+)
+def test_it_is_the_loop_that_one_would_write(
+    store: Path, name: str, optimizer: Any, lr: float, share: Any, clip: float
+):
+    found, histories = trained(store, names=(name,))
+    sae = saes()[name]
+    optimizer = optimizer(sae.parameters(), lr=lr)
     rows, losses = StoreDataset(store, SITE, batch_size=29, seed=4), []
     for epoch in range(3):
         rows.set_epoch(epoch)
         for x in rows:
             step = len(losses)
-            rate = min(1, (step + 1) / 3) * min(1, (30 - step) / 7.5)
-            optimizer.param_groups[0]["lr"] = 0.02 * rate
+            optimizer.param_groups[0]["lr"] = lr * share(step)
             loss = error(sae, x)
             optimizer.zero_grad()
             loss.backward()
+            norm = torch.cat([p.grad.flatten() for p in sae.parameters() if p.grad is not None])
+            if float(norm.norm()) > clip:
+                nn.utils.clip_grad_norm_(sae.parameters(), clip)
             optimizer.step()
             normalise(sae, step + 1)
             losses.append(float(loss.detach()))
-    check_equal(found, {"small": sae})
-    assert histories["small"].losses == losses and sum(losses[20:]) < sum(losses[:10])
-    assert torch.allclose(sae.decoder.norm(dim=1), torch.ones(16))
+    check_equal(found, {name: sae})
+    assert histories[name].losses == losses and sum(losses[20:]) < sum(losses[:10])
+    assert torch.allclose(sae.decoder.norm(dim=1), torch.ones(len(sae.decoder)))
 
 
 def test_a_folder_goes_on_with_its_own_rows_only(store: Path, tmp_path: Path):

@@ -69,7 +69,7 @@ def saes() -> dict[str, TopK]:
 
 RECIPES = {
     "small": Recipe(epochs=3, lr=0.02, schedule="wsd", warmup=3, optimizer="Adam"),
-    "large": Recipe(epochs=3, lr=0.01, schedule="cosine", grad_clip=0.5),
+    "large": Recipe(epochs=3, lr=0.01, schedule="cosine", grad_clip=0.05),
 }
 
 
