@@ -75,7 +75,7 @@ class Run:
             found = [each.step(taken[0], self.done) for each in self.learners.values()]
             self.done += 1
             every = self.recipe.validate_every
-            if self.over or (every and (self.done % every == 0 or self.done == self.total)):
+            if self.over or (every and self.done % every == 0):
                 self._validate()
             if self.folder is not None and (self.done % save_every == 0 or self.over):
                 self.save()
