@@ -48,6 +48,7 @@ _MODULES = (
     "engine",
     "errors",
     "experiments",
+    "fitting",
     "harvest",
     "localise",
     "metrics",

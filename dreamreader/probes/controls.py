@@ -30,9 +30,9 @@ def controls(problem: Problem, trained: Trained) -> dict[str, Any]:
     seed, goal = problem.recipe.seed + 1, problem.objective
     task, loss = goal.task, goal.loss
     drawn = torch.stack([random_rows(each, seed + n) for n, each in enumerate(problem.x)])
-    hidden = problem.recipe.hidden
+    hidden = problem.design.hidden
     other = () if hidden else (WIDTH,)
-    changed = problem.changed(recipe=replace(problem.recipe, hidden=other))
+    changed = problem.changed(design=replace(problem.design, hidden=other))
     sizes = {(hidden or (0,))[0]: trained, (other or (0,))[0]: train(changed)}
     return {
         "shuffled_labels": measured(train(shuffled(problem, seed)).held_out, task, loss),

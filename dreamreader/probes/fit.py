@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.fitting import Recipe
 from dreamreader.probes.card import Card
 from dreamreader.probes.controls import controls as measured_controls
 from dreamreader.probes.labels import Targets, encoded
@@ -15,7 +16,7 @@ from dreamreader.probes.probe import Probe
 from dreamreader.probes.rows import Recorded, Rows, rows_of
 from dreamreader.probes.scores import scores, temperatures
 from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION, dealt, numbered
-from dreamreader.probes.train import Problem, Recipe, Trained, train
+from dreamreader.probes.train import Design, Problem, Trained, described, recipe_of, train
 
 PER_STEP = ("each", "shared", "noise")
 PARTS = {"train": TRAIN, "validation": VALIDATION, "held_out": HELD_OUT}
@@ -99,7 +100,8 @@ def fit(
     """
     if per_step not in PER_STEP:
         raise UnknownName("per_step of a probe", per_step, PER_STEP)
-    recipe = Recipe(tuple(hidden), activation, epochs, patience, lr, batch_size, seed, jitter)
+    design = Design(tuple(hidden), activation, jitter)
+    recipe = recipe_of(epochs, patience, lr, batch_size, seed)
     rows = rows_of(recorded, pool)
     told, targets = encoded(labels, task, classes, len(rows.values))
     belonging = rows.prompts if groups is None and rows.prompts is not None else groups
@@ -109,7 +111,7 @@ def fit(
     counts = counted(told, targets[part == TRAIN])
     check_counts(told, counts)
     goal = objective(told, loss, class_weights, counts)
-    problem = _problem(rows, targets, part, group, per_step, goal, recipe)
+    problem = _problem(rows, targets, part, group, per_step, goal, design, recipe)
     trained = train(problem)
     known = {
         "subject": subject,
@@ -121,7 +123,7 @@ def fit(
         "rows": {name: int((part == each).sum()) for name, each in PARTS.items()},
         "groups": {name: len(group[part == each].unique()) for name, each in PARTS.items()},
         "counts": dict(zip(told.labels, counts.tolist(), strict=False)),
-        "training": {**recipe.as_dict(), "loss": goal.loss, "holdout": holdout},
+        "training": {**described(design, recipe), "loss": goal.loss, "holdout": holdout},
         "controls": measured_controls(problem, trained) if controls else {},
     }
     return assembled(goal, trained, known)
@@ -134,6 +136,7 @@ def _problem(
     group: Tensor,
     per_step: str,
     goal: Objective,
+    design: Design,
     recipe: Recipe,
 ) -> Problem:
     """Rows of each step side by side, or of all steps one below the other; tokens as rows.
@@ -164,7 +167,7 @@ def _problem(
         targets, part, group = targets[kept], part[kept], group[kept]
     noisy = per_step == "noise"
     own = rows.steps if apart else None
-    return Problem(x, targets, fraction, part, group, goal, noisy, recipe, own)
+    return Problem(x, targets, fraction, part, group, goal, noisy, design, recipe, own)
 
 
 def assembled(goal: Objective, trained: Trained, known: Mapping[str, Any]) -> Probe:

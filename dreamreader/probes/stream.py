@@ -1,6 +1,6 @@
 """Training probes on more rows than memory holds: batch by batch, several times over."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.fitting import Recipe
 from dreamreader.probes.controls import WIDTH, random_rows
 from dreamreader.probes.fit import PER_STEP, assembled
 from dreamreader.probes.net import Perceptrons
@@ -15,7 +16,15 @@ from dreamreader.probes.objective import Objective, check_counts, objective
 from dreamreader.probes.probe import Probe
 from dreamreader.probes.scores import Held, measured
 from dreamreader.probes.source import Batches, Part, Source, Survey, surveyed
-from dreamreader.probes.train import Best, Recipe, Trained, step
+from dreamreader.probes.train import (
+    Design,
+    Rows,
+    Trained,
+    described,
+    epochs_of,
+    recipe_of,
+    train_nets,
+)
 
 Change = Callable[[Part, torch.Generator], Part]
 
@@ -75,7 +84,8 @@ def fit_batches(
         raise UnknownName("per_step of a probe", per_step, PER_STEP)
     if classes is None and task != "regress":
         raise InvalidInput("fit_batches: give classes=, a batch may lack some of them")
-    recipe = Recipe(tuple(hidden), activation, epochs, patience, lr, batch_size, seed)
+    design = Design(tuple(hidden), activation)
+    recipe = recipe_of(epochs, patience, lr, batch_size, seed)
     slots: dict[int, int] = {}
     sources = [
         Source(each, name, task, classes, per_step, slots)
@@ -88,8 +98,8 @@ def fit_batches(
     assert told is not None
     check_counts(told, survey.counts)
     goal = objective(told, loss, class_weights, survey.counts)
-    run = _Run(sources, survey, goal)
-    trained = run.trained(recipe)
+    run = _Run(sources, survey, goal, recipe)
+    trained = run.trained(design)
     sizes = [int(survey.counts[-1]), len(trained.validation.slot), len(trained.held_out.slot)]
     counts = dict(zip(("train", "validation", "held_out"), sizes, strict=True))
     known = {
@@ -102,8 +112,8 @@ def fit_batches(
         "rows": counts,
         "groups": counts,
         "counts": dict(zip(told.labels, survey.counts.tolist(), strict=False)),
-        "training": {**recipe.as_dict(), "loss": goal.loss},
-        "controls": run.controls(recipe, trained) if controls else {},
+        "training": {**described(design, recipe), "loss": goal.loss},
+        "controls": run.controls(design, trained) if controls else {},
     }
     return assembled(goal, trained, known)
 
@@ -111,20 +121,20 @@ def fit_batches(
 class _Run:
     """Trains on batches, once for the probe and once for each control."""
 
-    def __init__(self, sources: Sequence[Source], survey: Survey, goal: Objective):
+    def __init__(self, sources: Sequence[Source], survey: Survey, goal: Objective, recipe: Recipe):
         self.train, self.validation, self.held_out = sources
-        self.survey, self.goal = survey, goal
+        self.survey, self.goal, self.recipe = survey, goal, recipe
         self.noisy = self.train.per_step == "noise"
 
-    def controls(self, recipe: Recipe, trained: Trained) -> dict[str, Any]:
+    def controls(self, design: Design, trained: Trained) -> dict[str, Any]:
         """As `controls.controls`; labels change hands, and random rows are drawn, by batch."""
-        hidden, task, loss = recipe.hidden, self.goal.task, self.goal.loss
+        hidden, task, loss = design.hidden, self.goal.task, self.goal.loss
         other = () if hidden else (WIDTH,)
         found = {(hidden or (0,))[0]: trained}
-        found[(other or (0,))[0]] = self.trained(replace(recipe, hidden=other))
+        found[(other or (0,))[0]] = self.trained(replace(design, hidden=other))
         return {
-            "shuffled_labels": measured(self.trained(recipe, _shuffled).held_out, task, loss),
-            "random_feature": measured(self.trained(recipe, _random).held_out, task, loss),
+            "shuffled_labels": measured(self.trained(design, _shuffled).held_out, task, loss),
+            "random_feature": measured(self.trained(design, _random).held_out, task, loss),
             "capacity_sweep": {
                 str(width): measured(each.held_out, task, loss)
                 for width, each in sorted(found.items())
@@ -132,30 +142,37 @@ class _Run:
         }
 
     @torch.inference_mode(False)
-    def trained(self, recipe: Recipe, change: Change = lambda part, _: part) -> Trained:
-        count = len(self.survey.mean)
-        learners = [_Learner(self.survey, n, self.goal, recipe, self.noisy) for n in range(count)]
-        for epoch in range(recipe.epochs):
-            draw = torch.Generator().manual_seed(recipe.seed + epoch)
+    def trained(self, design: Design, change: Change = lambda part, _: part) -> Trained:
+        seed, count = self.recipe.seed, len(self.survey.mean)
+        learners = [
+            _Learner(self.survey, n, self.goal, design, self.recipe, self.noisy)
+            for n in range(count)
+        ]
+
+        def batches(epoch: int) -> Iterator[Rows]:
+            draw = torch.Generator().manual_seed(seed + epoch)
             for part in self.train.parts(epoch):
-                learners[part.slot].add(change(part, draw))
+                yield from learners[part.slot].add(change(part, draw))
             for each in learners:
-                each.rest()
-            held = self._held(self.validation, learners, change, recipe.seed)
-            for n, each in enumerate(learners):
-                own = held.slot == n
-                each.offer(epoch, held.logits[own], held.targets[own])
-            if min(each.best.waited(epoch) for each in learners) >= recipe.patience:
-                break
-        for each in learners:
-            each.best.restore()
+                yield from each.rest()
+
+        def validate() -> dict[str, Tensor]:
+            held = self._held(self.validation, learners, change, seed)
+            own = [held.slot == n for n in range(count)]
+            return {
+                str(n): each.losses(held.logits[own[n]], held.targets[own[n]])
+                for n, each in enumerate(learners)
+            }
+
+        nets = {str(n): each.net for n, each in enumerate(learners)}
+        histories = train_nets(nets, self.goal, batches, self.recipe, validate)
         held = [
-            self._held(each, learners, change, recipe.seed)
-            for each in (self.validation, self.held_out)
+            self._held(each, learners, change, seed) for each in (self.validation, self.held_out)
         ]
         steps = list(self.train.slots) or None
         mlps = tuple(each.folded(None if steps is None else steps[each.slot]) for each in learners)
-        return Trained(mlps, held[0], held[1], tuple(each.best.epochs()[0] for each in learners))
+        epochs = tuple(epochs_of(each)[0] for each in histories.values())
+        return Trained(mlps, held[0], held[1], epochs)
 
     def _held(
         self, source: Source, learners: Sequence["_Learner"], change: Change, seed: int
@@ -178,32 +195,38 @@ class _Run:
 
 
 class _Learner:
-    """One perceptron that trains on standardised rows as they come."""
+    """One perceptron, and the rows for it as they come."""
 
-    def __init__(self, survey: Survey, slot: int, goal: Objective, recipe: Recipe, noisy: bool):
+    def __init__(
+        self,
+        survey: Survey,
+        slot: int,
+        goal: Objective,
+        design: Design,
+        recipe: Recipe,
+        noisy: bool,
+    ):
         self.slot, self.goal, self.size = slot, goal, recipe.batch_size
         self.mean, self.scale = survey.mean[slot], survey.scale[slot]
         regress = goal.task.kind == "regress"
         self.middle = survey.middle if regress else torch.zeros(())
         self.spread = survey.spread if regress else torch.ones(())
         outputs = len(goal.task.labels)
-        sizes = (len(self.mean), *recipe.hidden, outputs)
-        net = Perceptrons(1, sizes, recipe.activation, noisy, recipe.seed)
+        sizes = (len(self.mean), *design.hidden, outputs)
+        net = Perceptrons(1, sizes, design.activation, noisy, recipe.seed)
         self.net = net.to(self.mean.device)
-        self.best = Best(self.net)
-        self.optimiser = torch.optim.Adam(self.net.parameters(), lr=recipe.lr)
         self.waiting: list[Part] = []
 
-    def add(self, part: Part) -> None:
-        """Trains as soon as there are rows for a step."""
+    def add(self, part: Part) -> Iterator[Rows]:
+        """Takes rows, and gives them as soon as there are enough for a step."""
         self.waiting.append(part)
         if sum(len(each.x) for each in self.waiting) >= self.size:
-            self._train(self._taken())
+            yield from self._steps(self._taken())
 
-    def rest(self) -> None:
-        """Trains on what is left at the end of an epoch."""
+    def rest(self) -> Iterator[Rows]:
+        """Gives what is left at the end of an epoch."""
         if self.waiting:
-            self._train(self._taken())
+            yield from self._steps(self._taken())
 
     def _taken(self) -> Part:
         waiting, self.waiting = self.waiting, []
@@ -213,14 +236,13 @@ class _Learner:
         )
         return Part(x, targets, fraction, self.slot)
 
-    def _train(self, part: Part) -> None:
+    def _steps(self, part: Part) -> Iterator[Rows]:
         x = self._standard(part.x)
         targets = part.targets
         if targets.is_floating_point():
             targets = (targets - self.middle) / self.spread
         for batch in torch.arange(len(part.x), device=x.device).split(self.size):
-            step(self.net, self.optimiser, self.goal, x[:, batch], targets[batch],
-                 part.fraction[batch])  # fmt: skip
+            yield Rows(x[:, batch], targets[batch], part.fraction[batch], self.slot)
 
     def _standard(self, x: Tensor) -> Tensor:
         return ((x.float() - self.mean) / self.scale).unsqueeze(0)
@@ -231,13 +253,12 @@ class _Learner:
         found = self.net(self._standard(part.x), part.fraction)[0]
         return found * self.spread + self.middle
 
-    def offer(self, epoch: int, logits: Tensor, targets: Tensor) -> None:
-        """How the state of this epoch validates."""
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss of these logits, in a vector of one."""
         spread, middle = self.spread.cpu(), self.middle.cpu()
         if targets.is_floating_point():
             targets = (targets - middle) / spread
-        losses = self.goal.losses(((logits - middle) / spread).unsqueeze(0), targets)
-        self.best.offer(epoch, losses.to(self.mean.device))
+        return self.goal.losses(((logits - middle) / spread).unsqueeze(0), targets)
 
     def folded(self, step: int | None) -> Any:
         """The perceptron on raw rows."""

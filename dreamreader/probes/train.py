@@ -1,6 +1,7 @@
 """Training of probes on rows at hand: Adam on standardised rows, the best validated state kept."""
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from dreamreader.edits.mlp import Mlp
 from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.fitting import History, NonFiniteLoss, Recipe, fit
 from dreamreader.ops.guide import ACTIVATIONS
 from dreamreader.probes.labels import Targets
 from dreamreader.probes.net import Perceptrons
@@ -18,23 +20,17 @@ from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How probes are trained.
+class Design:
+    """The shape of probes, and what is done to their inputs.
 
     Attributes:
         hidden: widths of none to two hidden layers; () is linear.
-        epochs: at most so many. patience: epochs without a better validated state before it stops.
         jitter: deviation of noise that is added to raw inputs in training and validation, the same
             in all directions, as a multiple of the root mean square of the features' deviations.
     """
 
     hidden: tuple[int, ...]
     activation: str
-    epochs: int
-    patience: int
-    lr: float
-    batch_size: int
-    seed: int
     jitter: float = 0.0
 
     def __post_init__(self):
@@ -43,14 +39,29 @@ class Recipe:
             raise InvalidInput(f"hidden: none to two widths from 1, got {self.hidden}")
         if self.activation not in ACTIVATIONS:
             raise UnknownName("activation of a probe", self.activation, ACTIVATIONS)
-        for name in ("epochs", "patience", "batch_size", "lr"):
-            if not getattr(self, name) > 0:
-                raise InvalidInput(f"{name} must be positive, got {getattr(self, name)}")
         if not self.jitter >= 0:
             raise InvalidInput(f"jitter must be 0 or more, got {self.jitter}")
 
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "hidden": list(self.hidden)}
+
+def recipe_of(epochs: int, patience: int, lr: float, batch_size: int, seed: int) -> Recipe:
+    """How probes are trained: Adam at one rate, validated after every epoch."""
+    given = {"epochs": epochs, "patience": patience, "lr": lr, "batch_size": batch_size}
+    for name, value in given.items():
+        if not value > 0:
+            raise InvalidInput(f"{name} must be positive, got {value}")
+    fixed: dict[str, Any] = {"optimizer": "Adam", "schedule": "constant", "validate_every": None}
+    return Recipe(seed=seed, **given, **fixed)  # pyright: ignore[reportArgumentType]
+
+
+def described(design: Design, recipe: Recipe) -> dict[str, Any]:
+    """What a card says of a training."""
+    names = ("epochs", "patience", "lr", "batch_size", "seed")
+    return {
+        "hidden": list(design.hidden),
+        "activation": design.activation,
+        **{name: getattr(recipe, name) for name in names},
+        "jitter": design.jitter,
+    }
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,7 @@ class Problem:
     group: Int[Tensor, " rows"]
     objective: Objective
     noisy: bool
+    design: Design
     recipe: Recipe
     steps: tuple[int, ...] | None = None
 
@@ -104,41 +116,86 @@ def train(problem: Problem) -> Trained:
     folded into the first (and last) layer afterwards. After every epoch each perceptron is
     validated; its best state is kept, the untrained one never.
     """
-    recipe, rows = problem.recipe, problem.rows(TRAIN)
+    design, rows, proof = problem.design, problem.rows(TRAIN), problem.rows(VALIDATION)
     x, mean, scale = standardised(problem.x, rows)
     targets, middle, spread = problem.targets, 0.0, 1.0
     if problem.objective.task.kind == "regress":
         middle, spread = spread_of(targets[rows])
         targets = (targets - middle) / spread
-    outputs = len(problem.objective.task.labels)
-    sizes = (x.shape[2], *recipe.hidden, outputs)
-    net = Perceptrons(len(x), sizes, recipe.activation, problem.noisy, recipe.seed).to(x.device)
-    keep = Best(net)
-    optimiser = torch.optim.Adam(net.parameters(), lr=recipe.lr)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    proof = problem.rows(VALIDATION)
-    rms = scale.square().mean(-1, keepdim=True).sqrt()
-    noise = (recipe.jitter * rms / scale).unsqueeze(1)  # [count, 1, features]
-    proven = _jittered(x[:, proof], noise, generator)
-    for epoch in range(recipe.epochs):
-        order = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
-        for batch in order.split(recipe.batch_size):
-            seen = _jittered(x[:, batch], noise, generator)
-            step(net, optimiser, problem.objective, seen, targets[batch],
-                 problem.fraction[batch])  # fmt: skip
-        with torch.no_grad():
-            found = net(proven, problem.fraction[proof])
-            keep.offer(epoch, problem.objective.losses(found, targets[proof]))
-        if keep.waited(epoch) >= recipe.patience:
-            break
-    keep.restore()
     labels = problem.objective.task.labels
+    sizes = (x.shape[2], *design.hidden, len(labels))
+    seed = problem.recipe.seed
+    net = Perceptrons(len(x), sizes, design.activation, problem.noisy, seed).to(x.device)
+    generator = torch.Generator().manual_seed(seed)
+    rms = scale.square().mean(-1, keepdim=True).sqrt()
+    noise = (design.jitter * rms / scale).unsqueeze(1)  # [count, 1, features]
+    proven = _jittered(x[:, proof], noise, generator)
+
+    def batches(epoch: int) -> Iterator[Rows]:
+        order = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
+        for batch in order.split(problem.recipe.batch_size):
+            seen = _jittered(x[:, batch], noise, generator)
+            yield Rows(seen, targets[batch], problem.fraction[batch])
+
+    def validate() -> Tensor:
+        found = net(proven, problem.fraction[proof])
+        return problem.objective.losses(found, targets[proof])
+
+    history = train_nets(net, problem.objective, batches, problem.recipe, validate)
     mlps = net.folded(mean, scale, labels, problem.steps, middle, spread)
     held = [
         _held(problem, each, net(x[:, each], problem.fraction[each]).detach() * spread + middle)
         for each in (proof, problem.rows(HELD_OUT))
     ]
-    return Trained(mlps, held[0], held[1], keep.epochs())
+    return Trained(mlps, held[0], held[1], epochs_of(history))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Standardised rows of a step of training; slot: the perceptrons that they are for."""
+
+    x: Float[Tensor, "count rows features"]
+    targets: Targets
+    fraction: Float[Tensor, " rows"]
+    slot: int = 0
+
+
+def train_nets(
+    nets: Any,
+    objective: Objective,
+    batches: Callable[[int], Iterable[Rows]],
+    recipe: Recipe,
+    validate: Callable[[], Any],
+) -> Any:
+    """Trains perceptrons, or several of them by slot; none hears of the others.
+
+    Raises:
+        InvalidInput: a loss is not finite.
+    """
+
+    def loss_of(slot: int) -> Callable[[Perceptrons, Rows], Tensor | None]:
+        def loss(net: Perceptrons, rows: Rows) -> Tensor | None:
+            if rows.slot != slot:
+                return None
+            return objective.losses(net(rows.x, rows.fraction), rows.targets).sum()
+
+        return loss
+
+    goals: Any = loss_of(0)
+    if isinstance(nets, Mapping):
+        goals = {name: loss_of(slot) for slot, name in enumerate(nets)}
+    try:
+        return fit(nets, goals, batches, recipe, validate=validate, check_every=None)
+    except NonFiniteLoss as error:
+        raise InvalidInput(
+            "the loss of the probe is not finite; lower the learning rate lr"
+        ) from error
+
+
+def epochs_of(history: History) -> tuple[int, ...]:
+    """The epoch of each slot's best state, where all epochs are validated."""
+    ends = [step for step, _ in history.validation]
+    return tuple(ends.index(each) for each in history.slots)
 
 
 def _jittered(x: Tensor, noise: Tensor, generator: torch.Generator) -> Tensor:
@@ -154,58 +211,6 @@ def _held(problem: Problem, rows: Tensor, logits: Float[Tensor, "count rows outp
     slot = torch.arange(count).repeat_interleave(len(rows))
     repeated = targets.repeat(count, 1), group.repeat(count)
     return Held(logits.flatten(0, 1).cpu(), *repeated, slot)
-
-
-def step(
-    net: Perceptrons,
-    optimiser: torch.optim.Optimizer,
-    objective: Objective,
-    x: Tensor,
-    targets: Targets,
-    fraction: Tensor,
-) -> None:
-    """One step down the sum of the perceptrons' losses: none hears of the others.
-
-    Raises:
-        InvalidInput: the loss is not finite.
-    """
-    with torch.enable_grad():
-        loss = objective.losses(net(x, fraction), targets).sum()
-        optimiser.zero_grad()
-        loss.backward()
-    if not bool(loss.isfinite()):
-        raise InvalidInput("the loss of the probe is not finite; lower the learning rate lr")
-    optimiser.step()
-
-
-class Best:
-    """Keeps the state of each perceptron that validated best, from the first epoch on."""
-
-    def __init__(self, net: Perceptrons):
-        self.net = net
-        self.states = [each.detach().clone() for each in net.parameters()]
-        count = len(self.states[0])
-        self.losses = torch.full((count,), torch.inf, device=self.states[0].device)
-        self.epoch = torch.full((count,), -1)
-
-    def offer(self, epoch: int, losses: Float[Tensor, " count"]) -> None:
-        better = losses < self.losses
-        self.losses = torch.where(better, losses, self.losses)
-        self.epoch[better.cpu()] = epoch
-        for kept, now in zip(self.states, self.net.parameters(), strict=True):
-            kept[better] = now.detach()[better]
-
-    def waited(self, epoch: int) -> int:
-        """Epochs since the latest better state of any."""
-        return epoch - int(self.epoch.max())
-
-    def epochs(self) -> tuple[int, ...]:
-        return tuple(self.epoch.tolist())
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for kept, now in zip(self.states, self.net.parameters(), strict=True):
-            now.copy_(kept)
 
 
 def standardised(

@@ -1,5 +1,6 @@
 """Learned edits: LoReFT and its variants, their losses and their training."""
 
+from dreamreader.fitting import History, NonFiniteLoss, Recipe
 from dreamreader.reft.adapter import Adapter
 from dreamreader.reft.calls import Calls, record_calls
 from dreamreader.reft.diffusion import Denoising, NoiseMatch, encode_pictures
@@ -9,9 +10,8 @@ from dreamreader.reft.losses import ActivationMatch, Batch, Loss, Together, keep
 from dreamreader.reft.model import Reft
 from dreamreader.reft.pairs import Pairs, pairs_of_calls, record_pairs
 from dreamreader.reft.pyreft import from_pyreft
-from dreamreader.reft.recipe import Recipe
 from dreamreader.reft.sweep import sweep
-from dreamreader.reft.train import History, NonFiniteLoss, train
+from dreamreader.reft.train import train
 from dreamreader.reft.variants import VARIANTS
 
 __all__ = [

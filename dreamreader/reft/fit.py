@@ -11,13 +11,9 @@ from dreamreader.reft.losses import ActivationMatch, Loss, Together, keep_activa
 from dreamreader.reft.model import Reft
 from dreamreader.reft.pairs import check_pairs, record_pairs
 from dreamreader.reft.train import train
+from dreamreader.reft.usual import USUAL
 
-# A joint attention needs the smaller rate and the clipping; elsewhere they cost nothing.
-_USUAL: dict[str, dict[str, Any]] = {
-    "activations": {"steps": 300, "batch_size": 64, "lr": 1e-2},
-    "noise": {"steps": 150, "batch_size": 16, "lr": 5e-3, "grad_clip": 1.0},
-}
-LOSSES = tuple(_USUAL)
+LOSSES = ("activations", "noise")
 
 
 def fit_pairs(
@@ -95,7 +91,7 @@ def fit_pairs(
         seed=training.get("seed", 0),
         **(settings or {}),
     )
-    train(made, found, **_USUAL[loss] | training)
+    train(made, found, **USUAL[loss] | training)
     return made
 
 

@@ -1,7 +1,7 @@
 """What adapters are trained on: activations of a teacher, and the parts that all losses share."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from dreamreader.edits import Edit
 from dreamreader.engine import Reader
 from dreamreader.engine.request import EditRequest
 from dreamreader.errors import InvalidInput
+from dreamreader.fitting import Objective
 from dreamreader.reft.model import Reft
 from dreamreader.reft.pairs import Pairs
 
@@ -34,34 +35,30 @@ class Batch:
         return torch.Generator().manual_seed(self.seed)
 
 
-class Loss(ABC):
+class Loss(Objective):
     """A loss over rows and their calls.
 
     Attributes:
         rows: examples; validation holds out whole ones. moments: calls of each.
     """
 
+    part_name = "site"
     rows: int
     moments: int
 
     @abstractmethod
-    def terms(self, reft: Reft, batch: Batch) -> dict[str, Tensor]:
+    def terms(self, reft: Reft, batch: Batch, /) -> dict[str, Tensor]:
         """Parts of the loss by name, with graphs to the adapters; their sum is minimised."""
+
+    def parts(self, reft: Reft, /) -> Mapping[str, Iterable[nn.Parameter]]:
+        return {site: list(each.parameters()) for site, each in reft.adapters.items()}
+
+    def describe(self, batch: Batch) -> str:
+        return f"rows {', '.join(map(str, batch.rows.tolist()))}"
 
     def identity(self) -> Mapping[str, Any]:
         """All that the loss depends on beside the adapters; a training goes on with the same."""
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
-
-    def culprit(self, reft: Reft, batch: Batch) -> str:
-        """The first site where values stop being finite."""
-        with torch.no_grad():
-            terms = self.terms(reft, batch)
-        return next((name for name, each in terms.items() if not bool(each.isfinite())), "none")
-
-    @contextmanager
-    def ready(self) -> Iterator[None]:
-        """Around a training."""
-        yield
 
 
 class ModelLoss(Loss):

@@ -161,7 +161,7 @@ class StoreDataset(IterableDataset):
             Plain values. The same on every rank, as long as all gave the same number of batches.
         """
         at = self._at if batches is None else self.order.after(self._start[1], batches)
-        return {"position": at, "epoch": self.epoch, **self._identity()}
+        return {"position": at, "epoch": self.epoch, **self.identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Has iterations of the state's epoch start at the first row that was not given yet.
@@ -173,7 +173,7 @@ class StoreDataset(IterableDataset):
         Raises:
             InvalidInput: it is the state of other rows, or of another order, or none at all.
         """
-        for name, own in self._identity().items():
+        for name, own in self.identity().items():
             if state.get(name) != own:
                 raise InvalidInput(
                     f"StoreDataset: the state has {name}={state.get(name)!r}, here it is {own!r}; "
@@ -217,7 +217,8 @@ class StoreDataset(IterableDataset):
     def _from(self) -> int:
         return self._start[1] if self._start[0] == self.epoch else 0
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """What tells these rows and their order from others."""
         return {
             "rows": self.rows,
             "chosen": self._picked.digest(),

@@ -75,7 +75,7 @@ def fitted(
         loss,
         folder=folder,
         save_every=max(1, recipe["steps"] // CHECKPOINTS),
-        progress=lambda done, total, value: say("training", done, total, value),
+        progress=lambda done, total, value: say("training", done, total or 0, value),
         **recipe,
     )
     held_out, trained, held = evidence(loss, reft, recipe)

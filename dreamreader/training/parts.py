@@ -18,14 +18,6 @@ if TYPE_CHECKING:
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 
-# What runs the model takes seconds a step; joint attention needs the smaller rate and the clipping.
-_USUAL: dict[str, dict[str, Any]] = {
-    "activations": {"steps": 300, "batch_size": 64, "lr": 1e-2, "grad_clip": None},
-    "noise": {"steps": 150, "batch_size": 16, "lr": 5e-3, "grad_clip": 1.0},
-    "denoising": {"steps": 200, "batch_size": 16, "lr": 5e-3, "grad_clip": 1.0},
-    "language": {"steps": 100, "batch_size": 8, "lr": 5e-3, "grad_clip": 1.0},
-}
-
 
 class Keep(Part):
     """Prompts without a partner, on which the adapters shall change nothing."""
@@ -63,7 +55,7 @@ class Training(Part):
         default=None, description="By default 0.01 with activations, else 0.005."
     )
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Steps of rising learning rate."
     )
@@ -91,13 +83,11 @@ class Training(Part):
     @field_validator("optimizer")
     @classmethod
     def _known(cls, value: str | dict[str, dict[str, Any]]) -> str | dict[str, dict[str, Any]]:
-        from torch import optim
+        from dreamreader.fitting.recipe import optimizers
 
         if isinstance(value, dict) and len(value) != 1:
             raise ValueError(f"is a name, or one name with options, got {list(value)}")
-        name = value if isinstance(value, str) else next(iter(value))
-        kinds = {key: each for key, each in vars(optim).items() if isinstance(each, type)}
-        known = [key for key, each in kinds.items() if issubclass(each, optim.Optimizer)]
+        name, known = value if isinstance(value, str) else next(iter(value)), optimizers()
         if name not in known:
             raise ValueError(str(UnknownName("optimizer", name, known)))
         return value
@@ -113,11 +103,13 @@ class Training(Part):
     @property
     def recipe(self) -> dict[str, Any]:
         """Arguments of `reft.train`, beside adapters and loss."""
-        same = ("weight_decay", "schedule", "warmup", "validation", "validate_every", "patience")
-        found = {name: getattr(self, name) for name in (*same, "seed")}
-        for name, usual in _USUAL[self.loss].items():
+        from dreamreader.reft.usual import USUAL
+
+        same = ("optimizer", "weight_decay", "schedule", "warmup", "validation", "validate_every")
+        found = {name: getattr(self, name) for name in (*same, "patience", "seed")}
+        for name, usual in USUAL[self.loss].items():
             found[name] = usual if getattr(self, name) is None else getattr(self, name)
-        return found | {"optimizer": self._optimizer(found["lr"])}
+        return found
 
     def adapters(self, place: "Place") -> "Reft":
         """Adapters with their first values.
@@ -149,22 +141,6 @@ class Training(Part):
         from dreamreader.training.fit import fitted
 
         return fitted(self, place, examples, folder, told)
-
-    def _optimizer(self, lr: float) -> Any:
-        if isinstance(self.optimizer, str):
-            return self.optimizer
-        (name, options), decay = next(iter(self.optimizer.items())), self.weight_decay
-
-        def made(parameters: Any) -> Any:
-            import torch
-
-            decaying = {"weight_decay": decay} if decay or name.startswith("AdamW") else {}
-            try:
-                return getattr(torch.optim, name)(parameters, lr=lr, **{**decaying, **options})
-            except (TypeError, ValueError) as error:
-                raise InvalidInput(f"training.optimizer: {name}: {error}") from error
-
-        return made
 
 
 class ProbeTraining(Part):

@@ -6,51 +6,50 @@ hold the optimiser: a run that was stopped ends with the same weights as one tha
 
 import contextlib
 import copy
-import json
-import math
 import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.fitting import ByStep, Recipe, fit
 from dreamreader.zoo import data, models, objectives
 
 Report = Callable[[str, int, int, float], None]
 """Called with (stage, step, steps, loss)."""
 
 
-@dataclass(frozen=True)
-class Recipe:
+EMA = 0.998  # decay of the average of the weights, at most
+
+
+def recipe(steps: int, batch_size: int, lr: float, warmup: int = 100) -> Recipe:
     """How long and how fast one stage learns; the rate falls to zero over the last quarter."""
+    return Recipe(
+        steps,
+        optimizer={"AdamW": {"betas": (0.9, 0.99), "fused": True}},
+        lr=lr,
+        weight_decay=0.01,
+        batch_size=batch_size,
+        warmup=warmup,
+        schedule="wsd",
+        grad_clip=1.0,
+    )
 
-    steps: int
-    batch: int
-    rate: float
-    warmup: int = 100
-    ema: float = 0.998
 
-    def rate_at(self, step: int) -> float:
-        fall = min(1.0, (self.steps - step) / (0.25 * self.steps))
-        return self.rate * min(1.0, (step + 1) / self.warmup) * fall
-
-
-VAE = Recipe(steps=2800, batch=16, rate=2e-3)
-CAPTIONS = Recipe(steps=450, batch=128, rate=1e-3)
+VAE = recipe(2800, 16, 2e-3)
+CAPTIONS = recipe(450, 128, 1e-3)
 DENOISER = {
-    "shapes-unet": Recipe(steps=8_000, batch=64, rate=1e-3),
-    "shapes-unet-b": Recipe(steps=4_500, batch=64, rate=1e-3),
-    "shapes-dit": Recipe(steps=6_000, batch=64, rate=1e-3),
+    "shapes-unet": recipe(8_000, 64, 1e-3),
+    "shapes-unet-b": recipe(4_500, 64, 1e-3),
+    "shapes-dit": recipe(6_000, 64, 1e-3),
 }
 SCENES = 40_000
 SAVE_EVERY = 200
@@ -93,16 +92,14 @@ def train_autoencoder(folder: Path, steps: int | None, report: Report) -> Path:
 
     def loss(step: int) -> Tensor:
         rng = random.Random(f"vae {step}")
-        target = data.pictures([data.training_scene(rng) for _ in range(recipe.batch)], rng)
+        target = data.pictures([data.training_scene(rng) for _ in range(recipe.batch_size)], rng)
         posterior = vae.encode(target).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=_generator(0, step))
         sample = posterior.mean + posterior.std * noise
         error = vae.decode(sample).sample - target
         return error.square().mean() + 0.2 * error.abs().mean() + 2e-7 * posterior.kl().mean()
 
-    run_stage(
-        "autoencoder", recipe, nn.ModuleDict({"vae": vae}), loss, home / "autoencoder.ckpt", report
-    )
+    run_stage("autoencoder", recipe, nn.ModuleDict({"vae": vae}), loss, home / "training", report)
     vae.register_to_config(scaling_factor=1 / _latent_deviation(vae))
     out = home / "autoencoder"
     vae.half().save_pretrained(out)
@@ -118,8 +115,8 @@ def train_denoiser(name: str, folder: Path, steps: int | None, report: Report) -
     seed = models.SEEDS[name]
     encoders = nn.ModuleDict({k: v for k, v in parts.items() if k.startswith("text_encoder")})
     stage = nn.ModuleDict({"encoders": encoders, "heads": objectives.heads(encoders)})
-    reader = objectives.caption_loss(stage, parts["tokenizer"], CAPTIONS.batch, seed)
-    run_stage("captions", CAPTIONS, stage, reader, home / "captions.ckpt", report)
+    reader = objectives.caption_loss(stage, parts["tokenizer"], CAPTIONS.batch_size, seed)
+    run_stage("captions", CAPTIONS, stage, reader, home / "training-captions", report)
     latents = data.encode_set(vae, parts["tokenizer"], SCENES, seed)
     net = nn.ModuleDict({k: v for k, v in parts.items() if isinstance(v, nn.Module)})
     objective = objectives.flow_loss if name == "shapes-dit" else objectives.velocity_loss
@@ -127,13 +124,13 @@ def train_denoiser(name: str, folder: Path, steps: int | None, report: Report) -
 
     def loss(step: int) -> Tensor:
         generator = _generator(seed, step)
-        return objective(net, scheduler, *latents.batch(recipe.batch, generator), generator)
+        return objective(net, scheduler, *latents.batch(recipe.batch_size, generator), generator)
 
     def keep(step: int) -> None:
         if step % (5 * SAVE_EVERY) == 0 or step == recipe.steps:
             save_pipeline(name, parts, vae, home / "pipeline")
 
-    run_stage("denoiser", recipe, net, loss, home / "denoiser.ckpt", report, keep)
+    run_stage("denoiser", recipe, net, loss, home / "training-denoiser", report, keep)
     return home / "pipeline"
 
 
@@ -142,43 +139,79 @@ def run_stage(
     recipe: Recipe,
     model: nn.ModuleDict,
     loss: Callable[[int], Tensor],
-    checkpoint: Path,
+    folder: Path,
     report: Report,
     keep: Callable[[int], None] | None = None,
+    ema: float = EMA,
 ) -> None:
-    """Optimises `model` in place; leaves the averaged weights in it, also while `keep` runs."""
-    optimiser = torch.optim.AdamW(
-        model.parameters(), lr=recipe.rate, weight_decay=0.01, betas=(0.9, 0.99), fused=True
-    )
-    average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    start = _restore(checkpoint, model, optimiser, average)
-    model.train()
-    for step in range(start, recipe.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = recipe.rate_at(step)
+    """Optimises `model` in place; leaves the averaged weights in it, also while `keep` runs.
+
+    Args:
+        stage: its name, for `report`. loss: of a step. folder: for the checkpoint.
+        keep: called with the number of steps done, every so often and in the end.
+        ema: decay of the average at most; smaller in the first steps.
+    """
+    average = Average(model, ema)
+
+    def objective(model: nn.Module, step: int) -> Tensor:
         with BFloat16Products():
-            value = loss(step)
-        value.backward()
-        level = float(value.detach())
-        if not math.isfinite(level):
-            raise FloatingPointError(f"{stage}: the loss is {level} at step {step}")
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        decay = min(recipe.ema, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                average[name].lerp_(p, 1 - decay)
-        done = step + 1
-        if done % 50 == 0 or done == recipe.steps:
-            report(stage, done, recipe.steps, level)
-        if done % SAVE_EVERY == 0 or done == recipe.steps:
-            _save(checkpoint, model, optimiser, average, done)
-            if keep is not None:
-                with averaged(model, average):
-                    keep(done)
-    model.load_state_dict(average, strict=False)
+            return loss(step)
+
+    def progress(done: int, total: int | None, value: float) -> None:
+        last = done == recipe.steps
+        if done % 50 == 0 or last:
+            report(stage, done, recipe.steps or 0, value)
+        if keep is not None and (done % SAVE_EVERY == 0 or last):
+            with average.applied():
+                keep(done)
+
+    model.train()
+    fit(
+        model,
+        objective,
+        ByStep(lambda step: step),
+        recipe,
+        folder,
+        progress,
+        after_step=average.update,
+        state={"average": average},
+        of={"stage": stage, "ema": ema},
+        save_every=SAVE_EVERY,
+        check_every=None,
+    )
+    model.load_state_dict(average.values, strict=False)
     model.eval()
+
+
+class Average:
+    """The exponential moving average of a model's weights."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model, self.decay = model, decay
+        self.values = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, done: int) -> None:
+        decay = min(self.decay, done / (done + 9))
+        for name, p in model.named_parameters():
+            self.values[name].lerp_(p, 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model with its averaged weights, for as long as the block lasts."""
+        live = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.model.load_state_dict(self.values, strict=False)
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(live, strict=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.values
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, each in self.values.items():
+            each.copy_(state[name])
 
 
 class BFloat16Products(TorchFunctionMode):
@@ -194,17 +227,6 @@ class BFloat16Products(TorchFunctionMode):
         halved = [a.bfloat16() if isinstance(a, Tensor) else a for a in args]
         named = {k: a.bfloat16() if isinstance(a, Tensor) else a for k, a in (kwargs or {}).items()}
         return func(*halved, **named).float()
-
-
-@contextlib.contextmanager
-def averaged(model: nn.Module, average: dict[str, Tensor]) -> Iterator[None]:
-    """The model with its averaged weights, for as long as the block lasts."""
-    live = {name: p.detach().clone() for name, p in model.named_parameters()}
-    model.load_state_dict(average, strict=False)
-    try:
-        yield
-    finally:
-        model.load_state_dict(live, strict=False)
 
 
 def load_autoencoder(folder: Path) -> Any:
@@ -242,38 +264,3 @@ def _latent_deviation(vae: Any) -> float:
     batches = [[data.training_scene(rng) for _ in range(128)] for _ in range(8)]
     latents = torch.cat([vae.encode(data.pictures(b, rng)).latent_dist.mean for b in batches])
     return float(latents.std())
-
-
-def _save(
-    path: Path, model: nn.Module, optimiser: Any, average: dict[str, Tensor], step: int
-) -> None:
-    moments = optimiser.state_dict()["state"]
-    tensors = {f"live.{k}": v for k, v in model.named_parameters()}
-    tensors |= {f"average.{k}": v for k, v in average.items()}
-    tensors |= {f"{key}.{i}": v for i, state in moments.items() for key, v in state.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file(
-        {k: v.detach().contiguous().clone() for k, v in tensors.items()},
-        part,
-        {"step": json.dumps(step)},
-    )
-    os.replace(part, path)
-
-
-def _restore(path: Path, model: nn.Module, optimiser: Any, average: dict[str, Tensor]) -> int:
-    if not path.is_file():
-        return 0
-    with safe_open(path, "pt") as stored:
-        tensors = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118 - not a dict
-        step = json.loads(stored.metadata()["step"])
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(tensors[f"live.{name}"])
-            average[name].copy_(tensors[f"average.{name}"])
-    state = optimiser.state_dict()
-    keys = ("step", "exp_avg", "exp_avg_sq")
-    indices = [int(name.rpartition(".")[2]) for name in tensors if name.startswith("exp_avg.")]
-    state["state"] = {i: {k: tensors[f"{k}.{i}"] for k in keys} for i in indices}
-    optimiser.load_state_dict(state)
-    return step

@@ -63,18 +63,19 @@ def test_noise_is_told_by_chance_and_controls_are_near_it():
 
 
 def test_the_best_validated_state_is_kept_and_never_the_untrained_one():
+    from dreamreader.fitting import Best
     from dreamreader.probes.net import Perceptrons
-    from dreamreader.probes.train import Best
 
     net = Perceptrons(2, (3, 2), "relu", False, 0)
     best = Best(net)
+    better = []
     for epoch, losses in enumerate(([9.0, 1.0], [5.0, 2.0], [7.0, 3.0])):
         with torch.no_grad():
             net.weights[0].fill_(float(epoch + 1))
-        best.offer(epoch, torch.tensor(losses))
+        better.append(best.offer(epoch, torch.tensor(losses)))
     best.restore()
-    assert net.weights[0][:, 0, 0].tolist() == [2.0, 1.0] and best.epochs() == (1, 0)
-    assert best.waited(2) == 1
+    assert net.weights[0][:, 0, 0].tolist() == [2.0, 1.0] and best.at.tolist() == [1, 0]
+    assert better == [True, True, False]
     x, y = blobs(apart=0.0)
     assert fit(x, y, controls=False, epochs=1, patience=1).card.epochs == [0]
 
@@ -375,11 +376,11 @@ def _problem_rows(found, y):
     from dreamreader.probes.fit import _problem
     from dreamreader.probes.labels import encoded
     from dreamreader.probes.objective import counted, objective
-    from dreamreader.probes.train import Recipe
+    from dreamreader.probes.train import Design, recipe_of
 
     told, targets = encoded(y, "classify", None, len(y))
     group = torch.arange(len(y))
     part = dealt(group, targets, 5, 0)
     goal = objective(told, "softmax", None, counted(told, targets))
-    recipe = Recipe((), "relu", 1, 1, 1e-3, 64, 0)
-    return _problem(rows_of(found, "token"), targets, part, group, "shared", goal, recipe)
+    how = Design((), "relu"), recipe_of(1, 1, 1e-3, 64, 0)
+    return _problem(rows_of(found, "token"), targets, part, group, "shared", goal, *how)

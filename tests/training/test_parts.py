@@ -8,21 +8,21 @@ import torch
 from dreamreader.errors import InvalidInput
 from dreamreader.probes import fit
 from dreamreader.reft import Recipe, Reft
-from dreamreader.reft.fit import _USUAL
+from dreamreader.reft.usual import USUAL
 from dreamreader.specs.load import check_spec
 from dreamreader.training import ProbeTraining, Training
 
 
 def test_a_recipe_has_all_that_train_takes():
     recipe = Training().recipe
-    assert set(recipe) == set(Recipe.__dataclass_fields__)
+    assert set(recipe) == set(Recipe.__dataclass_fields__) - {"epochs"}
     assert Recipe(**recipe).steps == 300
 
 
 @pytest.mark.parametrize("loss", ["activations", "noise"])
 def test_the_usual_values_are_those_of_fit_pairs(loss: str):
     recipe = Training(loss=loss).recipe
-    assert _USUAL[loss].items() <= recipe.items()
+    assert USUAL[loss].items() <= recipe.items()
 
 
 def test_what_is_said_replaces_what_is_usual():
@@ -33,7 +33,7 @@ def test_what_is_said_replaces_what_is_usual():
 
 def test_options_of_an_optimiser_reach_it():
     training = Training(optimizer={"SGD": {"momentum": 0.9}}, lr=0.25, weight_decay=0.5)
-    made = Recipe(**training.recipe).made(Reft({"a": 4}, rank=1))
+    made = Recipe(**training.recipe).build_optimizer(Reft({"a": 4}, rank=1).parameters())
     assert isinstance(made, torch.optim.SGD)
     group = made.param_groups[0]
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.25, 0.9, 0.5)
@@ -41,8 +41,8 @@ def test_options_of_an_optimiser_reach_it():
 
 def test_an_option_that_an_optimiser_has_not_is_named():
     training = Training(optimizer={"SGD": {"mass": 1}})
-    with pytest.raises(InvalidInput, match="training.optimizer: SGD: .*'mass'"):
-        Recipe(**training.recipe).made(Reft({"a": 4}, rank=1))
+    with pytest.raises(InvalidInput, match="train: optimizer SGD: .*'mass'"):
+        Recipe(**training.recipe).build_optimizer(Reft({"a": 4}, rank=1).parameters())
 
 
 def test_a_probe_takes_all_that_fit_takes():

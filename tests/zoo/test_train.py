@@ -11,7 +11,7 @@ from dreamreader import zoo
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.zoo import data, models, objectives, train
 
-SHORT = train.Recipe(steps=6, batch=4, rate=1e-3, warmup=2)
+SHORT = train.recipe(steps=6, batch_size=4, lr=1e-3, warmup=2)
 
 
 def captions_stage():
@@ -30,7 +30,7 @@ def test_a_stopped_run_ends_with_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
     quiet = lambda *_: None  # noqa: E731
     whole, loss = captions_stage()
-    train.run_stage("captions", SHORT, whole, loss, tmp_path / "a.ckpt", quiet)
+    train.run_stage("captions", SHORT, whole, loss, tmp_path / "a", quiet)
 
     stage, loss = captions_stage()
 
@@ -40,9 +40,9 @@ def test_a_stopped_run_ends_with_the_same_weights(tmp_path, monkeypatch):
         return loss(step)
 
     with pytest.raises(Killed):
-        train.run_stage("captions", SHORT, stage, killed_at_5, tmp_path / "b.ckpt", quiet)
+        train.run_stage("captions", SHORT, stage, killed_at_5, tmp_path / "b", quiet)
     again, loss = captions_stage()
-    train.run_stage("captions", SHORT, again, loss, tmp_path / "b.ckpt", quiet)
+    train.run_stage("captions", SHORT, again, loss, tmp_path / "b", quiet)
     for (name, p), q in zip(whole.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q), name
 
@@ -50,8 +50,8 @@ def test_a_stopped_run_ends_with_the_same_weights(tmp_path, monkeypatch):
 def test_captions_become_readable(tmp_path):
     stage, loss = captions_stage()
     before = float(loss(10_000).detach())
-    recipe = train.Recipe(steps=150, batch=8, rate=3e-3, warmup=10, ema=0.9)
-    train.run_stage("captions", recipe, stage, loss, tmp_path / "c.ckpt", lambda *_: None)
+    recipe = train.recipe(steps=150, batch_size=8, lr=3e-3, warmup=10)
+    train.run_stage("captions", recipe, stage, loss, tmp_path / "c", lambda *_: None, ema=0.9)
     assert float(loss(10_000).detach()) < 0.8 * before
 
 

@@ -1,5 +1,6 @@
 """State of a training in one safetensors file, without pickle, equal to the bit when read back."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from dreamreader._tensor_files import load_described, save_described
 
-_KIND = "reft training"
+_KIND = "training"
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -27,6 +28,8 @@ def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
         name = str(len(tensors))
         tensors[name] = value.detach().cpu().clone().contiguous()
         return {"tensor": name}
+    if isinstance(value, float) and not math.isfinite(value):  # JSON has none
+        return {"float": repr(value)}
     if isinstance(value, dict):  # keys may be numbers, which JSON does not have as keys
         return {"items": [[key, _packed(each, tensors)] for key, each in value.items()]}
     if isinstance(value, tuple):
@@ -44,6 +47,8 @@ def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
     if "tensor" in value:
         # a copy, as sums depend on where in memory a tensor begins
         return tensors[value["tensor"]].clone()
+    if "float" in value:
+        return float(value["float"])
     if "tuple" in value:
         return tuple(_unpacked(each, tensors) for each in value["tuple"])
     return {key: _unpacked(each, tensors) for key, each in value["items"]}

@@ -1,0 +1,198 @@
+"""The training loop: one for all that learns, exact to the bit when it is stopped and goes on."""
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypedDict, Unpack, overload
+
+import torch
+from torch import nn
+
+from dreamreader._files import locked
+from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.fitting.batches import Batches, ByStep, stream_of
+from dreamreader.fitting.learner import AfterStep, History, Learner
+from dreamreader.fitting.objective import Function, Objective, Terms
+from dreamreader.fitting.recipe import Recipe
+from dreamreader.fitting.run import Progress, Run, Stateful, Validate, own_random
+
+Goal = Objective | Callable[[Any, Any], Terms]
+
+
+class Options(TypedDict, total=False):
+    """What `fit` takes by name; see there."""
+
+    validate: Validate | None
+    after_step: AfterStep | Mapping[str, AfterStep] | None
+    state: Mapping[str, Stateful] | None
+    of: Mapping[str, Any] | None
+    save_every: int
+    check_every: int | None
+
+
+@overload
+def fit(
+    module: nn.Module,
+    objective: Goal,
+    batches: Batches,
+    recipe: Recipe | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[Options],
+) -> History: ...
+
+
+@overload
+def fit(
+    module: Mapping[str, nn.Module],
+    objective: Goal | Mapping[str, Goal],
+    batches: Batches,
+    recipe: Recipe | Mapping[str, Recipe] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[Options],
+) -> dict[str, History]: ...
+
+
+@torch.inference_mode(False)
+def fit(
+    module: Any,
+    objective: Any,
+    batches: Batches,
+    recipe: Any = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    *,
+    validate: Validate | None = None,
+    after_step: AfterStep | Mapping[str, AfterStep] | None = None,
+    state: Mapping[str, Stateful] | None = None,
+    of: Mapping[str, Any] | None = None,
+    save_every: int = 100,
+    check_every: int | None = 1,
+) -> Any:
+    """Trains a module in place, or several in one pass over the batches.
+
+    Modules of one pass learn as each would alone: every one has its own optimiser, gradients, best
+    state and, if it is given, recipe and objective. Torch's own generator is the training's while
+    it lasts: it starts from the recipe's seed, is kept in the checkpoint, and put back.
+
+    Args:
+        module: one, or several by name; they end as the best on validation, or the last without.
+        objective: from (module, batch) to the loss, to parts of it by name, or to None, where the
+            batch teaches this module nothing; or an `Objective`. By name, where they differ.
+        batches: an iterable that is read once an epoch, such as a `StoreDataset` or a list; a
+            function from the number of an epoch to an iterable; or `ByStep(function of the step)`.
+        recipe: how, see `Recipe`; by name, where rates differ.
+        folder: for `training.safetensors`, from which the same call goes on where it was stopped,
+            in the middle of an epoch too, equal to the bit to a training that was not.
+        progress: called after each step with (steps done, steps in all or None, sum of losses).
+        validate: gives the loss on what was held out, by name for several modules; a vector keeps
+            the best of each slot, see `Best`. Called as the recipe's `validate_every` says.
+        after_step: called as (module, steps done) after each step of its optimiser, without
+            gradients: for constraints of parameters, counters and averages.
+        state: what else goes into the checkpoint, by name.
+        of: plain values that tell this training from others, such as the data's name.
+        save_every: steps between two writings of the checkpoint.
+        check_every: steps between two looks at parameters and gradients, and copies of the last
+            good state; None: at the loss alone, and without copies.
+
+    Returns:
+        The history, those of steps before a stop too; by name for several modules.
+
+    Raises:
+        NonFiniteLoss: a loss, gradient or parameter is not finite; names step, examples and part.
+            The module is what it was at the last finite loss.
+        InvalidInput, UnknownName: a value of the recipe cannot be right, there are no batches, or
+            the folder is in use, or holds another training.
+
+    Example:
+        >>> layer, rows = torch.nn.Linear(4, 4), [torch.eye(4)]
+        >>> def loss(layer, x):
+        ...     return (layer(x) - x).square().mean()
+        >>> history = fit(layer, loss, rows, Recipe(steps=100, lr=0.1))
+        >>> history.losses[-1] < 0.1 * history.losses[0]
+        True
+    """
+    several = isinstance(module, Mapping)
+    modules: dict[str, nn.Module] = dict(module) if several else {"": module}
+    if not modules:
+        raise InvalidInput("fit: there are no modules")
+    recipes = _by_name("recipe", recipe or Recipe(), modules)
+    goals = _by_name("objective", objective, modules)
+    hooks = _by_name("after_step", after_step, modules)
+    _check_same(recipes)
+    if validate is None and any(each.patience is not None for each in recipes.values()):
+        raise InvalidInput("fit: patience needs validate")
+    if save_every < 1 or (check_every is not None and check_every < 1):
+        raise InvalidInput(
+            f"fit: save_every and check_every must be at least 1, got {save_every}, {check_every}"
+        )
+    stream = stream_of(batches)
+    common = next(iter(recipes.values()))
+    if isinstance(batches, ByStep) and common.steps is None:
+        raise InvalidInput("fit: batches by the step have no epochs: give steps=")
+    total = _total(common, stream.length)
+    for each in recipes.values():
+        if total is None and each.schedule != "constant":
+            raise InvalidInput(
+                f"fit: the schedule {each.schedule} needs to know the steps: give steps=, batches "
+                "with a length, or schedule='constant'"
+            )
+    learners = {
+        name: Learner(
+            name,
+            each,
+            goals[name] if isinstance(goals[name], Objective) else Function(goals[name]),
+            recipes[name],
+            total,
+            check_every,
+            validate is not None,
+            hooks[name],
+        )
+        for name, each in modules.items()
+    }
+    path = None if folder is None else Path(folder)
+    run = Run(learners, stream, common, total, path, validate, state or {}, of or {})
+    with ExitStack() as stack:
+        if path is not None:
+            stack.enter_context(locked(path))
+        for each in {id(one.objective): one.objective for one in learners.values()}.values():
+            stack.enter_context(each.ready())
+        stack.enter_context(own_random(common.seed, run.devices))
+        stack.callback(stream.close)
+        run.resume()
+        run.run(save_every, progress)
+    for each in learners.values():
+        each.finish(run.done)
+    histories = {name: each.history for name, each in learners.items()}
+    return histories if several else histories[""]
+
+
+def _by_name(what: str, given: Any, modules: Mapping[str, Any]) -> dict[str, Any]:
+    """The value of each module, from one for all or one for each."""
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(modules, given)
+    for name in given:
+        if name not in modules:
+            raise UnknownName(f"module in {what}", name, modules)
+    lacking = [name for name in modules if name not in given]
+    if lacking and what != "after_step":
+        raise InvalidInput(f"fit: {what} lacks {', '.join(lacking)}")
+    return {name: given.get(name) for name in modules}
+
+
+def _check_same(recipes: Mapping[str, Recipe]) -> None:
+    """Refuses recipes of one pass that end or validate at different steps."""
+    for field in ("steps", "epochs", "validate_every", "patience"):
+        found = {name: getattr(each, field) for name, each in recipes.items()}
+        if len(set(found.values())) > 1:
+            raise InvalidInput(f"fit: modules of one pass have the same {field}, got {found}")
+
+
+def _total(recipe: Recipe, length: int | None) -> int | None:
+    """Steps in all, where they are known."""
+    read = None if recipe.epochs is None or length is None else recipe.epochs * length
+    if recipe.epochs is not None and read is None and recipe.schedule == "constant":
+        return None
+    return min((each for each in (recipe.steps, read) if each is not None), default=None)
