@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dreamreader.errors import InvalidInput
-from dreamreader.localise import Cell
 from dreamreader.specs.data import Item
+from dreamreader.sweep import Cell
 
 MOST = 1_000_000  # rows of one run
 

@@ -14,10 +14,10 @@ from dreamreader.experiments.methods.base import Places, Table
 from dreamreader.experiments.methods.chunked import Chunked, others
 from dreamreader.experiments.methods.grids import grid_of
 from dreamreader.experiments.row import Row, evenly
-from dreamreader.localise import Cell, Grid, ablate_edits, random_cells, site_widths
-from dreamreader.localise.sweep import records_of
+from dreamreader.localise import ablate_edits
 from dreamreader.specs.data import read_items
 from dreamreader.specs.parts import AnySeeds, Data, Seeds, listed_seeds
+from dreamreader.sweep import Cell, Grid, random_cells, records_of, site_widths
 
 if TYPE_CHECKING:
     from dreamreader.experiments.job import Job
