@@ -151,7 +151,7 @@ def test_a_matrix_of_sites_is_a_heat_map() -> None:
     shown = grid.heat_map(rows="source", columns="target")
     assert (shown.rows, shown.columns) == (["0", "1"], ["2", "3"])
     np.testing.assert_allclose(shown.values, [[0.1, 0.2], [0.3, 0.4]])
-    with pytest.raises(InvalidInput, match="'0 → 2' and '0 → 3' have one source and one ):
+    with pytest.raises(InvalidInput, match="'0 → 2' and '0 → 3' have one source and one time"):
         grid.heat_map(rows="source")
     with pytest.raises(UnknownName, match="unknown coordinate of a cell 'edge'"):
         grid.heat_map(rows="edge")

@@ -9,8 +9,9 @@ from dreamreader.engine.prompts import tokenize
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.methods.base import Places, Table, counted
 from dreamreader.experiments.methods.chunked import Chunked, others
-from dreamreader.experiments.row import Row, evenly
+from dreamreader.experiments.row import Row
 from dreamreader.localise import patch_edits, window_cells
+from dreamreader.recording.labelled import evenly
 from dreamreader.sweep import Cell
 from dreamreader.sweep.run import check_pairs
 
