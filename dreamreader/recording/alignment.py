@@ -130,20 +130,18 @@ def check_same_tokenizers(source: Any, target: Any, prompts: Sequence[str]) -> N
     """Refuse two pipelines that cut their prompts into different tokens.
 
     Raises:
-        InvalidInput: their tokenizers differ in number, or in what they make of a prompt.
+        InvalidInput: two of their tokenizers make different tokens of a prompt.
     """
-    names = [
-        sorted(
-            name for name in pipe.components if name.startswith("tokenizer") and getattr(pipe, name)
-        )
-        for pipe in (source, target)
-    ]
-    same = names[0] == names[1]
-    for name in names[0] if same else ():
-        ids = [getattr(pipe, name)(list(prompts))["input_ids"] for pipe in (source, target)]
-        same = same and ids[0] == ids[1]
-    if not same:
-        raise InvalidInput(
-            "the pipelines cut the prompts into different text tokens, so tokens of one number do "
-            "not belong together; choose align='mean'"
-        )
+    found = {
+        f"the {side}'s {name}": part(list(prompts))["input_ids"]
+        for side, pipe in (("source", source), ("target", target))
+        for name, part in pipe.components.items()
+        if name.startswith("tokenizer") and part is not None
+    }
+    first = next(iter(found), "")
+    for name, ids in found.items():
+        if ids != found[first]:
+            raise InvalidInput(
+                f"{first} and {name} cut the prompts into different tokens, so text tokens of one "
+                "number do not belong together; choose align='mean'"
+            )

@@ -17,6 +17,7 @@ from dreamreader.recording.alignment import (
     Pieces,
     align_index,
     align_spans,
+    check_same_tokenizers,
     token_spans,
 )
 from dreamreader.recording.buffer import MEMORY, ActivationBuffer
@@ -133,7 +134,7 @@ def record_between(
     pieces = _pieces(one, two, align)
     found = [_outside(each, align, numbers, batch_size, memory) for each in (one, two)]
     if pieces is None:
-        _check_tokens(found[0], found[1], align)
+        _check_tokens((one, two), found, align)
         return Pairs(found[0].values, found[1].values, None)
     counts = torch.tensor([len(each) for each in pieces])
     values = [
@@ -182,7 +183,7 @@ def _of_calls(
         found.append(
             replayed(side.reader, own, latents, records, batch_size, memory, chosen[number])
         )
-    _check_tokens(found[0], found[1], align)
+    _check_tokens((one, two), found, align)
     times: list[tuple[Moment, ...]] = [
         tuple(own.moments[n] for n in kept) for own, kept in zip(calls, chosen, strict=True)
     ]
@@ -284,23 +285,30 @@ def _check_places(align: str, one: _Side, two: _Side) -> None:
         )
 
 
-def _check_tokens(one: ActivationBuffer, two: ActivationBuffer, align: str) -> None:
-    """Refuse sites whose tokens of one number are not at one place."""
+def _check_tokens(
+    sides: tuple[_Side, _Side], found: Sequence[ActivationBuffer], align: str
+) -> None:
+    """Refuse sites of pipelines whose tokens of one number are not at one place."""
     if align == "mean":
         return
-    first, *others = [
-        (site, each.grids.get(site), value.shape[2])
-        for each in (one, two)
+    (first, grid, count), *others = [
+        (site, each.grids[site], value.shape[2])
+        for each in found
         for site, value in each.values.items()
     ]
-    for site, grid, count in others:
-        if (grid, count) != first[1:]:
-            shown = [f"a grid of {g[0]} x {g[1]}" if g else f"{n} tokens" for g, n in
-                     (first[1:], (grid, count))]  # fmt: skip
+    for site, hw, tokens in others:
+        if (hw, tokens) != (grid, count):
             raise InvalidInput(
-                f"{first[0]} has {shown[0]} and {site} {shown[1]}, so tokens of one number do not "
-                "belong together; choose sites of one size, or align='mean'"
+                f"{first} has {_size(grid, count)} and {site} {_size(hw, tokens)}, so tokens of "
+                "one number do not belong together; choose sites of one size, or align='mean'"
             )
+    if grid is None:
+        one, two = sides
+        check_same_tokenizers(one.reader.subject, two.reader.subject, one.prompts + two.prompts)
+
+
+def _size(grid: tuple[int, int] | None, tokens: int) -> str:
+    return f"{tokens} tokens" if grid is None else f"a grid of {grid[0]} x {grid[1]}"
 
 
 def _check_shared(one: _Side, two: _Side, calls: tuple[Calls, ...], schedule: str) -> None:

@@ -56,4 +56,4 @@ def matrix_cells(
         InvalidInput: one side has no sites, or a site comes twice.
     """
     sides = [[each] if isinstance(each, str) else list(each) for each in (sources, targets)]
-    return edge_cells(product(*sides), **selection)
+    return edge_cells(product(sides[0], sides[1]), **selection)
