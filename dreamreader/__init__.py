@@ -53,10 +53,12 @@ _MODULES = (
     "metrics",
     "ops",
     "probes",
+    "recording",
     "reft",
     "stats",
     "steering",
     "store",
+    "sweep",
     "training",
     "zoo",
 )
