@@ -24,7 +24,7 @@ from dreamreader.recording.buffer import MEMORY, ActivationBuffer
 from dreamreader.recording.calls import Calls, record_calls, row_seeds
 from dreamreader.recording.labelled import mean_over_tokens
 from dreamreader.recording.pairs import Pairs, check_pairs, in_denoiser, outside, replayed
-from dreamreader.recording.schedules import match_calls, noise_levels
+from dreamreader.recording.schedules import SCHEDULES, match_calls, noise_levels
 
 TRAJECTORIES = ("own", "source", "target")
 
@@ -105,6 +105,7 @@ def record_between(
     for name, value, known in (
         ("alignment of tokens", align, ALIGNMENTS),
         ("span", span, SPANS),
+        ("schedule of pairs", schedule, SCHEDULES),
         ("trajectory", trajectory, TRAJECTORIES),
     ):
         if value not in known:
@@ -129,6 +130,11 @@ def record_between(
             for s in (one, two)
         )  # fmt: skip
         return _of_calls(one, two, calls, align, schedule, trajectory, batch_size, memory)
+    if (schedule, trajectory) != ("equal", "own"):
+        raise InvalidInput(
+            f"schedule={schedule!r} and trajectory={trajectory!r} are for sites in denoisers; "
+            f"{one.sites[0]} and {two.sites[0]} have no steps"
+        )
     if not (one.is_language and two.is_language):
         _check_places(align, one, two)
     pieces = _pieces(one, two, align)
@@ -239,10 +245,12 @@ def _gathered(
     memory: int,
 ) -> dict[str, Tensor]:
     """Values of pieces of each row, [rows, 1, pieces, features], zero behind a row's last."""
+    wanted = [len(each) for each in tokenize(side.reader, side.prompts)[0]]
     for site, counts in buffer.counts.items():
-        wanted = [len(each) for each in tokenize(side.reader, side.prompts)[0]]
         if counts.tolist() != wanted:
-            raise InvalidInput(f"{site}: its tokens are not those of the prompts; choose 'mean'")
+            raise InvalidInput(
+                f"{site}: its tokens are not those of the prompts; choose align='mean'"
+            )
     width = max(map(len, rows))
     made = ActivationBuffer(len(rows), memory)
     for number, pieces in enumerate(rows):
@@ -321,10 +329,9 @@ def _check_shared(one: _Side, two: _Side, calls: tuple[Calls, ...], schedule: st
             f"a shared trajectory needs latents of one shape, the source's are {shapes[0]}, the "
             f"target's {shapes[1]}"
         )
-    scheduler = [each.reader.subject.scheduler for each in (one, two)]
-    kinds = [(type(each).__name__, each.config.get("prediction_type")) for each in scheduler]
-    if kinds[0][0] != kinds[1][0]:
+    kinds = [type(each.reader.subject.scheduler).__name__ for each in (one, two)]
+    if kinds[0] != kinds[1]:
         raise InvalidInput(
             f"a shared trajectory needs schedulers of one class, which scale latents alike, got "
-            f"{kinds[0][0]} and {kinds[1][0]}"
+            f"{kinds[0]} and {kinds[1]}"
         )

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.recording import record_between
+from dreamreader.recording import Pairs, record_between
+from dreamreader.reft import ActivationMatch
 
 TEXTS = ["a red cat on a tree", "the blue house, well-known", " don't  love  dogs"]
 SOURCE, TARGET = "transformer.h.1", "model.layers.1"
@@ -280,8 +281,21 @@ def test_what_has_no_partner_is_refused() -> None:
     ):
         with pytest.raises(UnknownName, match=text_):
             record_between(*asked, UNET, UNET, **arguments(2), **more)
+    with pytest.raises(InvalidInput, match="'own' are for sites in denoisers; model.layers.1 and"):
+        record_between(large(), large(), TEXTS, TARGET, TARGET, schedule="noise")
     with pytest.raises(InvalidInput, match="as many teacher prompts as base prompts"):
         record_between(*asked, UNET, UNET, target_prompts=["a dog"])
+
+
+def test_pairs_of_two_models_have_rows_and_calls_in_common_and_need_no_more() -> None:
+    pairs = Pairs({"a": torch.zeros(2, 1, 3, 4)}, {"b": torch.zeros(2, 1, 3, 5)}, None)
+    assert (pairs.source, pairs.target) == (pairs.base, pairs.teacher)
+    with pytest.raises(
+        InvalidInput, match=r"b: .* as many rows and calls .* got \[3, 1\] and \[2,"
+    ):
+        Pairs({"a": torch.zeros(2, 1, 3, 4)}, {"b": torch.zeros(3, 1, 3, 4)}, None)
+    with pytest.raises(InvalidInput, match="a: pairs need equal shapes, base .*, teacher nothing"):
+        ActivationMatch(pairs)
 
 
 def test_text_tokens_of_pipelines_need_tokenizers_that_cut_alike() -> None:
