@@ -54,10 +54,12 @@ _MODULES = (
     "metrics",
     "ops",
     "probes",
+    "recording",
     "reft",
     "stats",
     "steering",
     "store",
+    "sweep",
     "training",
     "zoo",
 )

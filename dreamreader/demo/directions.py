@@ -9,6 +9,7 @@ from dreamreader.demo.bench import Bench
 from dreamreader.demo.data import Row
 from dreamreader.engine import Record
 from dreamreader.errors import InvalidInput
+from dreamreader.recording.labelled import mean_over_tokens
 from dreamreader.steering import LabelMeans, random_like
 from dreamreader.zoo import scenes
 
@@ -55,10 +56,7 @@ def record(bench: Bench, rows: Sequence[Row], sites: Sequence[str]) -> LabelMean
         rows: scenes; the same noise serves all colours of a scene.
         sites: where to record.
     """
-    wanted = [
-        Record(site, branch="cond", reduce=lambda x: x.float().mean(1, keepdim=True))
-        for site in sites
-    ]
+    wanted = [Record(site, branch="cond", reduce=mean_over_tokens) for site in sites]
     means = LabelMeans()
     for color in scenes.COLORS:
         prompts = [row.prompt(color) for row in rows]

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dreamreader.engine import Reader, RunResult
+from dreamreader.engine import Cache, Reader, RunResult
 from dreamreader.engine.prompts import encoded
 from dreamreader.engine.subject import is_encoder_decoder
 from dreamreader.errors import DreamreaderError, InvalidInput
 from dreamreader.experiments.encode import encoded_once
 from dreamreader.experiments.row import Row, Unit, units
 from dreamreader.metrics import Metric, Outputs, build
+from dreamreader.recording.labelled import record_batches
 from dreamreader.specs.data import Item, pairs_only, read_items
 from dreamreader.specs.subject import call_settings, is_language, opened, steps_of
 
@@ -137,6 +138,14 @@ class Job:
         if self.is_language:
             self.advance(len(prompts))
         return result, last.latents
+
+    def record(self, rows: Sequence[tuple[str, int]], records: Sequence[Any]) -> Iterator[Cache]:
+        """Recordings of prompts with their seeds, batch by batch."""
+
+        def draw(prompts: list[str], seeds: list[int], wanted: Sequence[Any]) -> Cache:
+            return self.draw(prompts, seeds, record=wanted)[0].cache
+
+        return record_batches(draw, rows, records, self.batch)
 
     def outputs(self, rows: Sequence[Row], result: RunResult, latents: Tensor | None) -> Outputs:
         """What the metrics of these rows get."""

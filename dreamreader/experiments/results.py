@@ -12,8 +12,8 @@ import yaml
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.experiments.folder import RunFolder
 from dreamreader.jobs.folder import SPEC
-from dreamreader.localise import Cell
 from dreamreader.stats import Interval, bootstrap, wilson
+from dreamreader.sweep import Cell
 
 if TYPE_CHECKING:
     from dreamreader.experiments.methods import Spec

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dreamreader.errors import InvalidInput
-from dreamreader.localise import Cell
+from dreamreader.recording.labelled import evenly
 from dreamreader.specs.data import Item
+from dreamreader.sweep import Cell
 
 MOST = 1_000_000  # rows of one run
 
@@ -80,18 +81,6 @@ def units(rows: Sequence[Row], most: int) -> list[Unit]:
         for first, last in evenly(stop - start, most):
             found.append(Unit(len(found), start + first, start + last))
     return found
-
-
-def evenly(count: int, most: int) -> list[tuple[int, int]]:
-    """(start, stop) of the fewest pieces of at most `most`, as evenly as it goes.
-
-    Example:
-        >>> evenly(9, 4)
-        [(0, 3), (3, 6), (6, 9)]
-    """
-    pieces = -(-count // most)
-    edges = [round(n * count / pieces) for n in range(pieces + 1)]
-    return list(zip(edges, edges[1:], strict=False))
 
 
 def apart(prompts: Sequence[str | None]) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 from dreamreader.edits import Ablate, Patch
 from dreamreader.engine import Activation, Cache
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.localise.cells import Cell
+from dreamreader.sweep.cells import Cell
 
 KINDS = ("zero", "mean", "resample", "project")
 Rows = Sequence[Cell | None]

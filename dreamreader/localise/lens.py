@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from dreamreader.engine import Row, RunResult
 from dreamreader.engine.rows import plan_rows
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.localise.cells import Cell
 from dreamreader.localise.interventions import ablate_edits
+from dreamreader.sweep.cells import Cell
 
 if TYPE_CHECKING:
     from dreamreader.engine import Reader

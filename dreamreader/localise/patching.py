@@ -9,10 +9,10 @@ from torch import Tensor
 
 from dreamreader.engine import Cache
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.localise.cells import Cell
-from dreamreader.localise.grids import Grid
 from dreamreader.localise.interventions import KINDS, ablate_edits, patch_edits
-from dreamreader.localise.sweep import Metric, check_pairs, job, over_cells, records_of, resolved
+from dreamreader.sweep.cells import Cell
+from dreamreader.sweep.grids import Grid
+from dreamreader.sweep.run import Metric, check_pairs, job, over_cells, records_of, resolved
 
 if TYPE_CHECKING:
     from dreamreader.engine import Reader

@@ -9,11 +9,12 @@ from torch import Tensor
 from dreamreader.engine import Cache, RunResult, Site
 from dreamreader.engine.pattern import join, parse
 from dreamreader.errors import InvalidInput
-from dreamreader.localise.axes import run_order
-from dreamreader.localise.cells import Cell
-from dreamreader.localise.grids import Grid, Values
 from dreamreader.localise.interventions import patch_edits
-from dreamreader.localise.sweep import Job, Metric, check_pairs, job, over_cells, records_of
+from dreamreader.sweep.axes import run_order
+from dreamreader.sweep.cells import Cell
+from dreamreader.sweep.grids import Grid, Values
+from dreamreader.sweep.run import Job, Metric, check_pairs, job, over_cells, records_of
+from dreamreader.sweep.windows import layer_windows
 
 if TYPE_CHECKING:
     from dreamreader.engine import Reader
@@ -71,17 +72,7 @@ def window_cells(
         models, section 4.
     """
     found = text_layers(reader) if layers is None else list(layers)
-    if not 1 <= span <= len(found):
-        raise InvalidInput(f"span={span} must be between 1 and the {len(found)} layers")
-    cells = []
-    for start in range(len(found)):
-        chosen = found[start : start + span]
-        last = start + len(chosen) - 1
-        name = f"layer {start}" if last == start else f"layers {start}–{last}"
-        note = "" if len(chosen) == span else f"partial: {len(chosen)} of {span} layers"
-        sites = tuple(site for layer in chosen for site in layer)
-        cells.append(Cell(name, sites, branch=branch, note=note))  # pyright: ignore
-    return cells
+    return layer_windows(found, span, branch)
 
 
 def window_grid(

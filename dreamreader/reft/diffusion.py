@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
-from dreamreader.reft.calls import Calls
+from dreamreader.recording.calls import Calls
 from dreamreader.reft.losses import Batch, ModelLoss
 from dreamreader.reft.model import Reft
 

@@ -5,11 +5,11 @@ from typing import Any
 
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.reft.calls import record_calls, row_seeds
+from dreamreader.recording.calls import record_calls, row_seeds
+from dreamreader.recording.pairs import check_pairs, record_pairs
 from dreamreader.reft.diffusion import NoiseMatch
 from dreamreader.reft.losses import ActivationMatch, Loss, Together, keep_activations
 from dreamreader.reft.model import Reft
-from dreamreader.reft.pairs import check_pairs, record_pairs
 from dreamreader.reft.train import train
 from dreamreader.reft.usual import USUAL
 

@@ -14,8 +14,8 @@ from dreamreader.engine import Reader
 from dreamreader.engine.request import EditRequest
 from dreamreader.errors import InvalidInput
 from dreamreader.fitting import Objective
+from dreamreader.recording.pairs import Pairs
 from dreamreader.reft.model import Reft
-from dreamreader.reft.pairs import Pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +120,7 @@ class ActivationMatch(Loss):
     """
 
     def __init__(self, pairs: Pairs, scales: dict[str, float] | None = None):
+        pairs.check_same_sites()
         self.pairs = pairs
         self.rows, self.moments = pairs.rows, pairs.calls
         self.scales = scales or {site: _distance(pairs, site) for site in pairs.base}

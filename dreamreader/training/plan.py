@@ -4,9 +4,9 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from dreamreader.recording.buffer import MEMORY
 from dreamreader.reft import Loss, Pairs, Reft
 from dreamreader.reft.batches import Batches
-from dreamreader.reft.pairs import MEMORY
 from dreamreader.specs.batch import GIB, duration
 from dreamreader.training.losses import loss_of
 

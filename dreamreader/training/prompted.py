@@ -14,6 +14,7 @@ from dreamreader.engine import Activation, Record
 from dreamreader.engine.prompts import check_lengths
 from dreamreader.probes import Probe
 from dreamreader.probes.split import HELD_OUT, dealt, numbered
+from dreamreader.recording.labelled import mean_over_tokens
 from dreamreader.specs.batch import activation_bytes, duration, rows_that_fit
 from dreamreader.specs.data import read_items
 from dreamreader.specs.subject import call_settings, is_language, opened, padded, steps_of
@@ -149,7 +150,7 @@ class Prompted:
 
     def _records(self, sites: Sequence[str]) -> list[Record]:
         spec = self.spec
-        reduce = _mean if spec.probe.pool == "mean" else None
+        reduce = mean_over_tokens if spec.probe.pool == "mean" else None
         branch = None if is_language(self.reader) else spec.branch
         return [
             Record(site, branch=branch, steps=spec.chosen_steps, tokens=spec.tokens, reduce=reduce)
@@ -210,7 +211,3 @@ class Prompted:
         return activation_bytes(
             self.reader.subject, lambda: self.reader.run(prompt, seeds=0, **changes)
         )
-
-
-def _mean(x: Tensor) -> Tensor:
-    return x.float().mean(1, keepdim=True)

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from dreamreader.engine import Cache
-from dreamreader.engine.recorded import joined, row_means
+from dreamreader.engine.recorded import row_means
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.methods.base import Places, Table
 from dreamreader.experiments.methods.chunked import Chunked, others
 from dreamreader.experiments.methods.grids import grid_of
-from dreamreader.experiments.row import Row, evenly
-from dreamreader.localise import Cell, Grid, ablate_edits, random_cells, site_widths
-from dreamreader.localise.sweep import records_of
+from dreamreader.experiments.row import Row
+from dreamreader.localise import ablate_edits
+from dreamreader.recording.labelled import evenly, joined_rows
 from dreamreader.specs.data import read_items
 from dreamreader.specs.parts import AnySeeds, Data, Seeds, listed_seeds
+from dreamreader.sweep import Cell, Grid, random_cells, records_of, site_widths
 
 if TYPE_CHECKING:
     from dreamreader.experiments.job import Job
@@ -136,22 +137,12 @@ class Ablate(Chunked, Places):
             items = read_items(self.reference, "method.reference")
             seeds = listed_seeds(self.reference_seeds)
             rows = [(item.prompt, seed) for item in items for seed in seeds]
-            wanted = records_of(self.read_cells(job))
-            parts = []
-            for start, stop in evenly(len(rows), job.batch):
-                prompts, numbers = zip(*rows[start:stop], strict=True)
-                with job.uncounted():
-                    result, _ = job.draw(prompts, numbers, record=wanted)
-                parts.append(result.cache)
-            job.memory["reference"] = _together(parts, mean=self.ablation == "mean")
+            with job.uncounted():
+                found = joined_rows(job.record(rows, records_of(self.read_cells(job))))
+            if self.ablation == "mean":
+                found = Cache([row_means(each) for each in found.values()])
+            job.memory["reference"] = found
         return job.memory["reference"]
 
     def grid(self, results: "Results", condition: str) -> Grid:
         return grid_of(results, condition, self.effect, self.base, None, self.floor)
-
-
-def _together(parts: Sequence[Cache], mean: bool) -> Cache:
-    """One cache of several; of their mean over rows, where only this is wanted."""
-    sites = list(parts[0])
-    found = (joined([cache[site] for cache in parts]) for site in sites)
-    return Cache([row_means(each) if mean else each for each in found])

@@ -8,8 +8,8 @@ from pydantic import Field
 
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.row import Row, check_count
-from dreamreader.localise import Cell, grid
 from dreamreader.specs.parts import Count, Part
+from dreamreader.sweep import Cell, grid
 
 if TYPE_CHECKING:
     from dreamreader.engine import RunResult

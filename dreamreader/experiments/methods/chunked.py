@@ -15,8 +15,7 @@ from dreamreader.experiments.methods.grids import (
     reproduction,
 )
 from dreamreader.experiments.row import Row, apart
-from dreamreader.localise import Cell, Grid
-from dreamreader.localise.sweep import records_of
+from dreamreader.sweep import Cell, Grid, records_of
 
 if TYPE_CHECKING:
     from dreamreader.experiments.job import Job

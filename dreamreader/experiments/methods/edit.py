@@ -300,7 +300,7 @@ def _of_file(path: Path) -> dict[str, Tensor]:
 
 
 def _widths(job: "Job", names: Sequence[str]) -> dict[str, int]:
-    from dreamreader.localise import site_widths
+    from dreamreader.sweep import site_widths
 
     key = ("widths", tuple(names))
     if key not in job.memory:

@@ -8,7 +8,7 @@ import numpy as np
 
 from dreamreader.engine import Row as EngineRow
 from dreamreader.errors import InvalidInput
-from dreamreader.localise import Cell, Grid
+from dreamreader.sweep import Cell, Grid
 
 if TYPE_CHECKING:
     from dreamreader.experiments.results import Results

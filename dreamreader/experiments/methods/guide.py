@@ -11,9 +11,9 @@ from dreamreader import edits as kinds
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.experiments.methods.base import Method, Places, Table, alphas, selection_of
 from dreamreader.experiments.row import Row
-from dreamreader.localise import Cell
 from dreamreader.specs.data import Item, read_items
 from dreamreader.specs.parts import AnySeeds, Count, Data, Seeds
+from dreamreader.sweep import Cell
 from dreamreader.training.parts import ProbeTraining
 
 if TYPE_CHECKING:

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from dreamreader.edits import Mlp
 from dreamreader.engine import Cache, Record
-from dreamreader.engine.reader import merged
 from dreamreader.experiments.methods.base import one_selection
-from dreamreader.experiments.row import evenly
 from dreamreader.probes import Probe
+from dreamreader.recording.labelled import joined_rows, mean_over_tokens
 from dreamreader.specs.parts import listed_seeds
 from dreamreader.steering import LabelMeans
 
@@ -104,13 +103,7 @@ def _recorded(
     reduce = _reduction(method)
     branch = method.branch if method.branch is not None else job.prompt_branch
     records = [Record(site, branch=branch, tokens=tokens, reduce=reduce) for site in sites]
-    parts = []
-    for start, stop in evenly(len(rows), job.batch):
-        chunk = rows[start:stop]
-        prompts, seeds = [item.prompt for item, _ in chunk], [seed for _, seed in chunk]
-        result, _ = job.draw(prompts, seeds, record=records)
-        parts.append(list(result.cache.values()))
-    return Cache(merged(parts))
+    return joined_rows(job.record([(item.prompt, seed) for item, seed in rows], records))
 
 
 def _contrasts(recorded: Any, site: str, labels: dict[str, list[str]]) -> dict[str, Tensor]:
@@ -134,7 +127,7 @@ def _reduction(method: "Guide") -> Any:
         return x.gather(1, order.to(x.device).unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
     if method.probe.pool == "mean":
-        return lambda x: x.float().mean(1, keepdim=True)
+        return mean_over_tokens
     return some if method.probe.pool == "token" and isinstance(wanted, int) else None
 
 

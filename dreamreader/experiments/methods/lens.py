@@ -7,7 +7,8 @@ from pydantic import Field
 
 from dreamreader.experiments.methods.base import Method, Table, counted
 from dreamreader.experiments.row import Row
-from dreamreader.localise import Cell, ablate_edits, lens_cells
+from dreamreader.localise import ablate_edits, lens_cells
+from dreamreader.sweep import Cell
 
 if TYPE_CHECKING:
     from dreamreader.experiments.job import Job

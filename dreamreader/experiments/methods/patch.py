@@ -9,9 +9,11 @@ from dreamreader.engine.prompts import tokenize
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.methods.base import Places, Table, counted
 from dreamreader.experiments.methods.chunked import Chunked, others
-from dreamreader.experiments.row import Row, evenly
-from dreamreader.localise import Cell, patch_edits, window_cells
-from dreamreader.localise.sweep import check_pairs
+from dreamreader.experiments.row import Row
+from dreamreader.localise import patch_edits, window_cells
+from dreamreader.recording.labelled import evenly
+from dreamreader.sweep import Cell
+from dreamreader.sweep.run import check_pairs
 
 if TYPE_CHECKING:
     from dreamreader.experiments.job import Job

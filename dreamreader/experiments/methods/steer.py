@@ -12,7 +12,8 @@ from pydantic import Field
 from dreamreader import edits as kinds
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.methods.base import Method, Places, Table, alphas
-from dreamreader.experiments.row import Row, evenly
+from dreamreader.experiments.row import Row
+from dreamreader.recording.labelled import mean_over_tokens
 from dreamreader.specs.data import Item, pairs_only, read_items
 from dreamreader.specs.parts import AnySeeds, Data, Seeds, listed_seeds
 
@@ -180,14 +181,10 @@ class Steer(Method, Places):
         pairs = [
             (item, seed) for item in self._fit_items() for seed in listed_seeds(self.fit_seeds)
         ]
-        for start, stop in evenly(len(pairs), job.batch):
-            chunk = pairs[start:stop]
-            yield self._record(job, chunk, False), self._record(job, chunk, True)
-
-    def _record(self, job: "Job", pairs: Sequence[tuple[Item, int]], target: bool) -> Any:
-        prompts = [str(item.target if target else item.prompt) for item, _ in pairs]
-        result, _ = job.draw(prompts, [seed for _, seed in pairs], record=self._readings(job))
-        return result.cache
+        records = self._readings(job)
+        sources = job.record([(item.prompt, seed) for item, seed in pairs], records)
+        targets = job.record([(str(item.target), seed) for item, seed in pairs], records)
+        return zip(sources, targets, strict=True)
 
     def _readings(self, job: "Job") -> list[Any]:
         """A recording for every site: the mean over the cell's tokens."""
@@ -205,7 +202,7 @@ class Steer(Method, Places):
                     )
         branch = self.branch if self.branch is not None else job.prompt_branch
         return [
-            Record(site, branch=branch, tokens=tokens, reduce=_token_mean)
+            Record(site, branch=branch, tokens=tokens, reduce=mean_over_tokens)
             for site, tokens in found.items()
         ]
 
@@ -216,10 +213,6 @@ def _write(directions: "Directions", file: Path) -> None:
     with explained(file.parent.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
         directions.save(file)
-
-
-def _token_mean(x: torch.Tensor) -> torch.Tensor:
-    return x.float().mean(1, keepdim=True)
 
 
 def _swapped(a: Any, b: Any, swap: torch.Tensor) -> dict[str, Any]:

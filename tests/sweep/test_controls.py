@@ -5,7 +5,7 @@ import tiny
 
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
-from dreamreader.localise import Cell, random_cells, site_widths
+from dreamreader.sweep import Cell, random_cells, site_widths
 
 WIDTHS = {**{f"a{n}": 8 for n in range(6)}, **{f"b{n}": 16 for n in range(3)}}
 FOUND = [Cell("x", ("a0", "b0"), (0, 2), "cond", heads=(1,)), Cell("y", ("a0", "a1"), (2, 4))]

@@ -1,16 +1,18 @@
 """What a sweep over cells gave: effects with intervals, p-values, tables and heat maps."""
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from dreamreader._tensor_files import load_described, save_described
 from dreamreader.engine import Row
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.localise.cells import Cell
 from dreamreader.stats import (
     Interval,
     benjamini_hochberg,
@@ -20,6 +22,7 @@ from dreamreader.stats import (
     sign_flip,
     spearman,
 )
+from dreamreader.sweep.cells import Cell
 
 if TYPE_CHECKING:
     from dreamreader.report import HeatMap
@@ -163,18 +166,39 @@ class Grid:
             )
         ]
 
-    def heat_map(self, title: str = "", alpha: float = 0.05) -> "HeatMap":
-        """Places by step windows, shaded by effect; cells with q above `alpha` are bracketed."""
+    def heat_map(
+        self, title: str = "", alpha: float = 0.05, rows: str = "place", columns: str = "time"
+    ) -> "HeatMap":
+        """Cells as a table, shaded by effect; those with q above `alpha` are bracketed.
+
+        Args:
+            title: of the map; what was done by default.
+            alpha: bound of q.
+            rows, columns: what the axes are: `place` and `time` of the cells, or coordinates of
+                theirs, such as `source` and `target`.
+
+        Raises:
+            UnknownName: a cell has no such coordinate.
+            InvalidInput: two cells lie at one place of the table.
+        """
         from dreamreader.report import HeatMap
 
-        places = list(dict.fromkeys(cell.place for cell in self.cells))
-        times = list(dict.fromkeys(cell.time for cell in self.cells))
+        sides = [[_along(cell, axis) for cell in self.cells] for axis in (rows, columns)]
+        places, times = (list(dict.fromkeys(each)) for each in sides)
         values = np.full((len(places), len(times)), np.nan)
         notes = [[""] * len(times) for _ in places]
         doubtful = [[False] * len(times) for _ in places]
-        for row in zip(self.cells, self.effects, self.q_values, strict=True):
-            cell, effect, q = row
-            i, j = places.index(cell.place), times.index(cell.time)
+        taken: dict[tuple[int, int], Cell] = {}
+        for place, time, cell, effect, q in zip(
+            *sides, self.cells, self.effects, self.q_values, strict=True
+        ):
+            i, j = places.index(place), times.index(time)
+            other = taken.setdefault((i, j), cell)
+            if other is not cell:
+                raise InvalidInput(
+                    f"heat_map: {other.label!r} and {cell.label!r} have one {rows} and one "
+                    f"{columns}; name axes that tell all cells apart"
+                )
             values[i, j] = effect.value
             note = f" ({cell.note})" if cell.note else ""
             notes[i][j] = f"{effect.percent()}, q = {q:.2g}{note}" if effect.n else "not measured"
@@ -189,6 +213,40 @@ class Grid:
             notes=notes,
             bracketed=doubtful,
             caption=f"In brackets: q above {alpha:g} over {len(self.cells)} cells.",
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file that carries its checksum, whole or not at all."""
+        sides = {"values": self.values, "base": self.base, "goal": self.goal}
+        tensors = {
+            k: torch.tensor(v, dtype=torch.float64) for k, v in sides.items() if v is not None
+        }
+        content = {
+            "cells": [cell.as_dict() for cell in self.cells],
+            "rows": [asdict(row) for row in self.rows],
+            "kind": self.kind,
+            "confidence": self.confidence,
+        }
+        save_described(path, "grid", tensors, content)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Grid":
+        """The grid that `save` wrote, to the bit.
+
+        Raises:
+            FileNotFoundError, IsADirectoryError, PermissionError: the file cannot be opened.
+            InvalidInput: it holds no grid, or is damaged.
+        """
+        content, tensors = load_described(path, "grid")
+        found = {name: each.numpy() for name, each in tensors.items()}
+        return cls(
+            tuple(Cell.from_dict(each) for each in content["cells"]),
+            tuple(Row(**each) for each in content["rows"]),
+            found["values"],
+            found["base"],
+            found.get("goal"),
+            content["kind"],
+            content["confidence"],
         )
 
     def _measured(self) -> list[tuple[list[int], NDArray[np.int64]]]:
@@ -210,6 +268,14 @@ class Grid:
             f"Grid of {len(self.cells)} cells x {len(self.rows)} rows ({self.kind}{note}); "
             f"largest effects: {'; '.join(shown)}"
         )
+
+
+def _along(cell: Cell, axis: str) -> str:
+    """Where a cell stands on an axis of a table, in words."""
+    if axis in ("place", "time"):
+        return getattr(cell, axis)
+    found = cell.coordinate(axis)
+    return "–".join(map(str, found)) if isinstance(found, tuple) else str(found)
 
 
 def joined(grids: Sequence[Grid]) -> Grid:

@@ -1,13 +1,14 @@
 """Effects, tests and tables of a grid, from values that are known."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dreamreader.engine import Row
+from dreamreader.engine import Box, Row
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.localise import Cell, Grid, joined
+from dreamreader.sweep import Cell, Grid, joined, matrix_cells
 
 NAN = float("nan")
 ROWS = 8
@@ -106,3 +107,51 @@ def test_bad_input() -> None:
         grid.corrected("bonferroni")
     with pytest.raises(UnknownName, match="unknown cell 'c9'"):
         grid.effect(Cell("c9", "unet.conv_in"))
+
+
+def test_a_grid_is_saved_and_loaded_to_the_bit(tmp_path: Path) -> None:
+    for goal in (True, False):
+        grid = made(goal=goal)
+        grid.values[1, 2] = NAN
+        cells = (
+            Cell("a", ("unet.conv_in", "unet.conv_out"), (0, 3), ("cond", "uncond"), (1, -1), (0,)),
+            Cell("b", "unet.conv_in", tokens=Box(0.0, 0.25, 0.5, 1.0), note="cut"),
+            Cell("c", (), coordinates={"layers": (3, 5), "share": 0.1}),
+        )
+        rows = (Row(0), *grid.rows[1:])
+        kept = Grid(cells, rows, grid.values, grid.base, grid.goal, "restore", 0.9)
+        kept.save(tmp_path / "grid.safetensors")
+        found = Grid.load(tmp_path / "grid.safetensors")
+        assert (found.cells, found.rows, found.kind) == (cells, rows, "restore")
+        assert found.confidence == 0.9 and (found.goal is None) == (not goal)
+        for name in ("values", "base", "goal"):
+            a, b = getattr(kept, name), getattr(found, name)
+            assert a is b is None or (a.dtype == b.dtype and a.tobytes() == b.tobytes())
+        assert repr(found.effects) == repr(kept.effects)  # NaN too
+
+
+def test_a_damaged_grid_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "grid.safetensors"
+    made().save(path)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 97):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(InvalidInput, match="grid.safetensors"):
+            Grid.load(path)
+    with pytest.raises(FileNotFoundError):
+        Grid.load(tmp_path / "other.safetensors")
+
+
+def test_a_matrix_of_sites_is_a_heat_map() -> None:
+    cells = matrix_cells(["0", "1"], ["2", "3"])
+    rng = np.random.default_rng(0)
+    base, rows = rng.normal(size=ROWS), tuple(Row(n) for n in range(ROWS))
+    values = base + np.array([0.1, 0.2, 0.3, 0.4])[:, None]
+    grid = Grid(tuple(cells), rows, values, base, base + 1, "restore")
+    shown = grid.heat_map(rows="source", columns="target")
+    assert (shown.rows, shown.columns) == (["0", "1"], ["2", "3"])
+    np.testing.assert_allclose(shown.values, [[0.1, 0.2], [0.3, 0.4]])
+    with pytest.raises(InvalidInput, match="'0 → 2' and '0 → 3' have one source and one time"):
+        grid.heat_map(rows="source")
+    with pytest.raises(UnknownName, match="unknown coordinate of a cell 'edge'"):
+        grid.heat_map(rows="edge")

@@ -6,11 +6,13 @@ import pytest
 import tiny
 import torch
 
+from dreamreader import localise, sweep
 from dreamreader.engine import Box, Reader
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.localise import Cell, grid
-from dreamreader.localise.axes import block_of
+from dreamreader.sweep import Cell, edge_cells, grid, layer_windows, matrix_cells
+from dreamreader.sweep.axes import block_of
 
+NAN = float("nan")
 ATTN = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
 
 
@@ -26,6 +28,7 @@ CELLS = [
     Cell("a", ATTN, tokens="red"),
     Cell("a", ATTN, tokens=Box(0.0, 0.25, 0.5, 1.0)),
     Cell("none", ()),
+    Cell("pair", (), coordinates={"layers": (3, 5), "site": "unet.mid_block", "share": 0.5}),
 ]
 
 
@@ -43,6 +46,7 @@ def test_labels_say_what_differs() -> None:
         "a · word 'red'",
         "a · box 0 0.25 0.5 1",
         "none",
+        "pair · layers 3–5 · site unet.mid_block · share 0.5",
     ]
 
 
@@ -56,6 +60,10 @@ def test_labels_say_what_differs() -> None:
         ({"tokens": []}, "tokens of a cell are indices, got \\[\\]"),
         ({"heads": [True]}, "heads of a cell are indices"),
         ({"sites": ("",)}, "empty part"),
+        ({"coordinates": {"edge": None}}, "coordinate 'edge' of a cell: a text, a number or a tup"),
+        ({"coordinates": {"share": NAN}}, "coordinate 'share' of a cell: .*, got nan"),
+        ({"coordinates": {"pair": ()}}, r"coordinate 'pair' of a cell: .*, got \(\)"),
+        ({"coordinates": "edge"}, "coordinates of a cell are {name: value}, got 'edge'"),
     ],
 )
 def test_a_cell_refuses_what_cannot_be(arguments, text) -> None:
@@ -127,3 +135,43 @@ def test_unknown_names_of_a_grid(reader: Reader) -> None:
         grid(reader, ATTN, group="blocks")
     with pytest.raises(UnknownName, match="unknown choice of heads 'all'"):
         grid(reader, f"{ATTN}:heads", heads="all")
+
+
+def test_coordinates_tell_cells_apart_and_are_read_by_name() -> None:
+    one, other = (Cell("mid", (), coordinates={"source": name}) for name in ("a", "b"))
+    assert one != other and one.label != other.label and one.place != other.place
+    assert one.coordinate("source") == "a"
+    assert Cell("mid", ()) == Cell("mid", (), coordinates={})
+    assert "coordinates" not in Cell("mid", ()).as_dict()  # files from before have none
+    with pytest.raises(UnknownName, match="unknown coordinate of a cell 'sources'; nearest: sour"):
+        one.coordinate("sources")
+
+
+def test_edges_and_matrices_are_cells() -> None:
+    found = matrix_cells(["0", "1"], ["2", "3"], steps=(0, 2))
+    ends = [(cell.coordinate("source"), cell.coordinate("target")) for cell in found]
+    assert ends == [("0", "2"), ("0", "3"), ("1", "2"), ("1", "3")]
+    assert [cell.sites for cell in found] == [("2",), ("3",)] * 2
+    assert found == edge_cells(ends, steps=(0, 2))
+    assert found[1].label == "0 → 3 · steps 0–1"
+    for edges, text in (
+        ([], "there are no edges"),
+        (["ab"], r"edge 0: a pair of sites \(source, target\), got 'ab'"),
+        ([("0", "1"), ("0", "1")], "edge 1: 0 → 1 comes twice"),
+    ):
+        with pytest.raises(InvalidInput, match=text):
+            edge_cells(edges)  # pyright: ignore
+
+
+def test_windows_of_layers_are_cut_short_at_the_end() -> None:
+    layers = [("0", "1"), ("2",), ("3",)]
+    found = layer_windows(layers, span=2, branch="cond")
+    assert [cell.sites for cell in found] == [("0", "1", "2"), ("2", "3"), ("3",)]
+    assert [cell.note for cell in found] == ["", "", "partial: 1 of 2 layers"]
+    with pytest.raises(InvalidInput, match="span=4 must be between 1 and the 3 layers"):
+        layer_windows(layers, span=4)
+
+
+def test_names_of_before_are_those_of_sweeps() -> None:
+    for name in ("Agreement", "Cell", "Grid", "grid", "joined", "random_cells", "records_of"):
+        assert getattr(localise, name) is getattr(sweep, name)

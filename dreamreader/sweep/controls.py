@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreamreader.engine import Record
 from dreamreader.errors import InvalidInput
-from dreamreader.localise.cells import Cell
+from dreamreader.sweep.cells import Cell
 
 if TYPE_CHECKING:
     from dreamreader.engine import Reader

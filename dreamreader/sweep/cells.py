@@ -1,5 +1,6 @@
-"""Cells: the units of a localisation sweep. One cell is a set of sites in one selection."""
+"""Cells: the units of a sweep. One cell is a set of sites in one selection."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -9,6 +10,8 @@ from dreamreader.engine.selection import Box
 from dreamreader.errors import InvalidInput, UnknownName
 
 Tokens = int | tuple[int, ...] | str | Box | None
+Coordinate = str | int | float | tuple[str | int | float, ...]
+ARROW = " → "  # between the ends of an edge, in names
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,9 @@ class Cell:
         tokens: an index, several, a word of the prompt or a `Box`; all where None.
         heads: indices of heads; all where None.
         note: what a reader of the results must know, such as that a window is cut short.
+        coordinates: where the cell lies on axes of the sweep's own, {name: value}: a source site
+            and a target site, an edge, a pair of layers. Values are texts, numbers or tuples of
+            them; kept as pairs in the order given, read as `cell.coordinate("source")`.
 
     Raises:
         InvalidInput: a field cannot be right.
@@ -30,6 +36,8 @@ class Cell:
     Example:
         >>> Cell("mid", ("unet.mid_block",), steps=(0, 5), branch="cond").label
         'mid · steps 0–4 · cond'
+        >>> Cell("pair", (), coordinates={"layers": (3, 5)}).coordinate("layers")
+        (3, 5)
     """
 
     name: str
@@ -39,6 +47,7 @@ class Cell:
     tokens: Tokens = None
     heads: tuple[int, ...] | None = None
     note: str = ""
+    coordinates: Mapping[str, Coordinate] | tuple[tuple[str, Coordinate], ...] = ()
 
     def __post_init__(self):
         sites = (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
@@ -51,6 +60,18 @@ class Cell:
         self._set("tokens", _tokens(self.tokens))
         if self.heads is not None:
             self._set("heads", indices_of(self.heads, "heads"))
+        self._set("coordinates", _coordinates(self.coordinates))
+
+    def coordinate(self, name: str) -> Coordinate:
+        """The value of a coordinate.
+
+        Raises:
+            UnknownName: the cell has no such coordinate.
+        """
+        found = dict(self.coordinates)
+        if name not in found:
+            raise UnknownName("coordinate of a cell", name, found, f"The cell is {self.label!r}")
+        return found[name]
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -69,8 +90,9 @@ class Cell:
 
     @property
     def place(self) -> str:
-        """Name, heads, tokens and branch: everything but the time."""
-        return " · ".join([self.name, *self._heads_said(), *self._tokens_said(), *self._branches()])
+        """Name, coordinates, heads, tokens and branch: everything but the time."""
+        said = [*self._heads_said(), *self._tokens_said(), *self._branches()]
+        return " · ".join([self.name, *self._coordinates_said(), *said])
 
     @property
     def time(self) -> str:
@@ -83,13 +105,18 @@ class Cell:
     @property
     def label(self) -> str:
         """Everything that tells this cell from others, for tables."""
-        parts = [self.name, *self._heads_said(), *self._tokens_said()]
+        parts = [self.name, *self._coordinates_said(), *self._heads_said(), *self._tokens_said()]
         parts += [self.time] if self.steps is not None else []
         return " · ".join([*parts, *self._branches(), *([self.note] if self.note else [])])
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON and tables."""
+        """Plain values, for JSON and tables; coordinates only where there are some."""
         found: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
+        ends = dict(found.pop("coordinates"))
+        if ends:
+            found["coordinates"] = {
+                k: list(v) if isinstance(v, tuple) else v for k, v in ends.items()
+            }
         if isinstance(self.tokens, Box):
             box = self.tokens
             found["tokens"] = {"box": [box.left, box.top, box.right, box.bottom]}
@@ -119,6 +146,16 @@ class Cell:
                 )
             ready["tokens"] = Box(*tokens["box"])
         return cls(**ready)
+
+    def _coordinates_said(self) -> list[str]:
+        """Coordinates in words, where they are not the name itself."""
+        shown = {
+            key: "–".join(map(str, each)) if isinstance(each, tuple) else str(each)
+            for key, each in dict(self.coordinates).items()
+        }
+        if self.name == ARROW.join(shown.values()):
+            return []
+        return [f"{key} {value}" for key, value in shown.items()]
 
     def _heads_said(self) -> list[str]:
         if self.heads is None:
@@ -178,3 +215,27 @@ def indices_of(value: Any, name: str) -> tuple[int, ...]:
     if not listed or any(isinstance(e, bool) or not isinstance(e, int) for e in listed):
         raise InvalidInput(f"{name} of a cell are indices, got {value!r}")
     return listed
+
+
+def _coordinates(value: Any) -> tuple[tuple[str, Coordinate], ...]:
+    """Pairs of a name and a value that can be hashed and written as JSON."""
+    try:
+        pairs = dict(value)
+    except (TypeError, ValueError):
+        raise InvalidInput(f"coordinates of a cell are {{name: value}}, got {value!r}") from None
+    found: list[tuple[str, Coordinate]] = []
+    for name, each in pairs.items():
+        listed = tuple(each) if isinstance(each, list | tuple) else (each,)
+        if not isinstance(name, str) or not name or not listed or not all(map(_is_plain, listed)):
+            raise InvalidInput(
+                f"coordinate {name!r} of a cell: a text, a number or a tuple of them is needed, "
+                f"got {each!r}"
+            )
+        found.append((name, listed if isinstance(each, list | tuple) else each))
+    return tuple(found)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))

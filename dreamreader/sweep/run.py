@@ -13,8 +13,8 @@ from dreamreader.engine import Record, Row, RunResult
 from dreamreader.engine.prompts import tokenize
 from dreamreader.engine.rows import plan_rows
 from dreamreader.errors import InvalidInput
-from dreamreader.localise.cells import Cell
-from dreamreader.localise.grids import Values
+from dreamreader.sweep.cells import Cell
+from dreamreader.sweep.grids import Values
 
 if TYPE_CHECKING:
     from dreamreader.engine import Reader

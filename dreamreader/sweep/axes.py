@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreamreader.engine.pattern import parse
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.localise.cells import Cell, indices_of, window_of
+from dreamreader.sweep.cells import Cell, indices_of, window_of
 
 if TYPE_CHECKING:
     from dreamreader.engine import Reader

@@ -1,0 +1,26 @@
+"""Recordings for fitting: labelled rows, pairs in one or two models, a denoiser's calls."""
+
+from dreamreader.recording.between import record_between
+from dreamreader.recording.calls import Calls, record_calls
+from dreamreader.recording.labelled import (
+    Labelled,
+    joined_rows,
+    mean_over_tokens,
+    record_batches,
+    record_labelled,
+)
+from dreamreader.recording.pairs import Pairs, pairs_of_calls, record_pairs
+
+__all__ = [
+    "Calls",
+    "Labelled",
+    "Pairs",
+    "joined_rows",
+    "mean_over_tokens",
+    "pairs_of_calls",
+    "record_batches",
+    "record_between",
+    "record_calls",
+    "record_labelled",
+    "record_pairs",
+]

@@ -1,0 +1,298 @@
+"""Activations of paired prompts at several sites, on one trajectory or each on its own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreamreader.engine import Reader, Record
+from dreamreader.engine.clock_schedule import Instant
+from dreamreader.engine.firing import ranges
+from dreamreader.engine.prompts import tokenize
+from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.recording.buffer import MEMORY, ActivationBuffer
+from dreamreader.recording.calls import Calls, record_calls, row_seeds
+
+TRAJECTORIES = ("base", "teacher", "own")
+
+
+@dataclass(eq=False)
+class Pairs:
+    """Activations of pairs of rows: what the base has, and what the teacher has instead.
+
+    Both come from one model with two prompts (`record_pairs`), or from two models
+    (`record_between`): then the base is the source model's side, the teacher the target model's,
+    sites have the names of their own model, and features are as many as each has.
+
+    Attributes:
+        base, teacher: by site, [rows, calls, tokens, features].
+        steps: the scheduler's step of each call of the base; None where there are no steps.
+        counts: by site, [rows] how many tokens a row has, the first ones; all where None.
+        positions: of two models, of the base and of the teacher: int64 [rows, tokens], the index
+            among the row's own tokens of what stands at each place (of several, the last), -1
+            behind the count. None where places are those of the recording, or means.
+        times: of the base and of the teacher: the time of each call.
+    """
+
+    base: dict[str, Tensor]
+    teacher: dict[str, Tensor]
+    steps: tuple[int, ...] | None
+    counts: dict[str, Tensor] | None = None
+    positions: tuple[Tensor, Tensor] | None = None
+    times: tuple[tuple[Instant, ...], tuple[Instant, ...]] | None = None
+
+    def __post_init__(self):
+        if not self.base or not self.teacher:
+            site, values = next(iter([*self.base.items(), *self.teacher.items()]), ("", None))
+            has = "nothing" if values is None else str(list(values.shape))
+            sides = ("nothing", has) if not self.base else (has, "nothing")
+            raise InvalidInput(
+                f"{site}: pairs need equal shapes, base {sides[0]}, teacher {sides[1]}"
+            )
+        wanted = next(iter(self.base.values())).shape[:2]
+        for site, values in [*self.base.items(), *self.teacher.items()]:
+            if values.shape[:2] != wanted:
+                raise InvalidInput(
+                    f"{site}: pairs need as many rows and calls at every site, got "
+                    f"{list(values.shape[:2])} and {list(wanted)}"
+                )
+
+    @property
+    def source(self) -> dict[str, Tensor]:
+        """The base, as mappings from model to model call it."""
+        return self.base
+
+    @property
+    def target(self) -> dict[str, Tensor]:
+        """The teacher, as mappings from model to model call it."""
+        return self.teacher
+
+    def check_same_sites(self) -> None:
+        """Refuse sides that cannot be subtracted.
+
+        Raises:
+            InvalidInput: the teacher lacks a site of the base, or has it in another shape.
+        """
+        for site, values in self.base.items():
+            other = self.teacher.get(site)
+            if other is None or other.shape != values.shape:
+                got = "nothing" if other is None else str(list(other.shape))
+                raise InvalidInput(
+                    f"{site}: pairs need equal shapes, base {list(values.shape)}, teacher {got}"
+                )
+
+    @property
+    def rows(self) -> int:
+        return len(next(iter(self.base.values())))
+
+    @property
+    def calls(self) -> int:
+        return next(iter(self.base.values())).shape[1]
+
+    def token_weights(self, site: str, rows: Tensor) -> Tensor:
+        """[rows, tokens] float64: 1 / count at each of a row's tokens, 0 behind them."""
+        tokens = self.base[site].shape[2]
+        count = torch.full((len(rows),), tokens)
+        if self.counts is not None:
+            count = self.counts[site][rows]
+        count = count.unsqueeze(1)
+        return (torch.arange(tokens) < count) / count.double()
+
+
+def record_pairs(
+    reader: Reader,
+    base: Sequence[str],
+    teacher: Sequence[str],
+    sites: str | Sequence[str],
+    *,
+    seeds: int | Sequence[int] = 0,
+    trajectory: str = "base",
+    branch: str = "cond",
+    tokens: Any = None,
+    batch_size: int = 16,
+    memory: int = MEMORY,
+    **arguments: Any,
+) -> Pairs:
+    """Runs pairs of prompts and records the activations of both at the same places.
+
+    In a language model token i of the base belongs to token i of the teacher; where `tokens` are
+    chosen, the first of them to the first, and so on.
+
+    Args:
+        reader: of a pipeline or language model.
+        base, teacher: prompts; row i of the teacher belongs to row i of the base.
+        sites: site strings, all in the denoiser, or all outside of it.
+        seeds: of the rows; both prompts of a pair have the same.
+        trajectory: of the latents that the denoiser sees. `base` and `teacher`: that of one prompt
+            for both, so that a pair differs in the prompt alone; `own`: each its own, which drift
+            apart with the steps.
+        branch: guidance branch.
+        tokens: which tokens are recorded, as in `Record`; as many in all prompts.
+        batch_size: rows computed together.
+        memory: bytes of activations above which they go to a file without a name, in bfloat16.
+        arguments: of the run.
+
+    Raises:
+        InvalidInput: the prompts are not as many, or a base has more tokens than its teacher where
+            all are recorded.
+        UnknownName: there is no such trajectory, site or branch.
+    """
+    base, teacher = list(base), list(teacher)
+    check_pairs(base, teacher)
+    if trajectory not in TRAJECTORIES:
+        raise UnknownName("trajectory", trajectory, TRAJECTORIES)
+    listed = [sites] if isinstance(sites, str) else list(sites)
+    names = [name for each in listed for name in reader.sites(each).names]
+    numbers = row_seeds(seeds, len(base))
+    if not in_denoiser(reader, names):
+        width = _longest(reader, base, teacher, tokens)
+        records = [Record(name, tokens=tokens, branch="cond") for name in names]
+        first, second = (
+            outside(reader, prompts, records, numbers, batch_size, memory, width, arguments)
+            for prompts in (base, teacher)
+        )
+        counts = None if width is None else first.counts
+        if counts is not None:
+            _check_counts(counts, second.counts)
+        found = Pairs(first.values, second.values, None, counts)
+        found.check_same_sites()
+        return found
+    one, other = (
+        record_calls(reader, each, seeds=numbers, branch=branch, batch_size=batch_size, **arguments)
+        for each in (base, teacher)
+    )
+    return pairs_of_calls(
+        reader, one, other, names, trajectory=trajectory, tokens=tokens, memory=memory
+    )
+
+
+def pairs_of_calls(
+    reader: Reader,
+    base: Calls,
+    teacher: Calls,
+    sites: Sequence[str],
+    *,
+    trajectory: str = "base",
+    tokens: Any = None,
+    batch_size: int = 32,
+    memory: int = MEMORY,
+) -> Pairs:
+    """`record_pairs` from recorded calls of both prompts."""
+    latents = {"base": (base, base), "teacher": (teacher, teacher), "own": (base, teacher)}
+    records = [Record(site, tokens=tokens) for site in sites]
+    first, second = (
+        replayed(reader, calls, along.latents, records, batch_size, memory).values
+        for calls, along in zip((base, teacher), latents[trajectory], strict=True)
+    )
+    found = Pairs(first, second, tuple(each.step for each in base.moments))
+    found.check_same_sites()
+    return found
+
+
+def check_pairs(base: Sequence[str], teacher: Sequence[str]) -> None:
+    """Refuse pairs without a partner.
+
+    Raises:
+        InvalidInput: the lists are empty or of different lengths.
+    """
+    if not base or len(base) != len(teacher):
+        raise InvalidInput(
+            f"pairs need as many teacher prompts as base prompts, at least one; got {len(base)} "
+            f"base and {len(teacher)} teacher prompts"
+        )
+
+
+def in_denoiser(reader: Reader, names: Sequence[str]) -> bool:
+    """Whether sites are in the denoiser of a pipeline.
+
+    Raises:
+        InvalidInput: only some of them are.
+    """
+    from dreamreader.engine.clock import Clock
+
+    if reader._subject.kind != "pipeline":
+        return False
+    denoisers = set(Clock(reader.subject).denoisers)
+    inside = [name for name in names if name.split(".")[0].split(":")[0] in denoisers]
+    if inside and len(inside) < len(names):
+        outside = next(name for name in names if name not in inside)
+        raise InvalidInput(
+            f"{inside[0]} is in the denoiser and {outside} is not: record them apart"
+        )
+    return bool(inside)
+
+
+def replayed(
+    reader: Reader,
+    calls: Calls,
+    latents: Tensor,
+    records: Sequence[Record],
+    batch_size: int,
+    memory: int,
+    numbers: Sequence[int] | None = None,
+) -> ActivationBuffer:
+    """Activations of calls with given latents, by site [rows, calls, tokens, features].
+
+    Args:
+        calls: that are made again. latents: [rows, calls, ...]. records: of one branch.
+        numbers: which calls the latents are for; all by default.
+    """
+    rows, count = latents.shape[:2]
+    of_calls = torch.arange(count) if numbers is None else torch.tensor(numbers)
+    buffer = ActivationBuffer(rows * count, memory)
+    for chosen in torch.arange(rows * count).split(batch_size):
+        row, call = chosen // count, chosen % count
+        with reader.recording(records) as cache, torch.no_grad():
+            calls(row, of_calls[call], latents[row, call])
+        buffer.put(chosen, cache)
+    buffer.values = {site: each.unflatten(0, (rows, count)) for site, each in buffer.values.items()}
+    return buffer
+
+
+def outside(
+    reader: Reader,
+    prompts: Sequence[str],
+    records: Sequence[Record],
+    seeds: Sequence[int],
+    batch_size: int,
+    memory: int,
+    width: int | None,
+    arguments: dict[str, Any],
+) -> ActivationBuffer:
+    """Activations of prompts outside a denoiser, by site [rows, 1, tokens, features]."""
+    buffer = ActivationBuffer(len(prompts), memory, width)
+    asked = dict(arguments)
+    if reader._subject.kind == "pipeline":
+        asked |= {"num_inference_steps": 1, "output_type": "latent"}
+    for chosen in torch.arange(len(prompts)).split(batch_size):
+        part = slice(int(chosen[0]), int(chosen[-1]) + 1)
+        buffer.put(
+            chosen, reader.run(prompts[part], record=records, seeds=seeds[part], **asked).cache
+        )
+    buffer.values = {site: value.unsqueeze(1) for site, value in buffer.values.items()}
+    return buffer
+
+
+def _longest(
+    reader: Reader, base: Sequence[str], teacher: Sequence[str], tokens: Any
+) -> int | None:
+    """Tokens of the longest prompt, where all are recorded and some prompts have fewer."""
+    if reader._subject.kind != "language" or tokens is not None:
+        return None
+    counts = list(map(len, tokenize(reader, [*base, *teacher])[0]))
+    return max(counts) if min(counts) < max(counts) else None
+
+
+def _check_counts(base: dict[str, Tensor], teacher: dict[str, Tensor]) -> None:
+    """Refuse a token of the base that the teacher has not."""
+    for site, counts in base.items():
+        lacking = (counts > teacher[site]).nonzero().flatten().tolist()
+        if lacking:
+            row = lacking[0]
+            had, has = int(counts[row]), int(teacher[site][row])
+            raise InvalidInput(
+                f"pair {row} at {site}: tokens {ranges(range(has, had))} of the base have none in "
+                f"the teacher, which has {has} tokens; choose as many of each with tokens="
+            )
