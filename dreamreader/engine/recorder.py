@@ -86,29 +86,48 @@ class Memory:
             )
 
 
-@dataclass(eq=False)
 class _Block:
     """Memory for the pieces of several moments, [rows, branches, moments, ...], filled in order.
 
     Pieces are written where the finished recording has them, so that nothing is copied twice.
     """
 
-    branches: tuple[str, ...]
-    memory: Tensor
-    used: int = 0
+    __slots__ = ("branches", "memory", "piece_bytes", "used", "_given", "_pieces", "_rows")
 
-    def fits(self, branches: tuple[str, ...], rows: int, x: Tensor) -> bool:
-        room = self.used < self.memory.shape[2]
-        same = self.memory.shape[:2] == (rows, len(branches))
-        return room and same and self.branches == branches and self.memory.shape[3:] == x.shape[1:]
+    def __init__(self, x: Tensor, cut: Cut, moments: int, request: Record):
+        count, rows = len(cut.branches), len(cut.rows)
+        device = x.device if request.device is None else request.device
+        shape = (rows, count, max(moments, 1), *x.shape[1:])
+        self.branches = cut.branches
+        self.memory = torch.empty(shape, dtype=request.dtype or x.dtype, device=device)
+        self.piece_bytes = x.numel() * self.memory.itemsize
+        self.used = 0
+        self._given = x.shape
+        self._rows = rows
+        self._pieces = self.memory.unbind(2)
+
+    def fits(self, x: Tensor, cut: Cut) -> bool:
+        """Whether x has its place as the next piece here."""
+        return (
+            x.shape == self._given
+            and self.used < len(self._pieces)
+            and (cut.branches is self.branches or cut.branches == self.branches)
+            and len(cut.rows) == self._rows
+        )
 
     def write(self, x: Tensor) -> Tensor:
         """Copies x [branches * rows, ...] to the next place; that place, [rows, branches, ...]."""
-        piece = self.memory[:, :, self.used]
-        rows, branches = piece.shape[:2]
-        piece.copy_(x.unflatten(0, (branches, rows)).transpose(0, 1))
+        piece = self._pieces[self.used]
+        if len(self.branches) == 1:
+            piece.select(1, 0).copy_(x)
+        else:
+            turned = piece.transpose(0, 1)  # [branches, rows, ...]
+            turned.copy_(x.view(turned.shape))
         self.used += 1
         return piece
+
+
+_NEVER = (UNTIMED.step, UNTIMED.evaluation)
 
 
 @dataclass(eq=False)
@@ -138,7 +157,8 @@ class Recorder:
 
     def keep(self, x: Tensor, cut: Cut, now: Now, moments: int) -> None:
         """Copy the kept part of x [batch, tokens, features] (or [batch, tokens, heads, d])."""
-        x = x.detach()
+        if x.requires_grad:
+            x = x.detach()
         if cut.entries is not None:
             x = x.index_select(0, cut.entries)
         if cut.tokens is not None:
@@ -147,31 +167,21 @@ class Recorder:
             x = x.unflatten(-1, (cut.heads, -1))
         if self.request.reduce is not None:
             x = self._reduced(x, cut.positions(now))
-        size = x.numel() * (self.request.dtype or x.dtype).itemsize
-        if not self._announced:
-            self._announced = True
-            self._memory.expect(size, moments, self.name)
-        self._memory.add(size, self.name)
         self._file(x, cut, now, moments)
 
     def _file(self, x: Tensor, cut: Cut, now: Now, moments: int) -> None:
         instant = now.instant if isinstance(now.instant, Instant) else UNTIMED
-        part = self._parts.setdefault(now.run, _Part(cut.rows))
+        part = self._parts.get(now.run)
+        if part is None:
+            part = self._parts[now.run] = _Part(cut.rows)
         key = (instant.step, instant.evaluation)
-        filed = part.pieces.setdefault(key, [])
-        untimed = instant is UNTIMED or (UNTIMED.step, UNTIMED.evaluation) in part.pieces
-        before = [each for pieces in part.pieces.values() for each in pieces] if untimed else filed
-        if any(set(branches) & set(cut.branches) for branches, _ in before):
-            if isinstance(now.instant, ClockUnknown) and now.phase != "outside":
-                raise ClockUnknown(
-                    f"{self.name} ran more than once, and which step each call is of is unknown. "
-                    f"{now.instant}"
-                )
-            raise InvalidInput(
-                f"{self.name} ran more than once at {self._moment(now)} with the same rows (a "
-                "shared module, VAE tiling or slicing, a prompt in chunks): record a site that "
-                "runs once"
-            )
+        filed = part.pieces.get(key)
+        if filed is None:
+            filed = part.pieces[key] = []
+        untimed = instant is UNTIMED or _NEVER in part.pieces
+        if untimed and len(part.pieces) > 1 or filed:
+            before = [each for pieces in part.pieces.values() for each in pieces]
+            self._require_new(before if untimed else filed, cut, now)
         part.instants[key] = instant
         if cut.map is not None:
             part.calls[key] = (now, cut)
@@ -179,13 +189,32 @@ class Recorder:
         filed.append((cut.branches, self._block(part, x, cut, moments).write(x)))
         part.cut = cut
 
+    def _require_new(self, before: list[tuple[tuple[str, ...], Tensor]], cut: Cut, now: Now):
+        """Refuse a call at a moment and in branches of which there are values already."""
+        if not any(set(branches) & set(cut.branches) for branches, _ in before):
+            return
+        if isinstance(now.instant, ClockUnknown) and now.phase != "outside":
+            raise ClockUnknown(
+                f"{self.name} ran more than once, and which step each call is of is unknown. "
+                f"{now.instant}"
+            )
+        raise InvalidInput(
+            f"{self.name} ran more than once at {self._moment(now)} with the same rows (a "
+            "shared module, VAE tiling or slicing, a prompt in chunks): record a site that "
+            "runs once"
+        )
+
     def _block(self, part: _Part, x: Tensor, cut: Cut, moments: int) -> _Block:
         """Where the next piece goes: a block with room for all the moments that are to come."""
-        if not part.blocks or not part.blocks[-1].fits(cut.branches, len(cut.rows), x):
-            shape = (len(cut.rows), len(cut.branches), max(moments, 1), *x.shape[1:])
-            device = x.device if self.request.device is None else self.request.device
-            memory = torch.empty(shape, dtype=self.request.dtype or x.dtype, device=device)
-            part.blocks.append(_Block(cut.branches, memory))
+        if not part.blocks or not part.blocks[-1].fits(x, cut):
+            size = x.numel() * (self.request.dtype or x.dtype).itemsize
+            if not self._announced:
+                self._announced = True
+                self._memory.expect(size, moments, self.name)
+            self._memory.add(size, self.name)
+            part.blocks.append(_Block(x, cut, moments, self.request))
+        else:
+            self._memory.add(part.blocks[-1].piece_bytes, self.name)
         return part.blocks[-1]
 
     def _moment(self, now: Now) -> str:

@@ -12,6 +12,7 @@ from dreamreader.engine.checkpointing import recomputed_as_before
 from dreamreader.engine.clock_schedule import Instant
 from dreamreader.engine.firing import Firing, FiringReport
 from dreamreader.engine.lm_tracker import LanguageTracker, reads_text
+from dreamreader.engine.notes import Notes
 from dreamreader.engine.now import Now
 from dreamreader.engine.place import RowSet
 from dreamreader.engine.probs import ProbsMode
@@ -80,7 +81,10 @@ class Shared:
         `serial` stands for its kind of call, `timeless` for it at any time, `placeless` for it at
         any time and decoding position.
         """
-        now = self.tracker.now or self.again
+        now = self.tracker.now
+        if now is not None and now is self._now:
+            return now
+        now = now or self.again
         if now is None:
             now = self.tracker.outside(site.component)
         if now is not self._now:
@@ -497,9 +501,10 @@ def _count(lines: dict[tuple[int, str], Firing], name: str, now: Now, plan: Any)
 
 
 def _note_unchanged(lines: dict[tuple[int, str], Firing], name: str, run: SiteRun) -> None:
+    changed = run.notes.changed() if run.edits else set()
     for number, _ in run.edits:
         line = lines[number, name]
-        if line.calls > line.passed_over and number not in run.changed:
+        if line.calls > line.passed_over and number not in changed:
             line.note("strength above 0, but no value changed")
 
 
@@ -508,13 +513,12 @@ def _note_overflow(lines: dict[tuple[int, str], Firing], name: str, run: SiteRun
 
     steps = {
         now.instant.step if isinstance(now.instant, Instant) else 0
-        for now, flag in run.overflows
-        if bool(flag)
+        for now in run.notes.overflowed()
     }
     if steps:
         for number, _ in run.edits:
             lines[number, name].note(f"overflow to infinity at steps {ranges(steps)}")
-    run.overflows.clear()
+    run.notes = Notes()
 
 
 def _note_missing_steps(report: FiringReport, requests: Sequence[Request], shared: Shared) -> None:

@@ -11,6 +11,9 @@ from torch import nn
 from dreamreader.errors import InvalidInput
 
 
+_NONE: dict[str, Any] = {}
+
+
 class Modules(dict[str, nn.Module]):
     """Modules by path; `root` holds them all, where the subject is one module."""
 
@@ -79,7 +82,7 @@ class Subject:
 
 def unwrapped(module: Any) -> Any:
     """The module itself where `torch.compile` has wrapped it."""
-    while isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+    while isinstance(inner := getattr(module, "_modules", _NONE).get("_orig_mod"), nn.Module):
         module = inner
     return module
 
@@ -155,7 +158,7 @@ def input_device(model: nn.Module) -> torch.device:
 def is_compiled(module: nn.Module) -> bool:
     """Whether `torch.compile` runs this module, as a wrapper or in place."""
     return (
-        isinstance(getattr(module, "_orig_mod", None), nn.Module)
+        isinstance(module._modules.get("_orig_mod"), nn.Module)
         or getattr(module, "_compiled_call_impl", None) is not None
     )
 

@@ -1,0 +1,69 @@
+"""What edits did to the values of a site, written down by the passes that made them."""
+
+import torch
+from torch import Tensor
+
+from dreamreader.engine.now import Now
+from dreamreader.ops.intervention import CHANGED, NOT_FINITE, OVERFLOWED, look
+
+_ROOM = 256  # visits in one table
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Notes:
+    """Whether the edits of one site changed or overflowed anything; read when it is asked for.
+
+    Each visit has a place in a table on the device of the values, so that no visit waits for one.
+    """
+
+    def __init__(self) -> None:
+        self._changed: set[int] = set()
+        self._overflowed: list[Now] = []
+        self._tables: dict[torch.device, Tensor] = {}
+        self._next: dict[torch.device, int] = {}
+        self._open: list[tuple[Now | None, tuple[int, ...], Tensor, int]] = []
+
+    def place(self, now: Now | None, numbers: tuple[int, ...], x: Tensor) -> tuple[Tensor, int]:
+        """A place for what the edits `numbers` do to x; `now` None: overflow is of no concern."""
+        device = x.device
+        at = self._next.get(device, _ROOM)
+        if at == _ROOM:
+            at = 0
+            with torch.inference_mode(False):  # a block may begin inside and end outside of it
+                self._tables[device] = torch.zeros(_ROOM, dtype=torch.int32, device=device)
+        self._next[device] = at + 1
+        table = self._tables[device]
+        self._open.append((now, numbers, table, at))
+        return table, at
+
+    def look(self, now: Now | None, numbers: tuple[int, ...], x: Tensor, y: Tensor) -> None:
+        """Compare what something else than a program gave."""
+        compare = not self.knows(numbers)
+        if compare or y.dtype in _HALF:
+            look(x, y, *self.place(now, numbers, y), compare)
+
+    def knows(self, numbers: tuple[int, ...]) -> bool:
+        """Whether each of these edits has changed a value so far; waits while that is unknown."""
+        if not self._changed.issuperset(numbers):
+            self._read()
+        return self._changed.issuperset(numbers)
+
+    def changed(self) -> set[int]:
+        """Numbers of the edits that changed a value."""
+        self._read()
+        return self._changed
+
+    def overflowed(self) -> list[Now]:
+        """The calls in which an edit made values infinite or NaN that were not."""
+        self._read()
+        return self._overflowed
+
+    def _read(self) -> None:
+        tables: dict[int, list[int]] = {}
+        for now, numbers, table, at in self._open:
+            bits = tables.get(id(table)) or tables.setdefault(id(table), table.tolist())
+            if bits[at] & CHANGED and len(numbers) == 1:
+                self._changed.update(numbers)
+            if now is not None and bits[at] & (OVERFLOWED | NOT_FINITE) == OVERFLOWED:
+                self._overflowed.append(now)
+        self._open.clear()
