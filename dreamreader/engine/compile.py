@@ -56,14 +56,6 @@ class Stage:
             return self.active.edit.apply(x, self.active.place)
         return _blended(x, self.active)
 
-    def run_noted(self, x: Tensor, now: Now | None, notes: Notes) -> Tensor:
-        """Like `run`; notes say later what it did to the values."""
-        if self.program is not None:
-            return intervene_seen(x, self.program, *notes.place(now, self.numbers, x))
-        y = self.run(x)
-        notes.look(now, self.numbers, x, y)
-        return y
-
 
 @dataclass(eq=False)
 class Compiled:
@@ -85,11 +77,17 @@ class Compiled:
     def run_noted(self, x: Tensor, now: Now, notes: Notes) -> Tensor:
         """Like `run`; notes say later what each edit did to the values."""
         for stage in self.stages:
-            y = stage.run_noted(x, now, notes)
+            if stage.program is not None:
+                place = notes.place(now, stage.numbers, x)
+                y = intervene_seen(x, stage.program, *place)
+            else:
+                y = stage.run(x)
+                notes.look(now, stage.numbers, x, y)
             if stage.alone and not notes.knows(stage.numbers):
                 with torch.no_grad():
                     for each in stage.alone:
-                        x = each.run_noted(x, None, notes)
+                        assert each.program is not None
+                        x = intervene_seen(x, each.program, *notes.place(None, each.numbers, x))
             x = y
         return x
 

@@ -7,6 +7,7 @@ from dreamreader.engine.now import Now
 from dreamreader.ops.intervention import CHANGED, NOT_FINITE, OVERFLOWED, look
 
 _ROOM = 256  # visits in one table
+_NO_TABLE = torch.empty(0, dtype=torch.int32)
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -19,22 +20,22 @@ class Notes:
     def __init__(self) -> None:
         self._changed: set[int] = set()
         self._overflowed: list[Now] = []
-        self._tables: dict[torch.device, Tensor] = {}
-        self._next: dict[torch.device, int] = {}
+        self._device: torch.device | None = None  # of the table in use
+        self._table = _NO_TABLE
+        self._at = 0  # next place there
         self._open: list[tuple[Now | None, tuple[int, ...], Tensor, int]] = []
 
     def place(self, now: Now | None, numbers: tuple[int, ...], x: Tensor) -> tuple[Tensor, int]:
         """A place for what the edits `numbers` do to x; `now` None: overflow is of no concern."""
         device = x.device
-        at = self._next.get(device, _ROOM)
-        if at == _ROOM:
-            at = 0
+        if device != self._device or self._at == _ROOM:
+            self._device, self._at = device, 0
             with torch.inference_mode(False):  # a block may begin inside and end outside of it
-                self._tables[device] = torch.zeros(_ROOM, dtype=torch.int32, device=device)
-        self._next[device] = at + 1
-        table = self._tables[device]
-        self._open.append((now, numbers, table, at))
-        return table, at
+                self._table = torch.zeros(_ROOM, dtype=torch.int32, device=device)
+        at = self._at
+        self._at = at + 1
+        self._open.append((now, numbers, self._table, at))
+        return self._table, at
 
     def look(self, now: Now | None, numbers: tuple[int, ...], x: Tensor, y: Tensor) -> None:
         """Compare what something else than a program gave."""

@@ -92,54 +92,67 @@ class _Block:
     Pieces are written where the finished recording has them, so that nothing is copied twice.
     """
 
-    __slots__ = ("branches", "memory", "piece_bytes", "used", "_given", "_pieces", "_rows")
+    __slots__ = ("branches", "moments", "piece_bytes", "rows", "used", "_given", "_shape", "_to")
 
     def __init__(self, x: Tensor, cut: Cut, moments: int, request: Record):
-        count, rows = len(cut.branches), len(cut.rows)
-        device = x.device if request.device is None else request.device
-        shape = (rows, count, max(moments, 1), *x.shape[1:])
         self.branches = cut.branches
-        self.memory = torch.empty(shape, dtype=request.dtype or x.dtype, device=device)
-        self.piece_bytes = x.numel() * self.memory.itemsize
+        self.rows = len(cut.rows)
+        self.moments = max(moments, 1)
         self.used = 0
         self._given = x.shape
-        self._rows = rows
-        self._pieces = self.memory.unbind(2)
+        device = x.device if request.device is None else request.device
+        dtype = request.dtype or x.dtype
+        if len(cut.branches) == self.moments == 1:
+            self._shape = None
+            self._to = torch.empty(x.shape, dtype=dtype, device=device)
+        else:
+            self._shape = (len(cut.branches), self.rows, *x.shape[1:])
+            shape = (self.rows, len(cut.branches), self.moments, *x.shape[1:])
+            self._to = torch.empty(shape, dtype=dtype, device=device).transpose(0, 1)
+        self.piece_bytes = x.numel() * self._to.itemsize
+
+    @property
+    def memory(self) -> Tensor:
+        """[rows, branches, moments, ...]."""
+        if self._shape is None:
+            return self._to.unsqueeze(1).unsqueeze(1)
+        return self._to.transpose(0, 1)
 
     def fits(self, x: Tensor, cut: Cut) -> bool:
         """Whether x has its place as the next piece here."""
         return (
-            x.shape == self._given
-            and self.used < len(self._pieces)
+            self.used < self.moments
+            and x.shape == self._given
             and (cut.branches is self.branches or cut.branches == self.branches)
-            and len(cut.rows) == self._rows
+            and len(cut.rows) == self.rows
         )
 
-    def write(self, x: Tensor) -> Tensor:
-        """Copies x [branches * rows, ...] to the next place; that place, [rows, branches, ...]."""
-        piece = self._pieces[self.used]
-        if len(self.branches) == 1:
-            piece.select(1, 0).copy_(x)
+    def write(self, x: Tensor) -> None:
+        """Copies x [branches * rows, ...] to the next place."""
+        if self._shape is None:
+            self._to.copy_(x)
         else:
-            turned = piece.transpose(0, 1)  # [branches, rows, ...]
-            turned.copy_(x.view(turned.shape))
+            self._to.select(2, self.used).copy_(x.view(self._shape))
         self.used += 1
-        return piece
 
+    def piece(self, number: int) -> Tensor:
+        """What was written as this piece, [rows, branches, ...]."""
+        return self.memory.select(2, number)
+
+
+_Filed = tuple[tuple[str, ...], _Block, int]  # branches, where their values are
 
 _NEVER = (UNTIMED.step, UNTIMED.evaluation)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Part:
     """Values of one run of the subject: a piece for each (step, evaluation) and branches."""
 
     rows: tuple[int, ...]
-    pieces: dict[tuple[int, int], list[tuple[tuple[str, ...], Tensor]]] = field(
-        default_factory=dict
-    )
+    pieces: dict[tuple[int, int], list[_Filed]] = field(default_factory=dict)
     instants: dict[tuple[int, int], Instant] = field(default_factory=dict)
-    calls: dict[tuple[int, int], tuple[Now, Cut]] = field(default_factory=dict)
+    calls: dict[tuple[int, int], tuple[Now, Cut]] | None = None  # of texts
     cut: Cut | None = None
     blocks: list[_Block] = field(default_factory=list)
 
@@ -184,14 +197,17 @@ class Recorder:
             self._require_new(before if untimed else filed, cut, now)
         part.instants[key] = instant
         if cut.map is not None:
+            part.calls = part.calls or {}
             part.calls[key] = (now, cut)
         # A copy into memory of our own: later changes in place must not show.
-        filed.append((cut.branches, self._block(part, x, cut, moments).write(x)))
+        block = self._block(part, x, cut, moments)
+        filed.append((cut.branches, block, block.used))
+        block.write(x)
         part.cut = cut
 
-    def _require_new(self, before: list[tuple[tuple[str, ...], Tensor]], cut: Cut, now: Now):
+    def _require_new(self, before: list[_Filed], cut: Cut, now: Now) -> None:
         """Refuse a call at a moment and in branches of which there are values already."""
-        if not any(set(branches) & set(cut.branches) for branches, _ in before):
+        if not any(set(branches) & set(cut.branches) for branches, *_ in before):
             return
         if isinstance(now.instant, ClockUnknown) and now.phase != "outside":
             raise ClockUnknown(
@@ -296,8 +312,8 @@ class Recorder:
         """[rows, steps, tokens] own index of the tokens of one part, as far as there is one."""
         if self.request.reduce is not None:
             return None  # what it made is no token of the row any more
-        found = [cut.positions(now) for now, cut in part.calls.values()]
-        part.calls.clear()
+        found = [cut.positions(now) for now, cut in (part.calls or {}).values()]
+        part.calls = None
         if not found or any(each is None or each.shape != found[0].shape for each in found):  # pyright: ignore
             return None
         return torch.stack(found, 1)  # pyright: ignore[reportArgumentType]
@@ -306,7 +322,7 @@ class Recorder:
         """Branches of the runs; every part has to have the same steps."""
         names: dict[str, None] = {}
         for filed in parts[0].pieces.values():
-            for branches, _ in filed:
+            for branches, *_ in filed:
                 names.update(dict.fromkeys(branches))
         for part in parts:
             if part.pieces.keys() != parts[0].pieces.keys():
@@ -322,23 +338,25 @@ class Recorder:
         """[rows, branches, steps, tokens, ...] of one part: its only block, or several in one."""
         blocks, part.blocks = part.blocks, []
         only = blocks[0]
-        if len(blocks) == 1 and only.branches == names and only.used == only.memory.shape[2]:
+        if len(blocks) == 1 and only.branches == names and only.used == only.moments:
             part.pieces.clear()
             return only.memory
         del blocks, only
-        first = next(iter(part.pieces.values()))[0][1]
+        _, block, at = next(iter(part.pieces.values()))[0]
+        first = block.piece(at)
         count = len(part.rows)
         out: Tensor | None = None
         for number, instant in enumerate(instants):
             filed = part.pieces.pop((instant.step, instant.evaluation))
-            have = [name for branches, _ in filed for name in branches]
+            have = [name for branches, *_ in filed for name in branches]
             if set(have) != set(names):
                 raise InvalidInput(
                     f"recording {self.name}: step {instant.step} ran the branches "
                     f"{', '.join(have)}, others {', '.join(names)}; record one branch, or a step "
                     "window"
                 )
-            for branches, piece in filed:
+            for branches, block, at in filed:
+                piece = block.piece(at)
                 if piece.shape[2:] != first.shape[2:]:
                     raise self._unequal(piece, first, branches, instant)
                 if out is None:

@@ -49,7 +49,7 @@ class Shared:
         self.prompts = prompts
         self.seeds = None if seeds is None else tuple(seeds)
         self.words = words
-        self.owner = Owner()
+        self._is_here = Owner().here
         self.seen_elsewhere = False
         self.probs = ProbsMode()
         self.step_caches = StepCaches()
@@ -63,14 +63,14 @@ class Shared:
         self._serials: dict[tuple, int] = {}
         self.prompts_of: dict[int, Sequence[str] | None] = {}
         self.again: Now | None = None  # what ran when a part was called that is computed again
-        self._now: Now | None = None
+        self.latest: Now | None = None  # what `serial`, `timeless` and `placeless` are of
         self._checked_run = -1
 
     def ours(self) -> bool:
         """Whether a call that a hook sees is to be edited and recorded."""
         if self.subject.paused:
             return False
-        if self.owner.here():
+        if self._is_here():
             return True
         self.seen_elsewhere = True
         return False
@@ -81,14 +81,11 @@ class Shared:
         `serial` stands for its kind of call, `timeless` for it at any time, `placeless` for it at
         any time and decoding position.
         """
-        now = self.tracker.now
-        if now is not None and now is self._now:
-            return now
-        now = now or self.again
+        now = self.tracker.now or self.again
         if now is None:
             now = self.tracker.outside(site.component)
-        if now is not self._now:
-            self._now = now
+        if now is not self.latest:
+            self.latest = now
             self.prompts_of.setdefault(now.run, self.tracker.prompts)
             self.serial = self._serials.setdefault(now.stamp, len(self._serials))
             self.timeless = self._serials.setdefault(now.shape_key, len(self._serials))

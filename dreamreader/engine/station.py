@@ -124,8 +124,10 @@ class SiteRun:
     def _planned(self, value: Tensor, given: Any) -> tuple[Now, Plan]:
         """What is running, and what to do then."""
         shared = self.shared
-        now = shared.current(self.site)
-        call = self._any_time() if self._timeless else shared.serial
+        now = shared.tracker.now
+        if now is None or now is not shared.latest:
+            now = shared.current(self.site)
+        call = getattr(shared, self._kind_of_call)
         run = now.run if self._follows_prompt else None
         shape, dtype, device = value.shape, value.dtype, value.device
         grad = torch.is_grad_enabled()  # a program without gradients has none
@@ -266,6 +268,13 @@ class SiteRun:
     def _any_time(self) -> int:
         """What stands for the calls that differ in nothing but the time."""
         return self.shared.timeless if self._selects_tokens else self.shared.placeless
+
+    @cached_property
+    def _kind_of_call(self) -> str:
+        """Which number of the session stands for the calls of one plan."""
+        if not self._timeless:
+            return "serial"
+        return "timeless" if self._selects_tokens else "placeless"
 
     @cached_property
     def _selects_tokens(self) -> bool:

@@ -10,7 +10,6 @@ from torch import nn
 
 from dreamreader.errors import InvalidInput
 
-
 _NONE: dict[str, Any] = {}
 
 

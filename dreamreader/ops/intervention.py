@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dreamreader import _alloc
-from dreamreader._register import Kernel, native, register
+from dreamreader._register import Kernel, active, native, register
 from dreamreader.errors import InvalidInput
 from dreamreader.ops._intervention_gradient import backward, setup_context, twice
 from dreamreader.ops._intervention_steps import apply_step
@@ -139,12 +139,26 @@ def intervene_seen(
     """
     if x.shape != program.shape or x.device != program.device or x.dtype not in FLOATS:
         raise _mismatch("intervene_seen", x, program)
-    followed = torch.is_grad_enabled() and (x.requires_grad or program.requires_grad)
+    followed = _is_grad_enabled() and (x.requires_grad or program.requires_grad)
     if followed or _is_compiling() or forward_ad._current_level >= 0 or _in_torch_func():
         y = _intervene(x, *program.tables(x.dtype))
         look(x, y, seen, at)
         return y
+    if _direct and _is_plain(x):  # past the dispatcher, which takes longer than a small edit
+        return _cpu_seen(x, program.number, seen, at)
     return _intervene_seen(x, program.number, seen, at)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether nothing would be done to a call with x between the dispatcher and the CPU kernel."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not x.is_neg()
+        and not _len_dispatch_stack()
+        and not _len_function_stack()
+        and _tracing_state() is None
+    )
 
 
 @torch.no_grad()
@@ -323,6 +337,10 @@ def _mismatch(name: str, x: Tensor, program: Program) -> InvalidInput:
 _native: Any = native()[0]
 _is_compiling = torch.compiler.is_compiling
 _threads = torch.get_num_threads
+_is_grad_enabled = torch.is_grad_enabled
+_len_dispatch_stack = torch._C._len_torch_dispatch_stack
+_len_function_stack = torch._C._len_torch_function_stack
+_tracing_state = torch._C._get_tracing_state
 _in_torch_func = torch._C._functorch.peek_interpreter_stack
 _increment_version = torch.autograd.graph.increment_version
 _TRITON = "dreamreader.triton_kernels.intervention"
@@ -370,6 +388,7 @@ _intervene_seen = register(
     cuda=Kernel("intervene_cuda", _cuda_seen),
     triton=Kernel(_TRITON, _triton_seen),
 )
+_direct = active["intervene_seen"]["CPU"].backend == "native"
 
 __all__ = [
     "CHANGED",
