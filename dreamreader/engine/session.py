@@ -23,7 +23,7 @@ from dreamreader.engine.sites import Site, find
 from dreamreader.engine.station import SiteRun, Station
 from dreamreader.engine.step_caches import StepCaches, cache_hooks, caches_batch
 from dreamreader.engine.stream import Streamer
-from dreamreader.engine.subject import Subject, is_compiled
+from dreamreader.engine.subject import Subject, is_compiled, parts
 from dreamreader.engine.threads import Owner
 from dreamreader.engine.tracker import ModuleTracker, PipelineTracker, Tracker
 from dreamreader.engine.watch import Watcher
@@ -265,15 +265,15 @@ class Session(AbstractContextManager):
         stations = self._resolve(modules)
         shared = self._shared
         with ExitStack() as stack:
-            if any(map(is_compiled, _parts(self.subject))):
+            every = _parts(self.subject)
+            if any(map(is_compiled, every)):
                 # Hooks are not seen by code that is compiled already: run the modules as they are.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
                 self.report.notes.append(
                     "compiled modules ran uncompiled while hooks were attached"
                 )
             if self.edits:
-                parts = _parts(self.subject)
-                stack.enter_context(recomputed_as_before(shared, parts))
+                stack.enter_context(recomputed_as_before(shared, every))
             stack.enter_context(shared.tracker)
             taps = [
                 (run.site.name, run.site.tap.module, run.site.tap.side)
@@ -448,9 +448,9 @@ def _tracker(subject: Subject, prompt_length: int | None) -> Any:
 
 def _parts(subject: Subject) -> list[nn.Module]:
     if subject.kind != "pipeline":
-        return list(subject.model.modules())
+        return parts(subject.model)
     components = [each for each in subject.model.components.values() if isinstance(each, nn.Module)]
-    return [module for component in components for module in component.modules()]
+    return [module for component in components for module in parts(component)]
 
 
 def _attach(station: Station, stack: ExitStack) -> None:
