@@ -341,7 +341,7 @@ _is_grad_enabled = torch.is_grad_enabled
 _len_dispatch_stack = torch._C._len_torch_dispatch_stack
 _len_function_stack = torch._C._len_torch_function_stack
 _tracing_state = torch._C._get_tracing_state
-_in_torch_func = torch._C._functorch.peek_interpreter_stack
+_in_torch_func: Any = vars(torch._C)["_functorch"].peek_interpreter_stack
 _increment_version = torch.autograd.graph.increment_version
 _TRITON = "dreamreader.triton_kernels.intervention"
 
