@@ -78,8 +78,9 @@ class Compiled:
         """Like `run`; notes say later what each edit did to the values."""
         for stage in self.stages:
             if stage.program is not None:
-                place = notes.place(now, stage.numbers, x)
-                y = intervene_seen(x, stage.program, *place)
+                compare = not notes.knows(stage.numbers)  # reads, so before there is a new place
+                table, at = notes.place(now, stage.numbers, x)
+                y = intervene_seen(x, stage.program, table, at, compare)
             else:
                 y = stage.run(x)
                 notes.look(now, stage.numbers, x, y)

@@ -45,8 +45,9 @@ class Notes:
 
     def knows(self, numbers: tuple[int, ...]) -> bool:
         """Whether each of these edits has changed a value so far; waits while that is unknown."""
-        if not self._changed.issuperset(numbers):
-            self._read()
+        if self._changed.issuperset(numbers):
+            return True
+        self._read()
         return self._changed.issuperset(numbers)
 
     def changed(self) -> set[int]:

@@ -280,7 +280,8 @@ class Session(AbstractContextManager):
                 for run in self._runs.values()
             ]
             shared.step_caches.watch(taps, stack)
-            caches = sorted({each for module in modules.values() for each in cache_hooks(module)})
+            hooked = [each for each in modules.values() if "_diffusers_hook" in vars(each)]
+            caches = sorted({name for each in hooked for name in cache_hooks(each)})
             if caches:
                 self.report.notes.append(f"step caches are on: {', '.join(caches)}")
             if any("probs" in station.sides() for station in stations):

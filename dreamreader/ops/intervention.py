@@ -108,7 +108,11 @@ CHANGED, OVERFLOWED, NOT_FINITE = 1, 2, 4
 
 
 def intervene_seen(
-    x: Float[Tensor, "rows tokens width"], program: Program, seen: Int[Tensor, " n"], at: int
+    x: Float[Tensor, "rows tokens width"],
+    program: Program,
+    seen: Int[Tensor, " n"],
+    at: int,
+    compare: bool = True,
 ) -> Float[Tensor, "rows tokens width"]:
     """Applies a program and tells, from the same pass over memory, what it did to the values.
 
@@ -120,6 +124,7 @@ def intervene_seen(
         program: built for this shape and device.
         seen: int32 on the device of x; nothing waits for it.
         at: place in it.
+        compare: whether CHANGED is asked for; where no kernel tells it on its way it is a pass.
 
     Returns:
         A new tensor, as `intervene`. Where gradients, torch.func or torch.compile follow, `seen`
@@ -142,11 +147,11 @@ def intervene_seen(
     followed = _is_grad_enabled() and (x.requires_grad or program.requires_grad)
     if followed or _is_compiling() or forward_ad._current_level >= 0 or _in_torch_func():
         y = _intervene(x, *program.tables(x.dtype))
-        look(x, y, seen, at)
+        look(x, y, seen, at, compare)
         return y
     if _direct and _is_plain(x):  # past the dispatcher, which takes longer than a small edit
-        return _cpu_seen(x, program.number, seen, at)
-    return _intervene_seen(x, program.number, seen, at)
+        return _cpu_seen(x, program.number, seen, at, compare)
+    return _intervene_seen(x, program.number, seen, at, compare)
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -168,12 +173,13 @@ def look(x: Tensor, y: Tensor, seen: Tensor, at: int, compare: bool = True) -> N
     Args:
         compare: whether to ask for CHANGED too.
     """
-    if not y.numel():
+    half = y.dtype in (torch.bfloat16, torch.float16)
+    if not y.numel() or not (half or compare):
         return
     found: Any = 0
     if compare:  # in main memory `equal` makes no tensor of answers
         found = CHANGED * (not torch.equal(x, y) if y.is_cpu else torch.ne(x, y).any())
-    if y.dtype in (torch.bfloat16, torch.float16):
+    if half:
         bad = _not_finite(y)
         if not y.is_cpu or bool(bad):
             found = found + bad * (OVERFLOWED + NOT_FINITE * _not_finite(x))
@@ -267,28 +273,28 @@ def _triton_live_(x: Tensor, number: int) -> None:
     _triton_(x, *live(number).tables(x.dtype))
 
 
-def _reference_seen(x: Tensor, number: int, seen: Tensor, at: int) -> Tensor:
+def _reference_seen(x: Tensor, number: int, seen: Tensor, at: int, compare: bool = True) -> Tensor:
     y = intervene_reference(x, *live(number).tables(x.dtype))
-    look(x, y, seen, at)
+    look(x, y, seen, at, compare)
     return y
 
 
-def _cpu_seen(x: Tensor, number: int, seen: Tensor, at: int) -> Tensor:
+def _cpu_seen(x: Tensor, number: int, seen: Tensor, at: int, compare: bool = True) -> Tensor:
     out = _alloc.empty_like(x)
     tables = live(number).tables(x.dtype)
     _native.intervene_seen_cpu(x, out, *tables, _threads(), seen, at)
     return out
 
 
-def _cuda_seen(x: Tensor, number: int, seen: Tensor, at: int) -> Tensor:
+def _cuda_seen(x: Tensor, number: int, seen: Tensor, at: int, compare: bool = True) -> Tensor:
     y = _cuda(x, *live(number).tables(x.dtype))
-    look(x, y, seen, at)
+    look(x, y, seen, at, compare)
     return y
 
 
-def _triton_seen(x: Tensor, number: int, seen: Tensor, at: int) -> Tensor:
+def _triton_seen(x: Tensor, number: int, seen: Tensor, at: int, compare: bool = True) -> Tensor:
     y = _triton(x, *live(number).tables(x.dtype))
-    look(x, y, seen, at)
+    look(x, y, seen, at, compare)
     return y
 
 
@@ -316,7 +322,7 @@ def _fake(x: Tensor, *tables) -> Tensor:
     return torch.empty_like(x)
 
 
-def _fake_seen(x: Tensor, number: int, seen: Tensor, at: int) -> Tensor:
+def _fake_seen(x: Tensor, number: int, seen: Tensor, at: int, compare: bool = True) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -381,7 +387,7 @@ _intervene_live_ = register(
 
 _intervene_seen = register(
     "intervene_seen",
-    "(Tensor x, int number, Tensor(a!) seen, int at) -> Tensor",
+    "(Tensor x, int number, Tensor(a!) seen, int at, bool compare=True) -> Tensor",
     reference=_reference_seen,
     fake=_fake_seen,
     cpu=Kernel("intervene_seen_cpu", _cpu_seen),

@@ -183,3 +183,37 @@ def test_what_a_model_keeps_of_edited_values_never_changes(pool: None):
         assert torch.equal(first + second, results[number])
         assert torch.equal(second, first + 2.0)
     assert cache["first"].tensor.shape[0] == 6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("as_function", [False, True])
+def test_a_session_finds_the_one_call_among_many(as_function: bool):
+    model = nn.Sequential(nn.Identity()).half()
+    edit = (
+        dr.Edit("0", lambda x, place: x + 0.01)
+        if as_function
+        else dr.Steer("0", torch.full((8,), 0.01))
+    )
+    big, zero = torch.full((1, 3, 8), 1000.0).half(), torch.zeros(1, 3, 8).half()
+    calls = {299: zero}
+    with dr.Reader(model).editing(edit) as report:
+        for number in range(600):
+            model(calls.get(number, big))
+    assert report[0].calls == 600 and report[0].notes == []
+    with dr.Reader(model).editing(edit) as report:
+        for _ in range(300):
+            model(big)
+    assert report[0].notes == ["strength above 0, but no value changed"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("as_function", [False, True])
+def test_a_session_finds_the_one_overflow_among_many(as_function: bool):
+    model = nn.Sequential(nn.Identity()).half()
+    edit = dr.Edit("0", lambda x, place: x * 2) if as_function else dr.Scale("0", 2.0)
+    small, big = torch.ones(1, 3, 8).half(), torch.full((1, 3, 8), 4e4).half()
+    for overflow, notes in ((400, ["overflow to infinity at steps 0"]), (-1, [])):
+        with dr.Reader(model).editing(edit) as report:
+            for number in range(600):
+                model(big if number == overflow else small)
+        assert report[0].notes == notes
