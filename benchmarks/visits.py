@@ -30,11 +30,11 @@ SITES = 64
 
 
 class Wide(nn.Module):
-    """A layer of which the result is large and the work small."""
+    """A model of one layer, of which the result is large and the work small, or none."""
 
-    def __init__(self, width: int, dtype: torch.dtype):
+    def __init__(self, layer: nn.Module):
         super().__init__()
-        self.layer = nn.Linear(16, width, dtype=dtype)
+        self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
@@ -43,10 +43,12 @@ class Wide(nn.Module):
 class Call:
     """One layer, its edit and the hooks in plain torch that do the same."""
 
-    def __init__(self, rows: int, width: int, dtype: torch.dtype):
+    def __init__(self, rows: int, width: int, dtype: torch.dtype, works: bool = True):
         generator = torch.Generator().manual_seed(0)
-        self.model = Wide(width, dtype).eval()
-        self.x = torch.randn(2, rows // 2, 16, generator=generator).to(dtype)
+        layer = nn.Linear(16, width, dtype=dtype) if works else nn.Identity()
+        self.model = Wide(layer).eval()
+        features = 16 if works else width
+        self.x = torch.randn(2, rows // 2, features, generator=generator).to(dtype)
         self.vector = torch.randn(width, generator=generator)
         self.reader = dr.Reader(self.model)
         self.edit = dr.Steer("layer", self.vector, alpha=0.5, tokens=range(0, rows // 2, 2))
@@ -104,25 +106,30 @@ def timed(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counte
 
 
 def whole_calls(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each form by dtype, and how often the edit alone fits into the best plain one."""
+    """Milliseconds of each form by dtype, of a linear layer and of one that does nothing."""
     found = {}
     for name, dtype in DTYPES.items():
-        call = Call(options.rows, options.width, dtype)
-        if call.wrong():
-            raise SystemExit(f"no times: in {name} the edit is not what the plain form gives")
-        times = call.times(options.rounds)
+        of = {}
+        for works in (True, False):
+            call = Call(options.rows, options.width, dtype, works)
+            if call.wrong():
+                raise SystemExit(f"no times: in {name} the edit is not what the plain form gives")
+            of[works] = call.times(options.rounds)
+        times, alone = of[True], of[False]
         best = min(call.forms, key=lambda form: statistics.median(times[form]))
-        ours = summary(times["ours"], times[best])
-        least = {form: min(each) for form, each in times.items()}
-        edit = max(least["ours"] - least["bare"], 1e-9)
         found[name] = {
             "best_plain": best,
-            "milliseconds": {form: 1e3 * statistics.median(each) for form, each in times.items()},
-            "least_milliseconds": {form: 1e3 * each for form, each in least.items()},
-            "ratio_to_best_plain": ours,
-            "edit_alone": {form: (least[form] - least["bare"]) / edit for form in call.forms},
+            "milliseconds": {form: summary(in_ms(each)) for form, each in times.items()},
+            "least_milliseconds": {form: min(in_ms(each)) for form, each in times.items()},
+            "ratio_to_best_plain": summary(times["ours"], times[best]),
+            "edit_alone_milliseconds": {form: min(in_ms(each)) for form, each in alone.items()},
+            "edit_alone_gain": {form: min(alone[form]) / min(alone["ours"]) for form in call.forms},
         }
     return found
+
+
+def in_ms(seconds: list[float]) -> list[float]:
+    return [1e3 * each for each in seconds]
 
 
 class Chain:
@@ -227,9 +234,13 @@ def main() -> int:
 
 def show(result: dict[str, Any]) -> None:
     for name, each in result["calls"].items():
-        ratio, alone = each["ratio_to_best_plain"]["median"], each["edit_alone"]["where"]
+        ratio, alone = each["ratio_to_best_plain"]["median"], each["edit_alone_gain"]
         least = "  ".join(f"{form} {ms:.2f}" for form, ms in each["least_milliseconds"].items())
-        print(f"{name:9s} x{ratio:.3f} of {each['best_plain']}; edit alone x{alone:.1f}; {least}")
+        print(f"{name:9s} x{ratio:.3f} of {each['best_plain']}; {least}")
+        gains = "  ".join(f"{form} {gain:.1f}" for form, gain in alone.items())
+        print(
+            f"          edit alone {each['edit_alone_milliseconds']['ours']:.2f} ms; gain: {gains}"
+        )
     for name, each in result["python_microseconds"].items():
         goal = f"   goal {GOALS[name]:g}" if name in GOALS else ""
         print(f"{name:16s} {each['median']:6.1f} us [{each['q20']:.1f}, {each['q80']:.1f}]{goal}")
