@@ -195,9 +195,10 @@ Division divide(const Activation& in, const Activation& out, const Program<W>& p
 }
 
 template <typename W>
-void run_cpu(const Activation& in, const Activation& out, const Program<W>& p, int threads) {
+void run_cpu(const Activation& in, const Activation& out, const Program<W>& p, int threads,
+             int32_t* seen) {
   if (in.rows * in.tokens * in.width == 0) return;
-  Call call{{in, out, &p, in.width, 0}, {}, 0};
+  Call call{{in, out, &p, in.width, 0, seen}, {}, 0};
   for (int i = 0; i < p.count; ++i) {
     call.job.begin = std::min<int64_t>(call.job.begin, p.steps[i].begin);
     call.job.end = std::max<int64_t>(call.job.end, p.steps[i].end);
@@ -224,7 +225,7 @@ void run_cpu(const Activation& in, const Activation& out, const Program<W>& p, i
 
 void intervene_cpu(py::handle x, py::handle out, std::string_view code, py::handle strength,
                    py::handle vectors, py::handle limits, py::handle masks,
-                   const py::sequence& patches, int threads) {
+                   const py::sequence& patches, int threads, int32_t* seen) {
   const TensorView in(x), to(out);
   const Tables tables{TensorView(strength), TensorView(vectors), TensorView(limits),
                       TensorView(masks)};
@@ -232,9 +233,27 @@ void intervene_cpu(py::handle x, py::handle out, std::string_view code, py::hand
   check_pair(in, to, from, result);
   require(in.device().type == kDLCPU, "intervene_cpu: x is not in CPU memory");
   if (from.dtype == DType::f64)
-    run_cpu(from, result, program_of<double>(code, tables, patches, from, in.device()), threads);
+    run_cpu(from, result, program_of<double>(code, tables, patches, from, in.device()), threads, seen);
   else
-    run_cpu(from, result, program_of<float>(code, tables, patches, from, in.device()), threads);
+    run_cpu(from, result, program_of<float>(code, tables, patches, from, in.device()), threads, seen);
+}
+
+void intervene_quietly(py::handle x, py::handle out, std::string_view code, py::handle strength,
+                       py::handle vectors, py::handle limits, py::handle masks,
+                       const py::sequence& patches, int threads) {
+  intervene_cpu(x, out, code, strength, vectors, limits, masks, patches, threads, nullptr);
+}
+
+// The same into memory of its own; adds bits of Seen to seen[at].
+void intervene_seen(py::handle x, py::handle out, std::string_view code, py::handle strength,
+                    py::handle vectors, py::handle limits, py::handle masks,
+                    const py::sequence& patches, int threads, py::handle seen, int64_t at) {
+  const TensorView found(seen);
+  require(found.dims() == 1 && found.is(kDLInt, 32) && found.device().type == kDLCPU && 0 <= at &&
+              at < found.size(0),
+          "intervene: what was seen needs a place in an int32 vector");
+  auto* place = reinterpret_cast<int32_t*>(found.data()) + at * found.stride(0);
+  intervene_cpu(x, out, code, strength, vectors, limits, masks, patches, threads, place);
 }
 
 #ifdef DREAMREADER_CUDA
@@ -263,7 +282,8 @@ void intervene_cuda(py::handle x, py::handle out, std::string_view code, py::han
 #endif
 
 Bind bind_intervention([](py::module_& m) {
-  m.def("intervene_cpu", &intervene_cpu);
+  m.def("intervene_cpu", &intervene_quietly);
+  m.def("intervene_seen_cpu", &intervene_seen);
 #ifdef DREAMREADER_CUDA
   m.def("intervene_cuda", &intervene_cuda);
 #endif

@@ -100,6 +100,31 @@ struct Group {
     }
   }
 
+  // Tells what the lanes with work were before and after.
+  void look(Witness<T>& witness) const {
+    const T* in = static_cast<const T*>(job.in.data) + b * job.in.stride_row;
+    const T* out = static_cast<const T*>(job.out.data) + b * job.out.stride_row;
+    const bool rows = job.in.stride_channel == 1 && job.out.stride_channel == 1;
+    const bool whole = touched == lanes && job.in.stride_token == 1 && job.out.stride_token == 1;
+    if (!rows && whole) {
+      for (int64_t c = job.begin; c < job.end; ++c)
+        witness.look(in + t + c * job.in.stride_channel, out + t + c * job.out.stride_channel,
+                     lanes);
+      return;
+    }
+    for (int l = 0; l < lanes; ++l) {
+      if (!work[l]) continue;
+      const T* from = in + (t + l) * job.in.stride_token;
+      const T* to = out + (t + l) * job.out.stride_token;
+      if (rows) {
+        witness.look(from + job.begin, to + job.begin, job.end - job.begin);
+        continue;
+      }
+      for (int64_t c = job.begin; c < job.end; ++c)
+        witness.look(from + c * job.in.stride_channel, to + c * job.out.stride_channel, 1);
+    }
+  }
+
   void scatter_rows(T* base) const {
     const W* flat = reinterpret_cast<const W*>(y);
     for (int64_t c = job.begin; c < job.end; c += kBlock<W>) {
@@ -263,6 +288,7 @@ template <typename T>
 static void run_columns(const InterventionJob& job, void* scratch, int64_t first, int64_t last) {
   using W = typename Work<T>::type;
   const Program<W>& p = *static_cast<const Program<W>*>(job.program);
+  Witness<T> witness(job.seen);
   const int64_t groups = (job.in.tokens + kLanes<W> - 1) / kLanes<W>;
   for (int64_t item = first; item < last; ++item) {
     const int64_t b = item / groups, t = item % groups * kLanes<W>;
@@ -283,6 +309,7 @@ static void run_columns(const InterventionJob& job, void* scratch, int64_t first
       for (int i = 0; i < p.count; ++i) group.run(p.steps[i], strengths[i], entries[i]);
     }
     group.scatter();
+    if (job.seen && group.touched) group.look(witness);
   }
 }
 

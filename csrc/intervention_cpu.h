@@ -11,6 +11,14 @@ struct InterventionJob {
   Activation in, out;
   const void* program;
   int64_t begin, end;  // channels that any step touches
+  int32_t* seen;       // where bits of Seen are added, from several threads; or null
+};
+
+// What a program did, told by the pass that did it. Only of results in memory of their own.
+enum Seen : int32_t {
+  kChanged = 1,      // a value is another one
+  kOverflowed = 2,   // half precision: what was written has a value that is not finite
+  kNotFinite = 4,    // and what was read there had one already
 };
 
 // Works on items first .. last - 1; scratch holds scratch_bytes(job).

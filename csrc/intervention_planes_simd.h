@@ -89,7 +89,7 @@ struct Run {
     }
   }
 
-  void channel(int64_t c) const {
+  void channel(int64_t c, Witness<T>& witness) const {
     int steps[kMaxSteps];
     const int found = of_channel(c, steps);
     const Activation &in = job.in, &out = job.out;
@@ -110,6 +110,7 @@ struct Run {
       for (int i = 0; i < found; ++i) apply(steps[i], c, d, y);
       if (touched == 1) {
         store(to + d, y, n);
+        if (witness.seen) witness.look(from + d, to + d, n);
         continue;
       }
       Bits old[kBlock<W>], fresh[kBlock<W>];  // what no step touches keeps its bits
@@ -120,6 +121,8 @@ struct Run {
         fresh[j] = Bits((fresh[j] & mask) | (old[j] & Bits(~mask)));
       }
       __builtin_memcpy(to + d, fresh, std::size_t(n) * sizeof(T));
+      for (int64_t j = 0; witness.seen && j < n; ++j)
+        if (work[d + j]) witness.look(from + d + j, to + d + j, 1);
     }
   }
 };
@@ -128,13 +131,14 @@ template <typename T>
 static void run_planes(const InterventionJob& job, void* scratch, int64_t first, int64_t last) {
   using W = typename Work<T>::type;
   const Program<W>& p = *static_cast<const Program<W>*>(job.program);
+  Witness<T> witness(job.seen);
   const int64_t runs = (job.in.tokens + kPlaneTokens - 1) / kPlaneTokens;
   for (int64_t item = first; item < last; ++item) {
     const int64_t token = item % runs * kPlaneTokens, left = job.in.tokens - token;
     Run<T> run{job,   p, static_cast<W*>(scratch),           item / runs,
                token, left < kPlaneTokens ? left : kPlaneTokens, {},          {}, {}, {}};
     run.prepare();
-    for (int64_t c = 0; c < job.in.width; ++c) run.channel(c);
+    for (int64_t c = 0; c < job.in.width; ++c) run.channel(c, witness);
   }
 }
 

@@ -8,6 +8,16 @@
 namespace dreamreader {
 namespace {
 
+// The lowest bit of the exponent of a half.
+template <typename T>
+struct Lowest {
+  static constexpr uint16_t value = 0x80;  // bf16
+};
+template <>
+struct Lowest<f16> {
+  static constexpr uint16_t value = 0x400;
+};
+
 enum Act { kAdd, kMultiply, kBound, kBoundBlend, kSet, kMix, kSetSource, kMixSource };
 
 // A step on one row: what its step fixes, then what the row adds.
@@ -453,6 +463,62 @@ void Row<T>::run(const char* next) {
   finish(next);
 }
 
+// Whether all exponents of n halves are below that of infinity: it carries into the sign.
+template <typename T>
+DR_INLINE bool all_finite(const T* x, int64_t n) {
+  typedef uint16_t Halves __attribute__((vector_size(DR_VECTOR_BYTES)));
+  constexpr int64_t kHalves = DR_VECTOR_BYTES / 2;
+  constexpr uint16_t kOne = Lowest<T>::value;
+  Halves carried{};
+  int64_t i = 0;
+  for (; i + kHalves <= n; i += kHalves) {
+    const Halves bits = load_vector<Halves>(x + i);
+    carried |= (bits & uint16_t(0x7fff)) + kOne;
+  }
+  uint16_t found = 0;
+  for (; i < n; ++i) found |= uint16_t((load_vector<uint16_t>(x + i) & 0x7fff) + kOne);
+  uint64_t words[DR_VECTOR_BYTES / 8], all = 0;
+  __builtin_memcpy(words, &carried, sizeof(words));
+  for (uint64_t word : words) all |= word;
+  return !(all & 0x8000800080008000u) && !(found & 0x8000);
+}
+
+// Whether n values differ anywhere, as == sees them.
+template <typename T>
+static __attribute__((noinline)) bool differ(const T* x, const T* y, int64_t n) {
+  using W = typename Work<T>::type;
+  for (int64_t d = 0; d < n; d += kBlock<W>) {
+    const int64_t count = n - d < kBlock<W> ? n - d : int64_t(kBlock<W>);
+    const Block<W> a = load<W>(x + d, count), b = load<W>(y + d, count);
+    typename Lanes<W>::I found{};
+    for (int i = 0; i < kVectors; ++i) found |= a.v[i] != b.v[i];
+    for (int i = 0; i < kWidth<W>; ++i)
+      if (found[i]) return true;
+  }
+  return false;
+}
+
+// What one piece of work saw, given to all at its end.
+template <typename T>
+struct Witness {
+  int32_t* seen;
+  int32_t bits;
+
+  explicit Witness(int32_t* seen)
+      : seen(seen), bits(seen ? __atomic_load_n(seen, __ATOMIC_RELAXED) & kChanged : 0) {}
+  ~Witness() {
+    if (bits) __atomic_fetch_or(seen, bits, __ATOMIC_RELAXED);
+  }
+
+  // n values that follow each other, before and after; both are still in the cache.
+  void look(const T* in, const T* out, int64_t n) {
+    if (!(bits & kChanged) && differ(in, out, n)) bits |= kChanged;
+    if constexpr (sizeof(T) == 2) {
+      if (!all_finite(out, n)) bits |= all_finite(in, n) ? kOverflowed : kOverflowed | kNotFinite;
+    }
+  }
+};
+
 template <typename T>
 static void copy_channels(const T* in, T* out, int64_t begin, int64_t end) {
   if (in != out && end > begin)
@@ -464,6 +530,7 @@ static void run_rows(const InterventionJob& job, void* scratch, int64_t first, i
   using W = typename Work<T>::type;
   const int64_t tokens = job.in.tokens, width = job.in.width;
   Row<T> row(job, *static_cast<const Program<W>*>(job.program), scratch);
+  Witness<T> witness(job.seen);
   Cursor copied{first, first / tokens, first % tokens};
   const auto after = [&](Cursor at) {
     if (at.item < last) at.advance(tokens);
@@ -482,6 +549,8 @@ static void run_rows(const InterventionJob& job, void* scratch, int64_t first, i
     at = next;
     next = after(next);
     row.run(next.item < last ? row.address(next) : nullptr);
+    if (job.seen)
+      witness.look(row.in + job.begin, row.out + job.begin, job.end - job.begin);
     copy_channels(row.in, row.out, 0, job.begin);
     copy_channels(row.in, row.out, job.end, width);
   }

@@ -26,6 +26,20 @@ def intervene_cpu(
     patches: Sequence[Tensor],
     threads: int,
 ) -> None: ...
+def intervene_seen_cpu(
+    x: Tensor,
+    out: Tensor,
+    code: str,
+    strength: Tensor,
+    vectors: Tensor,
+    limits: Tensor,
+    masks: Tensor,
+    patches: Sequence[Tensor],
+    threads: int,
+    seen: Tensor,
+    at: int,
+) -> None: ...
+def reused(bytes: int) -> Any: ...  # a capsule for torch.from_dlpack
 def intervene_cuda(
     x: Tensor,
     out: Tensor,

@@ -193,13 +193,14 @@ def _extent(value: Tensor) -> int:
     return (last + 1) * value.element_size()
 
 
-def _with_signs(op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
+def _with_signs(op: torch._ops.OpOverload, args: Sequence[Any]) -> Any:
     """An operator in place on tensors whose sign is a bit beside their memory."""
     plain = tree_map_only(Tensor, Tensor.resolve_neg, list(args))
-    op(*plain)
+    found = op(*plain)
     for at in written_by(op):
         if plain[at] is not args[at]:
             args[at].copy_(plain[at])
+    return found
 
 
 def _transformed(op: torch._ops.OpOverload, args: Sequence[Any]) -> Any:

@@ -1,5 +1,6 @@
 """The root command, which gathers the others."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -67,6 +68,17 @@ def root(
     pass
 
 
+def _spin_briefly() -> None:
+    """Let OpenMP's threads sleep soon where they wait for others: spinning takes their cores.
+
+    GNU's OpenMP reads this when torch loads it, so it has to be said before; what the user said of
+    waiting stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def main() -> None:
     """Entry point of the `dreamreader` script."""
+    _spin_briefly()
     app(prog_name="dreamreader")

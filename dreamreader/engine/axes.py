@@ -12,6 +12,7 @@ from functools import cache
 from torch import nn
 
 from dreamreader.engine import families
+from dreamreader.engine.subject import parts
 from dreamreader.errors import InvalidInput, UnknownName
 
 NAMES = ("rows", "tokens", "heads", "features", "height", "width", "frames")
@@ -252,12 +253,14 @@ def _may_be_turned(modules: Sequence[nn.Module], shape: Sequence[int], rows: int
     known = _is_rows_first(modules)
     if rows is not None and not known:
         return True
-    for module in modules:
+    outermost = None
+    for module in modules:  # from the inside out
         if known and is_model(type(module)):
-            return False  # its parts may be turned, it gives what all of its library's models do
-        if any(isinstance(e, _SEQUENCE) and not _is_batch_first(e) for e in module.modules()):
-            return True
-    return False
+            break  # its parts may be turned, it gives what all of its library's models do
+        outermost = module
+    if outermost is None:
+        return False
+    return any(isinstance(e, _SEQUENCE) and not _is_batch_first(e) for e in parts(outermost))
 
 
 def _is_rows_first(modules: Sequence[nn.Module]) -> bool:

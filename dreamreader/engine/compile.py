@@ -6,9 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dreamreader.engine.notes import Notes
+from dreamreader.engine.now import Now
 from dreamreader.engine.place import Place
 from dreamreader.engine.request import EditRequest
 from dreamreader.ops import Instruction, Program, intervene
+from dreamreader.ops.intervention import intervene_seen
 
 _MOST = 32  # instructions of one program
 _PATCHES = 8
@@ -71,26 +74,23 @@ class Compiled:
             x = stage.run(x)
         return x
 
-    def run_compared(self, x: Tensor, changed: set[int]) -> Tensor:
-        """Like `run`; adds to `changed` the numbers of the edits that changed a value."""
+    def run_noted(self, x: Tensor, now: Now, notes: Notes) -> Tensor:
+        """Like `run`; notes say later what each edit did to the values."""
         for stage in self.stages:
-            y = stage.run(x)
-            with torch.no_grad():
-                if len(stage.numbers) == 1:
-                    _compare(stage, x, y, changed)
-                else:
-                    z = x
+            if stage.program is not None:
+                compare = not notes.knows(stage.numbers)  # reads, so before there is a new place
+                table, at = notes.place(now, stage.numbers, x)
+                y = intervene_seen(x, stage.program, table, at, compare)
+            else:
+                y = stage.run(x)
+                notes.look(now, stage.numbers, x, y)
+            if stage.alone and not notes.knows(stage.numbers):
+                with torch.no_grad():
                     for each in stage.alone:
-                        after = each.run(z)
-                        _compare(each, z, after, changed)
-                        z = after
+                        assert each.program is not None
+                        x = intervene_seen(x, each.program, *notes.place(None, each.numbers, x))
             x = y
         return x
-
-
-def _compare(stage: Stage, x: Tensor, y: Tensor, changed: set[int]) -> None:
-    if stage.numbers[0] not in changed and not torch.equal(x, y):
-        changed.update(stage.numbers)
 
 
 def compiled(active: Sequence[Active], shape: tuple[int, int, int]) -> Compiled:

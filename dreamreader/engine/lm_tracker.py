@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -33,7 +34,13 @@ from dreamreader.engine.sequences import (
     held_by,
     keeps_state,
 )
-from dreamreader.engine.subject import Subject, forward_names, innermost, is_encoder_decoder
+from dreamreader.engine.subject import (
+    Subject,
+    forward_names,
+    innermost,
+    is_encoder_decoder,
+    parts,
+)
 from dreamreader.engine.token_layout import RowsUnknown, TokenLayout, real_tokens
 from dreamreader.engine.tracker import WithoutSchedule, _watched
 from dreamreader.errors import ClockUnknown
@@ -444,12 +451,11 @@ def _adds_tokens(model: Any) -> bool:
 
 def reads_text(model: nn.Module) -> bool:
     """Whether a model of transformers that takes tokens is in a module."""
-    return any(
-        _is_pretrained(type(each)) and "input_ids" in forward_names(type(each))
-        for each in model.modules()
-    )
+    kinds = {type(each) for each in parts(model)}
+    return any(_is_pretrained(each) and "input_ids" in forward_names(each) for each in kinds)
 
 
+@cache
 def _is_pretrained(kind: type) -> bool:
     return any(base.__name__ == "PreTrainedModel" for base in kind.__mro__)
 

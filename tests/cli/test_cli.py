@@ -37,6 +37,28 @@ def test_help_has_every_command_and_examples():
         assert f"dreamreader zoo {command}" in run("zoo", command, "--help").output
 
 
+@pytest.mark.parametrize(
+    ("said", "want"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=["nothing", "a count", "a policy"],
+)
+def test_threads_spin_briefly_unless_the_user_says_otherwise(
+    said: dict[str, str], want: str | None
+):
+    code = (
+        "import os, sys; sys.argv = ['dreamreader', '--version']\n"
+        "from dreamreader.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    rest = {name: value for name, value in os.environ.items() if name not in names}
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, env=rest | said, capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == f"False {want}"
+
+
 def test_help_and_version_import_nothing_heavy():
     code = (
         "import sys; from typer.testing import CliRunner; from dreamreader.cli import app\n"
