@@ -421,6 +421,8 @@ def test_ctrl_c_leaves_nothing_half_written(folder, tmp_path, command, shown):
         stdout=terminal,
         stderr=terminal,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "100"},
+        # whoever starts these tests in the background ignores the signal
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(terminal)
     text = read_until(screen, shown)
