@@ -28,6 +28,8 @@ class Notes:
     def place(self, now: Now | None, numbers: tuple[int, ...], x: Tensor) -> tuple[Tensor, int]:
         """A place for what the edits `numbers` do to x; `now` None: overflow is of no concern."""
         device = x.device
+        if self._at == _ROOM:
+            self._read()  # so that what is open stays small, however long a block is
         if device != self._device or self._at == _ROOM:
             self._device, self._at = device, 0
             with torch.inference_mode(False):  # a block may begin inside and end outside of it
