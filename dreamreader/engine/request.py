@@ -113,7 +113,7 @@ class Request:
     def is_empty(self) -> bool:
         """Whether the schedule is empty on purpose, such as `steps=[]`."""
         return any(
-            isinstance(each, list | tuple | set | frozenset | range) and not len(each)
+            isinstance(each, list | tuple | set | frozenset) and not len(each)
             for each in (self.steps, self.timesteps, self.sigmas, self.fraction)
         ) or (isinstance(self.steps, Tensor) and not bool(self.steps.any()))
 

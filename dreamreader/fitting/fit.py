@@ -118,6 +118,8 @@ def fit(
     modules: dict[str, nn.Module] = dict(module) if several else {"": module}
     if not modules:
         raise InvalidInput("fit: there are no modules")
+    if len({id(each) for each in modules.values()}) < len(modules):
+        raise InvalidInput("fit: a module stands under two names; it would be trained twice a step")
     recipes = _by_name("recipe", recipe or Recipe(), modules)
     goals = _by_name("objective", objective, modules)
     hooks = _by_name("after_step", after_step, modules)

@@ -129,6 +129,8 @@ class Learner:
         if self.check_every is not None:
             self.check(done)
         if self.best is not None and self.history.validation:
+            if all(math.isinf(value) for _, value in self.history.validation):
+                raise NonFiniteLoss("fit: no validation was finite, so that no state is the best")
             self.best.restore()
         else:
             self.history.best = done

@@ -58,11 +58,13 @@ class Recipe:
         if self.steps is None and self.epochs is None:
             object.__setattr__(self, "steps", _STEPS)
         for name in ("steps", "epochs", "batch_size", "validate_every", "patience"):
+            _check_count(name, getattr(self, name), 1)
+        _check_count("warmup", self.warmup, 0)
+        for name in ("lr", "grad_clip"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidInput(f"train: {name} must be at least 1, got {value}")
-        if not self.lr > 0:
-            raise InvalidInput(f"train: lr must be positive, got {self.lr}")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and value > 0) and (value is not None or name == "lr"):
+                raise InvalidInput(f"train: {name} must be positive, got {value!r}")
         if not 0 <= self.validation < 1:
             raise InvalidInput(f"train: validation is a share from 0 to 1, got {self.validation}")
         if self.schedule not in SCHEDULES:
@@ -120,6 +122,13 @@ class Recipe:
         own = {name: getattr(self, name) for name in self.__dataclass_fields__}
         chosen = "given" if callable(self.optimizer) else self.optimizer
         return own | {"optimizer": chosen}
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidInput(f"train: {name} must be at least {least}, got {value!r}")
 
 
 def optimizers() -> dict[str, Any]:

@@ -62,7 +62,10 @@ def train(
             folder,
             progress,
             validate=(lambda: batches.validation(reft)) if how.validation else None,
-            of={"adapters": adapters, "rows": loss.rows, "calls": loss.moments},
+            of={
+                **{"adapters": adapters, "rows": loss.rows, "calls": loss.moments},
+                **{"tokens": repr(reft.tokens), "denoising steps": repr(reft.steps)},
+            },
             save_every=save_every,
         )
     except NonFiniteLoss as error:

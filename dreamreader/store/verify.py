@@ -80,12 +80,13 @@ def verify(store: str | Path, watch: Callable[[Sequence[int]], Iterable[int]] = 
     found = list(_missing(manifest, units))
     shards = rows = size = 0
     seen: dict[tuple[str, int], int] = {}
+    latest: dict[tuple[int, int], int] = {}
     for unit in watch(units):
         path = folder / "shards" / unit_folder(unit)
         name = f"shards/{path.name}"
         try:
             content = read_unit(path)
-            found += _of_job(name, manifest, unit, content, seen)
+            found += _of_job(name, manifest, unit, content, seen, latest)
             found += _of_samples(path, name, content.samples)
             for file, listed in content.shards.items():
                 found += _of_shard(path / file, f"{name}/{file}", content, listed)
@@ -97,9 +98,14 @@ def verify(store: str | Path, watch: Callable[[Sequence[int]], Iterable[int]] = 
 
 
 def _of_job(
-    name: str, manifest: Manifest, number: int, unit: Unit, seen: dict[tuple[str, int], int]
+    name: str,
+    manifest: Manifest,
+    number: int,
+    unit: Unit,
+    seen: dict[tuple[str, int], int],
+    latest: dict[tuple[int, int], int],
 ) -> Iterator[Damage]:
-    """Whether a unit is one of its store: of the job that has its number, and there once."""
+    """Whether a unit is one of its store: of the job that has its number, once, in its order."""
     jobs = [job for job in manifest.jobs if job.units[0] <= number < job.units[1]]
     if manifest.jobs and not jobs:
         yield Damage(name, "no job of the store has a unit of this number")
@@ -107,6 +113,10 @@ def _of_job(
         yield Damage(name, f"is of another harvest, {unit.run[:16]}, not of {jobs[0].run[:16]}")
     elif (first := seen.setdefault((unit.run, unit.number), number)) != number:
         yield Damage(name, f"has the same samples as unit {unit_folder(first)}")
+    elif jobs and latest.get(jobs[0].units, -1) > unit.number:
+        yield Damage(name, "stands behind a unit that was made after it")
+    if jobs:
+        latest[jobs[0].units] = unit.number
 
 
 def _missing(manifest: Manifest, units: Sequence[int]) -> Iterator[Damage]:

@@ -326,3 +326,11 @@ def test_a_box_needs_numbers() -> None:
     for corners in (("a", 0, 1, 1), (float("nan"), 0, 1, 1), (True, 0, 1, 1)):
         with pytest.raises(InvalidInput, match="Box: left"):
             Box(*corners)
+
+
+@pytest.mark.parametrize("steps", [range(1, 0), slice(1, 0)])
+def test_a_window_that_is_empty_is_no_schedule_that_is_empty_on_purpose(steps: Any) -> None:
+    reader = Reader(tiny.pipeline("sd"))
+    edit = Scale("unet.mid_block", 0.5, steps=steps)
+    with pytest.raises(NeverFired):
+        reader.run("a red circle", edits=edit, seeds=0, num_inference_steps=2)

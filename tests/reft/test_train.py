@@ -182,9 +182,10 @@ def test_a_folder_goes_on_with_its_own_recipe_only(tmp_path: Path):
         ({"rank": 3}, 12, r"adapters=\['a, width=12, rank=1, variant=loreft', .*rank=3"),
         ({"rank": 1, "variant": "direft"}, 12, r"adapters=.* not .*variant=direft"),
         ({"rank": 1, "steps": 2}, 12, r"adapters=.* not .*steps=2"),
+        ({"rank": 1, "tokens": [0]}, 12, r"tokens='None', not '\[0\]'"),
         ({"rank": 1}, 9, "rows=12, not 9"),
     ],
-    ids=["rank", "variant", "steps", "rows"],
+    ids=["rank", "variant", "steps", "tokens", "rows"],
 )
 def test_a_folder_goes_on_with_its_own_adapters_and_rows_only(
     tmp_path: Path, adapters: dict[str, Any], rows: int, text: str

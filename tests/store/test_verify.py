@@ -184,6 +184,14 @@ def test_a_unit_of_another_harvest_under_a_number_of_this_one(store, written) ->
     )
 
 
+def test_units_that_changed_places(store) -> None:
+    first, second = store / "shards/000000", store / UNIT
+    first.rename(store / "shards/.x")
+    second.rename(first)
+    (store / "shards/.x").rename(second)
+    assert (UNIT, "stands behind a unit that was made after it") in found(store)
+
+
 def test_a_unit_that_is_there_twice(store) -> None:
     shutil.rmtree(store / UNIT)
     shutil.copytree(store / "shards/000000", store / UNIT)
