@@ -51,6 +51,8 @@ REFUSED: dict[tuple[str, str], str] = {
     ("InklingForCausalLM", "*"): r"rel_logits_proj: .* name the dimensions",
     ("Inkling2ForCausalLM", "*"): r"(rel_logits_proj|_clip): .* name the dimensions",
     ("DeepseekV4ForCausalLM", "*"): r"o_a_proj: .* name the dimensions",  # groups, not heads
+    # four copies of four sequences: which of the two dimensions are rows is not told
+    ("Gemma3nForCausalLM", "beams"): r"gives \[4, 4, .* name the dimensions",
     # [rows, streams, tokens, features]: which of the first two are rows is not told
     ("ProphetNetForCausalLM", "*"): r"gives .* name the dimensions",
 }
