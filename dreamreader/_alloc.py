@@ -23,7 +23,8 @@ def empty_like(x: Tensor) -> Tensor:
     Large ones in main memory lie in memory of earlier ones that nobody holds any more: to touch
     fresh pages takes ten times as long as an edit.
     """
-    if _reused is None or not x.is_cpu or x.nbytes < _LARGE:
+    plain = type(x) is Tensor  # no tensor of a compiler, whose sizes may be symbols
+    if _reused is None or not plain or not x.is_cpu or x.nbytes < _LARGE:
         return torch.empty_like(x)
     strides = x.stride() if x.is_contiguous() else torch.empty_like(x, device="meta").stride()
     memory = torch.from_dlpack(_reused(x.nbytes)).untyped_storage()

@@ -253,11 +253,6 @@ def open_job(spec: "Spec", reader: Reader | None = None, metrics: Sequence[Metri
     if spec.method.pairs:
         pairs_only(items, f"data, for method {spec.method.kind}")
     found = [*_built(spec.metrics), *metrics]
-    if not found and hasattr(spec.method, "effect"):
-        raise InvalidInput(
-            f"metrics: method {spec.method.kind} compares its conditions by a metric that gives "
-            "numbers, and there is none; name one, such as pixel_distance"
-        )
     return Job(spec, reader if reader is not None else opened(spec.subject), items, found)
 
 

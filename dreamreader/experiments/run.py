@@ -33,6 +33,7 @@ def run_job(job: Job, folder: RunFolder, started: Any = None) -> None:
     """
     with folder.locked():
         plan = begun(job, folder)
+        _check_metrics(job)
         done = folder.finished(plan.units)
         if folder.is_complete:
             done = {unit.number for unit in plan.units}
@@ -52,6 +53,16 @@ def run_job(job: Job, folder: RunFolder, started: Any = None) -> None:
             folder.merge(plan.units)
         folder.clear(plan.units)
         folder.tidy()
+
+
+def _check_metrics(job: Job) -> None:
+    """Refuses, before anything is computed, a report that could not be written."""
+    method = job.spec.method
+    if not job.metrics and hasattr(method, "effect"):
+        raise InvalidInput(
+            f"metrics: method {method.kind} compares its conditions by a metric that gives "
+            "numbers, and there is none; name one, such as pixel_distance"
+        )
 
 
 def begun(job: Job, folder: RunFolder) -> Plan:

@@ -297,3 +297,11 @@ def test_a_pipeline_has_no_perplexity(experiment, tmp_path) -> None:
     data = {"prompts": [{"prompt": "a red circle", "plain_text": "a text"}]}
     with pytest.raises(InvalidInput, match="perplexity needs a language model, and a text in the"):
         experiment(["perplexity"], data=data).run(tmp_path / "run")
+
+
+def test_a_comparison_without_a_metric_is_refused_before_anything_runs(experiment, tmp_path):
+    method = {"kind": "patch", "sites": "unet.mid_block", "windows": 1}
+    made = experiment(data={"pairs": PAIRS}, method=method, metrics=[])
+    with pytest.raises(InvalidInput, match="metrics: method patch compares its conditions by a me"):
+        made.run(tmp_path / "run")
+    assert not (tmp_path / "run" / "rows").exists()
