@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from dreamreader.experiments.results import Results, axis_values, interval, said
 from dreamreader.jobs.folder import FINGERPRINT
+from dreamreader.jobs.page import fingerprint_section
 from dreamreader.report import (
     Charts,
-    Code,
     Curves,
-    Facts,
     Folded,
     Gallery,
     Numbers,
@@ -45,7 +44,7 @@ def build(results: Results) -> Report:
         *spec.method.sections(results),
         *_pictures(results),
         *_fired(results.folder.firing()),
-        _fingerprint(results, taken),
+        fingerprint_section(results.folder.path, taken),
     ]
     return Report(
         spec.name,
@@ -198,25 +197,3 @@ def _fired(units: Sequence[Sequence[Mapping[str, Any]]]) -> list[Section]:
 
 def _short(text: str) -> str:
     return text if len(text) <= 90 else text[:87] + "..."
-
-
-def _fingerprint(results: Results, taken: Mapping[str, Any]) -> Section:
-    packages = ", ".join(f"{k} {v}" for k, v in taken.get("packages", {}).items())
-    machine = ", ".join(f"{k} {v}" for k, v in taken.get("machine", {}).items())
-    spec = (results.folder.path / "spec.yaml").read_text()
-    return Section(
-        "Fingerprint",
-        [
-            Facts(
-                [
-                    ("digest", taken.get("digest", "")),
-                    ("weights", taken.get("weights", "")),
-                    ("code", taken.get("code", "")),
-                    ("packages", packages),
-                    ("machine (not hashed)", machine),
-                ]
-            ),
-            Folded("Spec", [Code(spec)]),
-        ],
-        "Equal digests mean equal settings, weights, code, packages and seeds.",
-    )

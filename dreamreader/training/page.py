@@ -1,27 +1,8 @@
-"""Parts that the reports of trainings share."""
+"""What the reports of trainings share."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
-
-from dreamreader.report import Code, Facts, Folded, Section
+from collections.abc import Sequence
 
 POINTS = 24  # of a curve
-
-
-def fingerprint_section(folder: Path, taken: Mapping[str, Any]) -> Section:
-    """What the numbers depend on, and the spec as it was resolved."""
-    facts: list[tuple[str, object]] = [
-        (name, taken.get(name, "")) for name in ("digest", "weights", "code")
-    ]
-    for name, title in (("packages", "packages"), ("machine", "machine (not hashed)")):
-        facts.append((title, ", ".join(f"{k} {v}" for k, v in taken.get(name, {}).items())))
-    spec = (folder / "spec.yaml").read_text()
-    return Section(
-        "Fingerprint",
-        [Facts(facts), Folded("Spec", [Code(spec)])],
-        "Equal digests mean equal settings, weights, code, packages and seeds.",
-    )
 
 
 def thinned(values: Sequence[float]) -> tuple[list[float], list[float]]:

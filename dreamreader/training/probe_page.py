@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreamreader._files import explained
 from dreamreader.jobs.folder import FINGERPRINT
+from dreamreader.jobs.page import fingerprint_section
 from dreamreader.probes import Card
 from dreamreader.report import (
     Charts,
@@ -19,7 +20,6 @@ from dreamreader.report import (
     Table,
 )
 from dreamreader.training.folder import RESULT, TrainingFolder
-from dreamreader.training.page import fingerprint_section
 
 if TYPE_CHECKING:
     from dreamreader.training.probes import ProbeSpec

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from dreamreader._files import explained
 from dreamreader.jobs.folder import FINGERPRINT
+from dreamreader.jobs.page import fingerprint_section
 from dreamreader.report import Charts, Curves, Number, Numbers, Report, Section, Series, Table
 from dreamreader.training.folder import RESULT, TrainingFolder
-from dreamreader.training.page import fingerprint_section, thinned
+from dreamreader.training.page import thinned
 
 if TYPE_CHECKING:
     from dreamreader.training.reft import ReftSpec
