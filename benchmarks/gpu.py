@@ -141,6 +141,7 @@ def measure(kind: str, case: cases.Case, dtype: torch.dtype, rounds: int) -> dic
         },
         "copy_gigabytes_per_second": round(2 * size / statistics.median(times["copy"]) / 1e9),
         "fused_to_copy": summary(times["fused"], times["copy"]),
+        "goal": GOALS.get(kind),
     }
 
 

@@ -81,14 +81,14 @@ arch=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability(); pr
 part wheels 30 bash -c wheels
 part build $([[ -n $dry ]] && echo 600 || echo 220) bash -c "build $arch"
 part tests 110 "$python" -m pytest -m gpu -q -p no:cacheprovider tests
-part ops 50 "$python" benchmarks/gpu.py ${dry:+--check --rows 512} --output "$out/ops-gpu.json"
-part edits 50 "$python" benchmarks/gpu_edits.py ${dry:+--check} --output "$out/edits-gpu.json"
+part ops 50 "$python" benchmarks/gpu.py ${dry:+--check --rows 512} --output "$out/gpu-ops.json"
+part edits 50 "$python" benchmarks/gpu_edits.py ${dry:+--check} --output "$out/gpu-edits.json"
 part memcheck 60 bash -c "sanitize memcheck"
 part racecheck 60 bash -c "sanitize racecheck"
 if [[ -z $dry ]]; then
-  part harvest 40 "$python" benchmarks/harvest.py --device cuda --rounds 3 --output "$out/harvest-gpu.json"
-  part engine 40 "$python" benchmarks/engine.py --device cuda --rounds 3 --output "$out/engine-gpu.json"
-  part visits 30 "$python" benchmarks/visits.py --device cuda --rounds 5 --output "$out/visits-gpu.json"
+  part harvest 40 "$python" benchmarks/harvest.py --device cuda --rounds 3 --output "$out/gpu-harvest.json"
+  part engine 40 "$python" benchmarks/engine.py --device cuda --rounds 3 --output "$out/gpu-engine.json"
+  part visits 30 "$python" benchmarks/visits.py --device cuda --rounds 5 --output "$out/gpu-visits.json"
 fi
 printf 'all %d s, log in %s\n' "$SECONDS" "$log"
 exit "$failed"
