@@ -126,11 +126,10 @@ def _count(lines: dict[tuple[int, str], Firing], name: str, now: Now, plan: Plan
         elif number in hits:
             line.branches.update(hits[number].branches)
             line.rows.update(hits[number].rows)
-    kept = [(each.number, cut) for each, cut, _ in plan.cuts]
-    for number, cut in kept + [(each.number, cut) for each, cut in [*plan.watched, *plan.flows]]:
-        line = lines[number, name]
-        line.branches.update(cut.branches)
-        line.rows.update(cut.rows)
+    for each, held, *_ in [*plan.recorded, *plan.watched, *plan.streamed]:
+        line = lines[each.number, name]
+        line.branches.update(held.branches)
+        line.rows.update(held.rows)
 
 
 def _note_unchanged(lines: dict[tuple[int, str], Firing], name: str, run: SiteRun) -> None:

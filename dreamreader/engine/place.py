@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.engine.clock_schedule import Instant
-from dreamreader.engine.request import Request
+from dreamreader.engine.resolved import Selection
 from dreamreader.engine.selection import described, mask_of
 from dreamreader.engine.tokens import SiteTokens
 from dreamreader.errors import InvalidInput
@@ -42,7 +42,7 @@ class Place:
         branches: names of the equal chunks of the batch, in order.
         tokens: length of the sequence. hw: grid of image tokens where known.
         instant: step, timestep, sigma, fraction and evaluation; None where time is unknown.
-        selected: [batch, tokens] or [batch, 1], strength of each token under the edit's selection.
+        selection: what the edit holds of the batch.
     """
 
     site: str
@@ -59,7 +59,12 @@ class Place:
     seeds: tuple[int, ...] | None = None
     beams: int = 1
     per_head: bool = False
-    selected: Tensor = None  # pyright: ignore[reportAssignmentType]
+    selection: Selection = None  # pyright: ignore[reportAssignmentType]
+
+    @property
+    def selected(self) -> Tensor:
+        """[batch or 1, tokens or 1], strength of each token under the edit's selection."""
+        return self.selection.strength
 
     @property
     def batch(self) -> int:
@@ -187,53 +192,3 @@ class Place:
             )
         chosen = mask_of(heads, self.heads, f"heads at {self.site}")
         return chosen.repeat_interleave(self.width // self.heads)
-
-
-def row_mask(request: Request, place: Place) -> Tensor | None:
-    """[batch] strength of each entry under a request's branch and rows; None selects all."""
-    wanted = request.branches
-    if wanted is None and request.rows is None:
-        return None
-    rows = torch.ones(place.rows)
-    if request.rows is not None:
-        label = f"{request.label}: rows at {place.site}"
-        chosen = mask_of(request.rows, place.total, label)
-        rows = chosen[place.first : place.first + place.rows].float()
-    if place.beams > 1:
-        rows = rows.repeat_interleave(place.beams)
-    picked = [rows if wanted is None or name in wanted else rows * 0 for name in place.branches]
-    return torch.cat(picked)
-
-
-@dataclass(frozen=True)
-class Entries:
-    """The part of a batch that a reader keeps: `numbers` branch after branch, rows in order.
-
-    Attributes:
-        branches: names kept, in order. rows: rows kept of each, as numbers in the run; a row with
-            several beams stands once for each.
-        numbers: batch entries.
-    """
-
-    branches: tuple[str, ...]
-    rows: tuple[int, ...]
-    numbers: list[int]
-
-
-def kept_entries(request: Request, place: Place) -> Entries | None:
-    """What a request's branch and rows keep of a batch; None where that is nothing."""
-    wanted = request.branches
-    branches = tuple(name for name in place.branches if wanted is None or name in wanted)
-    rows = list(range(place.rows))
-    if request.rows is not None:
-        label = f"{request.label}: rows at {place.site}"
-        chosen = mask_of(request.rows, place.total, label)
-        rows = [row for row in rows if chosen[place.first + row]]
-    if not branches or not rows:
-        return None
-    size = place.rows * place.beams
-    entries = [(row, row * place.beams + beam) for row in rows for beam in range(place.beams)]
-    numbers = [
-        place.branches.index(name) * size + entry for name in branches for _, entry in entries
-    ]
-    return Entries(branches, tuple(place.first + row for row, _ in entries), numbers)

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from dreamreader.engine.edit_request import EditRequest
 from dreamreader.engine.now import Now
-from dreamreader.engine.place import Place, row_mask
+from dreamreader.engine.place import Place
 from dreamreader.engine.request import Request
+from dreamreader.engine.resolved import Selection
+from dreamreader.engine.selection import mask_of
 from dreamreader.engine.shared import Shared
 from dreamreader.engine.site_view import SiteView
 from dreamreader.engine.sites import Site
@@ -19,7 +21,7 @@ from dreamreader.errors import ClockUnknown, InvalidInput
 
 
 class Placement:
-    """Makes the place of each request at one site in one kind of call."""
+    """What requests hold at one site in one kind of call."""
 
     def __init__(self, site: Site, now: Now, view: SiteView, x: Tensor, shared: Shared):
         self.site = site
@@ -36,6 +38,10 @@ class Placement:
         shape, stream = (x.shape[1], batch, view.hw), site.tap.stream
         found = site_tokens(site.name, *shape, stream, now, self._crosses)
         self.tokens: SiteTokens = replace(found, map=view.map)
+        rows = batch // (len(self.branches) * self.beams)
+        rowset = shared.rowset.resolved(rows)
+        self.total = rowset.total or rows
+        self.rows = range(rowset.start, rowset.start + rows)  # numbers in the run
 
     def _crosses(self) -> bool | None:
         """Whether the attention around the site reads the text; None where there is no word."""
@@ -46,39 +52,65 @@ class Placement:
                 return found
         return None
 
-    def make(self, request: Request) -> Place:
-        rows = self.x.shape[0] // (len(self.branches) * self.beams)
-        self._check_rows(request, rows)
-        rowset = self.shared.rowset.resolved(rows)
-        width = self.x.shape[-1] if self.x.dim() == 3 else self.x.shape[-1] * self.x.shape[-2]
-        place = Place(
+    def place(self, request: EditRequest) -> Place:
+        """What an edit may ask of the site in this call, with what it selects there."""
+        rows, x, view = self.rows, self.x, self.view
+        return Place(
             self.site.name,
-            width,
-            self.site.heads or self.view.heads,
-            rows,
-            rowset.total or rows,
-            rowset.start,
+            x.shape[-1] if x.dim() == 3 else x.shape[-1] * x.shape[-2],
+            self.site.heads or view.heads,
+            len(rows),
+            self.total,
+            rows.start,
             self.branches,
             self.tokens,
             self.now.instant if not isinstance(self.now.instant, Exception) else None,
-            self.x.device,
-            self.x.dtype,
+            x.device,
+            x.dtype,
             self.shared.seeds,
             self.beams,
-            self.view.heads is not None,
+            view.heads is not None,
+            self.select(request),
         )
-        entries = row_mask(request, place)
+
+    def select(self, request: Request) -> Selection:
+        """What a request holds of the batch."""
+        rows, branches, beams = self.rows, self.branches, self.beams
+        self._check_rows(request, len(rows))
+        wanted, chosen = request.branches, list(rows)
+        if request.rows is not None:
+            label = f"{request.label}: rows at {self.site.name}"
+            mask = mask_of(request.rows, self.total, label).tolist()
+            chosen = [row for row in rows if row < self.total and mask[row]]
+        within = [(row - rows.start) * beams + beam for row in chosen for beam in range(beams)]
+        size = len(rows) * beams
+        held = [
+            (n, name)
+            for n, name in enumerate(branches)
+            if within and (wanted is None or name in wanted)
+        ]
+        entries = [n * size + entry for n, _ in held for entry in within]
+        asked = None
+        if wanted is not None or request.rows is not None:
+            asked = torch.zeros(size * len(branches))
+            asked[entries] = 1
         words = None
         if isinstance(request.tokens, str | tuple):
-            words = self.shared.words_for(
-                self.now, self.site, self.branches, rows, self.beams, entries
-            )
-        tokens = select(request.tokens, self.tokens, words, entries)
-        selected = torch.ones(1, 1) if tokens is None else torch.atleast_2d(tokens)
-        if entries is not None:
-            selected = selected * entries.reshape(-1, 1)
-        place.selected = selected
-        return place
+            words = self.shared.words_for(self.now, self.site, branches, len(rows), beams, asked)
+        tokens = select(request.tokens, self.tokens, words, asked)
+        strength = torch.ones(1, 1) if tokens is None else torch.atleast_2d(tokens)
+        return Selection(
+            self.site,
+            tuple(name for _, name in held),
+            tuple(row for row in chosen for _ in range(beams)),
+            entries,
+            strength if asked is None else strength * asked.reshape(-1, 1),
+            self.tokens,
+            len(rows),
+            request.tokens is None,
+            self.site.heads or self.view.heads,
+            self.x.device,
+        )
 
     def _check_rows(self, request: Request, rows: int) -> None:
         """A request that names rows needs a batch whose entries are the rows of the run."""

@@ -12,15 +12,18 @@ from torch import Tensor
 from dreamreader._devices import device_of, dtype_of, move
 from dreamreader.engine import html
 from dreamreader.engine.cache import Cache
+from dreamreader.engine.clock import Clock
 from dreamreader.engine.edit_request import EditRequest
 from dreamreader.engine.firing import FiringReport
 from dreamreader.engine.function import call
+from dreamreader.engine.gradients import Leaf, SiteGradient
 from dreamreader.engine.language import run_language
 from dreamreader.engine.padding import position_arguments
 from dreamreader.engine.pipeline import run_pipeline
 from dreamreader.engine.place import RowSet
 from dreamreader.engine.prompts import with_chats
 from dreamreader.engine.recorder import Memory
+from dreamreader.engine.replay import Evaluation, replaying
 from dreamreader.engine.request import Record
 from dreamreader.engine.result import RunResult
 from dreamreader.engine.rows import Plan, plan_rows, seeds_of
@@ -70,6 +73,38 @@ class Reader:
     def subject(self) -> Any:
         """The wrapped pipeline or model itself."""
         return self._subject.model
+
+    @property
+    def kind(self) -> str:
+        """What the subject is: `pipeline`, `language` (a language model) or `module`."""
+        return self._subject.kind
+
+    @property
+    def name(self) -> str:
+        """The class of the subject, as its author calls it."""
+        return self._subject.name
+
+    @property
+    def components(self) -> dict[str, torch.nn.Module]:
+        """The modules at the top: those of a pipeline by name, else the model under an empty one.
+
+        Wrappers of `torch.compile` are looked through.
+        """
+        return self._subject.components()
+
+    @property
+    def denoisers(self) -> dict[str, torch.nn.Module]:
+        """The denoisers of a diffusers pipeline by component name; empty for other subjects."""
+        return Clock(self.subject).denoisers if self.kind == "pipeline" else {}
+
+    @property
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """Every module by its path, as sites call them."""
+        return self._subject.modules()
+
+    def shape_of(self, site: str) -> tuple[int, ...] | None:
+        """[rows, tokens, features] that a site had in the latest run; None where it had none."""
+        return self._shapes.get(site)
 
     def to(
         self,
@@ -258,6 +293,78 @@ class Reader:
         )
         with session:
             yield session.report
+
+    @contextmanager
+    def gradients(
+        self,
+        sites: str | Sequence[str],
+        edits: EditRequest | Sequence[EditRequest] = (),
+        *,
+        steps: Any = None,
+        branch: str | Sequence[str] | None = None,
+    ) -> Iterator[dict[str, list[SiteGradient]]]:
+        """Keep the gradients at sites of whatever is differentiated in the block.
+
+        Values stay bit for bit. Where nothing before a site wants a gradient, the graph begins
+        there, so that parameters need none.
+
+        Args:
+            sites: site strings or patterns.
+            edits: applied before, so that the values at a site are the edited ones.
+            steps, branch: which calls, as in `Record`; all by default.
+
+        Yields:
+            By site, the `SiteGradient` of each call in order: `value` and `gradient`, both [batch,
+            tokens, features]. A gradient is None until a backward pass reaches it.
+
+        Raises:
+            InvalidInput: a site runs while gradients are off.
+            NeverFired: a site was not called in the block.
+
+        Example:
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+            >>> with Reader(model).gradients("0") as found:
+            ...     model(torch.ones(1, 2)).sum().backward()
+            >>> torch.equal(found["0"][0].gradient.flatten(), model[1].weight.flatten())
+            True
+        """
+        leaf = Leaf(sites, steps=steps, branch=branch)
+        with self.editing([*_listed(edits, EditRequest, "edits"), leaf]):
+            yield leaf.found
+
+    @contextmanager
+    def replay(
+        self,
+        after: Callable[[Evaluation, Any], Any] | None = None,
+        *,
+        before: Callable[[Evaluation], None] | None = None,
+        denoiser: str | None = None,
+    ) -> Iterator[Clock]:
+        """Hand on every call of a pipeline's denoisers in the block, to be kept or made again.
+
+        An `Evaluation` has the call's arguments, time and branches; `again()` evaluates the
+        denoiser once more beside the run, with or without the edits of this reader, and
+        `gradient()` as far as a site. No such evaluation is recorded, reported or counted.
+
+        Args:
+            after: called as `after(call, output)` when a call is over, behind all edits and
+                recordings; gives another output, or None to leave it.
+            before: called as `before(call)` when it begins.
+            denoiser: of this component alone; of all by default.
+
+        Yields:
+            The clock of the pipeline, which knows its schedule.
+
+        Raises:
+            InvalidInput: the subject is no pipeline, or has no such denoiser.
+
+        Example:
+            >>> times = []
+            >>> with reader.replay(before=lambda call: times.append(call.moment.step)):
+            ...     reader.run("a red circle")                          # doctest: +SKIP
+        """
+        with replaying(self._subject, before, after, denoiser) as clock:
+            yield clock
 
     def position_arguments(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Arguments with which the padding of a language model's inputs does not count.

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,48 +11,8 @@ from dreamreader.engine.clock_schedule import UNTIMED, Instant
 from dreamreader.engine.now import Now
 from dreamreader.engine.recorded import joined
 from dreamreader.engine.request import Record
-from dreamreader.engine.token_layout import TokenLayout, TokenMap
+from dreamreader.engine.resolved import Selection
 from dreamreader.errors import ClockUnknown, InvalidInput
-
-
-@dataclass(frozen=True, eq=False)
-class Cut:
-    """Which part of a batch a recording keeps in one call; made once for each kind of call.
-
-    Attributes:
-        branches: names kept, in order. entries: their batch entries, None for all of them in order.
-        rows: rows kept, as numbers in the run.
-        tokens: [n] the same for all, or [entries, n], -1 where a row has fewer; None for all.
-        map: which tokens of a language model's call the site has; None elsewhere.
-    """
-
-    branches: tuple[str, ...]
-    entries: Tensor | None
-    rows: tuple[int, ...]
-    tokens: Tensor | None
-    hw: tuple[int, int] | None
-    heads: int | None
-    map: TokenMap | ClockUnknown | None = None
-
-    def positions(self, now: Now) -> Tensor | None:
-        """[entries, tokens] own index of every kept token, -1 at padding; None if not of a text."""
-        if not isinstance(self.map, TokenMap) or not isinstance(now.tokens, TokenLayout):
-            return None
-        own = self.map.own(now.tokens)
-        if self.entries is not None:
-            own = own[self.entries.cpu()]
-        if self.tokens is None:
-            return own
-        filled = None if self.filled is None else self.filled.cpu()
-        return _gather(own, self.tokens.cpu(), filled, -1)
-
-    @cached_property
-    def filled(self) -> Tensor | None:
-        """[entries, n] true where a row has no token of its own; None where all of them have."""
-        if self.tokens is None or self.tokens.dim() == 1:
-            return None
-        filled = self.tokens < 0
-        return filled if bool(filled.any()) else None
 
 
 class Memory:
@@ -94,20 +53,20 @@ class _Block:
 
     __slots__ = ("branches", "moments", "piece_bytes", "rows", "used", "_given", "_shape", "_to")
 
-    def __init__(self, x: Tensor, cut: Cut, moments: int, request: Record):
-        self.branches = cut.branches
-        self.rows = len(cut.rows)
+    def __init__(self, x: Tensor, held: Selection, moments: int, request: Record):
+        self.branches = held.branches
+        self.rows = len(held.rows)
         self.moments = max(moments, 1)
         self.used = 0
         self._given = x.shape
         device = x.device if request.device is None else request.device
         dtype = request.dtype or x.dtype
-        if len(cut.branches) == self.moments == 1:
+        if len(held.branches) == self.moments == 1:
             self._shape = None
             self._to = torch.empty(x.shape, dtype=dtype, device=device)
         else:
-            self._shape = (len(cut.branches), self.rows, *x.shape[1:])
-            shape = (self.rows, len(cut.branches), self.moments, *x.shape[1:])
+            self._shape = (len(held.branches), self.rows, *x.shape[1:])
+            shape = (self.rows, len(held.branches), self.moments, *x.shape[1:])
             self._to = torch.empty(shape, dtype=dtype, device=device).transpose(0, 1)
         self.piece_bytes = x.numel() * self._to.itemsize
 
@@ -118,13 +77,13 @@ class _Block:
             return self._to.unsqueeze(1).unsqueeze(1)
         return self._to.transpose(0, 1)
 
-    def fits(self, x: Tensor, cut: Cut) -> bool:
+    def fits(self, x: Tensor, held: Selection) -> bool:
         """Whether x has its place as the next piece here."""
         return (
             self.used < self.moments
             and x.shape == self._given
-            and (cut.branches is self.branches or cut.branches == self.branches)
-            and len(cut.rows) == self.rows
+            and (held.branches is self.branches or held.branches == self.branches)
+            and len(held.rows) == self.rows
         )
 
     def write(self, x: Tensor) -> None:
@@ -152,8 +111,8 @@ class _Part:
     rows: tuple[int, ...]
     pieces: dict[tuple[int, int], list[_Filed]] = field(default_factory=dict)
     instants: dict[tuple[int, int], Instant] = field(default_factory=dict)
-    calls: dict[tuple[int, int], tuple[Now, Cut]] | None = None  # of texts
-    cut: Cut | None = None
+    calls: dict[tuple[int, int], tuple[Now, Selection]] | None = None  # of texts
+    held: Selection | None = None
     blocks: list[_Block] = field(default_factory=list)
 
 
@@ -168,25 +127,22 @@ class Recorder:
         self._parts: dict[int, _Part] = {}
         self._announced = False
 
-    def keep(self, x: Tensor, cut: Cut, now: Now, moments: int) -> None:
+    def keep(self, x: Tensor, held: Selection, now: Now, moments: int) -> None:
         """Copy the kept part of x [batch, tokens, features] (or [batch, tokens, heads, d])."""
         if x.requires_grad:
             x = x.detach()
-        if cut.entries is not None:
-            x = x.index_select(0, cut.entries)
-        if cut.tokens is not None:
-            x = _gather(x, cut.tokens, cut.filled)
-        if cut.heads and x.dim() == 3:
-            x = x.unflatten(-1, (cut.heads, -1))
+        x = held.gather(x)
+        if held.heads and x.dim() == 3:
+            x = x.unflatten(-1, (held.heads, -1))
         if self.request.reduce is not None:
-            x = self._reduced(x, cut.positions(now))
-        self._file(x, cut, now, moments)
+            x = self._reduced(x, held.positions(now))
+        self._file(x, held, now, moments)
 
-    def _file(self, x: Tensor, cut: Cut, now: Now, moments: int) -> None:
+    def _file(self, x: Tensor, held: Selection, now: Now, moments: int) -> None:
         instant = now.instant if isinstance(now.instant, Instant) else UNTIMED
         part = self._parts.get(now.run)
         if part is None:
-            part = self._parts[now.run] = _Part(cut.rows)
+            part = self._parts[now.run] = _Part(held.rows)
         key = (instant.step, instant.evaluation)
         filed = part.pieces.get(key)
         if filed is None:
@@ -194,20 +150,20 @@ class Recorder:
         untimed = instant is UNTIMED or _NEVER in part.pieces
         if untimed and len(part.pieces) > 1 or filed:
             before = [each for pieces in part.pieces.values() for each in pieces]
-            self._require_new(before if untimed else filed, cut, now)
+            self._require_new(before if untimed else filed, held, now)
         part.instants[key] = instant
-        if cut.map is not None:
+        if held.map is not None:
             part.calls = part.calls or {}
-            part.calls[key] = (now, cut)
+            part.calls[key] = (now, held)
         # A copy into memory of our own: later changes in place must not show.
-        block = self._block(part, x, cut, moments)
-        filed.append((cut.branches, block, block.used))
+        block = self._block(part, x, held, moments)
+        filed.append((held.branches, block, block.used))
         block.write(x)
-        part.cut = cut
+        part.held = held
 
-    def _require_new(self, before: list[_Filed], cut: Cut, now: Now) -> None:
+    def _require_new(self, before: list[_Filed], held: Selection, now: Now) -> None:
         """Refuse a call at a moment and in branches of which there are values already."""
-        if not any(set(branches) & set(cut.branches) for branches, *_ in before):
+        if not any(set(branches) & set(held.branches) for branches, *_ in before):
             return
         if isinstance(now.instant, ClockUnknown) and now.phase != "outside":
             raise ClockUnknown(
@@ -220,15 +176,15 @@ class Recorder:
             "runs once"
         )
 
-    def _block(self, part: _Part, x: Tensor, cut: Cut, moments: int) -> _Block:
+    def _block(self, part: _Part, x: Tensor, held: Selection, moments: int) -> _Block:
         """Where the next piece goes: a block with room for all the moments that are to come."""
-        if not part.blocks or not part.blocks[-1].fits(x, cut):
+        if not part.blocks or not part.blocks[-1].fits(x, held):
             size = x.numel() * (self.request.dtype or x.dtype).itemsize
             if not self._announced:
                 self._announced = True
                 self._memory.expect(size, moments, self.name)
             self._memory.add(size, self.name)
-            part.blocks.append(_Block(x, cut, moments, self.request))
+            part.blocks.append(_Block(x, held, moments, self.request))
         else:
             self._memory.add(part.blocks[-1].piece_bytes, self.name)
         return part.blocks[-1]
@@ -277,9 +233,9 @@ class Recorder:
         for run, part in runs.items():
             known = {row.index: row for row in described(run)}
             instants = tuple(part.instants[key] for key in part.pieces)
-            cut, positions = part.cut, self._positions(part)
-            assert cut is not None
-            tokens = cut.tokens
+            held, positions = part.held, self._positions(part)
+            assert held is not None
+            tokens = held.columns
             tensor = self._assembled(part, names, instants)
             found.append(
                 Activation(
@@ -288,8 +244,8 @@ class Recorder:
                     tuple(known.get(row, Row(row)) for row in part.rows),
                     names,
                     instants,
-                    cut.hw,
-                    cut.heads,
+                    held.grid,
+                    held.heads,
                     None if tokens is None or tokens.dim() > 1 else tuple(tokens.tolist()),
                     positions,
                 )
@@ -312,7 +268,7 @@ class Recorder:
         """[rows, steps, tokens] own index of the tokens of one part, as far as there is one."""
         if self.request.reduce is not None:
             return None  # what it made is no token of the row any more
-        found = [cut.positions(now) for now, cut in (part.calls or {}).values()]
+        found = [held.positions(now) for now, held in (part.calls or {}).values()]
         part.calls = None
         if not found or any(each is None or each.shape != found[0].shape for each in found):  # pyright: ignore
             return None
@@ -382,18 +338,6 @@ class Recorder:
 
 def _sizes(piece: Tensor) -> str:
     return "x".join(map(str, piece.shape[2:]))
-
-
-def _gather(x: Tensor, tokens: Tensor, filled: Tensor | None = None, value: int = 0) -> Tensor:
-    """The tokens of x [entries, tokens, ...] by their numbers, and `value` where it is filled."""
-    tokens = tokens.to(x.device)
-    if tokens.dim() == 1:
-        return x.index_select(1, tokens)
-    if filled is not None:
-        found = _gather(x, tokens.clamp(min=0))
-        return found.masked_fill(filled.reshape(*filled.shape, *(1,) * (x.dim() - 2)), value)
-    index = tokens.reshape(*tokens.shape, *(1,) * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
-    return x.gather(1, index)
 
 
 def _available() -> int:

@@ -6,22 +6,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from dreamreader.engine.compile import Active, Compiled, compiled
 from dreamreader.engine.edit_request import EditRequest
 from dreamreader.engine.notes import Notes
 from dreamreader.engine.now import Now
-from dreamreader.engine.place import Place, kept_entries
 from dreamreader.engine.placement import Placement
 from dreamreader.engine.probs import Attention
-from dreamreader.engine.recorder import Cut, Recorder
-from dreamreader.engine.request import Record, Request
+from dreamreader.engine.recorder import Recorder
+from dreamreader.engine.request import Request
+from dreamreader.engine.resolved import Selection
 from dreamreader.engine.shared import Shared
 from dreamreader.engine.site_view import SiteView
 from dreamreader.engine.sites import Site
-from dreamreader.engine.stream import Kept, Streamer
-from dreamreader.engine.watch import Call, Seen, Watch, Watcher
+from dreamreader.engine.stream import Streamer
+from dreamreader.engine.watch import Call, Watcher
 from dreamreader.errors import InvalidInput
 
 
@@ -38,9 +37,9 @@ class Plan:
 
     view: SiteView | None
     edits: Compiled | None
-    cuts: list[tuple[Recorder, Cut, int]]
-    watched: list[tuple[Watcher, Seen]]
-    flows: list[tuple[Streamer, Kept]]
+    recorded: list[tuple[Recorder, Selection, int]]
+    watched: list[tuple[Watcher, Selection]]
+    streamed: list[tuple[Streamer, Selection]]
     passed: frozenset[int]
     missed: frozenset[int]
     active: tuple[int, ...]
@@ -91,13 +90,13 @@ class SiteRun:
             y = None if plan.edits is None else plan.edits.run(_less(x, off))
             return None if y is None else view.back(y, value)
         self.fired.append((now, plan))
-        seen = x if off is None or (plan.edits is None and not plan.cuts) else x - off
+        seen = x if off is None or (plan.edits is None and not plan.recorded) else x - off
         if plan.edits is not None:
             self.shared.subject.edited += 1
             y = seen = plan.edits.run_noted(seen, now, self.notes)
-        for recorder, cut, moments in plan.cuts:
-            recorder.keep(seen, cut, now, moments)
-        for streamer, kept in plan.flows:
+        for recorder, held, moments in plan.recorded:
+            recorder.keep(seen, held, now, moments)
+        for streamer, kept in plan.streamed:
             if y is None:
                 streamer.hand_on(x, off, kept, now)
             else:
@@ -111,12 +110,13 @@ class SiteRun:
             return
         if attention.is_start:
             self.fired.append((now, plan))
-        if plan.cuts:
+        if plan.recorded:
             x = attention.probabilities().transpose(1, 2)
-            for recorder, cut, moments in plan.cuts:
-                recorder.keep(x, cut, now, moments)
-        for watcher, seen in plan.watched:
-            watcher.request.saw(attention.of(seen.entries), Call(seen, now))
+            for recorder, held, moments in plan.recorded:
+                recorder.keep(x, held, now, moments)
+        for watcher, held in plan.watched:
+            call = Call(held, attention.shape[3], now, self.shared)
+            watcher.request.saw(attention.of(held.entries), call)
 
     def _planned(self, value: Tensor, given: Any) -> tuple[Now, Plan]:
         """What is running, and what to do then."""
@@ -207,40 +207,30 @@ class SiteRun:
         numbers: tuple[int, ...],
     ) -> Plan:
         x = view.outline(value)
-        place_of = Placement(self.site, now, view, x, self.shared)
-        works = [Active(n, each, place_of.make(each)) for n, each in active]
+        at = Placement(self.site, now, view, x, self.shared)
+        works = [Active(n, each, at.place(each)) for n, each in active]
         empty = {each.number for each in works if not bool((each.place.selected != 0).any())}
         edits = self._compiled(works, x) if active else None
         hit = edits.numbers if edits else frozenset()
-        places = [(each, place_of.make(each.request)) for each in wanted]
-        cuts = [
-            (each, place, _cut(each.request, place))
-            for each, place in places
-            if not isinstance(each, Streamer)
-        ]
-        recorded = [
-            (each, cut, self.shared.moments(each.request, now))
-            for each, _, cut in cuts
-            if cut is not None and isinstance(each, Recorder)
-        ]
-        watched = [
-            (each, self._seen(cut, place, x.shape[-1]))
-            for each, place, cut in cuts
-            if cut is not None and isinstance(each, Watcher)
-        ]
-        flows = [
-            (each, kept)
-            for each, place in places
-            if isinstance(each, Streamer) and (kept := each.kept(place, x)) is not None
-        ]
-        read = {each.number for each, *_ in [*recorded, *watched, *flows]}
+        recorded, watched, streamed = [], [], []
+        for each in wanted:
+            held = at.select(each.request)
+            if isinstance(each, Streamer):
+                if (kept := each.kept(held, x)) is not None:
+                    streamed.append((each, kept))
+            elif held.entries and (held.columns is None or held.columns.shape[-1]):
+                if isinstance(each, Recorder):
+                    recorded.append((each, held, self.shared.moments(each.request, now)))
+                else:
+                    watched.append((each, held))
+        read = {each.number for each, *_ in [*recorded, *watched, *streamed]}
         missed = empty | ({each.number for each in wanted} - read)
         return Plan(
             view,
             edits if hit else None,
             recorded,
             watched,
-            flows,
+            streamed,
             frozenset(n for n, _ in active if n not in hit and n not in empty),
             frozenset(missed - hit),
             numbers,
@@ -288,19 +278,6 @@ class SiteRun:
     def _requests(self) -> list[Request]:
         return [*(each for _, each in self.edits), *(each.request for each in self._readings())]
 
-    def _seen(self, cut: Cut, place: Place, keys: int) -> Seen:
-        entries = range(place.batch) if cut.entries is None else cut.entries.tolist()
-        return Seen(
-            self.site,
-            cut.branches,
-            cut.rows,
-            tuple(entries),
-            place.rows,
-            place.sequence,
-            keys,
-            self.shared,
-        )
-
     def _compiled(self, works: list[Active], x: Tensor) -> Compiled:
         if not x.is_floating_point():
             raise InvalidInput(
@@ -315,51 +292,3 @@ class SiteRun:
 
 def _less(x: Tensor, minus: Tensor | None) -> Tensor:
     return x if minus is None else x - minus
-
-
-def _cut(request: Record | Watch, place: Place) -> Cut | None:
-    """The part of the batch that a recording keeps; None where it keeps nothing."""
-    found = kept_entries(request, place)
-    if found is None:
-        return None
-    whole = found.numbers == list(range(place.batch))
-    kept = None if whole else torch.tensor(found.numbers, device=place.device)
-    tokens = _kept_tokens(request, place, found.numbers)
-    stream = place.sequence.stream
-    if request.tokens is None and place.sequence.padded:
-        place.sequence.require_known()
-    full = request.tokens is None and (stream in (None, "image") or place.sequence.kind == stream)
-    index = None if tokens is None else tokens.to(place.device)
-    hw = place.hw if full else None
-    if tokens is not None and tokens.shape[-1] == 0:
-        return None
-    return Cut(found.branches, kept, found.rows, index, hw, place.heads, place.sequence.map)
-
-
-def _kept_tokens(request: Request, place: Place, entries: list[int]) -> Tensor | None:
-    """Token numbers that a recording keeps, [n] or [entries, n]; None for all."""
-    if request.tokens is None and place.sequence.stream is None:
-        return None  # padding stays, so that every row has the same length; positions tell it
-    chosen = place.selected
-    if chosen.shape[0] > 1:
-        chosen = chosen[entries]
-    if chosen.shape[1] == 1 and place.tokens > 1 or bool((chosen != 0).all()):
-        return None
-    kept = [row.nonzero().flatten() for row in chosen]
-    if len({len(each) for each in kept}) > 1:
-        if place.own is not None and all(map(len, kept)):
-            return _filled_in_front(kept)
-        counts = ", ".join(str(len(each)) for each in kept)
-        raise InvalidInput(
-            f"recording {place.site}: the rows keep different numbers of tokens ({counts}); record "
-            "them apart, or all tokens"
-        )
-    if all(torch.equal(each, kept[0]) for each in kept):
-        return kept[0]
-    return torch.stack(kept)
-
-
-def _filled_in_front(kept: list[Tensor]) -> Tensor:
-    """Token numbers of rows that keep different numbers of them, [rows, n]; -1 is padding."""
-    turned = [each.flip(0) for each in kept]
-    return pad_sequence(turned, batch_first=True, padding_value=-1).flip(1)

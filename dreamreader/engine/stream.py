@@ -1,7 +1,7 @@
 """Readers of activations, and what they are handed at each call: the model's own memory."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int32
@@ -10,11 +10,10 @@ from torch import Tensor
 from dreamreader.engine.clock_schedule import Instant
 from dreamreader.engine.now import Now
 from dreamreader.engine.pattern import parse
-from dreamreader.engine.place import Entries, Place, kept_entries
 from dreamreader.engine.request import Request
+from dreamreader.engine.resolved import Selection
 from dreamreader.engine.shared import Shared
 from dreamreader.engine.sites import Site
-from dreamreader.engine.token_layout import TokenLayout, TokenMap
 from dreamreader.errors import ClockUnknown, InvalidInput
 
 
@@ -53,60 +52,12 @@ class Stream(Request):
         return self.describe()
 
 
-@dataclass(eq=False)
-class Kept:
-    """What a stream keeps in one kind of call; calls with the same have the same object.
-
-    That is: the same site and selection, and `x` of the same shape, type and device. Its tensors
-    are on the CPU.
-
-    Attributes:
-        branches: names kept, in order. rows: numbers in the run of the rows kept, in each branch.
-        entries: their batch entries, branch after branch; index: the same as a tensor.
-        tokens: token numbers kept, entry after entry; those of entry e of `entries` are
-            `tokens[offsets[e] : offsets[e + 1]]`.
-        hw: (height, width) where tokens are places of the picture, None where they are not.
-        starts: number of the first of these tokens in each of `entries`: 0 but for image tokens
-            that stand behind the text in one sequence.
-    """
-
-    site: Site
-    branches: tuple[str, ...]
-    rows: tuple[int, ...]
-    entries: list[int]
-    index: Int32[Tensor, " entries"]
-    tokens: Int32[Tensor, " kept"]
-    offsets: Int32[Tensor, " entries+1"]
-    hw: tuple[int, int] | None
-    starts: tuple[int, ...]
-    map: TokenMap | None = None
-    _shift: tuple[TokenLayout | None, Tensor] = field(init=False)
-
-    def __post_init__(self):
-        self._shift = (None, torch.zeros_like(self.index))
-
-    def shift(self, layout: TokenLayout | ClockUnknown | None) -> Tensor:
-        """[entries] int32, see `Flowing.shift`; made once for each call of a language model."""
-        if self.map is not None and layout is not self._shift[0]:
-            assert isinstance(layout, TokenLayout)
-            own = self.map.own(layout)
-            first = [int(self.tokens[at]) if at < len(self.tokens) else 0 for at in self._firsts]
-            shift = [
-                int(own[entry, at]) - at for entry, at in zip(self.entries, first, strict=True)
-            ]
-            self._shift = (layout, torch.tensor(shift, dtype=torch.int32))
-        return self._shift[1]
-
-    @property
-    def _firsts(self) -> list[int]:
-        return self.offsets[:-1].tolist()
-
-
 class Flowing:
     """Activations of one call of a site, handed on while the model runs.
 
     Attributes:
-        key: the part of this that stays from call to call (see `Kept`), to cache by.
+        key: the selection, to cache by: one object for all calls with the same selection and the
+            same shape, type and device of `x`.
         x: [batch, tokens, features], heads side by side; the model's own memory, through strides
             (copied only where a port's heads interleave with others in it). Valid during the call.
             It holds the whole batch: `entries` and `tokens` say what is kept of it.
@@ -121,7 +72,7 @@ class Flowing:
 
     def __init__(
         self,
-        key: Kept,
+        key: Selection,
         x: Float[Tensor, "batch tokens features"],
         minus: Float[Tensor, "batch tokens features"] | None,
         instant: Instant | None,
@@ -207,53 +158,29 @@ class Streamer:
         self.number = number
         self.site = site
         self._shared = shared
-        self._known: dict[tuple, Kept] = {}
+        self._known: dict[tuple, Selection] = {}
         self._last: tuple[int, int, int] = (-1, 0, 0)
         self._had: tuple[str, ...] = ()
         self._schedule: list[Instant] | None = None
         self._moments: dict[tuple[int, int], int] = {}
 
-    def kept(self, place: Place, x: Tensor) -> Kept | None:
-        """What the selection keeps in one kind of call; None where that is nothing.
+    def kept(self, found: Selection, x: Tensor) -> Selection | None:
+        """The selection that stands for all calls of its kind; None where it holds nothing.
 
         Raises:
             ClockUnknown: which tokens of a language model these are is unknown.
             InvalidInput: the attention mask leaves out tokens between those of a row.
         """
-        found = kept_entries(self.request, place)
-        if found is None:
+        if not found.entries:
             return None
-        _check_positions(place, found.numbers)
-        tokens, offsets = _tokens(place, found.numbers)
-        return self._same(place, found, tokens, offsets, x) if len(tokens) else None
+        found.require_positions()
+        if not len(found.tokens):
+            return None
+        numbers = found.tokens.numpy().tobytes(), found.offsets.numpy().tobytes()
+        kind = (found.branches, found.rows, *numbers, found.hw, found.starts, found.map)
+        return self._known.setdefault((*kind, x.shape, x.dtype, x.device), found)
 
-    def _same(
-        self, place: Place, found: Entries, tokens: Tensor, offsets: Tensor, x: Tensor
-    ) -> Kept:
-        """The object that stands for all calls of this kind."""
-        hw, starts = _picture(place, found.numbers)
-        numbers = tokens.numpy().tobytes(), offsets.numpy().tobytes()
-        token_map = place.sequence.map
-        kind = (found.branches, found.rows, *numbers, hw, starts, token_map)
-        kind = (*kind, x.shape, x.dtype, x.device)
-        kept = self._known.get(kind)
-        if kept is None:
-            index = torch.tensor(found.numbers, dtype=torch.int32)
-            kept = self._known[kind] = Kept(
-                self.site,
-                found.branches,
-                found.rows,
-                found.numbers,
-                index,
-                tokens,
-                offsets,
-                hw,
-                starts,
-                token_map if isinstance(token_map, TokenMap) else None,
-            )
-        return kept
-
-    def hand_on(self, x: Tensor, minus: Tensor | None, kept: Kept, now: Now) -> None:
+    def hand_on(self, x: Tensor, minus: Tensor | None, kept: Selection, now: Now) -> None:
         """Call the function of the stream.
 
         Raises:
@@ -284,7 +211,7 @@ class Streamer:
             raise ClockUnknown(f"{self.site.name}: streaming needs the branch. {now.branches}")
         return instant
 
-    def _check_once(self, now: Now, instant: Instant | None, kept: Kept) -> None:
+    def _check_once(self, now: Now, instant: Instant | None, kept: Selection) -> None:
         """Refuse a second call with the same rows: nothing tells the two apart."""
         step, evaluation = (0, 0) if instant is None else (instant.step, instant.evaluation)
         moment = (now.run, step, evaluation)
@@ -313,36 +240,3 @@ class Streamer:
             self._moments = {(each.step, each.evaluation): n for n, each in enumerate(kept)}
             self._schedule = schedule
         return self._moments
-
-
-def _check_positions(place: Place, entries: list[int]) -> None:
-    """Refuse tokens whose position among their row's own does not move along with them."""
-    if place.sequence.now.tokens is None:
-        return
-    place.sequence.require_known()
-    own = place.own
-    assert own is not None
-    chosen = (place.selected > 0).cpu().expand(place.batch, place.tokens)
-    shift = own - torch.arange(place.tokens)
-    for entry in entries:
-        if len(shift[entry][chosen[entry]].unique()) > 1:
-            raise InvalidInput(
-                f"{place.site}: the attention mask leaves out tokens between those of row "
-                f"{entry % place.rows}, so its positions have gaps; pad on one side only"
-            )
-
-
-def _tokens(place: Place, entries: list[int]) -> tuple[Tensor, Tensor]:
-    """Token numbers of the entries after one another, int32, and where each entry's begin."""
-    chosen = (place.selected > 0).cpu().expand(place.batch, place.tokens)[entries]
-    offsets = torch.zeros(len(entries) + 1, dtype=torch.int32)
-    offsets[1:] = chosen.sum(1).cumsum(0)
-    return chosen.nonzero()[:, 1].int(), offsets
-
-
-def _picture(place: Place, entries: list[int]) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
-    """(height, width) of the image tokens, and the first of them in each entry."""
-    sequence = place.sequence
-    if sequence.hw is None:
-        return None, (0,) * len(entries)
-    return sequence.hw, tuple(sequence.region(entry)[0] for entry in entries)

@@ -10,9 +10,8 @@ from dreamreader.engine.now import Now
 from dreamreader.engine.pattern import parse
 from dreamreader.engine.probs import Attention
 from dreamreader.engine.request import Request
+from dreamreader.engine.resolved import Selection
 from dreamreader.engine.shared import Shared
-from dreamreader.engine.sites import Site
-from dreamreader.engine.tokens import SiteTokens
 from dreamreader.errors import InvalidInput
 
 Region = tuple[int, int]
@@ -61,25 +60,6 @@ class Watcher:
     number: int
 
 
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """What stays the same from step to step: made once for each kind of call.
-
-    Attributes:
-        branches: kept, in order. rows: numbers of the rows kept, in each branch.
-        entries: their batch entries. size: rows of each branch in the batch, kept or not.
-    """
-
-    site: Site
-    branches: tuple[str, ...]
-    rows: tuple[int, ...]
-    entries: tuple[int, ...]
-    size: int
-    queries: SiteTokens
-    keys: int
-    shared: Shared
-
-
 class Call:
     """One call of a watched attention. Its entries are branch after branch, rows in order.
 
@@ -89,23 +69,25 @@ class Call:
         instant: step, timestep, sigma, fraction and evaluation; None where time is unknown.
     """
 
-    def __init__(self, seen: Seen, now: Now):
+    def __init__(self, seen: Selection, keys: int, now: Now, shared: Shared):
         self._seen = seen
+        self._keys = keys
         self._now = now
+        self._shared = shared
         self.site = seen.site.name
         self.branches = seen.branches
-        self.run: object = (seen.shared, now.run)
+        self.run: object = (shared, now.run)
         self.instant = now.instant if isinstance(now.instant, Instant) else None
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
         """Number, prompt and seed of the rows kept, the same in each branch."""
-        return tuple(map(self._seen.shared.row, self._seen.rows))
+        return tuple(map(self._shared.row, self._seen.rows))
 
     @property
     def grid(self) -> tuple[int, int] | None:
         """(height, width) of the image queries; None where they are no grid."""
-        sequence, layout = self._seen.queries, self._now.layout
+        sequence, layout = self._seen.sequence, self._now.layout
         if sequence.kind == "joint" and layout is not None:
             return layout.grid
         return sequence.hw
@@ -128,10 +110,10 @@ class Call:
             InvalidInput: there are none.
         """
         if not self._image_kind:
-            kind = self._seen.queries.kind
+            kind = self._seen.sequence.kind
             raise InvalidInput(f"{self.site}: its queries are {kind}, no image tokens")
-        if self._seen.queries.kind == "image":
-            return ((0, self._seen.queries.tokens),) * len(self._seen.entries)
+        if self._seen.sequence.kind == "image":
+            return ((0, self._seen.sequence.tokens),) * len(self._seen.entries)
         return self._regions("image")
 
     @property
@@ -142,9 +124,9 @@ class Call:
             InvalidInput: there are none.
         """
         if self._text_kind is None:
-            raise InvalidInput(f"{self.site}: its {self._seen.keys} keys hold no text tokens")
+            raise InvalidInput(f"{self.site}: its {self._keys} keys hold no text tokens")
         if self._text_kind == "text":
-            return ((0, self._seen.keys),) * len(self._seen.entries)
+            return ((0, self._keys),) * len(self._seen.entries)
         return self._regions("text")
 
     def positions(self, words: Sequence[str]) -> list[list[int]]:
@@ -177,7 +159,7 @@ class Call:
 
     @property
     def _words(self):
-        return self._seen.shared.words
+        return self._shared.words
 
     def _kept(self, places: list[list[int]] | None, row: int, start: int, stop: int) -> list[int]:
         """Keys of one row; what the encoder or the model cut off is left out."""
@@ -189,17 +171,17 @@ class Call:
     def _regions(self, stream: str) -> tuple[Region, ...]:
         layout = self._now.layout
         assert layout is not None
-        tokens = self._seen.queries.tokens
+        tokens = self._seen.sequence.tokens
         return tuple(layout.start_of(stream, each, tokens) for each in self._seen.entries)
 
     @cached_property
     def _image_kind(self) -> bool:
-        return self._seen.queries.kind in ("image", "joint")
+        return self._seen.sequence.kind in ("image", "joint")
 
     @cached_property
     def _text_kind(self) -> str | None:
         """`text`, `joint` or None: what the keys hold."""
-        layout, keys, queries = self._now.layout, self._seen.keys, self._seen.queries
+        layout, keys, queries = self._now.layout, self._keys, self._seen.sequence
         if layout is None or self._now.phase != "denoise":
             return None
         if queries.kind == "joint":

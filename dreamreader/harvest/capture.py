@@ -17,7 +17,7 @@ from dreamreader.store.layout import POOLED, STORED, Moment, SiteLayout, tensors
 
 if TYPE_CHECKING:
     from dreamreader.engine.clock_schedule import Instant
-    from dreamreader.engine.stream import Kept
+    from dreamreader.engine.resolved import Selection
 
 OUTSIDE = Moment(-1, 0, np.nan, np.nan, np.nan)  # of what runs beside the denoising
 
@@ -93,7 +93,7 @@ class Collector:
     _offset: int = 0
     _at: int = -1
     _numbers: dict[tuple[int, int], int] = field(default_factory=dict)
-    _calls: "dict[Kept, _Call]" = field(default_factory=dict)
+    _calls: "dict[Selection, _Call]" = field(default_factory=dict)
     _alike: dict[tuple, int] = field(default_factory=dict)
     _choices: dict[int, _Choice] = field(default_factory=dict)
     _drawn: dict[tuple, Int64[Tensor, " entries"]] = field(default_factory=dict)
@@ -151,7 +151,7 @@ class Collector:
         site.rows += kept
         site.segments += len(flowing.branches)
 
-    def _call(self, number: int, kept: "Kept") -> _Call:
+    def _call(self, number: int, kept: "Selection") -> _Call:
         rows = torch.tensor(kept.rows, dtype=torch.int32) + self._offset
         branches = [self._branch(name) for name in kept.branches]
         alike = (

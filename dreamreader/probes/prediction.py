@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from dreamreader.engine.clock import Moment
+from dreamreader.engine import Moment
 from dreamreader.errors import InvalidInput
 
 _KINDS = ("epsilon", "v_prediction", "sample", "flow_prediction")
