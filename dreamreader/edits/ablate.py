@@ -11,9 +11,7 @@ from dreamreader.edits.base import ChannelEdit, check_finite, per_site, row_leng
 from dreamreader.edits.patch import source_table
 from dreamreader.edits.simple import check_direction
 from dreamreader.edits.steer import unit
-from dreamreader.engine.cache import Activation, Cache
-from dreamreader.engine.place import Place
-from dreamreader.engine.recorded import row_means
+from dreamreader.engine import Activation, Cache, Place, row_means
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.ops import Instruction
 

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dreamreader.engine.edit_request import EditRequest
-from dreamreader.engine.function import call
-from dreamreader.engine.place import Place
+from dreamreader.engine import EditRequest, Place, apply_function
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,4 +34,4 @@ class Edit(EditRequest):
         return True  # the function is told the step
 
     def apply(self, x: Tensor, place: Place) -> Tensor:
-        return call(self.fn, x, place, "Edit")
+        return apply_function(self.fn, x, place, "Edit")

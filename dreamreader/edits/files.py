@@ -16,10 +16,7 @@ from dreamreader.edits.patch import Patch
 from dreamreader.edits.probe_guidance import ProbeGuidance
 from dreamreader.edits.simple import Clamp, Scale
 from dreamreader.edits.steer import Steer
-from dreamreader.engine.cache import Activation, Cache, Row
-from dreamreader.engine.clock_schedule import Instant
-from dreamreader.engine.edit_request import EditRequest
-from dreamreader.engine.selection import Box
+from dreamreader.engine import Activation, Box, Cache, EditRequest, Instant, Row
 from dreamreader.errors import InvalidInput, UnknownName
 
 _KIND = "edits"

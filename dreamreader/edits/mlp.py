@@ -8,8 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.edits.base import check_finite
-from dreamreader.engine.place import Place
-from dreamreader.engine.request import same
+from dreamreader.engine import Place, same
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.ops.guide import ACTIVATIONS, MAX_LAYERS, activated
 

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.edits.base import ChannelEdit, check_finite, per_site, row_length
-from dreamreader.engine.cache import Activation, Cache
-from dreamreader.engine.clock_schedule import UNTIMED
-from dreamreader.engine.firing import ranges
-from dreamreader.engine.place import Place
+from dreamreader.engine import UNTIMED, Activation, Cache, Place, ranges
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.ops import Instruction
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.edits.base import ChannelEdit, check_finite, per_site, row_length
-from dreamreader.engine.place import Place
+from dreamreader.engine import Place
 from dreamreader.errors import InvalidInput
 from dreamreader.ops import Instruction
 

@@ -16,8 +16,7 @@ from dreamreader.ops.choose import choose, counts_of_budget, streams_of
 from dreamreader.store.layout import POOLED, STORED, Moment, SiteLayout, tensors_of
 
 if TYPE_CHECKING:
-    from dreamreader.engine.clock_schedule import Instant
-    from dreamreader.engine.resolved import Selection
+    from dreamreader.engine import Instant, Selection
 
 OUTSIDE = Moment(-1, 0, np.nan, np.nan, np.nan)  # of what runs beside the denoising
 

@@ -126,8 +126,7 @@ class _Guide:
         self.reader, self.pipe = reader, reader.subject
         if reader.kind != "pipeline" or getattr(self.pipe, "scheduler", None) is None:
             raise InvalidInput(
-                "latent_guidance needs a diffusers pipeline with a scheduler, got "
-                f"{reader.name}"
+                f"latent_guidance needs a diffusers pipeline with a scheduler, got {reader.name}"
             )
         if objective not in OBJECTIVES:
             raise UnknownName("objective of latent_guidance", objective, OBJECTIVES)

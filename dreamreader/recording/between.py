@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamreader.engine import Reader, Record
-from dreamreader.engine.clock import Moment
-from dreamreader.engine.prompts import tokenize
+from dreamreader.engine import Moment, Reader, Record, tokenize
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.recording.alignment import (
     ALIGNMENTS,
@@ -40,7 +38,7 @@ class _Side:
 
     @property
     def is_language(self) -> bool:
-        return self.reader._subject.kind == "language"
+        return self.reader.kind == "language"
 
     def records(self, align: str, branch: str | None = None) -> list[Record]:
         reduce = mean_over_tokens if align == "mean" else None

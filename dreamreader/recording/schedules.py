@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dreamreader.engine.clock import Moment
+from dreamreader.engine import Moment
 from dreamreader.errors import InvalidInput, UnknownName
 
 SCHEDULES = ("equal", "noise", "fraction")

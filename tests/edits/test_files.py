@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from dreamreader import edits
 from dreamreader.edits import Ablate, Box, Clamp, Edit, Patch, Scale, Steer
 from dreamreader.engine import Activation, Cache, Row
-from dreamreader.engine.clock_schedule import Instant
+from dreamreader.engine._clock_schedule import Instant
 from dreamreader.errors import InvalidInput
 
 V = torch.randn(4)

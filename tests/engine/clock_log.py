@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from dreamreader.engine.clock import Clock, Moment
+from dreamreader.engine._clock import Clock, Moment
 from dreamreader.errors import ClockUnknown
 
 from .. import tiny

@@ -7,8 +7,8 @@ import diffusers
 import pytest
 import torch
 
-from dreamreader.engine.clock import Clock, Moment
-from dreamreader.engine.clock_run import own_class
+from dreamreader.engine._clock import Clock, Moment
+from dreamreader.engine._clock_run import own_class
 from dreamreader.errors import ClockUnknown
 
 from .. import tiny

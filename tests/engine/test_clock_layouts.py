@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreamreader.engine.clock import Clock, Moment
-from dreamreader.engine.subject import Subject
-from dreamreader.engine.tracker import PipelineTracker
+from dreamreader.engine._clock import Clock, Moment
+from dreamreader.engine._subject import Subject
+from dreamreader.engine._tracker import PipelineTracker
 from dreamreader.errors import ClockUnknown
 
 from .. import tiny

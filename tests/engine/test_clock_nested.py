@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import dreamreader as dr
-from dreamreader.engine.clock import Clock
-from dreamreader.engine.now import Now
-from dreamreader.engine.subject import Subject
-from dreamreader.engine.tracker import PipelineTracker
+from dreamreader.engine._clock import Clock
+from dreamreader.engine._now import Now
+from dreamreader.engine._subject import Subject
+from dreamreader.engine._tracker import PipelineTracker
 from dreamreader.errors import ClockUnknown
 
 from .. import tiny

@@ -6,9 +6,9 @@ import diffusers
 import pytest
 import torch
 
-from dreamreader.engine.clock import Clock, Moment
-from dreamreader.engine.clock_schedule import Trajectory
-from dreamreader.engine.families.timestep import raw, rising, thousandth
+from dreamreader.engine._clock import Clock, Moment
+from dreamreader.engine._clock_schedule import Trajectory
+from dreamreader.engine._families.timestep import raw, rising, thousandth
 from dreamreader.errors import ClockUnknown
 
 from .. import tiny

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamreader.engine import Attention, Call, Reader, Record, Watch
-from dreamreader.engine.probs import FormedAttention, FusedAttention
+from dreamreader.engine._probs import FormedAttention, FusedAttention
 from dreamreader.errors import ClockUnknown, InvalidInput, NeverFired
 
 PROMPTS = ["a red cat", "a dog on a tree"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import dreamreader as dr
-from dreamreader.engine.clock import Moment
+from dreamreader.engine._clock import Moment
 from dreamreader.errors import InvalidInput, NeverFired, UnknownName
 from dreamreader.probes import Probe, fit, latent_guidance
 from dreamreader.probes.latent_guidance import _Guide

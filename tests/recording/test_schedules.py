@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dreamreader.engine.clock import Moment
+from dreamreader.engine._clock import Moment
 from dreamreader.errors import InvalidInput
 from dreamreader.recording.schedules import match_calls, noise_levels
 

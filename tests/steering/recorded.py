@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from dreamreader.engine.cache import Activation, Row
-from dreamreader.engine.clock_schedule import Instant
+from dreamreader.engine._cache import Activation, Row
+from dreamreader.engine._clock_schedule import Instant
 
 SITE = "unet.mid_block.attentions.0"
 

@@ -117,7 +117,7 @@ def test_recorded_steps_keep_their_place_and_evaluations_of_a_step_are_averaged(
 def test_a_recording_outside_of_the_steps_gives_one_vector():
     from dataclasses import replace
 
-    from dreamreader.engine.clock_schedule import Instant
+    from dreamreader.engine._clock_schedule import Instant
 
     untimed = (Instant(0, math.nan, None, math.nan, 0),)
     found = replace(activation(torch.randn(8, 1, 3, 5)), steps=untimed)
