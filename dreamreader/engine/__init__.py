@@ -5,11 +5,12 @@ Other packages import from here alone; modules with an underscore are the engine
 
 from dreamreader.engine._cache import Activation as Activation
 from dreamreader.engine._cache import Cache as Cache
-from dreamreader.engine._cache import Row as Row
+from dreamreader.engine._cache import RunRow as RunRow
 from dreamreader.engine._clock import Clock as Clock
-from dreamreader.engine._clock import Moment as Moment
+from dreamreader.engine._clock import DenoiserCall as DenoiserCall
 from dreamreader.engine._clock_schedule import UNTIMED as UNTIMED
-from dreamreader.engine._clock_schedule import Instant as Instant
+from dreamreader.engine._clock_schedule import StepInfo as StepInfo
+from dreamreader.engine._edit_context import EditContext as EditContext
 from dreamreader.engine._edit_request import EditRequest as EditRequest
 from dreamreader.engine._families import attention_facts as attention_facts
 from dreamreader.engine._firing import Firing as Firing
@@ -20,7 +21,6 @@ from dreamreader.engine._gradients import SiteGradient as SiteGradient
 from dreamreader.engine._language import FORWARD as FORWARD
 from dreamreader.engine._pattern import join as join
 from dreamreader.engine._pattern import parse as parse
-from dreamreader.engine._place import Place as Place
 from dreamreader.engine._probs import Attention as Attention
 from dreamreader.engine._prompts import check_lengths as check_lengths
 from dreamreader.engine._prompts import encoded as encoded
@@ -48,12 +48,16 @@ from dreamreader.engine._sites import SiteList as SiteList
 from dreamreader.engine._spelling import spell as spell
 from dreamreader.engine._step_caches import cache_hooks as cache_hooks
 from dreamreader.engine._stepping import stepping as stepping
-from dreamreader.engine._stream import Flowing as Flowing
+from dreamreader.engine._stream import ActivationView as ActivationView
 from dreamreader.engine._stream import Stream as Stream
 from dreamreader.engine._subject import innermost as innermost
 from dreamreader.engine._subject import input_device as input_device
 from dreamreader.engine._subject import is_encoder_decoder as is_encoder_decoder
 from dreamreader.engine._taps import pick as pick
 from dreamreader.engine._taps import put as put
-from dreamreader.engine._watch import Call as Call
+from dreamreader.engine._watch import AttentionCall as AttentionCall
 from dreamreader.engine._watch import Watch as Watch
+
+# earlier names
+Call, Flowing, Instant, Moment = AttentionCall, ActivationView, StepInfo, DenoiserCall
+Place, Row = EditContext, RunRow

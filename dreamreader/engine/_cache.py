@@ -9,14 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.engine import _html as html
-from dreamreader.engine._clock_schedule import Instant
+from dreamreader.engine._clock_schedule import StepInfo
 from dreamreader.engine._pattern import join, parse
 from dreamreader.engine._selection import in_steps, normalized, normalized_steps, numbers_of
 from dreamreader.errors import InvalidInput, UnknownName
 
 
 @dataclass(frozen=True)
-class Row:
+class RunRow:
     """One row of a run: its number, prompt and seed, as far as they are known."""
 
     index: int
@@ -43,9 +43,9 @@ class Activation:
 
     site: str
     tensor: Float[Tensor, "rows *branch_steps_tokens features"]
-    rows: tuple[Row, ...]
+    rows: tuple[RunRow, ...]
     branches: tuple[str, ...]
-    steps: tuple[Instant, ...]
+    steps: tuple[StepInfo, ...]
     hw: tuple[int, int] | None = None
     heads: int | None = None
     tokens: tuple[int, ...] | None = None

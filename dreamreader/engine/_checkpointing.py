@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from dreamreader.engine._shared import Shared
+from dreamreader.engine._session_state import SessionState
 from dreamreader.errors import InvalidInput
 
 _FUNCTION = "_gradient_checkpointing_func"
 
 
 @contextmanager
-def recomputed_as_before(shared: Shared, modules: Iterable[nn.Module]) -> Iterator[None]:
+def recomputed_as_before(shared: SessionState, modules: Iterable[nn.Module]) -> Iterator[None]:
     """While this is open, parts that are computed again are edited as they were, and not recorded.
 
     The backward pass runs outside every forward: what was running is remembered. Computed again
@@ -41,7 +41,7 @@ def recomputed_as_before(shared: Shared, modules: Iterable[nn.Module]) -> Iterat
 
 
 def _guarded(
-    checkpoint: Callable[..., Any], shared: Shared, state: dict[str, bool]
+    checkpoint: Callable[..., Any], shared: SessionState, state: dict[str, bool]
 ) -> Callable[..., Any]:
     subject = shared.subject
 

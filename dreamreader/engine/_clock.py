@@ -18,7 +18,7 @@ from dreamreader.engine._clock_run import (
     other_caller,
     own_class,
 )
-from dreamreader.engine._clock_schedule import Instant, Trajectory
+from dreamreader.engine._clock_schedule import StepInfo, Trajectory
 from dreamreader.engine._clock_text import Encoding, embedded_branches, encoder_calls
 from dreamreader.engine._families.guidance import layout_of
 from dreamreader.engine._families.timestep import form_of, has_clean_tokens
@@ -34,7 +34,7 @@ _EMBEDDING = ("encoder_hidden_states", "encoder_hidden_states_t5", "cap_feats", 
 
 
 @dataclass(frozen=True)
-class Moment(Instant):
+class DenoiserCall(StepInfo):
     """One call of the denoiser: its time, and what its batch holds.
 
     Attributes:
@@ -47,25 +47,25 @@ class Moment(Instant):
     branches: tuple[str, ...]
 
 
-class _Call:
+class _RunningCall:
     """The running call of a denoiser: time and branches, or why they are unknown."""
 
     __slots__ = ("aside", "branches", "instant", "moment", "name", "outer")
 
-    def __init__(self, name: str, outer: "_Call | None", aside: str | None):
+    def __init__(self, name: str, outer: "_RunningCall | None", aside: str | None):
         self.name = name
         self.outer = outer  # within which it runs
         self.aside = aside  # why it is not the run's own
-        self.instant: Instant | ClockUnknown
+        self.instant: StepInfo | ClockUnknown
         self.branches: tuple[str, ...] | ClockUnknown
-        self.moment: Moment | None = None
+        self.moment: DenoiserCall | None = None
 
 
 class Clock:
     """Follows a diffusers pipeline and says when and in which branch its denoiser is being called.
 
     The step follows from the scheduler's place in its own `timesteps` (step index, begin index or
-    counter), confirmed by the timestep that the denoiser receives; see `Instant` for every
+    counter), confirmed by the timestep that the denoiser receives; see `StepInfo` for every
     definition. The branch is the name of the pipeline's `cache_context`, else follows from the
     family's guidance layout, confirmed by the size of the batch. Nothing is counted and nothing is
     guessed: what cannot be known raises.
@@ -105,11 +105,11 @@ class Clock:
         followed = {**self.denoisers, **self.beside}
         self._parameters = {name: Parameters(module) for name, module in followed.items()}
         self._contexts: dict[str, list[str]] = {name: [] for name in followed}
-        self._runs: list[_Run] = []
+        self._runs: list[_ClockedRun] = []
         self._callbacks = 0
         self._within = 0  # runs of the pipeline that began within the running one
         self._last: Trajectory | None = None
-        self._call: _Call | None = None
+        self._call: _RunningCall | None = None
         self._encoding: Encoding | None = None
         self._encoder: tuple[str, tuple[str, ...] | ClockUnknown] | None = None
 
@@ -134,7 +134,7 @@ class Clock:
         self._callbacks = self._within = 0
         self._call = self._encoding = self._encoder = None
 
-    def now(self) -> Moment:
+    def now(self) -> DenoiserCall:
         """Time and branches of the denoiser call that is running.
 
         Raises:
@@ -145,12 +145,12 @@ class Clock:
         if call is not None and call.moment is not None:
             return call.moment
         instant, branches = self.time(), self.branches()
-        moment = Moment(**vars(instant), branches=branches)
+        moment = DenoiserCall(**vars(instant), branches=branches)
         if call is not None:
             call.moment = moment
         return moment
 
-    def time(self) -> Instant:
+    def time(self) -> StepInfo:
         """Time of the denoiser call that is running; known also where the branch is not.
 
         Raises:
@@ -173,7 +173,7 @@ class Clock:
         raise ClockUnknown(self._idle("branch"))
 
     @property
-    def schedule(self) -> list[Instant]:
+    def schedule(self) -> list[StepInfo]:
         """The steps of the running or latest run, from its first one to the end of the schedule.
 
         Empty until a denoiser has been called.
@@ -182,7 +182,7 @@ class Clock:
         return [] if trajectory is None else trajectory.steps()
 
     @property
-    def entries(self) -> list[Instant]:
+    def entries(self) -> list[StepInfo]:
         """Like `schedule`, with every evaluation of the steps of second-order solvers."""
         trajectory = self._trajectory
         return [] if trajectory is None else trajectory.entries()
@@ -216,7 +216,7 @@ class Clock:
         if self._runs:
             self._within += 1
             return
-        self._runs.append(_Run(self.pipe, arguments))
+        self._runs.append(_ClockedRun(self.pipe, arguments))
         self._call = self._encoding = self._encoder = None
         for names in self._contexts.values():
             names.clear()
@@ -281,7 +281,7 @@ class Clock:
             outer, why = self._call, self.aside()
             if why is None and outer is not None:
                 why = f"it is called while a call of {outer.name} runs, so it is not the run's own"
-            self._call = call = _Call(name, outer, why)
+            self._call = call = _RunningCall(name, outer, why)
             if why is not None:
                 if self._runs:
                     self._runs[-1].interrupted = True
@@ -352,7 +352,7 @@ class Clock:
         return f"no denoiser of the pipeline ({known}) is running: no {what}"
 
 
-class _Run:
+class _ClockedRun:
     """What is known about one call of the pipeline."""
 
     def __init__(self, pipe: Any, arguments: Mapping[str, Any]):

@@ -7,7 +7,7 @@ from dreamreader.engine._clock_guider import Passes
 from dreamreader.engine._clock_proof import Heard
 from dreamreader.engine._clock_rows import rows_of
 from dreamreader.engine._families.classes import replaced
-from dreamreader.engine._families.guidance import Layout, chunks_of
+from dreamreader.engine._families.guidance import BranchLayout, chunks_of
 from dreamreader.errors import ClockUnknown
 
 
@@ -22,7 +22,9 @@ class Branches:
     The prompt embeddings of every call have to agree with any of these.
     """
 
-    def __init__(self, pipe: Any, own: type, layout: Layout | None, arguments: Mapping[str, Any]):
+    def __init__(
+        self, pipe: Any, own: type, layout: BranchLayout | None, arguments: Mapping[str, Any]
+    ):
         self.pipe = pipe
         self.family = own.__name__
         self.layout = layout

@@ -44,7 +44,7 @@ def _holds(prepared: Any, embedding: Any) -> bool:
     return embedding is not None and any(each is embedding for each in vars(prepared).values())
 
 
-class _Tap:
+class _GuiderTap:
     """Stands for one of a guider's methods and passes on what it prepares."""
 
     def __init__(self, original: Callable[..., Any], earlier: Any):
@@ -67,19 +67,19 @@ def listen_to_guider(guider: Any) -> Iterator[Passes | None]:
         return
     passes, shelf = Passes(guider), vars(guider)
     for name in _SPLITS:
-        if not isinstance(shelf.get(name), _Tap):
-            shelf[name] = _Tap(getattr(guider, name), shelf.get(name))
+        if not isinstance(shelf.get(name), _GuiderTap):
+            shelf[name] = _GuiderTap(getattr(guider, name), shelf.get(name))
         shelf[name].listening.append(passes)
     try:
         yield passes
     finally:
         for name in _SPLITS:
             tap = shelf.get(name)
-            if isinstance(tap, _Tap):
+            if isinstance(tap, _GuiderTap):
                 _leave(shelf, name, tap, passes)
 
 
-def _leave(shelf: dict[str, Any], name: str, tap: _Tap, passes: Passes) -> None:
+def _leave(shelf: dict[str, Any], name: str, tap: _GuiderTap, passes: Passes) -> None:
     tap.listening = [each for each in tap.listening if each is not passes]
     if not tap.listening:
         del shelf[name]

@@ -260,6 +260,10 @@ class Parameters:
         names = list(inspect.signature(type(innermost(module)).forward).parameters)[1:]
         self.positions = {name: place for place, name in enumerate(names)}
 
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name."""
+        return {**dict(zip(self.positions, args, strict=False)), **kwargs}
+
     def first_of(self, names: tuple[str, ...]) -> str | None:
         """The first of these names that the module has as a parameter."""
         return next((name for name in names if name in self.positions), None)

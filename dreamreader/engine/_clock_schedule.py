@@ -23,7 +23,7 @@ from dreamreader.errors import ClockUnknown
 
 
 @dataclass(frozen=True)
-class Instant:
+class StepInfo:
     """A place in time of a denoising run.
 
     Attributes:
@@ -48,7 +48,7 @@ class Instant:
     evaluation: int
 
 
-UNTIMED = Instant(-1, float("nan"), None, float("nan"), 0)
+UNTIMED = StepInfo(-1, float("nan"), None, float("nan"), 0)
 """Of what runs outside the denoising, or at a step that is not known: it has no number."""
 
 
@@ -76,8 +76,8 @@ class Trajectory:
         self._stride = timesteps.element_size()
         self._has_index = hasattr(type(scheduler), "step_index")
         self._later: list[tuple[Tensor, int, float]] = []
-        self._entries: list[Instant] = []
-        self._steps: list[Instant] = []
+        self._entries: list[StepInfo] = []
+        self._steps: list[StepInfo] = []
 
     def locate(self, argument: Any, precision: float) -> int:
         """Entry of `scheduler.timesteps` at which the denoiser is being called.
@@ -111,7 +111,7 @@ class Trajectory:
         self._compare(index, argument, view, precision)
         return index
 
-    def instant(self, index: int) -> Instant:
+    def instant(self, index: int) -> StepInfo:
         """The time at an entry of the schedule, in the run that `locate` has seen the start of."""
         step, evaluation = place(self.scheduler, index)
         sigma = None
@@ -119,15 +119,15 @@ class Trajectory:
             sigma = self.sigmas[1 if evaluation else 0][index]
             if sigma is None:
                 sigma = live_level(self.scheduler)
-        return Instant(step, self.values[index], sigma, step / self.total, evaluation)
+        return StepInfo(step, self.values[index], sigma, step / self.total, evaluation)
 
-    def steps(self) -> list[Instant]:
+    def steps(self) -> list[StepInfo]:
         """The steps from the first of the run to the last of the schedule, at their beginnings."""
         if not self._steps:  # asked for at every call of every site
             self._steps = [each for each in self.entries() if each.evaluation == 0]
         return self._steps
 
-    def entries(self) -> list[Instant]:
+    def entries(self) -> list[StepInfo]:
         """Like `steps`, with every evaluation of each."""
         if self.start is not None and not self._entries:
             self._entries = [self.instant(i) for i in range(self.start, len(self.values))]

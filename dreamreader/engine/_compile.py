@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dreamreader.engine._call_context import CallContext
+from dreamreader.engine._edit_context import EditContext
 from dreamreader.engine._edit_request import EditRequest
 from dreamreader.engine._notes import Notes
-from dreamreader.engine._now import Now
-from dreamreader.engine._place import Place
 from dreamreader.ops import Instruction, Program, intervene
 from dreamreader.ops.intervention import intervene_seen
 
@@ -18,12 +18,12 @@ _PATCHES = 8
 
 
 @dataclass(eq=False)
-class Active:
+class ActiveEdit:
     """One edit at work: its number in the session, its place with its selection."""
 
     number: int
     edit: EditRequest
-    place: Place
+    place: EditContext
 
 
 @dataclass(eq=False)
@@ -45,7 +45,7 @@ class Stage:
 
     numbers: tuple[int, ...]
     program: Program | None = None
-    active: Active | None = None
+    active: ActiveEdit | None = None
     alone: "tuple[Stage, ...]" = ()
 
     def run(self, x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Compiled:
             x = stage.run(x)
         return x
 
-    def run_noted(self, x: Tensor, now: Now, notes: Notes) -> Tensor:
+    def run_noted(self, x: Tensor, now: CallContext, notes: Notes) -> Tensor:
         """Like `run`; notes say later what each edit did to the values."""
         for stage in self.stages:
             if stage.program is not None:
@@ -93,7 +93,7 @@ class Compiled:
         return x
 
 
-def compiled(active: Sequence[Active], shape: tuple[int, int, int]) -> Compiled:
+def compiled(active: Sequence[ActiveEdit], shape: tuple[int, int, int]) -> Compiled:
     """Programs for the edits in their order; edits without any strength take no part.
 
     A new program begins before an edit that restores norms, since it means the norm before itself,
@@ -123,7 +123,7 @@ def compiled(active: Sequence[Active], shape: tuple[int, int, int]) -> Compiled:
     return Compiled(done, hits)
 
 
-_Work = tuple[Active, list[Instruction]]
+_Work = tuple[ActiveEdit, list[Instruction]]
 
 
 def _stage(group: list[_Work], shape: tuple[int, int, int]) -> Stage:
@@ -161,7 +161,7 @@ def _union(instructions: Sequence[Instruction]) -> Tensor:
     return touched
 
 
-def _hit(each: Active, touched: Tensor) -> Hit | None:
+def _hit(each: ActiveEdit, touched: Tensor) -> Hit | None:
     place = each.place
     touched = touched.detach().cpu() != 0
     if touched.dim() < 2:
@@ -175,7 +175,7 @@ def _hit(each: Active, touched: Tensor) -> Hit | None:
     return Hit(each.number, tuple(names), tuple(rows.tolist()))
 
 
-def _blended(x: Tensor, active: Active) -> Tensor:
+def _blended(x: Tensor, active: ActiveEdit) -> Tensor:
     """A function's result where the selection is 1, the input bit for bit where it is 0."""
     y = active.edit.apply(x, active.place)
     share = active.place.selected.to(x.device).unsqueeze(-1)  # [batch or 1, tokens or 1, 1]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dreamreader.engine._place import Place
+from dreamreader.engine._edit_context import EditContext
 from dreamreader.engine._request import Request
 from dreamreader.ops import Instruction
 
@@ -33,7 +33,7 @@ class EditRequest(Request):
         """Whether `apply` itself leaves what is not selected, bit for bit."""
         return False
 
-    def touched(self, place: Place) -> Tensor:
+    def touched(self, place: EditContext) -> Tensor:
         """Where a function acts: not 0 in a tensor that broadcasts to [batch, tokens]."""
         return place.selected
 
@@ -41,11 +41,11 @@ class EditRequest(Request):
         """Length of every per-row argument."""
         return {}
 
-    def check(self, place: Place) -> None:
+    def check(self, place: EditContext) -> None:
         """Refuse inputs that do not fit the site; called once per site, before the first change."""
 
-    def instructions(self, place: Place) -> list[Instruction]:
+    def instructions(self, place: EditContext) -> list[Instruction]:
         raise NotImplementedError
 
-    def apply(self, x: Tensor, place: Place) -> Tensor:
+    def apply(self, x: Tensor, place: EditContext) -> Tensor:
         raise NotImplementedError

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from dreamreader.engine._place import Place
+from dreamreader.engine._edit_context import EditContext
 from dreamreader.errors import InvalidInput
 
 
-def apply_function(fn: Callable[..., Any], x: Tensor, place: Place, label: str) -> Tensor:
+def apply_function(fn: Callable[..., Any], x: Tensor, place: EditContext, label: str) -> Tensor:
     """x [batch, tokens, features] with fn applied to its selected rows.
 
     Args:

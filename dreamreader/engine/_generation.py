@@ -200,7 +200,7 @@ class Generation:
         self.real = real
 
 
-class _Tap:
+class _ForwardTap:
     """Stands for a model's `generate` and `prepare_inputs_for_generation` while sessions listen."""
 
     def __init__(self, model: nn.Module):
@@ -253,7 +253,7 @@ class _Tap:
 
 
 _METHODS = ("generate", "prepare_inputs_for_generation")
-_TAPS: dict[int, _Tap] = {}
+_TAPS: dict[int, _ForwardTap] = {}
 
 
 @contextmanager
@@ -261,7 +261,7 @@ def listen_to_generate(model: nn.Module, listener: GenerationListener) -> Iterat
     """Tell `listener` about every `generate` of this one model by this thread."""
     tap = _TAPS.get(id(model))
     if tap is None:
-        tap = _TAPS[id(model)] = _Tap(model)
+        tap = _TAPS[id(model)] = _ForwardTap(model)
     tap.listening.append((listener, Owner()))
     try:
         yield

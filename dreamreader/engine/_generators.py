@@ -25,7 +25,7 @@ _DEPTH = 3  # of objects within a scheduler
 
 
 @dataclass(frozen=True)
-class Source:
+class GeneratorSource:
     """One generator: what it is called, and how its state is read, written and seeded."""
 
     name: str
@@ -35,23 +35,23 @@ class Source:
     own: Any = None  # of a private one, the generator
 
 
-def global_torch(pipe: Any) -> list[Source]:
+def global_torch(pipe: Any) -> list[GeneratorSource]:
     """Those of torch: of the CPU and of every CUDA device that is in use or about to be."""
     return [_torch("", each) for each in (torch.default_generator, *_cuda(pipe))]
 
 
-def global_others() -> list[Source]:
+def global_others() -> list[GeneratorSource]:
     """Those of numpy and of Python; their states are large."""
     return [_legacy("", numpy.random), _python("", random)]
 
 
-def private(pipe: Any, modules: Mapping[str, nn.Module]) -> list[Source]:
+def private(pipe: Any, modules: Mapping[str, nn.Module]) -> list[GeneratorSource]:
     """Generators that the pipeline, its schedulers and its modules keep, by name.
 
     Raises:
         InvalidInput: one of them draws from the system's entropy, so no seed decides it.
     """
-    found: dict[int, Source] = {}
+    found: dict[int, GeneratorSource] = {}
     parts = {name: each for name, each in pipe.components.items() if _may_draw(each)}
     seen = {id(each) for each in parts.values()}
     walks = [_attributes("the pipeline", pipe, seen, 1)]
@@ -76,7 +76,7 @@ def same(one: Any, other: Any) -> bool:
     return one == other
 
 
-def _source(name: str, value: Any) -> Source | None:
+def _source(name: str, value: Any) -> GeneratorSource | None:
     if isinstance(value, torch.Generator):
         return _torch(f"{name}, a torch.Generator", value)
     if isinstance(value, numpy.random.Generator):
@@ -91,29 +91,29 @@ def _source(name: str, value: Any) -> Source | None:
     return _python(f"{name}, a random.Random", value) if isinstance(value, random.Random) else None
 
 
-def _torch(name: str, own: torch.Generator) -> Source:
-    return Source(name, own.get_state, own.set_state, own.manual_seed, own)
+def _torch(name: str, own: torch.Generator) -> GeneratorSource:
+    return GeneratorSource(name, own.get_state, own.set_state, own.manual_seed, own)
 
 
-def _legacy(name: str, own: Any) -> Source:
+def _legacy(name: str, own: Any) -> GeneratorSource:
     def seed(number: int) -> None:
         own.seed(number % 2**32)
 
-    return Source(name, lambda: own.get_state(legacy=False), own.set_state, seed, own)
+    return GeneratorSource(name, lambda: own.get_state(legacy=False), own.set_state, seed, own)
 
 
-def _python(name: str, own: Any) -> Source:
-    return Source(name, own.getstate, own.setstate, own.seed, own)
+def _python(name: str, own: Any) -> GeneratorSource:
+    return GeneratorSource(name, own.getstate, own.setstate, own.seed, own)
 
 
-def _numpy(name: str, bits: Any, own: Any) -> Source:
+def _numpy(name: str, bits: Any, own: Any) -> GeneratorSource:
     def write(state: Any) -> None:
         bits.state = state
 
     def seed(number: int) -> None:
         bits.state = type(bits)(number).state
 
-    return Source(name, lambda: bits.state, write, seed, own)
+    return GeneratorSource(name, lambda: bits.state, write, seed, own)
 
 
 _PLAIN = {type(None), str, int, float, bool, torch.dtype, torch.device, Tensor, nn.Parameter}

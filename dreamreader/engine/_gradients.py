@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dreamreader.engine._edit_context import EditContext
 from dreamreader.engine._edit_request import EditRequest
-from dreamreader.engine._place import Place
 from dreamreader.errors import InvalidInput
 
 
@@ -36,7 +36,7 @@ class Leaf(EditRequest):
     is_function = True
     selects = True
 
-    def apply(self, x: Tensor, place: Place) -> Tensor:
+    def apply(self, x: Tensor, place: EditContext) -> Tensor:
         if not torch.is_grad_enabled():
             raise InvalidInput(
                 f"{place.site}: its gradient is asked for, but gradients are off here: call the "

@@ -14,7 +14,7 @@ from dreamreader.engine._padding import decoder_start, position_arguments
 from dreamreader.engine._prompts import TextReader, padded, tokenize
 from dreamreader.engine._recorder import Memory
 from dreamreader.engine._result import RunResult, merged
-from dreamreader.engine._rows import Plan
+from dreamreader.engine._rows import RowPlan
 from dreamreader.engine._session import Session
 from dreamreader.engine._subject import Subject, is_encoder_decoder
 from dreamreader.engine._threads import GENERATORS
@@ -27,7 +27,7 @@ FORWARD = frozenset({"logits_to_keep", "add_special_tokens", *_DECODER})  # all 
 def run_language(
     reader: TextReader,
     subject: Subject,
-    plan: Plan,
+    plan: RowPlan,
     opened: Callable[..., Session],
     batch_size: int | None,
     memory_limit: int | None,

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from dreamreader.engine._call_context import CallContext
 from dreamreader.engine._call_tokens import (
     OF_ENCODER,
     beside,
@@ -23,9 +24,8 @@ from dreamreader.engine._call_tokens import (
     tokens_of,
     whole_layout,
 )
-from dreamreader.engine._clock_schedule import Instant
+from dreamreader.engine._clock_schedule import StepInfo
 from dreamreader.engine._generation import Generation, listen_to_generate
-from dreamreader.engine._now import Now
 from dreamreader.engine._sequences import (
     Sequence,
     Sequences,
@@ -88,7 +88,7 @@ class LanguageTracker(WithoutSchedule):
         self._given = prompt
         self._sequences = Sequences()
         self._generations: list[Generation] = []
-        self._frames: list[_Frame] = []
+        self._frames: list[_ModuleFrame] = []
         self._run = 0
         self._ids: Tensor | ClockUnknown | None = None
         self._ids_layout: TokenLayout | ClockUnknown | None = None
@@ -113,12 +113,12 @@ class LanguageTracker(WithoutSchedule):
         self._encoded = ((None, None), None)
 
     @property
-    def now(self) -> Now | None:
+    def now(self) -> CallContext | None:
         return self._frames[-1].now if self._frames else None
 
-    def outside(self, component: str) -> Now:
+    def outside(self, component: str) -> CallContext:
         why = ClockUnknown(f"{component} was called outside a forward of the whole model")
-        return Now(component, "outside", self.runs, why, _COND, None, tokens=why)
+        return CallContext(component, "outside", self.runs, why, _COND, None, tokens=why)
 
     def text_ids(self, component: str, branch: str) -> tuple[Tensor, Tensor | None] | None:
         if self._encoders and (self.now is None or self.now.component != _ENCODER):
@@ -185,11 +185,11 @@ class LanguageTracker(WithoutSchedule):
         self._run = self.runs
         return self._run
 
-    def _frame(self, module: nn.Module, arguments: Mapping[str, Any]) -> "_Frame":
+    def _frame(self, module: nn.Module, arguments: Mapping[str, Any]) -> "_ModuleFrame":
         """What is known of a call of a model: its tokens and its decoding step."""
         around = self._frames[-1] if self._frames else None
         if module in self._encoders:
-            return _Frame(self._of_encoder(module, arguments, around is not None))
+            return _ModuleFrame(self._of_encoder(module, arguments, around is not None))
         given = sequence_of(module, arguments)
         inside = around is not None and not around.is_strange
         if given is None:
@@ -199,16 +199,21 @@ class LanguageTracker(WithoutSchedule):
                 "are none of the prompt's"
             )
             strange = not inside and not makes_decoder_inputs(module, arguments)
-            return _Frame(self._apart(why), is_strange=strange)
+            return _ModuleFrame(self._apart(why), is_strange=strange)
         if around is not None and inside:
-            return _Frame(self._within(module, arguments, around.now, *given.shape[:2]))
+            return _ModuleFrame(self._within(module, arguments, around.now, *given.shape[:2]))
         if self._generations or _adds_tokens(self._outermost):
-            return _Frame(self._of_generation(arguments, given))
-        return _Frame(*self._plain(module, arguments, given))
+            return _ModuleFrame(self._of_generation(arguments, given))
+        return _ModuleFrame(*self._plain(module, arguments, given))
 
     def _within(
-        self, module: nn.Module, arguments: Mapping[str, Any], around: Now, rows: int, length: int
-    ) -> Now:
+        self,
+        module: nn.Module,
+        arguments: Mapping[str, Any],
+        around: CallContext,
+        rows: int,
+        length: int,
+    ) -> CallContext:
         """A model inside the call of another."""
         tokens = around.tokens
         if isinstance(tokens, ClockUnknown):  # and so are those of its parts
@@ -220,7 +225,7 @@ class LanguageTracker(WithoutSchedule):
             "with others: which token each is is unknown"
         )
 
-    def _of_generation(self, arguments: Mapping[str, Any], given: Tensor) -> Now:
+    def _of_generation(self, arguments: Mapping[str, Any], given: Tensor) -> CallContext:
         """A call that `generate` makes."""
         rows, length = given.shape[:2]
         if len(self._generations) > 1:
@@ -246,7 +251,7 @@ class LanguageTracker(WithoutSchedule):
         step: int | ClockUnknown,
         rows: int,
         length: int,
-    ) -> Now:
+    ) -> CallContext:
         if isinstance(tokens, TokenLayout):
             kept = kept_of(arguments.get("logits_to_keep"), length)
             tokens = beside(replace(tokens, kept=kept), self._encoder(arguments))
@@ -254,7 +259,7 @@ class LanguageTracker(WithoutSchedule):
 
     def _plain(
         self, module: nn.Module, arguments: Mapping[str, Any], given: Tensor
-    ) -> tuple[Now, Sequence | None]:
+    ) -> tuple[CallContext, Sequence | None]:
         """A call outside `generate`: a prompt of its own, or one that goes on with a cache."""
         rows, length = given.shape[:2]
         of_decoder = is_encoder_decoder(module)
@@ -351,7 +356,9 @@ class LanguageTracker(WithoutSchedule):
             return whole - length  # a recurrent state does not say how much it has read
         return ClockUnknown("its cache or state does not say how many tokens it has read")
 
-    def _of_encoder(self, module: nn.Module, arguments: Mapping[str, Any], inside: bool) -> Now:
+    def _of_encoder(
+        self, module: nn.Module, arguments: Mapping[str, Any], inside: bool
+    ) -> CallContext:
         given = tokens_of(arguments, OF_ENCODER)
         if not inside and not self._generations:
             self._new_run()
@@ -367,7 +374,7 @@ class LanguageTracker(WithoutSchedule):
         self._ids_layout = tokens
         return self._now(why, tokens, rows, _ENCODER)
 
-    def _inside(self, around: Now, arguments: Mapping[str, Any]) -> Now:
+    def _inside(self, around: CallContext, arguments: Mapping[str, Any]) -> CallContext:
         """A model inside a call that works on the same tokens, all of them."""
         tokens = around.tokens
         assert isinstance(tokens, TokenLayout)
@@ -393,11 +400,11 @@ class LanguageTracker(WithoutSchedule):
             self._encoded = ((states, mask), found)
         return found
 
-    def _unknown(self, why: str, rows: int | None = None) -> Now:
+    def _unknown(self, why: str, rows: int | None = None) -> CallContext:
         error = ClockUnknown(why)
         return self._now(error, error, rows)
 
-    def _apart(self, why: str) -> Now:
+    def _apart(self, why: str) -> CallContext:
         """A model within a call, or within generate, that does not work on its rows."""
         around = self.now
         if around is None and not self._generations:
@@ -405,9 +412,9 @@ class LanguageTracker(WithoutSchedule):
         rows = around.batch if around is not None else self._generations[0].rows
         return self._now(ClockUnknown(why), RowsUnknown(why, rows), None)
 
-    def _now(self, instant: Any, tokens: Any, rows: int | None, component: str = "") -> Now:
+    def _now(self, instant: Any, tokens: Any, rows: int | None, component: str = "") -> CallContext:
         states = self._encoded[0][0] if getattr(tokens, "encoder", None) is not None else None
-        return Now(
+        return CallContext(
             component,
             "text" if component == _ENCODER else "language",
             self._run,
@@ -420,7 +427,7 @@ class LanguageTracker(WithoutSchedule):
 
 
 @dataclass(slots=True)
-class _Frame:
+class _ModuleFrame:
     """A running call of a model.
 
     Attributes:
@@ -429,7 +436,7 @@ class _Frame:
             models in it are looked at as if they were called alone.
     """
 
-    now: Now
+    now: CallContext
     sequence: Sequence | None = None
     is_strange: bool = False
 
@@ -469,5 +476,5 @@ def _encoders(model: nn.Module) -> set[nn.Module]:
         return set()
 
 
-def _instant(step: int) -> Instant:
-    return Instant(step, math.nan, None, math.nan, 0)
+def _instant(step: int) -> StepInfo:
+    return StepInfo(step, math.nan, None, math.nan, 0)

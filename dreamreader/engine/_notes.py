@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dreamreader.engine._now import Now
+from dreamreader.engine._call_context import CallContext
 from dreamreader.ops.intervention import CHANGED, NOT_FINITE, OVERFLOWED, look
 
 _ROOM = 256  # visits in one table
@@ -19,13 +19,15 @@ class Notes:
 
     def __init__(self) -> None:
         self._changed: set[int] = set()
-        self._overflowed: list[Now] = []
+        self._overflowed: list[CallContext] = []
         self._device: torch.device | None = None  # of the table in use
         self._table = _NO_TABLE
         self._at = 0  # next place there
-        self._open: list[tuple[Now | None, tuple[int, ...], Tensor, int]] = []
+        self._open: list[tuple[CallContext | None, tuple[int, ...], Tensor, int]] = []
 
-    def place(self, now: Now | None, numbers: tuple[int, ...], x: Tensor) -> tuple[Tensor, int]:
+    def place(
+        self, now: CallContext | None, numbers: tuple[int, ...], x: Tensor
+    ) -> tuple[Tensor, int]:
         """A place for what the edits `numbers` do to x; `now` None: overflow is of no concern."""
         device = x.device
         if self._at == _ROOM:
@@ -39,7 +41,7 @@ class Notes:
         self._open.append((now, numbers, self._table, at))
         return self._table, at
 
-    def look(self, now: Now | None, numbers: tuple[int, ...], x: Tensor, y: Tensor) -> None:
+    def look(self, now: CallContext | None, numbers: tuple[int, ...], x: Tensor, y: Tensor) -> None:
         """Compare what something else than a program gave."""
         compare = not self.knows(numbers)
         if compare or y.dtype in _HALF:
@@ -57,7 +59,7 @@ class Notes:
         self._read()
         return self._changed
 
-    def overflowed(self) -> list[Now]:
+    def overflowed(self) -> list[CallContext]:
         """The calls in which an edit made values infinite or NaN that were not."""
         self._read()
         return self._overflowed

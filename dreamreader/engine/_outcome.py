@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
-from dreamreader.engine._clock_schedule import Instant
+from dreamreader.engine._call_context import CallContext
+from dreamreader.engine._clock_schedule import StepInfo
 from dreamreader.engine._firing import Firing, FiringReport, ranges
-from dreamreader.engine._now import Now
+from dreamreader.engine._hooked_site import HookedSite, SitePlan
 from dreamreader.engine._request import Request
 from dreamreader.engine._selection import described
-from dreamreader.engine._shared import Shared
-from dreamreader.engine._site_run import Plan, SiteRun
+from dreamreader.engine._session_state import SessionState
 from dreamreader.engine._subject import Subject
 from dreamreader.errors import NeverFired, UnknownName, nearest
 
@@ -17,9 +17,9 @@ _ELSEWHERE = "calls of other threads were neither edited nor recorded"
 
 def fill(
     report: FiringReport,
-    runs: Mapping[str, SiteRun],
+    runs: Mapping[str, HookedSite],
     requests: Sequence[Request],
-    shared: Shared,
+    shared: SessionState,
 ) -> None:
     """Turn what the sites noted into the lines of the report."""
     lines = {(each.number, each.site): each for each in report.firings}
@@ -28,7 +28,7 @@ def fill(
             _count(lines, name, now, plan)
         for now, numbers in run.skipped:
             for number in numbers:
-                step = now.instant.step if isinstance(now.instant, Instant) else 0
+                step = now.instant.step if isinstance(now.instant, StepInfo) else 0
                 lines[number, name].not_computed[step] += 1
         _note_unchanged(lines, name, run)
         _note_overflow(lines, name, run)
@@ -39,9 +39,9 @@ def fill(
 
 def require_fired(
     report: FiringReport,
-    runs: Mapping[str, SiteRun],
+    runs: Mapping[str, HookedSite],
     requests: Sequence[Request],
-    shared: Shared,
+    shared: SessionState,
 ) -> None:
     """Raise for what never fired.
 
@@ -71,7 +71,9 @@ def require_fired(
                 raise NeverFired(_why_never(request, each, runs, shared))
 
 
-def _why_never(request: Request, line: Firing, runs: Mapping[str, SiteRun], shared: Shared) -> str:
+def _why_never(
+    request: Request, line: Firing, runs: Mapping[str, HookedSite], shared: SessionState
+) -> str:
     said = f"{request.describe()} never fired at {line.site}: "
     steps = ", ".join(map(str, sorted(shared.steps_seen)))
     if line.not_computed:
@@ -95,7 +97,7 @@ def _why_never(request: Request, line: Firing, runs: Mapping[str, SiteRun], shar
     )
 
 
-def _why_missed(request: Request, line: Firing, run: SiteRun) -> str:
+def _why_missed(request: Request, line: Firing, run: HookedSite) -> str:
     asked = [
         f"{name}={described(getattr(request, name))}"
         for name in ("tokens", "rows", "heads", "channels")
@@ -110,8 +112,10 @@ def _why_missed(request: Request, line: Firing, run: SiteRun) -> str:
     )
 
 
-def _count(lines: dict[tuple[int, str], Firing], name: str, now: Now, plan: Plan) -> None:
-    step = now.instant.step if isinstance(now.instant, Instant) else None
+def _count(
+    lines: dict[tuple[int, str], Firing], name: str, now: CallContext, plan: SitePlan
+) -> None:
+    step = now.instant.step if isinstance(now.instant, StepInfo) else None
     hits = {each.number: each for each in plan.edits.hits} if plan.edits else {}
     for number in plan.active:
         line = lines[number, name]
@@ -132,7 +136,7 @@ def _count(lines: dict[tuple[int, str], Firing], name: str, now: Now, plan: Plan
         line.rows.update(held.rows)
 
 
-def _note_unchanged(lines: dict[tuple[int, str], Firing], name: str, run: SiteRun) -> None:
+def _note_unchanged(lines: dict[tuple[int, str], Firing], name: str, run: HookedSite) -> None:
     changed = run.notes.changed() if run.edits else set()
     for number, _ in run.edits:
         line = lines[number, name]
@@ -140,9 +144,9 @@ def _note_unchanged(lines: dict[tuple[int, str], Firing], name: str, run: SiteRu
             line.note("strength above 0, but no value changed")
 
 
-def _note_overflow(lines: dict[tuple[int, str], Firing], name: str, run: SiteRun) -> None:
+def _note_overflow(lines: dict[tuple[int, str], Firing], name: str, run: HookedSite) -> None:
     steps = {
-        now.instant.step if isinstance(now.instant, Instant) else 0
+        now.instant.step if isinstance(now.instant, StepInfo) else 0
         for now in run.notes.overflowed()
     }
     if steps:
@@ -150,7 +154,9 @@ def _note_overflow(lines: dict[tuple[int, str], Firing], name: str, run: SiteRun
             lines[number, name].note(f"overflow to infinity at steps {ranges(steps)}")
 
 
-def _note_missing_steps(report: FiringReport, requests: Sequence[Request], shared: Shared) -> None:
+def _note_missing_steps(
+    report: FiringReport, requests: Sequence[Request], shared: SessionState
+) -> None:
     total = shared.tracker.total()
     for number, request in enumerate(requests):
         if total is None or not isinstance(

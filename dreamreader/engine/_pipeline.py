@@ -18,7 +18,7 @@ from dreamreader.engine._recorder import Memory
 from dreamreader.engine._refusal import refusals
 from dreamreader.engine._request import Record
 from dreamreader.engine._result import RunResult, merged
-from dreamreader.engine._rows import Plan, repeated, split
+from dreamreader.engine._rows import RowPlan, repeated, split
 from dreamreader.engine._seeds import GlobalDraw, seeded, watched
 from dreamreader.engine._session import Session
 from dreamreader.engine._stream import Stream
@@ -38,7 +38,7 @@ _CHECKS += ("diffusers/video_processor.py", "diffusers/guiders/")
 
 def run_pipeline(
     pipe: Any,
-    plan: Plan,
+    plan: RowPlan,
     edits: Sequence[EditRequest],
     records: Records,
     opened: Callable[..., Session],
@@ -99,7 +99,7 @@ def _randomness(pipe: Any, seeds: Sequence[int]) -> AbstractContextManager[list[
     return seeded(pipe, seeds[0]) if len(seeds) == 1 else watched(pipe, seeds)
 
 
-def _call(pipe: Any, plan: Plan, start: int, stop: int, arguments: dict[str, Any]) -> Any:
+def _call(pipe: Any, plan: RowPlan, start: int, stop: int, arguments: dict[str, Any]) -> Any:
     generators = [torch.Generator().manual_seed(seed) for seed in plan.seeds[start:stop]]
     with refusals(own_class(pipe).__name__, *_CHECKS):
         return pipe(prompt=list(plan.prompts[start:stop]), generator=generators, **arguments)

@@ -5,13 +5,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dreamreader.engine._call_context import CallContext
+from dreamreader.engine._edit_context import EditContext
 from dreamreader.engine._edit_request import EditRequest
-from dreamreader.engine._now import Now
-from dreamreader.engine._place import Place
 from dreamreader.engine._request import Request
 from dreamreader.engine._resolved import Selection
 from dreamreader.engine._selection import mask_of
-from dreamreader.engine._shared import Shared
+from dreamreader.engine._session_state import SessionState
 from dreamreader.engine._site_view import SiteView
 from dreamreader.engine._sites import Site
 from dreamreader.engine._stream import Stream
@@ -23,7 +23,9 @@ from dreamreader.errors import ClockUnknown, InvalidInput
 class Placement:
     """What requests hold at one site in one kind of call."""
 
-    def __init__(self, site: Site, now: Now, view: SiteView, x: Tensor, shared: Shared):
+    def __init__(
+        self, site: Site, now: CallContext, view: SiteView, x: Tensor, shared: SessionState
+    ):
         self.site = site
         self.now = now
         self.shared = shared
@@ -52,10 +54,10 @@ class Placement:
                 return found
         return None
 
-    def place(self, request: EditRequest) -> Place:
+    def place(self, request: EditRequest) -> EditContext:
         """What an edit may ask of the site in this call, with what it selects there."""
         rows, x, view = self.rows, self.x, self.view
-        return Place(
+        return EditContext(
             self.site.name,
             x.shape[-1] if x.dim() == 3 else x.shape[-1] * x.shape[-2],
             self.site.heads or view.heads,
@@ -157,7 +159,7 @@ class Placement:
         raise InvalidInput(message + _why_irregular(self.now, self.shared))
 
 
-def _why_irregular(now: Now, shared: Shared) -> str:
+def _why_irregular(now: CallContext, shared: SessionState) -> str:
     if now.phase == "denoise" and shared.drops_branch:
         return "FasterCache leaves out the unconditional half inside the denoiser: disable it"
     if now.phase == "outside":

@@ -13,6 +13,7 @@ from dreamreader._devices import device_of, dtype_of, move
 from dreamreader.engine import _html as html
 from dreamreader.engine._cache import Cache
 from dreamreader.engine._clock import Clock
+from dreamreader.engine._edit_context import RowSet
 from dreamreader.engine._edit_request import EditRequest
 from dreamreader.engine._firing import FiringReport
 from dreamreader.engine._function import apply_function
@@ -20,13 +21,12 @@ from dreamreader.engine._gradients import Leaf, SiteGradient
 from dreamreader.engine._language import run_language
 from dreamreader.engine._padding import position_arguments
 from dreamreader.engine._pipeline import run_pipeline
-from dreamreader.engine._place import RowSet
 from dreamreader.engine._prompts import with_chats
 from dreamreader.engine._recorder import Memory
 from dreamreader.engine._replay import Evaluation, replaying
 from dreamreader.engine._request import Record
 from dreamreader.engine._result import RunResult
-from dreamreader.engine._rows import Plan, plan_rows, seeds_of
+from dreamreader.engine._rows import RowPlan, plan_rows, seeds_of
 from dreamreader.engine._session import Session
 from dreamreader.engine._sites import SiteList, find
 from dreamreader.engine._stream import Stream
@@ -401,7 +401,7 @@ class Reader:
         self,
         edits: Sequence[EditRequest],
         records: Sequence[Record | Watch | Stream],
-        plan: Plan,
+        plan: RowPlan,
         start: int,
         stop: int,
         memory_limit: int | Memory | None,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dreamreader.engine._cache import Activation
-from dreamreader.engine._clock_schedule import Instant
+from dreamreader.engine._clock_schedule import StepInfo
 from dreamreader.errors import InvalidInput
 
 
@@ -62,7 +62,7 @@ def joined(parts: Sequence[Activation]) -> Activation:
     )
 
 
-def _time(instant: Instant) -> str:
+def _time(instant: StepInfo) -> str:
     """A step's time in words, which are equal also where the time is not known."""
     sigma = "" if instant.sigma is None else f", sigma {instant.sigma:g}"
     return f"step {instant.step} at timestep {instant.timestep:g}{sigma}"

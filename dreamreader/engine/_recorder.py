@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dreamreader.engine._cache import Activation, Row
-from dreamreader.engine._clock_schedule import UNTIMED, Instant
-from dreamreader.engine._now import Now
+from dreamreader.engine._cache import Activation, RunRow
+from dreamreader.engine._call_context import CallContext
+from dreamreader.engine._clock_schedule import UNTIMED, StepInfo
 from dreamreader.engine._recorded import joined
 from dreamreader.engine._request import Record
 from dreamreader.engine._resolved import Selection
@@ -45,7 +45,7 @@ class Memory:
             )
 
 
-class _Block:
+class _PieceBlock:
     """Memory for the pieces of several moments, [rows, branches, moments, ...], filled in order.
 
     Pieces are written where the finished recording has them, so that nothing is copied twice.
@@ -99,21 +99,21 @@ class _Block:
         return self.memory.select(2, number)
 
 
-_Filed = tuple[tuple[str, ...], _Block, int]  # branches, where their values are
+_Filed = tuple[tuple[str, ...], _PieceBlock, int]  # branches, where their values are
 
 _NEVER = (UNTIMED.step, UNTIMED.evaluation)
 
 
 @dataclass(eq=False, slots=True)
-class _Part:
+class _RecordedRun:
     """Values of one run of the subject: a piece for each (step, evaluation) and branches."""
 
     rows: tuple[int, ...]
     pieces: dict[tuple[int, int], list[_Filed]] = field(default_factory=dict)
-    instants: dict[tuple[int, int], Instant] = field(default_factory=dict)
-    calls: dict[tuple[int, int], tuple[Now, Selection]] | None = None  # of texts
+    instants: dict[tuple[int, int], StepInfo] = field(default_factory=dict)
+    calls: dict[tuple[int, int], tuple[CallContext, Selection]] | None = None  # of texts
     held: Selection | None = None
-    blocks: list[_Block] = field(default_factory=list)
+    blocks: list[_PieceBlock] = field(default_factory=list)
 
 
 class Recorder:
@@ -124,10 +124,10 @@ class Recorder:
         self.name = name
         self.number = number
         self._memory = memory
-        self._parts: dict[int, _Part] = {}
+        self._parts: dict[int, _RecordedRun] = {}
         self._announced = False
 
-    def keep(self, x: Tensor, held: Selection, now: Now, moments: int) -> None:
+    def keep(self, x: Tensor, held: Selection, now: CallContext, moments: int) -> None:
         """Copy the kept part of x [batch, tokens, features] (or [batch, tokens, heads, d])."""
         if x.requires_grad:
             x = x.detach()
@@ -138,11 +138,11 @@ class Recorder:
             x = self._reduced(x, held.positions(now))
         self._file(x, held, now, moments)
 
-    def _file(self, x: Tensor, held: Selection, now: Now, moments: int) -> None:
-        instant = now.instant if isinstance(now.instant, Instant) else UNTIMED
+    def _file(self, x: Tensor, held: Selection, now: CallContext, moments: int) -> None:
+        instant = now.instant if isinstance(now.instant, StepInfo) else UNTIMED
         part = self._parts.get(now.run)
         if part is None:
-            part = self._parts[now.run] = _Part(held.rows)
+            part = self._parts[now.run] = _RecordedRun(held.rows)
         key = (instant.step, instant.evaluation)
         filed = part.pieces.get(key)
         if filed is None:
@@ -161,7 +161,7 @@ class Recorder:
         block.write(x)
         part.held = held
 
-    def _require_new(self, before: list[_Filed], held: Selection, now: Now) -> None:
+    def _require_new(self, before: list[_Filed], held: Selection, now: CallContext) -> None:
         """Refuse a call at a moment and in branches of which there are values already."""
         if not any(set(branches) & set(held.branches) for branches, *_ in before):
             return
@@ -176,7 +176,7 @@ class Recorder:
             "runs once"
         )
 
-    def _block(self, part: _Part, x: Tensor, held: Selection, moments: int) -> _Block:
+    def _block(self, part: _RecordedRun, x: Tensor, held: Selection, moments: int) -> _PieceBlock:
         """Where the next piece goes: a block with room for all the moments that are to come."""
         if not part.blocks or not part.blocks[-1].fits(x, held):
             size = x.numel() * (self.request.dtype or x.dtype).itemsize
@@ -184,13 +184,15 @@ class Recorder:
                 self._announced = True
                 self._memory.expect(size, moments, self.name)
             self._memory.add(size, self.name)
-            part.blocks.append(_Block(x, held, moments, self.request))
+            part.blocks.append(_PieceBlock(x, held, moments, self.request))
         else:
             self._memory.add(part.blocks[-1].piece_bytes, self.name)
         return part.blocks[-1]
 
-    def _moment(self, now: Now) -> str:
-        return f"step {now.instant.step}" if isinstance(now.instant, Instant) else "the same moment"
+    def _moment(self, now: CallContext) -> str:
+        return (
+            f"step {now.instant.step}" if isinstance(now.instant, StepInfo) else "the same moment"
+        )
 
     def _reduced(self, x: Tensor, positions: Tensor | None) -> Tensor:
         """What `reduce` makes of x; row by row where there is padding, which it never sees."""
@@ -219,7 +221,7 @@ class Recorder:
             )
         return y
 
-    def activation(self, described: Callable[[int], Sequence[Row]]) -> Activation | None:
+    def activation(self, described: Callable[[int], Sequence[RunRow]]) -> Activation | None:
         """What was recorded, assembled; None where the site never ran. Frees the pieces.
 
         Args:
@@ -241,7 +243,7 @@ class Recorder:
                 Activation(
                     self.name,
                     tensor.squeeze(1) if len(names) == 1 else tensor,
-                    tuple(known.get(row, Row(row)) for row in part.rows),
+                    tuple(known.get(row, RunRow(row)) for row in part.rows),
                     names,
                     instants,
                     held.grid,
@@ -264,7 +266,7 @@ class Recorder:
                 f"({first.tokens} and others); record them apart"
             )
 
-    def _positions(self, part: _Part) -> Tensor | None:
+    def _positions(self, part: _RecordedRun) -> Tensor | None:
         """[rows, steps, tokens] own index of the tokens of one part, as far as there is one."""
         if self.request.reduce is not None:
             return None  # what it made is no token of the row any more
@@ -274,7 +276,7 @@ class Recorder:
             return None
         return torch.stack(found, 1)  # pyright: ignore[reportArgumentType]
 
-    def _names(self, parts: list[_Part]) -> tuple[str, ...]:
+    def _names(self, parts: list[_RecordedRun]) -> tuple[str, ...]:
         """Branches of the runs; every part has to have the same steps."""
         names: dict[str, None] = {}
         for filed in parts[0].pieces.values():
@@ -289,7 +291,7 @@ class Recorder:
         return tuple(names)
 
     def _assembled(
-        self, part: _Part, names: tuple[str, ...], instants: tuple[Instant, ...]
+        self, part: _RecordedRun, names: tuple[str, ...], instants: tuple[StepInfo, ...]
     ) -> Tensor:
         """[rows, branches, steps, tokens, ...] of one part: its only block, or several in one."""
         blocks, part.blocks = part.blocks, []
@@ -324,7 +326,7 @@ class Recorder:
         return out
 
     def _unequal(
-        self, piece: Tensor, first: Tensor, branches: tuple[str, ...], instant: Instant
+        self, piece: Tensor, first: Tensor, branches: tuple[str, ...], instant: StepInfo
     ) -> InvalidInput:
         """Why values of different sizes do not make one tensor, and what to do."""
         got = f"{_sizes(piece)} in branch {', '.join(branches)} at step {instant.step}"

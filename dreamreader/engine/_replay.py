@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dreamreader.engine._clock import Clock, Moment
+from dreamreader.engine._clock import Clock, DenoiserCall
+from dreamreader.engine._clock_run import Parameters
 from dreamreader.engine._site_view import read_site
 from dreamreader.engine._sites import Site
 from dreamreader.engine._subject import Subject, is_compiled, unwrapped
 from dreamreader.engine._taps import Argument, pick
-from dreamreader.engine._tracker import Parameters
 from dreamreader.errors import InvalidInput
 
 
@@ -45,7 +45,7 @@ class Evaluation:
         self._edited = subject.edited
 
     @cached_property
-    def moment(self) -> Moment:
+    def moment(self) -> DenoiserCall:
         """Time and branches.
 
         Raises:

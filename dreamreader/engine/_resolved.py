@@ -8,7 +8,7 @@ from jaxtyping import Int32
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dreamreader.engine._now import Now
+from dreamreader.engine._call_context import CallContext
 from dreamreader.engine._sites import Site
 from dreamreader.engine._token_layout import TokenLayout, TokenMap
 from dreamreader.engine._tokens import SiteTokens
@@ -114,7 +114,7 @@ class Selection:
             x = x.index_select(0, self.picked)
         return x if self.columns is None else _gather(x, self.columns, self.filled)
 
-    def positions(self, now: Now) -> Tensor | None:
+    def positions(self, now: CallContext) -> Tensor | None:
         """[entries, tokens] own index of every token held, -1 at padding; None if not of a text."""
         if not isinstance(self.map, TokenMap) or not isinstance(now.tokens, TokenLayout):
             return None

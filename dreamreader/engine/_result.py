@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any
 
 from dreamreader.engine import _html as html
-from dreamreader.engine._cache import Activation, Cache, Row
+from dreamreader.engine._cache import Activation, Cache, RunRow
 from dreamreader.engine._firing import FiringReport
 from dreamreader.engine._recorded import joined
 
@@ -27,7 +27,7 @@ class RunResult:
     output: Any
     cache: Cache
     firing: FiringReport
-    rows: tuple[Row, ...]
+    rows: tuple[RunRow, ...]
     text: list[str] | None = None
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 from torch import Tensor
 
-from dreamreader.engine._cache import Row
+from dreamreader.engine._cache import RunRow
 from dreamreader.engine._clock_run import own_class
 from dreamreader.engine._edit_request import EditRequest
 from dreamreader.engine._families.per_row import PICTURES, has_several_networks, meaning
@@ -17,7 +17,7 @@ from dreamreader.errors import InvalidInput, check_text
 
 
 @dataclass(frozen=True)
-class Plan:
+class RowPlan:
     """One prompt and one seed for each row."""
 
     prompts: tuple[Any, ...]
@@ -27,14 +27,16 @@ class Plan:
         return len(self.prompts)
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[RunRow]:
         pairs = zip(self.prompts, self.seeds, strict=True)
-        return [Row(n, str(p) if isinstance(p, str) else None, s) for n, (p, s) in enumerate(pairs)]
+        return [
+            RunRow(n, str(p) if isinstance(p, str) else None, s) for n, (p, s) in enumerate(pairs)
+        ]
 
 
 def plan_rows(
     prompts: str | Sequence[str], seeds: int | Sequence[int] | None, edits: Sequence[EditRequest]
-) -> Plan:
+) -> RowPlan:
     """Broadcast prompts, seeds and the edits' per-row values to one number of rows.
 
     Each has length 1 or N. An int seed s gives prompt i the seed s + i; a single prompt keeps s
@@ -75,7 +77,7 @@ def plan_rows(
         first = _seed(seeds)
         seeds = [first + n if several else first for n in range(count)]
     full_prompts = tuple(listed if several else listed * count)
-    return Plan(full_prompts, tuple(seeds if len(seeds) > 1 else list(seeds) * count))
+    return RowPlan(full_prompts, tuple(seeds if len(seeds) > 1 else list(seeds) * count))
 
 
 def seeds_of(seeds: Any) -> tuple[int, ...]:

@@ -15,7 +15,13 @@ import torch
 from torch import nn
 
 from dreamreader.engine._clock_run import listen_to_calls
-from dreamreader.engine._generators import Source, global_others, global_torch, private, same
+from dreamreader.engine._generators import (
+    GeneratorSource,
+    global_others,
+    global_torch,
+    private,
+    same,
+)
 from dreamreader.errors import InvalidInput
 
 _SMALL = 2**32  # seeds that people write; those of the system's entropy have 53 bits
@@ -75,7 +81,7 @@ def _reseeded(seed: int) -> list[str]:
     return [f"something in the run {what}, {now}: what it drew then is the same for every row"]
 
 
-def _check_new(states: "_States", now: Sequence[Source], seeds: Sequence[int]) -> None:
+def _check_new(states: "_States", now: Sequence[GeneratorSource], seeds: Sequence[int]) -> None:
     """Refuse generators that were made during the run, other than those of the rows themselves."""
     known = {id(each.own) for each in states.sources}
     for each in now:
@@ -99,7 +105,7 @@ def watched(pipe: Any, seeds: Sequence[int]) -> Iterator[list[str]]:
         GlobalDraw: at the latest when the next module of the pipeline begins after the draw.
         InvalidInput: what the run drew may be another thing the next time.
     """
-    watch = _Watch(pipe)
+    watch = _DrawWatch(pipe)
     try:
         with ExitStack() as stack:
             for name, module in _modules(pipe).items():
@@ -136,7 +142,7 @@ class _States:
             each.write(self._before[id(each)])
 
 
-class _Watch:
+class _DrawWatch:
     """Compares the states between the calls of the pipeline's modules."""
 
     def __init__(self, pipe: Any):

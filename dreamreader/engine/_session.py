@@ -7,19 +7,19 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from dreamreader.engine._cache import Activation, Row
+from dreamreader.engine._cache import Activation, RunRow
 from dreamreader.engine._checkpointing import recomputed_as_before
+from dreamreader.engine._edit_context import RowSet
 from dreamreader.engine._edit_request import EditRequest
 from dreamreader.engine._firing import Firing, FiringReport
+from dreamreader.engine._hook_point import HookPoint
+from dreamreader.engine._hooked_site import HookedSite
 from dreamreader.engine._lm_tracker import LanguageTracker, reads_text
 from dreamreader.engine._outcome import fill, require_fired
-from dreamreader.engine._place import RowSet
 from dreamreader.engine._recorder import Memory, Recorder
 from dreamreader.engine._request import Record, Request
-from dreamreader.engine._shared import Shared
-from dreamreader.engine._site_run import SiteRun
+from dreamreader.engine._session_state import SessionState
 from dreamreader.engine._sites import Site, find
-from dreamreader.engine._station import Station
 from dreamreader.engine._step_caches import cache_hooks, caches_batch
 from dreamreader.engine._stream import Stream, Streamer
 from dreamreader.engine._subject import Subject, is_compiled, parts
@@ -66,13 +66,13 @@ class Session(AbstractContextManager):
         self.recorders: list[Recorder] = []
         self._shapes = shapes if shapes is not None else {}
         self._memory = memory_limit if isinstance(memory_limit, Memory) else Memory(memory_limit)
-        self._runs: dict[str, SiteRun] = {}
+        self._runs: dict[str, HookedSite] = {}
         self._stack: ExitStack | None = None
         tracker = _tracker(subject, prompt_length)
         if prompts is not None and rowset is not None:  # a pipeline says its own once it runs
             tracker.prompts = list(prompts[rowset.start :][: rowset.count])
         words = Words(tracker, subject, tokenizer)
-        self._shared = Shared(tracker, subject, rowset or RowSet(), prompts, seeds, words)
+        self._shared = SessionState(tracker, subject, rowset or RowSet(), prompts, seeds, words)
 
     def __enter__(self) -> Self:
         modules = self.subject.modules()
@@ -114,15 +114,15 @@ class Session(AbstractContextManager):
         if kind is None:
             require_fired(self.report, self._runs, self._requests, self._shared)
 
-    def activations(self, rows: Sequence[Row] | None = None) -> list[Activation]:
+    def activations(self, rows: Sequence[RunRow] | None = None) -> list[Activation]:
         """What the recordings kept, in the order they were asked for."""
         described = self._rows if rows is None else lambda run: rows
         found = [each.activation(described) for each in self.recorders]
         return [each for each in found if each is not None]
 
-    def _resolve(self, modules: Mapping[str, nn.Module]) -> list[Station]:
+    def _resolve(self, modules: Mapping[str, nn.Module]) -> list[HookPoint]:
         """Sites of every request; stations in the order in which modules were first named."""
-        stations: dict[nn.Module, Station] = {}
+        stations: dict[nn.Module, HookPoint] = {}
         for number, request in enumerate(self._requests):
             named: dict[str, Site] = {}
             for text in request.sites:
@@ -130,10 +130,10 @@ class Session(AbstractContextManager):
             for name, site in named.items():
                 run = self._runs.get(name)
                 if run is None:
-                    run = self._runs[name] = SiteRun(site, self._shared)
+                    run = self._runs[name] = HookedSite(site, self._shared)
                     module = site.tap.module
                     if module not in stations:
-                        stations[module] = Station(module, self._shared)
+                        stations[module] = HookPoint(module, self._shared)
                     stations[module].runs.append(run)
                 kind = "edit" if isinstance(request, EditRequest) else "record"
                 self.report.firings.append(Firing(request.describe(), kind, name, number))
@@ -148,14 +148,14 @@ class Session(AbstractContextManager):
                 self._shared.requests.append((site.component, request))
         return list(stations.values())
 
-    def _record(self, request: Record, name: str, number: int, run: SiteRun) -> None:
+    def _record(self, request: Record, name: str, number: int, run: HookedSite) -> None:
         if any(each.name == name for each in self.recorders):
             raise InvalidInput(f"{name} is recorded twice; ask for it once")
         recorder = Recorder(request, name, number, self._memory)
         self.recorders.append(recorder)
         run.recorders.append(recorder)
 
-    def _rows(self, run: int) -> list[Row]:
+    def _rows(self, run: int) -> list[RunRow]:
         shared = self._shared
         prompts = shared.prompts or shared.prompts_of.get(run) or ()
         count = shared.rowset.total or max(len(prompts), len(shared.seeds or ()))

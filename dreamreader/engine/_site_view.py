@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from dreamreader.engine._axes import Axes, axes_of, describe_open, is_model
+from dreamreader.engine._call_context import CallContext
 from dreamreader.engine._generation import names_of
-from dreamreader.engine._now import Now
 from dreamreader.engine._sites import Site
 from dreamreader.engine._subject import innermost, is_encoder_decoder
 from dreamreader.engine._taps import read_channels, write_channels
@@ -47,7 +47,7 @@ class SiteView:
     def of(
         cls,
         site: Site,
-        now: Now,
+        now: CallContext,
         value: Tensor,
         given: Any,
         layout: str | None,
@@ -102,7 +102,7 @@ def read_site(site: Site, value: Tensor) -> Tensor:
 
 def _axes(
     site: Site,
-    now: Now | None,
+    now: CallContext | None,
     value: Tensor,
     layout: str | None,
     given: Any,
@@ -146,7 +146,7 @@ def _is_turned(value: Tensor, given: Any, module: nn.Module) -> bool | None:
 
 
 def _map(
-    site: Site, now: Now, value: Tensor, view: View, x: Tensor, given: Any
+    site: Site, now: CallContext, value: Tensor, view: View, x: Tensor, given: Any
 ) -> TokenMap | ClockUnknown | None:
     if not isinstance(now.tokens, TokenLayout):
         return now.tokens
@@ -206,7 +206,7 @@ _UNSORTED = {"gate", "router", "experts", "shared_expert", "shared_experts", "sh
 _UNSORTED |= {"shared_mlp"}
 
 
-def _reads_encoder(site: Site, given: Any, now: Now) -> bool | None:
+def _reads_encoder(site: Site, given: Any, now: CallContext) -> bool | None:
     """Whether a module works on the encoder's states; None where that is unknown."""
     states = now.encoder_states
     if isinstance(given, Tensor) and states is not None and given.shape == states.shape:
@@ -221,7 +221,7 @@ def _reads_encoder(site: Site, given: Any, now: Now) -> bool | None:
     return None
 
 
-def _part_of(site: Site, now: Now) -> str | None:
+def _part_of(site: Site, now: CallContext) -> str | None:
     """`encoder` or `decoder`: whose tokens a module has; None where it stands between the two."""
     module = site.tap.module
     root: Any = site.around[-1] if site.around else module

@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from dreamreader.engine._clock_schedule import Instant
-from dreamreader.engine._now import Now
+from dreamreader.engine._call_context import CallContext
+from dreamreader.engine._clock_schedule import StepInfo
 from dreamreader.engine._pattern import parse
 from dreamreader.engine._request import Request
 from dreamreader.engine._resolved import Selection
-from dreamreader.engine._shared import Shared
+from dreamreader.engine._session_state import SessionState
 from dreamreader.engine._sites import Site
 from dreamreader.errors import ClockUnknown, InvalidInput
 
@@ -23,11 +23,11 @@ class Stream(Request):
 
     Args:
         site: sites with any port but `probs`.
-        keep: called as `keep(flowing)` wherever the selection holds, after the edits. It has to
-            copy what it wants before it returns: the values are the model's own memory.
+        callback: called as `callback(view)` wherever the selection holds, after the edits. It has
+            to copy what it wants before it returns: the values are the model's own memory.
 
     Raises:
-        InvalidInput: `keep` is no function, or a site has the port `probs`.
+        InvalidInput: `callback` is no function, or a site has the port `probs`.
 
     Example:
         >>> norms = []
@@ -35,12 +35,14 @@ class Stream(Request):
         Stream(unet.mid_block, branch='cond')
     """
 
-    keep: Callable[["Flowing"], None]
+    callback: Callable[["ActivationView"], None]
 
     def __post_init__(self):
         super().__post_init__()
-        if not callable(self.keep):
-            raise InvalidInput(f"Stream: keep must be a function, got {type(self.keep).__name__}")
+        if not callable(self.callback):
+            raise InvalidInput(
+                f"Stream: callback must be a function, got {type(self.callback).__name__}"
+            )
         for site in self.sites:
             if parse(site).port == "probs":
                 raise InvalidInput(
@@ -52,7 +54,7 @@ class Stream(Request):
         return self.describe()
 
 
-class Flowing:
+class ActivationView:
     """Activations of one call of a site, handed on while the model runs.
 
     Attributes:
@@ -75,8 +77,8 @@ class Flowing:
         key: Selection,
         x: Float[Tensor, "batch tokens features"],
         minus: Float[Tensor, "batch tokens features"] | None,
-        instant: Instant | None,
-        now: Now,
+        instant: StepInfo | None,
+        now: CallContext,
         streamer: "Streamer",
     ):
         self.key = key
@@ -153,7 +155,7 @@ class Flowing:
 class Streamer:
     """A `Stream` at one site in a session, with the number of its request."""
 
-    def __init__(self, request: Stream, number: int, site: Site, shared: Shared):
+    def __init__(self, request: Stream, number: int, site: Site, shared: SessionState):
         self.request = request
         self.number = number
         self.site = site
@@ -161,7 +163,7 @@ class Streamer:
         self._known: dict[tuple, Selection] = {}
         self._last: tuple[int, int, int] = (-1, 0, 0)
         self._had: tuple[str, ...] = ()
-        self._schedule: list[Instant] | None = None
+        self._schedule: list[StepInfo] | None = None
         self._moments: dict[tuple[int, int], int] = {}
 
     def kept(self, found: Selection, x: Tensor) -> Selection | None:
@@ -180,7 +182,7 @@ class Streamer:
         kind = (found.branches, found.rows, *numbers, found.hw, found.starts, found.map)
         return self._known.setdefault((*kind, x.shape, x.dtype, x.device), found)
 
-    def hand_on(self, x: Tensor, minus: Tensor | None, kept: Selection, now: Now) -> None:
+    def hand_on(self, x: Tensor, minus: Tensor | None, kept: Selection, now: CallContext) -> None:
         """Call the function of the stream.
 
         Raises:
@@ -199,11 +201,11 @@ class Streamer:
             x = x.detach()
         if minus is not None and minus.requires_grad:
             minus = minus.detach()
-        self.request.keep(Flowing(kept, x, minus, instant, now, self))
+        self.request.callback(ActivationView(kept, x, minus, instant, now, self))
 
-    def _instant(self, now: Now) -> Instant | None:
+    def _instant(self, now: CallContext) -> StepInfo | None:
         instant = now.instant
-        if not isinstance(instant, Instant):
+        if not isinstance(instant, StepInfo):
             if now.phase in ("denoise", "language"):
                 raise ClockUnknown(f"{self.site.name}: streaming needs the step. {instant}")
             return None
@@ -211,7 +213,7 @@ class Streamer:
             raise ClockUnknown(f"{self.site.name}: streaming needs the branch. {now.branches}")
         return instant
 
-    def _check_once(self, now: Now, instant: Instant | None, kept: Selection) -> None:
+    def _check_once(self, now: CallContext, instant: StepInfo | None, kept: Selection) -> None:
         """Refuse a second call with the same rows: nothing tells the two apart."""
         step, evaluation = (0, 0) if instant is None else (instant.step, instant.evaluation)
         moment = (now.run, step, evaluation)
@@ -226,7 +228,7 @@ class Streamer:
             )
         self._had += kept.branches
 
-    def moments(self, now: Now) -> dict[tuple[int, int], int] | None:
+    def moments(self, now: CallContext) -> dict[tuple[int, int], int] | None:
         """Number of each (step, evaluation) that the selection keeps; None if unknown."""
         if now.phase == "language":
             return None

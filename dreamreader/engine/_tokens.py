@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamreader.engine._now import Now
+from dreamreader.engine._call_context import CallContext
 from dreamreader.engine._selection import Box, mask_of
 from dreamreader.engine._token_layout import PaddingUnknown, TokenLayout, TokenMap
 from dreamreader.errors import ClockUnknown, InvalidInput
@@ -36,7 +36,7 @@ class SiteTokens:
     hw: tuple[int, int] | None
     kind: str
     stream: str | None
-    now: Now
+    now: CallContext
     map: TokenMap | ClockUnknown | None = None
 
     def region(self, entry: int) -> tuple[int, int]:
@@ -96,10 +96,10 @@ def site_tokens(
     batch: int,
     hw: tuple[int, ...] | None,
     stream: str | None,
-    now: Now,
+    now: CallContext,
     crosses: Callable[[], bool | None],
 ) -> SiteTokens:
-    """What the tokens at a site are, from the layout of the running call; see `Layout.kind_at`."""
+    """What the tokens at a site are, by the running call's layout; see `StreamLayout.kind_at`."""
     if hw is not None:
         grid = (hw[-2], hw[-1]) if len(hw) > 1 else None
         return SiteTokens(name, tokens, batch, grid, "image", stream, now)

@@ -1,18 +1,22 @@
 """Trackers say what is running now: in a pipeline, a language model, a plain module."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
 
+from dreamreader.engine._call_context import ALL, CallContext
 from dreamreader.engine._clock import Clock
 from dreamreader.engine._clock_rows import prompts_of, rows_of
-from dreamreader.engine._clock_run import listen_to_pipeline, own_class
-from dreamreader.engine._clock_schedule import Instant
-from dreamreader.engine._families.places import Layout, layout, leaves_padding_out, text_lengths
-from dreamreader.engine._now import ALL, Now
+from dreamreader.engine._clock_run import Parameters, listen_to_pipeline, own_class
+from dreamreader.engine._clock_schedule import StepInfo
+from dreamreader.engine._families.places import (
+    StreamLayout,
+    layout,
+    leaves_padding_out,
+    text_lengths,
+)
 from dreamreader.engine._subject import Subject, innermost
 from dreamreader.engine._threads import Owner
 from dreamreader.errors import ClockUnknown
@@ -21,28 +25,18 @@ from dreamreader.errors import ClockUnknown
 class Tracker(Protocol):
     """What a session needs to know of a running subject."""
 
-    now: Now | None
+    now: CallContext | None
     runs: int
     rows: int | None
     prompts: list[str] | None
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *error: object) -> None: ...
-    def outside(self, component: str) -> Now: ...
+    def outside(self, component: str) -> CallContext: ...
     def total(self) -> int | None: ...
-    def schedule(self) -> list[Instant]: ...
-    def entries(self) -> list[Instant]: ...
+    def schedule(self) -> list[StepInfo]: ...
+    def entries(self) -> list[StepInfo]: ...
     def text_ids(self, component: str, branch: str) -> tuple[Tensor, Tensor | None] | None: ...
-
-
-class Parameters:
-    """Names of a module's arguments, to read a call by name."""
-
-    def __init__(self, module: nn.Module):
-        self.names = list(inspect.signature(type(module).forward).parameters)[1:]
-
-    def bind(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
 
 class PipelineTracker(AbstractContextManager):
@@ -59,13 +53,13 @@ class PipelineTracker(AbstractContextManager):
     def __init__(self, subject: Subject):
         self.clock = Clock(subject.model)
         self.pipe = subject.model
-        self.now: Now | None = None
+        self.now: CallContext | None = None
         self.runs = 0
         self.rows: int | None = None
         self.prompts: list[str] | None = None
         self._ids: dict[tuple[str, str], tuple[Tensor, Tensor | None]] = {}
-        self._layouts: dict[tuple, Layout] = {}
-        self._outer: list[Now | None] = []  # what goes on when the running call is over
+        self._layouts: dict[tuple, StreamLayout] = {}
+        self._outer: list[CallContext | None] = []  # what goes on when the running call is over
         self._stack: ExitStack | None = None
 
     def __enter__(self) -> Self:
@@ -113,7 +107,7 @@ class PipelineTracker(AbstractContextManager):
     def encoding_ended(self, result: Any) -> None:
         pass
 
-    def outside(self, component: str) -> Now:
+    def outside(self, component: str) -> CallContext:
         """What runs where no call of a denoiser or text encoder does."""
         aside = self.clock.aside()
         if aside is not None:
@@ -121,23 +115,23 @@ class PipelineTracker(AbstractContextManager):
         followed = ", ".join([*self.clock.denoisers, *self.clock.beside]) or "it has none"
         said = f"{component} is being called outside the pipeline's denoisers ({followed})"
         why = ClockUnknown(f"{said}: it has no step")
-        return Now(
+        return CallContext(
             component, "outside", self.runs, why, ClockUnknown(f"{said}: it has no branch"), None
         )
 
-    def _aside(self, component: str, why: str, batch: int | None) -> Now:
+    def _aside(self, component: str, why: str, batch: int | None) -> CallContext:
         said = ClockUnknown(f"{component} has no step or branch: {why}")
-        return Now(component, "aside", self.runs, said, said, batch)
+        return CallContext(component, "aside", self.runs, said, said, batch)
 
     def total(self) -> int | None:
         """Steps of the full trajectory."""
         schedule = self.clock.schedule
         return schedule[-1].step + 1 if schedule else None
 
-    def schedule(self) -> list[Instant]:
+    def schedule(self) -> list[StepInfo]:
         return self.clock.schedule
 
-    def entries(self) -> list[Instant]:
+    def entries(self) -> list[StepInfo]:
         """The schedule with every evaluation of its steps."""
         return self.clock.entries
 
@@ -145,7 +139,7 @@ class PipelineTracker(AbstractContextManager):
         return self._ids.get((component, branch))
 
     def _followed(
-        self, module: nn.Module, now_of: Callable[[tuple, dict[str, Any]], Now]
+        self, module: nn.Module, now_of: Callable[[tuple, dict[str, Any]], CallContext]
     ) -> AbstractContextManager[None]:
         def began(args: tuple, kwargs: dict[str, Any]) -> None:
             self._outer.append(self.now)
@@ -161,7 +155,7 @@ class PipelineTracker(AbstractContextManager):
         parameters = Parameters(inner)
         by_mask = leaves_padding_out(inner)
 
-        def now_of(args: tuple, kwargs: dict[str, Any]) -> Now:
+        def now_of(args: tuple, kwargs: dict[str, Any]) -> CallContext:
             arguments = parameters.bind(args, kwargs)
             tensors = [each for each in arguments.values() if isinstance(each, Tensor)]
             given = next((each for each in tensors if each.dim() > 1), None)  # no timesteps
@@ -177,7 +171,7 @@ class PipelineTracker(AbstractContextManager):
             key = (name, shapes, text_lengths(arguments) if by_mask else None)
             if key not in self._layouts:
                 self._layouts[key] = layout(inner, arguments)
-            return Now(
+            return CallContext(
                 name,
                 "denoise",
                 self.runs,
@@ -192,7 +186,7 @@ class PipelineTracker(AbstractContextManager):
     def _encoder(self, name: str, module: nn.Module):
         parameters = Parameters(innermost(module))
 
-        def now_of(args: tuple, kwargs: dict[str, Any]) -> Now:
+        def now_of(args: tuple, kwargs: dict[str, Any]) -> CallContext:
             arguments = parameters.bind(args, kwargs)
             ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
             found = ids if isinstance(ids, Tensor) else None
@@ -205,7 +199,7 @@ class PipelineTracker(AbstractContextManager):
                 kept = mask if isinstance(mask, Tensor) and mask.shape == found.shape else None
                 self._ids[name, branches[0]] = (found, kept)
             why = ClockUnknown(f"{name} runs before the first denoising step: it has no step")
-            return Now(name, "text", self.runs, why, branches, batch)
+            return CallContext(name, "text", self.runs, why, branches, batch)
 
         return now_of
 
@@ -218,10 +212,10 @@ class WithoutSchedule(AbstractContextManager):
     def total(self) -> int | None:
         return None
 
-    def schedule(self) -> list[Instant]:
+    def schedule(self) -> list[StepInfo]:
         return []
 
-    def entries(self) -> list[Instant]:
+    def entries(self) -> list[StepInfo]:
         return []
 
     def __exit__(self, *error: object) -> None:
@@ -235,7 +229,7 @@ class ModuleTracker(WithoutSchedule):
 
     def __init__(self, subject: Subject):
         self.module = subject.components()[""]
-        self.now: Now | None = None
+        self.now: CallContext | None = None
         self.runs = 0
         self.rows: int | None = None
         self.prompts: list[str] | None = None
@@ -246,10 +240,10 @@ class ModuleTracker(WithoutSchedule):
             self._stack = stack.pop_all()
         return self
 
-    def outside(self, component: str) -> Now:
+    def outside(self, component: str) -> CallContext:
         why = ClockUnknown(f"{type(self.module).__name__} has no denoising steps")
         branch = ClockUnknown(f"{type(self.module).__name__} has no guidance branches")
-        return Now(component, "outside", self.runs, why, branch, None)
+        return CallContext(component, "outside", self.runs, why, branch, None)
 
     def text_ids(self, component: str, branch: str) -> tuple[Tensor, Tensor | None] | None:
         return None

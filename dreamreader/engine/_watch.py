@@ -4,14 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from dreamreader.engine._cache import Row
-from dreamreader.engine._clock_schedule import Instant
-from dreamreader.engine._now import Now
+from dreamreader.engine._cache import RunRow
+from dreamreader.engine._call_context import CallContext
+from dreamreader.engine._clock_schedule import StepInfo
 from dreamreader.engine._pattern import parse
 from dreamreader.engine._probs import Attention
 from dreamreader.engine._request import Request
 from dreamreader.engine._resolved import Selection
-from dreamreader.engine._shared import Shared
+from dreamreader.engine._session_state import SessionState
 from dreamreader.errors import InvalidInput
 
 Region = tuple[int, int]
@@ -23,8 +23,8 @@ class Watch(Request):
 
     Args:
         site: sites with the port `probs`.
-        saw: called as `saw(attention, call)` wherever the selection holds. `attention` has the
-            batch entries of the selection only, `call` says which they are. Where the model forms
+        callback: called as `callback(attention, call)` wherever the selection holds. `attention`
+            has the batch entries of the selection only, `call` says which they are. Where the model forms
             its attention in shares (attention slicing) it is called with each share.
 
     Raises:
@@ -36,12 +36,14 @@ class Watch(Request):
         Watch(unet.**.attn2:probs)
     """
 
-    saw: Callable[[Attention, "Call"], None]
+    callback: Callable[[Attention, "AttentionCall"], None]
 
     def __post_init__(self):
         super().__post_init__()
-        if not callable(self.saw):
-            raise InvalidInput(f"Watch: saw must be a function, got {type(self.saw).__name__}")
+        if not callable(self.callback):
+            raise InvalidInput(
+                f"Watch: callback must be a function, got {type(self.callback).__name__}"
+            )
         if self.tokens is not None:
             raise InvalidInput("Watch: tokens has no meaning here, the whole attention is seen")
         for site in self.sites:
@@ -60,7 +62,7 @@ class Watcher:
     number: int
 
 
-class Call:
+class AttentionCall:
     """One call of a watched attention. Its entries are branch after branch, rows in order.
 
     Attributes:
@@ -69,7 +71,7 @@ class Call:
         instant: step, timestep, sigma, fraction and evaluation; None where time is unknown.
     """
 
-    def __init__(self, seen: Selection, keys: int, now: Now, shared: Shared):
+    def __init__(self, seen: Selection, keys: int, now: CallContext, shared: SessionState):
         self._seen = seen
         self._keys = keys
         self._now = now
@@ -77,10 +79,10 @@ class Call:
         self.site = seen.site.name
         self.branches = seen.branches
         self.run: object = (shared, now.run)
-        self.instant = now.instant if isinstance(now.instant, Instant) else None
+        self.instant = now.instant if isinstance(now.instant, StepInfo) else None
 
     @cached_property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[RunRow, ...]:
         """Number, prompt and seed of the rows kept, the same in each branch."""
         return tuple(map(self._shared.row, self._seen.rows))
 

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from dreamreader.engine._call_context import CallContext
 from dreamreader.engine._families.text import Source, text_sources
-from dreamreader.engine._now import Now
 from dreamreader.engine._spelling import spell, word_positions
 from dreamreader.engine._subject import Subject
 from dreamreader.errors import ClockUnknown, InvalidInput
@@ -29,7 +29,7 @@ class Words:
         self.tokenizer = tokenizer
 
     def positions(
-        self, word: str, now: Now, site: str, branch: str, rows: int
+        self, word: str, now: CallContext, site: str, branch: str, rows: int
     ) -> list[list[int]] | None:
         """Token numbers of a word in each row; None where the tokens of the branch are not known.
 
@@ -38,11 +38,11 @@ class Words:
         """
         return self._found(now, site, branch, rows, word)
 
-    def prompt(self, now: Now, site: str, branch: str, rows: int) -> list[list[int]] | None:
+    def prompt(self, now: CallContext, site: str, branch: str, rows: int) -> list[list[int]] | None:
         """Token numbers of each row's whole prompt, without start, end and padding."""
         return self._found(now, site, branch, rows, None)
 
-    def text(self, now: Now, branch: str, row: int) -> str | None:
+    def text(self, now: CallContext, branch: str, row: int) -> str | None:
         """The prompt of a row, as it was given or as its tokens spell it; None: not known."""
         for components, _, _ in self._sources(now):
             for component in components:
@@ -55,7 +55,7 @@ class Words:
         return self._prompt(row)
 
     def _found(
-        self, now: Now, site: str, branch: str, rows: int, word: str | None
+        self, now: CallContext, site: str, branch: str, rows: int, word: str | None
     ) -> list[list[int]] | None:
         places: list[list[int]] = [[] for _ in range(rows)]
         known = False
@@ -124,7 +124,7 @@ class Words:
         prompts = self.tracker.prompts or ()
         return prompts[row] if row < len(prompts) and isinstance(prompts[row], str) else None
 
-    def _sources(self, now: Now) -> list[Source]:
+    def _sources(self, now: CallContext) -> list[Source]:
         if now.phase == "language":
             return [(("",), 0, False)]
         if now.phase == "text":
@@ -133,7 +133,7 @@ class Words:
         self._check_lengths(now, sources)
         return sources
 
-    def _check_lengths(self, now: Now, sources: list[Source]) -> None:
+    def _check_lengths(self, now: CallContext, sources: list[Source]) -> None:
         """What the encoders read has to be as long as the text that the denoiser gets.
 
         Raises:

@@ -16,7 +16,7 @@ from dreamreader.ops.choose import choose, counts_of_budget, streams_of
 from dreamreader.store.layout import POOLED, STORED, Moment, SiteLayout, tensors_of
 
 if TYPE_CHECKING:
-    from dreamreader.engine import Instant, Selection
+    from dreamreader.engine import Selection, StepInfo
 
 OUTSIDE = Moment(-1, 0, np.nan, np.nan, np.nan)  # of what runs beside the denoising
 
@@ -246,7 +246,7 @@ class Collector:
         self.taken[name] = Taken(layout, self.sink.site(layout))
         return self.taken[name]
 
-    def _moment(self, instant: "Instant | None") -> int:
+    def _moment(self, instant: "StepInfo | None") -> int:
         at = (-1, 0) if instant is None else (instant.step, instant.evaluation)
         number = self._numbers.get(at)
         if number is None:
@@ -260,7 +260,7 @@ class Collector:
         return self.branches.index(name)
 
 
-def _moment_of(instant: "Instant") -> Moment:
+def _moment_of(instant: "StepInfo") -> Moment:
     sigma = np.nan if instant.sigma is None else instant.sigma
     return Moment(instant.step, instant.evaluation, instant.timestep, sigma, instant.fraction)
 

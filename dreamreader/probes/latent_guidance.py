@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.engine import (
+    DenoiserCall,
     Evaluation,
-    Moment,
     Reader,
     Site,
     in_steps,
@@ -139,7 +139,7 @@ class _Guide:
         self.site = self._site(site or probe.site)
         self.steps: Any = None
         self.found = Guided()
-        self.change: tuple[Moment, Tensor] | None = None
+        self.change: tuple[DenoiserCall, Tensor] | None = None
         self.missed: list[str] = []
 
     def _site(self, name: str | None) -> Site:
@@ -180,7 +180,7 @@ class _Guide:
         elif any(self.scale):
             self._guide(call, moment)
 
-    def _guide(self, call: Evaluation, moment: Moment) -> None:
+    def _guide(self, call: Evaluation, moment: DenoiserCall) -> None:
         """Take the gradient of each row, and keep the change for the scheduler's step."""
         w = weight(self.pipe.scheduler, moment)
         if w is None:
@@ -205,7 +205,7 @@ class _Guide:
         scale = self._per_row(torch.tensor(self.scale, device=grad.device), len(grad), "scale")
         self.change = moment, w * scale.reshape(-1, *[1] * (grad.dim() - 1)) * grad
 
-    def _value(self, h: Float[Tensor, "rows tokens features"], moment: Moment) -> Tensor:
+    def _value(self, h: Float[Tensor, "rows tokens features"], moment: DenoiserCall) -> Tensor:
         probe = self.probe
         read = pooled(h.unsqueeze(1), probe.pool).squeeze(1)  # [rows, tokens or 1, features]
         fraction = moment.fraction if probe.hears_noise else None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamreader.engine import Moment, Reader, Record, tokenize
+from dreamreader.engine import DenoiserCall, Reader, Record, tokenize
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.recording.alignment import (
     ALIGNMENTS,
@@ -188,7 +188,7 @@ def _of_calls(
             replayed(side.reader, own, latents, records, batch_size, memory, chosen[number])
         )
     _check_tokens((one, two), found, align)
-    times: list[tuple[Moment, ...]] = [
+    times: list[tuple[DenoiserCall, ...]] = [
         tuple(own.moments[n] for n in kept) for own, kept in zip(calls, chosen, strict=True)
     ]
     steps = tuple(each.step for each in times[0])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreamreader.engine import Evaluation, Moment, Reader, pick
+from dreamreader.engine import DenoiserCall, Evaluation, Reader, pick
 from dreamreader.errors import InvalidInput, UnknownName
 
 Path = tuple[str, ...]
@@ -31,7 +31,7 @@ class Calls:
     denoiser: nn.Module
     sample: str
     order: tuple[Path, ...]
-    moments: tuple[Moment, ...]
+    moments: tuple[DenoiserCall, ...]
     moving: dict[Path, Tensor]
     still: dict[Path, Tensor]
     listed: dict[Path, list[Any]]
@@ -107,7 +107,7 @@ def record_calls(
 @dataclass(eq=False)
 class _Batch:
     denoiser: nn.Module
-    moments: list[Moment]
+    moments: list[DenoiserCall]
     arguments: list[dict[Path, Any]]
 
 
@@ -116,7 +116,7 @@ class CallRecorder:
 
     def __init__(self, branch: str):
         self.branch = branch
-        self.kept: list[tuple[nn.Module, Moment, dict[Path, Any]]] = []
+        self.kept: list[tuple[nn.Module, DenoiserCall, dict[Path, Any]]] = []
         self.branches: dict[str, None] = {}
 
     def keep(self, call: Evaluation) -> None:
@@ -157,7 +157,7 @@ def _nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
     return found
 
 
-def _of_branch(flat: dict[Path, Any], moment: Moment, branch: str) -> dict[Path, Any]:
+def _of_branch(flat: dict[Path, Any], moment: DenoiserCall, branch: str) -> dict[Path, Any]:
     """The rows of one branch in every argument, tensors as copies."""
     sample = flat[(_sample_name(flat),)]
     batch = len(sample)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamreader.engine import Instant, Reader, Record, ranges, tokenize
+from dreamreader.engine import Reader, Record, StepInfo, ranges, tokenize
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.recording.buffer import MEMORY, ActivationBuffer
 from dreamreader.recording.calls import Calls, record_calls, row_seeds
@@ -38,7 +38,7 @@ class Pairs:
     steps: tuple[int, ...] | None
     counts: dict[str, Tensor] | None = None
     positions: tuple[Tensor, Tensor] | None = None
-    times: tuple[tuple[Instant, ...], tuple[Instant, ...]] | None = None
+    times: tuple[tuple[StepInfo, ...], tuple[StepInfo, ...]] | None = None
 
     def __post_init__(self):
         if not self.base or not self.teacher:

@@ -283,7 +283,7 @@ def test_bad_watches_say_why() -> None:
         Watch("unet.mid_block", Sums())
     with pytest.raises(InvalidInput, match="tokens has no meaning"):
         Watch(SITE, Sums(), tokens=[1])
-    with pytest.raises(InvalidInput, match="saw must be a function, got int"):
+    with pytest.raises(InvalidInput, match="callback must be a function, got int"):
         Watch(SITE, 3)  # pyright: ignore[reportArgumentType]
 
 

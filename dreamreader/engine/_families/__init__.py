@@ -23,7 +23,7 @@ dropout. Where v is changed between its projection and the attention, it is refu
 from torch import nn
 
 from dreamreader.engine._families import diffusers_attention, fused, latent, separate
-from dreamreader.engine._families.sizes import Refused
+from dreamreader.engine._families.sizes import PortsRefused
 from dreamreader.engine._taps import AttentionFacts
 
 _FAMILIES = (diffusers_attention, fused, latent, separate)
@@ -39,7 +39,7 @@ def attention_facts(module: nn.Module) -> AttentionFacts | None:
     for family in _FAMILIES:
         try:
             facts = family.attention(module)
-        except Refused as reason:
+        except PortsRefused as reason:
             why = str(reason)
             return AttentionFacts({}, 0, no_probs=why, refused={"": why})
         if facts is not None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from dreamreader.engine._families import sizes
-from dreamreader.engine._families.sizes import Refused
+from dreamreader.engine._families.sizes import PortsRefused
 from dreamreader.engine._taps import AttentionFacts, Channels, Tap
 
 _NO_SOFTMAX = "Linear"  # in the processor's name: attention without a softmax (Sana)
@@ -40,7 +40,7 @@ def attention(module: nn.Module) -> AttentionFacts | None:
     processor = getattr(module, "processor", None)
     name = type(processor).__name__
     if "CustomDiffusion" in name:
-        raise Refused(f"its processor {name} has projections of its own")
+        raise PortsRefused(f"its processor {name} has projections of its own")
     sizes.check_parts(
         module, _KNOWN | {_GATES.get(sizes.class_that_runs(type(module), "diffusers"), "")}
     )
@@ -116,7 +116,7 @@ def _projections(
             try:
                 sizes.check(f"{key} projection", sizes.out_features(projection), count, width)
                 tap = _fused(module, letter, joined, count, width) if fused else None
-            except Refused as reason:
+            except PortsRefused as reason:
                 refused[key] = str(reason)
             else:
                 found[key] = tap or Tap(projection, heads=count)
@@ -158,7 +158,7 @@ def _fused(
         stem = "add_{}_proj" if "added" in name else "to_{}"
         parts = [sizes.out_features(sizes.part(module, stem.format(each))) or 0 for each in letters]
         if sum(parts) != sizes.out_features(projection):
-            raise Refused(
+            raise PortsRefused(
                 f"{name} has {sizes.out_features(projection)} features, where its parts "
                 f"{', '.join(letters)} have {', '.join(map(str, parts))}"
             )
@@ -199,7 +199,7 @@ def _parallel(module: nn.Module) -> AttentionFacts:
     )
     inner, total = heads * width, 3 * heads * width + hidden * times
     if sizes.out_features(into) != total or sizes.in_features(out) != inner + hidden:
-        raise Refused(
+        raise PortsRefused(
             f"its projections have {sizes.out_features(into)} and {sizes.in_features(out)} "
             f"features, where {total} and {inner + hidden} are stated"
         )

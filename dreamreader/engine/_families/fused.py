@@ -6,7 +6,7 @@ from torch import nn
 
 from dreamreader.engine._families import sizes
 from dreamreader.engine._families.separate import check_unchanged
-from dreamreader.engine._families.sizes import Refused
+from dreamreader.engine._families.sizes import PortsRefused
 from dreamreader.engine._taps import AttentionFacts, Channels, Tap
 
 Layout = Callable[[nn.Module, int, int, int], dict[str, Channels]]
@@ -39,7 +39,7 @@ def _by_group(module: nn.Module, heads: int, key_heads: int, width: int) -> dict
 def _four_shares(module: nn.Module, heads: int, key_heads: int, width: int) -> dict[str, Channels]:
     """Four shares (of the machine it was trained on), each with its queries, values and keys."""
     if heads % 4:
-        raise Refused(f"its projection lies in four shares, which {heads} heads do not fill")
+        raise PortsRefused(f"its projection lies in four shares, which {heads} heads do not fill")
     shape = (4, 3, heads // 4 * width)
     return {letter: Channels(shape, (_EVERY, "qvk".index(letter))) for letter in "qkv"}
 
@@ -89,7 +89,7 @@ def attention(module: nn.Module) -> AttentionFacts | None:
         return None
     name, output_name, layout = entry
     if getattr(module, "is_cross_attention", False):
-        raise Refused("it is a cross-attention, whose queries have a projection of their own")
+        raise PortsRefused("it is a cross-attention, whose queries have a projection of their own")
     sizes.check_parts(module, {name, output_name, *_KNOWN})
     fused, output = module.get_submodule(name), module.get_submodule(output_name)
     heads = sizes.head_count(module)
@@ -98,7 +98,7 @@ def attention(module: nn.Module) -> AttentionFacts | None:
     lies = layout(module, heads, key_heads, width)
     features = sizes.out_features(fused)
     if features != lies["q"].total:
-        raise Refused(
+        raise PortsRefused(
             f"{name} has {features} features, where {heads} heads and {key_heads} key heads of "
             f"{width} are stated, which is {lies['q'].total}"
         )
@@ -107,7 +107,7 @@ def attention(module: nn.Module) -> AttentionFacts | None:
     ports = {each: Tap(fused, channels=lies[each], heads=counts[each]) for each in "qkv"}
     try:
         check_unchanged(module)
-    except Refused as reason:
+    except PortsRefused as reason:
         refused["v"] = str(reason)
         del ports["v"]
     ports["heads"] = Tap(output, side="in", heads=heads)

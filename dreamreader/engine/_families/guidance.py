@@ -37,7 +37,7 @@ def never(pipe: Any, arguments: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BranchLayout:
     """Branches of one step in their order, as chunks of one batch or as separate calls.
 
     Args:
@@ -53,17 +53,17 @@ class Layout:
     truncates: bool = False
 
 
-UNCOND_FIRST = Layout(False, ("uncond", "cond"), by_property)
-UNCOND_FIRST_LOCAL = Layout(False, ("uncond", "cond"), by_argument)
-COND_FIRST = Layout(False, ("cond", "uncond"), by_property)
-COND_FIRST_LOCAL = Layout(False, ("cond", "uncond"), by_argument)
-COND_FIRST_TRUNCATED = Layout(False, ("cond", "uncond"), by_property, truncates=True)
-IMAGE_THIRD = Layout(False, ("cond", "image", "uncond"), by_property)
-IMAGE_THIRD_LOCAL = Layout(False, ("cond", "image", "uncond"), by_both_scales)
-SEPARATE = Layout(True, ("cond", "uncond"), never)
-SINGLE = Layout(False, ("cond",), never)
+UNCOND_FIRST = BranchLayout(False, ("uncond", "cond"), by_property)
+UNCOND_FIRST_LOCAL = BranchLayout(False, ("uncond", "cond"), by_argument)
+COND_FIRST = BranchLayout(False, ("cond", "uncond"), by_property)
+COND_FIRST_LOCAL = BranchLayout(False, ("cond", "uncond"), by_argument)
+COND_FIRST_TRUNCATED = BranchLayout(False, ("cond", "uncond"), by_property, truncates=True)
+IMAGE_THIRD = BranchLayout(False, ("cond", "image", "uncond"), by_property)
+IMAGE_THIRD_LOCAL = BranchLayout(False, ("cond", "image", "uncond"), by_both_scales)
+SEPARATE = BranchLayout(True, ("cond", "uncond"), never)
+SINGLE = BranchLayout(False, ("cond",), never)
 
-_LAYOUTS: dict[str, Layout] = {
+_LAYOUTS: dict[str, BranchLayout] = {
     **dict.fromkeys(
         (
             "StableDiffusionPipeline",
@@ -227,7 +227,7 @@ _LAYOUTS: dict[str, Layout] = {
 
 # named by cache_context while denoising, so without a layout above
 _NAMED = {"CogView4Pipeline": SEPARATE, "WanPipeline": SEPARATE}
-_PROMPT_FIRST: dict[str, Layout] = {**_LAYOUTS, **_NAMED}
+_PROMPT_FIRST: dict[str, BranchLayout] = {**_LAYOUTS, **_NAMED}
 
 # These take `num_videos_per_prompt` and make one video all the same.
 _ONE_VIDEO: dict[str, bool] = dict.fromkeys(
@@ -259,7 +259,7 @@ _NEGATIVE_ROWS: dict[str, bool] = dict.fromkeys(
 )
 
 
-def layout_of(pipeline: type) -> Layout | None:
+def layout_of(pipeline: type) -> BranchLayout | None:
     """The layout of pipelines of this class; None when it is unknown.
 
     A subclass is taken for the class it derives from only while it inherits that class's
@@ -283,7 +283,7 @@ def embeds_negative_rows(pipeline: type) -> bool:
     return entry_of(pipeline, _NEGATIVE_ROWS, "__call__") is not None
 
 
-def chunks_of(layout: Layout, pipe: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+def chunks_of(layout: BranchLayout, pipe: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the equal chunks of a batched call, in order, at this moment of the run."""
     names = layout.order if layout.guided(pipe, arguments) else ("cond",)
     # perturbed-attention guidance appends a second conditional pass to either form

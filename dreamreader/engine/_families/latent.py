@@ -3,7 +3,7 @@
 from torch import nn
 
 from dreamreader.engine._families import sizes
-from dreamreader.engine._families.sizes import Refused
+from dreamreader.engine._families.sizes import PortsRefused
 from dreamreader.engine._taps import AttentionFacts, Channels, Tap
 
 _KNOWN = {
@@ -55,5 +55,5 @@ def _unfolded(unfold: nn.Module, channels: Channels, heads: int) -> Tap:
 def _stated(module: nn.Module, name: str) -> int:
     found = sizes.stated(module, (name,))
     if found is None:
-        raise Refused(f"neither it nor its configuration states {name}")
+        raise PortsRefused(f"neither it nor its configuration states {name}")
     return found

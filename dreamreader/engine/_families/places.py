@@ -28,7 +28,7 @@ _IMAGE = re.compile(
 
 
 @dataclass(frozen=True)
-class Layout:
+class StreamLayout:
     """Token places of one denoiser call.
 
     Args:
@@ -100,7 +100,7 @@ class Layout:
         return (0, cells) if stream == "image" else (cells, cells + text)
 
 
-def layout(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Layout:
+def layout(denoiser: nn.Module, arguments: Mapping[str, Any]) -> StreamLayout:
     """Token places of a call of `denoiser` with these arguments (bound by name)."""
     build = entry_of(type(denoiser), _FAMILIES, "forward") or _by_patch
     return build(denoiser, arguments)
@@ -129,10 +129,10 @@ def _sample(arguments: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
-def _unet(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Layout:
+def _unet(denoiser: nn.Module, arguments: Mapping[str, Any]) -> StreamLayout:
     sample = _sample(arguments)
     grid = (sample.shape[-2], sample.shape[-1]) if sample is not None else None
-    return Layout(grid, _text(arguments), pyramid=True)
+    return StreamLayout(grid, _text(arguments), pyramid=True)
 
 
 def _patched(denoiser: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -143,44 +143,44 @@ def _patched(denoiser: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, in
     return sample.shape[-2] // patch, sample.shape[-1] // patch
 
 
-def _by_patch(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Layout:
-    return Layout(_patched(denoiser, arguments), _text(arguments))
+def _by_patch(denoiser: nn.Module, arguments: Mapping[str, Any]) -> StreamLayout:
+    return StreamLayout(_patched(denoiser, arguments), _text(arguments))
 
 
-def _sd3(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Layout:
-    return Layout(_patched(denoiser, arguments), _text(arguments), text_first=False)
+def _sd3(denoiser: nn.Module, arguments: Mapping[str, Any]) -> StreamLayout:
+    return StreamLayout(_patched(denoiser, arguments), _text(arguments), text_first=False)
 
 
-def _flux(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Layout:
+def _flux(denoiser: nn.Module, arguments: Mapping[str, Any]) -> StreamLayout:
     ids = arguments.get("img_ids")
     grid = None
     if isinstance(ids, Tensor):
         last = ids.reshape(-1, ids.shape[-1])[:, 1:3].amax(0).tolist()
         grid = (int(last[0]) + 1, int(last[1]) + 1)
-    return Layout(grid, _text(arguments))
+    return StreamLayout(grid, _text(arguments))
 
 
-def _qwen_image(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Layout:
+def _qwen_image(denoiser: nn.Module, arguments: Mapping[str, Any]) -> StreamLayout:
     shapes = arguments.get("img_shapes")
     while isinstance(shapes, list) and shapes and not isinstance(shapes[0], int):
         shapes = shapes[0]
     grid = (shapes[1], shapes[2]) if isinstance(shapes, tuple | list) and len(shapes) == 3 else None
-    return Layout(grid, _text(arguments))
+    return StreamLayout(grid, _text(arguments))
 
 
-def _lumina(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Layout:
+def _lumina(denoiser: nn.Module, arguments: Mapping[str, Any]) -> StreamLayout:
     lengths = text_lengths(arguments)
-    return Layout(_patched(denoiser, arguments), _text(arguments), text_lengths=lengths)
+    return StreamLayout(_patched(denoiser, arguments), _text(arguments), text_lengths=lengths)
 
 
-def _aura_flow(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Layout:
+def _aura_flow(denoiser: nn.Module, arguments: Mapping[str, Any]) -> StreamLayout:
     text, registers = _text(arguments), getattr(denoiser, "register_tokens", None)
     extra = registers.shape[1] if isinstance(registers, Tensor) else 0
     text = None if text is None else text + extra
-    return Layout(_patched(denoiser, arguments), text, text_offset=extra)
+    return StreamLayout(_patched(denoiser, arguments), text, text_offset=extra)
 
 
-_FAMILIES: dict[str, Callable[[nn.Module, Mapping[str, Any]], Layout]] = {
+_FAMILIES: dict[str, Callable[[nn.Module, Mapping[str, Any]], StreamLayout]] = {
     "UNet2DConditionModel": _unet,
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux,

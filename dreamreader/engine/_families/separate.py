@@ -3,7 +3,7 @@
 from torch import nn
 
 from dreamreader.engine._families import sizes
-from dreamreader.engine._families.sizes import Refused
+from dreamreader.engine._families.sizes import PortsRefused
 from dreamreader.engine._taps import AttentionFacts, Channels, Tap
 
 # Names of q, k and v, then those that the output projection goes by.
@@ -83,7 +83,7 @@ def attention(module: nn.Module) -> AttentionFacts | None:
 def _facts(module: nn.Module, letters: tuple[str, ...], output: str | None) -> AttentionFacts:
     name = sizes.class_that_runs(type(module), "transformers")
     if type(module).__module__.endswith(".modeling_fsmt"):
-        raise Refused("its values are [tokens, batch, features]")
+        raise PortsRefused("its values are [tokens, batch, features]")
     known = {*letters, output or "", *_KNOWN, "v_norm"}
     known |= {_OWN_PARTS.get(name, ""), _NORMS_OF_HEADS.get(name, "")}
     sizes.check_parts(module, known)
@@ -102,11 +102,11 @@ def _facts(module: nn.Module, letters: tuple[str, ...], output: str | None) -> A
     for letter, single, features in (("k", letters[1], width), ("v", letters[2], value_width)):
         try:
             ports[letter] = _key_or_value(module, letter, single, key_heads, features)
-        except Refused as reason:
+        except PortsRefused as reason:
             refused[letter] = str(reason)
     try:
         ports["heads"] = _heads(module, name, output, heads, value_width)
-    except Refused as reason:
+    except PortsRefused as reason:
         refused["heads"] = str(reason)
     return AttentionFacts(ports, heads, refused=refused)
 
@@ -114,7 +114,9 @@ def _facts(module: nn.Module, letters: tuple[str, ...], output: str | None) -> A
 def _key_or_value(module: nn.Module, letter: str, name: str, heads: int, width: int) -> Tap:
     """k as it is projected; v as it enters the attention: behind its norm, where it has one."""
     if getattr(module, "is_kv_shared_layer", False):
-        raise Refused(f"this layer has no {letter} of its own: it uses that of an earlier layer")
+        raise PortsRefused(
+            f"this layer has no {letter} of its own: it uses that of an earlier layer"
+        )
     projection = sizes.part(module, name)
     norm = sizes.part(module, "v_norm") if letter == "v" else None
     if projection is not None:
@@ -124,10 +126,10 @@ def _key_or_value(module: nn.Module, letter: str, name: str, heads: int, width: 
     if norm is not None:
         axes = _VALUE_NORMS.get(sizes.class_that_runs(type(module), "transformers"))
         if axes is None:
-            raise Refused("the order of tokens and heads at its v_norm is not known")
+            raise PortsRefused("the order of tokens and heads at its v_norm is not known")
         return Tap(norm, heads=heads, axes=axes)
     if projection is None:
-        raise Refused(f"it has no {name}")
+        raise PortsRefused(f"it has no {name}")
     return Tap(projection, heads=heads)
 
 
@@ -140,22 +142,22 @@ def check_unchanged(module: nn.Module) -> None:
     for holder in (module, vars(module).get("config")):
         clip = getattr(holder, "clip_qkv", None)
         if clip is not None:
-            raise Refused(f"values are clipped behind the projection (clip_qkv={clip})")
+            raise PortsRefused(f"values are clipped behind the projection (clip_qkv={clip})")
     if getattr(module, "rotary_value", False):
-        raise Refused("values are rotated behind the projection (rotary_value=True)")
+        raise PortsRefused("values are rotated behind the projection (rotary_value=True)")
     scale = getattr(module, "v_scale", 1.0)
     if scale != 1.0:
-        raise Refused(f"values are scaled behind the projection (v_scale={scale})")
+        raise PortsRefused(f"values are scaled behind the projection (v_scale={scale})")
 
 
 def _heads(module: nn.Module, name: str, output: str | None, heads: int, width: int) -> Tap:
     """What the output projection reads; of a module without one, what it gives."""
     norm = _NORMS_OF_HEADS.get(name)
     if name == "MLCDAttention":
-        raise Refused("its output projection reads [tokens, batch, features]")
+        raise PortsRefused("its output projection reads [tokens, batch, features]")
     if output is None:
         if not name:
-            raise Refused("it has no output projection, so what it gives is not known")
+            raise PortsRefused("it has no output projection, so what it gives is not known")
         return Tap(module, heads=heads)
     features = sizes.in_features(sizes.part(module, output))
     sizes.check(f"the input of {output}", features, heads, width)

@@ -11,7 +11,7 @@ _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 WIDTHS = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "dim_head")
 
 
-class Refused(Exception):
+class PortsRefused(Exception):
     """The module is no attention whose heads are known; the text says why."""
 
 
@@ -44,7 +44,7 @@ def head_count(module: nn.Module) -> int:
     """
     found = stated(module, _HEADS)
     if found is None:
-        raise Refused("neither it nor its configuration states a number of heads")
+        raise PortsRefused("neither it nor its configuration states a number of heads")
     return found
 
 
@@ -64,7 +64,9 @@ def head_width(module: nn.Module, projection: Any, heads: int) -> int:
         return found
     features = out_features(projection)
     if features is None or features % heads:
-        raise Refused(f"its queries have {features} features, which {heads} heads cannot share")
+        raise PortsRefused(
+            f"its queries have {features} features, which {heads} heads cannot share"
+        )
     return features // heads
 
 
@@ -92,7 +94,7 @@ def check(name: str, features: int | None, heads: int, width: int, parts: str = 
     if features == heads * width:
         return
     has = "states no number of" if features is None else f"has {features}"
-    raise Refused(
+    raise PortsRefused(
         f"{name} {has} features, where {heads} {parts} of {width} are stated, which is "
         f"{heads * width}"
     )
@@ -106,13 +108,13 @@ def check_parts(module: nn.Module, known: set[str]) -> None:
     """
     for name, child in module._modules.items():
         if child is not None and name not in known and not _is_neutral(child):
-            raise Refused(
+            raise PortsRefused(
                 f"its part {name} ({type(child).__name__}) is none that is known, so what its "
                 "projections hold is not known"
             )
     for name, weight in module._parameters.items():
         if weight is not None and name not in known:
-            raise Refused(
+            raise PortsRefused(
                 f"its parameter {name} is none that is known, so what its projections hold is not "
                 "known"
             )

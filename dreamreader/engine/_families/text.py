@@ -4,7 +4,7 @@ from typing import Any
 
 from dreamreader.engine._clock_run import own_class
 from dreamreader.engine._families.classes import entry_of
-from dreamreader.engine._families.places import Layout
+from dreamreader.engine._families.places import StreamLayout
 from dreamreader.engine._subject import innermost
 from dreamreader.errors import ClockUnknown
 
@@ -13,7 +13,7 @@ Source = tuple[tuple[str, ...], int, bool]
 text, padding is taken out or cut off first)"""
 
 
-def text_sources(pipe: Any, layout: Layout | None) -> list[Source]:
+def text_sources(pipe: Any, layout: StreamLayout | None) -> list[Source]:
     """The text encoders whose tokens the denoiser gets, and where it has them.
 
     Of a pipeline with several text encoders this is known for the families below.

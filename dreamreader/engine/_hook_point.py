@@ -5,20 +5,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dreamreader.engine._hooked_site import HookedSite
 from dreamreader.engine._probs import entries_of
-from dreamreader.engine._shared import Shared
-from dreamreader.engine._site_run import SiteRun
+from dreamreader.engine._session_state import SessionState
 from dreamreader.engine._taps import Argument, pick, put
 from dreamreader.errors import InvalidInput
 
 
-class Station:
+class HookPoint:
     """The hooks on one module: edits first, recordings after, in the order they were given."""
 
-    def __init__(self, module: nn.Module, shared: Shared):
+    def __init__(self, module: nn.Module, shared: SessionState):
         self.module = module
         self.shared = shared
-        self.runs: list[SiteRun] = []
+        self.runs: list[HookedSite] = []
         self._arguments: dict[str | None, Argument] = {}
         self._inputs: dict[int, Tensor] = {}
 
@@ -85,13 +85,13 @@ class Station:
                 changed = True
         return output if changed else None
 
-    def _argument(self, run: SiteRun) -> Argument:
+    def _argument(self, run: HookedSite) -> Argument:
         name = run.site.tap.argument
         if name not in self._arguments:
             self._arguments[name] = Argument(self.module, name)
         return self._arguments[name]
 
-    def _input(self, run: SiteRun, value: Any) -> Tensor:
+    def _input(self, run: HookedSite, value: Any) -> Tensor:
         if not isinstance(value, Tensor):
             argument = self._argument(run).name
             raise InvalidInput(
@@ -99,7 +99,7 @@ class Station:
             )
         return value
 
-    def _delta(self, run: SiteRun, value: Tensor, args: tuple) -> Tensor | None:
+    def _delta(self, run: HookedSite, value: Tensor, args: tuple) -> Tensor | None:
         given = self._inputs.pop(id(run))
         if given.shape != value.shape:
             raise InvalidInput(
@@ -112,7 +112,7 @@ class Station:
             new = run.visit(value, _first(args), minus=given)
         return None if new is None else given + new
 
-    def _probs(self, run: SiteRun, computed: bool) -> None:
+    def _probs(self, run: HookedSite, computed: bool) -> None:
         if not computed:
             self.shared.probs.drop()
             run.pass_over()

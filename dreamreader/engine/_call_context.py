@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from dreamreader.engine._clock_schedule import Instant
-from dreamreader.engine._families.places import Layout
+from dreamreader.engine._clock_schedule import StepInfo
+from dreamreader.engine._families.places import StreamLayout
 from dreamreader.engine._token_layout import TokenLayout
 from dreamreader.errors import ClockUnknown
 
@@ -13,7 +13,7 @@ ALL = ("all",)  # the branches of what runs outside guidance, such as a decoder 
 
 
 @dataclass(slots=True, eq=False)
-class Now:
+class CallContext:
     """One call of a denoiser, text encoder, language model, or of anything outside them.
 
     Args:
@@ -33,10 +33,10 @@ class Now:
     component: str
     phase: str
     run: int
-    instant: Instant | ClockUnknown
+    instant: StepInfo | ClockUnknown
     branches: tuple[str, ...] | ClockUnknown
     batch: int | None
-    layout: Layout | None = None
+    layout: StreamLayout | None = None
     tokens: TokenLayout | ClockUnknown | None = None
     encoder_states: Tensor | None = None
     stamp: tuple = field(init=False)
@@ -44,7 +44,7 @@ class Now:
     def __post_init__(self):
         time = (
             (self.instant.step, self.instant.evaluation)
-            if isinstance(self.instant, Instant)
+            if isinstance(self.instant, StepInfo)
             else None
         )
         known = self.branches if isinstance(self.branches, tuple) else None

@@ -7,25 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamreader.engine._compile import Active, Compiled, compiled
+from dreamreader.engine._call_context import CallContext
+from dreamreader.engine._compile import ActiveEdit, Compiled, compiled
 from dreamreader.engine._edit_request import EditRequest
 from dreamreader.engine._notes import Notes
-from dreamreader.engine._now import Now
 from dreamreader.engine._placement import Placement
 from dreamreader.engine._probs import Attention
 from dreamreader.engine._recorder import Recorder
 from dreamreader.engine._request import Request
 from dreamreader.engine._resolved import Selection
-from dreamreader.engine._shared import Shared
+from dreamreader.engine._session_state import SessionState
 from dreamreader.engine._site_view import SiteView
 from dreamreader.engine._sites import Site
 from dreamreader.engine._stream import Streamer
-from dreamreader.engine._watch import Call, Watcher
+from dreamreader.engine._watch import AttentionCall, Watcher
 from dreamreader.errors import InvalidInput
 
 
 @dataclass(eq=False)
-class Plan:
+class SitePlan:
     """What to do at one site in one kind of call.
 
     Attributes:
@@ -50,14 +50,14 @@ class Plan:
         return self.edits is not None and self.edits.has_graph
 
 
-_IDLE = Plan(None, None, [], [], [], frozenset(), frozenset(), ())
+_IDLE = SitePlan(None, None, [], [], [], frozenset(), frozenset(), ())
 _Reading = Recorder | Watcher | Streamer
 
 
-class SiteRun:
+class HookedSite:
     """The edits and readings of one site during a session."""
 
-    def __init__(self, site: Site, shared: Shared):
+    def __init__(self, site: Site, shared: SessionState):
         self.site = site
         self.name = site.name
         self.shared = shared
@@ -65,13 +65,13 @@ class SiteRun:
         self.recorders: list[Recorder] = []
         self.watchers: list[Watcher] = []
         self.streamers: list[Streamer] = []
-        self.fired: list[tuple[Now, Plan]] = []
-        self.skipped: list[tuple[Now, tuple[int, ...]]] = []
+        self.fired: list[tuple[CallContext, SitePlan]] = []
+        self.skipped: list[tuple[CallContext, tuple[int, ...]]] = []
         self.notes = Notes()
         self.shape: tuple[int, ...] | None = None
-        self._plans: dict[Any, Plan] = {}
+        self._plans: dict[Any, SitePlan] = {}
         self._latest: tuple[Any, ...] = (None,) * 7
-        self._shared_plans: dict[Any, Plan] = {}
+        self._shared_plans: dict[Any, SitePlan] = {}
 
     def visit(self, value: Tensor, given: Any = None, minus: Tensor | None = None) -> Tensor | None:
         """Edit and record `value`; the edited value, or None where it stays as it is.
@@ -115,10 +115,10 @@ class SiteRun:
             for recorder, held, moments in plan.recorded:
                 recorder.keep(x, held, now, moments)
         for watcher, held in plan.watched:
-            call = Call(held, attention.shape[3], now, self.shared)
-            watcher.request.saw(attention.of(held.entries), call)
+            call = AttentionCall(held, attention.shape[3], now, self.shared)
+            watcher.request.callback(attention.of(held.entries), call)
 
-    def _planned(self, value: Tensor, given: Any) -> tuple[Now, Plan]:
+    def _planned(self, value: Tensor, given: Any) -> tuple[CallContext, SitePlan]:
         """What is running, and what to do then."""
         shared = self.shared
         now = shared.tracker.now
@@ -156,7 +156,7 @@ class SiteRun:
         if numbers:
             self.skipped.append((now, numbers))
 
-    def _at_work(self, now: Now) -> tuple[list[tuple[int, EditRequest]], list[_Reading]]:
+    def _at_work(self, now: CallContext) -> tuple[list[tuple[int, EditRequest]], list[_Reading]]:
         """The edits and the readings whose selection holds in this call."""
         if now.phase == "aside":  # a callback's own call: it is not the run
             return [], []
@@ -176,7 +176,7 @@ class SiteRun:
         self.skipped.clear()
         self.notes = Notes()
 
-    def _plan(self, now: Now, value: Tensor, given: Any) -> Plan:
+    def _plan(self, now: CallContext, value: Tensor, given: Any) -> SitePlan:
         active, wanted = self._at_work(now)
         if not active and not wanted:
             self.shape = self.shape or tuple(value.shape)
@@ -199,16 +199,16 @@ class SiteRun:
 
     def _made(
         self,
-        now: Now,
+        now: CallContext,
         value: Tensor,
         view: SiteView,
         active: list[tuple[int, EditRequest]],
         wanted: list[_Reading],
         numbers: tuple[int, ...],
-    ) -> Plan:
+    ) -> SitePlan:
         x = view.outline(value)
         at = Placement(self.site, now, view, x, self.shared)
-        works = [Active(n, each, at.place(each)) for n, each in active]
+        works = [ActiveEdit(n, each, at.place(each)) for n, each in active]
         empty = {each.number for each in works if not bool((each.place.selected != 0).any())}
         edits = self._compiled(works, x) if active else None
         hit = edits.numbers if edits else frozenset()
@@ -225,7 +225,7 @@ class SiteRun:
                     watched.append((each, held))
         read = {each.number for each, *_ in [*recorded, *watched, *streamed]}
         missed = empty | ({each.number for each in wanted} - read)
-        return Plan(
+        return SitePlan(
             view,
             edits if hit else None,
             recorded,
@@ -236,7 +236,7 @@ class SiteRun:
             numbers,
         )
 
-    def _view(self, now: Now, value: Tensor, given: Any) -> SiteView:
+    def _view(self, now: CallContext, value: Tensor, given: Any) -> SiteView:
         layouts = {each.layout for each in self._requests() if each.layout is not None}
         if len(layouts) > 1:
             raise InvalidInput(
@@ -278,7 +278,7 @@ class SiteRun:
     def _requests(self) -> list[Request]:
         return [*(each for _, each in self.edits), *(each.request for each in self._readings())]
 
-    def _compiled(self, works: list[Active], x: Tensor) -> Compiled:
+    def _compiled(self, works: list[ActiveEdit], x: Tensor) -> Compiled:
         if not x.is_floating_point():
             raise InvalidInput(
                 f"{self.site.name}: holds {x.dtype}, only floating point can be edited"

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dreamreader.engine._cache import Row
-from dreamreader.engine._clock_schedule import Instant
+from dreamreader.engine._cache import RunRow
+from dreamreader.engine._call_context import CallContext
+from dreamreader.engine._clock_schedule import StepInfo
+from dreamreader.engine._edit_context import RowSet
 from dreamreader.engine._lm_tracker import LanguageTracker
-from dreamreader.engine._now import Now
-from dreamreader.engine._place import RowSet
 from dreamreader.engine._probs import ProbsMode
 from dreamreader.engine._request import Request
 from dreamreader.engine._sites import Site
@@ -21,7 +21,7 @@ from dreamreader.engine._words import Words
 from dreamreader.errors import ClockUnknown, InvalidInput, NeverFired
 
 
-class Shared:
+class SessionState:
     """What the stations of one session have in common."""
 
     def __init__(
@@ -52,8 +52,10 @@ class Shared:
         self.placeless = -1
         self._serials: dict[tuple, int] = {}
         self.prompts_of: dict[int, Sequence[str] | None] = {}
-        self.again: Now | None = None  # what ran when a part was called that is computed again
-        self.latest: Now | None = None  # what `serial`, `timeless` and `placeless` are of
+        self.again: CallContext | None = (
+            None  # what ran when a part was called that is computed again
+        )
+        self.latest: CallContext | None = None  # what `serial`, `timeless` and `placeless` are of
         self._checked_run = -1
 
     def ours(self) -> bool:
@@ -65,7 +67,7 @@ class Shared:
         self.seen_elsewhere = True
         return False
 
-    def current(self, site: Site) -> Now:
+    def current(self, site: Site) -> CallContext:
         """What is running.
 
         `serial` stands for its kind of call, `timeless` for it at any time, `placeless` for it at
@@ -82,13 +84,13 @@ class Shared:
             self.placeless = self._serials.setdefault(now.placeless_key, len(self._serials))
             if isinstance(now.branches, tuple):
                 self.branches_seen.update(dict.fromkeys(now.branches))
-            if isinstance(now.instant, Instant):
+            if isinstance(now.instant, StepInfo):
                 self.steps_seen[now.instant.step] = None
             if now.phase == "denoise" and now.run != self._checked_run:
                 self._check_windows(now)
         return now
 
-    def is_active(self, request: Request, now: Now, site: str) -> bool:
+    def is_active(self, request: Request, now: CallContext, site: str) -> bool:
         """Whether the request applies to a call.
 
         Raises:
@@ -107,7 +109,7 @@ class Shared:
                 return False
         if not request.needs_time:
             return True
-        if not isinstance(now.instant, Instant):
+        if not isinstance(now.instant, StepInfo):
             raise ClockUnknown(f"{site}: a step window was asked for. {now.instant}")
         if now.phase == "language" and (request.timesteps or request.sigmas or request.fraction):
             raise ClockUnknown(
@@ -115,7 +117,7 @@ class Shared:
             )
         return request.runs_at(now.instant, self.tracker.total())
 
-    def moments(self, request: Request, now: Now) -> int:
+    def moments(self, request: Request, now: CallContext) -> int:
         """How many steps of this run a recording will keep, as far as the schedule tells."""
         schedule = self.tracker.schedule()
         if now.phase != "denoise" or not schedule:
@@ -123,11 +125,11 @@ class Shared:
         total = self.tracker.total()
         return sum(request.runs_at(each, total) for each in schedule)
 
-    def row(self, number: int, prompts: Sequence[str] | None = None) -> Row:
+    def row(self, number: int, prompts: Sequence[str] | None = None) -> RunRow:
         """A row of the running or latest run, or of given prompts, with what is known of it."""
         prompts = self.prompts or self.tracker.prompts or () if prompts is None else prompts
         seeds = self.seeds or ()
-        return Row(
+        return RunRow(
             number,
             prompts[number] if number < len(prompts) else None,
             seeds[number] if number < len(seeds) else None,
@@ -144,7 +146,7 @@ class Shared:
 
     def words_for(
         self,
-        now: Now,
+        now: CallContext,
         site: Site,
         branches: tuple[str, ...],
         rows: int,
@@ -171,7 +173,7 @@ class Shared:
         return find_word
 
     def _word(
-        self, word: str, now: Now, site: Site, branch: str, wanted: list[bool]
+        self, word: str, now: CallContext, site: Site, branch: str, wanted: list[bool]
     ) -> list[list[int]]:
         """Token numbers of a word in the wanted rows of a branch; none in the others."""
         rows = len(wanted)
@@ -191,7 +193,7 @@ class Shared:
             places = [[int(own[row][at]) for at in each] for row, each in enumerate(places)]
         return places
 
-    def _check_windows(self, now: Now) -> None:
+    def _check_windows(self, now: CallContext) -> None:
         """Refuse a step window without any step of the schedule, before anything is computed."""
         self._checked_run = now.run
         schedule = self.tracker.schedule()
@@ -205,7 +207,7 @@ class Shared:
                 )
 
 
-def describe_schedule(schedule: Sequence[Instant]) -> str:
+def describe_schedule(schedule: Sequence[StepInfo]) -> str:
     """The steps of a run in words."""
     first, last = schedule[0], schedule[-1]
     sigma = "" if first.sigma is None else f", sigma {first.sigma:.4g} .. {last.sigma or 0:.4g}"

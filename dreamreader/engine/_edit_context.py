@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamreader.engine._clock_schedule import Instant
+from dreamreader.engine._clock_schedule import StepInfo
 from dreamreader.engine._resolved import Selection
 from dreamreader.engine._selection import described, mask_of
 from dreamreader.engine._tokens import SiteTokens
@@ -30,7 +30,7 @@ class RowSet:
 
 
 @dataclass(eq=False)
-class Place:
+class EditContext:
     """Where an edit is applied: what `EditRequest.instructions` and `apply` may ask.
 
     Attributes:
@@ -53,7 +53,7 @@ class Place:
     first: int
     branches: tuple[str, ...]
     sequence: SiteTokens
-    instant: Instant | None
+    instant: StepInfo | None
     device: torch.device
     dtype: torch.dtype
     seeds: tuple[int, ...] | None = None
