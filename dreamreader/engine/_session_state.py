@@ -52,9 +52,7 @@ class SessionState:
         self.placeless = -1
         self._serials: dict[tuple, int] = {}
         self.prompts_of: dict[int, Sequence[str] | None] = {}
-        self.again: CallContext | None = (
-            None  # what ran when a part was called that is computed again
-        )
+        self.again: CallContext | None = None  # of a checkpointed part that is computed again
         self.latest: CallContext | None = None  # what `serial`, `timeless` and `placeless` are of
         self._checked_run = -1
 

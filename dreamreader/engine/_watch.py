@@ -24,8 +24,8 @@ class Watch(Request):
     Args:
         site: sites with the port `probs`.
         callback: called as `callback(attention, call)` wherever the selection holds. `attention`
-            has the batch entries of the selection only, `call` says which they are. Where the model forms
-            its attention in shares (attention slicing) it is called with each share.
+            has the batch entries of the selection only, `call` says which they are. Where the model
+            forms its attention in shares (attention slicing) it is called with each share.
 
     Raises:
         InvalidInput: a site has another port, or `tokens` is given: the whole sequence is seen.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamreader.engine import _stepping as stepping
+from dreamreader.engine import stepping
 from dreamreader.errors import InvalidInput
 from dreamreader.localise.hspace_twin import Twin
 
