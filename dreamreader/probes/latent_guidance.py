@@ -158,7 +158,7 @@ class _Guide:
         stack.enter_context(self.reader.replay(self._after, denoiser=self.site.component))
 
     def _step(self, step: Callable[..., Any], call: inspect.BoundArguments) -> Any:
-        call.arguments["model_output"] = self._changed(call.arguments["model_output"])
+        call.arguments["model_output"] = self.changed(call.arguments["model_output"])
         return step(*call.args, **call.kwargs)
 
     def seen(self) -> str:
@@ -221,7 +221,7 @@ class _Guide:
             )
         return values.expand(rows, *values.shape[1:])
 
-    def _changed(self, prediction: Tensor) -> Tensor:
+    def changed(self, prediction: Tensor) -> Tensor:
         """The prediction with the change that waits for it."""
         waiting, self.change = self.change, None
         if waiting is None:
