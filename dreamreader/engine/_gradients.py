@@ -34,7 +34,10 @@ class Leaf(EditRequest):
     found: dict[str, list[SiteGradient]] = field(default_factory=dict, kw_only=True)
 
     is_function = True
-    selects = True
+
+    @property
+    def selects(self) -> bool:
+        return True
 
     def apply(self, x: Tensor, place: EditContext) -> Tensor:
         if not torch.is_grad_enabled():
