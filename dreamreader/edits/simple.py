@@ -34,6 +34,10 @@ class Scale(ChannelEdit):
         check_finite("Scale: factor", self.factor)
         check_constant("Scale: factor", self.factor)
 
+    @property
+    def is_same_everywhere(self) -> bool:
+        return type(self) is Scale
+
     def row_lengths(self) -> dict[str, int]:
         return row_length("factor", self.factor)
 
@@ -78,6 +82,10 @@ class Clamp(ChannelEdit):
         check_constant("Clamp: hi", self.hi)
         if isinstance(self.direction, Tensor):
             check_direction("Clamp", self.direction)
+
+    @property
+    def is_same_everywhere(self) -> bool:
+        return type(self) is Clamp and not isinstance(self.direction, Mapping)
 
     def row_lengths(self) -> dict[str, int]:
         names = ("lo", "hi", "strength")

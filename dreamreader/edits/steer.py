@@ -66,6 +66,10 @@ class Steer(ChannelEdit):
             for value in (given.values() if isinstance(given, Mapping) else [given])
         )
 
+    @property
+    def is_same_everywhere(self) -> bool:
+        return type(self) is Steer and isinstance(self.direction, Tensor) and self.gate is None
+
     def row_lengths(self) -> dict[str, int]:
         return row_length("alpha", self.alpha)
 

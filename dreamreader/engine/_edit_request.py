@@ -24,6 +24,11 @@ class EditRequest(Request):
         return False
 
     @property
+    def is_same_everywhere(self) -> bool:
+        """Whether all sites of one shape get the same instructions."""
+        return False
+
+    @property
     def keeps_norm(self) -> bool:
         """Whether it restores the norm that a row had before this edit."""
         return False

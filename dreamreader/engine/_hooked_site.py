@@ -192,7 +192,7 @@ class HookedSite:
         key = (*key, torch.is_grad_enabled())
         found = self._shared_plans.get(key)
         if found is None:
-            found = self._made(now, value, view, active, wanted, numbers)
+            found = self._made(now, value, view, active, wanted, numbers, key)
             if not found.has_graph:
                 self._shared_plans[key] = found
         return found
@@ -205,15 +205,15 @@ class HookedSite:
         active: list[tuple[int, EditRequest]],
         wanted: list[_Reading],
         numbers: tuple[int, ...],
+        key: tuple[Any, ...],
     ) -> SitePlan:
         x = view.outline(value)
-        at = Placement(self.site, now, view, x, self.shared)
-        works = [ActiveEdit(n, each, at.place(each)) for n, each in active]
-        empty = {each.number for each in works if not bool((each.place.selected != 0).any())}
-        edits = self._compiled(works, x) if active else None
+        edits, empty = self._programs(now, view, x, active, key) if active else (None, set())
         hit = edits.numbers if edits else frozenset()
         recorded, watched, streamed = [], [], []
+        at = Placement(self.site, now, view, x, self.shared) if wanted else None
         for each in wanted:
+            assert at is not None
             held = at.select(each.request)
             if isinstance(each, Streamer):
                 if (kept := each.kept(held, x)) is not None:
@@ -235,6 +235,30 @@ class HookedSite:
             frozenset(missed - hit),
             numbers,
         )
+
+    def _programs(
+        self,
+        now: CallContext,
+        view: SiteView,
+        x: Tensor,
+        active: list[tuple[int, EditRequest]],
+        key: tuple[Any, ...],
+    ) -> tuple[Compiled, set[int]]:
+        """Programs of the edits, and which edits select nothing; sites that can share them do."""
+        common = None
+        if self.site.tap.stream is None and not isinstance(view.map, Exception):
+            if all(each.is_same_everywhere and each.tokens is None for _, each in active):
+                heads, by_head = self.site.heads or view.heads, view.heads is not None
+                common = (*key, x.shape, view.map, view.is_sequence, heads, by_head)
+                if common in self.shared.programs:
+                    return self.shared.programs[common]
+        at = Placement(self.site, now, view, x, self.shared)
+        works = [ActiveEdit(n, each, at.place(each)) for n, each in active]
+        empty = {each.number for each in works if not bool((each.place.selected != 0).any())}
+        found = self._compiled(works, x), empty
+        if common is not None and not found[0].has_graph:
+            self.shared.programs[common] = found
+        return found
 
     def _view(self, now: CallContext, value: Tensor, given: Any) -> SiteView:
         layouts = {each.layout for each in self._requests() if each.layout is not None}

@@ -1,7 +1,7 @@
 """Time and tokens in a language model: what its calls are given, never what is counted."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
@@ -39,7 +39,6 @@ from dreamreader.engine._subject import (
     forward_names,
     innermost,
     is_encoder_decoder,
-    parts,
 )
 from dreamreader.engine._token_layout import RowsUnknown, TokenLayout, real_tokens
 from dreamreader.engine._tracker import WithoutSchedule, _watched
@@ -456,9 +455,9 @@ def _adds_tokens(model: Any) -> bool:
     return bool(getattr(config, "is_prompt_learning", False))
 
 
-def reads_text(model: nn.Module) -> bool:
-    """Whether a model of transformers that takes tokens is in a module."""
-    kinds = {type(each) for each in parts(model)}
+def read_text(modules: Iterable[nn.Module]) -> bool:
+    """Whether a model of transformers that takes tokens is among these."""
+    kinds = set(map(type, modules))
     return any(_is_pretrained(each) and "input_ids" in forward_names(each) for each in kinds)
 
 

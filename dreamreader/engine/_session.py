@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -14,7 +15,7 @@ from dreamreader.engine._edit_request import EditRequest
 from dreamreader.engine._firing import Firing, FiringReport
 from dreamreader.engine._hook_point import HookPoint
 from dreamreader.engine._hooked_site import HookedSite
-from dreamreader.engine._lm_tracker import LanguageTracker, reads_text
+from dreamreader.engine._lm_tracker import LanguageTracker, read_text
 from dreamreader.engine._outcome import fill, require_fired
 from dreamreader.engine._recorder import Memory, Recorder
 from dreamreader.engine._request import Record, Request
@@ -22,7 +23,7 @@ from dreamreader.engine._session_state import SessionState
 from dreamreader.engine._sites import Site, find
 from dreamreader.engine._step_caches import cache_hooks, caches_batch
 from dreamreader.engine._stream import Stream, Streamer
-from dreamreader.engine._subject import Subject, is_compiled, parts
+from dreamreader.engine._subject import Modules, Subject, is_compiled
 from dreamreader.engine._tracker import ModuleTracker, PipelineTracker
 from dreamreader.engine._watch import Watch, Watcher
 from dreamreader.engine._words import Words
@@ -65,29 +66,31 @@ class Session(AbstractContextManager):
         self.report = FiringReport()
         self.recorders: list[Recorder] = []
         self._shapes = shapes if shapes is not None else {}
-        self._memory = memory_limit if isinstance(memory_limit, Memory) else Memory(memory_limit)
+        self._limit = memory_limit
+        if memory_limit is not None and not isinstance(memory_limit, Memory):
+            self._limit = Memory(memory_limit)  # refused at once where it is no number of bytes
+        self._modules = subject.modules()
         self._runs: dict[str, HookedSite] = {}
         self._stack: ExitStack | None = None
-        tracker = _tracker(subject, prompt_length)
+        tracker = _tracker(subject, self._modules, prompt_length)
         if prompts is not None and rowset is not None:  # a pipeline says its own once it runs
             tracker.prompts = list(prompts[rowset.start :][: rowset.count])
         words = Words(tracker, subject, tokenizer)
         self._shared = SessionState(tracker, subject, rowset or RowSet(), prompts, seeds, words)
 
     def __enter__(self) -> Self:
-        modules = self.subject.modules()
-        stations = self._resolve(modules)
+        modules = self._modules
+        points = self._resolve(modules)
         shared = self._shared
         with ExitStack() as stack:
-            every = _parts(self.subject)
-            if any(map(is_compiled, every)):
+            if any(map(is_compiled, modules.every)):
                 # Hooks are not seen by code that is compiled already: run the modules as they are.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
                 self.report.notes.append(
                     "compiled modules ran uncompiled while hooks were attached"
                 )
             if self.edits:
-                stack.enter_context(recomputed_as_before(shared, every))
+                stack.enter_context(recomputed_as_before(shared, modules.every))
             stack.enter_context(shared.tracker)
             taps = [
                 (run.site.name, run.site.tap.module, run.site.tap.side)
@@ -98,10 +101,10 @@ class Session(AbstractContextManager):
             caches = sorted({name for each in hooked for name in cache_hooks(each)})
             if caches:
                 self.report.notes.append(f"step caches are on: {', '.join(caches)}")
-            if any("probs" in station.sides() for station in stations):
+            if any("probs" in point.sides() for point in points):
                 stack.enter_context(shared.probs)
-            for station in stations:
-                station.attach(stack)
+            for point in points:
+                point.attach(stack)
             self._stack = stack.pop_all()
         shared.drops_branch = any(map(caches_batch, self.subject.components().values()))
         return self
@@ -121,8 +124,8 @@ class Session(AbstractContextManager):
         return [each for each in found if each is not None]
 
     def _resolve(self, modules: Mapping[str, nn.Module]) -> list[HookPoint]:
-        """Sites of every request; stations in the order in which modules were first named."""
-        stations: dict[nn.Module, HookPoint] = {}
+        """Sites of every request; points in the order in which modules were first named."""
+        points: dict[nn.Module, HookPoint] = {}
         for number, request in enumerate(self._requests):
             named: dict[str, Site] = {}
             for text in request.sites:
@@ -132,9 +135,9 @@ class Session(AbstractContextManager):
                 if run is None:
                     run = self._runs[name] = HookedSite(site, self._shared)
                     module = site.tap.module
-                    if module not in stations:
-                        stations[module] = HookPoint(module, self._shared)
-                    stations[module].runs.append(run)
+                    if module not in points:
+                        points[module] = HookPoint(module, self._shared)
+                    points[module].runs.append(run)
                 kind = "edit" if isinstance(request, EditRequest) else "record"
                 self.report.firings.append(Firing(request.describe(), kind, name, number))
                 if isinstance(request, EditRequest):
@@ -146,7 +149,7 @@ class Session(AbstractContextManager):
                 elif isinstance(request, Stream):
                     run.streamers.append(Streamer(request, number, site, self._shared))
                 self._shared.requests.append((site.component, request))
-        return list(stations.values())
+        return list(points.values())
 
     def _record(self, request: Record, name: str, number: int, run: HookedSite) -> None:
         if any(each.name == name for each in self.recorders):
@@ -154,6 +157,10 @@ class Session(AbstractContextManager):
         recorder = Recorder(request, name, number, self._memory)
         self.recorders.append(recorder)
         run.recorders.append(recorder)
+
+    @cached_property
+    def _memory(self) -> Memory:
+        return self._limit if isinstance(self._limit, Memory) else Memory(None)
 
     def _rows(self, run: int) -> list[RunRow]:
         shared = self._shared
@@ -170,16 +177,9 @@ class Session(AbstractContextManager):
             run.release()
 
 
-def _tracker(subject: Subject, prompt_length: int | None) -> Any:
+def _tracker(subject: Subject, modules: Modules, prompt_length: int | None) -> Any:
     if subject.kind == "pipeline":
         return PipelineTracker(subject)
-    if subject.kind == "language" or reads_text(subject.components()[""]):
+    if subject.kind == "language" or read_text(modules.every):
         return LanguageTracker(subject, prompt_length)
     return ModuleTracker(subject)
-
-
-def _parts(subject: Subject) -> list[nn.Module]:
-    if subject.kind != "pipeline":
-        return parts(subject.model)
-    components = [each for each in subject.model.components.values() if isinstance(each, nn.Module)]
-    return [module for component in components for module in parts(component)]

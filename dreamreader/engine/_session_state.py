@@ -1,6 +1,8 @@
 """What the hooks of one session have in common."""
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,12 +43,12 @@ class SessionState:
         self.words = words
         self._is_here = Owner().here
         self.seen_elsewhere = False
-        self.probs = ProbsMode()
         self.step_caches = StepCaches()
         self.requests: list[tuple[str, Request]] = []
         self.branches_seen: dict[str, None] = {}
         self.steps_seen: dict[int, None] = {}
         self.drops_branch = False
+        self.programs: dict[tuple, Any] = {}  # of edits that are the same at many sites
         self.serial = -1
         self.timeless = -1
         self.placeless = -1
@@ -55,6 +57,10 @@ class SessionState:
         self.again: CallContext | None = None  # of a checkpointed part that is computed again
         self.latest: CallContext | None = None  # what `serial`, `timeless` and `placeless` are of
         self._checked_run = -1
+
+    @cached_property
+    def probs(self) -> ProbsMode:
+        return ProbsMode()
 
     def ours(self) -> bool:
         """Whether a call that a hook sees is to be edited and recorded."""

@@ -12,9 +12,17 @@ from dreamreader.errors import InvalidInput
 
 
 class Modules(dict[str, nn.Module]):
-    """Modules by path; `root` holds them all, where the subject is one module."""
+    """Modules by path.
 
-    root: nn.Module | None = None
+    Attributes:
+        root: holds them all, where the subject is one module.
+        every: each module once, with the wrappers of `torch.compile`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root: nn.Module | None = None
+        self.every: dict[nn.Module, None] = {}
 
 
 class Subject:
@@ -56,21 +64,25 @@ class Subject:
 
     def components(self) -> dict[str, nn.Module]:
         """The modules at the top: components of a pipeline, or the model under the empty name."""
+        return {name: unwrapped(each) for name, each in self._tops().items()}
+
+    def _tops(self) -> dict[str, nn.Module]:
         if self.kind != "pipeline":
-            return {"": unwrapped(self.model)}
-        return {
-            name: unwrapped(each)
-            for name, each in self.model.components.items()
-            if isinstance(each, nn.Module)
-        }
+            return {"": self.model}
+        components = self.model.components.items()
+        return {name: each for name, each in components if isinstance(each, nn.Module)}
 
     def modules(self) -> Modules:
         """Every module by path, the root of a plain model left out."""
         found = Modules()
-        for top, component in self.components().items():
+        for top, given in self._tops().items():
+            component = unwrapped(given)
+            if component is not given:
+                found.every |= dict.fromkeys(parts(given))
             if not top:
                 found.root = component
             for path, module in named_parts(component, top):
+                found.every[module] = None
                 if name := _bare(path):
                     found[name] = unwrapped(module)
         return found
