@@ -1,5 +1,6 @@
-"""Stations: the hooks on one module."""
+"""Hook points: the hooks on one module."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -31,7 +32,7 @@ class HookPoint:
         if sides & {"in", "delta", "probs"}:
             stack.callback(module.register_forward_pre_hook(self.before, with_kwargs=True).remove)
         if sides & {"out", "delta", "probs"}:
-            stack.callback(module.register_forward_hook(self.after).remove)
+            stack.callback(module.register_forward_hook(self._last()).remove)
             _observers_last(module)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -56,6 +57,20 @@ class HookPoint:
                     args, kwargs = argument.replaced(args, kwargs, new)
                     changed = True
         return (args, kwargs) if changed else None
+
+    def _last(self) -> Callable[[nn.Module, tuple, Any], Any]:
+        """`after`, without what it looks for in vain where one site is the result of a module."""
+        run = self.runs[0]
+        if len(self.runs) > 1 or run.site.tap.side != "out" or self.shared.step_caches.are_on:
+            return self.after
+        ours, visit, general = self.shared.ours, run.visit, self.after
+
+        def after(module: nn.Module, args: tuple, output: Any) -> Any:
+            if type(output) is not Tensor:
+                return general(module, args, output)
+            return visit(output, args[0] if args else None) if ours() else None
+
+        return after
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if not self.shared.ours():

@@ -51,28 +51,31 @@ class _PieceBlock:
     Pieces are written where the finished recording has them, so that nothing is copied twice.
     """
 
-    __slots__ = ("branches", "moments", "piece_bytes", "rows", "used", "_given", "_shape", "_to")
+    __slots__ = (
+        *("branches", "moments", "piece_bytes", "rows", "used"),
+        *("_device", "_dtype", "_given", "_shape", "_to"),
+    )
 
-    def __init__(self, x: Tensor, held: Selection, moments: int, request: Record):
+    def __init__(self, x: Tensor, held: Selection, moments: int, request: Record, piece_bytes: int):
         self.branches = held.branches
         self.rows = len(held.rows)
-        self.moments = max(moments, 1)
+        self.moments = moments if moments > 1 else 1
+        self.piece_bytes = piece_bytes
         self.used = 0
         self._given = x.shape
-        device = x.device if request.device is None else request.device
-        dtype = request.dtype or x.dtype
-        if len(held.branches) == self.moments == 1:
-            self._shape = None
-            self._to = torch.empty(x.shape, dtype=dtype, device=device)
-        else:
+        self._device = x.device if request.device is None else request.device
+        self._dtype = request.dtype or x.dtype
+        self._shape = self._to = None  # one piece is a copy as it is
+        if len(held.branches) > 1 or self.moments > 1:
             self._shape = (len(held.branches), self.rows, *x.shape[1:])
             shape = (self.rows, len(held.branches), self.moments, *x.shape[1:])
-            self._to = torch.empty(shape, dtype=dtype, device=device).transpose(0, 1)
-        self.piece_bytes = x.numel() * self._to.itemsize
+            empty = torch.empty(shape, dtype=self._dtype, device=self._device)
+            self._to = empty.transpose(0, 1)
 
     @property
     def memory(self) -> Tensor:
         """[rows, branches, moments, ...]."""
+        assert self._to is not None
         if self._shape is None:
             return self._to.unsqueeze(1).unsqueeze(1)
         return self._to.transpose(0, 1)
@@ -88,8 +91,9 @@ class _PieceBlock:
 
     def write(self, x: Tensor) -> None:
         """Copies x [branches * rows, ...] to the next place."""
-        if self._shape is None:
-            self._to.copy_(x)
+        if self._to is None:
+            form = torch.contiguous_format
+            self._to = x.to(self._device, self._dtype, copy=True, memory_format=form)
         else:
             self._to.select(2, self.used).copy_(x.view(self._shape))
         self.used += 1
@@ -184,7 +188,7 @@ class Recorder:
                 self._announced = True
                 self._memory.expect(size, moments, self.name)
             self._memory.add(size, self.name)
-            part.blocks.append(_PieceBlock(x, held, moments, self.request))
+            part.blocks.append(_PieceBlock(x, held, moments, self.request, size))
         else:
             self._memory.add(part.blocks[-1].piece_bytes, self.name)
         return part.blocks[-1]

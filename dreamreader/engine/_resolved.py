@@ -43,12 +43,12 @@ class Selection:
     device: torch.device
     _shift: tuple[TokenLayout | None, Tensor] | None = None
 
-    @property
+    @cached_property
     def hw(self) -> tuple[int, int] | None:
         """(height, width) where tokens are places of the picture, None where they are not."""
         return self.sequence.hw
 
-    @property
+    @cached_property
     def map(self) -> TokenMap | ClockUnknown | None:
         """Which tokens of a language model's call the site has; None elsewhere."""
         return self.sequence.map

@@ -68,7 +68,7 @@ class SiteView:
             view = View(("rows", "tokens", "features"), (*value.shape[:2], 1))
         else:
             flat = tokens.opened(value.shape[0]) if tokens and value.dim() == 2 else None
-            flat = None if _is_routed(site) else flat
+            flat = None if flat is not None and _is_routed(site) else flat
             view = View(_axes(site, now, value, layout, given), value.shape, flat)
         found = cls(site, view, None)
         x = found.outline(value)

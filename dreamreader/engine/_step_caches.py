@@ -70,6 +70,11 @@ class StepCaches:
                 hook = self._sentinel(module)
                 stack.enter_context(_Handle(child.register_forward_pre_hook(hook)))
 
+    @property
+    def are_on(self) -> bool:
+        """Whether any of the watched modules is under one."""
+        return bool(self._ran)
+
     def computed(self, module: nn.Module) -> bool:
         """Whether the call of the module that just ended computed its own result."""
         if not self._ran or module not in self._ran:
