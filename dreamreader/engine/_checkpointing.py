@@ -13,7 +13,7 @@ _FUNCTION = "_gradient_checkpointing_func"
 
 
 @contextmanager
-def recomputed_as_before(shared: SessionState, modules: Iterable[nn.Module]) -> Iterator[None]:
+def recompute_as_before(shared: SessionState, modules: Iterable[nn.Module]) -> Iterator[None]:
     """While this is open, parts that are computed again are edited as they were, and not recorded.
 
     The backward pass runs outside every forward: what was running is remembered. Computed again

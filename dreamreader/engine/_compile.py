@@ -93,7 +93,7 @@ class Compiled:
         return x
 
 
-def compiled(active: Sequence[ActiveEdit], shape: tuple[int, int, int]) -> Compiled:
+def compile_edits(active: Sequence[ActiveEdit], shape: tuple[int, int, int]) -> Compiled:
     """Programs for the edits in their order; edits without any strength take no part.
 
     A new program begins before an edit that restores norms, since it means the norm before itself,

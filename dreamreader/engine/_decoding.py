@@ -35,7 +35,7 @@ class Decoding:
     pad: int | None
 
 
-def planned(model: Any, arguments: dict[str, Any], rows: int) -> Decoding:
+def plan_decoding(model: Any, arguments: dict[str, Any], rows: int) -> Decoding:
     """Read the config that `generate` will use: the model's own, the given one, the arguments.
 
     Raises:
@@ -52,7 +52,7 @@ def planned(model: Any, arguments: dict[str, Any], rows: int) -> Decoding:
     own = getattr(model, "generation_config", None)
     if own is not None and own is not inner.generation_config:  # that of PEFT's wrapper is used
         inner.generation_config = own
-    with told_clearly():
+    with explain_errors():
         config, _ = inner._prepare_generation_config(arguments.get("generation_config"), **given)
         mode = str(getattr(config.get_generation_mode(given.get("assistant_model")), "value", ""))
     draws = bool(config.do_sample) or arguments.get("custom_generate") is not None  # it may draw
@@ -86,6 +86,6 @@ def check(arguments: dict[str, Any]) -> None:
             )
 
 
-def told_clearly() -> AbstractContextManager[None]:
+def explain_errors() -> AbstractContextManager[None]:
     """Say which argument was wrong where transformers refuses it, without its traceback."""
     return refusals("generate", "transformers/generation/")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dreamreader.engine._clock_schedule import StepInfo
 from dreamreader.engine._resolved import Selection
-from dreamreader.engine._selection import described, mask_of
+from dreamreader.engine._selection import describe, mask_of
 from dreamreader.engine._tokens import SiteTokens
 from dreamreader.errors import InvalidInput
 
@@ -133,7 +133,7 @@ class EditContext:
             mask &= mask_of(channels, self.width, f"channels at {self.site}")
         if not mask.any():
             asked = {"heads": heads, "channels": channels}
-            said = [f"{name}={described(one)}" for name, one in asked.items() if one is not None]
+            said = [f"{name}={describe(one)}" for name, one in asked.items() if one is not None]
             of = f"{self.width} channels" + (f" in {self.heads} heads" if self.heads else "")
             raise InvalidInput(f"{self.site}: {' and '.join(said)} selects none of the {of}")
         return mask
@@ -187,8 +187,7 @@ class EditContext:
     def _of_heads(self, heads: Any) -> Tensor:
         if not self.heads:
             raise InvalidInput(
-                f"{self.site} has no heads; heads={described(heads)} needs the port q, k, "
-                "v or heads"
+                f"{self.site} has no heads; heads={describe(heads)} needs the port q, k, v or heads"
             )
         chosen = mask_of(heads, self.heads, f"heads at {self.site}")
         return chosen.repeat_interleave(self.width // self.heads)

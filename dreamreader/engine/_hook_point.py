@@ -19,12 +19,12 @@ class HookPoint:
     def __init__(self, module: nn.Module, shared: SessionState):
         self.module = module
         self.shared = shared
-        self.runs: list[HookedSite] = []
+        self.sites: list[HookedSite] = []
         self._arguments: dict[str | None, Argument] = {}
         self._inputs: dict[int, Tensor] = {}
 
     def sides(self) -> set[str]:
-        return {each.site.tap.side for each in self.runs}
+        return {each.site.tap.side for each in self.sites}
 
     def attach(self, stack: ExitStack) -> None:
         """Put the hooks on the module until the stack is closed."""
@@ -39,20 +39,20 @@ class HookPoint:
         if not self.shared.ours():
             return None
         changed = False
-        for run in self.runs:
-            side = run.site.tap.side
+        for hooked in self.sites:
+            side = hooked.site.tap.side
             if side == "probs" and not self.shared.subject.rehearsing:
                 # Kept whole where probabilities are recorded, else seen share by share.
-                shares = None if run.recorders else run.visit_attention
-                heads, batch = run.site.heads or 1, entries_of(args, kwargs)
-                self.shared.probs.begin(run.site.name, heads, batch, shares)
+                shares = None if hooked.recorders else hooked.visit_attention
+                heads, batch = hooked.site.heads or 1, entries_of(args, kwargs)
+                self.shared.probs.begin(hooked.site.name, heads, batch, shares)
             elif side in ("in", "delta"):
-                argument = self._argument(run)
-                value = self._input(run, argument.get(args, kwargs))
+                argument = self._argument(hooked)
+                value = self._input(hooked, argument.get(args, kwargs))
                 if side == "delta":
-                    self._inputs[id(run)] = value.clone()
+                    self._inputs[id(hooked)] = value.clone()
                     continue
-                new = run.visit(value, value)
+                new = hooked.visit(value, value)
                 if new is not None:
                     args, kwargs = argument.replaced(args, kwargs, new)
                     changed = True
@@ -60,10 +60,10 @@ class HookPoint:
 
     def _last(self) -> Callable[[nn.Module, tuple, Any], Any]:
         """`after`, without what it looks for in vain where one site is the result of a module."""
-        run = self.runs[0]
-        if len(self.runs) > 1 or run.site.tap.side != "out" or self.shared.step_caches.are_on:
+        hooked = self.sites[0]
+        if len(self.sites) > 1 or hooked.site.tap.side != "out" or self.shared.step_caches.are_on:
             return self.after
-        ours, visit, general = self.shared.ours, run.visit, self.after
+        ours, visit, general = self.shared.ours, hooked.visit, self.after
 
         def after(module: nn.Module, args: tuple, output: Any) -> Any:
             if type(output) is not Tensor:
@@ -77,64 +77,64 @@ class HookPoint:
             return None
         computed = self.shared.step_caches.computed(module)
         changed = False
-        for run in self.runs:
-            tap = run.site.tap
+        for hooked in self.sites:
+            tap = hooked.site.tap
             side = tap.side
             if side == "in":
                 continue
             if side == "probs":
                 if not self.shared.subject.rehearsing:
-                    self._probs(run, computed)
+                    self._probs(hooked, computed)
                 continue
-            value = output if type(output) is Tensor else pick(output, tap.element, run.name)
+            value = output if type(output) is Tensor else pick(output, tap.element, hooked.name)
             if not computed:
-                self._inputs.pop(id(run), None)
-                run.pass_over()
+                self._inputs.pop(id(hooked), None)
+                hooked.pass_over()
                 continue
             if side == "delta":
-                new = self._delta(run, value, args)
+                new = self._delta(hooked, value, args)
             else:
-                new = run.visit(value, args[0] if args else None)
+                new = hooked.visit(value, args[0] if args else None)
             if new is not None:
                 output = new if value is output else put(output, tap.element, new)
                 changed = True
         return output if changed else None
 
-    def _argument(self, run: HookedSite) -> Argument:
-        name = run.site.tap.argument
+    def _argument(self, hooked: HookedSite) -> Argument:
+        name = hooked.site.tap.argument
         if name not in self._arguments:
             self._arguments[name] = Argument(self.module, name)
         return self._arguments[name]
 
-    def _input(self, run: HookedSite, value: Any) -> Tensor:
+    def _input(self, hooked: HookedSite, value: Any) -> Tensor:
         if not isinstance(value, Tensor):
-            argument = self._argument(run).name
+            argument = self._argument(hooked).name
             raise InvalidInput(
-                f"{run.site.name}: the argument {argument} is {type(value).__name__}, no tensor"
+                f"{hooked.site.name}: the argument {argument} is {type(value).__name__}, no tensor"
             )
         return value
 
-    def _delta(self, run: HookedSite, value: Tensor, args: tuple) -> Tensor | None:
-        given = self._inputs.pop(id(run))
+    def _delta(self, hooked: HookedSite, value: Tensor, args: tuple) -> Tensor | None:
+        given = self._inputs.pop(id(hooked))
         if given.shape != value.shape:
             raise InvalidInput(
-                f"{run.site.name}: its input is {list(given.shape)}, its result "
+                f"{hooked.site.name}: its input is {list(given.shape)}, its result "
                 f"{list(value.shape)}; delta needs equal shapes"
             )
         if given.dtype != value.dtype:  # the difference has a type of its own
-            new = run.visit(value - given, _first(args))
+            new = hooked.visit(value - given, _first(args))
         else:
-            new = run.visit(value, _first(args), minus=given)
+            new = hooked.visit(value, _first(args), minus=given)
         return None if new is None else given + new
 
-    def _probs(self, run: HookedSite, computed: bool) -> None:
+    def _probs(self, hooked: HookedSite, computed: bool) -> None:
         if not computed:
             self.shared.probs.drop()
-            run.pass_over()
+            hooked.pass_over()
             return
         attention = self.shared.probs.end()
         if attention is not None:
-            run.visit_attention(attention)
+            hooked.visit_attention(attention)
 
 
 def _first(args: tuple) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.engine._call_context import CallContext
-from dreamreader.engine._compile import ActiveEdit, Compiled, compiled
+from dreamreader.engine._compile import ActiveEdit, Compiled, compile_edits
 from dreamreader.engine._edit_request import EditRequest
 from dreamreader.engine._notes import Notes
 from dreamreader.engine._placement import Placement
@@ -311,7 +311,7 @@ class HookedSite:
             raise InvalidInput(
                 f"{self.site.name}: probs can be recorded, not edited; edit q, k or heads"
             )
-        return compiled(works, tuple(x.shape))  # pyright: ignore
+        return compile_edits(works, tuple(x.shape))  # pyright: ignore
 
 
 def _less(x: Tensor, minus: Tensor | None) -> Tensor:

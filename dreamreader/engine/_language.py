@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.engine._cache import Cache
-from dreamreader.engine._decoding import Decoding, check, planned, told_clearly
+from dreamreader.engine._decoding import Decoding, check, explain_errors, plan_decoding
 from dreamreader.engine._firing import FiringReport
 from dreamreader.engine._padding import decoder_start, position_arguments
 from dreamreader.engine._prompts import TextReader, padded, tokenize
@@ -49,7 +49,7 @@ def run_language(
     _check_rows(inputs, len(plan))
     check(arguments)
     forward = not arguments.keys() - FORWARD
-    decoding = None if forward else planned(model, arguments, len(plan))
+    decoding = None if forward else plan_decoding(model, arguments, len(plan))
     fixed = position_arguments(subject, inputs, generates=not forward)
     if forward and "decoder_input_ids" not in inputs:
         fixed |= decoder_start(model, len(plan))
@@ -75,7 +75,7 @@ def run_language(
             if forward:
                 outputs.append(model(**part, **arguments))
             else:
-                with told_clearly():
+                with explain_errors():
                     outputs.append(model.generate(**part, **arguments))
         found.append(session.activations(plan.rows))
         report.merge(session.report)

@@ -7,7 +7,7 @@ from dreamreader.engine._clock_schedule import StepInfo
 from dreamreader.engine._firing import Firing, FiringReport, ranges
 from dreamreader.engine._hooked_site import HookedSite, SitePlan
 from dreamreader.engine._request import Request
-from dreamreader.engine._selection import described
+from dreamreader.engine._selection import describe
 from dreamreader.engine._session_state import SessionState
 from dreamreader.engine._subject import Subject
 from dreamreader.errors import NeverFired, UnknownName, nearest
@@ -99,7 +99,7 @@ def _why_never(
 
 def _why_missed(request: Request, line: Firing, run: HookedSite) -> str:
     asked = [
-        f"{name}={described(getattr(request, name))}"
+        f"{name}={describe(getattr(request, name))}"
         for name in ("tokens", "rows", "heads", "channels")
         if getattr(request, name, None) is not None
     ]

@@ -26,7 +26,7 @@ class ChatText(str):
     """A chat as text. Its template has put in the special tokens, so that none are added."""
 
 
-def with_chats(tokenizer: Any, prompts: Any) -> Any:
+def render_chats(tokenizer: Any, prompts: Any) -> Any:
     """Prompts in which every list of messages is a text, made by the tokenizer's chat template.
 
     Args:

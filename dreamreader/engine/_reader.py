@@ -21,7 +21,7 @@ from dreamreader.engine._gradients import Leaf, SiteGradient
 from dreamreader.engine._language import run_language
 from dreamreader.engine._padding import position_arguments
 from dreamreader.engine._pipeline import run_pipeline
-from dreamreader.engine._prompts import with_chats
+from dreamreader.engine._prompts import render_chats
 from dreamreader.engine._recorder import Memory
 from dreamreader.engine._replay import Evaluation, replaying
 from dreamreader.engine._request import Record
@@ -181,7 +181,7 @@ class Reader:
         if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
             raise InvalidInput(f"batch_size is a whole number of at least 1, got {batch_size!r}")
         if self._subject.kind == "language":
-            prompts = with_chats(self.tokenizer, prompts)
+            prompts = render_chats(self.tokenizer, prompts)
         plan = plan_rows(prompts, seeds, edits)
         opened = partial(self._session, edits, records, plan)
         if self._subject.kind == "language":

@@ -12,7 +12,7 @@ from dreamreader._devices import device_of
 from dreamreader.engine._axes import axes_named
 from dreamreader.engine._pattern import WHOLE, parse
 from dreamreader.engine._selection import (
-    described,
+    describe,
     in_steps,
     in_values,
     normalized,
@@ -125,7 +125,7 @@ class Request:
         for each in fields(Request)[1:]:
             value = getattr(self, each.name)
             if value is not None:
-                parts.append(f"{each.name}={described(value)}")
+                parts.append(f"{each.name}={describe(value)}")
         return f"{self.label}({', '.join(parts)})"
 
     def __eq__(self, other: object) -> bool:

@@ -145,7 +145,7 @@ def mask_of(chosen: Any, count: int, label: str, noun: str = "") -> Tensor:
     return mask
 
 
-def described(chosen: Any) -> str:
+def describe(chosen: Any) -> str:
     """A selection in a few words."""
     return f"mask {list(chosen.shape)}" if isinstance(chosen, Tensor) else repr(chosen)
 
@@ -162,7 +162,7 @@ def numbers_of(chosen: Any, count: int, label: str) -> list[int]:
     else:
         kept = mask_of(chosen, count, label).nonzero().flatten().tolist()
     if not kept:
-        raise InvalidInput(f"{label}: {described(chosen)} selects none of {count}")
+        raise InvalidInput(f"{label}: {describe(chosen)} selects none of {count}")
     return kept
 
 

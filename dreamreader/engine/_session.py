@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dreamreader.engine._cache import Activation, RunRow
-from dreamreader.engine._checkpointing import recomputed_as_before
+from dreamreader.engine._checkpointing import recompute_as_before
 from dreamreader.engine._edit_context import RowSet
 from dreamreader.engine._edit_request import EditRequest
 from dreamreader.engine._firing import Firing, FiringReport
@@ -90,7 +90,7 @@ class Session(AbstractContextManager):
                     "compiled modules ran uncompiled while hooks were attached"
                 )
             if self.edits:
-                stack.enter_context(recomputed_as_before(shared, modules.every))
+                stack.enter_context(recompute_as_before(shared, modules.every))
             stack.enter_context(shared.tracker)
             taps = [
                 (run.site.name, run.site.tap.module, run.site.tap.side)
@@ -137,7 +137,7 @@ class Session(AbstractContextManager):
                     module = site.tap.module
                     if module not in points:
                         points[module] = HookPoint(module, self._shared)
-                    points[module].runs.append(run)
+                    points[module].sites.append(run)
                 kind = "edit" if isinstance(request, EditRequest) else "record"
                 self.report.firings.append(Firing(request.describe(), kind, name, number))
                 if isinstance(request, EditRequest):
