@@ -106,7 +106,7 @@ class Session(AbstractContextManager):
             for point in points:
                 point.attach(stack)
             self._stack = stack.pop_all()
-        shared.drops_branch = any(map(caches_batch, self.subject.components().values()))
+        shared.drops_branch = any(map(caches_batch, hooked))
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -175,6 +175,7 @@ class Session(AbstractContextManager):
             if run.shape is not None:
                 self._shapes[name] = run.shape
             run.release()
+        self._shared.programs.clear()
 
 
 def _tracker(subject: Subject, modules: Modules, prompt_length: int | None) -> Any:
