@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dreamreader.engine import Reader
-from dreamreader.engine.prompts import tokenize
-from dreamreader.engine.subject import input_device, is_encoder_decoder
+from dreamreader.engine import Reader, input_device, is_encoder_decoder, tokenize
 from dreamreader.errors import InvalidInput
 from dreamreader.reft.losses import Batch, ModelLoss
 from dreamreader.reft.model import Reft
@@ -80,7 +78,7 @@ _Text = tuple[list[int], list[int]]
 
 def _ids(reader: Reader, prompt: str, completion: str, end: bool) -> _Text:
     tokenizer = reader.tokenizer
-    if reader._subject.kind != "language" or tokenizer is None:
+    if reader.kind != "language" or tokenizer is None:
         raise InvalidInput("the loss of a language model needs one, with its tokenizer")
     if is_encoder_decoder(reader.subject):
         raise InvalidInput(f"{type(reader.subject).__name__}: the loss is that of decoders alone")
