@@ -43,7 +43,6 @@ class Session(AbstractContextManager):
         memory_limit: bytes that recordings may hold; most of the free memory by default. A `Memory`
             goes on with what earlier sessions hold.
         shapes: gets the shapes that sites had.
-        require: whether an edit or recording that never fires is an error at the end.
     """
 
     def __init__(

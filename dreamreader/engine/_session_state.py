@@ -24,7 +24,7 @@ from dreamreader.errors import ClockUnknown, InvalidInput, NeverFired
 
 
 class SessionState:
-    """What the stations of one session have in common."""
+    """What the hooked sites of one session have in common."""
 
     def __init__(
         self,
