@@ -3,14 +3,14 @@
 import pytest
 
 from dreamreader.errors import InvalidInput
-from dreamreader.experiments.methods.base import Table, counted
+from dreamreader.experiments.methods.base import RowTable, counted
 from dreamreader.experiments.row import MOST, Row, Unit, apart, evenly, units
 from dreamreader.specs.data import Item
 
 
 def rows(*groups: int) -> list[Row]:
     """Rows of groups of these sizes."""
-    table = Table()
+    table = RowTable()
     for size in groups:
         for _ in range(size):
             table.add(Item("0", "a"), 0, "unedited")
@@ -44,7 +44,7 @@ def test_rows_of_different_groups_share_no_batch() -> None:
 
 
 def test_a_row_knows_the_row_it_is_compared_with() -> None:
-    table = Table()
+    table = RowTable()
     items = [Item("a", "x"), Item("b", "y", "z")]
     for item in items:
         for seed in (0, 1):

@@ -1,27 +1,22 @@
 """Word heat maps: where the attention to a word of the prompt was, beside where the object is."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput
-from dreamreader.experiments.methods.base import Method, Table, counted
-from dreamreader.experiments.results import said
+from dreamreader.experiments.job import Job, Method
+from dreamreader.experiments.methods.base import RowTable, counted
 from dreamreader.experiments.row import Row, apart
-
-if TYPE_CHECKING:
-    from dreamreader.experiments.job import Job
-    from dreamreader.experiments.results import Results
-    from dreamreader.report import Number, Section
 
 # Words that a map of the same row is read for instead, where the prompt has them.
 _OTHER = ("background", "a", "on", "at")
 
 
-class HeatMap(Method):
+class HeatMapMethod(Method):
     """Reads a word's heat map in every row, and how well it points at the detected object.
 
     The columns `iou` and `pointing` compare the map with the mask of the picture's largest object;
@@ -42,17 +37,17 @@ class HeatMap(Method):
     steps: tuple[int, int] | None = Field(None, description="Steps (start, stop); all by default.")
     skip_factor: int | None = Field(8, description="Leaves out grids this many times coarser.")
 
-    def check(self, job: "Job") -> None:
+    def check(self, job: Job) -> None:
         counted(prompts=len(job.items), seeds=len(job.seeds))
 
-    def rows(self, job: "Job") -> list[Row]:
-        table = Table()
+    def rows(self, job: Job) -> list[Row]:
+        table = RowTable()
         for item in job.items:
             for seed in job.seeds:
                 table.add(item, seed, "read")
         return table.rows
 
-    def records(self, job: "Job", rows: Sequence[Row]) -> list[Any]:
+    def records(self, job: Job, rows: Sequence[Row]) -> list[Any]:
         from dreamreader.attention import WordMap
 
         words = [[self._word(row), self._other(row)] for row in rows]
@@ -66,7 +61,7 @@ class HeatMap(Method):
         job.memory["maps"] = found
         return found.requests()
 
-    def columns(self, job: "Job", rows: Sequence[Row], result: Any) -> dict[str, list[Any]]:
+    def columns(self, job: Job, rows: Sequence[Row], result: Any) -> dict[str, list[Any]]:
         from dreamreader.attention import iou, pointing
         from dreamreader.zoo.detector import detect
 
@@ -108,49 +103,6 @@ class HeatMap(Method):
                 f"{', '.join(_OTHER)}"
             )
         return found[0]
-
-    def numbers(self, results: "Results") -> "list[Number]":
-        from dreamreader.report import Number
-
-        found = []
-        for title, end in _TITLES.items():
-            mean = results.mean("read", f"pointing{end}")
-            found.append(
-                Number(f"{mean.value:.2f}", f"points into the object: {title}", said(mean))
-            )
-        return found
-
-    def sections(self, results: "Results") -> "list[Section]":
-        from dreamreader.experiments.page import COLUMNS, picture
-        from dreamreader.report import Gallery, Section, Table
-
-        rows = results.of("read")[:COLUMNS]
-        kept = []
-        for name, kind in (("picture", "images"), ("map", "maps")):
-            line = [shown for row in rows if (shown := picture(results, row, kind)) is not None]
-            kept += [(name, line)] if line else []
-        table = Table(
-            ("map", "IoU with the object", "points into the object"),
-            [
-                (title, *(said(results.mean("read", f"{n}{end}")) for n in ("iou", "pointing")))
-                for title, end in _TITLES.items()
-            ],
-        )
-        return [Section("Where the attention was", [table, *([Gallery(kept)] if kept else [])])]
-
-    def summary(self, results: "Results") -> list[str]:
-        return [
-            f"  {title:<28} IoU {said(results.mean('read', f'iou{end}'))}, "
-            f"pointing {said(results.mean('read', f'pointing{end}'))}"
-            for title, end in _TITLES.items()
-        ]
-
-
-_TITLES = {
-    "the word": "",
-    "another word (control)": "_other_word",
-    "another row's map (control)": "_other_row",
-}
 
 
 def _measured(values: Tensor) -> list[float | None]:
