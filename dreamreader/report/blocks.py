@@ -127,12 +127,6 @@ class Curves:
     percent: bool = True
     kind = "curves"
 
-    @property
-    def svg(self) -> Markup:
-        from dreamreader.report.svg import draw_curves
-
-        return draw_curves(self)
-
     def shown(self, value: float) -> str:
         return f"{100 * value:.0f} %" if self.percent else f"{value:.3g}"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dreamreader.errors import InvalidInput, UnknownName, first_line, nearest
+from dreamreader.zoo.catalog import MODELS, WEIGHTS
 from dreamreader.zoo.hub import cached_file, failure, hub_file
 
 if TYPE_CHECKING:
@@ -101,7 +102,6 @@ def locate(name: str | Path) -> Found:
     Raises:
         UnknownName, InvalidInput: as `load` does.
     """
-    from dreamreader.zoo import MODELS, WEIGHTS
     from dreamreader.zoo.fetch import SOURCES, installed
 
     text = str(name)
@@ -307,8 +307,6 @@ def _stored_dtype(found: Found) -> "torch.dtype":
     import torch
     from diffusers import DiffusionPipeline
     from safetensors import safe_open
-
-    from dreamreader.zoo import MODELS
 
     if found.name in MODELS:
         return torch.float32
