@@ -26,7 +26,7 @@ from dreamreader.specs.parts import Part
 from dreamreader.specs.subject import call_settings, is_language, opened, steps_of
 
 if TYPE_CHECKING:
-    from dreamreader.engine.request import EditRequest
+    from dreamreader.engine.edit_request import EditRequest
     from dreamreader.experiments.folder import RunFolder
 
 
