@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreamreader.demo import directions, patch, remove, steer
-from dreamreader.demo.plan import Plan
+from dreamreader.demo.plan import DemoPlan
 from dreamreader.jobs import Fingerprint
 from dreamreader.steering import LabelMeans
 
@@ -13,22 +13,22 @@ from dreamreader.steering import LabelMeans
 class DemoResult:
     """Everything that the demo found; `page.build` makes the report of it."""
 
-    plan: Plan
-    places: list[directions.Place]
+    plan: DemoPlan
+    places: list[directions.SiteGroup]
     means: LabelMeans
     points: list[steer.Point]
     finalists: list[steer.Point]
     best: steer.Point
     confirmed: steer.Confirmation
     removal: remove.Removal
-    patching: patch.Patching
+    patching: patch.PatchOutcome
     fired: list[tuple[str, Any]]
     fingerprint: Fingerprint
     pictures: int
     seconds: float
 
     @property
-    def best_place(self) -> directions.Place:
+    def best_place(self) -> directions.SiteGroup:
         return next(place for place in self.places if place.name == self.best.place)
 
     def summary(self) -> str:

@@ -13,7 +13,7 @@ import torch
 from dreamreader._files import write_atomic
 from dreamreader.demo import data, directions, page, patch, remove, steer
 from dreamreader.demo.bench import Bench
-from dreamreader.demo.plan import WINDOWS, Plan
+from dreamreader.demo.plan import WINDOWS, DemoPlan
 from dreamreader.demo.result import DemoResult
 from dreamreader.edits import save
 from dreamreader.jobs import fingerprint
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def run_demo(
-    reader: "Reader", plan: Plan, out: Path, progress: "Progress | None" = None
+    reader: "Reader", plan: DemoPlan, out: Path, progress: "Progress | None" = None
 ) -> DemoResult:
     """Records, fits, steers, removes, patches, measures, and writes report.html and results.json.
 
@@ -80,7 +80,7 @@ def run_demo(
     return result
 
 
-def _seeds(rows: data.Split) -> list[int]:
+def _seeds(rows: data.SceneSplit) -> list[int]:
     parts = (rows.fit, rows.choose, rows.refine, rows.test, rows.patch)
     return [row.seed for part in parts for row in part]
 

@@ -30,7 +30,7 @@ def encoded_once(reader: Reader, requests: Sequence[Request] = ()) -> Iterator[N
                 continue
             if any(_needs_rows(reader, each) for each in requests):
                 continue
-            shared = _Shared()
+            shared = _DistinctRows()
             stack.callback(module.register_forward_pre_hook(shared.before, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(shared.after).remove)
         yield
@@ -46,7 +46,7 @@ def _needs_rows(reader: Reader, request: Request) -> bool:
     )
 
 
-class _Shared:
+class _DistinctRows:
     """Takes equal rows out before a call, and puts them back after it."""
 
     def __init__(self) -> None:

@@ -9,8 +9,8 @@ from dreamreader.experiments.pages import page_of
 from dreamreader.experiments.pages.base import gallery
 from dreamreader.experiments.results import Results, format_interval, mean_interval
 from dreamreader.jobs.folder import FINGERPRINT
-from dreamreader.jobs.page import fingerprint_section
-from dreamreader.report import Folded, Numbers, Report, Section, Table
+from dreamreader.jobs.page import job_report
+from dreamreader.report import Folded, Report, Section, Table
 
 
 def write_report(results: Results) -> Path:
@@ -22,21 +22,19 @@ def write_report(results: Results) -> Path:
 def build(results: Results) -> Report:
     """The report of a complete run."""
     spec, page = results.spec, page_of(results)
-    taken = results.folder.need(FINGERPRINT)
-    sections = [
-        _overview(results),
-        *page.sections(),
-        *_pictures(results, page.shown()),
-        *_fired(results.folder.firing()),
-        fingerprint_section(results.folder.path, taken),
-    ]
-    return Report(
+    return job_report(
+        results.folder.path,
+        results.folder.need(FINGERPRINT),
         spec.name,
         f"Method {spec.method.kind} on {spec.subject.model}: {len(results.rows):,} rows under "
         f"{len(results.conditions)} conditions.",
-        opening=[Numbers(numbers)] if (numbers := page.numbers()) else [],
-        sections=sections,
-        footer=[("fingerprint", str(taken.get("digest", ""))[:16])],
+        page.numbers(),
+        [
+            _overview(results),
+            *page.sections(),
+            *_pictures(results, page.shown()),
+            *_fired(results.folder.firing()),
+        ],
     )
 
 
