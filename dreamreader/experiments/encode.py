@@ -77,14 +77,14 @@ class _DistinctRows:
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         places, self._places = self._places, None
-        return None if places is None else self._repeated(output, places)
+        return None if places is None else self._repeat(output, places)
 
-    def _repeated(self, value: Any, places: Tensor) -> Any:
+    def _repeat(self, value: Any, places: Tensor) -> Any:
         if isinstance(value, Tensor):
             batched = value.dim() and value.shape[0] == self._rows
             return value.index_select(0, places) if batched else value
         if isinstance(value, tuple):
-            return tuple(self._repeated(each, places) for each in value)
+            return tuple(self._repeat(each, places) for each in value)
         if hasattr(value, "items"):
-            return type(value)(**{k: self._repeated(each, places) for k, each in value.items()})
+            return type(value)(**{k: self._repeat(each, places) for k, each in value.items()})
         return value

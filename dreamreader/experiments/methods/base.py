@@ -41,8 +41,8 @@ class SweptPlaces(Part):
             times: rows of each cell and prompt. parts: sizes of further axes.
         """
         rest = {"prompts": len(job.items), "seeds": len(job.seeds), **parts}
-        counted(positions=self.positions or 1, **rest)
-        counted(cells=len(self.cells(job)) * times, **rest)
+        check_size(positions=self.positions or 1, **rest)
+        check_size(cells=len(self.cells(job)) * times, **rest)
 
     def cells(self, job: Job) -> list[Cell]:
         """The cells of a subject, windows before places in the order of `grid`."""
@@ -131,7 +131,7 @@ def one_selection(cells: Sequence[Cell], what: str) -> Any:
     return next(iter(chosen.values()))
 
 
-def counted(**parts: int) -> None:
+def check_size(**parts: int) -> None:
     """Refuse a table that is too long, by the sizes of its axes."""
     total = 1
     for size in parts.values():

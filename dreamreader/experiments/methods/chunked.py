@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from dreamreader.experiments.job import Job, Method
-from dreamreader.experiments.row import Row, apart
+from dreamreader.experiments.row import Row, turn_apart
 from dreamreader.sweep import Cell, records_of
 
 _HELD = 2  # chunks of activations: clean and corrupted
@@ -57,7 +57,7 @@ class Chunked(Method):
 def others(rows: Sequence[Row], source: Any) -> list[int]:
     """For each row the entry of a source's row with another prompt, as far as there is one."""
     given = next(iter(source.values())).rows
-    shift = apart([row.prompt for row in given])
+    shift = turn_apart([row.prompt for row in given])
     return [(row.entry + shift) % len(given) for row in rows]
 
 

@@ -13,7 +13,7 @@ from dreamreader import edits as kinds
 from dreamreader.engine.selection import Box
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.experiments.job import Job, Method
-from dreamreader.experiments.methods.base import RowTable, counted
+from dreamreader.experiments.methods.base import RowTable, check_size
 from dreamreader.experiments.row import Row
 from dreamreader.specs.data import RESERVED
 from dreamreader.specs.parts import Part
@@ -68,22 +68,22 @@ class EditSpec(Part):
 
     def common(self, values: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
         """Arguments that all edits take."""
-        steps = filled(self.steps, values)
+        steps = fill(self.steps, values)
         tokens = self.tokens
         if isinstance(tokens, Rectangle):
             tokens = Box(*tokens.box)
         return {
             "steps": range(*steps) if isinstance(steps, list | tuple) else steps,
-            "fraction": _pair(filled(self.fraction, values)),
+            "fraction": _pair(fill(self.fraction, values)),
             "branch": self.branch,
             "tokens": tokens,
-            "heads": filled(self.heads, values),
+            "heads": fill(self.heads, values),
             "channels": self.channels,
             "rows": list(rows),
         }
 
     def at(self, values: Mapping[str, Any]) -> Any:
-        site = filled(self.site, values)
+        site = fill(self.site, values)
         return site if isinstance(site, str) else tuple(site)
 
 
@@ -96,7 +96,7 @@ class SteerSpec(EditSpec):
     norm_match: bool = False
 
     def make(self, values: Mapping[str, Any], rows: Sequence[int], job: Job) -> Any:
-        site, alpha = self.at(values), number(self.alpha, values)
+        site, alpha = self.at(values), fill_number(self.alpha, values)
         vector = directions(self.direction, site, job)
         more = self.common(values, rows)
         return kinds.Steer(site, vector, alpha, norm_match=self.norm_match, **more)
@@ -119,8 +119,8 @@ class AblateSpec(EditSpec):
             site,
             self.ablation,
             direction=vector,
-            sigma=number(self.sigma, values),
-            strength=number(self.strength, values),
+            sigma=fill_number(self.sigma, values),
+            strength=fill_number(self.strength, values),
             one_sided=self.one_sided,
             **self.common(values, rows),
         )
@@ -133,7 +133,7 @@ class ScaleSpec(EditSpec):
     factor: Number
 
     def make(self, values: Mapping[str, Any], rows: Sequence[int], job: Job) -> Any:
-        factor = number(self.factor, values)
+        factor = fill_number(self.factor, values)
         return kinds.Scale(self.at(values), factor, **self.common(values, rows))
 
 
@@ -145,7 +145,9 @@ class ClampSpec(EditSpec):
     high: Number | None = None
 
     def make(self, values: Mapping[str, Any], rows: Sequence[int], job: Job) -> Any:
-        bounds = [None if each is None else number(each, values) for each in (self.low, self.high)]
+        bounds = [
+            None if each is None else fill_number(each, values) for each in (self.low, self.high)
+        ]
         return kinds.Clamp(self.at(values), bounds[0], bounds[1], **self.common(values, rows))
 
 
@@ -188,7 +190,7 @@ class EditMethod(Method):
 
     def check(self, job: Job) -> None:
         axes = {name: len(values) for name, values in self.sweep.items()}
-        counted(prompts=len(job.items), seeds=len(job.seeds), **axes)
+        check_size(prompts=len(job.items), seeds=len(job.seeds), **axes)
 
     def inputs(self, job: Job) -> dict[str, Any]:
         found = {}
@@ -200,7 +202,7 @@ class EditMethod(Method):
         return found
 
     def rows(self, job: Job) -> list[Row]:
-        points = list(itertools.product(*map(self._shown, self.sweep)))
+        points = list(itertools.product(*map(self._column_values, self.sweep)))
         table = RowTable()
         for item in job.items:
             for seed in job.seeds:
@@ -226,10 +228,11 @@ class EditMethod(Method):
     def _point(self, shown: Mapping[str, Any]) -> dict[str, Any]:
         """The values of the sweep that a row shows."""
         return {
-            name: self.sweep[name][self._shown(name).index(value)] for name, value in shown.items()
+            name: self.sweep[name][self._column_values(name).index(value)]
+            for name, value in shown.items()
         }
 
-    def _shown(self, name: str) -> list[Any]:
+    def _column_values(self, name: str) -> list[Any]:
         """The values of an axis as one column of a table holds them: as text unless they are all
         numbers, all truth values or all text."""
         values = self.sweep[name]
@@ -237,16 +240,16 @@ class EditMethod(Method):
         return values if len(kinds) == 1 and kinds <= {float, bool, str} else list(map(str, values))
 
 
-def filled(value: Any, values: Mapping[str, Any]) -> Any:
+def fill(value: Any, values: Mapping[str, Any]) -> Any:
     """A value of the spec with `$name` replaced."""
     if isinstance(value, str) and value.startswith("$"):
         return values[value[1:]]
     return value
 
 
-def number(value: Any, values: Mapping[str, Any]) -> float:
+def fill_number(value: Any, values: Mapping[str, Any]) -> float:
     """A number of the spec, or that of a sweep."""
-    return float(filled(value, values))
+    return float(fill(value, values))
 
 
 def directions(source: Direction, site: Any, job: Job) -> Any:

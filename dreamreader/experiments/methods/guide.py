@@ -80,7 +80,7 @@ class GuideMethod(ProbedLabels):
 
     def rows(self, job: Job) -> list[Row]:
         pairs = [(item, seed) for item in job.items for seed in job.seeds]
-        named = [self._named(job, number, item) for number, (item, _) in enumerate(pairs)]
+        named = [self._target_column(job, number, item) for number, (item, _) in enumerate(pairs)]
         table = RowTable()
 
         def add(condition: str, more: Mapping[str, Any] | None = None, **rest: Any) -> None:
@@ -96,7 +96,7 @@ class GuideMethod(ProbedLabels):
                 add(condition, more, cell=cell, strength=strength)
         return table.rows
 
-    def _named(self, job: Job, number: int, item: Item) -> dict[str, str]:
+    def _target_column(self, job: Job, number: int, item: Item) -> dict[str, str]:
         """The column target of a row, where its data have none.
 
         Raises:

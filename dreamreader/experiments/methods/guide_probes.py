@@ -121,7 +121,7 @@ class ProbedLabels(Method, SweptPlaces):
     def _fit(self, job: Job, files: dict[str, Path], means: Path) -> None:
         items = self.fit_items()
         rows = [(item, seed) for item in items for seed in listed_seeds(self.fit_seeds)]
-        cache = self._recorded(job, list(files), rows)
+        cache = self._record(job, list(files), rows)
         prompts = [item for item, _ in rows]
         labels = {attribute: self.column_of(prompts, attribute) for attribute in self.labels}
         assert job.folder is not None
@@ -137,7 +137,7 @@ class ProbedLabels(Method, SweptPlaces):
                     tensors[name], of[name] = vector, (site, label)
             save_described(means, "differences", tensors, {"of": of})
 
-    def _recorded(self, job: Job, sites: Sequence[str], rows: Sequence[tuple[Any, int]]) -> Cache:
+    def _record(self, job: Job, sites: Sequence[str], rows: Sequence[tuple[Any, int]]) -> Cache:
         """Activations of labelled prompts, as the probes pool them."""
         chosen = self.fit_tokens
         tokens = (

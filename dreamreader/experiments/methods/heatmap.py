@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.job import Job, Method
-from dreamreader.experiments.methods.base import RowTable, counted
-from dreamreader.experiments.row import Row, apart
+from dreamreader.experiments.methods.base import RowTable, check_size
+from dreamreader.experiments.row import Row, turn_apart
 
 # Words that a map of the same row is read for instead, where the prompt has them.
 _OTHER = ("background", "a", "on", "at")
@@ -38,7 +38,7 @@ class HeatMapMethod(Method):
     skip_factor: int | None = Field(8, description="Leaves out grids this many times coarser.")
 
     def check(self, job: Job) -> None:
-        counted(prompts=len(job.items), seeds=len(job.seeds))
+        check_size(prompts=len(job.items), seeds=len(job.seeds))
 
     def rows(self, job: Job) -> list[Row]:
         table = RowTable()
@@ -72,16 +72,16 @@ class HeatMapMethod(Method):
         nothing = torch.zeros(size, dtype=torch.bool)
         masks = torch.stack([r.objects[0].mask if r.objects else nothing for r in readings])
         own, other = maps[:, :1], maps[:, 1:2]
-        turned = own.roll(-apart([row.prompt for row in rows]), 0)
+        turned = own.roll(-turn_apart([row.prompt for row in rows]), 0)
         found: dict[str, list[Any]] = {}
         for name, read in (("", own), ("_other_word", other), ("_other_row", turned)):
-            found[f"iou{name}"] = _measured(iou(read, masks))
-            found[f"pointing{name}"] = _measured(pointing(read, masks))
+            found[f"iou{name}"] = _scores_of(iou(read, masks))
+            found[f"pointing{name}"] = _scores_of(pointing(read, masks))
         if len(rows) == 1:  # there is no other row
             found |= {"iou_other_row": [None], "pointing_other_row": [None]}
         if job.folder is not None and job.spec.save.images:
             for row, each in zip(rows, own[:, 0], strict=True):
-                job.folder.keep_image(row.number, _shaded(each), "maps")
+                job.folder.keep_image(row.number, _shade(each), "maps")
         return found
 
     def _word(self, row: Row) -> str:
@@ -105,12 +105,12 @@ class HeatMapMethod(Method):
         return found[0]
 
 
-def _measured(values: Tensor) -> list[float | None]:
+def _scores_of(values: Tensor) -> list[float | None]:
     """One value for each row from [rows, 1]; None where no object was found."""
     return [None if value != value else value for value in values[:, 0].tolist()]
 
 
-def _shaded(values: Tensor) -> Tensor:
+def _shade(values: Tensor) -> Tensor:
     """A map [h, w] as a grey picture [3, h, w], dark where the attention was."""
     share = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
     return (1 - share).clamp(0, 1).expand(3, *share.shape)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from dreamreader.experiments.job import Job, Method
-from dreamreader.experiments.methods.base import RowTable, counted
+from dreamreader.experiments.methods.base import RowTable, check_size
 from dreamreader.experiments.row import Row
 from dreamreader.localise import ablate_edits, lens_cells
 from dreamreader.sweep import Cell
@@ -26,7 +26,7 @@ class LensMethod(Method):
 
     def check(self, job: Job) -> None:
         layers = len(self.cells(job))
-        counted(layers=layers, prompts=len(job.items), seeds=len(job.seeds))
+        check_size(layers=layers, prompts=len(job.items), seeds=len(job.seeds))
 
     def rows(self, job: Job) -> list[Row]:
         cells = self.cells(job)

@@ -8,7 +8,7 @@ from pydantic import Field
 from dreamreader.engine.prompts import tokenize
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.job import Job
-from dreamreader.experiments.methods.base import RowTable, SweptPlaces, counted
+from dreamreader.experiments.methods.base import RowTable, SweptPlaces, check_size
 from dreamreader.experiments.methods.chunked import Chunked, others
 from dreamreader.experiments.row import Row
 from dreamreader.localise import patch_edits, window_cells
@@ -133,4 +133,4 @@ class WindowsMethod(Patching):
     def check(self, job: Job) -> None:
         super().check(job)
         cells = len(self.cells(job)) * (1 + len(self.controls))
-        counted(cells=cells, prompts=len(job.items), seeds=len(job.seeds))
+        check_size(cells=cells, prompts=len(job.items), seeds=len(job.seeds))

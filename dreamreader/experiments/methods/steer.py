@@ -94,7 +94,7 @@ class SteerMethod(Method, SweptPlaces):
             if name in self.swept
         }
         missing = [name for name, file in files.items() if not file.is_file()]
-        fitted = self._fitted(job, missing) if missing else {}
+        fitted = self._fit(job, missing) if missing else {}
         found: dict[str, Directions] = {}
         for name, file in files.items():
             if name in missing:
@@ -125,21 +125,23 @@ class SteerMethod(Method, SweptPlaces):
     def directions_file(self, folder: Path, condition: str = "edited") -> Path:
         return folder / "artifacts" / f"{_FILES[condition]}.safetensors"
 
-    def _fitted(self, job: Job, conditions: Sequence[str]) -> dict[str, Directions]:
+    def _fit(self, job: Job, conditions: Sequence[str]) -> dict[str, Directions]:
         """Directions of the fit's pairs in one pass; where labels are shuffled, source and target
         are swapped in a random half of the pairs."""
         steps = "each" if self.per_step and not job.is_language else "shared"
         keep: Any = "rows" if self.direction in NEEDS else "moments"
         fitters = {name: Fitter(steps=steps, keep=keep) for name in conditions}
         draw = torch.Generator().manual_seed(0)
-        for source, target in self._recorded(job):
+        for source, target in self._record(job):
             count = len(next(iter(source.values())).rows)
             swap = torch.rand(count, generator=draw) < 0.5
             for name, fitter in fitters.items():
                 if name == "edited":
                     fitter.add_pairs(source, target)
                 else:
-                    fitter.add_pairs(_swapped(source, target, swap), _swapped(target, source, swap))
+                    fitter.add_pairs(
+                        _swap_rows(source, target, swap), _swap_rows(target, source, swap)
+                    )
         return {
             name: fitter.fit("source", "target", self.direction, norm=self.norm)
             for name, fitter in fitters.items()
@@ -150,7 +152,7 @@ class SteerMethod(Method, SweptPlaces):
         pairs_only(items, "method.fit")
         return items
 
-    def _recorded(self, job: Job) -> Iterator[tuple[Any, Any]]:
+    def _record(self, job: Job) -> Iterator[tuple[Any, Any]]:
         """Caches of both prompts of the pairs, batch by batch."""
         pairs = [
             (item, seed) for item in self._fit_items() for seed in listed_seeds(self.fit_seeds)
@@ -185,7 +187,7 @@ def _write(directions: Directions, file: Path) -> None:
         directions.save(file)
 
 
-def _swapped(a: Any, b: Any, swap: torch.Tensor) -> dict[str, Any]:
+def _swap_rows(a: Any, b: Any, swap: torch.Tensor) -> dict[str, Any]:
     """Rows of a, those of b where swapped."""
     found = {}
     for site in a:

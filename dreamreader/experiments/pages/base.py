@@ -29,7 +29,7 @@ class MethodPage:
         """What the report says first, in large."""
         return []
 
-    def shown(self) -> Mapping[str, Any]:
+    def pictured_setting(self) -> Mapping[str, Any]:
         """Values of columns: of the changed rows, those that the report shows pictures of."""
         return {}
 

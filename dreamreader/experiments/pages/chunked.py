@@ -35,7 +35,7 @@ class ChunkedPage(MethodPage):
         control = self.grid(self.method.control) if self._has_control else None
         return grid_numbers(self.grid(self.method.changed), control, self._column)
 
-    def shown(self) -> dict[str, Any]:
+    def pictured_setting(self) -> dict[str, Any]:
         return {"cell": largest(self.grid(self.method.changed)).label}
 
     def sections(self) -> list[Section]:

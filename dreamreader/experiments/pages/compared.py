@@ -86,7 +86,7 @@ class ComparedPage(MethodPage):
         first = self.effect
         return [first, *(name for name in self.results.numbers if name != first)][:8]
 
-    def shown(self) -> dict[str, Any]:
+    def pictured_setting(self) -> dict[str, Any]:
         return self.best()
 
     def summary(self) -> list[str]:

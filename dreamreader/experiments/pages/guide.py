@@ -28,12 +28,12 @@ class GuidePage(ComparedPage):
         if self.results.of("difference"):
             settings["difference"] = self.best("difference")
         return [
-            Line(name.replace("_", " "), name, where, self._measured(rows))
+            Line(name.replace("_", " "), name, where, self._means(rows))
             for name, where in settings.items()
             if (rows := self.results.of(name, **where))
         ]
 
-    def _measured(self, rows: Sequence[Found]) -> dict[str, Interval]:
+    def _means(self, rows: Sequence[Found]) -> dict[str, Interval]:
         method = self.method
         means = {name: mean_interval(row.get(name) for row in rows) for name in self.columns}
         for attribute, label in method.target.items():

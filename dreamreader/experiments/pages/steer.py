@@ -20,17 +20,17 @@ class SteerPage(MethodPage):
     def numbers(self) -> list[Number]:
         """The best setting, and what the same strength of each control does."""
         found = []
-        for name, mean in self._at(**self.shown()).items():
+        for name, mean in self._at(**self.pictured_setting()).items():
             label = f"{self._column}, {name}".replace("_", " ")
             found.append(Number(f"{mean.value:.3g}", label, f"{mean.low:.2g} to {mean.high:.2g}"))
         return found
 
-    def shown(self) -> dict[str, Any]:
+    def pictured_setting(self) -> dict[str, Any]:
         """The best cell and strength."""
         return best_setting(self.results, self._column, ("cell", "strength"))
 
     def sections(self) -> list[Section]:
-        results, cell = self.results, self.shown()["cell"]
+        results, cell = self.results, self.pictured_setting()["cell"]
         lines = {name: results.of(name, cell=cell) for name in SWEPT if results.of(name)}
         lead = f"At {cell}, the cell with the largest {self._column.replace('_', ' ')}."
         title = "The first prompts, strength by strength"
@@ -44,7 +44,7 @@ class SteerPage(MethodPage):
 
     def summary(self) -> list[str]:
         """The best setting beside its controls."""
-        best, still = self.shown(), ("unedited", "target_prompt")
+        best, still = self.pictured_setting(), ("unedited", "target_prompt")
         means = {n: self.results.mean(n, self._column) for n in still if self.results.of(n)}
         means |= self._at(**best)
         return [

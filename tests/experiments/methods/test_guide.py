@@ -260,7 +260,7 @@ def test_summary_and_best_say_what_the_rows_say(results) -> None:
         for inner in (1, 3)
     }
     best = max(means, key=lambda key: means[key])
-    assert page.shown() == {"cell": label, "strength": best[0], "iterations": best[1]}
+    assert page.pictured_setting() == {"cell": label, "strength": best[0], "iterations": best[1]}
     at = {"strength": best[0], "iterations": best[1]}
     setting = f" ({label}, strength {best[0]:g}, {best[1]} inner steps)"
     heads = {
@@ -281,7 +281,7 @@ def test_summary_and_best_say_what_the_rows_say(results) -> None:
 def test_equals_are_decided_for_the_weaker_and_fewer(results) -> None:
     rows = [dict(row) | {"pixel_distance": 0.5} for row in results.rows]
     alike = Results(results.folder, results.spec, rows, results.metrics)
-    shown = page_of(alike).shown()
+    shown = page_of(alike).pictured_setting()
     assert (shown["strength"], shown["iterations"]) == (0.0, 1)
 
 
@@ -293,7 +293,7 @@ def test_the_report_has_curves_and_cards(results) -> None:
     assert [each.name for each in curves] == [
         *("1 inner steps", "3 inner steps", "random probe", "difference")
     ]
-    inner = page_of(results).shown()["iterations"]
+    inner = page_of(results).pictured_setting()["iterations"]
     where = {"strength": STRONG, "iterations": inner}
     expected = results.mean("random_probe", "pixel_distance", **where).value
     assert curves[2].y[-1] == pytest.approx(expected)

@@ -138,7 +138,7 @@ def test_summary_numbers_and_best_say_what_the_rows_say(results) -> None:
         where = dict(zip(names, key, strict=True))
         means[key] = results.mean("edited", "pixel_distance", **where).value
     best = max(means, key=lambda key: means[key])
-    assert tuple(page.shown().values()) == best and best[3] == STRONG
+    assert tuple(page.pictured_setting().values()) == best and best[3] == STRONG
     lines = page.summary()
     assert [line.split("(")[0].split(":")[0].strip() for line in lines] == [
         *("unedited", "target prompt", "loreft", "bias", "untrained", "difference of means")
@@ -168,7 +168,7 @@ def test_the_report_has_curves_settings_and_training(results) -> None:
     trained = sections["Training"].blocks[0].rows
     assert [row[1:3] for row in trained] == [("loreft", 1), ("loreft", 2), ("bias", "")]
     assert all(float(row[6]) <= float(row[5]) for row in trained)
-    best = results.spec.page.shown()
+    best = page_of(results).pictured_setting()
     page = (results.folder.path / "report.html").read_text()
     assert "Learned edits" in page and "difference of means" in page
     assert f"Changed rows: variant {best['variant']}, rank {best['rank']}" in page
