@@ -177,7 +177,7 @@ def test_the_report_has_curves_settings_and_training(results) -> None:
 def test_equals_are_decided_for_the_weaker_and_smaller(results) -> None:
     rows = [dict(row) | {"pixel_distance": 0.5} for row in results.rows]
     alike = Results(results.folder, results.spec, rows, results.metrics)
-    shown = results.spec.method.shown(alike)
+    shown = page_of(alike).pictured_setting()
     assert (shown["rank"], shown["strength"]) == (0, 0.0) and shown["variant"] == "bias"
 
 
