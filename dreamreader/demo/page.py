@@ -240,15 +240,7 @@ def _steering(result: DemoResult) -> Section:
 
 
 def _line(name: str, points: Sequence[tuple[float, Outcome]], key: str, tone: int) -> Series:
-    shares = [outcome.share(key) for _, outcome in points]
-    return Series(
-        name,
-        [strength for strength, _ in points],
-        [share.value for share in shares],
-        [share.low for share in shares],
-        [share.high for share in shares],
-        tone,
-    )
+    return Series.of_intervals(name, [(x, outcome.share(key)) for x, outcome in points], tone)
 
 
 def _sweep_maps(result: DemoResult) -> list[HeatMap]:

@@ -92,19 +92,14 @@ def _curve(name: str, axis: str, lines: Mapping[str, Sequence[Mapping[str, Any]]
         points = [mean_interval(r.get(name) for r in rows if r.get(axis) == x) for x in ticks]
         kept = [(x, point) for x, point in zip(ticks, points, strict=True) if point.n]
         every += [point for _, point in kept]
-        series.append(_series(label, kept, number % TONES + 1))
+        series.append(Series.of_intervals(label.replace("_", " "), kept, number % TONES + 1))
     truth = all(isinstance(r.get(name), bool | None) for rows in lines.values() for r in rows)
     low = min([0.0, *(point.low for point in every)])
     high = max([1.0 if truth else 1e-9, *(point.high for point in every)])
     return Curves(name.replace("_", " "), series, axis, y_range=(low, high), percent=truth)
 
 
-def _series(label: str, points: Sequence[tuple[float, Interval]], tone: int) -> Series:
-    return Series(
-        label.replace("_", " "),
-        [x for x, _ in points],
-        [each.value for _, each in points],
-        [each.low for _, each in points],
-        [each.high for _, each in points],
-        tone,
-    )
+def interval_number(mean: Interval, label: str) -> Number:
+    """A mean in large, its bounds below."""
+    text = label.replace("_", " ")
+    return Number(f"{mean.value:.3g}", text, f"{mean.low:.2g} to {mean.high:.2g}")

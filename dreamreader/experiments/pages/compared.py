@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dreamreader.experiments.pages.base import MethodPage
+from dreamreader.experiments.pages.base import MethodPage, interval_number
 from dreamreader.experiments.results import Found, Results, format_interval
 from dreamreader.report import Number, Table
 from dreamreader.stats import Interval
@@ -105,9 +105,7 @@ class ComparedPage(MethodPage):
         for line in self.lines():
             if line.condition not in STILL:
                 name, value = next(iter(line.columns.items()))
-                text = f"{name.replace('_', ' ')}, {line.label}"
-                bounds = f"{value.low:.2g} to {value.high:.2g}"
-                found.append(Number(f"{value.value:.3g}", text, bounds))
+                found.append(interval_number(value, f"{name}, {line.label}"))
         return found
 
     def table(self) -> Table:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamreader.experiments.pages.base import MethodPage, axis_gallery, curves
+from dreamreader.experiments.pages.base import MethodPage, axis_gallery, curves, interval_number
 from dreamreader.experiments.pages.compared import best_setting
 from dreamreader.experiments.results import format_interval
 from dreamreader.report import HeatMap, Number, Section, Table
@@ -19,11 +19,8 @@ class SteerPage(MethodPage):
 
     def numbers(self) -> list[Number]:
         """The best setting, and what the same strength of each control does."""
-        found = []
-        for name, mean in self._at(**self.pictured_setting()).items():
-            label = f"{self._column}, {name}".replace("_", " ")
-            found.append(Number(f"{mean.value:.3g}", label, f"{mean.low:.2g} to {mean.high:.2g}"))
-        return found
+        means = self._at(**self.pictured_setting())
+        return [interval_number(mean, f"{self._column}, {name}") for name, mean in means.items()]
 
     def pictured_setting(self) -> dict[str, Any]:
         """The best cell and strength."""
