@@ -5,13 +5,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dreamreader.attention import scores
+from dreamreader.attention.pictures import draw, overlay, table
+from dreamreader.attention.scores import resize
 from dreamreader.engine import FiringReport, Row
 from dreamreader.errors import InvalidInput, UnknownName
+
+ROWS, WORDS = 8, 12  # shown in a notebook
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +59,7 @@ class WordMaps:
     def upsampled(self, size: int | tuple[int, int]) -> "WordMaps":
         """The maps at another size (height, width), bicubic and clamped at 0."""
         wanted = (size, size) if isinstance(size, int) else size
-        return replace(self, maps=resized(self.maps, wanted))
+        return replace(self, maps=resize(self.maps, wanted))
 
     def iou(
         self, masks: Bool[Tensor, "rows h w"], threshold: float | str = 0.4
@@ -77,8 +80,6 @@ class WordMaps:
             images: PIL pictures, or a tensor [rows, 3, h, w] in [0, 1]; those of the run where
                 None. words: all of a row where None. strength: of the colour at the maximum.
         """
-        from dreamreader.attention.pictures import overlay
-
         images = self.images if images is None else images
         if images is None or len(images) != len(self.rows):
             got = "none" if images is None else str(len(images))
@@ -98,7 +99,7 @@ class WordMaps:
         return known.index(word.lower())
 
     def _at_size_of(self, masks: Tensor) -> Tensor:
-        return resized(self.maps, (masks.shape[-2], masks.shape[-1]))
+        return resize(self.maps, (masks.shape[-2], masks.shape[-1]))
 
     def _flat(self) -> Float[Tensor, "rows words h w"]:
         """Without the axes in between: their mean."""
@@ -121,17 +122,14 @@ class WordMaps:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        from dreamreader.attention.pictures import table
-
-        return table(self)
-
-
-def resized(
-    maps: Float[Tensor, "*axes h w"], size: tuple[int, int]
-) -> Float[Tensor, "*axes height width"]:
-    """Bicubic to a size (height, width), then clamped at 0."""
-    if tuple(maps.shape[-2:]) == size:
-        return maps.clamp(min=0)
-    flat = maps.reshape(1, -1, *maps.shape[-2:])
-    found = F.interpolate(flat, size, mode="bicubic", align_corners=False)
-    return found.clamp_(min=0).view(*maps.shape[:-2], *size)
+        lines = []
+        for number, row in enumerate(self.rows[:ROWS]):
+            words = self.words[number][:WORDS]
+            image = None if self.images is None else self.images[number]
+            heats = self._flat()[number, : len(words)]
+            cells = [(word, draw(heat, image)) for word, heat in zip(words, heats, strict=True)]
+            lines.append((f"{row.index}: {row.prompt or ''} (seed {row.seed})", cells))
+        text = f"attention to words, {self.size[0]} x {self.size[1]}, {len(self.sites)} sites"
+        if len(self.rows) > ROWS or any(len(each) > WORDS for each in self.words):
+            text += f"; the first {ROWS} rows and {WORDS} words are shown"
+        return table(text, lines)

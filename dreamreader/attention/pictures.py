@@ -2,17 +2,16 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dreamreader.attention.maps import WordMaps
+from dreamreader.attention.scores import resize
 
-_ROWS, _WORDS = 8, 12
 _CELL = "padding:2px 6px;text-align:center;font-size:90%"
 
 
@@ -28,48 +27,38 @@ def overlay(image: Any, heat: Float[Tensor, "h w"], strength: float) -> Any:
     """A picture with a map over it: the more attention, the more of the map's colour."""
     from PIL import Image
 
-    from dreamreader.attention.maps import resized
     from dreamreader.report.blocks import to_pil
 
     picture = to_pil(image).convert("RGB")
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     pixels = pixels.view(picture.height, picture.width, 3) / 255
-    heat = resized(heat.float(), (picture.height, picture.width))
+    heat = resize(heat.float(), (picture.height, picture.width))
     share = (strength * heat / heat.amax().clamp(min=1e-12))[..., None]
     mixed = pixels * (1 - share) + coloured(heat) * share
     return Image.fromarray((mixed * 255).round().byte().numpy())
 
 
-def table(found: "WordMaps") -> str:
-    """Rows by words; with the pictures of the run below the maps where there are some."""
-    lines = []
-    for number, row in enumerate(found.rows[:_ROWS]):
-        words = found.words[number][:_WORDS]
-        if found.images is not None:
-            pictures = [
-                overlay(found.images[number], found._flat()[number, n], 0.7)
-                for n in range(len(words))
-            ]
-        else:
-            pictures = [_plain(found._flat()[number, n]) for n in range(len(words))]
+def draw(heat: Float[Tensor, "h w"], image: Any = None) -> Any:
+    """A map over its picture, or alone where there is none, 96 pixels wide."""
+    from PIL import Image
+
+    if image is not None:
+        return overlay(image, heat, 0.7)
+    drawn = Image.fromarray((coloured(heat) * 255).round().byte().numpy())
+    return drawn.resize((96, 96 * heat.shape[0] // heat.shape[1]), Image.Resampling.BICUBIC)
+
+
+def table(title: str, lines: Sequence[tuple[str, Sequence[tuple[str, Any]]]]) -> str:
+    """Rows by words: a line for each row, with a picture for each of its words."""
+    parts = []
+    for head, pictures in lines:
         cells = "".join(
             f'<td style="{_CELL}"><img alt="attention to {escape(word)}" width="96" '
             f'src="{_source(picture)}"><br>{escape(word)}</td>'
-            for word, picture in zip(words, pictures, strict=True)
+            for word, picture in pictures
         )
-        head = f"{row.index}: {row.prompt or ''} (seed {row.seed})"
-        lines.append(f'<tr><th style="{_CELL}">{escape(head)}</th>{cells}</tr>')
-    text = f"attention to words, {found.size[0]} x {found.size[1]}, {len(found.sites)} sites"
-    if len(found.rows) > _ROWS or any(len(each) > _WORDS for each in found.words):
-        text += f"; the first {_ROWS} rows and {_WORDS} words are shown"
-    return f"<table><caption>{escape(text)}</caption>{''.join(lines)}</table>"
-
-
-def _plain(heat: Float[Tensor, "h w"]) -> Any:
-    from PIL import Image
-
-    picture = Image.fromarray((coloured(heat) * 255).round().byte().numpy())
-    return picture.resize((96, 96 * heat.shape[0] // heat.shape[1]), Image.Resampling.BICUBIC)
+        parts.append(f'<tr><th style="{_CELL}">{escape(head)}</th>{cells}</tr>')
+    return f"<table><caption>{escape(title)}</caption>{''.join(parts)}</table>"
 
 
 def _source(picture: Any) -> str:
