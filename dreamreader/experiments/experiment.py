@@ -40,7 +40,7 @@ class Experiment:
         ...     method={"kind": "patch", "sites": "unet.**.attn2", "branch": "cond"},
         ...     metrics=[{"tint": {"source": "red", "target": "blue"}}],
         ... )
-        >>> experiment.run("runs/red-to-blue").mean("patched", "tint")
+        >>> tint = experiment.run("runs/red-to-blue").mean("patched", "tint")
     """
 
     def __init__(

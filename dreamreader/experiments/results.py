@@ -33,7 +33,7 @@ class Results:
 
     Example:
         >>> results = Results.of_folder("runs/red-to-blue")
-        >>> results.mean("edited", "color_kept")
+        >>> tint = results.mean("patched", "tint")
     """
 
     folder: RunFolder

@@ -61,7 +61,7 @@ def patch_grid(
     Example:
         >>> cells = grid(reader, "unet.**.attn2", windows=4, steps=20, branch="cond")
         >>> found = patch_grid(reader, "a red circle", "a blue circle", cells, metric=redness)
-        >>> found.top(5)
+        >>> best = found.top(5)
     """
     if direction not in DIRECTIONS:
         raise UnknownName("direction", direction, DIRECTIONS)

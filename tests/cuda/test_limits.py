@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,18 +22,13 @@ TOO_LARGE = "CUDA error 801"  # cudaErrorNotSupported
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("twin")
+def intervention() -> Callable[..., int]:
+    return twin.intervention.build()
 
 
 @pytest.fixture(scope="module")
-def intervention(folder: Path) -> Callable[..., int]:
-    return twin.build(folder)
-
-
-@pytest.fixture(scope="module")
-def low_rank(folder: Path) -> twin.LowRankTwin:
-    return twin.LowRankTwin(folder)
+def low_rank() -> twin.low_rank.LowRankTwin:
+    return twin.low_rank.LowRankTwin()
 
 
 @pytest.fixture(params=LIMITS)
@@ -94,7 +88,7 @@ ADAPTERS = [  # KiB that the fewest rows of a tile need, four of them
     ("case", "dtype", "least"), ADAPTERS, ids=lambda each: getattr(each, "name", None)
 )
 def test_a_low_rank_edit_fits_the_device_or_leaves_the_call(
-    case: LowRank, dtype: torch.dtype, least: int, limit: int, low_rank: twin.LowRankTwin
+    case: LowRank, dtype: torch.dtype, least: int, limit: int, low_rank: twin.low_rank.LowRankTwin
 ):
     (x, *tables), grad = case.inputs(dtype), case.gradient(dtype)
     out, dx = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
