@@ -59,7 +59,7 @@ def patch_grid(
         UnknownName: a site or the direction does not exist.
 
     Example:
-        >>> cells = grid(reader, "unet.**.attn2", windows=4, steps=20, branch="cond")
+        >>> cells = grid(reader, "unet.mid_block", windows=4, steps=20, branch="cond")
         >>> found = patch_grid(reader, "a red circle", "a blue circle", cells, metric=redness)
         >>> best = found.top(5)
     """

@@ -1,7 +1,7 @@
 """Inputs of every operator, for tests and benchmarks: one file per operator.
 
-`CASES` are all of a stem; `TESTED` says how every back end is tested with them (`_operator.py`), and
-`OPERATORS` names what is registered, with an `Example` or more of each for modes and gradients.
+`CASES` are all of a stem; `TESTED` says how every back end is tested with them (`_operator.py`),
+and `OPERATORS` names what is registered, with an `Example` or more of each for modes and gradients.
 """
 
 from importlib import import_module

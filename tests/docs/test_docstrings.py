@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import dreamreader
+from dreamreader import Record
 from dreamreader.report import Curves, Section, Series
 from dreamreader.sweep import grid
 
@@ -24,7 +25,9 @@ def docstrings() -> Iterator[doctest.DocTest]:
     """Those with an example, of all modules."""
     finder = doctest.DocTestFinder()
     for info in pkgutil.walk_packages(dreamreader.__path__, "dreamreader."):
-        if info.name.startswith(("dreamreader._C", "dreamreader.triton_kernels", "dreamreader.__m")):
+        if info.name.startswith(
+            ("dreamreader._C", "dreamreader.triton_kernels", "dreamreader.__m")
+        ):
             continue
         module = importlib.import_module(info.name)
         yield from (each for each in finder.find(module, info.name) if each.examples)
@@ -37,10 +40,8 @@ EXAMPLES = {each.name: each for each in docstrings()}
 def names() -> dict[str, Any]:
     """What the examples take for granted, where their module does not say what it is."""
     reader = dreamreader.load("shapes-unet")
-    prompts = ["a red circle", "a blue circle"]
-    _, cache = reader.run_with_cache(
-        prompts, sites="unet.mid_block", seeds=0, num_inference_steps=2
-    )
+    prompts, mid = ["a red circle", "a blue circle"], Record("unet.mid_block", branch="cond")
+    _, cache = reader.run_with_cache(prompts, sites=mid, seeds=0, num_inference_steps=2)
     (site,) = cache
     return {
         "dreamreader": dreamreader,
@@ -72,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, names: dict[str, Any]) -> P
                 name=name,
                 subject="shapes-unet",
                 data={"prompts": ["a red circle", "a blue star"][number:]},
-                capture=[{"sites": "unet.mid_block", "steps": [0]}],
+                capture=[{"sites": "unet.mid_block", "tokens": {"random": 0.1}}],
             ).run(name)
     finally:
         os.chdir(before)
@@ -83,7 +84,11 @@ def run(name: str, names: dict[str, Any]) -> None:
     """Raises unless the example of a docstring gives what it says."""
     example, said = EXAMPLES[name], []
     example.globs = {**names, **vars(importlib.import_module(example.globs["__name__"]))}
-    failed = doctest.DocTestRunner(optionflags=FLAGS).run(example, said.append, False).failed
+    failed = (
+        doctest.DocTestRunner(optionflags=FLAGS)
+        .run(example, out=said.append, clear_globs=False)
+        .failed
+    )
     assert not failed, "".join(said)
 
 
