@@ -21,7 +21,6 @@ SHIPPED = (
     "csrc/intervention_simd.cpp",
     "csrc/simd.h",
     "csrc/tensor_view.h",
-    "dreamreader/_C.pyi",
     "dreamreader/py.typed",
     "pyproject.toml",
     "setup.py",

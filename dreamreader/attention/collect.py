@@ -53,8 +53,8 @@ class WordMap:
 
     Example:
         >>> maps = WordMap(reader, "circle")
-        >>> result = reader.run("a red circle", edits=edits, record=maps.requests(), seeds=0)
-        >>> maps.result().of("circle")
+        >>> result = reader.run("a red circle", record=maps.requests(), seeds=0)
+        >>> circle = maps.result().of("circle")
 
     Reference:
         What the DAAM: Interpreting Stable Diffusion Using Cross Attention, arXiv 2210.04885.

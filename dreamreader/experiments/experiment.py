@@ -37,10 +37,10 @@ class Experiment:
         >>> experiment = Experiment(
         ...     name="red to blue", subject="shapes-unet",
         ...     data={"pairs": [{"source": "a red star", "target": "a blue star"}]},
-        ...     method={"kind": "patch", "sites": "unet.**.attn2", "branch": "cond"},
+        ...     method={"kind": "patch", "sites": "unet.mid_block.**.attn2", "branch": "cond"},
         ...     metrics=[{"tint": {"source": "red", "target": "blue"}}],
         ... )
-        >>> experiment.run("runs/red-to-blue").mean("patched", "tint")
+        >>> tint = experiment.run("runs/red-to-blue").mean("patched", "tint")
     """
 
     def __init__(

@@ -29,7 +29,7 @@ class Results:
 
     Example:
         >>> results = load_results("runs/red-to-blue")
-        >>> results.mean("edited", "color_kept")
+        >>> tint = results.mean("patched", "tint")
     """
 
     folder: RunFolder

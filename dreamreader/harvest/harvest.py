@@ -30,11 +30,11 @@ class Harvest:
 
     Example:
         >>> harvest = Harvest(
-        ...     name="attention", subject="shapes-unet", data={"scenes": {"count": 100}},
-        ...     capture=[{"sites": "unet.**.attn2", "tokens": {"random": 0.25}}],
+        ...     name="attention", subject="shapes-unet", data={"scenes": {"count": 8}},
+        ...     capture=[{"sites": "unet.mid_block", "tokens": {"random": 0.25}}],
         ... )
         >>> store = harvest.run("activations")
-        >>> store.read("unet.mid_block.attentions.0.transformer_blocks.0.attn2", steps=0)
+        >>> rows = store.read("unet.mid_block", steps=0)
     """
 
     def __init__(

@@ -40,7 +40,7 @@ class RayEngine:
         InvalidInput: Ray is not installed, or `workers` is not positive.
 
     Example:
-        >>> Harvest.from_file("spec.yaml").run("store", engine=RayEngine(workers=4))
+        >>> Harvest.from_file("spec.yaml").run("store", engine=RayEngine(4))  # doctest: +SKIP
     """
 
     workers: int | None = None

@@ -136,7 +136,7 @@ def lens(
     Example:
         >>> found = lens(dreamreader.load("shapes-unet"), "a red circle", seeds=0)
         >>> found.layers
-        (0, 1, 2, 3, 4)
+        (0, 1, 2, 3)
     """
     cells = lens_cells(reader, encoder, layers, branch)
     plan = plan_rows(prompts, seeds, ())

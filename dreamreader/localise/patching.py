@@ -59,9 +59,9 @@ def patch_grid(
         UnknownName: a site or the direction does not exist.
 
     Example:
-        >>> cells = grid(reader, "unet.**.attn2", windows=4, steps=20, branch="cond")
+        >>> cells = grid(reader, "unet.mid_block", windows=4, steps=20, branch="cond")
         >>> found = patch_grid(reader, "a red circle", "a blue circle", cells, metric=redness)
-        >>> found.top(5)
+        >>> best = found.top(5)
     """
     if direction not in DIRECTIONS:
         raise UnknownName("direction", direction, DIRECTIONS)

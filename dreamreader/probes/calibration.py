@@ -32,7 +32,7 @@ def temperature(
     Example:
         >>> overconfident = torch.tensor([[9.0, 0.0]] * 4)
         >>> round(temperature(overconfident, torch.tensor([0, 0, 0, 1])), 1)
-        13.0
+        10.6
 
     Reference:
         Guo et al., On calibration of modern neural networks (2017); Platt (1999).

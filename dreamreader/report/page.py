@@ -36,7 +36,7 @@ class Report:
 
     Example:
         >>> page = Report("Red to blue", sections=[Section("Curves", [curves])])
-        >>> page.write("report.html")
+        >>> path = page.write("report.html")
     """
 
     title: str

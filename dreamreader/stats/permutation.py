@@ -8,7 +8,7 @@ from dreamreader.errors import InvalidInput
 
 def sign_flip(
     differences: ArrayLike, resamples: int = 10_000, seed: int = 0
-) -> NDArray[np.float64]:
+) -> NDArray[np.float64] | np.float64:
     """Gives the two-sided p-value of paired differences, by flipping their signs.
 
     `p = share of sign patterns s with |sum_i s_i d_i| >= |sum_i d_i|`. All 2^n patterns are taken

@@ -24,7 +24,7 @@ class LabelMeans:
     Example:
         >>> means = LabelMeans()
         >>> means.add(cache, ["red", "blue"])               # one label per row
-        >>> means.difference(site, "red", "blue").shape     # [steps, features]
+        >>> change = means.difference(site, "red", "blue")  # [steps, features]
 
     Reference:
         Difference of means as in contrastive activation addition, arXiv 2312.06681.

@@ -49,7 +49,7 @@ class Store:
     Example:
         >>> store = Store("activations")
         >>> rows = store.read("unet.mid_block", steps=slice(0, 5), branch="cond", limit=1000)
-        >>> rows.values.shape, rows.keys.column_names
+        >>> values, coordinates = rows.values, rows.keys
     """
 
     def __init__(self, path: str | Path):

@@ -72,7 +72,8 @@ def verify(store: str | Path, watch: Callable[[Sequence[int]], Iterable[int]] = 
 
     Example:
         >>> report = verify("activations")
-        >>> report.holds, report.rows
+        >>> report.holds
+        True
     """
     folder = Path(store)
     units = sealed_units(folder)

@@ -63,8 +63,8 @@ class ReftJob:
 
     Example:
         >>> job = ReftJob.from_file("examples/reft/frame.yaml", ["seeds=2"])
-        >>> fitted = job.run("frame")
-        >>> reader.run("a blue star", edits=fitted.edits(branch="cond"))
+        >>> fitted = job.run("frame")  # doctest: +SKIP
+        >>> result = reader.run("a blue star", edits=fitted.edits(branch="cond"))  # doctest: +SKIP
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Inputs of every operator, for tests and benchmarks: one file per operator.
 
-`CASES` are for its own tests; `OPERATORS` name what it registers, with an `Example` or more of each
-for the tests of all operators.
+`CASES` are all of a stem; `TESTED` says how every back end is tested with them (`_operator.py`),
+and `OPERATORS` names what is registered, with an `Example` or more of each for modes and gradients.
 """
 
 from importlib import import_module
@@ -15,3 +15,4 @@ CASES = {name: module.CASES for name, module in MODULES.items()}
 OPERATORS = {
     name: examples for module in MODULES.values() for name, examples in module.OPERATORS.items()
 }
+TESTED = {each.name: each for module in MODULES.values() for each in module.TESTED}

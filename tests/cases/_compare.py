@@ -39,5 +39,7 @@ def assert_close(got: Tensor, same: Tensor, exact: Tensor, ulps: int = 1) -> Non
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal to the last bit, NaNs included."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    dense = (each.reshape(-1).clone(memory_format=torch.contiguous_format) for each in (a, b))
+    return torch.equal(*(each.view(torch.uint8) for each in dense))

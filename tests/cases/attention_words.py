@@ -1,12 +1,16 @@
 """Cases of the attention maps of words: shapes, memory layouts, masks and adversarial values."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dreamreader.ops import attention_words_reference_
 from tests.cases._example import Example
+from tests.cases._operator import Kernel, Operator
+from tests.twin import attention_words as twin
 
 
 class Sizes(NamedTuple):
@@ -44,6 +48,11 @@ class Case:
     mask: str | None = None
     causal: bool = False
     scale: float | None = None
+    factor: float = 1.0  # of the sums so far; from 0 the sums are small, and so is what is allowed
+
+    def arguments(self, dtype: torch.dtype) -> tuple:
+        """Those of the operator."""
+        return self.out(dtype, self.factor), *self.operands(dtype)
 
     def operands(self, dtype: torch.dtype) -> Operands:
         """The operands in a dtype; weights in its arithmetic type."""
@@ -221,10 +230,53 @@ HALF = {
 CALLS = (
     Case("few", Sizes(2, 2, 1, 4, 5, 3, 2)),
     Case("few-added", Sizes(2, 2, 1, 4, 5, 3, 2), "dense", mask="added"),
+    Case("few-causal", Sizes(2, 2, 1, 4, 5, 3, 2), causal=True),
+    Case("few-bool", Sizes(2, 2, 1, 4, 5, 3, 2), mask="bool"),
 )
-OPERATORS = {
-    "attention_words_": [
-        Example(case.name, lambda dtype, case=case: (case.out(dtype), *case.operands(dtype)))
-        for case in CALLS
-    ]
-}
+OPERATORS = {"attention_words_": [Example(case.name, case.arguments) for case in CALLS]}
+
+
+def cases_for(dtype: torch.dtype) -> list[Case]:
+    return CASES + ([HALF[dtype]] if dtype in HALF else [])
+
+
+def both_factors(dtype: torch.dtype) -> list[Case]:
+    return [replace(case, factor=f) for case in cases_for(dtype) for f in (1.0, 0.0)]
+
+
+def alternating(dtype: torch.dtype) -> list[Case]:
+    """All in float32, a third in half precision, every second with sums from 0."""
+    cases = cases_for(dtype)
+    some = cases if dtype == torch.float32 else [*cases[::3], cases[-1]]
+    return [replace(case, factor=float(number % 2)) for number, case in enumerate(some)]
+
+
+def idle(args: tuple, value: Tensor) -> Tensor:
+    """Words without tokens; to them +0 is added."""
+    words = ~(args[3] != 0).any(-1).expand(value.shape[0], -1)  # [batch, words]
+    return value.transpose(1, 2)[words] + 0.0
+
+
+def launches(case: Case) -> tuple[int, ...]:
+    return (int(all((*case.sizes[:2], *case.sizes[3:5], case.sizes.words))),)
+
+
+def triton_kernel() -> Callable:
+    from dreamreader.triton_kernels.attention_words import attention_words
+
+    return attention_words
+
+
+TESTED = [
+    Operator(
+        "attention_words_",
+        cases=both_factors,
+        arguments=Case.arguments,
+        reference=attention_words_reference_,
+        idle=idle,
+        large=[Case("threads", TEXT._replace(queries=500))],
+        twin=Kernel(twin.build, alternating, repeat=8, launches=launches),
+        triton=Kernel(triton_kernel, alternating, device_cases=cases_for, repeat=8),
+        device_cases=cases_for,
+    )
+]

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dreamreader.ops.guide import guide_backward_reference, guide_reference
 from tests.cases._example import Example
+from tests.cases._operator import Kernel, Operator
 from tests.cases.intervention import lay_out
 
 SELECTIONS: dict[str, Callable[[int, int], Tensor]] = {
@@ -111,7 +113,40 @@ OPERATORS = {
     ],
 }
 
+LARGE = Case("units", (1, 40, 96), (256, 200), activation="gelu", iterations=2, trust=0.2)
+FEW = [case for case in CASES if 0 not in case.shape and max(case.hidden, default=0) <= 256]
+
 
 def noise(case: Case, dtype: torch.dtype) -> Tensor:
     """A gradient of the result."""
     return torch.randn(case.shape, generator=torch.Generator().manual_seed(8)).to(dtype)
+
+
+def triton_kernel() -> Callable:
+    from dreamreader.triton_kernels.guide import guide
+
+    return guide
+
+
+TESTED = [
+    Operator(
+        "guide",
+        cases=lambda dtype: CASES,
+        arguments=lambda case, dtype: case.inputs(dtype),
+        reference=guide_reference,
+        idle=lambda args, value: value[args[5] == 0],
+        large=[Case("threads", (2, 130, 64), (40, 24), iterations=3)],
+        triton=Kernel(
+            triton_kernel,
+            lambda dtype: FEW[::2] if dtype == torch.float32 else FEW[1::8],
+            device_cases=lambda dtype: [*FEW, LARGE],
+            ulps=32,  # numpy, which interprets, rounds every product and every sum
+        ),
+    ),
+    Operator(
+        "guide_backward",
+        cases=lambda dtype: CALLS,
+        arguments=lambda case, dtype: (noise(case, dtype), *case.inputs(dtype)),
+        reference=guide_backward_reference,
+    ),
+]

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dreamreader.ops import Instruction, Program
+from dreamreader.ops import Instruction, Program, intervene_reference
+from dreamreader.ops._types import FLOATS
 from tests.cases._example import Example
+from tests.cases._operator import Kernel, Operator
+from tests.twin import intervention as twin
 
 Make = Callable[["Case", torch.Generator], list[Instruction]]
 
@@ -295,3 +298,81 @@ OPERATORS = {
     "intervene_live_": [live(case) for case in CALLS[-12:-10]],
     "intervene_seen": [seen(case) for case in CALLS[-12:-10]],
 }
+
+# Programs and shapes for what the case list leaves out: 16-byte runs along channels and along
+# tokens, blocks of several warps, several blocks along the channels, four rows at a time, and rows
+# wider than the registers of a block.
+PROGRAMS = {
+    "steer": KINDS["steer"],
+    "three": KINDS["three"],
+    "renorm_twice": KINDS["renorm_twice"],
+    "patch_bf16": KINDS["patch_bf16"],
+    "overwrite_last": KINDS["overwrite_last"],
+    "project_then_head": lambda c, g: [
+        Instruction("project", vectors=direction(c, g)),
+        Instruction("fill", vectors=torch.zeros(c.shape[2]), channels=head(c, g)),
+    ],
+    "fill-scattered": masked("fill", scattered),
+    "project-scattered": masked("project", scattered),
+    "subspace_20": projection(20),
+}
+SHAPES = [
+    ((2, 3, 1280), "dense"),
+    ((1, 6, 3072), "dense"),
+    ((1, 2, 4104), "dense"),
+    ((1, 2, 15360), "dense"),
+    ((2, 3, 2001), "every_second"),
+    ((1, 64, 320), "nchw"),
+    ((2, 16, 1280), "nchw"),
+    ((1, 40, 2560), "nchw"),
+    ((1, 50, 200), "nchw"),
+]
+WIDE = [
+    Case(f"{name}-{shape}", shape, make, layout)
+    for shape, layout in SHAPES
+    for name, make in PROGRAMS.items()
+]
+
+
+def wide_too(dtype: torch.dtype) -> list[Case]:
+    return CASES + (WIDE if dtype in (torch.bfloat16, torch.float32) else [])
+
+
+def twin_cases(dtype: torch.dtype) -> list[Case]:
+    return wide_too(dtype) if dtype in (torch.float32, torch.bfloat16) else CASES[::4]
+
+
+def triton_kernel() -> Callable:
+    from dreamreader.triton_kernels.intervention import intervention
+
+    return intervention
+
+
+TESTED = [
+    Operator(
+        "intervene",
+        cases=lambda dtype: CASES,
+        arguments=lambda case, dtype: (case.input(dtype), *case.program().tables(dtype)),
+        reference=intervene_reference,
+        idle=lambda args, value: value[(args[2] == 0).all(0).expand(value.shape[:2])],
+        aliased=True,
+        large=[
+            Case("threads-renorm", (2, 700, 320), KINDS["renorm"]),
+            Case("threads-subspace", (2, 700, 320), projection(3)),
+        ],
+        twin=Kernel(
+            twin.build,
+            twin_cases,
+            dtypes=FLOATS,
+            launches=lambda case: (int(0 not in case.shape),),
+        ),
+        triton=Kernel(
+            triton_kernel,
+            lambda dtype: CASES if dtype == torch.float32 else CASES[::8],
+            device_cases=lambda dtype: CASES,
+            dtypes=FLOATS,
+            repeat=2,
+        ),
+        device_cases=wide_too,
+    )
+]

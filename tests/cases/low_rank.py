@@ -6,8 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dreamreader.ops._low_rank_gpu import MAX_RANK
+from dreamreader.ops.low_rank import low_rank_backward_reference, low_rank_reference
+from tests.cases._compare import assert_close
 from tests.cases._example import Example
+from tests.cases._operator import Kernel, Operator, Results
 from tests.cases.intervention import VALUES, lay_out
+from tests.twin import low_rank as twin
 
 Make = Callable[[int, int, torch.Generator], Tensor]
 
@@ -108,6 +113,116 @@ OPERATORS = {
     ],
     "low_rank_": [Example(case.name, case.inputs) for case in (TWO, MAP)],
     "low_rank_backward": [
-        Example(TWO.name, lambda dtype: (TWO.gradient(dtype), *TWO.inputs(dtype), ALL))
+        Example(str(needs), lambda dtype, needs=needs: (*gradient_inputs(TWO, dtype)[:-1], needs))
+        for needs in (ALL, (False, True, False, True))
     ],
 }
+
+# What the case list leaves out: rows in runs of 16 bytes, several tiles, the widest rows, and parts
+# of the sums.
+LARGE = [
+    Case("runs", (2, 17, 320), 8),
+    Case("tiles_of_two_entries", (2, 40, 128), 20, adapters=2, index=(1, 0)),
+    Case("tokens_in_runs", (1, 40, 96), 4, "nchw"),
+    Case("widest", (1, 3, 8192), 2),
+    Case("parts", (1, 150, 136), 9),
+]
+FEW = [case for case in CASES if case.rank <= MAX_RANK and 0 not in case.shape]
+THREADS = Case("threads", (3, 500, 40), 5, adapters=2, index=(1, 0, 1))
+# Sums over rows and ranks are smaller than their terms, and where they are few, the largest error
+# of the reference is a matter of luck.
+SUM_ULPS = 8
+
+
+def gradient_inputs(case: Case, dtype: torch.dtype) -> tuple:
+    return case.gradient(dtype), *case.inputs(dtype), ALL
+
+
+def close_gradients(case: Case, got: Results, same: Results, exact: Results, ulps: int = 1) -> None:
+    """The tolerance rule; one or two numbers may be exact in the reference by chance."""
+    for number, each in enumerate(zip(got, same, exact, strict=True)):
+        if case.shape[0] * case.shape[1] < 5 or each[0].numel() < 3:
+            torch.testing.assert_close(*each[:2], equal_nan=True)
+        else:
+            assert_close(*each, ulps=max(ulps, SUM_ULPS if number else 1))
+
+
+def launch_gradient(kernel: Callable, args: tuple) -> Results:
+    """The kernels write into given memory."""
+    grad, x, *tables, _ = args
+    found = poisoned(grad, tables)
+    kernel(grad, x, *tables, *found)
+    return found
+
+
+def poisoned(grad: Tensor, tables: list[Tensor]) -> list[Tensor]:
+    """Room for the gradients, NaN everywhere."""
+    results = [torch.empty_like(grad), *(each.new_empty(each.shape) for each in tables[:4])]
+    return [each.fill_(torch.nan) for each in results]
+
+
+def some(float32: slice, other: slice, *more: Case) -> Callable[[torch.dtype], list[Case]]:
+    """A part of the cases, another one in half precision."""
+    return lambda dtype: FEW[float32] if dtype == torch.float32 else [*FEW[other], *more]
+
+
+def triton_kernel(name: str) -> Callable:
+    from dreamreader.triton_kernels import low_rank
+
+    return getattr(low_rank, name)
+
+
+def on_device(dtype: torch.dtype) -> list[Case]:
+    return FEW + LARGE
+
+
+def finite_on_device(dtype: torch.dtype) -> list[Case]:
+    """A product in parts makes NaN of an infinity."""
+    return [case for case in FEW + LARGE if case.inputs(dtype)[0].isfinite().all()]
+
+
+ULPS = 32  # in float32 numpy, which interprets, rounds every product and every sum, unlike a GPU
+TESTED = [
+    Operator(
+        "low_rank",
+        cases=lambda dtype: CASES,
+        arguments=lambda case, dtype: case.inputs(dtype),
+        reference=low_rank_reference,
+        idle=lambda args, value: value[args[4] == 0],
+        aliased=True,
+        large=[THREADS],
+        twin=Kernel(
+            lambda: twin.LowRankTwin().low_rank,
+            some(slice(0, None, 2), slice(1, None, 8), *LARGE),
+        ),
+        triton=Kernel(
+            lambda: triton_kernel("low_rank"),
+            some(slice(0, None, 4), slice(1, None, 16), *LARGE[:3]),
+            device_cases=finite_on_device,
+            ulps=ULPS,
+        ),
+        device_cases=on_device,
+    ),
+    Operator(
+        "low_rank_backward",
+        cases=lambda dtype: CASES,
+        arguments=gradient_inputs,
+        reference=low_rank_backward_reference,
+        judge=close_gradients,
+        idle=lambda args, value: value[args[5] == 0],
+        large=[THREADS],
+        launch=launch_gradient,
+        twin=Kernel(
+            lambda: twin.LowRankTwin().backward,
+            some(slice(1, None, 2), slice(0, None, 10), *LARGE[:-1]),
+            launches=lambda case: (2, 3),
+        ),
+        triton=Kernel(
+            lambda: triton_kernel("low_rank_backward"),
+            some(slice(1, None, 5), slice(0, None, 16), LARGE[-1]),
+            device_cases=finite_on_device,
+            ulps=ULPS,
+        ),
+        device_cases=on_device,
+    ),
+]

@@ -1,12 +1,14 @@
 """Cases of the moments: shapes around every division of the work, labels, layouts and values."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from dreamreader.ops import moments_reference
 from tests.cases._example import Example
+from tests.cases._operator import Operator
 
 LABELS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
     "many": lambda n, g: torch.randint(0, 300, (n,), generator=g),
@@ -29,8 +31,12 @@ class Case:
     layout: str = "dense"
     scale: float = 1.0
     offset: float = 0.0
-
     count: int = 3
+    squares: bool = True
+
+    def arguments(self, dtype: torch.dtype) -> tuple:
+        """Those of the operator."""
+        return *self.inputs(dtype), self.count, self.squares
 
     def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Rows in the memory layout of the case, labels, and a shift near the rows."""
@@ -80,7 +86,16 @@ CASES = [
 FEW = Case("few", (7, 5), labels="some_left_out")
 OPERATORS = {
     "moments": [
-        Example(f"squares_{squares}", lambda dtype, s=squares: (*FEW.inputs(dtype), FEW.count, s))
+        Example(f"squares_{squares}", replace(FEW, squares=squares).arguments)
         for squares in (True, False)
     ]
 }
+TESTED = [
+    Operator(
+        "moments",
+        cases=lambda dtype: [*CASES, *(replace(case, squares=False) for case in CASES[::2])],
+        arguments=Case.arguments,
+        reference=moments_reference,
+        large=[Case("threads", (20_000, 30))],
+    )
+]

@@ -1,13 +1,18 @@
 """Cases of the packing: shapes around every tile, layouts of the activation, places and groups."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dreamreader.ops.pack import MOST, POOLS
+from dreamreader.ops import pack_reference
+from dreamreader.ops._types import FLOATS
+from dreamreader.ops.pack import MOST, POOLS, STORED
+from tests.cases._compare import assert_close
 from tests.cases._example import Example
+from tests.cases._operator import Kernel, Operator, Results
+from tests.twin import pack as twin
 
 
 class Outputs(NamedTuple):
@@ -29,6 +34,12 @@ class Case:
     minus: bool = False
     layout: str = "dense"
     odd: bool = False  # some values are not finite, or large
+    stored: torch.dtype = torch.bfloat16
+
+    def arguments(self, dtype: torch.dtype) -> tuple:
+        """Those of the operator."""
+        x, places, minus, groups = self.inputs(dtype)
+        return *self.outputs(self.stored), x, places, minus, groups, self.pool_number
 
     def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """The activation in the layout of the case, places, what is subtracted, and groups."""
@@ -119,20 +130,81 @@ CASES = [
 ]
 
 
-def call(case: Case, stored: torch.dtype) -> Example:
-    """The case, written in a type."""
-
-    def arguments(dtype: torch.dtype) -> tuple:
-        x, places, minus, groups = case.inputs(dtype)
-        return *case.outputs(stored), x, places, minus, groups, case.pool_number
-
-    return Example(f"{case.name}-{str(stored).removeprefix('torch.')}", arguments)
-
-
 CALLS = (
     Case("rows", (2, 9, 6), 7, minus=True),
     Case("mean", (2, 9, 6), 7, pool="mean", layout="channels_first"),
 )
 OPERATORS = {
-    "pack": [call(case, stored) for case in CALLS for stored in (torch.bfloat16, torch.int8)]
+    "pack": [
+        Example(f"{case.name}-{stored}", replace(case, stored=stored).arguments)
+        for case in CALLS
+        for stored in (torch.bfloat16, torch.int8)
+    ]
 }
+
+
+def every_type(cases: list[Case]) -> list[Case]:
+    return [replace(case, stored=stored) for case in cases for stored in STORED]
+
+
+def some_types(dtype: torch.dtype) -> list[Case]:
+    """Each case in a few pairs of types, all pairs over the cases."""
+    pairs = [(source, stored) for source in FLOATS for stored in STORED]
+    return [
+        replace(case, stored=stored)
+        for number, case in enumerate(case for case in CASES if case.name != "threads")
+        for source, stored in pairs[number % 4 :: 4]
+        if source == dtype
+    ]
+
+
+def bits_of(t: Tensor) -> Tensor:
+    """The bits, every NaN of a wider type alike."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()]
+    bits = t.contiguous().view(integer)
+    return bits if t.element_size() == 1 else bits.masked_fill(t.isnan(), -1)
+
+
+def judge(case: Case, got: Results, same: Results, exact: Results) -> None:
+    """Equal bits; where a mean is rounded, the tolerance rule."""
+    (mine, *_), (want, *_) = got, same
+    assert torch.equal(got[-1], same[-1])  # values that are not finite
+    if case.pool != "mean":
+        assert torch.equal(bits_of(mine), bits_of(want))
+        assert torch.equal(got[-2], same[-2]) or case.stored not in MOST
+    elif case.stored not in MOST:
+        assert_close(mine, want, exact[0].double())
+    else:  # one unit of the row's largest number, which the scale is made of
+        assert torch.allclose(got[1], same[1], rtol=1e-6)
+        near = (mine.float() - want.float()).abs() <= want.float().abs().clamp(min=8) / 8
+        assert (near | (mine.float().isnan() & want.float().isnan())).all()
+
+
+def widened(args: tuple) -> tuple:
+    """What is read in float64; what is written stays."""
+    *outputs, x, places, minus, groups, pool = args
+    return *outputs, x.double(), places, None if minus is None else minus.double(), groups, pool
+
+
+TESTED = [
+    Operator(
+        "pack",
+        cases=lambda dtype: every_type(CASES),
+        arguments=Case.arguments,
+        reference=pack_reference,
+        judge=judge,
+        widened=widened,
+        large=[
+            Case(f"threads-{pool}", (1, 900, 300), 800, pool, stored=torch.int8)
+            for pool in ("none", "mean")
+        ],
+        twin=Kernel(
+            twin.build,
+            some_types,
+            dtypes=FLOATS,
+            repeat=8,
+            launches=lambda case: (int(case.count > 0),),
+        ),
+        device_cases=lambda dtype: every_type([c for c in CASES if c.layout != "expanded"]),
+    )
+]

@@ -9,15 +9,8 @@ from torch import Tensor
 
 from dreamreader import _register
 from dreamreader.errors import InvalidInput
-from dreamreader.ops import (
-    Chosen,
-    choose,
-    choose_reference,
-    counts_of_budget,
-    permuted,
-    stream_of,
-    streams_of,
-)
+from dreamreader.ops import Chosen, choose, counts_of_budget, permuted, stream_of, streams_of
+from tests.cases.choose import batch
 
 NATIVE = _register.native()[0]
 NEEDS_NATIVE = pytest.mark.skipif(NATIVE is None, reason="the native module is not built")
@@ -25,39 +18,6 @@ NEEDS_NATIVE = pytest.mark.skipif(NATIVE is None, reason="the native module is n
 
 def ints(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
-
-
-def batch(sizes: list[int], seed: int = 0) -> dict[str, Tensor]:
-    """Entries with so many candidates each, every second or third token."""
-    g = torch.Generator().manual_seed(seed)
-    parts = [torch.randperm(3 * size, generator=g)[:size].sort().values for size in sizes]
-    n = len(sizes)
-    return {
-        "tokens": torch.cat([*parts, torch.empty(0)]).int(),
-        "offsets": torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int32),
-        "entries": torch.randperm(n, generator=g).int(),
-        "samples": torch.randint(0, 10**6, (n,), generator=g).int(),
-        "branches": torch.randint(0, 3, (n,), generator=g).int(),
-        "streams": torch.randint(-(2**63), 2**63 - 1, (n,), generator=g),
-    }
-
-
-SIZES = [[5], [1, 0, 64], [63, 65, 128, 1], [], [0], [1000, 3, 517]]
-
-
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_all_backends_agree(sizes: list[int], poisoned: None):
-    given = batch(sizes)
-    shift = torch.arange(len(sizes)).int() - 3
-    for share in (None, 0.0, 0.3, 0.5, 0.51, 0.9, 1.0, 2.0):
-        counts = None if share is None else ints(*(int(size * share) for size in sizes))
-        for added in (None, shift):
-            got = choose(**given, moment=9, counts=counts, shift=added)
-            want = choose_reference(**given, moment=9, counts=counts, shift=added)
-            for mine, reference in zip(got, want, strict=True):
-                assert mine.dtype == torch.int32 and torch.equal(mine, reference)
-            if share == 0.5:
-                assert len(got.places) == sum(size // 2 for size in sizes)
 
 
 def test_rows_are_the_definition():

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.ops import Instruction, Program, intervene, intervene_
+from tests.cases.intervention import CASES, Case
+from tests.cases.intervention import call as example_of
+from tests.ops.harness import floats
 
 ROWS, TOKENS, WIDTH = 3, 40, 96
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -396,3 +399,20 @@ def test_second_derivatives_of_rows_without_length_are_finite():
     (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), x)
     assert first.isfinite().all() and second.isfinite().all()
+
+
+SMALL = [
+    Case(case.name, (2, 4, 11), case.make, case.layout)
+    for case in CASES
+    if case.shape in ((2, 33, 72), (3, 5, 123)) and case.layout in ("dense", "nchw")
+    if "64" not in case.name
+]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_gradient(case: Case):
+    example = example_of(case)
+    values, with_others = floats(example.arguments(torch.float64), (0, 2, 3, 6))
+    inputs = [each.clone().requires_grad_() for each in values]
+    operator = torch.ops.dreamreader.intervene
+    assert torch.autograd.gradcheck(lambda *each: operator(*with_others(*each)), inputs)

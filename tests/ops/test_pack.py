@@ -1,7 +1,4 @@
-"""The packing of rows: every case, instruction set and type; its formats; what must be refused."""
-
-import shutil
-from collections.abc import Callable
+"""Properties of the packing of rows: its formats, and what must be refused."""
 
 import numpy as np
 import pytest
@@ -11,114 +8,11 @@ from torch import Tensor
 from dreamreader import _register
 from dreamreader.errors import InvalidInput
 from dreamreader.ops import pack, pack_reference
-from dreamreader.ops._types import FLOATS
-from dreamreader.ops.pack import MOST, POOLS, STORED
-from tests import twin
-from tests.cases import CASES
-from tests.cases._compare import assert_close
-from tests.cases.pack import Case
+from dreamreader.ops.pack import MOST, POOLS
+from tests.ops.harness import named
 
 NATIVE = _register.native()[0]
 NEEDS_NATIVE = pytest.mark.skipif(NATIVE is None, reason="the native module is not built")
-
-
-def named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-by_source = pytest.mark.parametrize("source", FLOATS, ids=named)
-by_stored = pytest.mark.parametrize("stored", STORED, ids=named)
-
-
-def bits_of(t: Tensor) -> Tensor:
-    """The bits, every NaN of a wider type alike."""
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()]
-    bits = t.contiguous().view(integer)
-    return bits if t.element_size() == 1 else bits.masked_fill(t.isnan(), -1)
-
-
-def check(case: Case, source: torch.dtype, stored: torch.dtype, call: Callable) -> None:
-    x, places, minus, groups = case.inputs(source)
-    got, want = case.outputs(stored), case.outputs(stored)
-    call(*got, x, places, minus, groups, case.pool_number)
-    pack_reference(*want, x, places, minus, groups, case.pool_number)
-    assert torch.equal(got.not_finite, want.not_finite), case.name
-    memory = torch.empty(0, dtype=stored).set_(got.out.untyped_storage()).float()
-    assert memory[0] == memory[-1] == 72, case.name
-    if case.pool != "mean":
-        assert torch.equal(bits_of(got.out), bits_of(want.out)), case.name
-        if got.scales is not None:
-            assert torch.equal(got.scales, want.scales), case.name
-    elif stored not in MOST:
-        exact = case.outputs(stored)
-        minus = None if minus is None else minus.double()
-        pack_reference(*exact, x.double(), places, minus, groups, case.pool_number)
-        assert_close(got.out, want.out, exact.out.double())
-    else:  # one unit of the row's largest number, which the scale is made of
-        assert got.scales is not None and want.scales is not None
-        assert torch.allclose(got.scales, want.scales, rtol=1e-6), case.name
-        near = (got.out.float() - want.out.float()).abs() <= want.out.float().abs().clamp(min=8) / 8
-        assert (near | (got.out.float().isnan() & want.out.float().isnan())).all(), case.name
-
-
-def operator(*operands: object) -> None:
-    torch.ops.dreamreader.pack(*operands)
-
-
-@by_source
-@by_stored
-def test_active_backend(source: torch.dtype, stored: torch.dtype):
-    for case in CASES["pack"]:
-        check(case, source, stored, operator)
-
-
-@pytest.mark.parametrize("isa", ["portable", "avx2"], indirect=True)
-@by_source
-@by_stored
-def test_every_instruction_set(isa: str, source: torch.dtype, stored: torch.dtype):
-    for case in CASES["pack"]:
-        check(case, source, stored, operator)
-
-
-@pytest.fixture(scope="module")
-def on_twin(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., int]:
-    """The CUDA launcher on the CPU; it returns the number of launches."""
-    return twin.build_pack(tmp_path_factory.mktemp("twin"))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
-def test_twin_of_the_cuda_kernels(on_twin: Callable[..., int]):
-    pairs = [(source, stored) for source in FLOATS for stored in STORED]
-    cases = [case for case in CASES["pack"] if case.name != "threads"]
-    for number, case in enumerate(cases):  # each case in a few types, all types over the cases
-        for source, stored in pairs[number % 4 :: 4]:
-            check(case, source, stored, on_twin)
-        x, places, minus, groups = case.inputs(torch.float32)
-        out = case.outputs(torch.float32)
-        launches = on_twin(*out, x, places, minus, groups, case.pool_number)
-        assert launches == (1 if len(out.out) else 0), case.name
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@by_source
-@by_stored
-def test_cuda(source: torch.dtype, stored: torch.dtype):
-    def call(out, scales, not_finite, *operands):
-        there = [None if each is None else each.cuda() for each in (out, scales, not_finite)]
-        inputs = [each.cuda() if isinstance(each, Tensor) else each for each in operands]
-        inputs[0] = torch.empty_strided(
-            operands[0].size(), operands[0].stride(), dtype=source, device="cuda"
-        ).copy_(operands[0])
-        torch.ops.dreamreader.pack(*there, *inputs)
-        for here, copy in zip((out, scales, not_finite), there, strict=True):
-            if here is not None:
-                here.copy_(copy)
-
-    for case in CASES["pack"]:
-        if case.layout != "expanded":
-            check(case, source, stored, call)
 
 
 def all_rounded(values: Tensor, stored: torch.dtype) -> Tensor:
@@ -199,36 +93,12 @@ def test_max_counts_what_it_hides():
     assert counted.item() == 2
 
 
-@NEEDS_NATIVE
-def test_results_do_not_depend_on_threads():
-    for case in (Case("rows", (1, 900, 300), 800), Case("p", (1, 900, 300), 800, "mean")):
-        x, places, minus, groups = case.inputs(torch.float32)
-        before, found = torch.get_num_threads(), []
-        try:
-            for threads in (1, 2, 5):
-                torch.set_num_threads(threads)
-                found.append(case.outputs(torch.int8))
-                operator(*found[-1], x, places, minus, groups, case.pool_number)
-        finally:
-            torch.set_num_threads(before)
-        for other in found[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-
-
 def test_outputs_are_those_given_and_have_no_gradient():
     x = torch.ones(1, 2, 2, requires_grad=True)
     out = torch.zeros(1, 2)
     version = out._version
     assert pack(x, torch.zeros(1, 2, dtype=torch.int32), out=out) is out
     assert out.tolist() == [[1, 1]] and not out.requires_grad and out._version == version + 1
-
-
-def test_opcheck():
-    for pool, stored in (("none", torch.bfloat16), ("mean", torch.int8)):
-        case = Case(pool, (2, 9, 20), 7, pool, minus=True)
-        x, *operands = case.inputs(torch.float32)
-        arguments = (*case.outputs(stored), x, *operands, case.pool_number)
-        torch.library.opcheck(torch.ops.dreamreader.pack.default, arguments)
 
 
 X, OUT = torch.ones(2, 3, 4), torch.empty(1, 4)

@@ -47,7 +47,7 @@ def export(
         InvalidInput: `out` is there already, nothing is chosen, or a shard is damaged.
 
     Example:
-        >>> export("activations", "rows", "npy", site="unet.mid_block", branch="cond")
+        >>> files = export("activations", "rows", "npy", site="unet.mid_block", branch="cond")
     """
     if format not in FORMATS:
         raise UnknownName("format", format, FORMATS)

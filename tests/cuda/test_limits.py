@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +9,13 @@ import torch
 from dreamreader._register import native
 from dreamreader.ops import Instruction, Program, intervene, intervene_, intervene_reference
 from dreamreader.ops.low_rank import NEEDS, low_rank_backward_reference, low_rank_reference
-from tests import twin
 from tests.cases._compare import assert_close
 from tests.cases.intervention import KINDS
 from tests.cases.intervention import Case as Edit
 from tests.cases.low_rank import Case as LowRank
+from tests.twin import limit_shared
+from tests.twin.intervention import build
+from tests.twin.low_rank import LowRankTwin
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 # By capability: what a block may ask for, in KiB.
@@ -23,28 +24,23 @@ TOO_LARGE = "CUDA error 801"  # cudaErrorNotSupported
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("twin")
+def intervention() -> Callable[..., int]:
+    return build()
 
 
 @pytest.fixture(scope="module")
-def intervention(folder: Path) -> Callable[..., int]:
-    return twin.build(folder)
-
-
-@pytest.fixture(scope="module")
-def low_rank(folder: Path) -> twin.LowRankTwin:
-    return twin.LowRankTwin(folder)
+def low_rank() -> LowRankTwin:
+    return LowRankTwin()
 
 
 @pytest.fixture(params=LIMITS)
 def limit(request, intervention, low_rank) -> Iterator[int]:
     """KiB that a block may have; the twin fails a launch that asks for more."""
     for name in ("intervention", "low_rank"):
-        twin.limit_shared(name, LIMITS[request.param] << 10)
+        limit_shared(name, LIMITS[request.param] << 10)
     yield LIMITS[request.param]
     for name in ("intervention", "low_rank"):
-        twin.limit_shared(name, 227 << 10)
+        limit_shared(name, 227 << 10)
 
 
 # Rows that have no runs of 16 bytes lie in shared memory, 4 bytes an element (8 of float64), beside
@@ -94,7 +90,7 @@ ADAPTERS = [  # KiB that the fewest rows of a tile need, four of them
     ("case", "dtype", "least"), ADAPTERS, ids=lambda each: getattr(each, "name", None)
 )
 def test_a_low_rank_edit_fits_the_device_or_leaves_the_call(
-    case: LowRank, dtype: torch.dtype, least: int, limit: int, low_rank: twin.LowRankTwin
+    case: LowRank, dtype: torch.dtype, least: int, limit: int, low_rank: LowRankTwin
 ):
     (x, *tables), grad = case.inputs(dtype), case.gradient(dtype)
     out, dx = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)

@@ -1,10 +1,5 @@
-"""The Triton kernels: in the interpreter, compiled ahead of time, and on a GPU.
+"""The Triton kernel of the intervention program: what it moves, and compiled ahead of time."""
 
-The interpreter has to be chosen before Triton is imported, so the tests that need it run in a
-Python of their own, started by `test_interpreted`.
-"""
-
-import os
 import re
 import subprocess
 import sys
@@ -16,71 +11,9 @@ import torch
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput
-from dreamreader.ops import Instruction, Program, intervene_reference
-from tests.cases._compare import assert_close, same_bits
-from tests.cases.intervention import CASES, KINDS, Case, direction, head, masked, subspace
-
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreted")
-compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def interpret(file: str) -> None:
-    """Runs the tests of a file that need the interpreter, and asserts that they pass."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        file,
-        "-k",
-        "interpreter",
-    ]
-    done = subprocess.run(
-        command,
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert "passed" in done.stdout and "failed" not in done.stdout
-
-
-@compiled
-@pytest.mark.slow
-def test_interpreted():
-    interpret(__file__)
-
-
-# numpy, which interprets, warns where the case divides by zero or makes a NaN on purpose.
-@interpreted
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-@by_dtype
-def test_interpreter_agrees_with_the_reference(dtype: torch.dtype):
-    from dreamreader.triton_kernels.intervention import intervention
-
-    for number, case in enumerate(CASES if dtype == torch.float32 else CASES[::8]):
-        program, x = case.program(), case.input(dtype)
-        tables, before = program.tables(dtype), x.clone()
-        same = intervene_reference(x, *tables)
-        exact = intervene_reference(x.double(), *program.tables(torch.float64))
-        out = torch.empty_like(x).fill_(torch.nan)
-        intervention(x, out, *tables)
-        assert same_bits(x, before), case.name
-        assert_close(out, same, exact)
-        idle = (program.strength == 0).all(0)
-        assert same_bits(out[idle], before[idle]), case.name
-        if number % 2:
-            intervention(x, x, *tables)
-            assert same_bits(x, out), case.name
+from dreamreader.ops import Instruction, Program
+from tests.cases.intervention import KINDS, Case, direction, head, masked, subspace
+from tests.triton_kernels.harness import compile_ahead, compiled, interpreted, within_limits
 
 
 def traffic(monkeypatch: pytest.MonkeyPatch, x: Tensor, call) -> tuple[int, int]:
@@ -170,7 +103,7 @@ def test_interpreter_names_a_table_that_is_not_contiguous():
 def test_top_level_import_is_refused():
     done = subprocess.run(
         [sys.executable, "-c", "import triton_kernels"],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
     )
@@ -184,8 +117,6 @@ def machine_code(case: Case, dtype: str, arch: int, copy: bool = False):
     Pointers and sizes are declared multiples of 16, as Triton finds them where they are.
     """
     from dreamreader.triton_kernels import intervention as module
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     program, (_, tokens, width) = case.program(), case.shape
     nchw = case.layout == "nchw"
@@ -217,9 +148,6 @@ def machine_code(case: Case, dtype: str, arch: int, copy: bool = False):
         "BLOCK_T": "constexpr",
         "BLOCK_D": "constexpr",
     }
-    kernel = module._intervention_kernel
-    assert list(signature) == kernel.arg_names
-    place = {name: number for number, name in enumerate(kernel.arg_names)}
     constants = {
         ("x_strides", unit): 1,
         ("out_strides", unit): 1,
@@ -235,18 +163,12 @@ def machine_code(case: Case, dtype: str, arch: int, copy: bool = False):
     even += [
         (name, axis) for name in ("x_strides", "out_strides") for axis in range(3) if axis != unit
     ]
-    even += [("sources", n) for n in range(sources)] + [
-        ("source_sizes", n, 1) for n in range(sources)
-    ]
+    even += [("sources", n) for n in range(sources)]
+    even += [("source_sizes", n, 1) for n in range(sources)]
     even += [("ranges", n, side) for n in range(len(steps)) for side in (0, 1)]
-    source = ASTSource(
-        kernel,
-        signature,
-        constexprs={(place[name], *rest): value for (name, *rest), value in constants.items()},
-        attrs={(place[name], *rest): [["tt.divisibility", 16]] for name, *rest in even},
-    )
-    target = GPUTarget("cuda", arch, 32)
-    return triton.compile(source, target=target, options={"num_warps": settings.warps})
+    kernel = module._intervention_kernel
+    assert list(signature) == kernel.arg_names
+    return compile_ahead(kernel, signature, constants, even, arch, num_warps=settings.warps)
 
 
 PROGRAMS = {
@@ -298,33 +220,3 @@ def test_feature_maps_compile_within_limits(name: str, arch: int):
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_other_dtypes_compile(dtype: str):
     within_limits(machine_code(Case("three", (1, 64, 1280), KINDS["three"]), dtype, 90), 90)
-
-
-def within_limits(code, arch: int) -> None:
-    """No traffic with local memory, shared memory that a block can have."""
-    assert not re.search(r"\b(ld|st)\.local", code.asm["ptx"])
-    assert not re.search(r"\b(LDL|STL)\b", code.asm["sass"])
-    assert code.metadata.shared <= SHARED_MEMORY[arch]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@compiled
-@by_dtype
-def test_gpu_agrees_with_the_reference_and_repeats(dtype: torch.dtype):
-    from dreamreader.triton_kernels.intervention import intervention
-
-    for case in CASES:
-        program, x = case.program(), case.input(dtype)
-        same = intervene_reference(x, *program.tables(dtype))
-        exact = intervene_reference(x.double(), *program.tables(torch.float64))
-        code, *floats, patches = program.tables(dtype)
-        tables = [code, *(each.cuda() for each in floats), [each.cuda() for each in patches]]
-        there = torch.empty_strided(x.size(), x.stride(), dtype=dtype, device="cuda").copy_(x)
-        out, again = (torch.empty_like(there).fill_(torch.nan) for _ in range(2))
-        intervention(there, out, *tables)
-        intervention(there, again, *tables)
-        assert_close(out.cpu(), same, exact)
-        assert same_bits(out, again), case.name
-        intervention(there, there, *tables)
-        assert same_bits(there, out), case.name

@@ -1,53 +1,14 @@
-"""The Triton kernel of probe guidance, as tests/test_triton.py does it."""
+"""The Triton kernel of probe guidance: where it applies, and compiled ahead of time."""
 
 import re
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from dreamreader.ops.guide import guide_reference
-from tests.cases._compare import assert_close, same_bits
-from tests.cases.guide import CASES, Case
-from tests.test_triton import compiled, interpret, interpreted, within_limits
-from tests.test_triton_low_rank import ROWS, WIDE, ahead, near
-
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LARGE = Case("units", (1, 40, 96), (256, 200), activation="gelu", iterations=2, trust=0.2)
-FEW = [case for case in CASES if 0 not in case.shape and max(case.hidden, default=0) <= 256]
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def doubled(value: Any) -> Any:
-    """The same arguments in float64."""
-    if isinstance(value, (list, tuple)):
-        return [doubled(each) for each in value]
-    return value.double() if isinstance(value, Tensor) else value
-
-
-@compiled
-@pytest.mark.slow
-def test_interpreted():
-    interpret(__file__)
-
-
-@interpreted
-@by_dtype
-def test_interpreter_agrees_with_the_reference(dtype: torch.dtype):
-    from dreamreader.triton_kernels.guide import guide
-
-    for case in FEW[::2] if dtype == torch.float32 else FEW[1::8]:
-        x, *arguments = case.inputs(dtype)
-        before = x.clone()
-        out = torch.empty_like(x).fill_(torch.nan)
-        guide(x, out, *arguments)
-        assert same_bits(x, before), case.name
-        near(out, guide_reference(x, *arguments), guide_reference(*doubled([x, *arguments])))
-        idle = arguments[4] == 0
-        assert same_bits(out[idle], before[idle]), case.name
+from tests.cases._compare import same_bits
+from tests.cases.guide import Case
+from tests.triton_kernels.harness import ROWS, WIDE, ahead, compiled, interpreted, within_limits
 
 
 @interpreted
@@ -131,26 +92,3 @@ def test_compiles_within_limits(dtype: str, hidden: tuple[int, ...], activation:
     text = code.asm["ptx"]
     assert re.search(r"mma(\.sync|_async)", text) and re.search(WIDE, text)
     assert not re.search(r"ld\.global[.\w:]*\.b(8|16)\b", text)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@compiled
-@by_dtype
-def test_gpu_agrees_with_the_reference_and_repeats(dtype: torch.dtype):
-    from dreamreader.triton_kernels.guide import guide
-
-    def there(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [there(each) for each in value]
-        return value.cuda() if isinstance(value, Tensor) else value
-
-    for case in [*FEW, LARGE]:
-        x, *arguments = case.inputs(dtype)
-        moved = there([x, *arguments])
-        out, again = (torch.empty_like(moved[0]).fill_(torch.nan) for _ in range(2))
-        for each in (out, again):
-            guide(moved[0], each, *moved[1:])
-        assert same_bits(out, again), case.name
-        exact = guide_reference(*doubled([x, *arguments]))
-        assert_close(out.cpu(), guide_reference(x, *arguments), exact)

@@ -14,7 +14,7 @@ import pytest
 from dreamreader._register import native
 
 pytestmark = pytest.mark.skipif(native()[0] is None, reason="the native module is not built")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # What is freed goes back to the system, and threads hold no memory in reserve.
 SMALL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
