@@ -2,13 +2,15 @@
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dreamreader.artifacts import Artifact
 from dreamreader.edits.mlp import Mlp
 from dreamreader.engine.request import same
 from dreamreader.errors import InvalidInput
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Probe:
+class Probe(Artifact, kind="probe"):
     """Reads labels or numbers from the activations of one site.
 
     Attributes:
@@ -172,22 +174,66 @@ class Probe:
         probe = self.mlps if self.steps else self.mlps[0]
         return edits.ProbeGuidance(site, probe, target, avoid, alpha, **fields)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the weights and the card to one safetensors file that `load` reads back equal."""
-        from dreamreader.probes.files import save
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The site that it reads, where it is known."""
+        return () if self.site is None else (self.site,)
 
-        save(path, self)
+    def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weights as tensors, the card as plain values.
+
+        `weight.0`, `bias.0`, ... are stacked over the steps, [count, outputs, inputs]; `noise`
+        and `temperature` beside them.
+        """
+        tensors: dict[str, Tensor] = {"temperature": self.temperature}
+        for name in ("weight", "bias"):
+            kind = "weights" if name == "weight" else "biases"
+            layers = zip(*(getattr(each, kind) for each in self.mlps), strict=True)
+            tensors |= {f"{name}.{n}": torch.stack(each) for n, each in enumerate(layers)}
+        noise = [each.noise for each in self.mlps if each.noise is not None]
+        if noise:
+            tensors["noise"] = torch.stack(noise)
+        content = {
+            "card": self.card.as_dict(),
+            "activation": self.mlps[0].activation,
+            "steps": list(self.steps),
+            "loss": self.loss,
+        }
+        return tensors, content
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Probe":
-        """The probe of a file, on the CPU.
+    def of_file(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Self:
+        card = Card.of(content["card"])
+        classes = {attribute: tuple(names) for attribute, names in card.classes.items()}
+        task = Task(card.task, classes)
+        depth = sum(name.startswith("weight.") for name in tensors)
+        steps, count = content["steps"], len(tensors["weight.0"])
+        stacked = {
+            name: [tensors[f"{name}.{n}"] for n in range(depth)] for name in ("weight", "bias")
+        }
+        lengths = {len(each) for layers in stacked.values() for each in layers}
+        temperature = tensors["temperature"]
+        if lengths != {count} or count != (len(steps) or 1):
+            raise InvalidInput(f"weights of {sorted(lengths)} perceptrons, {len(steps)} steps")
+        if temperature.shape != (count, len(classes)):
+            raise InvalidInput(
+                f"temperature must be {[count, len(classes)]}, got {list(temperature.shape)}"
+            )
+        noise = tensors.get("noise")
 
-        Raises:
-            InvalidInput: the file holds no probe, or is of another version.
-        """
-        from dreamreader.probes.files import load
+        def mlp(number: int) -> Mlp:
+            return Mlp(
+                *(tuple(each[number].clone() for each in layers) for layers in stacked.values()),
+                content["activation"],
+                task.labels,
+                (steps[number],) if steps else None,
+                None if noise is None else noise[number].clone(),
+            )
 
-        return load(path)
+        mlps = tuple(mlp(number) for number in range(count))
+        return cls(
+            mlps, task, content["loss"], temperature, card.site, card.branch, card.pool, card
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Probe):
@@ -232,6 +278,16 @@ class Probe:
         if any(map(math.isnan, logits)):
             return None
         return {name for name, each in zip(self.labels, logits, strict=True) if each > 0}
+
+
+def save(path: str | os.PathLike[str], probe: Probe) -> None:
+    """Writes a probe to a file, see `Probe.save`."""
+    probe.save(path)
+
+
+def load(path: str | os.PathLike[str]) -> Probe:
+    """The probe of a file, see `Probe.load`."""
+    return Probe.load(path)
 
 
 def _named(values: Any, name: Any) -> Any:

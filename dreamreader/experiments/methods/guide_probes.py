@@ -54,7 +54,7 @@ def fitted(method: "Guide", job: "Job") -> Fitted:
     means = job.folder.path / "artifacts" / "differences.safetensors"
     if not (means.is_file() and all(file.is_file() for file in files.values())):
         _fit(method, job, files, means)
-    from dreamreader._tensor_files import load_described
+    from dreamreader.artifacts.file import load_described
 
     content, tensors = load_described(means, "differences")
     differences: dict[str, dict[str, Tensor]] = {}
@@ -69,7 +69,7 @@ def probe_file(folder: Path, number: int) -> Path:
 
 def _fit(method: "Guide", job: "Job", files: dict[str, Path], means: Path) -> None:
     from dreamreader._files import explained
-    from dreamreader._tensor_files import save_described
+    from dreamreader.artifacts.file import save_described
 
     items = method.fit_items()
     rows = [(item, seed) for item in items for seed in listed_seeds(method.fit_seeds)]

@@ -142,7 +142,7 @@ def _told(reft: Reft, history: Any) -> dict[str, Any]:
 
 def _write(pairs: Pairs, file: Path) -> None:
     """Differences of means over rows and their tokens, for each call."""
-    from dreamreader._tensor_files import save_described
+    from dreamreader.artifacts.file import save_described
 
     found = {}
     for site, base in pairs.base.items():
@@ -161,6 +161,6 @@ def _by_step(values: Tensor, steps: Sequence[int]) -> Tensor:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    from dreamreader._tensor_files import load_described
+    from dreamreader.artifacts.file import load_described
 
     return load_described(file, "differences")[1]
