@@ -1,13 +1,13 @@
 """Artifacts on the Hugging Face hub: one checked file and a model card in a repository each."""
 
-import os
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dreamreader._checked import checksum
+from dreamreader import _checked
 from dreamreader._version import __version__
 from dreamreader.artifacts.kinds import FILE, Artifact, load, save
 from dreamreader.errors import InvalidInput, first_line
@@ -55,7 +55,8 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder, _explained(f"push_to_hub: {repo_id}"):
         file = Path(folder) / FILE
         save(thing, file)
-        card = model_card(thing, repo_id, checksum(file), base_model, fingerprint, notes)
+        own = _checked.checksum(file)
+        card = model_card(thing, repo_id, own, base_model, fingerprint, notes)
         api.create_repo(repo_id, private=private, exist_ok=True)
         done = api.create_commit(
             repo_id,
@@ -74,7 +75,7 @@ def from_hub(
     checksum: str | None = None,
     revision: str | None = None,
     token: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Any:
     """The thing in a repository of the hub; every byte is checked as `load` does.
@@ -105,7 +106,7 @@ def from_hub(
             library_version=__version__,
         )
     found = load(path) if kind is None else load(path, kind)
-    if checksum is not None and (own := _checksum(path)) != checksum:
+    if checksum is not None and (own := _checked.checksum(path)) != checksum:
         raise InvalidInput(f"from_hub: {file} of {repo_id} has checksum {own}, not {checksum}")
     return found
 
@@ -136,15 +137,12 @@ def model_card(
         "written by": f"dreamreader {__version__}",
     }
     head = ["library_name: dreamreader", "tags:", "- dreamreader", f"- {thing.artifact_kind}"]
-    head += [f"base_model: {base_model}"] if base_model else []
+    head += [f"base_model: {json.dumps(base_model)}"] if base_model else []
     lines = [f"- {name}: {value}" for name, value in facts.items()]
     call = f'thing = dreamreader.from_hub("{repo_id}")'
     body = [f"# {repo_id.rpartition('/')[2]}", "", *lines, "", *([notes, ""] if notes else [])]
     body += ["```python", "import dreamreader", "", call, "```"]
     return "\n".join(["---", *head, "---", "", *body, ""])
-
-
-_checksum = checksum
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import dreamreader as dr
 from dreamreader._checked import read_tensors, write_tensors
 from dreamreader.artifacts import Artifact, load, save
-from dreamreader.edits.files import Edits
+from dreamreader.edits import Edits
 from dreamreader.engine.request import same
 from dreamreader.errors import InvalidInput
 from dreamreader.steering import Directions
@@ -161,7 +161,7 @@ def changed(path: Path, kind: str, tensors: dict, content: dict) -> None:
         ("directions", {"unet.a": torch.ones(1, 1, 1)}, {}, r"\[steps, features\] is needed"),
         ("directions", {}, {"method": "gone"}, "no whole directions .KeyError: 'method'"),
         ("directions", {}, {"sites": 3}, "no whole directions .TypeError"),
-        ("probe", {"bias.0": torch.ones(2, 3)}, {}, r"weights of \[1, 2\] perceptrons"),
+        ("probe", {"bias.0": torch.ones(2, 3)}, {}, r"weights of \[1, 2\] MLPs"),
         ("probe", {"temperature": torch.ones(1, 5)}, {}, r"temperature must be \[1, 1\]"),
         ("reft", {"0.bias": torch.ones(2, 3)}, {}, r"bias of unet.a must be \[2, 2\]"),
         ("reft", {}, {"steps": 10**9}, "do not fit the tensors"),

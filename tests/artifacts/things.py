@@ -10,8 +10,7 @@ from PIL import Image
 
 from dreamreader.artifacts import Artifact
 from dreamreader.attention import WordMaps
-from dreamreader.edits import Ablate, Box, Mlp, Patch, ProbeGuidance, Scale, Steer
-from dreamreader.edits.files import Edits
+from dreamreader.edits import Ablate, Box, Edits, Mlp, Patch, ProbeGuidance, Scale, Steer
 from dreamreader.engine import Activation, Cache, Firing, FiringReport, Row
 from dreamreader.engine.clock_schedule import Instant
 from dreamreader.fitting.checkpoint import TrainingState
