@@ -7,12 +7,12 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dreamreader.artifacts import Artifact, pack, unpack
-from dreamreader.attention import scores
+from dreamreader.attention import pictures, scores
+from dreamreader.attention.scores import resized
 from dreamreader.engine import Firing, FiringReport, Row
 from dreamreader.errors import InvalidInput, UnknownName
 
@@ -113,8 +113,6 @@ class WordMaps(Artifact, kind="word_maps"):
             images: PIL pictures, or a tensor [rows, 3, h, w] in [0, 1]; those of the run where
                 None. words: all of a row where None. strength: of the colour at the maximum.
         """
-        from dreamreader.attention.pictures import overlay
-
         images = self.images if images is None else images
         if images is None or len(images) != len(self.rows):
             got = "none" if images is None else str(len(images))
@@ -123,7 +121,7 @@ class WordMaps(Artifact, kind="word_maps"):
         for number, own in enumerate(self.words):
             shown = own if words is None else words
             heats = [self._flat()[number, self._at(number, word)] for word in shown]
-            found.append([overlay(images[number], heat, strength) for heat in heats])
+            found.append([pictures.overlay(images[number], heat, strength) for heat in heats])
         return found
 
     def _at(self, number: int, word: str) -> int:
@@ -157,9 +155,9 @@ class WordMaps(Artifact, kind="word_maps"):
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        from dreamreader.attention.pictures import table
-
-        return table(self)
+        text = f"attention to words, {self.size[0]} x {self.size[1]}, {len(self.sites)} sites"
+        heads = [f"{row.index}: {row.prompt or ''} (seed {row.seed})" for row in self.rows]
+        return pictures.table(text, heads, self.words, self._flat(), self.images)
 
 
 _SAVED = (Firing, Row)
@@ -185,14 +183,3 @@ def _pictures(pixels: Any) -> Any:
     from PIL import Image
 
     return [Image.fromarray(each.numpy()) for each in pixels]
-
-
-def resized(
-    maps: Float[Tensor, "*axes h w"], size: tuple[int, int]
-) -> Float[Tensor, "*axes height width"]:
-    """Bicubic to a size (height, width), then clamped at 0."""
-    if tuple(maps.shape[-2:]) == size:
-        return maps.clamp(min=0)
-    flat = maps.reshape(1, -1, *maps.shape[-2:])
-    found = F.interpolate(flat, size, mode="bicubic", align_corners=False)
-    return found.clamp_(min=0).view(*maps.shape[:-2], *size)

@@ -2,33 +2,41 @@
 
 import base64
 import io
+import math
+from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dreamreader.attention.maps import WordMaps
+from dreamreader.attention.scores import resized
 
 _ROWS, _WORDS = 8, 12
 _CELL = "padding:2px 6px;text-align:center;font-size:90%"
 
 
 def coloured(heat: Float[Tensor, "h w"]) -> Float[Tensor, "h w 3"]:
-    """The colours of a map, dark at 0 and light at its maximum."""
-    from matplotlib import colormaps
+    """The colours of a map, from black at 0 over purple and orange to white at its maximum.
 
-    share = heat / heat.amax().clamp(min=1e-12)
-    return torch.from_numpy(colormaps["inferno"](share.numpy())[..., :3]).float()
+    Formula: l + a (cos p v + sin p w), where the lightness l is the share of the maximum,
+        a = 0.7 l (1 - l), p = 2 pi (0.1 + l / 3).
+
+    Reference:
+        Green, A colour scheme for the display of astronomical intensity images (2011).
+    """
+    light = (heat / heat.amax().clamp(min=1e-12))[..., None].double()
+    angle = 2 * math.pi * (0.1 + light / 3)
+    across = angle.cos() * light.new_tensor([-0.14861, -0.29227, 1.97294])
+    along = angle.sin() * light.new_tensor([1.78277, -0.90649, 0.0])
+    return (light + 0.7 * light * (1 - light) * (across + along)).clamp(0, 1).float()
 
 
 def overlay(image: Any, heat: Float[Tensor, "h w"], strength: float) -> Any:
     """A picture with a map over it: the more attention, the more of the map's colour."""
     from PIL import Image
 
-    from dreamreader.attention.maps import resized
     from dreamreader.report.blocks import to_pil
 
     picture = to_pil(image).convert("RGB")
@@ -40,27 +48,26 @@ def overlay(image: Any, heat: Float[Tensor, "h w"], strength: float) -> Any:
     return Image.fromarray((mixed * 255).round().byte().numpy())
 
 
-def table(found: "WordMaps") -> str:
-    """Rows by words; with the pictures of the run below the maps where there are some."""
+def table(
+    text: str,
+    heads: Sequence[str],
+    words: Sequence[Sequence[str]],
+    maps: Float[Tensor, "rows words h w"],
+    images: Any,
+) -> str:
+    """Rows by words; over the images of the run where there are some."""
     lines = []
-    for number, row in enumerate(found.rows[:_ROWS]):
-        words = found.words[number][:_WORDS]
-        if found.images is not None:
-            pictures = [
-                overlay(found.images[number], found._flat()[number, n], 0.7)
-                for n in range(len(words))
-            ]
-        else:
-            pictures = [_plain(found._flat()[number, n]) for n in range(len(words))]
+    for number, head in enumerate(heads[:_ROWS]):
+        own = words[number][:_WORDS]
+        heats = maps[number, : len(own)]
+        shown = [_plain(h) if images is None else overlay(images[number], h, 0.7) for h in heats]
         cells = "".join(
             f'<td style="{_CELL}"><img alt="attention to {escape(word)}" width="96" '
-            f'src="{_source(picture)}"><br>{escape(word)}</td>'
-            for word, picture in zip(words, pictures, strict=True)
+            f'src="{_source(each)}"><br>{escape(word)}</td>'
+            for word, each in zip(own, shown, strict=True)
         )
-        head = f"{row.index}: {row.prompt or ''} (seed {row.seed})"
         lines.append(f'<tr><th style="{_CELL}">{escape(head)}</th>{cells}</tr>')
-    text = f"attention to words, {found.size[0]} x {found.size[1]}, {len(found.sites)} sites"
-    if len(found.rows) > _ROWS or any(len(each) > _WORDS for each in found.words):
+    if len(heads) > _ROWS or any(len(each) > _WORDS for each in words):
         text += f"; the first {_ROWS} rows and {_WORDS} words are shown"
     return f"<table><caption>{escape(text)}</caption>{''.join(lines)}</table>"
 
