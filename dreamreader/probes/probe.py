@@ -28,10 +28,10 @@ class Probe(Artifact, kind="probe"):
     """Reads labels or numbers from the activations of one site.
 
     Attributes:
-        mlps: one perceptron for all steps, or one for each; on raw activations.
+        mlps: one MLP for all steps, or one for each; on raw activations.
         task: what it tells. loss: `softmax` within each attribute, or `sigmoid`.
         temperature: by which logits are divided before they become probabilities, for each
-            perceptron and attribute.
+            MLP and attribute.
         site, branch: where its rows came from, None where they had no name.
         pool: how tokens become rows: `mean`, `token` or `flat`.
         card: what it was trained on, and how it was measured.
@@ -58,16 +58,21 @@ class Probe(Artifact, kind="probe"):
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The step of each perceptron; () where one serves all."""
+        """The step of each MLP; () where one serves all."""
         return tuple(step for each in self.mlps for step in each.steps or ())
 
     @property
-    def hears_noise(self) -> bool:
+    def noise_conditioned(self) -> bool:
         """Whether its logits depend on the share of the trajectory done."""
         return self.mlps[0].noise is not None
 
+    @property
+    def hears_noise(self) -> bool:
+        """The earlier name of `noise_conditioned`."""
+        return self.noise_conditioned
+
     def at(self, step: int | None) -> Mlp:
-        """The perceptron of a step, or the one for all.
+        """The MLP of a step, or the one for all.
 
         Raises:
             InvalidInput: it has one for each step, and none for this.
@@ -87,9 +92,9 @@ class Probe(Artifact, kind="probe"):
             x: raw rows [..., features] (for the pool `flat` all tokens side by side); or a
                 recording of its site, which brings its steps: then [rows, steps, outputs], for the
                 pool `token` [rows, steps, tokens, outputs], NaN at padding.
-            step: of a tensor's rows, where the probe has a perceptron for each.
-            fraction: share of the trajectory done, where it hears of the noise level; a number, or
-                a tensor that broadcasts to the rows.
+            step: of a tensor's rows, where the probe has an MLP for each.
+            fraction: share of the trajectory done, where it is conditioned on the noise level; a
+                number, or a tensor that broadcasts to the rows.
 
         Raises:
             InvalidInput: another width or site, a step that it has not, or a step or fraction that
@@ -104,8 +109,10 @@ class Probe(Artifact, kind="probe"):
             raise InvalidInput(
                 f"{self._name}: it reads {self.width} features, x is {list(x.shape)}"
             )
-        if self.hears_noise and fraction is None:
-            raise InvalidInput(f"{self._name}: it hears of the noise level; give fraction=")
+        if self.noise_conditioned and fraction is None:
+            raise InvalidInput(
+                f"{self._name}: it is conditioned on the noise level; give fraction="
+            )
         return _on(self.at(step), x.device).logits(x, fraction)
 
     def probabilities(
@@ -147,12 +154,12 @@ class Probe(Artifact, kind="probe"):
             return found
         if self.task.kind == "multilabel":
             return _named(found.tolist(), self._set)
-        told = {}
+        predicted = {}
         for attribute, part in self.task.parts.items():
             own, names = found[..., part], self.task.classes[attribute]
             likeliest = torch.where(own.isnan().any(-1), len(names), own.argmax(-1))
-            told[attribute] = _named(likeliest.tolist(), (*names, None).__getitem__)
-        return told[""] if list(told) == [""] else told
+            predicted[attribute] = _named(likeliest.tolist(), (*names, None).__getitem__)
+        return predicted[""] if list(predicted) == [""] else predicted
 
     def guidance(
         self, target: Any = None, avoid: Any = None, alpha: Any = 1.0, **fields: Any
@@ -214,7 +221,7 @@ class Probe(Artifact, kind="probe"):
         lengths = {len(each) for layers in stacked.values() for each in layers}
         temperature = tensors["temperature"]
         if lengths != {count} or count != (len(steps) or 1):
-            raise InvalidInput(f"weights of {sorted(lengths)} perceptrons, {len(steps)} steps")
+            raise InvalidInput(f"weights of {sorted(lengths)} MLPs, {len(steps)} steps")
         if temperature.shape != (count, len(classes)):
             raise InvalidInput(
                 f"temperature must be {[count, len(classes)]}, got {list(temperature.shape)}"
@@ -222,8 +229,12 @@ class Probe(Artifact, kind="probe"):
         noise = tensors.get("noise")
 
         def mlp(number: int) -> Mlp:
+            weights, biases = (
+                tuple(each[number].clone() for each in layers) for layers in stacked.values()
+            )
             return Mlp(
-                *(tuple(each[number].clone() for each in layers) for layers in stacked.values()),
+                weights,
+                biases,
                 content["activation"],
                 task.labels,
                 (steps[number],) if steps else None,
@@ -254,7 +265,7 @@ class Probe(Artifact, kind="probe"):
         if not self.steps:
             return 0
         if step is None:
-            raise InvalidInput(f"{self._name}: it has a perceptron for each step; give step=")
+            raise InvalidInput(f"{self._name}: it has an MLP for each step; give step=")
         if step not in self.steps:
             had = ", ".join(map(str, self.steps))
             raise InvalidInput(f"{self._name}: it has none for step {step}; trained at {had}")
@@ -267,7 +278,7 @@ class Probe(Artifact, kind="probe"):
             raise InvalidInput(f"{self._name}: the rows are of {rows.site}")
         steps = rows.steps or (None,)
         each = [
-            read(rows.values[:, n], at, rows.fractions[n] if self.hears_noise else None)
+            read(rows.values[:, n], at, rows.fractions[n] if self.noise_conditioned else None)
             for n, at in enumerate(steps)
         ]
         found = torch.stack(each, 1)
@@ -298,7 +309,7 @@ def _named(values: Any, name: Any) -> Any:
 
 
 def _on(mlp: Mlp, device: torch.device) -> Mlp:
-    """The perceptron with its weights on a device."""
+    """The MLP with its weights on a device."""
     if mlp.weights[0].device == device:
         return mlp
     weights, biases = (tuple(e.to(device) for e in each) for each in (mlp.weights, mlp.biases))

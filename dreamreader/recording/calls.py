@@ -99,7 +99,7 @@ def record_calls(
     listed = list(prompts)
     numbers = row_seeds(seeds, len(listed))
     asked: dict[str, Any] = {"output_type": "latent"} | arguments
-    parts: list[_Batch] = []
+    parts: list[_CallBatch] = []
     for start in range(0, len(listed), batch_size):
         chosen = slice(start, start + batch_size)
         with Clock(reader.subject) as clock, CallRecorder(clock, branch) as recorder:
@@ -109,7 +109,7 @@ def record_calls(
 
 
 @dataclass(eq=False)
-class _Batch:
+class _CallBatch:
     denoiser: nn.Module
     moments: list[Moment]
     arguments: list[dict[Path, Any]]
@@ -143,7 +143,7 @@ class CallRecorder:
         for each in self._handles:
             each.remove()
 
-    def batch(self, rows: int) -> _Batch:
+    def batch(self, rows: int) -> _CallBatch:
         if not self.kept:
             raise UnknownName("branch", self.branch, self.branches, "The run had no call of it")
         modules = {id(module) for module, _, _ in self.kept}
@@ -151,7 +151,7 @@ class CallRecorder:
             raise InvalidInput(
                 f"{len(modules)} denoisers ran; calls of one alone can be made again"
             )
-        return _Batch(
+        return _CallBatch(
             self.kept[0][0], [each for _, each, _ in self.kept], [each for *_, each in self.kept]
         )
 
@@ -206,7 +206,7 @@ class _PerRow:
     value: Any
 
 
-def _joined(parts: list[_Batch]) -> Calls:
+def _joined(parts: list[_CallBatch]) -> Calls:
     first = parts[0]
     moving: dict[Path, Tensor] = {}
     still: dict[Path, Tensor] = {}
