@@ -1,7 +1,7 @@
 """Nested values as JSON and tensors, equal to the bit when read back."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -13,13 +13,14 @@ _CONTAINERS = {"tuple": tuple, "set": set, "frozenset": frozenset}
 _SPANS = {"slice": slice, "range": range}
 
 
-def pack(value: Any, tensors: dict[str, Tensor], classes: Iterable[type] = ()) -> Any:
+def pack(value: Any, tensors: dict[str, Tensor], classes: Mapping[str, type] | None = None) -> Any:
     """JSON for a value; whatever JSON does not tell apart gets a mark {"is": kind, "of": content}.
 
     Args:
         value: plain values, tensors, collections of them, and objects of `classes`.
         tensors: takes the tensors of the value, under numbered names.
-        classes: dataclasses, and mappings that are made of their values, that may occur.
+        classes: what files call the classes that may occur: dataclasses, and mappings that are made
+            of their values.
 
     Returns:
         Plain values for `unpack`.
@@ -31,7 +32,7 @@ def pack(value: Any, tensors: dict[str, Tensor], classes: Iterable[type] = ()) -
         >>> pack((1, float("inf")), {})
         {'is': 'tuple', 'of': [1, {'is': 'float', 'of': 'inf'}]}
     """
-    known = {each.__name__: each for each in classes}
+    names = {cls: name for name, cls in (classes or {}).items()}
 
     def packed(value: Any) -> Any:
         name = type(value).__name__
@@ -43,11 +44,11 @@ def pack(value: Any, tensors: dict[str, Tensor], classes: Iterable[type] = ()) -
             key = f"tensor_{len(tensors)}"
             tensors[key] = value
             return {"is": "tensor", "of": key}
-        if name in known and type(value) is known[name]:
+        if type(value) in names:
             if is_dataclass(value):
                 own = {each.name: packed(getattr(value, each.name)) for each in fields(value)}
-                return {"is": name, "of": own}
-            return {"is": name, "of": [packed(each) for each in value.values()]}
+                return {"is": names[type(value)], "of": own}
+            return {"is": names[type(value)], "of": [packed(each) for each in value.values()]}
         if isinstance(value, list):
             return [packed(each) for each in value]
         if isinstance(value, tuple | set | frozenset):
@@ -65,17 +66,19 @@ def pack(value: Any, tensors: dict[str, Tensor], classes: Iterable[type] = ()) -
     return packed(value)
 
 
-def unpack(value: Any, tensors: Mapping[str, Tensor], classes: Iterable[type] = ()) -> Any:
+def unpack(
+    value: Any, tensors: Mapping[str, Tensor], classes: Mapping[str, type] | None = None
+) -> Any:
     """The value that `pack` described.
 
     Args:
-        value: what `pack` gave. tensors: as `pack` filled them. classes: those that may occur.
+        value: what `pack` gave. tensors: as `pack` filled them. classes: as for `pack`.
 
     Raises:
         UnknownName: a mark of another kind.
         InvalidInput: the description is none of `pack`.
     """
-    known = {each.__name__: each for each in classes}
+    known = classes or {}
 
     def unpacked(value: Any) -> Any:
         if isinstance(value, list):

@@ -160,7 +160,7 @@ class WordMaps(Artifact, kind="word_maps"):
         return pictures.table(text, heads, self.words, self._flat(), self.images)
 
 
-_SAVED = (Firing, Row)
+_SAVED = {"Firing": Firing, "Row": Row}
 
 
 def _pixels(images: Any) -> Any:

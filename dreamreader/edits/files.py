@@ -15,16 +15,20 @@ from dreamreader.edits.patch import Patch
 from dreamreader.edits.probe_guidance import ProbeGuidance
 from dreamreader.edits.simple import Clamp, Scale
 from dreamreader.edits.steer import Steer
-from dreamreader.engine.cache import Activation, Cache, Row
-from dreamreader.engine.clock_schedule import Instant
-from dreamreader.engine.request import EditRequest
-from dreamreader.engine.selection import Box
+from dreamreader.engine import Activation, Box, Cache, EditRequest, Row, StepInfo
 from dreamreader.errors import InvalidInput, UnknownName
 
 _KINDS: dict[str, type[EditRequest]] = {
     each.__name__: each for each in (Steer, Ablate, Scale, Clamp, Patch, LoReFT, ProbeGuidance)
 }
-_VALUES = (Activation, Box, Cache, Instant, Mlp, Row)
+_VALUES = {  # names in files
+    "Activation": Activation,
+    "Box": Box,
+    "Cache": Cache,
+    "Instant": StepInfo,
+    "Mlp": Mlp,
+    "Row": Row,
+}
 
 
 class Edits(list[EditRequest], Artifact, kind="edits"):

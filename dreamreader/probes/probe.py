@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dreamreader.artifacts import Artifact
 from dreamreader.edits.mlp import Mlp
-from dreamreader.engine.request import same
+from dreamreader.engine import same
 from dreamreader.errors import InvalidInput
 from dreamreader.probes.card import Card
 from dreamreader.probes.labels import Task

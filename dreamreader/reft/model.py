@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from dreamreader.artifacts import Artifact
 from dreamreader.edits import LoReFT
-from dreamreader.engine import Reader
-from dreamreader.engine.pattern import join, parse
+from dreamreader.engine import Reader, join, parse
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.reft.adapter import Adapter
 from dreamreader.reft.widths import widths_of
@@ -106,7 +105,7 @@ class Reft(nn.Module, Artifact, kind="reft"):
             seed=seed,
             device=device,
         )
-        components = reader._subject.components().values()
+        components = reader.components.values()
         made.of = sum(each.numel() for part in components for each in part.parameters())
         return made
 
@@ -225,7 +224,7 @@ class Reft(nn.Module, Artifact, kind="reft"):
         """
         for site, adapter in self.adapters.items():
             reader.sites(site)
-            shape = reader._shapes.get(site)
+            shape = reader.shape_of(site)
             if shape is not None and shape[-1] != adapter.width:
                 raise InvalidInput(
                     f"{site}: the adapter is for width {adapter.width}, the site has {shape[-1]}"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dreamreader.artifacts import Artifact
 from dreamreader.edits import Ablate, Steer
-from dreamreader.engine.request import same
+from dreamreader.engine import same
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.steering.evidence import Evidence
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dreamreader.engine.pattern import parse
+from dreamreader.engine import parse
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.steering.directions import Directions
 

@@ -13,7 +13,7 @@ import dreamreader as dr
 from dreamreader._checked import read_tensors, write_tensors
 from dreamreader.artifacts import Artifact, load, save
 from dreamreader.edits import Edits
-from dreamreader.engine.request import same
+from dreamreader.engine._request import same
 from dreamreader.errors import InvalidInput
 from dreamreader.steering import Directions
 from tests.artifacts.things import THINGS, cache, directions, grid, reft, word_maps, written

@@ -12,7 +12,7 @@ from dreamreader.artifacts import Artifact
 from dreamreader.attention import WordMaps
 from dreamreader.edits import Ablate, Box, Edits, Mlp, Patch, ProbeGuidance, Scale, Steer
 from dreamreader.engine import Activation, Cache, Firing, FiringReport, Row
-from dreamreader.engine.clock_schedule import Instant
+from dreamreader.engine._clock_schedule import StepInfo
 from dreamreader.fitting.checkpoint import TrainingState
 from dreamreader.probes import Probe, fit
 from dreamreader.reft import Reft
@@ -25,7 +25,7 @@ NAN = float("nan")
 def cache() -> Cache:
     """bfloat16, steps that are unknown, tokens by number, padding, two branches, an empty one."""
     rows = (Row(0, "a cat – ü", 3), Row(1))
-    steps = (Instant(-1, NAN, None, NAN, 0), Instant(3, 801.0, 0.1, 1 / 3, 1))
+    steps = (StepInfo(-1, NAN, None, NAN, 0), StepInfo(3, 801.0, 0.1, 1 / 3, 1))
     generator = torch.Generator().manual_seed(0)
     draw = torch.randn(2, 2, 2, 3, 4, generator=generator)
     both = draw.bfloat16()
