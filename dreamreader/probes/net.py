@@ -15,7 +15,7 @@ _FUNCTIONS = {
 }
 
 
-class MLPs(nn.Module):
+class StackedMlps(nn.Module):
     """`count` MLPs of one shape; inputs, weights and logits have them in dimension 0.
 
     Args:

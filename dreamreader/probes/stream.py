@@ -11,15 +11,15 @@ from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.fitting import Recipe
 from dreamreader.probes.controls import WIDTH, random_rows
 from dreamreader.probes.fit import PER_STEP, assembled
-from dreamreader.probes.net import MLPs
+from dreamreader.probes.net import StackedMlps
 from dreamreader.probes.objective import ProbeObjective, check_counts, objective
 from dreamreader.probes.probe import Probe
 from dreamreader.probes.scores import Held, measured
 from dreamreader.probes.source import Batches, LabelledPart, LabelledSource, Survey, surveyed
 from dreamreader.probes.train import (
     Design,
-    ProbeRows,
     TrainedMlps,
+    TrainingRows,
     described,
     epochs_of,
     recipe_of,
@@ -155,7 +155,7 @@ class _StreamedFit:
             for n in range(count)
         ]
 
-        def batches(epoch: int) -> Iterator[ProbeRows]:
+        def batches(epoch: int) -> Iterator[TrainingRows]:
             draw = torch.Generator().manual_seed(seed + epoch)
             for part in self.train.parts(epoch):
                 yield from learners[part.slot].add(change(part, draw))
@@ -223,17 +223,17 @@ class _StreamedProbe:
         self.spread = survey.spread if regress else torch.ones(())
         outputs = len(goal.task.labels)
         sizes = (len(self.mean), *design.hidden, outputs)
-        net = MLPs(1, sizes, design.activation, noisy, recipe.seed)
+        net = StackedMlps(1, sizes, design.activation, noisy, recipe.seed)
         self.net = net.to(self.mean.device)
         self.waiting: list[LabelledPart] = []
 
-    def add(self, part: LabelledPart) -> Iterator[ProbeRows]:
+    def add(self, part: LabelledPart) -> Iterator[TrainingRows]:
         """Takes rows, and gives them as soon as there are enough for a step."""
         self.waiting.append(part)
         if sum(len(each.x) for each in self.waiting) >= self.size:
             yield from self._steps(self._taken())
 
-    def rest(self) -> Iterator[ProbeRows]:
+    def rest(self) -> Iterator[TrainingRows]:
         """Gives what is left at the end of an epoch."""
         if self.waiting:
             yield from self._steps(self._taken())
@@ -246,13 +246,13 @@ class _StreamedProbe:
         )
         return LabelledPart(x, targets, fraction, self.slot)
 
-    def _steps(self, part: LabelledPart) -> Iterator[ProbeRows]:
+    def _steps(self, part: LabelledPart) -> Iterator[TrainingRows]:
         x = self._standard(part.x)
         targets = part.targets
         if targets.is_floating_point():
             targets = (targets - self.middle) / self.spread
         for batch in torch.arange(len(part.x), device=x.device).split(self.size):
-            yield ProbeRows(x[:, batch], targets[batch], part.fraction[batch], self.slot)
+            yield TrainingRows(x[:, batch], targets[batch], part.fraction[batch], self.slot)
 
     def _standard(self, x: Tensor) -> Tensor:
         return ((x.float() - self.mean) / self.scale).unsqueeze(0)

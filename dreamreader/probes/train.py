@@ -13,7 +13,7 @@ from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.fitting import History, NonFiniteLoss, Recipe, fit
 from dreamreader.ops.guide import ACTIVATIONS
 from dreamreader.probes.labels import Targets
-from dreamreader.probes.net import MLPs
+from dreamreader.probes.net import StackedMlps
 from dreamreader.probes.objective import ProbeObjective
 from dreamreader.probes.scores import Held
 from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION
@@ -125,7 +125,7 @@ def train(problem: Problem) -> TrainedMlps:
     labels = problem.objective.task.labels
     sizes = (x.shape[2], *design.hidden, len(labels))
     seed = problem.recipe.seed
-    net = MLPs(len(x), sizes, design.activation, problem.noisy, seed).to(x.device)
+    net = StackedMlps(len(x), sizes, design.activation, problem.noisy, seed).to(x.device)
     generator = torch.Generator().manual_seed(seed)
     rms = scale.square().mean(-1, keepdim=True).sqrt()
     noise = (design.jitter * rms / scale).unsqueeze(1)  # [count, 1, features]
@@ -173,8 +173,8 @@ def train_nets(
         InvalidInput: a loss is not finite.
     """
 
-    def loss_of(slot: int) -> Callable[[MLPs, TrainingRows], Tensor | None]:
-        def loss(net: MLPs, rows: TrainingRows) -> Tensor | None:
+    def loss_of(slot: int) -> Callable[[StackedMlps, TrainingRows], Tensor | None]:
+        def loss(net: StackedMlps, rows: TrainingRows) -> Tensor | None:
             if rows.slot != slot:
                 return None
             return objective.losses(net(rows.x, rows.fraction), rows.targets).sum()

@@ -64,9 +64,9 @@ def test_noise_is_told_by_chance_and_controls_are_near_it():
 
 def test_the_best_validated_state_is_kept_and_never_the_untrained_one():
     from dreamreader.fitting import Best
-    from dreamreader.probes.net import MLPs
+    from dreamreader.probes.net import StackedMlps
 
-    net = MLPs(2, (3, 2), "relu", False, 0)
+    net = StackedMlps(2, (3, 2), "relu", False, 0)
     best = Best(net)
     better = []
     for epoch, losses in enumerate(([9.0, 1.0], [5.0, 2.0], [7.0, 3.0])):
@@ -81,11 +81,11 @@ def test_the_best_validated_state_is_kept_and_never_the_untrained_one():
 
 
 def test_folding_the_standardisation_is_exact():
-    from dreamreader.probes.net import MLPs
+    from dreamreader.probes.net import StackedMlps
 
     g = torch.Generator().manual_seed(0)
     for hidden in ((), (5,), (5, 4)):
-        net = MLPs(2, (6, *hidden, 3), "gelu", True, 1)
+        net = StackedMlps(2, (6, *hidden, 3), "gelu", True, 1)
         with torch.no_grad():
             assert net.noise is not None
             net.noise.normal_(generator=g)
