@@ -22,7 +22,9 @@ class Hub(BaseHTTPRequestHandler):
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
             if asked["name"] == "forbidden":
                 return self._reply({"error": "not yours"}, 403)
-            return self._reply({"url": f"http://hub/{name}", "name": name, "id": name})
+            return self._reply(
+                {"url": f"http://{self.headers['Host']}/{name}", "name": name, "id": name}
+            )
         if self.path == "/api/validate-yaml":
             assert json.loads(body)["content"].startswith("---\n")
             return self._reply({"errors": [], "warnings": []})
@@ -39,7 +41,12 @@ class Hub(BaseHTTPRequestHandler):
                 value = line["value"]
                 assert value["encoding"] == "base64"
                 self.files[f"{repo}/{value['path']}"] = base64.b64decode(value["content"])
-        self._reply({"commitUrl": f"http://hub/{repo}/commit/{'a' * 40}", "commitOid": "a" * 40})
+        self._reply(
+            {
+                "commitUrl": f"http://{self.headers['Host']}/{repo}/commit/{'a' * 40}",
+                "commitOid": "a" * 40,
+            }
+        )
 
     def do_HEAD(self) -> None:
         self.do_GET()

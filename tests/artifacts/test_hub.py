@@ -60,7 +60,7 @@ failed(dr.from_hub, "no such name!")
 failed(dr.push_to_hub, reft(), "me/forbidden")
 """,
         )
-        assert lines[0] == f"http://hub/me/colour/commit/{'a' * 40}"
+        assert lines[0] == f"{address}/me/colour/commit/{'a' * 40}"
         assert lines[1:3] == ["True Directions", "True"]
         assert "holds no reft of dreamreader; it holds directions" in lines[3]
         assert "artifact.safetensors of me/colour has checksum" in lines[4]
