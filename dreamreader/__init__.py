@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dreamreader._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from dreamreader.artifacts import from_hub, load_artifact, push_to_hub, save
     from dreamreader.edits import (
         Ablate,
         Clamp,
@@ -41,8 +42,13 @@ _HOME = {
     "Experiment": "experiments",
     "Harvest": "harvest",
     "load": "zoo",
+    "save": "artifacts",
+    "load_artifact": "artifacts",
+    "push_to_hub": "artifacts",
+    "from_hub": "artifacts",
 }
 _MODULES = (
+    "artifacts",
     "attention",
     "edits",
     "engine",
@@ -79,7 +85,11 @@ __all__ = [
     "Record",
     "Scale",
     "Steer",
+    "from_hub",
     "load",
+    "load_artifact",
+    "push_to_hub",
+    "save",
 ]
 
 

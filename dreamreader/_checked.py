@@ -28,11 +28,12 @@ _CHUNK = 1 << 20
 _NO_STAMP = "it has no checksum, so it was not written here, or was changed"
 
 
-def check(path: str | os.PathLike[str], hint: str = "") -> None:
+def check(path: str | os.PathLike[str], hint: str = "", suffix: str | None = None) -> None:
     """Reads a file and compares it with its checksum.
 
     Args:
         path: of the file. hint: what to do, for the message.
+        suffix: by which its format is known; that of its name where None.
 
     Raises:
         FileNotFoundError: there is none.
@@ -40,7 +41,7 @@ def check(path: str | os.PathLike[str], hint: str = "") -> None:
     """
     try:
         with open(path, "rb") as file:
-            at, said = _place(file, Path(path).suffix)
+            at, said = _place(file, Path(path).suffix if suffix is None else suffix)
             found = _digest(file, at)
     except _Damaged as error:
         raise damaged(path, str(error), hint) from None
@@ -50,6 +51,12 @@ def check(path: str | os.PathLike[str], hint: str = "") -> None:
         raise InvalidInput(f"{path} cannot be read: {error.strerror}") from error
     if found != said:
         raise damaged(path, "it does not have its checksum", hint)
+
+
+def checksum(path: str | os.PathLike[str], suffix: str | None = None) -> str:
+    """The checksum that a file carries, 64 hexadecimal digits; `check` compares it."""
+    with open(path, "rb") as file:
+        return _place(file, Path(path).suffix if suffix is None else suffix)[1]
 
 
 def damaged(path: str | os.PathLike[str], why: str, hint: str = "") -> InvalidInput:
@@ -116,7 +123,7 @@ def read_tensors(
     """
     from safetensors import safe_open
 
-    check(path, hint)
+    check(path, hint, ".safetensors")
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata() or {})
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

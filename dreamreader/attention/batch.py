@@ -12,7 +12,7 @@ from dreamreader.errors import InvalidInput
 
 
 @dataclass(eq=False)
-class Tokens:
+class WordTokens:
     """The text keys that are summed for every row.
 
     Attributes:
@@ -80,10 +80,12 @@ class Layer:
             attention.of([row]).words_(out[one], self.weights[one], slice(start, stop))
 
 
-class Batch:
+class AttentionBatch:
     """All layers of one run of the subject."""
 
-    def __init__(self, call: Call, words: list[tuple[str, ...]], tokens: Tokens, per_step: bool):
+    def __init__(
+        self, call: Call, words: list[tuple[str, ...]], tokens: WordTokens, per_step: bool
+    ):
         whole = call.whole_grid
         assert whole is not None  # there are image tokens
         self.rows: tuple[Row, ...] = call.rows
@@ -94,7 +96,7 @@ class Batch:
         self.layers: dict[str, Layer] = {}
         self.steps: dict[int, None] = {}
 
-    def add(self, attention: Attention, call: Call, tokens: Tokens) -> None:
+    def add(self, attention: Attention, call: Call, tokens: WordTokens) -> None:
         """Add one call, or the share of one that the model forms at a time."""
         step = call.instant.step if call.instant is not None else 0
         self.steps[step] = None

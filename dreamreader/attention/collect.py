@@ -15,7 +15,7 @@ from dreamreader.attention.asked import (
     text_sites,
     words_of,
 )
-from dreamreader.attention.batch import Batch, Tokens
+from dreamreader.attention.batch import AttentionBatch, WordTokens
 from dreamreader.attention.maps import WordMaps
 from dreamreader.engine import Attention, Call, EditRequest, Row, Watch
 from dreamreader.errors import InvalidInput, NeverFired
@@ -100,8 +100,8 @@ class WordMap:
         self._normalise = normalise
         self._skip = skip_factor
         self._run: object = None
-        self._open: Batch | None = None
-        self._tokens: dict[tuple, Tokens] = {}
+        self._open: AttentionBatch | None = None
+        self._tokens: dict[tuple, WordTokens] = {}
         self._done: list[WordMaps] = []
         self._skipped: dict[str, None] = {}
 
@@ -133,7 +133,7 @@ class WordMap:
             self._run = call.run
             words = self._words(call)
             tokens = self._located(call, words)
-            self._open = Batch(call, words, tokens, self._per_step)
+            self._open = AttentionBatch(call, words, tokens, self._per_step)
         key = (call.text, attention.shape[3])
         if key not in self._tokens:
             self._tokens[key] = self._located(call, self._open.words)
@@ -185,14 +185,14 @@ class WordMap:
             ]
         return found
 
-    def _located(self, call: Call, words: list[tuple[str, ...]]) -> Tokens:
+    def _located(self, call: Call, words: list[tuple[str, ...]]) -> WordTokens:
         places = positions(call, words)
         for row, own, keys in zip(call.rows, words, places, strict=True):
             for word, each in zip(own, keys, strict=True):
                 if not each:
                     raise missing(word, row)
         prompts = call.prompt() if self._normalise else [[] for _ in words]
-        tokens = Tokens([], [], [])
+        tokens = WordTokens([], [], [])
         for own, prompt in zip(places, prompts, strict=True):
             keys = list(dict.fromkeys([*(key for each in own for key in each), *prompt]))
             at = {key: number for number, key in enumerate(keys)}

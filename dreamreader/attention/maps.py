@@ -1,24 +1,27 @@
 """The result: heat maps with the rows, words and steps they belong to."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dreamreader.artifacts import Artifact, pack, unpack
 from dreamreader.attention import scores
 from dreamreader.attention.pictures import draw, overlay, table
 from dreamreader.attention.scores import resize
-from dreamreader.engine import FiringReport, Row
+from dreamreader.engine import Firing, FiringReport, Row
 from dreamreader.errors import InvalidInput, UnknownName
 
 ROWS, WORDS = 8, 12  # shown in a notebook
 
 
 @dataclass(frozen=True, eq=False)
-class WordMaps:
+class WordMaps(Artifact, kind="word_maps"):
     """Heat maps of words, one for each row and word.
 
     Attributes:
@@ -42,6 +45,39 @@ class WordMaps:
     steps: tuple[int, ...]
     images: Any = None
     firing: FiringReport | None = None
+
+    def __post_init__(self):
+        rows = {len(self.rows), len(self.words), len(self.maps)}
+        if self.maps.dim() != len(self.axes) or self.maps.dim() < 4 or len(rows) != 1:
+            raise InvalidInput(
+                f"WordMaps: axes {', '.join(self.axes)}, {len(self.rows)} rows and words of "
+                f"{len(self.words)}, but maps are {list(self.maps.shape)}"
+            )
+
+    def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Fields as they are; pictures of PIL as their pixels.
+
+        Raises:
+            InvalidInput: the pictures are no tensors and no RGB or grey pictures of PIL.
+        """
+        tensors: dict[str, Tensor] = {}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values |= {"images": _pixels(self.images), "firing": None}
+        if self.firing is not None:
+            values["firing"] = (self.firing.firings, self.firing.notes)
+        return tensors, {"maps": pack(values, tensors, _SAVED)}
+
+    @classmethod
+    def of_file(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Self:
+        values = unpack(content["maps"], tensors, _SAVED)
+        values["images"] = _pictures(values["images"])
+        if values["firing"] is not None:
+            firings, notes = values["firing"]
+            counted = ("steps", "branches", "not_computed")
+            values["firing"] = FiringReport(
+                [replace(e, **{n: Counter(getattr(e, n)) for n in counted}) for e in firings], notes
+            )
+        return cls(**values)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -133,3 +169,28 @@ class WordMaps:
         if len(self.rows) > ROWS or any(len(each) > WORDS for each in self.words):
             text += f"; the first {ROWS} rows and {WORDS} words are shown"
         return table(text, lines)
+
+
+_SAVED = {"Firing": Firing, "Row": Row}
+
+
+def _pixels(images: Any) -> Any:
+    """Pictures as tensors: those of PIL as (uint8 [h, w, 3] or [h, w], ...)."""
+    if images is None or isinstance(images, Tensor):
+        return images
+    if any(getattr(each, "mode", "") not in ("RGB", "L") for each in images):
+        kinds = sorted({f"{type(e).__name__} {getattr(e, 'mode', '')}".strip() for e in images})
+        raise InvalidInput(
+            f"pictures cannot be saved as {', '.join(kinds)}; use replace(maps, images=None), or "
+            "RGB pictures of PIL"
+        )
+    return tuple(torch.from_numpy(np.array(each)) for each in images)
+
+
+def _pictures(pixels: Any) -> Any:
+    """What `_pixels` was given."""
+    if pixels is None or isinstance(pixels, Tensor):
+        return pixels
+    from PIL import Image
+
+    return [Image.fromarray(each.numpy()) for each in pixels]

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -16,11 +17,19 @@ _CELL = "padding:2px 6px;text-align:center;font-size:90%"
 
 
 def coloured(heat: Float[Tensor, "h w"]) -> Float[Tensor, "h w 3"]:
-    """The colours of a map, dark at 0 and light at its maximum."""
-    from matplotlib import colormaps
+    """The colours of a map, from black at 0 over purple and orange to white at its maximum.
 
-    share = heat / heat.amax().clamp(min=1e-12)
-    return torch.from_numpy(colormaps["inferno"](share.numpy())[..., :3]).float()
+    Formula: l + a (cos p v + sin p w), where the lightness l is the share of the maximum,
+        a = 0.7 l (1 - l), p = 2 pi (0.1 + l / 3).
+
+    Reference:
+        Green, A colour scheme for the display of astronomical intensity images (2011).
+    """
+    light = (heat / heat.amax().clamp(min=1e-12))[..., None].double()
+    angle = 2 * math.pi * (0.1 + light / 3)
+    across = angle.cos() * light.new_tensor([-0.14861, -0.29227, 1.97294])
+    along = angle.sin() * light.new_tensor([1.78277, -0.90649, 0.0])
+    return (light + 0.7 * light * (1 - light) * (across + along)).clamp(0, 1).float()
 
 
 def overlay(image: Any, heat: Float[Tensor, "h w"], strength: float) -> Any:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dreamreader.store.manifest import Count
-    from dreamreader.store.stats import Statistics
+    from dreamreader.store.stats import SiteStatistics
     from dreamreader.store.store import Store
 
 DAMAGED = 1
@@ -220,7 +220,7 @@ def _lines(store: "Store") -> Iterator[str]:
         yield f"to go on    run the same harvest again with --out {store.path}"
 
 
-def _table(found: "Statistics") -> "Table":
+def _table(found: "SiteStatistics") -> "Table":
     from dreamreader.cli.progress import table
 
     columns = ("step", "branch", "rows", "mean norm", "5 %", "median", "95 %", "variance")

@@ -2,7 +2,7 @@
 
 from dreamreader.edits.ablate import Ablate
 from dreamreader.edits.custom import Edit
-from dreamreader.edits.files import load, save
+from dreamreader.edits.files import Edits, load, save
 from dreamreader.edits.loreft import LoReFT
 from dreamreader.edits.mlp import Mlp
 from dreamreader.edits.patch import Patch
@@ -16,6 +16,7 @@ __all__ = [
     "Box",
     "Clamp",
     "Edit",
+    "Edits",
     "LoReFT",
     "Mlp",
     "Patch",

@@ -1,14 +1,13 @@
-"""Edits in a safetensors file: tensors as tensors, everything else as JSON in its metadata."""
+"""Edits in a file: tensors as tensors, everything else as JSON in its metadata."""
 
-import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, Self
 
 from torch import Tensor
 
-from dreamreader._tensor_files import load_described, save_described
+from dreamreader.artifacts import Artifact, pack, unpack
 from dreamreader.edits.ablate import Ablate
 from dreamreader.edits.loreft import LoReFT
 from dreamreader.edits.mlp import Mlp
@@ -19,10 +18,43 @@ from dreamreader.edits.steer import Steer
 from dreamreader.engine import Activation, Box, Cache, EditRequest, Row, StepInfo
 from dreamreader.errors import InvalidInput, UnknownName
 
-_KIND = "edits"
 _KINDS: dict[str, type[EditRequest]] = {
     each.__name__: each for each in (Steer, Ablate, Scale, Clamp, Patch, LoReFT, ProbeGuidance)
 }
+_VALUES = {  # names in files
+    "Activation": Activation,
+    "Box": Box,
+    "Cache": Cache,
+    "Instant": StepInfo,
+    "Mlp": Mlp,
+    "Row": Row,
+}
+
+
+class Edits(list[EditRequest], Artifact, kind="edits"):
+    """Edits in their order, as a list that can be saved.
+
+    Example:
+        >>> Edits([Steer("0", torch.ones(4))]).save("edits.safetensors")
+        >>> Edits.load("edits.safetensors") == [Steer("0", torch.ones(4))]
+        True
+    """
+
+    def __init__(self, edits: EditRequest | Iterable[EditRequest] = ()):
+        super().__init__([edits] if isinstance(edits, EditRequest) else edits)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites, or patterns of sites, that are edited."""
+        return tuple(dict.fromkeys(site for each in self for site in each.sites))
+
+    def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors: dict[str, Tensor] = {}
+        return tensors, {"edits": [_packed_edit(each, tensors) for each in self]}
+
+    @classmethod
+    def of_file(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Self:
+        return cls([_unpacked_edit(each, tensors) for each in content["edits"]])
 
 
 def save(path: str | os.PathLike[str], edits: EditRequest | Sequence[EditRequest]) -> None:
@@ -35,21 +67,16 @@ def save(path: str | os.PathLike[str], edits: EditRequest | Sequence[EditRequest
     Raises:
         InvalidInput: an edit holds a function (a predicate, or `Edit`), which no file can hold.
     """
-    listed = [edits] if isinstance(edits, EditRequest) else list(edits)
-    tensors: dict[str, Tensor] = {}
-    found = [_packed_edit(each, tensors) for each in listed]
-    save_described(path, _KIND, tensors, {"edits": found})
+    Edits(edits).save(path)
 
 
-def load(path: str | os.PathLike[str]) -> list[EditRequest]:
+def load(path: str | os.PathLike[str]) -> Edits:
     """The edits of a file, in their order; tensors are on the CPU.
 
     Raises:
-        InvalidInput: the file holds no edits, or is of a newer version.
-        UnknownName: it holds an edit of an unknown kind.
+        InvalidInput: the file holds no edits, an edit of an unknown kind, or is damaged.
     """
-    content, tensors = load_described(path, _KIND)
-    return [_unpacked_edit(each, tensors) for each in content["edits"]]
+    return Edits.load(path)
 
 
 def _packed_edit(edit: EditRequest, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -61,7 +88,7 @@ def _packed_edit(edit: EditRequest, tensors: dict[str, Tensor]) -> dict[str, Any
     packed = {}
     for each in fields(edit):
         try:
-            packed[each.name] = _packed(getattr(edit, each.name), tensors)
+            packed[each.name] = pack(getattr(edit, each.name), tensors, _VALUES)
         except TypeError as error:
             raise InvalidInput(
                 f"{edit.describe()}: {each.name} cannot be saved: {error}"
@@ -69,67 +96,8 @@ def _packed_edit(edit: EditRequest, tensors: dict[str, Tensor]) -> dict[str, Any
     return {"kind": kind, "fields": packed}
 
 
-def _unpacked_edit(content: dict[str, Any], tensors: dict[str, Tensor]) -> EditRequest:
+def _unpacked_edit(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> EditRequest:
     if content["kind"] not in _KINDS:
-        raise UnknownName("kind of edit", content["kind"], _KINDS)
-    values = {name: _unpacked(value, tensors) for name, value in content["fields"].items()}
+        raise UnknownName("kind of edit", str(content["kind"]), _KINDS)
+    values = {name: unpack(value, tensors, _VALUES) for name, value in content["fields"].items()}
     return _KINDS[content["kind"]](**values)
-
-
-def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """JSON for a value; whatever JSON does not tell apart gets a mark {"is": kind}."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {"is": "float", "of": repr(value)}
-    if isinstance(value, Tensor):
-        name = f"tensor_{len(tensors)}"
-        tensors[name] = value.detach().cpu().clone().contiguous()
-        return {"is": "tensor", "of": name}
-    if isinstance(value, list):
-        return [_packed(each, tensors) for each in value]
-    if isinstance(value, tuple | set | frozenset):
-        listed = sorted(value) if isinstance(value, set | frozenset) else value
-        return {"is": type(value).__name__, "of": [_packed(each, tensors) for each in listed]}
-    if isinstance(value, slice | range):
-        return {"is": type(value).__name__, "of": [value.start, value.stop, value.step]}
-    if isinstance(value, Cache):
-        return {"is": "Cache", "of": [_packed(each, tensors) for each in value.values()]}
-    if isinstance(value, Mapping):
-        return {"is": "mapping", "of": {key: _packed(each, tensors) for key, each in value.items()}}
-    if is_dataclass(value) and type(value).__name__ in _VALUES:
-        content = {each.name: getattr(value, each.name) for each in fields(value)}
-        return {
-            "is": type(value).__name__,
-            "of": {key: _packed(each, tensors) for key, each in content.items()},
-        }
-    raise TypeError(f"{type(value).__name__} is no value that a file can hold")
-
-
-_VALUES = {each.__name__: each for each in (Activation, Box, StepInfo, Mlp, Row)}
-_CONTAINERS = {"tuple": tuple, "set": set, "frozenset": frozenset}
-
-
-def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_unpacked(each, tensors) for each in value]
-    if not isinstance(value, dict):
-        return value
-    kind, content = value["is"], value["of"]
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "float":
-        return float(content)
-    if kind in _CONTAINERS:
-        return _CONTAINERS[kind](_unpacked(each, tensors) for each in content)
-    if kind == "slice":
-        return slice(*content)
-    if kind == "range":
-        return range(*content)
-    if kind == "Cache":
-        return Cache([_unpacked(each, tensors) for each in content])
-    if kind == "mapping":
-        return {key: _unpacked(each, tensors) for key, each in content.items()}
-    if kind not in _VALUES:
-        raise UnknownName("kind of value", kind, _VALUES)
-    return _VALUES[kind](**{key: _unpacked(each, tensors) for key, each in content.items()})

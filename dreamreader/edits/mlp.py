@@ -1,4 +1,4 @@
-"""Mlp: a small perceptron as a value, the probe by which activations are guided."""
+"""Mlp: a small MLP as a value, the probe by which activations are guided."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ NOISE_FEATURES = 3
 
 @dataclass(frozen=True, eq=False)
 class Mlp:
-    """A perceptron of one to three linear layers that gives a logit for each label.
+    """A MLP of one to three linear layers that gives a logit for each label.
 
     Formula: z = W_n act(.. act(W_1 h + b_1 + C phi) ..) + b_n, phi = [f, f^2, f^3] with the share
     f of the denoising trajectory that is done (0 at pure noise).
@@ -110,7 +110,7 @@ class Mlp:
         Args:
             h: rows of any shape whose last dimension has `width` features.
             fraction: share of the trajectory that is done, one for all or one for each row; needed
-                where the perceptron is conditioned on the noise level.
+                where the MLP is conditioned on the noise level.
         """
         h = h.to(self.weights[0])
         biases = (self.first_bias(fraction), *self.biases[1:])
@@ -143,7 +143,7 @@ class Mlp:
 
 
 def at_step(probe: Mlp | Sequence[Mlp], place: EditContext) -> Mlp:
-    """The perceptron that holds for the running step.
+    """The MLP that holds for the running step.
 
     Of several, the one whose `steps` has it; without `steps`, entry i holds for step i.
 
@@ -168,7 +168,7 @@ def at_step(probe: Mlp | Sequence[Mlp], place: EditContext) -> Mlp:
 
 
 def mlps(probe: object) -> list[Mlp]:
-    """Every perceptron in a probe: itself, those of its steps, those of its sites."""
+    """Every MLP in a probe: itself, those of its steps, those of its sites."""
     if isinstance(probe, Mlp):
         return [probe]
     if isinstance(probe, Mapping):

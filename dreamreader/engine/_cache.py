@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dreamreader.artifacts import Artifact, pack, unpack
 from dreamreader.engine import _html as html
 from dreamreader.engine._clock_schedule import StepInfo
 from dreamreader.engine._pattern import join, parse
@@ -154,6 +155,23 @@ class Activation:
         tensor = self.tensor.index_select(self.axes.index(axis), index)
         return replace(self, tensor=tensor, **coordinates)
 
+    def _check(self) -> None:
+        """Refuses coordinates that are not those of the tensor.
+
+        Raises:
+            InvalidInput: a length differs; names the axis.
+        """
+        sizes = {"rows": len(self.rows), "branch": len(self.branches), "steps": len(self.steps)}
+        sizes |= {"heads": self.heads} if self.heads else {}
+        sizes |= {"tokens": len(self.tokens)} if self.tokens is not None else {}
+        axes, shape = self.axes, self.tensor.shape
+        off = {n: s for n, s in zip(axes, shape, strict=False) if sizes.get(n, s) != s}
+        if len(axes) != len(shape) or off:
+            raise InvalidInput(
+                f"{self.site}: a tensor {list(shape)} has not the axes {', '.join(axes)} with "
+                f"{', '.join(f'{size} {name}' for name, size in sizes.items())}"
+            )
+
     def _summary(self) -> list[tuple[str, str]]:
         steps = [each.step for each in self.steps if each.step >= 0]
         return [
@@ -180,7 +198,7 @@ class Activation:
         return html.table(("", ""), self._summary())
 
 
-class Cache(Mapping[str, Activation]):
+class Cache(Mapping[str, Activation], Artifact, kind="cache"):
     """Activations by site name. A key may be a glob that matches one recorded site.
 
     Example:
@@ -253,6 +271,22 @@ class Cache(Mapping[str, Activation]):
         return Cache([each.select(**coordinates) for each in self._found.values()])
 
     @property
+    def sites(self) -> tuple[str, ...]:
+        """The recorded sites."""
+        return tuple(self._found)
+
+    def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors: dict[str, Tensor] = {}
+        return tensors, {"activations": pack(list(self.values()), tensors, _SAVED)}
+
+    @classmethod
+    def of_file(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Self:
+        found = unpack(content["activations"], tensors, _SAVED)
+        for each in found:
+            each._check()
+        return cls(found)
+
+    @property
     def nbytes(self) -> int:
         return sum(each.tensor.nbytes for each in self._found.values())
 
@@ -277,6 +311,7 @@ class Cache(Mapping[str, Activation]):
         return html.table(_HEADER, self._table(), self._caption())
 
 
+_SAVED = {"Activation": Activation, "Instant": StepInfo, "Row": RunRow}  # names in files
 _HEADER = ("site", "shape", "dtype", "branches")
 
 

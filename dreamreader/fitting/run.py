@@ -11,7 +11,7 @@ from dreamreader._files import explained
 from dreamreader._hashing import class_of, hash_values
 from dreamreader.errors import InvalidInput
 from dreamreader.fitting.batches import Stream
-from dreamreader.fitting.checkpoint import load_state, save_state
+from dreamreader.fitting.checkpoint import TrainingState
 from dreamreader.fitting.learner import Learner
 from dreamreader.fitting.objective import Function
 from dreamreader.fitting.recipe import Recipe
@@ -125,7 +125,7 @@ class Run:
             "random": [torch.get_rng_state(), *cuda],
         }
         with explained(self.folder):
-            save_state(self.folder / CHECKPOINT, content)
+            TrainingState(content).save(self.folder / CHECKPOINT)
 
     def resume(self) -> None:
         """Goes on from the folder, where there is a training."""
@@ -134,7 +134,7 @@ class Run:
         now = self._of()  # before the first step, as an objective may change
         if not (self.folder / CHECKPOINT).is_file():
             return
-        found = load_state(self.folder / CHECKPOINT)
+        found = TrainingState.load(self.folder / CHECKPOINT)
         had = found["of"]
         for name in (*now, *(each for each in had if each not in now)):
             if had.get(name) != now.get(name):

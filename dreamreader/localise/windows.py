@@ -12,7 +12,7 @@ from dreamreader.localise.interventions import patch_edits
 from dreamreader.sweep.axes import run_order
 from dreamreader.sweep.cells import Cell
 from dreamreader.sweep.grids import Grid, Values
-from dreamreader.sweep.run import Job, Metric, check_pairs, job, over_cells, records_of
+from dreamreader.sweep.run import Metric, SweepJob, check_pairs, job, over_cells, records_of
 from dreamreader.sweep.windows import layer_windows
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def window_source(
 
 
 def _target_run(
-    work: Job, cells: Sequence[Cell]
+    work: SweepJob, cells: Sequence[Cell]
 ) -> tuple[RunResult, Values, Cache | Mapping[str, Tensor]]:
     wanted = records_of(cells)
     one_branch = all(isinstance(cell.branch, str) for cell in cells)

@@ -2,10 +2,9 @@
 
 from dreamreader.probes.calibration import brier, expected_calibration_error, temperature
 from dreamreader.probes.card import Card
-from dreamreader.probes.files import load, save
 from dreamreader.probes.fit import fit
 from dreamreader.probes.latent_guidance import Guided, latent_guidance
-from dreamreader.probes.probe import Probe
+from dreamreader.probes.probe import Probe, load, save
 from dreamreader.probes.stream import fit_batches
 
 __all__ = [

@@ -46,8 +46,8 @@ def temperature(
     low, high = 1 / _HOTTEST, 1 / _COLDEST
     for _ in range(80):
         beta = (low * high) ** 0.5
-        told = (beta * z).sigmoid() if flags else (beta * z).softmax(-1)
-        if float(((told - wanted) * z).sum()) > 0:
+        predicted = (beta * z).sigmoid() if flags else (beta * z).softmax(-1)
+        if float(((predicted - wanted) * z).sum()) > 0:
             high = beta
         else:
             low = beta

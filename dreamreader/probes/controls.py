@@ -11,12 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.probes.scores import measured
-from dreamreader.probes.train import Problem, Trained, train
+from dreamreader.probes.train import Problem, TrainedMlps, train
 
 WIDTH = 128
 
 
-def controls(problem: Problem, trained: Trained) -> dict[str, Any]:
+def controls(problem: Problem, trained: TrainedMlps) -> dict[str, Any]:
     """Accuracy and AUROC (or R^2), by attribute, of probes on other rows or of another capacity.
 
     `shuffled_labels`: the labels of the groups change hands; what is reached is chance, and the

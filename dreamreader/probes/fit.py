@@ -11,12 +11,12 @@ from dreamreader.fitting import Recipe
 from dreamreader.probes.card import Card
 from dreamreader.probes.controls import controls as measured_controls
 from dreamreader.probes.labels import Targets, encoded
-from dreamreader.probes.objective import Objective, check_counts, counted, objective
+from dreamreader.probes.objective import ProbeObjective, check_counts, counted, objective
 from dreamreader.probes.probe import Probe
-from dreamreader.probes.rows import Recorded, Rows, rows_of
+from dreamreader.probes.rows import ProbeRows, Recorded, rows_of
 from dreamreader.probes.scores import scores, temperatures
 from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION, dealt, numbered
-from dreamreader.probes.train import Design, Problem, Trained, described, recipe_of, train
+from dreamreader.probes.train import Design, Problem, TrainedMlps, described, recipe_of, train
 
 PER_STEP = ("each", "shared", "noise")
 PARTS = {"train": TRAIN, "validation": VALIDATION, "held_out": HELD_OUT}
@@ -59,8 +59,8 @@ def fit(
             numbers index; by default those that occur, sorted.
         hidden: widths of none (a linear probe) to two hidden layers.
         activation: between layers, `relu`, `gelu` or `silu`.
-        per_step: `each` step has a probe of its own, one is `shared` by all, or one hears of the
-            share of the trajectory done (`noise`).
+        per_step: `each` step has a probe of its own, one is `shared` by all, or one is
+            conditioned on the share of the trajectory done (`noise`).
         pool: `mean` over tokens, every `token` as a row with its row's label, or all side by side
             (`flat`).
         loss: `softmax`, cross-entropy within each attribute, or `sigmoid`, binary cross-entropy of
@@ -103,14 +103,14 @@ def fit(
     design = Design(tuple(hidden), activation, jitter)
     recipe = recipe_of(epochs, patience, lr, batch_size, seed)
     rows = rows_of(recorded, pool)
-    told, targets = encoded(labels, task, classes, len(rows.values))
+    labelled, targets = encoded(labels, task, classes, len(rows.values))
     belonging = rows.prompts if groups is None and rows.prompts is not None else groups
     count = len(rows.values)
     group = numbered(range(count) if belonging is None else belonging, count)
     part = dealt(group, targets, holdout, seed)
-    counts = counted(told, targets[part == TRAIN])
-    check_counts(told, counts)
-    goal = objective(told, loss, class_weights, counts)
+    counts = counted(labelled, targets[part == TRAIN])
+    check_counts(labelled, counts)
+    goal = objective(labelled, loss, class_weights, counts)
     problem = _problem(rows, targets, part, group, per_step, goal, design, recipe)
     trained = train(problem)
     known = {
@@ -122,7 +122,7 @@ def fit(
         "per_step": per_step,
         "rows": {name: int((part == each).sum()) for name, each in PARTS.items()},
         "groups": {name: len(group[part == each].unique()) for name, each in PARTS.items()},
-        "counts": dict(zip(told.labels, counts.tolist(), strict=False)),
+        "counts": dict(zip(labelled.labels, counts.tolist(), strict=False)),
         "training": {**described(design, recipe), "loss": goal.loss, "holdout": holdout},
         "controls": measured_controls(problem, trained) if controls else {},
     }
@@ -130,12 +130,12 @@ def fit(
 
 
 def _problem(
-    rows: Rows,
+    rows: ProbeRows,
     targets: Targets,
     part: Tensor,
     group: Tensor,
     per_step: str,
-    goal: Objective,
+    goal: ProbeObjective,
     design: Design,
     recipe: Recipe,
 ) -> Problem:
@@ -170,20 +170,22 @@ def _problem(
     return Problem(x, targets, fraction, part, group, goal, noisy, design, recipe, own)
 
 
-def assembled(goal: Objective, trained: Trained, known: Mapping[str, Any]) -> Probe:
+def assembled(goal: ProbeObjective, trained: TrainedMlps, known: Mapping[str, Any]) -> Probe:
     """The probe of what was trained, calibrated by its validation rows, with its card.
 
     Args:
         known: what the card tells beside the task and what is measured here.
     """
-    told = goal.task
-    heat = temperatures(trained.validation, told, goal.loss, len(trained.mlps))
+    labelled = goal.task
+    temperature = temperatures(trained.validation, labelled, goal.loss, len(trained.mlps))
     card = Card(
-        task=told.kind,
-        classes={attribute: list(names) for attribute, names in told.classes.items()},
-        class_weights=dict(zip(told.labels, goal.weights.tolist(), strict=True)),
+        task=labelled.kind,
+        classes={attribute: list(names) for attribute, names in labelled.classes.items()},
+        class_weights=dict(zip(labelled.labels, goal.weights.tolist(), strict=True)),
         epochs=list(trained.epochs),
-        held_out=scores(trained.held_out, told, goal.loss, heat),
+        held_out=scores(trained.held_out, labelled, goal.loss, temperature),
         **known,
     )
-    return Probe(trained.mlps, told, goal.loss, heat, card.site, card.branch, card.pool, card)
+    return Probe(
+        trained.mlps, labelled, goal.loss, temperature, card.site, card.branch, card.pool, card
+    )

@@ -99,7 +99,7 @@ def latent_guidance(
     Reference:
         Dhariwal and Nichol, Diffusion models beat GANs on image synthesis (2021).
     """
-    guide = _Guide(reader, probe, target, avoid, scale, objective, branch, site, checkpoint)
+    guide = _LatentGuide(reader, probe, target, avoid, scale, objective, branch, site, checkpoint)
     guide.steps = normalized_steps(steps, "latent_guidance: steps")
     with ExitStack() as stack:
         guide.attach(stack)
@@ -108,7 +108,7 @@ def latent_guidance(
         raise NeverFired(f"latent_guidance by {probe!r}: no step was guided ({guide.seen()})")
 
 
-class _Guide:
+class _LatentGuide:
     """Takes the gradient while the denoiser runs, and hands it to the scheduler's step."""
 
     def __init__(
@@ -208,7 +208,7 @@ class _Guide:
     def _value(self, h: Float[Tensor, "rows tokens features"], moment: DenoiserCall) -> Tensor:
         probe = self.probe
         read = pooled(h.unsqueeze(1), probe.pool).squeeze(1)  # [rows, tokens or 1, features]
-        fraction = moment.fraction if probe.hears_noise else None
+        fraction = moment.fraction if probe.noise_conditioned else None
         logits = probe.logits(read, step=moment.step, fraction=fraction)
         reach, leave = (self._per_row(e, len(h), "labels") for e in (self.reach, self.leave))
         return climbed(probe, moment.step, logits, reach, leave, self.objective)

@@ -1,4 +1,4 @@
-"""Perceptrons that are trained side by side, one for each step, on standardised inputs."""
+"""MLPs that are trained side by side, one for each step, on standardised inputs."""
 
 from collections.abc import Sequence
 
@@ -15,12 +15,12 @@ _FUNCTIONS = {
 }
 
 
-class Perceptrons(nn.Module):
-    """`count` perceptrons of one shape; inputs, weights and logits have them in dimension 0.
+class StackedMlps(nn.Module):
+    """`count` MLPs of one shape; inputs, weights and logits have them in dimension 0.
 
     Args:
         sizes: features, hidden widths, outputs.
-        noisy: whether the first layer hears of the noise level.
+        noisy: whether the first layer is conditioned on the noise level.
     """
 
     def __init__(self, count: int, sizes: Sequence[int], activation: str, noisy: bool, seed: int):
@@ -58,7 +58,7 @@ class Perceptrons(nn.Module):
         out_mean: Float[Tensor, " outputs"] | float = 0.0,
         out_scale: Float[Tensor, " outputs"] | float = 1.0,
     ) -> tuple[Mlp, ...]:
-        """The perceptrons on raw inputs: W (x - m) / s + b = (W / s) x + (b - (W / s) m).
+        """The MLPs on raw inputs: W (x - m) / s + b = (W / s) x + (b - (W / s) m).
 
         `out_mean` and `out_scale` undo the same of the outputs; `steps` are those of each.
         """
@@ -84,5 +84,5 @@ class Perceptrons(nn.Module):
 
 
 def powers(fraction: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows 3"]:
-    """What a first layer hears of the noise level: [f, f^2, f^3]."""
+    """What a first layer gets of the noise level: [f, f^2, f^3]."""
     return torch.stack([fraction, fraction**2, fraction**3], -1)

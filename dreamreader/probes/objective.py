@@ -15,7 +15,7 @@ LOSSES = ("softmax", "sigmoid")
 
 
 @dataclass(frozen=True)
-class Objective:
+class ProbeObjective:
     """The loss of a task.
 
     Attributes:
@@ -31,7 +31,7 @@ class Objective:
     def losses(
         self, logits: Float[Tensor, "count rows outputs"], targets: Targets
     ) -> Float[Tensor, " count"]:
-        """The loss of each perceptron: the (weighted) mean over rows."""
+        """The loss of each MLP: the (weighted) mean over rows."""
         weights = self.weights.to(logits)
         if self.task.kind == "regress":
             return (logits - targets).square().mean((1, 2))
@@ -57,7 +57,7 @@ class Objective:
 
 def objective(
     task: Task, loss: str, class_weights: str | Mapping[str, float] | None, counts: Tensor
-) -> Objective:
+) -> ProbeObjective:
     """The objective of a task with its class weights.
 
     Args:
@@ -92,7 +92,7 @@ def objective(
                 raise InvalidInput(f"class_weights: {label} must be positive, got {value}")
             weights[labels.index(label)] = value
     fixed = {"multilabel": "sigmoid", "regress": "squared"}
-    return Objective(task, fixed.get(task.kind, loss), weights)
+    return ProbeObjective(task, fixed.get(task.kind, loss), weights)
 
 
 def counted(task: Task, targets: Targets) -> Tensor:

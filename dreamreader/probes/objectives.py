@@ -62,9 +62,9 @@ def climbed(
 def _log_probability(
     probe: Probe, step: int, logits: Tensor, reach: Tensor, leave: Tensor
 ) -> Tensor:
-    heat, total = probe.temperature_at(step).to(logits), 0.0
+    temperature, total = probe.temperature_at(step).to(logits), 0.0
     for a, part in enumerate(probe.task.parts.values()):
-        z, to, away = logits[..., part] / heat[a], reach[..., part], leave[..., part]
+        z, to, away = logits[..., part] / temperature[a], reach[..., part], leave[..., part]
         if probe.loss == "sigmoid":
             each = torch.where(to, F.logsigmoid(z), 0) + torch.where(away, F.logsigmoid(-z), 0)
             total = total + each.sum(-1)

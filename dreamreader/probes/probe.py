@@ -2,13 +2,15 @@
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dreamreader.artifacts import Artifact
 from dreamreader.edits.mlp import Mlp
 from dreamreader.engine import same
 from dreamreader.errors import InvalidInput
@@ -22,14 +24,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Probe:
+class Probe(Artifact, kind="probe"):
     """Reads labels or numbers from the activations of one site.
 
     Attributes:
-        mlps: one perceptron for all steps, or one for each; on raw activations.
+        mlps: one MLP for all steps, or one for each; on raw activations.
         task: what it tells. loss: `softmax` within each attribute, or `sigmoid`.
         temperature: by which logits are divided before they become probabilities, for each
-            perceptron and attribute.
+            MLP and attribute.
         site, branch: where its rows came from, None where they had no name.
         pool: how tokens become rows: `mean`, `token` or `flat`.
         card: what it was trained on, and how it was measured.
@@ -56,16 +58,21 @@ class Probe:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The step of each perceptron; () where one serves all."""
+        """The step of each MLP; () where one serves all."""
         return tuple(step for each in self.mlps for step in each.steps or ())
 
     @property
-    def hears_noise(self) -> bool:
+    def noise_conditioned(self) -> bool:
         """Whether its logits depend on the share of the trajectory done."""
         return self.mlps[0].noise is not None
 
+    @property
+    def hears_noise(self) -> bool:
+        """The earlier name of `noise_conditioned`."""
+        return self.noise_conditioned
+
     def at(self, step: int | None) -> Mlp:
-        """The perceptron of a step, or the one for all.
+        """The MLP of a step, or the one for all.
 
         Raises:
             InvalidInput: it has one for each step, and none for this.
@@ -85,9 +92,9 @@ class Probe:
             x: raw rows [..., features] (for the pool `flat` all tokens side by side); or a
                 recording of its site, which brings its steps: then [rows, steps, outputs], for the
                 pool `token` [rows, steps, tokens, outputs], NaN at padding.
-            step: of a tensor's rows, where the probe has a perceptron for each.
-            fraction: share of the trajectory done, where it hears of the noise level; a number, or
-                a tensor that broadcasts to the rows.
+            step: of a tensor's rows, where the probe has an MLP for each.
+            fraction: share of the trajectory done, where it is conditioned on the noise level; a
+                number, or a tensor that broadcasts to the rows.
 
         Raises:
             InvalidInput: another width or site, a step that it has not, or a step or fraction that
@@ -102,8 +109,10 @@ class Probe:
             raise InvalidInput(
                 f"{self._name}: it reads {self.width} features, x is {list(x.shape)}"
             )
-        if self.hears_noise and fraction is None:
-            raise InvalidInput(f"{self._name}: it hears of the noise level; give fraction=")
+        if self.noise_conditioned and fraction is None:
+            raise InvalidInput(
+                f"{self._name}: it is conditioned on the noise level; give fraction="
+            )
         return _on(self.at(step), x.device).logits(x, fraction)
 
     def probabilities(
@@ -145,12 +154,12 @@ class Probe:
             return found
         if self.task.kind == "multilabel":
             return _named(found.tolist(), self._set)
-        told = {}
+        predicted = {}
         for attribute, part in self.task.parts.items():
             own, names = found[..., part], self.task.classes[attribute]
             likeliest = torch.where(own.isnan().any(-1), len(names), own.argmax(-1))
-            told[attribute] = _named(likeliest.tolist(), (*names, None).__getitem__)
-        return told[""] if list(told) == [""] else told
+            predicted[attribute] = _named(likeliest.tolist(), (*names, None).__getitem__)
+        return predicted[""] if list(predicted) == [""] else predicted
 
     def guidance(
         self, target: Any = None, avoid: Any = None, alpha: Any = 1.0, **fields: Any
@@ -172,22 +181,70 @@ class Probe:
         probe = self.mlps if self.steps else self.mlps[0]
         return edits.ProbeGuidance(site, probe, target, avoid, alpha, **fields)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the weights and the card to one safetensors file that `load` reads back equal."""
-        from dreamreader.probes.files import save
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The site that it reads, where it is known."""
+        return () if self.site is None else (self.site,)
 
-        save(path, self)
+    def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weights as tensors, the card as plain values.
+
+        `weight.0`, `bias.0`, ... are stacked over the steps, [count, outputs, inputs]; `noise`
+        and `temperature` beside them.
+        """
+        tensors: dict[str, Tensor] = {"temperature": self.temperature}
+        for name in ("weight", "bias"):
+            kind = "weights" if name == "weight" else "biases"
+            layers = zip(*(getattr(each, kind) for each in self.mlps), strict=True)
+            tensors |= {f"{name}.{n}": torch.stack(each) for n, each in enumerate(layers)}
+        noise = [each.noise for each in self.mlps if each.noise is not None]
+        if noise:
+            tensors["noise"] = torch.stack(noise)
+        content = {
+            "card": self.card.as_dict(),
+            "activation": self.mlps[0].activation,
+            "steps": list(self.steps),
+            "loss": self.loss,
+        }
+        return tensors, content
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Probe":
-        """The probe of a file, on the CPU.
+    def of_file(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Self:
+        card = Card.of(content["card"])
+        classes = {attribute: tuple(names) for attribute, names in card.classes.items()}
+        task = Task(card.task, classes)
+        depth = sum(name.startswith("weight.") for name in tensors)
+        steps, count = content["steps"], len(tensors["weight.0"])
+        stacked = {
+            name: [tensors[f"{name}.{n}"] for n in range(depth)] for name in ("weight", "bias")
+        }
+        lengths = {len(each) for layers in stacked.values() for each in layers}
+        temperature = tensors["temperature"]
+        if lengths != {count} or count != (len(steps) or 1):
+            raise InvalidInput(f"weights of {sorted(lengths)} MLPs, {len(steps)} steps")
+        if temperature.shape != (count, len(classes)):
+            raise InvalidInput(
+                f"temperature must be {[count, len(classes)]}, got {list(temperature.shape)}"
+            )
+        noise = tensors.get("noise")
 
-        Raises:
-            InvalidInput: the file holds no probe, or is of another version.
-        """
-        from dreamreader.probes.files import load
+        def mlp(number: int) -> Mlp:
+            weights, biases = (
+                tuple(each[number].clone() for each in layers) for layers in stacked.values()
+            )
+            return Mlp(
+                weights,
+                biases,
+                content["activation"],
+                task.labels,
+                (steps[number],) if steps else None,
+                None if noise is None else noise[number].clone(),
+            )
 
-        return load(path)
+        mlps = tuple(mlp(number) for number in range(count))
+        return cls(
+            mlps, task, content["loss"], temperature, card.site, card.branch, card.pool, card
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Probe):
@@ -208,7 +265,7 @@ class Probe:
         if not self.steps:
             return 0
         if step is None:
-            raise InvalidInput(f"{self._name}: it has a perceptron for each step; give step=")
+            raise InvalidInput(f"{self._name}: it has an MLP for each step; give step=")
         if step not in self.steps:
             had = ", ".join(map(str, self.steps))
             raise InvalidInput(f"{self._name}: it has none for step {step}; trained at {had}")
@@ -221,7 +278,7 @@ class Probe:
             raise InvalidInput(f"{self._name}: the rows are of {rows.site}")
         steps = rows.steps or (None,)
         each = [
-            read(rows.values[:, n], at, rows.fractions[n] if self.hears_noise else None)
+            read(rows.values[:, n], at, rows.fractions[n] if self.noise_conditioned else None)
             for n, at in enumerate(steps)
         ]
         found = torch.stack(each, 1)
@@ -234,6 +291,16 @@ class Probe:
         return {name for name, each in zip(self.labels, logits, strict=True) if each > 0}
 
 
+def save(path: str | os.PathLike[str], probe: Probe) -> None:
+    """Writes a probe to a file, see `Probe.save`."""
+    probe.save(path)
+
+
+def load(path: str | os.PathLike[str]) -> Probe:
+    """The probe of a file, see `Probe.load`."""
+    return Probe.load(path)
+
+
 def _named(values: Any, name: Any) -> Any:
     """A nest of lists with its innermost entries named."""
     if isinstance(values, list) and not (values and isinstance(values[0], float)):
@@ -242,7 +309,7 @@ def _named(values: Any, name: Any) -> Any:
 
 
 def _on(mlp: Mlp, device: torch.device) -> Mlp:
-    """The perceptron with its weights on a device."""
+    """The MLP with its weights on a device."""
     if mlp.weights[0].device == device:
         return mlp
     weights, biases = (tuple(e.to(device) for e in each) for each in (mlp.weights, mlp.biases))

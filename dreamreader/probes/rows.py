@@ -16,7 +16,7 @@ POOLS = ("mean", "token", "flat")
 
 
 @dataclass(frozen=True)
-class Rows:
+class ProbeRows:
     """The values of one site.
 
     Attributes:
@@ -43,7 +43,7 @@ class Rows:
         return whole if self.real is None else self.real
 
 
-def rows_of(recorded: Recorded, pool: str) -> Rows:
+def rows_of(recorded: Recorded, pool: str) -> ProbeRows:
     """The rows of the one site of a recording.
 
     Args:
@@ -66,7 +66,7 @@ def rows_of(recorded: Recorded, pool: str) -> Rows:
     else:
         values, steps = of_tensor(label, found)
         shares = tuple(n / max(len(steps), 1) for n in range(values.shape[1]))
-        rows = Rows(values, site, None, steps, shares, None)
+        rows = ProbeRows(values, site, None, steps, shares, None)
     if not rows.values.numel():
         raise InvalidInput(f"{label}: {list(rows.values.shape)} holds no values")
     if not bool(rows.values.isfinite().all()):
@@ -112,7 +112,7 @@ def _one_site(recorded: Recorded) -> tuple[str | None, Activation | Tensor]:
     return next(iter(recorded.items()))
 
 
-def _of_activation(site: str, found: Activation) -> Rows:
+def _of_activation(site: str, found: Activation) -> ProbeRows:
     values, moments = one_branch(site, found), found.steps
     steps = tuple(moment.step for moment in moments)
     if len(steps) == 1 and math.isnan(moments[0].timestep):
@@ -127,7 +127,7 @@ def _of_activation(site: str, found: Activation) -> Rows:
     shares = tuple(moments[n].fraction for n in first) if steps else (0.0,)
     prompts = tuple(row.prompt for row in found.rows)
     known = None if None in prompts else prompts
-    return Rows(values, site, found.branches[0], steps, shares, known, real)  # pyright: ignore
+    return ProbeRows(values, site, found.branches[0], steps, shares, known, real)  # pyright: ignore
 
 
 def _first_evaluations(found: Activation) -> list[int]:

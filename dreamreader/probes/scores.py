@@ -15,7 +15,7 @@ from dreamreader.stats import Interval, wilson
 
 @dataclass(frozen=True)
 class Held:
-    """Rows that did not train: logits, targets, numbers of group and of perceptron."""
+    """Rows that did not train: logits, targets, numbers of group and of MLP."""
 
     logits: Float[Tensor, "rows outputs"]
     targets: Targets
@@ -26,7 +26,7 @@ class Held:
 def temperatures(
     held: Held, task: Task, loss: str, count: int
 ) -> Float[Tensor, "count attributes"]:
-    """A temperature for each perceptron and attribute, fitted to these rows; 1 in regression."""
+    """A temperature for each MLP and attribute, fitted to these rows; 1 in regression."""
     found = torch.ones(count, len(task.classes))
     if task.kind == "regress":
         return found
@@ -64,11 +64,11 @@ def scores(
     """
     if task.kind == "regress":
         return {"": fit_of(held, task)}
-    heat, found = temperature[held.slot], {}  # [rows, attributes]
+    by_row, found = temperature[held.slot], {}  # [rows, attributes]
     for a, (attribute, part) in enumerate(task.parts.items()):
         logits, targets = held.logits[:, part], _of(held.targets, a, part, task)
         names = task.classes[attribute]
-        only, own = Task(task.kind, {attribute: names}), heat[:, a : a + 1]
+        only, own = Task(task.kind, {attribute: names}), by_row[:, a : a + 1]
         tables = [probabilities(logits, only, loss, t) for t in (torch.ones_like(own), own)]
         right, claims = _right(logits, targets), claimed(targets, part, loss)
         found[attribute] = {
@@ -103,8 +103,8 @@ def measured(held: Held, task: Task, loss: str) -> dict[str, dict[str, Any]]:
         logits, targets = held.logits[:, part], _of(held.targets, a, part, task)
         accuracy = interval(_right(logits, targets), held.group).as_dict()
         only = Task(task.kind, {attribute: task.classes[attribute]})
-        told = probabilities(logits, only, loss, torch.ones(1))
-        found[attribute] = {"accuracy": accuracy, "auroc": auroc(told, targets)}
+        predicted = probabilities(logits, only, loss, torch.ones(1))
+        found[attribute] = {"accuracy": accuracy, "auroc": auroc(predicted, targets)}
     return found
 
 
@@ -158,12 +158,14 @@ def _of(targets: Targets, number: int, part: slice, task: Task) -> Tensor:
 
 def _classes(logits: Tensor, targets: Tensor, names: Sequence[str]) -> dict[str, Any]:
     if targets.dim() == 2:
-        told = logits > 0
-        shares = [told[targets[:, n] > 0, n].double() for n in range(len(names))]
+        predicted = logits > 0
+        shares = [predicted[targets[:, n] > 0, n].double() for n in range(len(names))]
         return {"recall": _shares(names, shares)}
-    told, count = logits.argmax(-1), len(names)
-    table = torch.bincount(targets * count + told, minlength=count * count).reshape(count, count)
-    shares = [(told[targets == n] == n).double() for n in range(count)]
+    predicted, count = logits.argmax(-1), len(names)
+    table = torch.bincount(targets * count + predicted, minlength=count * count).reshape(
+        count, count
+    )
+    shares = [(predicted[targets == n] == n).double() for n in range(count)]
     return {"recall": _shares(names, shares), "confusion": table.tolist()}
 
 

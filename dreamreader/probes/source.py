@@ -17,8 +17,8 @@ Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 
 
 @dataclass(frozen=True)
-class Part:
-    """Rows of one batch that go to one perceptron."""
+class LabelledPart:
+    """Rows of one batch that go to one MLP."""
 
     x: Float[Tensor, "rows features"]
     targets: Targets
@@ -27,7 +27,7 @@ class Part:
 
 
 @dataclass
-class Source:
+class LabelledSource:
     """Batches as parts.
 
     Args:
@@ -36,7 +36,7 @@ class Source:
         name: what errors call it.
         task: kind of the task; classes: its names.
         per_step: `each`, `shared` or `noise`.
-        slots: number of the perceptron of each step; grows in the first pass over the rows to
+        slots: number of the MLP of each step; grows in the first pass over the rows to
             train on.
     """
 
@@ -46,7 +46,7 @@ class Source:
     classes: Any
     per_step: str
     slots: dict[int, int] = field(default_factory=dict)
-    told: Task | None = None
+    labelled: Task | None = None
 
     def __post_init__(self):
         if not callable(self.batches) and iter(self.batches) is self.batches:
@@ -55,21 +55,21 @@ class Source:
                 "function of the epoch"
             )
 
-    def parts(self, epoch: int, grow: bool = False) -> Iterator[Part]:
+    def parts(self, epoch: int, grow: bool = False) -> Iterator[LabelledPart]:
         """The parts of all batches of an epoch.
 
         Args:
-            grow: whether a step that is new gets a perceptron.
+            grow: whether a step that is new gets an MLP.
 
         Raises:
-            InvalidInput: a batch that is none, or a step without a perceptron.
+            InvalidInput: a batch that is none, or a step without an MLP.
         """
         for batch in self.batches(epoch) if callable(self.batches) else self.batches:
             x, labels, fraction, step = self._read(batch)
-            self.told, targets = encoded(labels, self.task, self.classes, len(x))
+            self.labelled, targets = encoded(labels, self.task, self.classes, len(x))
             targets = targets.to(x.device)
             if self.per_step != "each":
-                yield Part(x, targets, fraction, 0)
+                yield LabelledPart(x, targets, fraction, 0)
                 continue
             for each in step.unique().tolist():
                 if each not in self.slots and not grow:
@@ -77,7 +77,7 @@ class Source:
                     raise InvalidInput(f"{self.name}: step {each} trains no probe; those are {had}")
                 slot = self.slots.setdefault(each, len(self.slots))
                 own = step == each
-                yield Part(x[own], targets[own], fraction[own], slot)
+                yield LabelledPart(x[own], targets[own], fraction[own], slot)
 
     def _read(self, batch: Any) -> tuple[Tensor, Any, Tensor, Tensor]:
         if not isinstance(batch, tuple | list) or not 2 <= len(batch) <= 4:
@@ -102,7 +102,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over the rows to train on tells, by perceptron.
+    """What one pass over the rows to train on tells, by MLP.
 
     Attributes:
         mean, scale: of the features. middle, spread: of the targets of a regression.
@@ -116,19 +116,19 @@ class Survey:
     counts: Tensor
 
 
-def surveyed(source: Source) -> Survey:
+def surveyed(source: LabelledSource) -> Survey:
     """Reads all rows to train on once.
 
     Raises:
         InvalidInput: there are none, widths differ, or a value is not finite.
     """
-    sums: dict[int, _Sums] = {}
-    targets, counts = _Sums(), torch.zeros((), dtype=torch.int64)
+    sums: dict[int, _RowSums] = {}
+    targets, counts = _RowSums(), torch.zeros((), dtype=torch.int64)
     for part in source.parts(0, grow=True):
-        sums.setdefault(part.slot, _Sums()).add(part.x, source.name)
+        sums.setdefault(part.slot, _RowSums()).add(part.x, source.name)
         targets.add(part.targets.float(), source.name)
-        assert source.told is not None
-        counts = counts + counted(source.told, part.targets)
+        assert source.labelled is not None
+        counts = counts + counted(source.labelled, part.targets)
     if not sums:
         raise InvalidInput(f"{source.name}: there are no rows")
     each = [sums[slot].moments() for slot in range(len(sums))]
@@ -136,7 +136,7 @@ def surveyed(source: Source) -> Survey:
     return Survey(mean, scale, *targets.moments(), counts)
 
 
-class _Sums:
+class _RowSums:
     """Mean and deviation of rows that come in batches, in float64."""
 
     def __init__(self):

@@ -11,22 +11,22 @@ from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.fitting import Recipe
 from dreamreader.probes.controls import WIDTH, random_rows
 from dreamreader.probes.fit import PER_STEP, assembled
-from dreamreader.probes.net import Perceptrons
-from dreamreader.probes.objective import Objective, check_counts, objective
+from dreamreader.probes.net import StackedMlps
+from dreamreader.probes.objective import ProbeObjective, check_counts, objective
 from dreamreader.probes.probe import Probe
 from dreamreader.probes.scores import Held, measured
-from dreamreader.probes.source import Batches, Part, Source, Survey, surveyed
+from dreamreader.probes.source import Batches, LabelledPart, LabelledSource, Survey, surveyed
 from dreamreader.probes.train import (
     Design,
-    Rows,
-    Trained,
+    TrainedMlps,
+    TrainingRows,
     described,
     epochs_of,
     recipe_of,
     train_nets,
 )
 
-Change = Callable[[Part, torch.Generator], Part]
+Change = Callable[[LabelledPart, torch.Generator], LabelledPart]
 
 
 def fit_batches(
@@ -88,17 +88,17 @@ def fit_batches(
     recipe = recipe_of(epochs, patience, lr, batch_size, seed)
     slots: dict[int, int] = {}
     sources = [
-        Source(each, name, task, classes, per_step, slots)
+        LabelledSource(each, name, task, classes, per_step, slots)
         for each, name in zip(
             (batches, validation, held_out), ("batches", "validation", "held_out"), strict=True
         )
     ]
     survey = surveyed(sources[0])
-    told = sources[0].told
-    assert told is not None
-    check_counts(told, survey.counts)
-    goal = objective(told, loss, class_weights, survey.counts)
-    run = _Run(sources, survey, goal, recipe)
+    labelled = sources[0].labelled
+    assert labelled is not None
+    check_counts(labelled, survey.counts)
+    goal = objective(labelled, loss, class_weights, survey.counts)
+    run = _StreamedFit(sources, survey, goal, recipe)
     trained = run.trained(design)
     sizes = [int(survey.counts[-1]), len(trained.validation.slot), len(trained.held_out.slot)]
     counts = dict(zip(("train", "validation", "held_out"), sizes, strict=True))
@@ -111,22 +111,28 @@ def fit_batches(
         "per_step": per_step,
         "rows": counts,
         "groups": counts,
-        "counts": dict(zip(told.labels, survey.counts.tolist(), strict=False)),
+        "counts": dict(zip(labelled.labels, survey.counts.tolist(), strict=False)),
         "training": {**described(design, recipe), "loss": goal.loss},
         "controls": run.controls(design, trained) if controls else {},
     }
     return assembled(goal, trained, known)
 
 
-class _Run:
+class _StreamedFit:
     """Trains on batches, once for the probe and once for each control."""
 
-    def __init__(self, sources: Sequence[Source], survey: Survey, goal: Objective, recipe: Recipe):
+    def __init__(
+        self,
+        sources: Sequence[LabelledSource],
+        survey: Survey,
+        goal: ProbeObjective,
+        recipe: Recipe,
+    ):
         self.train, self.validation, self.held_out = sources
         self.survey, self.goal, self.recipe = survey, goal, recipe
         self.noisy = self.train.per_step == "noise"
 
-    def controls(self, design: Design, trained: Trained) -> dict[str, Any]:
+    def controls(self, design: Design, trained: TrainedMlps) -> dict[str, Any]:
         """As `controls.controls`; labels change hands, and random rows are drawn, by batch."""
         hidden, task, loss = design.hidden, self.goal.task, self.goal.loss
         other = () if hidden else (WIDTH,)
@@ -142,14 +148,14 @@ class _Run:
         }
 
     @torch.inference_mode(False)
-    def trained(self, design: Design, change: Change = lambda part, _: part) -> Trained:
+    def trained(self, design: Design, change: Change = lambda part, _: part) -> TrainedMlps:
         seed, count = self.recipe.seed, len(self.survey.mean)
         learners = [
-            _Learner(self.survey, n, self.goal, design, self.recipe, self.noisy)
+            _StreamedProbe(self.survey, n, self.goal, design, self.recipe, self.noisy)
             for n in range(count)
         ]
 
-        def batches(epoch: int) -> Iterator[Rows]:
+        def batches(epoch: int) -> Iterator[TrainingRows]:
             draw = torch.Generator().manual_seed(seed + epoch)
             for part in self.train.parts(epoch):
                 yield from learners[part.slot].add(change(part, draw))
@@ -172,10 +178,14 @@ class _Run:
         steps = list(self.train.slots) or None
         mlps = tuple(each.folded(None if steps is None else steps[each.slot]) for each in learners)
         epochs = tuple(epochs_of(each)[0] for each in histories.values())
-        return Trained(mlps, held[0], held[1], epochs)
+        return TrainedMlps(mlps, held[0], held[1], epochs)
 
     def _held(
-        self, source: Source, learners: Sequence["_Learner"], change: Change, seed: int
+        self,
+        source: LabelledSource,
+        learners: Sequence["_StreamedProbe"],
+        change: Change,
+        seed: int,
     ) -> Held:
         """The logits of all rows; those who have none are an error."""
         draw = torch.Generator().manual_seed(seed)
@@ -194,14 +204,14 @@ class _Run:
         return Held(torch.cat(logits), torch.cat(targets), torch.arange(len(found)), found)
 
 
-class _Learner:
-    """One perceptron, and the rows for it as they come."""
+class _StreamedProbe:
+    """One MLP, and the rows for it as they come."""
 
     def __init__(
         self,
         survey: Survey,
         slot: int,
-        goal: Objective,
+        goal: ProbeObjective,
         design: Design,
         recipe: Recipe,
         noisy: bool,
@@ -213,42 +223,42 @@ class _Learner:
         self.spread = survey.spread if regress else torch.ones(())
         outputs = len(goal.task.labels)
         sizes = (len(self.mean), *design.hidden, outputs)
-        net = Perceptrons(1, sizes, design.activation, noisy, recipe.seed)
+        net = StackedMlps(1, sizes, design.activation, noisy, recipe.seed)
         self.net = net.to(self.mean.device)
-        self.waiting: list[Part] = []
+        self.waiting: list[LabelledPart] = []
 
-    def add(self, part: Part) -> Iterator[Rows]:
+    def add(self, part: LabelledPart) -> Iterator[TrainingRows]:
         """Takes rows, and gives them as soon as there are enough for a step."""
         self.waiting.append(part)
         if sum(len(each.x) for each in self.waiting) >= self.size:
             yield from self._steps(self._taken())
 
-    def rest(self) -> Iterator[Rows]:
+    def rest(self) -> Iterator[TrainingRows]:
         """Gives what is left at the end of an epoch."""
         if self.waiting:
             yield from self._steps(self._taken())
 
-    def _taken(self) -> Part:
+    def _taken(self) -> LabelledPart:
         waiting, self.waiting = self.waiting, []
         x, targets, fraction = (
             torch.cat([getattr(each, name) for each in waiting])
             for name in ("x", "targets", "fraction")
         )
-        return Part(x, targets, fraction, self.slot)
+        return LabelledPart(x, targets, fraction, self.slot)
 
-    def _steps(self, part: Part) -> Iterator[Rows]:
+    def _steps(self, part: LabelledPart) -> Iterator[TrainingRows]:
         x = self._standard(part.x)
         targets = part.targets
         if targets.is_floating_point():
             targets = (targets - self.middle) / self.spread
         for batch in torch.arange(len(part.x), device=x.device).split(self.size):
-            yield Rows(x[:, batch], targets[batch], part.fraction[batch], self.slot)
+            yield TrainingRows(x[:, batch], targets[batch], part.fraction[batch], self.slot)
 
     def _standard(self, x: Tensor) -> Tensor:
         return ((x.float() - self.mean) / self.scale).unsqueeze(0)
 
     @torch.no_grad()
-    def logits(self, part: Part) -> Tensor:
+    def logits(self, part: LabelledPart) -> Tensor:
         """[rows, outputs], in the units of the targets."""
         found = self.net(self._standard(part.x), part.fraction)[0]
         return found * self.spread + self.middle
@@ -261,18 +271,18 @@ class _Learner:
         return self.goal.losses(((logits - middle) / spread).unsqueeze(0), targets)
 
     def folded(self, step: int | None) -> Any:
-        """The perceptron on raw rows."""
+        """The MLP on raw rows."""
         means = self.mean.unsqueeze(0), self.scale.unsqueeze(0)
         steps = None if step is None else [step]
         labels = self.goal.task.labels
         return self.net.folded(*means, labels, steps, self.middle, self.spread)[0]
 
 
-def _shuffled(part: Part, draw: torch.Generator) -> Part:
+def _shuffled(part: LabelledPart, draw: torch.Generator) -> LabelledPart:
     order = torch.randperm(len(part.x), generator=draw).to(part.targets.device)
     return replace(part, targets=part.targets[order])
 
 
-def _random(part: Part, draw: torch.Generator) -> Part:
+def _random(part: LabelledPart, draw: torch.Generator) -> LabelledPart:
     seed = int(torch.randint(2**31, (), generator=draw))
     return replace(part, x=random_rows(part.x, seed))

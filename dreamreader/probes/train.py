@@ -13,8 +13,8 @@ from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.fitting import History, NonFiniteLoss, Recipe, fit
 from dreamreader.ops.guide import ACTIVATIONS
 from dreamreader.probes.labels import Targets
-from dreamreader.probes.net import Perceptrons
-from dreamreader.probes.objective import Objective
+from dreamreader.probes.net import StackedMlps
+from dreamreader.probes.objective import ProbeObjective
 from dreamreader.probes.scores import Held
 from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION
 
@@ -72,7 +72,7 @@ class Problem:
         x: raw rows, for each probe.
         fraction: share of the trajectory done, of each row.
         part: TRAIN, VALIDATION or HELD_OUT. group: number of each row's group.
-        noisy: whether the probe hears of the fraction.
+        noisy: whether the probe is conditioned on the fraction.
         steps: of each probe, None where one serves all.
     """
 
@@ -81,7 +81,7 @@ class Problem:
     fraction: Float[Tensor, " rows"]
     part: Int[Tensor, " rows"]
     group: Int[Tensor, " rows"]
-    objective: Objective
+    objective: ProbeObjective
     noisy: bool
     design: Design
     recipe: Recipe
@@ -95,8 +95,8 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """Perceptrons on raw rows, and what they tell of rows that did not train them (on the CPU).
+class TrainedMlps:
+    """MLPs on raw rows, and what they tell of rows that did not train them (on the CPU).
 
     Attributes:
         epochs: the epoch whose state was kept, of each.
@@ -109,11 +109,11 @@ class Trained:
 
 
 @torch.inference_mode(False)
-def train(problem: Problem) -> Trained:
-    """Trains the perceptrons of a problem.
+def train(problem: Problem) -> TrainedMlps:
+    """Trains the MLPs of a problem.
 
     Inputs (and the numbers of a regression) are standardised by the rows to train on, and this is
-    folded into the first (and last) layer afterwards. After every epoch each perceptron is
+    folded into the first (and last) layer afterwards. After every epoch each MLP is
     validated; its best state is kept, the untrained one never.
     """
     design, rows, proof = problem.design, problem.rows(TRAIN), problem.rows(VALIDATION)
@@ -125,17 +125,17 @@ def train(problem: Problem) -> Trained:
     labels = problem.objective.task.labels
     sizes = (x.shape[2], *design.hidden, len(labels))
     seed = problem.recipe.seed
-    net = Perceptrons(len(x), sizes, design.activation, problem.noisy, seed).to(x.device)
+    net = StackedMlps(len(x), sizes, design.activation, problem.noisy, seed).to(x.device)
     generator = torch.Generator().manual_seed(seed)
     rms = scale.square().mean(-1, keepdim=True).sqrt()
     noise = (design.jitter * rms / scale).unsqueeze(1)  # [count, 1, features]
     proven = _jittered(x[:, proof], noise, generator)
 
-    def batches(epoch: int) -> Iterator[Rows]:
+    def batches(epoch: int) -> Iterator[TrainingRows]:
         order = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
         for batch in order.split(problem.recipe.batch_size):
             seen = _jittered(x[:, batch], noise, generator)
-            yield Rows(seen, targets[batch], problem.fraction[batch])
+            yield TrainingRows(seen, targets[batch], problem.fraction[batch])
 
     def validate() -> Tensor:
         found = net(proven, problem.fraction[proof])
@@ -147,12 +147,12 @@ def train(problem: Problem) -> Trained:
         _held(problem, each, net(x[:, each], problem.fraction[each]).detach() * spread + middle)
         for each in (proof, problem.rows(HELD_OUT))
     ]
-    return Trained(mlps, held[0], held[1], epochs_of(history))
+    return TrainedMlps(mlps, held[0], held[1], epochs_of(history))
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Standardised rows of a step of training; slot: the perceptrons that they are for."""
+class TrainingRows:
+    """Standardised rows of a step of training; slot: the MLPs that they are for."""
 
     x: Float[Tensor, "count rows features"]
     targets: Targets
@@ -162,19 +162,19 @@ class Rows:
 
 def train_nets(
     nets: Any,
-    objective: Objective,
-    batches: Callable[[int], Iterable[Rows]],
+    objective: ProbeObjective,
+    batches: Callable[[int], Iterable[TrainingRows]],
     recipe: Recipe,
     validate: Callable[[], Any],
 ) -> Any:
-    """Trains perceptrons, or several of them by slot; none hears of the others.
+    """Trains MLPs, or several of them by slot; none depends on the others.
 
     Raises:
         InvalidInput: a loss is not finite.
     """
 
-    def loss_of(slot: int) -> Callable[[Perceptrons, Rows], Tensor | None]:
-        def loss(net: Perceptrons, rows: Rows) -> Tensor | None:
+    def loss_of(slot: int) -> Callable[[StackedMlps, TrainingRows], Tensor | None]:
+        def loss(net: StackedMlps, rows: TrainingRows) -> Tensor | None:
             if rows.slot != slot:
                 return None
             return objective.losses(net(rows.x, rows.fraction), rows.targets).sum()

@@ -94,7 +94,7 @@ def record_calls(
     listed = list(prompts)
     numbers = row_seeds(seeds, len(listed))
     asked: dict[str, Any] = {"output_type": "latent"} | arguments
-    parts: list[_Batch] = []
+    parts: list[_CallBatch] = []
     for start in range(0, len(listed), batch_size):
         chosen = slice(start, start + batch_size)
         recorder = CallRecorder(branch)
@@ -105,7 +105,7 @@ def record_calls(
 
 
 @dataclass(eq=False)
-class _Batch:
+class _CallBatch:
     denoiser: nn.Module
     moments: list[DenoiserCall]
     arguments: list[dict[Path, Any]]
@@ -126,7 +126,7 @@ class CallRecorder:
             flat = _flat(call.arguments)
             self.kept.append((call.module, moment, _of_branch(flat, moment, self.branch)))
 
-    def batch(self, rows: int) -> _Batch:
+    def batch(self, rows: int) -> _CallBatch:
         if not self.kept:
             raise UnknownName("branch", self.branch, self.branches, "The run had no call of it")
         modules = {id(module) for module, _, _ in self.kept}
@@ -134,7 +134,7 @@ class CallRecorder:
             raise InvalidInput(
                 f"{len(modules)} denoisers ran; calls of one alone can be made again"
             )
-        return _Batch(
+        return _CallBatch(
             self.kept[0][0], [each for _, each, _ in self.kept], [each for *_, each in self.kept]
         )
 
@@ -189,7 +189,7 @@ class _PerRow:
     value: Any
 
 
-def _joined(parts: list[_Batch]) -> Calls:
+def _joined(parts: list[_CallBatch]) -> Calls:
     first = parts[0]
     moving: dict[Path, Tensor] = {}
     still: dict[Path, Tensor] = {}

@@ -80,7 +80,7 @@ class Denoising(ModelLoss):
     Args:
         reader: of the pipeline.
         calls: of the prompts, one row for each picture; its latents are not used.
-        pictures: latents x_0 in the form that the denoiser has them in, see `encode_pictures`.
+        pictures: latents x_0 in the form that the denoiser has them in, see `encode_images`.
 
     Raises:
         InvalidInput: shapes differ from the denoiser's, or the noise of the scheduler is not known.
@@ -146,7 +146,7 @@ def prediction_of(reader: Reader, calls: Calls) -> str:
     return kind
 
 
-def encode_pictures(
+def encode_images(
     reader: Reader, pictures: Float[Tensor, "rows 3 height width"], batch_size: int = 8
 ) -> Tensor:
     """Latents of pictures with values from 0 to 1, by the pipeline's autoencoder.

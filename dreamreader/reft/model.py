@@ -1,12 +1,13 @@
 """Reft: the adapters of several sites, and the edits that they make."""
 
-import os
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from dreamreader.artifacts import Artifact
 from dreamreader.edits import LoReFT
 from dreamreader.engine import Reader, join, parse
 from dreamreader.errors import InvalidInput, UnknownName
@@ -14,7 +15,7 @@ from dreamreader.reft.adapter import Adapter
 from dreamreader.reft.widths import widths_of
 
 
-class Reft(nn.Module):
+class Reft(nn.Module, Artifact, kind="reft"):
     """Learned edits of several sites, trained together.
 
     Args:
@@ -162,22 +163,57 @@ class Reft(nn.Module):
             said += f" || all params: {self.of:,} || trainable%: {100 * count / self.of:.4f}"
         print(said)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file, with the sites and shapes as JSON in its header."""
-        from dreamreader.reft.files import save
-
-        save(path, self)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Reft":
-        """The adapters of a file that `save` wrote; on the CPU.
+    def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Parameters as tensors `<number of the site>.<name>`, sites and shapes as plain values.
 
         Raises:
-            InvalidInput: the file holds no adapters, or is of another version.
+            InvalidInput: the tokens are no numbers, slice or word.
         """
-        from dreamreader.reft.files import load
+        adapters = list(self.adapters.values())
+        content = {
+            "variant": self.variant,
+            "steps": self.steps,
+            "tokens": _packed(self.tokens),
+            "model_parameters": self.of,
+            "sites": [{"site": a.site, "width": a.width, "rank": a.rank} for a in adapters],
+        }
+        tensors: dict[str, Tensor] = {
+            f"{number}.{name}": value
+            for number, adapter in enumerate(adapters)
+            for name, value in adapter.named_parameters()
+        }
+        return tensors, content
 
-        return load(path)
+    @classmethod
+    def of_file(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Self:
+        sites = content["sites"]
+        largest = max(each.numel() for each in tensors.values())
+        for each in sites:  # before parameters of these sizes are made
+            sizes = (content["steps"] or 1, each["rank"], each["width"])
+            if min(sizes) < 1 or math.prod(sizes) > largest:
+                raise InvalidInput(
+                    f"{each['site']}: steps, rank and width {sizes} do not fit the tensors, the "
+                    f"largest of which has {largest} values"
+                )
+        reft = cls(
+            {each["site"]: each["width"] for each in sites},
+            {each["site"]: each["rank"] for each in sites},
+            content["variant"],
+            steps=content["steps"],
+            tokens=_unpacked(content["tokens"]),
+        )
+        reft.of = content["model_parameters"]
+        for number, adapter in enumerate(reft.adapters.values()):
+            for name, value in adapter.named_parameters():
+                stored = tensors[f"{number}.{name}"]
+                if stored.shape != value.shape or stored.dtype != value.dtype:
+                    raise InvalidInput(
+                        f"{name} of {adapter.site} must be {list(value.shape)} {value.dtype}, got "
+                        f"{list(stored.shape)} {stored.dtype}"
+                    )
+                with torch.no_grad():
+                    value.copy_(stored)
+        return reft
 
     def check(self, reader: Reader) -> None:
         """Refuse a model that has other sites, or other widths there, as far as these are known.
@@ -193,6 +229,21 @@ class Reft(nn.Module):
                 raise InvalidInput(
                     f"{site}: the adapter is for width {adapter.width}, the site has {shape[-1]}"
                 )
+
+
+def _packed(tokens: object) -> object:
+    """JSON of a selection of tokens."""
+    if tokens is None or isinstance(tokens, int | str):
+        return tokens
+    if isinstance(tokens, slice):
+        return {"slice": [tokens.start, tokens.stop, tokens.step]}
+    if isinstance(tokens, list | tuple | range) and all(isinstance(each, int) for each in tokens):
+        return list(tokens)
+    raise InvalidInput(f"tokens={tokens!r} cannot be saved; give numbers, a slice or a word")
+
+
+def _unpacked(tokens: object) -> object:
+    return slice(*tokens["slice"]) if isinstance(tokens, dict) else tokens
 
 
 def _named(site: str) -> str:

@@ -1,10 +1,10 @@
 """Steering vectors: directions in a site's feature space, fitted from recorded activations."""
 
-from dreamreader.steering.directions import Directions, random_like
+from dreamreader.steering.directions import Directions, load, random_like, save
 from dreamreader.steering.evidence import Evidence
-from dreamreader.steering.files import from_layers, load, save, to_layers
 from dreamreader.steering.fit import fit, fit_pairs
 from dreamreader.steering.fitter import Fitter
+from dreamreader.steering.layers import from_layers, to_layers
 from dreamreader.steering.means import LabelMeans
 from dreamreader.steering.statistics import Statistics
 

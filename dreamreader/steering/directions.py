@@ -2,21 +2,22 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dreamreader.artifacts import Artifact
 from dreamreader.edits import Ablate, Steer
 from dreamreader.engine import same
-from dreamreader.errors import UnknownName
+from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.steering.evidence import Evidence
 
 
 @dataclass(frozen=True, eq=False)
-class Directions(Mapping[str, Tensor]):
+class Directions(Mapping[str, Tensor], Artifact, kind="directions"):
     """Directions by site, as `Steer` takes them.
 
     Attributes:
@@ -58,7 +59,7 @@ class Directions(Mapping[str, Tensor]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Directions):
             return NotImplemented
-        names = ("source", "target", "method", "norm", "vectors", "evidence")
+        names = (*_NAMES, "vectors", "evidence")
         return all(same(getattr(self, name), getattr(other, name)) for name in names)
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
@@ -111,18 +112,61 @@ class Directions(Mapping[str, Tensor]):
         }
         return Directions(vectors, self.source, self.target, "random", self.norm)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes vectors and evidence to a safetensors file, see `steering.files`."""
-        from dreamreader.steering.files import save
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that have a direction."""
+        return tuple(self.vectors)
 
-        save(path, self)
+    def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """One tensor for each site, named by the site, so that any reader finds the vectors."""
+        content = {
+            **{name: getattr(self, name) for name in _NAMES},
+            "evidence": {site: _plain(each) for site, each in self.evidence.items()},
+            "sites": list(self),
+        }
+        return dict(self.vectors), content
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Directions":
-        """Reads a file that `save` wrote; equal to what was saved, on the CPU."""
-        from dreamreader.steering.files import load
+    def of_file(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Self:
+        vectors = {site: tensors[site] for site in content["sites"]}
+        for site, each in vectors.items():
+            if each.dim() not in (1, 2):
+                raise InvalidInput(
+                    f"{site}: [features] or [steps, features] is needed, got {list(each.shape)}"
+                )
+        names = (str(content[each]) for each in _NAMES)
+        evidence = {site: _evidence(each) for site, each in content["evidence"].items()}
+        return cls(vectors, *names, evidence=evidence)
 
-        return load(path)
+
+_NAMES = ("source", "target", "method", "norm")
+
+
+def save(path: str | os.PathLike[str], directions: Directions) -> None:
+    """Writes directions to a file, see `Directions.save`."""
+    directions.save(path)
+
+
+def load(path: str | os.PathLike[str]) -> Directions:
+    """The directions of a file, see `Directions.load`."""
+    return Directions.load(path)
+
+
+def _plain(evidence: Evidence) -> dict[str, Any]:
+    """Numbers as JSON has them, null for NaN."""
+
+    def value(each: float) -> float | None:
+        return None if each != each else each
+
+    return {name: [value(each) for each in found] for name, found in asdict(evidence).items()}
+
+
+def _evidence(content: Mapping[str, Any]) -> Evidence:
+    values: dict[str, Any] = {
+        each.name: tuple(float("nan") if value is None else value for value in content[each.name])
+        for each in fields(Evidence)
+    }
+    return Evidence(**values)
 
 
 def random_like(

@@ -10,7 +10,7 @@ from torch import Tensor
 from dreamreader.errors import InvalidInput
 from dreamreader.steering.directions import random_like
 from dreamreader.steering.evidence import Evidence, auc, cosine
-from dreamreader.steering.methods import METHODS, Data, Options
+from dreamreader.steering.methods import METHODS, FitData, FitOptions
 from dreamreader.steering.statistics import Statistics
 
 NORMS = ("channel", "tensor", "none")
@@ -39,7 +39,7 @@ class SiteData:
 
 
 def fit_site(
-    data: SiteData, method: str, norm: str, options: Options, seed: int
+    data: SiteData, method: str, norm: str, options: FitOptions, seed: int
 ) -> tuple[Float[Tensor, "*steps features"], Evidence]:
     """The direction of a site and its evidence.
 
@@ -52,14 +52,14 @@ def fit_site(
         float32 [steps of the run, features] or [features], and the evidence.
     """
     s, t, found, pairs = data.source, data.target, data.statistics, data.pairs
-    whole = Data(found, s, t, pairs)
+    whole = FitData(found, s, t, pairs)
     vectors = _vectors(method, whole, options)  # [steps, features]
     halves = [
-        _tried(method, Data(found, s[n : n + 1], t[n : n + 1], pairs, (n,)), options)
+        _tried(method, FitData(found, s[n : n + 1], t[n : n + 1], pairs, (n,)), options)
         for n in (0, 1)
     ]
     # Both halves have the labels in the same proportion: taken as labels, they are shuffled ones.
-    shuffled = _tried(method, Data(found, (s[0], t[0]), (s[1], t[1]), pairs), options)
+    shuffled = _tried(method, FitData(found, (s[0], t[0]), (s[1], t[1]), pairs), options)
     separated = _aucs(data, [vectors.cpu(), shuffled, random_like(vectors, seed).cpu()])
     evidence = Evidence(
         steps=data.steps,
@@ -74,13 +74,13 @@ def fit_site(
     return _laid_out(_scaled(vectors, norm, data.tokens).float().cpu(), data.steps), evidence
 
 
-def _vectors(method: str, data: Data, options: Options) -> Float[Tensor, "steps features"]:
+def _vectors(method: str, data: FitData, options: FitOptions) -> Float[Tensor, "steps features"]:
     assert data.statistics.shape is not None
     steps = range(data.statistics.shape[0])
     return torch.stack([METHODS[method](data, step, options) for step in steps])
 
 
-def _tried(method: str, data: Data, options: Options) -> Float[Tensor, "steps features"]:
+def _tried(method: str, data: FitData, options: FitOptions) -> Float[Tensor, "steps features"]:
     """The vectors, or NaN where half of the rows do not suffice for them."""
     assert data.statistics.shape is not None
     nothing = torch.full(data.statistics.shape, math.nan, dtype=torch.float64)

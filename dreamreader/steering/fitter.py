@@ -12,9 +12,9 @@ from dreamreader.steering.directions import Directions
 from dreamreader.steering.evidence import Evidence
 from dreamreader.steering.fit_site import NORMS, SiteData, fit_site
 from dreamreader.steering.gathered import Gathered, check_pairs, places_of, span
-from dreamreader.steering.methods import NEEDS, Options, check_method
+from dreamreader.steering.methods import NEEDS, FitOptions, check_method
 from dreamreader.steering.rows import Recorded, SiteRows, site_rows
-from dreamreader.steering.split import HELD_OUT, Split
+from dreamreader.steering.split import HELD_OUT, RowSplit
 from dreamreader.steering.statistics import KEEPS, Keep, Statistics
 
 STEPS = ("each", "shared")
@@ -64,7 +64,7 @@ class Fitter:
         self._labels = list(labels)
         self._shared = steps == "shared"
         self._keep: Keep = keep
-        self._split = Split(holdout, kept, seed)
+        self._split = RowSplit(holdout, kept, seed)
         self._seed = seed
         self._sites: dict[str, Gathered] = {}
 
@@ -194,7 +194,7 @@ class Fitter:
             data = self._data(site, source, target)
             try:
                 vectors[site], evidence[site] = fit_site(
-                    data, method, norm, Options(shrinkage, l2), self._seed + number
+                    data, method, norm, FitOptions(shrinkage, l2), self._seed + number
                 )
             except InvalidInput as error:
                 raise InvalidInput(f"{site}: {error}") from error

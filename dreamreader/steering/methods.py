@@ -15,7 +15,7 @@ Labels = Sequence[int]  # numbers of labels that count as one
 
 
 @dataclass(frozen=True)
-class Options:
+class FitOptions:
     """What the methods can be told.
 
     Args:
@@ -36,7 +36,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Data:
+class FitData:
     """Statistics of one site: which labels are source and target, and the differences of pairs.
 
     Args:
@@ -63,12 +63,12 @@ class Data:
         return self.statistics.mean(self.target) - self.statistics.mean(self.source)
 
 
-def mean(data: Data, step: int, options: Options) -> Float[Tensor, " features"]:
+def mean(data: FitData, step: int, options: FitOptions) -> Float[Tensor, " features"]:
     """v = mean(target) - mean(source)."""
     return data.difference[step]
 
 
-def pca(data: Data, step: int, options: Options) -> Float[Tensor, " features"]:
+def pca(data: FitData, step: int, options: FitOptions) -> Float[Tensor, " features"]:
     """The unit direction along which pairs differ most (about 0), or centred rows vary most.
 
     Its sign is that of the difference of means: it points to the target.
@@ -81,7 +81,7 @@ def pca(data: Data, step: int, options: Options) -> Float[Tensor, " features"]:
     return torch.where(vector @ data.difference[step] < 0, -vector, vector)
 
 
-def lda(data: Data, step: int, options: Options) -> Float[Tensor, " features"]:
+def lda(data: FitData, step: int, options: FitOptions) -> Float[Tensor, " features"]:
     """v = S^-1 (mean(target) - mean(source)), S the shrunk covariance within labels.
 
     S = (1 - a) C + a tr(C)/d 1, C = sum of both labels' scatters / rows.
@@ -121,7 +121,7 @@ def oas(covariance: Float[Tensor, "features features"], rows: int) -> float:
     return 1.0 if below <= above else above / below
 
 
-def logistic(data: Data, step: int, options: Options) -> Float[Tensor, " features"]:
+def logistic(data: FitData, step: int, options: FitOptions) -> Float[Tensor, " features"]:
     """The weight of a logistic probe that tells target from source, in units of the features.
 
     Minimises sum_i log(1 + exp(-y_i (u.z_i + b))) + l2/2 |u|^2 over standardised features
@@ -137,7 +137,7 @@ def logistic(data: Data, step: int, options: Options) -> Float[Tensor, " feature
     return _probe(z, y.double(), options.l2) / scale
 
 
-METHODS: dict[str, Callable[[Data, int, Options], Tensor]] = {
+METHODS: dict[str, Callable[[FitData, int, FitOptions], Tensor]] = {
     "mean": mean,
     "caa": mean,  # the same difference, of unit length by default
     "pca": pca,

@@ -15,7 +15,7 @@ _STRETCHES = 1024  # before the pattern repeats, a power of 2
 # wait for them on a busy machine.
 
 
-class Split:
+class RowSplit:
     """Puts one row of every `holdout` aside and deals the others to two halves.
 
     The n-th source row and the n-th target row get the same place, so pairs stay together and both

@@ -47,7 +47,7 @@ class Statistics:
             raise UnknownName("kind of statistics", keep, KEEPS)
         self.keep: Keep = keep
         self._shape: tuple[int, int] | None = None
-        self._sums = _Sums.none()
+        self._sums = _MomentSums.none()
         self._rows: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -154,11 +154,11 @@ class Statistics:
     def _known(self, labels: Sequence[int]) -> list[int]:
         return [label for label in labels if label < self.labels]
 
-    def _spread(self, labels: Sequence[int]) -> "tuple[_Sums, Tensor, Tensor]":
+    def _spread(self, labels: Sequence[int]) -> "tuple[_MomentSums, Tensor, Tensor]":
         """What is known of these labels, their common mean, and how far each label's is from it."""
         assert self.shape is not None
         known = self._known(labels)
-        found = _Sums(*(each[known] if len(each) else each for each in self._sums))
+        found = _MomentSums(*(each[known] if len(each) else each for each in self._sums))
         if not int(found.counts.sum()):
             return found, found.mean.new_full(self.shape, torch.nan), found.mean
         most = int(found.counts.argmax())  # differences from a mean that is near keep their digits
@@ -168,7 +168,7 @@ class Statistics:
         return found, found.mean[most] + (found.rest[most] + common), away - common
 
 
-class _Sums(NamedTuple):
+class _MomentSums(NamedTuple):
     """What is known of each label.
 
     Attributes:
@@ -186,10 +186,10 @@ class _Sums(NamedTuple):
     products: Tensor
 
     @staticmethod
-    def none() -> "_Sums":
+    def none() -> "_MomentSums":
         """Of no label."""
         empty = torch.zeros(0, dtype=torch.float64)
-        return _Sums(torch.zeros(0, dtype=torch.int64), empty, empty, empty, empty)
+        return _MomentSums(torch.zeros(0, dtype=torch.int64), empty, empty, empty, empty)
 
 
 def kept_type(rows: Tensor) -> torch.dtype:
@@ -197,7 +197,7 @@ def kept_type(rows: Tensor) -> torch.dtype:
     return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
-def _sums(rows: Tensor, labels: Tensor, count: int, products: bool) -> _Sums:
+def _sums(rows: Tensor, labels: Tensor, count: int, products: bool) -> _MomentSums:
     """What one batch [rows, steps, features] says of each label."""
     x = rows.flatten(1)
     shift = x[0].double()
@@ -212,7 +212,7 @@ def _sums(rows: Tensor, labels: Tensor, count: int, products: bool) -> _Sums:
     mean[counts == 0] = 0
     mean, rest, centred = (each.unflatten(1, rows.shape[1:]) for each in (mean, rest, centred))
     pairs = _products(rows, labels, mean) if products else mean[:0]
-    return _Sums(counts, mean, rest, centred, pairs)
+    return _MomentSums(counts, mean, rest, centred, pairs)
 
 
 def _twice(x: Tensor, labels: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,7 +236,7 @@ def _products(rows: Tensor, labels: Tensor, means: Tensor) -> Tensor:
     return torch.stack([each.transpose(1, 2) @ each for each in found])
 
 
-def _joined(a: _Sums, b: _Sums) -> _Sums:
+def _joined(a: _MomentSums, b: _MomentSums) -> _MomentSums:
     """The sums of both, with all labels of both."""
     labels = max(len(a.counts), len(b.counts))
     if not labels or not len(a.counts):
@@ -252,12 +252,12 @@ def _joined(a: _Sums, b: _Sums) -> _Sums:
     step = a.rest + d * (n_b / n)
     mean = a.mean + step
     square = a.square + b.square + both * d.square()
-    return _Sums(counts, mean, step - (mean - a.mean), square, products)
+    return _MomentSums(counts, mean, step - (mean - a.mean), square, products)
 
 
-def _padded(sums: _Sums, labels: int) -> _Sums:
+def _padded(sums: _MomentSums, labels: int) -> _MomentSums:
     """With labels without rows at the end."""
     more = labels - len(sums.counts)
-    return _Sums(
+    return _MomentSums(
         *(torch.cat([x, x.new_zeros(more, *x.shape[1:])]) if len(x) and more else x for x in sums)
     )

@@ -18,7 +18,7 @@ from dreamreader.store.batch import Batch, Names
 from dreamreader.store.buffers import Buffers
 from dreamreader.store.gather import FOUND, Gather, open_gather
 from dreamreader.store.layout import SiteLayout
-from dreamreader.store.order import Order, seed_of
+from dreamreader.store.order import BatchOrder, seed_of
 from dreamreader.store.picking import TOKENS, Picked, picked_from, tokens_of
 from dreamreader.store.store import Store
 
@@ -92,11 +92,10 @@ class StoreDataset(IterableDataset):
         pin_memory: bool = False,
         verify: bool = True,
     ):
-        if batch_size < 1 or prefetch < 0:
-            raise InvalidInput(
-                "StoreDataset: batch_size must be 1 or more and prefetch 0 or more, got "
-                f"{batch_size} and {prefetch}"
-            )
+        _whole("batch_size", batch_size, 1)
+        _whole("prefetch", prefetch, 0)
+        _whole("rank", rank, 0)
+        _whole("world", world, 1)
         if not 0 <= rank < world:
             raise InvalidInput(f"StoreDataset: rank must be 0 .. world - 1, got {rank} of {world}")
         _whole("seed", seed, -(2**63))
@@ -107,7 +106,7 @@ class StoreDataset(IterableDataset):
         self._picked = _picked(store, site, steps, branch, tokens)
         self.site = self._picked.segments.site
         self.dtype = _dtype(self.site, dtype, normalise is not None)
-        self.order = Order(self._picked.total, batch_size, rank, world, drop_last)
+        self.order = BatchOrder(self._picked.total, batch_size, rank, world, drop_last)
         self.seed, self.shuffle, self.prefetch, self.verify = seed, shuffle, prefetch, verify
         self._pinned = pin_memory
         self._names = Names(self._picked.segments.files) if keys else None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Order:
+class BatchOrder:
     """Rounds in which every rank gets a batch, from a position of the epoch on.
 
     Attributes:

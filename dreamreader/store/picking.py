@@ -18,7 +18,7 @@ _ANY = 2**31  # above every token
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenFilter:
     """Which tokens: every `every`-th of begin .. begin + span - 1, or those that the table marks.
 
     Attributes:
@@ -39,7 +39,7 @@ class Tokens:
         return inside & (np.frombuffer(self.table, np.uint8)[at.clip(0, self.span - 1)] == 1)
 
 
-def tokens_of(chosen: TOKENS) -> Tokens:
+def tokens_of(chosen: TOKENS) -> TokenFilter:
     """Reads what a user gives for `tokens`.
 
     Raises:
@@ -57,7 +57,7 @@ def tokens_of(chosen: TOKENS) -> Tokens:
                 f"tokens: {chosen} must count forward from 0 and have a token: how many there are "
                 "may differ from row to row"
             )
-        return Tokens(begin, stop - begin, every)
+        return TokenFilter(begin, stop - begin, every)
     try:
         given = [chosen] if isinstance(chosen, int) else list(chosen)
         numbers = sorted({operator.index(each) for each in given})
@@ -71,7 +71,7 @@ def tokens_of(chosen: TOKENS) -> Tokens:
         raise InvalidInput(f"tokens: one or more numbers from 0 on, got {chosen!r}")
     table = np.zeros(numbers[-1] - numbers[0] + 1, np.uint8)
     table[np.array(numbers) - numbers[0]] = 1
-    return Tokens(numbers[0], len(table), table=table.tobytes())
+    return TokenFilter(numbers[0], len(table), table=table.tobytes())
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Picked:
     """
 
     segments: Segments
-    tokens: Tokens | None
+    tokens: TokenFilter | None
     file: Int[np.ndarray, " runs"]
     first: Int[np.ndarray, " runs"]
     rows: Int[np.ndarray, " runs"]
@@ -126,7 +126,7 @@ class Picked:
         )
 
 
-def picked_from(segments: Segments, tokens: Tokens | None = None) -> Picked:
+def picked_from(segments: Segments, tokens: TokenFilter | None = None) -> Picked:
     """All rows of segments; where tokens are chosen, in runs that are to be counted."""
     file, first, rows = (
         np.ascontiguousarray(each, kind)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class _Rows:
+class _ReferenceRows:
     """The rows of one site in one unit."""
 
     values: list[Tensor] = field(default_factory=list)
@@ -45,7 +45,7 @@ class ReferenceWriter:
         self.sites: list[SiteLayout] = []
         self._part: Path | None = None
         self._unit = -1
-        self._rows: dict[int, _Rows] = {}
+        self._rows: dict[int, _ReferenceRows] = {}
 
     def site(self, layout: SiteLayout) -> int:
         """The number of a site; the same layout has the same number in every unit."""
@@ -74,7 +74,7 @@ class ReferenceWriter:
         """
         if not len(keys):
             return 0
-        layout, held = self.sites[site], self._rows.setdefault(site, _Rows())
+        layout, held = self.sites[site], self._rows.setdefault(site, _ReferenceRows())
         values = torch.empty(len(keys), layout.width, dtype=layout.stored)
         scales = torch.empty(len(keys)) if layout.scaled else None
         odd = torch.zeros(1, dtype=torch.int64)
@@ -91,7 +91,7 @@ class ReferenceWriter:
 
     def not_finite(self, site: int) -> dict[int, int]:
         """Rows so far, by moment, that have a value which is not finite."""
-        return {k: n for k, n in self._rows.get(site, _Rows()).not_finite.items() if n}
+        return {k: n for k, n in self._rows.get(site, _ReferenceRows()).not_finite.items() if n}
 
     def seal(
         self, samples: "pa.Table", moments: Sequence[Moment], branches: Sequence[str]
@@ -117,7 +117,7 @@ class ReferenceWriter:
         self.abandon()
 
     def _write(
-        self, site: int, held: _Rows, moments: Sequence[Moment], branches: list[str]
+        self, site: int, held: _ReferenceRows, moments: Sequence[Moment], branches: list[str]
     ) -> Shard:
         assert self._part is not None
         layout = self.sites[site]

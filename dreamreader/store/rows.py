@@ -43,7 +43,7 @@ class Segments:
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     """Rows of one shard.
 
     Attributes:
@@ -57,7 +57,7 @@ class Block:
     def __len__(self) -> int:
         return len(self.places)
 
-    def head(self, rows: int) -> "Block":
+    def head(self, rows: int) -> "RowBlock":
         """The first so many rows."""
         return replace(self, places=self.places[:rows])
 
@@ -126,7 +126,7 @@ class Block:
         return places
 
 
-def blocks_of(segments: Segments, rows: int | None = None) -> Iterator[Block]:
+def blocks_of(segments: Segments, rows: int | None = None) -> Iterator[RowBlock]:
     """The rows of segments, in their order, each block within one shard.
 
     Args:
@@ -140,7 +140,7 @@ def blocks_of(segments: Segments, rows: int | None = None) -> Iterator[Block]:
         part = slice(*bounds[number : number + 2])
         places = _places(segments.first[part], segments.rows[part])
         for start in range(0, len(places), rows):
-            yield Block(shard, unit, places[start : start + rows])
+            yield RowBlock(shard, unit, places[start : start + rows])
 
 
 def _places(first: Int[np.ndarray, " n"], rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " rows"]:

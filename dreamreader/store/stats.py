@@ -17,7 +17,7 @@ from dreamreader._files import replacing, write_atomic
 from dreamreader.errors import InvalidInput
 from dreamreader.ops import moments
 from dreamreader.store.layout import SiteLayout
-from dreamreader.store.rows import Block, blocks_of
+from dreamreader.store.rows import RowBlock, blocks_of
 from dreamreader.store.store import Store
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Statistics:
+class SiteStatistics:
     """What `stats` found.
 
     Attributes:
@@ -125,7 +125,7 @@ def stats(
     branch: str | Sequence[str] | None = None,
     covariance: bool = False,
     done: Callable[[int], None] = lambda rows: None,
-) -> Statistics:
+) -> SiteStatistics:
     """Reads the rows of a site once and takes their mean, variance and norms, in float64.
 
     Args:
@@ -150,7 +150,7 @@ def stats(
         raise InvalidInput(
             f"{site}: a covariance takes {WIDEST:,} features at most, it has {wide:,}"
         )
-    sums = _Sums(segments.site, covariance)
+    sums = _SiteSums(segments.site, covariance)
     for block in blocks_of(segments):
         sums.add(block)
         done(len(block))
@@ -158,7 +158,7 @@ def stats(
 
 
 @dataclass
-class _Part:
+class _StatisticsPart:
     """Sums of rows with one step and branch, about the common shift."""
 
     rows: int
@@ -167,8 +167,8 @@ class _Part:
     norm: float = 0.0
     norms: Counter[int] = field(default_factory=Counter)
 
-    def __add__(self, other: "_Part") -> "_Part":
-        return _Part(
+    def __add__(self, other: "_StatisticsPart") -> "_StatisticsPart":
+        return _StatisticsPart(
             self.rows + other.rows,
             self.total + other.total,
             self.square + other.square,
@@ -177,7 +177,7 @@ class _Part:
         )
 
 
-class _Sums:
+class _SiteSums:
     """Sums over the blocks so far."""
 
     def __init__(self, site: SiteLayout, covariance: bool):
@@ -186,10 +186,10 @@ class _Sums:
         self.product = (
             torch.zeros(site.width, site.width, dtype=torch.float64) if covariance else None
         )
-        self.parts: dict[Key, _Part] = {}
+        self.parts: dict[Key, _StatisticsPart] = {}
         self.not_finite = 0
 
-    def add(self, block: Block) -> None:
+    def add(self, block: RowBlock) -> None:
         x = block.values
         norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
         finite = norms.isfinite()
@@ -201,7 +201,9 @@ class _Sums:
         found = moments(x, labels, len(keys), shift=self.shift)
         for number, key in enumerate(keys):
             own = norms[labels == number].numpy()
-            part = _Part(int(found.rows[number]), found.total[number], found.square[number])
+            part = _StatisticsPart(
+                int(found.rows[number]), found.total[number], found.square[number]
+            )
             part.norm, part.norms = float(own.sum()), _binned(own)
             if part.rows:
                 self.parts[key] = self.parts[key] + part if key in self.parts else part
@@ -209,7 +211,7 @@ class _Sums:
             centred = x[finite].double() - self.shift
             self.product.addmm_(centred.T, centred)
 
-    def result(self) -> Statistics:
+    def result(self) -> SiteStatistics:
         if not self.parts:
             raise InvalidInput(f"{self.site.name}: no rows with finite values are chosen")
         parts = [self.parts[key] for key in sorted(self.parts)]
@@ -219,11 +221,11 @@ class _Sums:
         if self.product is not None:
             mean = whole.total / whole.rows
             covariance = self.product / whole.rows - mean[:, None] * mean
-        return Statistics(
+        return SiteStatistics(
             self.site, self._group(whole, None, None), groups, self.not_finite, covariance
         )
 
-    def _group(self, part: _Part, step: int | None, branch: str | None) -> Group:
+    def _group(self, part: _StatisticsPart, step: int | None, branch: str | None) -> Group:
         mean = part.total / part.rows
         variance = (part.square / part.rows - mean.square()).clamp(min=0)
         quantiles = {q: _quantile(part.norms, q) for q in QUANTILES}
@@ -231,7 +233,7 @@ class _Sums:
         return Group(step, branch, part.rows, self.shift + mean, variance, norm, quantiles)
 
 
-def _labels(block: Block) -> tuple[list[Key], np.ndarray]:
+def _labels(block: RowBlock) -> tuple[list[Key], np.ndarray]:
     """The steps and branches of a block, and for each row the place of its own among them."""
     _, moment, branch, _ = block.keys.T
     steps = block.shard.moments[moment, 0].astype(np.int64)

@@ -17,14 +17,14 @@ from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.store.index import Index, current, read_index, sealed_units
 from dreamreader.store.layout import SiteLayout, unit_folder
 from dreamreader.store.manifest import Manifest
-from dreamreader.store.rows import Block, Segments, blocks_of
+from dreamreader.store.rows import RowBlock, Segments, blocks_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
 @dataclass(frozen=True)
-class Rows:
+class StoredRows:
     """Rows of one site in memory.
 
     Attributes:
@@ -151,7 +151,7 @@ class Store:
         steps: Any = None,
         branch: str | Sequence[str] | None = None,
         rows: int | None = None,
-    ) -> Iterator[Block]:
+    ) -> Iterator[RowBlock]:
         """Rows of a site in the order of the store, a block at a time; memory does not grow.
 
         Args:
@@ -166,7 +166,7 @@ class Store:
         steps: Any = None,
         branch: str | Sequence[str] | None = None,
         limit: int | None = None,
-    ) -> Rows:
+    ) -> StoredRows:
         """Reads rows of a site into memory.
 
         Args:
@@ -174,9 +174,14 @@ class Store:
 
         Raises:
             UnknownName: the store has no such site or branch.
+            InvalidInput: the limit is no number of rows.
         """
         import pyarrow as pa
 
+        if limit is not None and (
+            isinstance(limit, bool) or not isinstance(limit, int) or limit < 0
+        ):
+            raise InvalidInput(f"read: limit is an integer of at least 0, or None, got {limit!r}")
         segments = self.segments(site, steps, branch)
         total = segments.total if limit is None else min(limit, segments.total)
         kind = torch.float32 if segments.site.scaled else segments.site.stored
@@ -189,10 +194,10 @@ class Store:
             values[done : done + len(block)] = block.values
             tables.append(self.keys(block))
             done += len(block)
-        return Rows(values, pa.concat_tables(tables) if tables else pa.table({}))
+        return StoredRows(values, pa.concat_tables(tables) if tables else pa.table({}))
 
-    def keys(self, block: Block) -> "pa.Table":
-        """What is known of each row of a block; see `Rows.keys`."""
+    def keys(self, block: RowBlock) -> "pa.Table":
+        """What is known of each row of a block; see `StoredRows.keys`."""
         return block.table(self.samples(block.unit))
 
     def _lines(self, site: str, steps: Any, branch: str | Sequence[str] | None) -> np.ndarray:

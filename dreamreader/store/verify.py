@@ -37,7 +37,7 @@ class Damage:
 
 
 @dataclass(frozen=True)
-class Report:
+class VerifyReport:
     """What `verify` found.
 
     Attributes:
@@ -56,7 +56,9 @@ class Report:
         return not self.damage
 
 
-def verify(store: str | Path, watch: Callable[[Sequence[int]], Iterable[int]] = iter) -> Report:
+def verify(
+    store: str | Path, watch: Callable[[Sequence[int]], Iterable[int]] = iter
+) -> VerifyReport:
     """Reads every sealed byte of a store and compares it with its checksum.
 
     Args:
@@ -95,7 +97,7 @@ def verify(store: str | Path, watch: Callable[[Sequence[int]], Iterable[int]] = 
         except InvalidInput as error:
             found.append(Damage(f"{name}/unit.json", str(error).removeprefix(f"{path}/unit.json ")))
     found += _of_index(folder, bool(found))
-    return Report(len(units), shards, rows, size, tuple(found))
+    return VerifyReport(len(units), shards, rows, size, tuple(found))
 
 
 def _of_job(

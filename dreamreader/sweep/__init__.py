@@ -5,8 +5,10 @@ from dreamreader.sweep.cells import Cell
 from dreamreader.sweep.controls import random_cells, site_widths
 from dreamreader.sweep.edges import edge_cells, matrix_cells
 from dreamreader.sweep.grids import Agreement, Grid, joined
-from dreamreader.sweep.run import Job, Metric, job, over_cells, records_of, resolved
+from dreamreader.sweep.run import Metric, SweepJob, job, over_cells, records_of, resolved
 from dreamreader.sweep.windows import layer_windows
+
+Job = SweepJob  # its earlier name
 
 __all__ = [
     "Agreement",
@@ -14,6 +16,7 @@ __all__ = [
     "Grid",
     "Job",
     "Metric",
+    "SweepJob",
     "edge_cells",
     "grid",
     "job",

@@ -1,16 +1,16 @@
 """What a sweep over cells gave: effects with intervals, p-values, tables and heat maps."""
 
-import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from dreamreader._tensor_files import load_described, save_described
+from dreamreader.artifacts import Artifact
 from dreamreader.engine import Row
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.stats import (
@@ -41,7 +41,7 @@ class Agreement:
 
 
 @dataclass(frozen=True, eq=False)
-class Grid:
+class Grid(Artifact, kind="grid"):
     """One metric value for each cell and row, and what follows from them.
 
     Formula: effect = mean over rows of (M_cell - M_base) / mean of (M_goal - M_base), a ratio of
@@ -77,6 +77,19 @@ class Grid:
                 f"Grid: {shape[0]} cells and {shape[1]} rows, values are "
                 f"{list(self.values.shape)}, base and goal {[list(s.shape) for s in sides]}"
             )
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all is the same; NaN equals NaN."""
+        if not isinstance(other, Grid):
+            return NotImplemented
+        return all(_same(getattr(self, e.name), getattr(other, e.name)) for e in fields(self))
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites of its cells."""
+        return tuple(dict.fromkeys(site for cell in self.cells for site in cell.sites))
 
     @cached_property
     def effects(self) -> list[Interval]:
@@ -121,7 +134,13 @@ class Grid:
         return self.effects[self.cells.index(cell)]
 
     def top(self, n: int = 5) -> list[Cell]:
-        """The n cells with the largest effect, the largest first; cells without one come last."""
+        """The n cells with the largest effect, the largest first; cells without one come last.
+
+        Raises:
+            InvalidInput: n is no number from 0.
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise InvalidInput(f"top: n must be an integer of at least 0, got {n!r}")
         values = [each.value for each in self.effects]
         order = sorted(
             range(len(values)), key=lambda i: (np.isnan(values[i]), -np.nan_to_num(values[i]))
@@ -215,8 +234,7 @@ class Grid:
             caption=f"In brackets: q above {alpha:g} over {len(self.cells)} cells.",
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file that carries its checksum, whole or not at all."""
+    def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         sides = {"values": self.values, "base": self.base, "goal": self.goal}
         tensors = {
             k: torch.tensor(v, dtype=torch.float64) for k, v in sides.items() if v is not None
@@ -227,24 +245,17 @@ class Grid:
             "kind": self.kind,
             "confidence": self.confidence,
         }
-        save_described(path, "grid", tensors, content)
+        return tensors, content
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Grid":
-        """The grid that `save` wrote, to the bit.
-
-        Raises:
-            FileNotFoundError, IsADirectoryError, PermissionError: the file cannot be opened.
-            InvalidInput: it holds no grid, or is damaged.
-        """
-        content, tensors = load_described(path, "grid")
-        found = {name: each.numpy() for name, each in tensors.items()}
+    def of_file(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Self:
+        goal = tensors.get("goal")
         return cls(
             tuple(Cell.from_dict(each) for each in content["cells"]),
             tuple(Row(**each) for each in content["rows"]),
-            found["values"],
-            found["base"],
-            found.get("goal"),
+            _float64(tensors["values"]),
+            _float64(tensors["base"]),
+            None if goal is None else _float64(goal),
             content["kind"],
             content["confidence"],
         )
@@ -268,6 +279,18 @@ class Grid:
             f"Grid of {len(self.cells)} cells x {len(self.rows)} rows ({self.kind}{note}); "
             f"largest effects: {'; '.join(shown)}"
         )
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True)
+    return bool(a == b) if type(a) is type(b) else False
+
+
+def _float64(values: Tensor) -> Values:
+    if values.dtype != torch.float64:
+        raise InvalidInput(f"values of a grid are float64, got {values.dtype}")
+    return values.numpy()
 
 
 def _along(cell: Cell, axis: str) -> str:

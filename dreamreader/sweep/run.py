@@ -25,7 +25,7 @@ _BATCHES = 4  # a run of the sweep holds about so many batches, and the edits of
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepJob:
     """Prompts and seeds of the rows, and how they are run.
 
     Attributes:
@@ -70,7 +70,7 @@ def job(
     metric: Metric,
     batch_size: int | None,
     arguments: Mapping[str, Any],
-) -> Job:
+) -> SweepJob:
     """Prompts and seeds brought to one length, as in `Reader.run`.
 
     Raises:
@@ -81,12 +81,12 @@ def job(
     if batch_size is not None and batch_size < 1:
         raise InvalidInput(f"batch_size must be at least 1, got {batch_size}")
     plan = plan_rows(prompts, seeds, ())
-    return Job(reader, plan.prompts, plan.seeds, metric, batch_size, dict(arguments))
+    return SweepJob(reader, plan.prompts, plan.seeds, metric, batch_size, dict(arguments))
 
 
 def over_cells(
     cells: Sequence[Cell],
-    work: Job,
+    work: SweepJob,
     edits_of: Callable[[list[Cell | None], list[int]], Sequence[Any]],
 ) -> Values:
     """Gives the metric [cells, rows] of every cell on every row.
@@ -98,7 +98,12 @@ def over_cells(
         cells: the sweep.
         work: rows of one cell.
         edits_of: from the cell and the pair of each row of a run to its edits.
+
+    Raises:
+        InvalidInput: there are no cells, or nothing is edited in a run of cells that have sites.
     """
+    if not cells:
+        raise InvalidInput("over_cells: no cells are given")
     count = len(work)
     at_once = len(cells)
     if work.batch_size is not None:
@@ -108,7 +113,13 @@ def over_cells(
         chosen = cells[start : start + at_once]
         of_rows: list[Cell | None] = [cell for cell in chosen for _ in range(count)]
         pairs = list(range(count)) * len(chosen)
-        _, values = work.run(len(chosen), edits_of(of_rows, pairs))
+        edits = edits_of(of_rows, pairs)
+        if not edits and (meant := [cell.label for cell in chosen if cell.sites]):
+            raise InvalidInput(
+                f"over_cells: edits_of gives no edits for {', '.join(meant[:3])}; a cell that "
+                "stays as it is has no sites"
+            )
+        _, values = work.run(len(chosen), edits)
         found.append(values.reshape(len(chosen), count))
     return np.concatenate(found)
 

@@ -18,7 +18,7 @@ from dreamreader.reft import (
     NoiseMatch,
     Reft,
     Together,
-    encode_pictures,
+    encode_images,
     keep_activations,
     record_calls,
     record_pairs,
@@ -144,7 +144,7 @@ def _denoising(training: Training, place: Place, examples: Examples) -> _Made:
     calls = record_calls(
         place.reader, examples.each(examples.prompts), seeds=examples.row_seeds, **_run(place)
     )
-    pictures = encode_pictures(place.reader, pictures_of(examples.partners))
+    pictures = encode_images(place.reader, pictures_of(examples.partners))
     loss = Denoising(place.reader, calls, pictures.repeat_interleave(len(examples.seeds), 0))
     return loss, _keep_noise(place, examples)
 

@@ -155,7 +155,7 @@ class ProbeTraining(Part):
     activation: Literal["relu", "gelu", "silu"] = "relu"
     per_step: Literal["each", "shared", "noise"] = Field(
         default="each",
-        description="A probe for every step, one for all, or one that hears of the noise.",
+        description="A probe for every step, one for all, or one conditioned on the noise level.",
     )
     pool: Literal["mean", "token", "flat"] = Field(
         default="mean", description="How tokens become rows."

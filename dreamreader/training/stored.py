@@ -230,6 +230,6 @@ class Part:
             targets = self.source.samples.targets[numbers]
             for each in step.unique().tolist() if probe.steps else [None]:
                 own = slice(None) if each is None else step == each
-                share = fraction[own] if probe.hears_noise else None
+                share = fraction[own] if probe.noise_conditioned else None
                 found = probe.probabilities(x[own], step=each, fraction=share)
                 yield found, targets[own]

@@ -30,10 +30,10 @@ def test_temperature_is_the_best_one():
     logits, targets = overconfident(300)
     found = temperature(logits, targets)
 
-    def loss(heat: float) -> float:
+    def loss(temperature_: float) -> float:
         # one more row of unknown class beside the 300
-        told = (logits.double() / heat).log_softmax(-1)
-        own = -told[torch.arange(300), targets].mean() * 300 - told.mean()
+        predicted = (logits.double() / temperature_).log_softmax(-1)
+        own = -predicted[torch.arange(300), targets].mean() * 300 - predicted.mean()
         return float(own)
 
     assert loss(found) < min(loss(found * 1.02), loss(found / 1.02))
@@ -96,12 +96,12 @@ def test_sigmoids_of_classes_are_calibrated_label_by_label():
     flags = torch.nn.functional.one_hot(
         (fresh[:, :4] + torch.randn(2000, 4, generator=g)).argmax(1), 4
     ).float()
-    told = probe.probabilities(fresh)
-    z, heat = probe.logits(fresh), float(probe.temperature)
-    assert torch.allclose(told, (z / heat).sigmoid())
-    assert brier(told, flags) < brier(z.sigmoid(), flags)
-    for other in (heat / 1.4, heat * 1.4):
-        assert brier(told, flags) < brier((z / other).sigmoid(), flags)
+    predicted = probe.probabilities(fresh)
+    z, temperature_ = probe.logits(fresh), float(probe.temperature)
+    assert torch.allclose(predicted, (z / temperature_).sigmoid())
+    assert brier(predicted, flags) < brier(z.sigmoid(), flags)
+    for other in (temperature_ / 1.4, temperature_ * 1.4):
+        assert brier(predicted, flags) < brier((z / other).sigmoid(), flags)
 
 
 def test_what_cannot_be_right_says_so():

@@ -64,9 +64,9 @@ def test_noise_is_told_by_chance_and_controls_are_near_it():
 
 def test_the_best_validated_state_is_kept_and_never_the_untrained_one():
     from dreamreader.fitting import Best
-    from dreamreader.probes.net import Perceptrons
+    from dreamreader.probes.net import StackedMlps
 
-    net = Perceptrons(2, (3, 2), "relu", False, 0)
+    net = StackedMlps(2, (3, 2), "relu", False, 0)
     best = Best(net)
     better = []
     for epoch, losses in enumerate(([9.0, 1.0], [5.0, 2.0], [7.0, 3.0])):
@@ -81,11 +81,11 @@ def test_the_best_validated_state_is_kept_and_never_the_untrained_one():
 
 
 def test_folding_the_standardisation_is_exact():
-    from dreamreader.probes.net import Perceptrons
+    from dreamreader.probes.net import StackedMlps
 
     g = torch.Generator().manual_seed(0)
     for hidden in ((), (5,), (5, 4)):
-        net = Perceptrons(2, (6, *hidden, 3), "gelu", True, 1)
+        net = StackedMlps(2, (6, *hidden, 3), "gelu", True, 1)
         with torch.no_grad():
             assert net.noise is not None
             net.noise.normal_(generator=g)
@@ -146,7 +146,7 @@ def test_each_step_has_a_probe_of_its_own():
     assert len(probe.mlps) == 6 and probe.at(3).steps == (3,)
     with pytest.raises(InvalidInput, match=r"has none for step 6; trained at 0, 1, 2, 3, 4, 5"):
         probe.logits(x[:, 0], step=6)
-    with pytest.raises(InvalidInput, match="a perceptron for each step; give step="):
+    with pytest.raises(InvalidInput, match="an MLP for each step; give step="):
         probe.logits(x[:, 0])
 
 
@@ -155,10 +155,10 @@ def test_a_probe_that_hears_the_noise_beats_a_shared_one():
     more = QUICK | {"epochs": 100}
     shared, noise = (fit(x, y, hidden=(), per_step=how, **more) for how in ("shared", "noise"))
     assert accuracy(noise) > 0.95 > accuracy(shared) + 0.2
-    assert noise.hears_noise and not shared.hears_noise
+    assert noise.noise_conditioned and not shared.noise_conditioned
     told = noise.predict(x[:, 4], fraction=4 / 6)
     assert sum(int(a) == b for a, b in zip(told, y.tolist(), strict=True)) > 190
-    with pytest.raises(InvalidInput, match="hears of the noise level; give fraction="):
+    with pytest.raises(InvalidInput, match="conditioned on the noise level; give fraction="):
         noise.logits(x[:, 4])
 
 

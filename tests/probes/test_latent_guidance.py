@@ -14,7 +14,7 @@ import dreamreader as dr
 from dreamreader.engine._clock import DenoiserCall
 from dreamreader.errors import InvalidInput, NeverFired, UnknownName
 from dreamreader.probes import Probe, fit, latent_guidance
-from dreamreader.probes.latent_guidance import _Guide
+from dreamreader.probes.latent_guidance import _LatentGuide
 from dreamreader.probes.prediction import weight
 
 SITES = {
@@ -210,7 +210,7 @@ def test_scale_zero_is_bit_equal_and_rows_are_apart():
 
 def test_a_row_of_scale_zero_hears_nothing_of_its_gradient():
     given = "a", None, [0.0, 2.0], "logits", None, None, False
-    guide = _Guide(dr.Reader(_pipe()), _probe(), *given)
+    guide = _LatentGuide(dr.Reader(_pipe()), _probe(), *given)
     guide.change = _moment(1.0), torch.tensor([[math.nan], [3.0]])
     left, moved = guide.changed(torch.tensor([[-0.0], [1.0]])).flatten().tolist()
     assert math.copysign(1.0, left) == -1.0 and left == 0.0 and moved == 4.0

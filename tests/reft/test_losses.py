@@ -22,7 +22,7 @@ from dreamreader.reft import (
     Pairs,
     Reft,
     Together,
-    encode_pictures,
+    encode_images,
     keep_activations,
     record_calls,
     record_pairs,
@@ -44,7 +44,7 @@ def noise_match() -> Loss:
 
 def denoising() -> Loss:
     pictures = torch.rand(4, 3, 16, 24)
-    return Denoising(pipeline(), calls(BASE), encode_pictures(pipeline(), pictures))
+    return Denoising(pipeline(), calls(BASE), encode_images(pipeline(), pictures))
 
 
 def with_keep() -> Loss:
@@ -213,7 +213,7 @@ def test_noised_pictures_are_those_of_the_scheduler(name: str, scheduler: str | 
 
 def test_pictures_come_back_from_their_latents_as_the_autoencoder_gives_them():
     vae, pictures = pipeline().subject.vae, torch.rand(2, 3, 16, 16)
-    latents = encode_pictures(pipeline(), pictures, batch_size=1)
+    latents = encode_images(pipeline(), pictures, batch_size=1)
     with torch.no_grad():
         wanted = vae.encode(2 * pictures - 1).latent_dist.mode() * vae.config.scaling_factor
     torch.testing.assert_close(latents, wanted)
@@ -223,7 +223,7 @@ def test_an_autoencoder_that_normalises_channels_is_refused():
     pipe = tiny.pipeline("sd")
     pipe.vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[2.0] * 4)
     with pytest.raises(InvalidInput, match="how AutoencoderKL scales latents is not known"):
-        encode_pictures(Reader(pipe), torch.rand(1, 3, 16, 16))
+        encode_images(Reader(pipe), torch.rand(1, 3, 16, 16))
 
 
 def test_the_loss_of_completions_by_hand():
@@ -288,7 +288,7 @@ def test_what_a_language_model_keeps_is_a_divergence():
             r"pictures must be latents \[4, 4, 8, 12\], as the denoiser has them, got \[4, 4, 8",
         ),
         (
-            lambda: encode_pictures(pipeline(), torch.full((1, 3, 16, 16), 2.0)),
+            lambda: encode_images(pipeline(), torch.full((1, 3, 16, 16), 2.0)),
             "pictures must be .* from 0 to 1",
         ),
         (

@@ -12,7 +12,7 @@ from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.steering import Fitter, fit, fit_pairs
 from dreamreader.steering.evidence import auc
-from dreamreader.steering.split import HELD_OUT, Split
+from dreamreader.steering.split import HELD_OUT, RowSplit
 
 
 def test_batches_and_kinds_of_labels_do_not_show():
@@ -34,7 +34,7 @@ def test_batches_and_kinds_of_labels_do_not_show():
 
 def test_rows_kept_out_have_no_part_in_the_fit():
     x, labels, _, _ = gaussian(80, 4)
-    places = torch.from_numpy(Split(4, 1024, 0).of(np.arange(40)).repeat(2))
+    places = torch.from_numpy(RowSplit(4, 1024, 0).of(np.arange(40)).repeat(2))
     out = places == HELD_OUT
     assert int(out.sum()) == 20
     broken = torch.where(out[:, None], x * -1e6, x)  # whatever they are
@@ -51,7 +51,7 @@ def test_rows_kept_out_have_no_part_in_the_fit():
 
 def test_the_split_keeps_one_of_every_block_and_deals_equal_halves():
     for holdout in (2, 3, 4, 10):
-        split = Split(holdout, 50, seed=1)
+        split = RowSplit(holdout, 50, seed=1)
         places = torch.from_numpy(split.of(np.arange(20_000)))
         out = (places[: 50 * holdout] == HELD_OUT).view(50, holdout).sum(1)
         assert out.tolist() == [1] * 50
@@ -63,8 +63,8 @@ def test_the_split_keeps_one_of_every_block_and_deals_equal_halves():
         parts = [split.of(part) for part in np.split(np.arange(20_000), [5, 7000])]
         assert np.array_equal(np.concatenate(parts), places)
         assert bool((places[: holdout - 1] != HELD_OUT).all())  # a few rows are all fitted
-    assert bool((places.numpy() != Split(10, 50, seed=2).of(np.arange(20_000))).any())
-    assert bool((Split(0, 50, 0).of(np.arange(100)) != HELD_OUT).all())
+    assert bool((places.numpy() != RowSplit(10, 50, seed=2).of(np.arange(20_000))).any())
+    assert bool((RowSplit(0, 50, 0).of(np.arange(100)) != HELD_OUT).all())
 
 
 def test_pairs_stay_together():

@@ -14,7 +14,7 @@ from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.store.batch import Batch
 from dreamreader.store.dataset import StoreDataset
 from dreamreader.store.layout import Moment, SiteLayout
-from dreamreader.store.order import Order
+from dreamreader.store.order import BatchOrder
 from dreamreader.store.reference import ReferenceWriter
 from dreamreader.store.store import Store
 
@@ -294,8 +294,10 @@ def test_arguments_out_of_their_range(store: Path) -> None:
 
     refused(UnknownName, "unknown site 'block.attn'; nearest: block.attn:heads", site="block.attn")
     refused(UnknownName, "unknown branch 'conf'; nearest: cond", branch="conf")
-    refused(InvalidInput, "batch_size must be 1 or more .* got 0 and 2", batch_size=0)
-    refused(InvalidInput, "prefetch 0 or more, got 5 and -1", prefetch=-1)
+    refused(InvalidInput, "batch_size is an integer from 1 to .*, got 0", batch_size=0)
+    refused(InvalidInput, "batch_size is an integer from 1 to .*, got 1.5", batch_size=1.5)
+    refused(InvalidInput, "prefetch is an integer from 0 to .*, got -1", prefetch=-1)
+    refused(InvalidInput, "world is an integer from 1 to .*, got 0.5", world=0.5)
     refused(InvalidInput, "rank must be 0 .. world - 1, got 2 of 2", rank=2, world=2)
     refused(InvalidInput, "no rows of block.attn:heads with steps=99", steps=99)
     refused(
@@ -365,7 +367,7 @@ def test_the_order_is_a_shuffle_over_the_whole_store(tmp_path: Path) -> None:
 def test_the_batches_of_all_ranks_are_the_positions(rows, batch_size, world, start) -> None:
     found = []
     for rank in range(world):
-        order = Order(rows, batch_size, rank, world, drop_last=False)
+        order = BatchOrder(rows, batch_size, rank, world, drop_last=False)
         for number in range(order.batches(start)):
             first, count = order.batch(start, number)
             assert 0 < count <= batch_size

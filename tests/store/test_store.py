@@ -102,6 +102,13 @@ def test_selections(steps, kept, branch, store) -> None:
     assert few.keys.to_pylist() == found.keys.to_pylist()[:5]
 
 
+@pytest.mark.parametrize("limit", [-1, 1.5, "5", True])
+def test_a_limit_that_is_no_number_of_rows(store, limit: object) -> None:
+    with pytest.raises(InvalidInput, match="limit is an integer of at least 0, or None, got"):
+        store.read(HEADS, limit=limit)
+    assert len(store.read(HEADS, limit=0).values) == 0
+
+
 def test_segments_that_touch_are_one(store) -> None:
     whole = store.segments(HEADS)
     assert whole.first.tolist() == [0, 0] and whole.rows.tolist() == [144, 144]

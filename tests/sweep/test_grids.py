@@ -123,11 +123,19 @@ def test_a_grid_is_saved_and_loaded_to_the_bit(tmp_path: Path) -> None:
         kept.save(tmp_path / "grid.safetensors")
         found = Grid.load(tmp_path / "grid.safetensors")
         assert (found.cells, found.rows, found.kind) == (cells, rows, "restore")
+        assert found == kept and found != made()
         assert found.confidence == 0.9 and (found.goal is None) == (not goal)
         for name in ("values", "base", "goal"):
             a, b = getattr(kept, name), getattr(found, name)
             assert a is b is None or (a.dtype == b.dtype and a.tobytes() == b.tobytes())
         assert repr(found.effects) == repr(kept.effects)  # NaN too
+
+
+@pytest.mark.parametrize("n", [-1, 1.5, True])
+def test_the_top_is_a_number_of_cells(n: object) -> None:
+    with pytest.raises(InvalidInput, match="top: n must be an integer of at least 0, got"):
+        made().top(n)  # pyright: ignore[reportArgumentType]
+    assert made().top(0) == []
 
 
 def test_a_damaged_grid_is_refused(tmp_path: Path) -> None:

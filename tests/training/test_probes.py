@@ -123,7 +123,7 @@ def test_numbers_are_regressed(probes, tmp_path: Path, per_step: str):
     options = {"task": "regress", "per_step": per_step}
     probe = probes(options, data={"prompts": rows}, labels="large").run(tmp_path)[DOWN]
     assert probe.card.held_out[""]["r2"]["value"] is not None
-    assert probe.hears_noise == (per_step == "noise") and notes(tmp_path)["reliability"] == {}
+    assert probe.noise_conditioned == (per_step == "noise") and notes(tmp_path)["reliability"] == {}
     assert "R2" in (tmp_path / "report.html").read_text()
 
 
@@ -215,7 +215,7 @@ def test_a_store_gives_the_probe_of_its_rows(reader, tmp_path: Path):
     assert sum(n for *_, n in notes(tmp_path / "out")["reliability"][""]) == 12
     assert "18 samples" not in repr(job.plan()) and "samples all 18, labelled 18" in job.plan()
     noisy = ProbeJob.from_file(tmp_path / "spec.yaml", ["probe.per_step=noise"])
-    assert noisy.run(tmp_path / "noisy")[DOWN].hears_noise
+    assert noisy.run(tmp_path / "noisy")[DOWN].noise_conditioned
     wrong = ProbeJob.from_file(tmp_path / "spec.yaml", ["probe.pool=token"])
     with pytest.raises(InvalidInput, match="stored with pool mean; give probe.pool: mean"):
         wrong.run(tmp_path / "wrong")

@@ -280,7 +280,7 @@ def _of_file(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from dreamreader._tensor_files import check_file
+    from dreamreader.artifacts.file import check_file
 
     try:
         check_file(path)

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dreamreader._files import explained
-from dreamreader._tensor_files import load_described, save_described
+from dreamreader.artifacts.file import load_described, save_described
 from dreamreader.edits import Mlp
 from dreamreader.engine import Cache, Record
 from dreamreader.errors import InvalidInput

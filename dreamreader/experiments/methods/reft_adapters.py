@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dreamreader._checked import write_json
 from dreamreader._files import explained
-from dreamreader._tensor_files import load_described, save_described
+from dreamreader.artifacts.file import load_described, save_described
 from dreamreader.experiments.job import Job, Method
 from dreamreader.experiments.methods.base import SweptPlaces, one_selection
 from dreamreader.reft import Pairs, Reft, record_pairs, train

@@ -7,10 +7,10 @@ from typing import Any
 from dreamreader._files import explained, new_folder
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.store.export import huggingface, npy, webdataset
-from dreamreader.store.export.base import Chosen
+from dreamreader.store.export.base import ChosenRows
 from dreamreader.store.store import Store
 
-FORMATS: dict[str, Callable[[Chosen, Path], None]] = {
+FORMATS: dict[str, Callable[[ChosenRows, Path], None]] = {
     "npy": npy.write,
     "huggingface": huggingface.write,
     "webdataset": webdataset.write,
@@ -57,7 +57,7 @@ def export(
     if not sites or (site is not None and len(sites) < len(wanted)):
         empty = [each for each in wanted if each not in sites]
         raise InvalidInput(f"{store}: no rows of {', '.join(empty) or 'any site'} are chosen")
-    chosen = Chosen(opened, sites, steps, branch, done)
+    chosen = ChosenRows(opened, sites, steps, branch, done)
     with new_folder(out) as part, explained(Path(out)):
         FORMATS[format](chosen, part)
     return Path(out)

@@ -10,14 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.store.layout import SiteLayout, file_of
-from dreamreader.store.rows import Block, Segments, blocks_of
+from dreamreader.store.rows import RowBlock, Segments, blocks_of
 from dreamreader.store.store import Store
 
 KEPT = {torch.float32: np.float32, torch.float16: np.float16}  # all others become float32
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenRows:
     """Rows of a store.
 
     Attributes:
@@ -34,7 +34,7 @@ class Chosen:
         """Where the chosen rows of a site are."""
         return self.store.segments(site, self.steps, self.branch)
 
-    def blocks(self, site: str, rows: int | None = None) -> Iterator[Block]:
+    def blocks(self, site: str, rows: int | None = None) -> Iterator[RowBlock]:
         """The chosen rows of a site, a block at a time."""
         for block in blocks_of(self.segments(site), rows):
             yield block

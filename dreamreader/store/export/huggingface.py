@@ -9,14 +9,14 @@ import pyarrow as pa
 from pyarrow import ipc
 
 from dreamreader._files import write_atomic
-from dreamreader.store.export.base import Chosen, array_of, name_of
-from dreamreader.store.rows import Block
+from dreamreader.store.export.base import ChosenRows, array_of, name_of
+from dreamreader.store.rows import RowBlock
 
 SHARD_BYTES = 500 << 20
 _NAMES = {"double": "float64", "float": "float32", "halffloat": "float16"}  # others are the same
 
 
-def write(chosen: Chosen, out: Path) -> None:
+def write(chosen: ChosenRows, out: Path) -> None:
     """Writes <site>/ with values, numbers of the sample, id, and when and where each row was taken.
 
     Prompts and other text of the samples are left out, as Arrow would repeat them in every row.
@@ -27,7 +27,7 @@ def write(chosen: Chosen, out: Path) -> None:
         _write_site(chosen, site, folder)
 
 
-def _write_site(chosen: Chosen, site: str, folder: Path) -> None:
+def _write_site(chosen: ChosenRows, site: str, folder: Path) -> None:
     files: list[str] = []
     writer, size, schema = None, 0, None
     for block in chosen.blocks(site):
@@ -65,7 +65,7 @@ def _describe(folder: Path, files: list[str], schema: pa.Schema, site: str) -> N
     write_atomic(folder / "dataset_info.json", json.dumps(info, indent=2))
 
 
-def _table(chosen: Chosen, block: Block) -> pa.Table:
+def _table(chosen: ChosenRows, block: RowBlock) -> pa.Table:
     flat = pa.array(array_of(block.values).reshape(-1))
     values = pa.FixedSizeListArray.from_arrays(flat, block.shard.site.width)
     columns: dict[str, Any] = {"values": values}

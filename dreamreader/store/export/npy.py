@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 from pyarrow import parquet
 
-from dreamreader.store.export.base import Chosen, array_of, dtype_of, name_of
+from dreamreader.store.export.base import ChosenRows, array_of, dtype_of, name_of
 
 _DICTIONARY = 64 << 20  # bytes; prompts are long, and each should be there once for a block
 
 
-def write(chosen: Chosen, out: Path) -> None:
+def write(chosen: ChosenRows, out: Path) -> None:
     """Writes <site>.npy [rows, width] and <site>.keys.parquet, row for row."""
     for site in chosen.sites:
         segments, name = chosen.segments(site), name_of(site)

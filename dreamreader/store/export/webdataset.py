@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dreamreader.store.export.base import Chosen, array_of, name_of
-from dreamreader.store.rows import Block, blocks_of
+from dreamreader.store.export.base import ChosenRows, array_of, name_of
+from dreamreader.store.rows import RowBlock, blocks_of
 
 
-def write(chosen: Chosen, out: Path) -> None:
+def write(chosen: ChosenRows, out: Path) -> None:
     """Writes <unit>.tar: for each sample its rows as <key>.<site>.npy and one <key>.json.
 
     The key is <unit>-<sample>. The JSON has the columns of the sample and, under `rows`, for each
     site the step, branch, token and so on of each row of its array.
     """
-    units: dict[int, list[Block]] = {}
+    units: dict[int, list[RowBlock]] = {}
     for site in chosen.sites:
         # Blocks hold no values yet: with so many rows allowed, there is one for each shard.
         for block in blocks_of(chosen.segments(site), 1 << 62):
@@ -31,7 +31,7 @@ def write(chosen: Chosen, out: Path) -> None:
                 _add(tar, chosen, unit, sample, parts)
 
 
-def _samples(blocks: list[Block]) -> Iterator[tuple[int, list[Block]]]:
+def _samples(blocks: list[RowBlock]) -> Iterator[tuple[int, list[RowBlock]]]:
     """The rows of each sample, one block for each site that has some."""
     orders = [np.argsort(block.keys[:, 0], kind="stable") for block in blocks]
     sorts = [block.keys[order, 0] for block, order in zip(blocks, orders, strict=True)]
@@ -41,11 +41,13 @@ def _samples(blocks: list[Block]) -> Iterator[tuple[int, list[Block]]]:
             first, stop = np.searchsorted(sort, [sample, sample + 1])
             if first < stop:
                 own = block.places[order[first:stop]]
-                parts.append(Block(block.shard, block.unit, own))
+                parts.append(RowBlock(block.shard, block.unit, own))
         yield int(sample), parts
 
 
-def _add(tar: tarfile.TarFile, chosen: Chosen, unit: int, sample: int, parts: list[Block]) -> None:
+def _add(
+    tar: tarfile.TarFile, chosen: ChosenRows, unit: int, sample: int, parts: list[RowBlock]
+) -> None:
     key, rows = f"{unit:06d}-{sample:06d}", {}
     about = {"unit": unit, "sample": sample}
     about |= chosen.store.samples(unit).slice(sample, 1).to_pylist()[0]

@@ -1,57 +1,16 @@
-"""Directions in a safetensors file, and as vectors by layer for other tools.
+"""Directions as vectors by number of layer, for other tools."""
 
-A file holds one tensor for each site, named by the site, and in the metadata of its header, under
-the key `dreamreader.directions`, JSON with labels, method, norm and evidence.
-"""
-
-import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dreamreader._tensor_files import load_described, save_described
 from dreamreader.engine import parse
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.steering.directions import Directions
-from dreamreader.steering.evidence import Evidence
-
-_KIND = "directions"
-_NAMES = ("source", "target", "method", "norm")
-
-
-def save(path: str | os.PathLike[str], directions: Directions) -> None:
-    """Writes directions to a file that `load` reads back equal.
-
-    Args:
-        path: of the file, usually with the ending .safetensors; an existing file is replaced.
-        directions: what to write.
-    """
-    content = {
-        **{name: getattr(directions, name) for name in _NAMES},
-        "evidence": {site: _plain(each) for site, each in directions.evidence.items()},
-        "sites": list(directions),
-    }
-    tensors = {site: each.detach().cpu().clone() for site, each in directions.items()}
-    save_described(path, _KIND, tensors, content)
-
-
-def load(path: str | os.PathLike[str]) -> Directions:
-    """The directions of a file; tensors are on the CPU.
-
-    Raises:
-        InvalidInput: the file holds no directions, or is of another version.
-    """
-    content, tensors = load_described(path, _KIND)
-    return Directions(
-        {site: tensors[site] for site in content["sites"]},
-        *(content[each] for each in _NAMES),
-        evidence={site: _evidence(each) for site, each in content["evidence"].items()},
-    )
 
 
 def to_layers(
@@ -135,20 +94,3 @@ def _layer(site: str) -> int:
             f"{site}: the path has {len(numbers)} numbers, so its layer is unknown; give layers="
         )
     return int(numbers[0])
-
-
-def _plain(evidence: Evidence) -> dict[str, Any]:
-    """Numbers as JSON has them, null for NaN."""
-
-    def value(each: float) -> float | None:
-        return None if each != each else each
-
-    return {name: [value(each) for each in found] for name, found in asdict(evidence).items()}
-
-
-def _evidence(content: Mapping[str, Any]) -> Evidence:
-    values: dict[str, Any] = {
-        each.name: tuple(float("nan") if value is None else value for value in content[each.name])
-        for each in fields(Evidence)
-    }
-    return Evidence(**values)

@@ -1,0 +1,109 @@
+"""Nested values as JSON and tensors, equal to the bit when read back."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dreamreader.errors import InvalidInput, UnknownName
+
+_CONTAINERS = {"tuple": tuple, "set": set, "frozenset": frozenset}
+_SPANS = {"slice": slice, "range": range}
+
+
+def pack(value: Any, tensors: dict[str, Tensor], classes: Mapping[str, type] | None = None) -> Any:
+    """JSON for a value; whatever JSON does not tell apart gets a mark {"is": kind, "of": content}.
+
+    Args:
+        value: plain values, tensors, collections of them, and objects of `classes`.
+        tensors: takes the tensors of the value, under numbered names.
+        classes: what files call the classes that may occur: dataclasses, and mappings that are made
+            of their values.
+
+    Returns:
+        Plain values for `unpack`.
+
+    Raises:
+        TypeError: a value is none of these.
+
+    Example:
+        >>> pack((1, float("inf")), {})
+        {'is': 'tuple', 'of': [1, {'is': 'float', 'of': 'inf'}]}
+    """
+    names = {cls: name for name, cls in (classes or {}).items()}
+
+    def packed(value: Any) -> Any:
+        name = type(value).__name__
+        if value is None or isinstance(value, bool | int | str):
+            return value
+        if isinstance(value, float):
+            return value if math.isfinite(value) else {"is": "float", "of": repr(value)}
+        if isinstance(value, Tensor):
+            key = f"tensor_{len(tensors)}"
+            tensors[key] = value
+            return {"is": "tensor", "of": key}
+        if type(value) in names:
+            if is_dataclass(value):
+                own = {each.name: packed(getattr(value, each.name)) for each in fields(value)}
+                return {"is": names[type(value)], "of": own}
+            return {"is": names[type(value)], "of": [packed(each) for each in value.values()]}
+        if isinstance(value, list):
+            return [packed(each) for each in value]
+        if isinstance(value, tuple | set | frozenset):
+            listed = sorted(value) if isinstance(value, set | frozenset) else value
+            kind = next(each for each, cls in _CONTAINERS.items() if isinstance(value, cls))
+            return {"is": kind, "of": [packed(each) for each in listed]}
+        if isinstance(value, slice | range):
+            return {"is": name, "of": [value.start, value.stop, value.step]}
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            return {"is": "mapping", "of": {key: packed(each) for key, each in value.items()}}
+        if isinstance(value, Mapping):  # JSON has no numbers as keys
+            return {"is": "items", "of": [[packed(k), packed(v)] for k, v in value.items()]}
+        raise TypeError(f"{name} is no value that a file can hold")
+
+    return packed(value)
+
+
+def unpack(
+    value: Any, tensors: Mapping[str, Tensor], classes: Mapping[str, type] | None = None
+) -> Any:
+    """The value that `pack` described.
+
+    Args:
+        value: what `pack` gave. tensors: as `pack` filled them. classes: as for `pack`.
+
+    Raises:
+        UnknownName: a mark of another kind.
+        InvalidInput: the description is none of `pack`.
+    """
+    known = classes or {}
+
+    def unpacked(value: Any) -> Any:
+        if isinstance(value, list):
+            return [unpacked(each) for each in value]
+        if not isinstance(value, dict):
+            return value
+        if set(value) != {"is", "of"}:
+            raise InvalidInput(f"a value has {', '.join(map(str, value))} in place of 'is', 'of'")
+        kind, content = value["is"], value["of"]
+        if kind == "tensor":
+            return tensors[content]
+        if kind == "float":
+            return float(content)
+        if kind in _CONTAINERS:
+            return _CONTAINERS[kind](unpacked(each) for each in content)
+        if kind in _SPANS:
+            return _SPANS[kind](*content)
+        if kind == "mapping":
+            return {key: unpacked(each) for key, each in content.items()}
+        if kind == "items":
+            return {unpacked(key): unpacked(each) for key, each in content}
+        if kind not in known:
+            raise UnknownName("kind of value", str(kind), known)
+        if is_dataclass(known[kind]):
+            return known[kind](**{key: unpacked(each) for key, each in content.items()})
+        return known[kind]([unpacked(each) for each in content])
+
+    return unpacked(value)
