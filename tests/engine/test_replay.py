@@ -161,21 +161,15 @@ def test_gradients_at_sites_are_those_of_autograd() -> None:
 
 
 def test_gradients_leave_values_and_parameters_alone() -> None:
-    x, reader = torch.randn(1, 5, 3), Reader(NET)
-    plain = NET(x)
-    for each in NET.parameters():
-        each.requires_grad_(False)
-    try:
-        with reader.gradients("1") as found:
-            y = NET(x)
-            y.sum().backward(retain_graph=True)
-            y.sum().backward()  # adds up
-        assert torch.equal(y, plain) and all(each.grad is None for each in NET.parameters())
-        weight = NET[2].weight.sum(0).expand(1, 5, 4)
-        assert torch.allclose(found["1"][0].gradient, 2 * weight)  # pyright: ignore
-    finally:
-        for each in NET.parameters():
-            each.requires_grad_(True)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).requires_grad_(False)
+    x = torch.randn(1, 5, 3)
+    with Reader(net).gradients("1") as found:
+        y = net(x)
+        y.sum().backward(retain_graph=True)
+        y.sum().backward()  # adds up
+    assert torch.equal(y, net(x)) and all(each.grad is None for each in net.parameters())
+    weight = net[2].weight.sum(0).expand(1, 5, 4)
+    assert torch.allclose(found["1"][0].gradient, 2 * weight)  # pyright: ignore
 
 
 def test_gradients_say_what_is_missing() -> None:
