@@ -47,6 +47,13 @@ class RunFolder(JobFolder):
     def has_results(self) -> bool:
         return self.is_complete or any((self.path / "rows").glob("batch-*.parquet"))
 
+    def state(self) -> str:
+        plan = self.plan()
+        if self.is_complete or plan is None:
+            return super().state()
+        there = len(list((self.path / "rows").glob("batch-*.parquet")))
+        return f"stopped, {there:,} of {len(plan['units']):,} batches"
+
     # tensors
 
     def tensors(self, name: str) -> dict[str, Tensor] | None:
@@ -147,9 +154,7 @@ class RunFolder(JobFolder):
         Raises:
             InvalidInput: the run is not complete, or the file is damaged.
         """
-        if not self.is_complete:
-            what = "is not complete: run it again to go on" if self.is_begun else "is no run folder"
-            raise InvalidInput(f"{self.path} {what}")
+        self.need_complete()
         hint = "restore it, or delete it and run again: all rows are computed anew"
         table = self._table(self.rows_file, hint)
         measured = json.loads((table.schema.metadata or {}).get(_MEASURED.encode(), b"[]"))

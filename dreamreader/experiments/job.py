@@ -1,10 +1,11 @@
 """A job: a spec beside the subject that it opened, and the one way in which its rows are run."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +15,12 @@ from dreamreader.engine.prompts import encoded
 from dreamreader.engine.subject import is_encoder_decoder
 from dreamreader.errors import DreamreaderError, InvalidInput
 from dreamreader.experiments.encode import encoded_once
+from dreamreader.experiments.folder import RunFolder
 from dreamreader.experiments.row import Row, Unit, units
 from dreamreader.metrics import Metric, Outputs, build
 from dreamreader.recording.labelled import record_batches
 from dreamreader.specs.data import Item, pairs_only, read_items
 from dreamreader.specs.subject import call_settings, is_language, opened, steps_of
-
-if TYPE_CHECKING:
-    from dreamreader.experiments.folder import RunFolder
-    from dreamreader.experiments.methods import Spec
 
 
 def _ignored(rows: float) -> None:
@@ -34,18 +32,18 @@ class Job:
     """What the methods and the runner work with.
 
     Attributes:
-        spec: what is wanted. reader: of the subject.
+        spec: what is wanted, a `Spec`; its method works with this class. reader: of the subject.
         items: prompts or pairs. metrics: as objects.
         folder: the run folder; None while only planning.
         batch: most rows of one call.
-        advance: told of every finished share of a row.
+        advance: called with every finished share of a row.
     """
 
-    spec: "Spec"
+    spec: Any
     reader: Reader
     items: list[Item]
     metrics: list[Metric]
-    folder: "RunFolder | None" = None
+    folder: RunFolder | None = None
     batch: int = 1
     advance: Callable[[float], Any] = _ignored
     memory: dict[Any, Any] = field(default_factory=dict)
@@ -96,20 +94,28 @@ class Job:
             self.memory.clear()
         self.batch = size
 
-    def use_folder(self, folder: "RunFolder") -> None:
+    def use_folder(self, folder: RunFolder) -> None:
         """Goes to a run folder, and forgets what was kept of another one."""
         if self.folder is None or self.folder.path != folder.path:
             self.memory.clear()
         self.folder = folder
 
+    def unit_of(self, row: int) -> Unit:
+        """The batch that a row is in."""
+        return self.units[bisect_right(self.units, row, key=lambda each: each.start) - 1]
+
     @contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """What is run within does not count as rows that were finished."""
-        advance, self.advance = self.advance, _ignored
+    def counted(self, advance: Callable[[float], Any]) -> Iterator[None]:
+        """Calls `advance` with every share of a row that is finished within."""
+        before, self.advance = self.advance, advance
         try:
             yield
         finally:
-            self.advance = advance
+            self.advance = before
+
+    def uncounted(self) -> AbstractContextManager[None]:
+        """What is run within does not count as rows that were finished."""
+        return self.counted(_ignored)
 
     def needs(self, what: str) -> bool:
         """Whether a metric reads these outputs (`images`, `latents`, `noise`, ...)."""
@@ -124,7 +130,7 @@ class Job:
         **changes: Any,
     ) -> tuple[RunResult, Tensor | None]:
         """Runs rows in one call of the subject; the result and the final latents."""
-        arguments, last = {**self.settings, **changes}, _Last(self, len(prompts))
+        arguments, last = {**self.settings, **changes}, _LastLatents(self, len(prompts))
         if not self.is_language:
             arguments |= {"output_type": "pt", "callback_on_step_end": last.tick}
         with torch.inference_mode(), encoded_once(self.reader, [*edits, *record]):
@@ -138,6 +144,18 @@ class Job:
         if self.is_language:
             self.advance(len(prompts))
         return result, last.latents
+
+    def drawn(self, rows: Sequence[Row]) -> tuple[Outputs, RunResult]:
+        """Runs the rows of one batch, changed and recorded as the method says."""
+        method = self.spec.method
+        edits = method.edits_of(self, rows)
+        record = [*method.records(self, rows), *self.noise_records()]
+        with method.around(self):
+            result, latents = self.draw(
+                [row.prompt for row in rows], [row.seed for row in rows], edits, record
+            )
+            surprisal = self.surprisal(rows, edits)
+        return replace(self.outputs(rows, result, latents), surprisal=surprisal), result
 
     def record(self, rows: Sequence[tuple[str, int]], records: Sequence[Any]) -> Iterator[Cache]:
         """Recordings of prompts with their seeds, batch by batch."""
@@ -222,7 +240,7 @@ def _surprisal(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Ten
     return torch.where(known, each, 0).sum(1).cpu() / known.sum(1).cpu()
 
 
-class _Last:
+class _LastLatents:
     """Follows the steps of one call: counts rows, keeps the latents of the last one."""
 
     def __init__(self, job: Job, rows: int):
@@ -238,7 +256,7 @@ class _Last:
         return values
 
 
-def open_job(spec: "Spec", reader: Reader | None = None, metrics: Sequence[Metric] = ()) -> Job:
+def open_job(spec: Any, reader: Reader | None = None, metrics: Sequence[Metric] = ()) -> Job:
     """Reads the data, opens the subject and the metrics of a spec.
 
     Args:

@@ -11,7 +11,6 @@ import yaml
 
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.experiments.folder import RunFolder
-from dreamreader.jobs.folder import SPEC
 from dreamreader.stats import Interval, bootstrap, wilson
 from dreamreader.sweep import Cell
 
@@ -48,12 +47,9 @@ class Results:
         Raises:
             InvalidInput: it is no complete run, or damaged.
         """
-        from dreamreader.experiments.load import check_spec
+        from dreamreader.experiments.load import load_results
 
-        folder = RunFolder(Path(path))
-        rows, measured = folder.table()
-        spec = check_spec(folder.spec(), source=str(folder.path / SPEC))
-        return cls(folder, spec, rows, measured)
+        return load_results(path)
 
     @cached_property
     def conditions(self) -> list[str]:

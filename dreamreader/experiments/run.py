@@ -1,9 +1,7 @@
-"""Running an experiment: batch after batch, to a folder that a stopped run goes on from."""
+"""Running the batches of an experiment, and what a run folder is of."""
 
 import hashlib
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,43 +17,7 @@ from dreamreader.jobs.fingerprint import portable
 from dreamreader.metrics import Outputs
 
 
-def run_job(job: Job, folder: RunFolder, started: Any = None) -> None:
-    """Runs what is missing of a job, and merges its rows.
-
-    Args:
-        job: opened.
-        folder: new, or of the same job: then it goes on where that stopped.
-        started: called with the plan and the number of rows that are there already.
-
-    Raises:
-        InvalidInput: the folder is of another spec, version or subject, in use, damaged, or cannot
-            be written.
-    """
-    with folder.locked():
-        plan = begun(job, folder)
-        _check_metrics(job)
-        done = folder.finished(plan.units)
-        if folder.is_complete:
-            done = {unit.number for unit in plan.units}
-        else:
-            for unit in plan.units:
-                if unit.number in done:
-                    folder.read_unit(unit)  # a damaged file is named before anything is computed
-        missing = [unit for unit in plan.units if unit.number not in done]
-        if started is not None:
-            started(plan, len(plan.rows) - sum(unit.stop - unit.start for unit in missing))
-        if missing:
-            with job.uncounted():
-                job.spec.method.prepare(job)
-        for unit in missing:
-            folder.write_unit(unit, *computed(job, unit))
-        if not folder.is_complete:
-            folder.merge(plan.units)
-        folder.clear(plan.units)
-        folder.tidy()
-
-
-def _check_metrics(job: Job) -> None:
+def check_metrics(job: Job) -> None:
     """Refuses, before anything is computed, a report that could not be written."""
     method = job.spec.method
     if not job.metrics and hasattr(method, "effect"):
@@ -65,7 +27,7 @@ def _check_metrics(job: Job) -> None:
         )
 
 
-def begun(job: Job, folder: RunFolder) -> Plan:
+def begin(job: Job, folder: RunFolder) -> Plan:
     """The plan of a folder: that of the run that began there, or a new one."""
     job.use_folder(folder)
     before = folder.plan()
@@ -80,7 +42,7 @@ def begun(job: Job, folder: RunFolder) -> Plan:
     return plan
 
 
-def computed(
+def compute(
     job: Job, unit: Unit, keep: bool = True
 ) -> tuple[list[dict[str, Any]], list[str], list[dict[str, Any]]]:
     """Runs one batch: its rows, the columns that were measured, what fired.
@@ -89,7 +51,7 @@ def computed(
         keep: whether its pictures and what later rows are compared with are written.
     """
     rows = unit.of(job.rows)
-    outputs, result = drawn(job, rows)
+    outputs, result = job.drawn(rows)
     columns = dict(job.spec.method.columns(job, rows, result))
     compared = references(job, rows, outputs)
     for metric in job.metrics:
@@ -130,17 +92,6 @@ def keep_images(job: Job, rows: Sequence[Row], outputs: Outputs) -> None:
     if job.spec.save.images and outputs.images is not None and job.folder is not None:
         for row, image in zip(rows, outputs.images, strict=True):
             job.folder.keep_image(row.number, image)
-
-
-def drawn(job: Job, rows: Sequence[Row]) -> tuple[Outputs, Any]:
-    """Runs the rows of one batch."""
-    method = job.spec.method
-    edits = method.edits_of(job, rows)
-    record = [*method.records(job, rows), *job.noise_records()]
-    with method.around(job):
-        result, latents = job.draw([r.prompt for r in rows], [r.seed for r in rows], edits, record)
-        surprisal = job.surprisal(rows, edits)
-    return replace(job.outputs(rows, result, latents), surprisal=surprisal), result
 
 
 # What rows are compared with: the outputs of their base rows, as exact as they were.
@@ -198,7 +149,7 @@ def _reference(job: Job, number: int) -> dict[str, Tensor]:
     Raises:
         InvalidInput: the folder lacks it.
     """
-    unit = job.units[bisect_right(job.units, number, key=lambda each: each.start) - 1]
+    unit = job.unit_of(number)
     memory = job.memory.setdefault("references", {})
     assert job.folder is not None
     if unit.number not in memory:

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from dreamreader._files import locked
+from dreamreader._progress import Progress, show_progress
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.fitting.batches import Batches, ByStep, stream_of
 from dreamreader.fitting.learner import AfterStep, History, Learner
 from dreamreader.fitting.objective import Function, Objective, Terms
 from dreamreader.fitting.recipe import Recipe
-from dreamreader.fitting.run import Progress, Run, Stateful, Validate, own_random
+from dreamreader.fitting.run import Run, Stateful, Validate, own_random
 
 Goal = Objective | Callable[[Any, Any], Terms]
 
@@ -38,7 +39,7 @@ def fit(
     batches: Batches,
     recipe: Recipe | None = None,
     folder: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = True,
     **options: Unpack[Options],
 ) -> History: ...
 
@@ -50,7 +51,7 @@ def fit(
     batches: Batches,
     recipe: Recipe | Mapping[str, Recipe] | None = None,
     folder: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = True,
     **options: Unpack[Options],
 ) -> dict[str, History]: ...
 
@@ -62,7 +63,7 @@ def fit(
     batches: Batches,
     recipe: Any = None,
     folder: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = True,
     *,
     validate: Validate | None = None,
     after_step: AfterStep | Mapping[str, AfterStep] | None = None,
@@ -86,7 +87,8 @@ def fit(
         recipe: how, see `Recipe`; by name, where rates differ.
         folder: for `training.safetensors`, from which the same call goes on where it was stopped,
             in the middle of an epoch too, equal to the bit to a training that was not.
-        progress: called after each step with (steps done, steps in all or None, sum of losses).
+        progress: shown by default, or a function of a `ProgressEvent` (with the sum of losses) that
+            is called after each step, or False.
         validate: gives the loss on what was held out, by name for several modules; a vector keeps
             the best of each slot, see `Best`. Called as the recipe's `validate_every` says.
         after_step: called as (module, steps done) after each step of its optimiser, without
@@ -164,7 +166,8 @@ def fit(
         stack.enter_context(own_random(common.seed, run.devices))
         stack.callback(stream.close)
         run.resume()
-        run.run(save_every, progress)
+        with show_progress(progress) as report:
+            run.run(save_every, report)
     for each in learners.values():
         each.finish(run.done)
     histories = {name: each.history for name, each in learners.items()}

@@ -119,6 +119,7 @@ class StoreOptions(Part):
 class Spec(parts.Common):
     """A whole harvest: subject, data, what is captured, how it is stored."""
 
+    kind: Literal["harvest"] = Field("harvest", description="Of the job.")
     capture: list[Capture] = Field(min_length=1)
     store: StoreOptions = Field(default_factory=StoreOptions)
     token_seed: Seed = Field(0, description="Of the choice of random tokens.")

@@ -36,6 +36,21 @@ def load_spec(model: type[S], path: str | os.PathLike[str], overrides: Sequence[
             is named with file, line, and the nearest valid name where its name is unknown.
     """
     file = Path(path)
+    content, lines = read_content(file)
+    where: dict[tuple[str | int, ...], str] = {key: f"{file}:{n}" for key, n in lines.items()}
+    for override in overrides:
+        for key in apply_override(model, content, override):
+            where[key] = f"override {override!r}"
+    return check_spec(model, content, where, str(file), file.parent)
+
+
+def read_content(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Lines]:
+    """The plain content of a spec file, and the line of every key.
+
+    Raises:
+        InvalidInput: the file is missing, or no YAML that is a mapping.
+    """
+    file = Path(path)
     if file.is_dir():
         raise InvalidInput(f"{file} is a folder; name a spec file")
     if not file.is_file():
@@ -44,12 +59,7 @@ def load_spec(model: type[S], path: str | os.PathLike[str], overrides: Sequence[
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{file}: no UTF-8 text ({error.reason})") from error
-    content, lines = _parsed(text, str(file))
-    where: dict[tuple[str | int, ...], str] = {key: f"{file}:{n}" for key, n in lines.items()}
-    for override in overrides:
-        for key in apply_override(model, content, override):
-            where[key] = f"override {override!r}"
-    return check_spec(model, content, where, str(file), file.parent)
+    return _parsed(text, str(file))
 
 
 def spec_of(

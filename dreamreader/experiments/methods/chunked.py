@@ -62,10 +62,8 @@ class Chunked(Method):
         """Activations of a group of rows that give."""
         held = job.memory.setdefault("sources", {})
         if group not in held:
-            from dreamreader.experiments.run import drawn
-
             with job.uncounted():
-                _, result = drawn(job, [row for row in job.rows if row.group == group])
+                _, result = job.drawn([row for row in job.rows if row.group == group])
             _hold(job, group, result.cache)
         return held[group]
 

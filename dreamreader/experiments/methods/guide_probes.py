@@ -11,7 +11,7 @@ from torch import Tensor
 from dreamreader.edits import Mlp
 from dreamreader.engine import Cache, Record
 from dreamreader.experiments.methods.base import one_selection
-from dreamreader.probes import Probe
+from dreamreader.probes import Probe, fit
 from dreamreader.recording.labelled import joined_rows, mean_over_tokens
 from dreamreader.specs.parts import listed_seeds
 from dreamreader.steering import LabelMeans
@@ -80,7 +80,8 @@ def _fit(method: "Guide", job: "Job", files: dict[str, Path], means: Path) -> No
     with explained(job.folder.path):
         means.parent.mkdir(parents=True, exist_ok=True)
         for site, file in files.items():
-            probe = method.probe.build(cache[site], labels, subject=job.spec.subject.model)
+            options = {**method.probe.options, "subject": job.spec.subject.model}
+            probe = fit(cache[site], labels, **options)
             probe.save(file)
         tensors, of = {}, {}
         for site in files:

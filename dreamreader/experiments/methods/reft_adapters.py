@@ -12,7 +12,7 @@ from dreamreader.experiments.methods.base import one_selection
 from dreamreader.reft import Pairs, Reft, record_pairs, train
 from dreamreader.specs.parts import listed_seeds
 from dreamreader.training.examples import examples_of
-from dreamreader.training.losses import Place, loss_of
+from dreamreader.training.losses import AdaptedSites, adapters_of, loss_of
 
 if TYPE_CHECKING:
     from dreamreader.experiments.job import Job
@@ -77,7 +77,7 @@ class _Workshop:
         items = method.fit_items()
         self.examples = examples_of(method.training, items, seeds, label="method.fit")
         every = list(dict.fromkeys(site for listed in self.sites.values() for site in listed))
-        self.place = Place(
+        self.place = AdaptedSites(
             job.reader,
             every,
             branch=method.edited_branch(job) or "cond",
@@ -111,7 +111,7 @@ class _Workshop:
         if condition == "untrained":
             changes["init"] = "pyreft"
         made = self.method.training.model_copy(update=changes)
-        return made.adapters(replace(self.place, sites=self.sites[cell]))
+        return adapters_of(made, replace(self.place, sites=self.sites[cell]))
 
     def _pairs(self) -> Pairs:
         """The recorded pairs of the first seed, for their means."""
