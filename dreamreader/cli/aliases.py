@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dreamreader.cli.errors import told
+from dreamreader.cli.errors import report_errors
 from dreamreader.cli.jobs import (
     Address,
     DryRun,
@@ -23,7 +23,7 @@ from dreamreader.cli.trained import show_adapter, show_probe_file
 Spec = Annotated[Path, typer.Argument(help="Spec file: YAML or JSON.")]
 
 
-@told
+@report_errors
 def harvest(
     spec: Spec,
     overrides: Overrides = None,
@@ -56,7 +56,7 @@ def _trainings(kind: str, what: str, example: str, shown: str, printed) -> typer
         help=f"{what}: train from a spec, look at.", no_args_is_help=True, rich_markup_mode=None
     )
 
-    @told
+    @report_errors
     def train(
         spec: Spec,
         overrides: Overrides = None,
@@ -67,7 +67,7 @@ def _trainings(kind: str, what: str, example: str, shown: str, printed) -> typer
     ) -> None:
         run_job(spec, with_subject(overrides, device, dtype), out, dry_run, {}, kind=kind)
 
-    @told
+    @report_errors
     def show(file: Annotated[Path, typer.Argument(help="What a training left.")]) -> None:
         printed(file)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dreamreader.cli.errors import check_folder, told
+from dreamreader.cli.errors import check_folder, report_errors
 from dreamreader.cli.subject import SpecDevice, SpecDtype, with_subject
 from dreamreader.errors import InvalidInput
 
@@ -21,7 +21,7 @@ SpecOrFolder = Annotated[
 ]
 Folder = Annotated[Path, typer.Argument(help="Folder of a job.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key=value with a dotted key, e.g. seeds=4.")
+    list[str] | None, typer.Argument(help="key=value with a dotted key, e.g. seeds.count=4.")
 ]
 Out = Annotated[
     Path | None, typer.Option("--out", "-o", help="Folder of the result. [default: runs/<name>]")
@@ -44,7 +44,7 @@ Address = Annotated[
 ]
 
 
-@told
+@report_errors
 def run(
     spec: SpecOrFolder,
     overrides: Overrides = None,
@@ -63,7 +63,7 @@ def run(
     \b
     Examples:
       dreamreader run examples/patch-colour.yaml
-      dreamreader run examples/steer-colour.yaml seeds=4 method.strengths=[0,2,4] -o runs/steer
+      dreamreader run examples/steer-colour.yaml seeds.count=4 method.strengths=[0,2] -o runs/steer
       dreamreader run examples/harvest/attention.yaml -o activations --limit-gb 20
       dreamreader run examples/reft/frame.yaml --dry-run
       dreamreader run runs/steer
@@ -72,7 +72,7 @@ def run(
     run_job(spec, with_subject(overrides, device, dtype), out, dry_run, options, show)
 
 
-@told
+@report_errors
 def plan(
     spec: SpecOrFolder,
     overrides: Overrides = None,
@@ -85,13 +85,13 @@ def plan(
 
     \b
     Examples:
-      dreamreader plan examples/patch-colour.yaml seeds=16
+      dreamreader plan examples/patch-colour.yaml seeds.count=16
       dreamreader plan examples/probes/colour.yaml
     """
     run_job(spec, with_subject(overrides, device, dtype), None, True, {})
 
 
-@told
+@report_errors
 def show(
     path: Annotated[
         Path, typer.Argument(help="Folder of a job, spec file, or file of an adapter or probe.")
@@ -125,7 +125,7 @@ def show(
             console().print(line)
 
 
-@told
+@report_errors
 def report(folder: Folder) -> None:
     """Write the report of a complete job anew.
 
@@ -143,7 +143,7 @@ def report(folder: Folder) -> None:
         console().print(line)
 
 
-@told
+@report_errors
 def diff(first: Folder, second: Annotated[Path, typer.Argument(help="Another folder.")]) -> None:
     """Print what differs between two jobs: spec, weights, versions, results. Exit 1 if anything.
 
@@ -178,7 +178,7 @@ def diff(first: Folder, second: Annotated[Path, typer.Argument(help="Another fol
         raise typer.Exit(DIFFERS)
 
 
-@told
+@report_errors
 def verify(
     folder: Folder,
     rows: Annotated[
@@ -199,7 +199,7 @@ def verify(
     verify_folder(_kind_of_folder(folder), folder, rows, seed)
 
 
-@told
+@report_errors
 def schema(
     of: Annotated[
         str, typer.Argument(metavar="KIND_OR_SPEC", help="A kind of job, or a spec of one.")
@@ -229,7 +229,7 @@ def schema(
         write_atomic(out, text)
 
 
-@told
+@report_errors
 def runs(
     folder: Annotated[Path, typer.Argument(help="Folder with folders of jobs.")] = Path("runs"),
 ) -> None:

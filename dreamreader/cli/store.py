@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dreamreader.cli.errors import told
+from dreamreader.cli.errors import report_errors
 from dreamreader.cli.jobs import verify_folder
 from dreamreader.errors import InvalidInput
 
@@ -35,7 +35,7 @@ Steps = Annotated[
 
 
 @app.command()
-@told
+@report_errors
 def info(folder: Folder) -> None:
     """Print what a store has: sites, rows, steps, branches, what is missing, and where it is from.
 
@@ -63,7 +63,7 @@ def info(folder: Folder) -> None:
 
 
 @app.command()
-@told
+@report_errors
 def verify(folder: Folder) -> None:
     """Read every byte of a store and compare it with its checksum. Exit 1 if anything is wrong.
 
@@ -77,7 +77,7 @@ def verify(folder: Folder) -> None:
 
 
 @app.command()
-@told
+@report_errors
 def merge(
     stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Folders of stores.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder.")],
@@ -99,7 +99,7 @@ def merge(
 
 
 @app.command()
-@told
+@report_errors
 def export(
     folder: Folder,
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder.")],
@@ -128,7 +128,7 @@ def export(
 
 
 @app.command()
-@told
+@report_errors
 def stats(
     folder: Folder,
     site: Sites = None,

@@ -44,7 +44,8 @@ def harvest_unit(
 
     Args:
         writer: see `open_writer`.
-        room: bytes that it may have. report: called after every batch with the number of its samples.
+        room: bytes that it may have.
+        report: called after every batch with the number of its samples.
 
     Returns:
         Bytes of its shards; None where it would have had more than `room`, and was dropped.

@@ -176,8 +176,8 @@ class WorkerPool:
         unseen = set(work.missing).difference(work.job.there(work.folder, work.plan))
         if unseen:
             raise InvalidInput(
-                f"{work.folder.path}: unit {min(unseen)} was written by a worker, but is not there; "
-                "it must be a folder that all machines share"
+                f"{work.folder.path}: unit {min(unseen)} was written by a worker, but is not "
+                "there; it must be a folder that all machines share"
             )
 
     def dismiss(self) -> None:

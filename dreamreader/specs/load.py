@@ -25,8 +25,8 @@ def load_spec(model: type[S], path: str | os.PathLike[str], overrides: Sequence[
     Args:
         model: what the file describes.
         path: YAML or JSON.
-        overrides: `key=value` with a dotted key, e.g. `method.strengths=[0,1]` or `seeds=4`; the
-            value is read as YAML.
+        overrides: `key=value` with a dotted key, e.g. `method.strengths=[0,1]` or `seeds.count=4`;
+            the value is read as YAML.
 
     Returns:
         The checked spec, with all defaults. Relative paths in it are meant from its own folder.

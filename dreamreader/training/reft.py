@@ -38,7 +38,7 @@ class ReftJob(SpecJob[ReftSpec]):
         InvalidInput: a field cannot be right.
 
     Example:
-        >>> job = ReftJob.from_file("examples/reft/frame.yaml", ["seeds=2"])
+        >>> job = ReftJob.from_file("examples/reft/frame.yaml", ["seeds.count=2"])
         >>> fitted = job.run("frame")
         >>> reader.run("a blue star", edits=fitted.edits(branch="cond"))
     """

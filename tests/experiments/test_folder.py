@@ -168,7 +168,7 @@ METHODS = {
         "kind": "steer",
         "sites": "unet.**.attn2",
         "fit": {"prompts": [{"prompt": "a red star", "target": "a blue star"}]},
-        "fit_seeds": 2,
+        "fit_seeds": {"count": 2},
         "branch": "cond",
         "strengths": [1.0],
         "controls": [],

@@ -49,7 +49,7 @@ def main(folder: Path) -> None:
             subject="shapes-unet",
             reader=unet,
             data={"prompts": ["a red circle", "a blue square"]},
-            seeds=3,
+            seeds={"count": 3},
             pipeline={"num_inference_steps": 1},
             capture=[{"sites": "unet.**.attn2", "tokens": {"random": 0.25}}],
             batch={"rows": 1},

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from dreamreader.cli.harvest import engine_of
+from dreamreader.harvest.ray_engine import Machine, _Room, threads_of
+from dreamreader.harvest.ray_worker import Order, Worker
 from harvest.jobs import MIDDLE, content, pictures
 from tiny.embedded import untrained
 
-from dreamreader.cli.harvest import engine_of
 from dreamreader.errors import InvalidInput
 from dreamreader.harvest import Harvest, RayEngine
 from dreamreader.harvest.plan import Plan
-from dreamreader.harvest.ray_engine import Machine, _Room, threads_of
-from dreamreader.harvest.ray_worker import Order, Worker
 from dreamreader.harvest.run import Progress, Work
 from dreamreader.store import Manifest, Store
 
