@@ -12,7 +12,7 @@ from dreamreader._progress import Progress, show_progress, track
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.folder import RunFolder
 from dreamreader.experiments.job import Job
-from dreamreader.experiments.row import Unit
+from dreamreader.experiments.row import RowBatch
 from dreamreader.experiments.run import begin, compute
 from dreamreader.jobs.differences import Difference, JobDifference, differences
 
@@ -62,7 +62,7 @@ def diff(first: Path, second: Path) -> RunDifference:
     shared = digests[0].keys() & digests[1].keys()
     return RunDifference(
         **folders[0].differs(folders[1]),
-        results=list(differences(*means)),
+        results=list(differences(means[0], means[1])),
         same_rows=sum(digests[0][n] == digests[1][n] for n in shared),
         rows=(len(rows[0]), len(rows[1])),
     )
@@ -116,7 +116,7 @@ def verify(
     if count < 1:
         raise InvalidInput(f"verify: count must be at least 1, got {count}")
     sample = random.Random(seed).sample(sorted(written), min(count, len(written)))
-    wanted: list[Unit] = [u for u in plan.units if any(u.start <= n < u.stop for n in sample)]
+    wanted: list[RowBatch] = [u for u in plan.units if any(u.start <= n < u.stop for n in sample)]
     different = []
     with show_progress(progress) as report:
         job.spec.method.prepare(job)

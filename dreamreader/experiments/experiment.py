@@ -15,7 +15,7 @@ from dreamreader.experiments.job import Job, open_job
 from dreamreader.experiments.load import load_results
 from dreamreader.experiments.methods import Spec
 from dreamreader.experiments.page import write_report
-from dreamreader.experiments.plan import Plan, make_plan
+from dreamreader.experiments.plan import ExperimentPlan, make_plan
 from dreamreader.experiments.results import Results, said
 from dreamreader.experiments.run import begin, check_metrics, compute
 from dreamreader.jobs.job import REPORT, JobVerdict, RunUnit, SpecJob, Work
@@ -67,7 +67,7 @@ class Experiment(SpecJob[Spec]):
         """The opened subject, data and metrics."""
         return open_job(self.spec, self._reader, self._metrics)
 
-    def plan(self) -> Plan:
+    def plan(self) -> ExperimentPlan:
         """Rows, batches, sites, and what they will take; one step of one row is run."""
         return make_plan(self.job)
 
@@ -79,18 +79,18 @@ class Experiment(SpecJob[Spec]):
                 "them in the spec"
             )
 
-    def begin(self, folder: RunFolder) -> Plan:
+    def begin(self, folder: RunFolder) -> ExperimentPlan:
         plan = begin(self.job, folder)
         check_metrics(self.job)
         return plan
 
-    def units(self, plan: Plan) -> int:
+    def units(self, plan: ExperimentPlan) -> int:
         return len(plan.units)
 
-    def size(self, plan: Plan, unit: int) -> int:
+    def size(self, plan: ExperimentPlan, unit: int) -> int:
         return plan.units[unit].stop - plan.units[unit].start
 
-    def there(self, folder: RunFolder, plan: Plan) -> set[int]:
+    def there(self, folder: RunFolder, plan: ExperimentPlan) -> set[int]:
         return set(range(len(plan.units))) if folder.is_complete else folder.finished(plan.units)
 
     def check_there(self, work: Work, there: set[int]) -> None:
@@ -98,7 +98,7 @@ class Experiment(SpecJob[Spec]):
             for unit in there:
                 work.folder.read_unit(work.plan.units[unit])
 
-    def needs(self, plan: Plan, unit: int) -> set[int]:
+    def needs(self, plan: ExperimentPlan, unit: int) -> set[int]:
         """Batches with rows that those of this one are compared with."""
         if not any(metric.compares for metric in self.job.metrics):
             return set()

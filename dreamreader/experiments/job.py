@@ -16,7 +16,7 @@ from dreamreader.engine.subject import is_encoder_decoder
 from dreamreader.errors import DreamreaderError, InvalidInput
 from dreamreader.experiments.encode import encoded_once
 from dreamreader.experiments.folder import RunFolder
-from dreamreader.experiments.row import Row, Unit, units
+from dreamreader.experiments.row import Row, RowBatch, units
 from dreamreader.metrics import Metric, Outputs, build
 from dreamreader.recording.labelled import record_batches
 from dreamreader.specs.data import Item, pairs_only, read_items
@@ -71,7 +71,7 @@ class Job:
         return self.spec.method.rows(self)
 
     @cached_property
-    def units(self) -> list[Unit]:
+    def units(self) -> list[RowBatch]:
         """The batches that the rows are run in."""
         return units(self.rows, self.batch)
 
@@ -100,7 +100,7 @@ class Job:
             self.memory.clear()
         self.folder = folder
 
-    def unit_of(self, row: int) -> Unit:
+    def unit_of(self, row: int) -> RowBatch:
         """The batch that a row is in."""
         return self.units[bisect_right(self.units, row, key=lambda each: each.start) - 1]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.folder import FORMAT, RunFolder
 from dreamreader.experiments.job import Job
-from dreamreader.experiments.plan import Plan, make_plan
-from dreamreader.experiments.row import Row, Unit
+from dreamreader.experiments.plan import ExperimentPlan, make_plan
+from dreamreader.experiments.row import Row, RowBatch
 from dreamreader.jobs import fingerprint
 from dreamreader.jobs.fingerprint import portable
 from dreamreader.metrics import Outputs
@@ -27,7 +27,7 @@ def check_metrics(job: Job) -> None:
         )
 
 
-def begin(job: Job, folder: RunFolder) -> Plan:
+def begin(job: Job, folder: RunFolder) -> ExperimentPlan:
     """The plan of a folder: that of the run that began there, or a new one."""
     job.use_folder(folder)
     before = folder.plan()
@@ -43,7 +43,7 @@ def begin(job: Job, folder: RunFolder) -> Plan:
 
 
 def compute(
-    job: Job, unit: Unit, keep: bool = True
+    job: Job, unit: RowBatch, keep: bool = True
 ) -> tuple[list[dict[str, Any]], list[str], list[dict[str, Any]]]:
     """Runs one batch: its rows, the columns that were measured, what fired.
 
@@ -97,7 +97,7 @@ def keep_images(job: Job, rows: Sequence[Row], outputs: Outputs) -> None:
 # What rows are compared with: the outputs of their base rows, as exact as they were.
 
 
-def keep_references(job: Job, unit: Unit, rows: Sequence[Row], outputs: Outputs) -> None:
+def keep_references(job: Job, unit: RowBatch, rows: Sequence[Row], outputs: Outputs) -> None:
     """Keeps what later rows of this run will be compared with."""
     if not any(metric.compares for metric in job.metrics):
         return
@@ -164,7 +164,7 @@ def _reference(job: Job, number: int) -> dict[str, Tensor]:
     return {name: value[at] for name, value in tensors.items() if name != "rows"}
 
 
-def _settings(job: Job, plan: Plan) -> dict[str, Any]:
+def _settings(job: Job, plan: ExperimentPlan) -> dict[str, Any]:
     """All that the numbers depend on: the spec with its defaults, the prompts, and the batches."""
     items = [[item.id, item.prompt, item.target, dict(item.columns)] for item in job.items]
     text = repr(items).encode()

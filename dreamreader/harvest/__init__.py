@@ -20,6 +20,7 @@ _HOME = {
     "Batch": "store.batch",
     "Harvest": "harvest.harvest",
     "Manifest": "store.manifest",
+    "HarvestPlan": "harvest.plan",
     "Plan": "harvest.plan",
     "RayEngine": "jobs.ray",
     "Spec": "harvest.spec",

@@ -14,7 +14,7 @@ from dreamreader.harvest.capture import Collector
 from dreamreader.harvest.folder import HarvestFolder
 from dreamreader.harvest.job import HarvestJob, open_job
 from dreamreader.harvest.page import write_report
-from dreamreader.harvest.plan import GB, Plan, make_plan
+from dreamreader.harvest.plan import GB, HarvestPlan, make_plan
 from dreamreader.harvest.run import begin, harvest_unit, writer_for
 from dreamreader.harvest.spec import Spec
 from dreamreader.jobs.job import Engine, JobVerdict, RunUnit, SpecJob, Work
@@ -54,7 +54,7 @@ class Harvest(SpecJob[Spec]):
         """The opened subject and the prompts."""
         return open_job(self.spec, self._reader)
 
-    def plan(self) -> Plan:
+    def plan(self) -> HarvestPlan:
         """Sites, rows, bytes, units and time; a few samples are run."""
         return make_plan(self.job)
 
@@ -84,17 +84,17 @@ class Harvest(SpecJob[Spec]):
         limit = None if limit_gb is None else int(limit_gb * GB)
         return self._run(out, progress, engine, limit)
 
-    def begin(self, folder: HarvestFolder) -> Plan:
+    def begin(self, folder: HarvestFolder) -> HarvestPlan:
         return begin(self.job, folder)
 
-    def units(self, plan: Plan) -> int:
+    def units(self, plan: HarvestPlan) -> int:
         return plan.units
 
-    def size(self, plan: Plan, unit: int) -> int:
+    def size(self, plan: HarvestPlan, unit: int) -> int:
         start, stop = plan.range_of(unit)
         return stop - start
 
-    def there(self, folder: HarvestFolder, plan: Plan) -> set[int]:
+    def there(self, folder: HarvestFolder, plan: HarvestPlan) -> set[int]:
         return set(sealed_units(folder.path))
 
     def check_there(self, work: Work, there: set[int]) -> None:

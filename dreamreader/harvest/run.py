@@ -8,14 +8,14 @@ from dreamreader.errors import InvalidInput
 from dreamreader.harvest.capture import Collector, Finder, NotFinite
 from dreamreader.harvest.folder import HarvestFolder
 from dreamreader.harvest.job import HarvestJob
-from dreamreader.harvest.plan import MIB, Plan, make_plan
+from dreamreader.harvest.plan import MIB, HarvestPlan, make_plan
 from dreamreader.jobs import fingerprint
 from dreamreader.jobs.fingerprint import Fingerprint, portable
 from dreamreader.store.reference import ReferenceWriter
 from dreamreader.store.writer import NativeWriter, open_writer
 
 
-def begin(job: HarvestJob, folder: HarvestFolder) -> Plan:
+def begin(job: HarvestJob, folder: HarvestFolder) -> HarvestPlan:
     """The plan of a store: that of the harvest that began there, or a new one.
 
     Raises:
@@ -34,7 +34,7 @@ def begin(job: HarvestJob, folder: HarvestFolder) -> Plan:
 
 def harvest_unit(
     job: HarvestJob,
-    plan: Plan,
+    plan: HarvestPlan,
     unit: int,
     writer: Any,
     room: int | None = None,
@@ -88,7 +88,9 @@ def writer_for(job: HarvestJob, folder: HarvestFolder) -> NativeWriter | Referen
     )
 
 
-def _refuse(job: HarvestJob, plan: Plan, unit: int, writer: Any, collector: Collector) -> None:
+def _refuse(
+    job: HarvestJob, plan: HarvestPlan, unit: int, writer: Any, collector: Collector
+) -> None:
     """Raises where a row of the unit is not finite, and says which."""
     bad = {
         name: found
@@ -108,7 +110,7 @@ def _refuse(job: HarvestJob, plan: Plan, unit: int, writer: Any, collector: Coll
     )
 
 
-def _first_bad(job: HarvestJob, plan: Plan, unit: int, site: str) -> str:
+def _first_bad(job: HarvestJob, plan: HarvestPlan, unit: int, site: str) -> str:
     """In words, the sample whose row at a site is not finite, found by running the unit again."""
     start, stop = plan.range_of(unit)
     items, seeds = job.read(start, stop)
@@ -126,7 +128,7 @@ def _first_bad(job: HarvestJob, plan: Plan, unit: int, site: str) -> str:
     return ""
 
 
-def fingerprint_of(job: HarvestJob, plan: Plan) -> Fingerprint:
+def fingerprint_of(job: HarvestJob, plan: HarvestPlan) -> Fingerprint:
     """All that the rows depend on: the spec with its defaults, the prompts, units and batches."""
     left_out = {"name", "data", "store", "batch"}  # prompts, unit and batch say it
     settings = {

@@ -100,8 +100,8 @@ class JobFolder:
         hashed = [{name: each.get(name) for name in parts} for each in taken]
         return {
             "spec": list(differences(self.spec(), other.spec())),
-            "fingerprint": list(differences(*hashed)),
-            "machine": list(differences(*(each.get("machine", {}) for each in taken))),
+            "fingerprint": list(differences(hashed[0], hashed[1])),
+            "machine": list(differences(taken[0].get("machine"), taken[1].get("machine"))),
         }
 
     def locked(self) -> AbstractContextManager[None]:

@@ -295,7 +295,7 @@ class SpecJob(Generic[S]):
         """
         one, other = cls.folder_type(Path(first)), cls.folder_type(Path(second))
         found = [cls.results(each) for each in (one, other)]
-        return JobDifference(**one.differs(other), results=list(differences(*found)))
+        return JobDifference(**one.differs(other), results=list(differences(found[0], found[1])))
 
     @classmethod
     def verify(

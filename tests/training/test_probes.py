@@ -16,7 +16,7 @@ from dreamreader.probes.split import TRAIN
 from dreamreader.store.merge import merge
 from dreamreader.training import ProbeJob, ProbeTraining
 from dreamreader.training.labels import complete_rows
-from dreamreader.training.stored import Part
+from dreamreader.training.stored import SplitRows
 
 from .jobs import DOWN, MIDDLE, PROBES
 
@@ -257,7 +257,7 @@ def test_rows_of_merged_harvests_have_the_noise_levels_of_their_own(reader, tmp_
     merge([tmp_path / "2", tmp_path / "3"], tmp_path / "store")
     job = ProbeJob(name="a", store=str(tmp_path / "store"), labels="color", probe={"holdout": 3})
     seen = set()
-    for _, numbers, fraction, step in Part(job.source, DOWN, TRAIN, 64).rows(0):
+    for _, numbers, fraction, step in SplitRows(job.source, DOWN, TRAIN, 64).rows(0):
         half = numbers < 18  # those of the first harvest
         torch.testing.assert_close(fraction, step / torch.where(half, 2, 3))
         seen |= set(fraction.tolist())
