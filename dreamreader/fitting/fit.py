@@ -125,6 +125,24 @@ def fit(
     recipes = _by_name("recipe", recipe or Recipe(), modules)
     goals = _by_name("objective", objective, modules)
     hooks = _by_name("after_step", after_step, modules)
+    for name, each in recipes.items():
+        _check_kind("module", modules[name], nn.Module, "a torch module, or several by name")
+        _check_kind("recipe", each, Recipe, "a Recipe, or one for each module by name")
+        if not isinstance(goals[name], Objective) and not callable(goals[name]):
+            _check_kind("objective", goals[name], Objective, "a function, or an Objective")
+        if hooks[name] is not None and not callable(hooks[name]):
+            raise InvalidInput(
+                f"fit: after_step is a function of (module, step), got {after_step!r}"
+            )
+    if validate is not None and not callable(validate):
+        raise InvalidInput(f"fit: validate is a function that gives a loss, got {validate!r}")
+    _check_kind("state", state, Mapping | None, "objects by name")
+    _check_kind("of", of, Mapping | None, "plain values by name")
+    _check_kind("folder", folder, str | os.PathLike | None, "the path of a folder, or None")
+    for name, value in (("save_every", save_every), ("check_every", check_every)):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole and (value is not None or name == "save_every"):
+            raise InvalidInput(f"fit: {name} is a number of steps, got {value!r}")
     _check_same(recipes)
     if validate is None and any(each.patience is not None for each in recipes.values()):
         raise InvalidInput("fit: patience needs validate")
@@ -185,6 +203,11 @@ def _by_name(what: str, given: Any, modules: Mapping[str, Any]) -> dict[str, Any
     if lacking and what != "after_step":
         raise InvalidInput(f"fit: {what} lacks {', '.join(lacking)}")
     return {name: given.get(name) for name in modules}
+
+
+def _check_kind(name: str, value: Any, kind: Any, words: str) -> None:
+    if not isinstance(value, kind):
+        raise InvalidInput(f"fit: {name} is {words}, got {type(value).__name__} {value!r:.60}")
 
 
 def _check_same(recipes: Mapping[str, Recipe]) -> None:

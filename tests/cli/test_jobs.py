@@ -107,7 +107,7 @@ def test_verify_and_diff_see_what_was_changed(place: Path, kind: str, name: str,
     data = (copy / name).read_bytes()
     (copy / name).write_bytes(data.replace(b"1", b"2"))
     found = run("verify", copy)
-    assert found.exit_code == (2 if name == "result.json" else 1), found.output
+    assert found.exit_code == 1, found.output
     assert name.rpartition("/")[2] in found.output
 
 
@@ -170,7 +170,7 @@ def test_files_of_trainings_are_shown(place: Path):
         (["run", "{place}/reft.yaml", "--workers", "2"], "--workers and --address are of --engine"),
         (
             ["run", "{place}/reft.yaml", "seeds=4"],
-            "seeds: 4 could be one seed or a number of seeds",
+            "seeds: 4 could be one seed or a number of",
         ),
     ],
 )

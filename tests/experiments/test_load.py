@@ -244,3 +244,19 @@ def test_files_are_meant_from_the_folder_of_the_spec(tmp_path: Path) -> None:
     spec = load_spec(written(tmp_path, text)).model_dump()
     assert spec["data"]["file"] == str(tmp_path / "prompts.txt")
     assert spec["method"]["edits"][1]["direction"]["file"] == str(tmp_path / "d.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        (SEEDS, "seeds: 4", "spec.yaml:7: seeds: 4 could be one seed or a number of seeds: write"),
+        (SEEDS, "seeds: 4", "write [4] for the seed 4, {count: 4} for the seeds from 0 on"),
+        (SEEDS, "seeds: [yes]", "seeds: no truth value is taken here (YAML reads yes, no, on, off"),
+        ("factor: $factor", "factor: yes", "factor: no truth value is taken here"),
+        (SEEDS, "seeds: {count: 010}", "spec.yaml:7: no YAML: 010 is read as another number"),
+    ],
+)
+def test_numbers_that_could_be_others(tmp_path: Path, old: str, new: str, text: str) -> None:
+    with pytest.raises(InvalidInput) as error:
+        load_spec(written(tmp_path, GOOD.replace(old, new)))
+    assert text in str(error.value)

@@ -83,7 +83,7 @@ def test_finished_units_are_never_computed_again(stopped: Stopped, kind):
 
 def test_leftover_temporary_files_do_no_harm(stopped: Stopped):
     folder, log = stopped
-    assert log["patch"]["parts"] >= 1 and log["steer"]["parts"] >= 3
+    assert log["patch"]["parts"] >= 1 and log["steer"]["parts"] >= 1
     assert not list(folder.rglob("*.part"))
     assert not (folder / "reft-0" / "checkpoint").exists()
 
