@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dreamreader.engine.edit_request import EditRequest
 from dreamreader.engine.pattern import join, parse
-from dreamreader.engine.request import EditRequest
 from dreamreader.engine.selection import normalized
 from dreamreader.errors import InvalidInput, UnknownName
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dreamreader.engine.edit_request import EditRequest
 from dreamreader.engine.function import call
 from dreamreader.engine.place import Place
-from dreamreader.engine.request import EditRequest
 
 
 @dataclass(frozen=True, eq=False)

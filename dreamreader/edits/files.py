@@ -18,7 +18,7 @@ from dreamreader.edits.simple import Clamp, Scale
 from dreamreader.edits.steer import Steer
 from dreamreader.engine.cache import Activation, Cache, Row
 from dreamreader.engine.clock_schedule import Instant
-from dreamreader.engine.request import EditRequest
+from dreamreader.engine.edit_request import EditRequest
 from dreamreader.engine.selection import Box
 from dreamreader.errors import InvalidInput, UnknownName
 

@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.edits.base import check_finite, per_site, row_length
+from dreamreader.engine.edit_request import EditRequest
 from dreamreader.engine.place import Place
-from dreamreader.engine.request import EditRequest
 from dreamreader.errors import InvalidInput
 from dreamreader.ops.low_rank import low_rank
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from dreamreader.edits.base import check_finite, per_site, row_length
 from dreamreader.edits.labels import coefficients, label_sets
 from dreamreader.edits.mlp import Mlp, at_step, mlps
+from dreamreader.engine.edit_request import EditRequest
 from dreamreader.engine.place import Place
-from dreamreader.engine.request import EditRequest
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.ops.guide import descend, guide
 

@@ -2,20 +2,18 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from dreamreader.engine.shared import Shared
 from dreamreader.errors import InvalidInput
-
-if TYPE_CHECKING:
-    from dreamreader.engine.session import Shared
 
 _FUNCTION = "_gradient_checkpointing_func"
 
 
 @contextmanager
-def recomputed_as_before(shared: "Shared", modules: Iterable[nn.Module]) -> Iterator[None]:
+def recomputed_as_before(shared: Shared, modules: Iterable[nn.Module]) -> Iterator[None]:
     """While this is open, parts that are computed again are edited as they were, and not recorded.
 
     The backward pass runs outside every forward: what was running is remembered. Computed again
@@ -43,7 +41,7 @@ def recomputed_as_before(shared: "Shared", modules: Iterable[nn.Module]) -> Iter
 
 
 def _guarded(
-    checkpoint: Callable[..., Any], shared: "Shared", state: dict[str, bool]
+    checkpoint: Callable[..., Any], shared: Shared, state: dict[str, bool]
 ) -> Callable[..., Any]:
     subject = shared.subject
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dreamreader.engine.edit_request import EditRequest
 from dreamreader.engine.notes import Notes
 from dreamreader.engine.now import Now
 from dreamreader.engine.place import Place
-from dreamreader.engine.request import EditRequest
 from dreamreader.ops import Instruction, Program, intervene
 from dreamreader.ops.intervention import intervene_seen
 

@@ -1,8 +1,8 @@
 """Running a language model on rows of prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,37 +11,36 @@ from dreamreader.engine.cache import Cache
 from dreamreader.engine.decoding import Decoding, check, planned, told_clearly
 from dreamreader.engine.firing import FiringReport
 from dreamreader.engine.padding import decoder_start, position_arguments
-from dreamreader.engine.prompts import padded, tokenize
+from dreamreader.engine.prompts import TextReader, padded, tokenize
 from dreamreader.engine.recorder import Memory
-from dreamreader.engine.request import EditRequest, Record, Stream, Watch
+from dreamreader.engine.result import RunResult, merged
 from dreamreader.engine.rows import Plan
-from dreamreader.engine.subject import is_encoder_decoder
+from dreamreader.engine.session import Session
+from dreamreader.engine.subject import Subject, is_encoder_decoder
 from dreamreader.engine.threads import GENERATORS
 from dreamreader.errors import InvalidInput
-
-if TYPE_CHECKING:
-    from dreamreader.engine.reader import Reader, RunResult
 
 _DECODER = ("decoder_input_ids", "decoder_attention_mask")  # one entry for each row
 FORWARD = frozenset({"logits_to_keep", "add_special_tokens", *_DECODER})  # all else is for generate
 
 
 def run_language(
-    reader: "Reader",
+    reader: TextReader,
+    subject: Subject,
     plan: Plan,
-    edits: Sequence[EditRequest],
-    records: Sequence[Record | Watch | Stream],
+    opened: Callable[..., Session],
     batch_size: int | None,
     memory_limit: int | None,
     arguments: dict[str, Any],
-) -> "RunResult":
+) -> RunResult:
     """Forward (no arguments, or those of a forward) or generate (with others) over rows.
 
     All batches are padded to the longest prompt of the run, so that a row's positions do not
     depend on its batch. Where tokens are drawn, rows run one by one, each from its own seed.
-    """
-    from dreamreader.engine.reader import RunResult, merged
 
+    Args:
+        opened: makes the session of rows `start` to `stop`.
+    """
     model = reader.subject
     ids, notes = tokenize(reader, plan.prompts, arguments.pop("add_special_tokens", None))
     inputs = padded(reader, ids)
@@ -51,7 +50,7 @@ def run_language(
     check(arguments)
     forward = not arguments.keys() - FORWARD
     decoding = None if forward else planned(model, arguments, len(plan))
-    fixed = position_arguments(reader, inputs, generates=not forward)
+    fixed = position_arguments(subject, inputs, generates=not forward)
     if forward and "decoder_input_ids" not in inputs:
         fixed |= decoder_start(model, len(plan))
     inputs |= fixed
@@ -68,7 +67,7 @@ def run_language(
     for start in range(0, len(plan), size):
         stop = min(start + size, len(plan))
         part = {name: value[start:stop] for name, value in inputs.items()}
-        session = reader._session(edits, records, plan, start, stop, memory, length)
+        session = opened(start, stop, memory, length)
         own = GENERATORS if draws else nullcontext()  # the global one serves one run at a time
         with own, session, torch.no_grad(), torch.random.fork_rng(enabled=draws):
             if draws:

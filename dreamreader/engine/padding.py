@@ -3,13 +3,14 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from dreamreader.engine.subject import (
+    Subject,
     innermost,
     input_device,
     is_compiled,
@@ -18,9 +19,6 @@ from dreamreader.engine.subject import (
 )
 from dreamreader.errors import InvalidInput
 
-if TYPE_CHECKING:
-    from dreamreader.engine.reader import Reader
-
 _TOKENS = 8  # of each prompt, in the trial
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the largest logit; half types: 5 %
 _NEW = 3  # tokens generated in the trial
@@ -28,7 +26,7 @@ _tried: "WeakKeyDictionary[nn.Module, dict[bool, tuple[bool, str]]]" = WeakKeyDi
 
 
 def position_arguments(
-    reader: "Reader", inputs: dict[str, Tensor], generates: bool = False
+    subject: Subject, inputs: dict[str, Tensor], generates: bool = False
 ) -> dict[str, Tensor]:
     """The `position_ids` with which padding does not count, where the model needs any.
 
@@ -37,7 +35,7 @@ def position_arguments(
     without, once, before its first padded run.
 
     Args:
-        reader: of the language model.
+        subject: the language model.
         inputs: `input_ids` and `attention_mask`, [rows, tokens].
         generates: for `generate`, which makes positions itself where a signature has them.
 
@@ -47,10 +45,10 @@ def position_arguments(
     mask = inputs["attention_mask"]
     if bool(mask.all()):
         return {}
-    model = unwrapped(reader.subject)
+    model = unwrapped(subject.model)
     known = _tried.setdefault(model, {})
     if generates not in known:
-        known[generates] = (True, "") if _is_certain(model) else _try(reader, inputs, generates)
+        known[generates] = (True, "") if _is_certain(model) else _try(subject, inputs, generates)
     needed, why = known[generates]
     if why:
         raise InvalidInput(
@@ -94,9 +92,9 @@ def _is_certain(model: nn.Module) -> bool:
     return not any(counted)
 
 
-def _try(reader: "Reader", inputs: dict[str, Tensor], generates: bool) -> tuple[bool, str]:
+def _try(subject: Subject, inputs: dict[str, Tensor], generates: bool) -> tuple[bool, str]:
     """(the model needs positions, why it counts padding all the same), from a few tokens."""
-    model = unwrapped(reader.subject)
+    model = unwrapped(subject.model)
     short, batch = _sample(inputs, is_encoder_decoder(model))
     alone = {"input_ids": short[None], "attention_mask": torch.ones_like(short)[None]}
     kind = _takes_positions(model)
@@ -104,12 +102,12 @@ def _try(reader: "Reader", inputs: dict[str, Tensor], generates: bool) -> tuple[
     if generates and kind == "named":
         options = (False,)  # generate makes its own
     logits, why = (_generated if generates else _forward), ""
-    with _apart(reader):
-        expected = logits(reader.subject, alone)[-len(short) :]  # learned tokens may stand before
+    with _apart(subject):
+        expected = logits(subject.model, alone)[-len(short) :]  # learned tokens may stand before
         for needed in options:
             extra = {"position_ids": _positions(batch["attention_mask"])} if needed else {}
             try:
-                error = _error(logits(reader.subject, {**batch, **extra}), expected, generates)
+                error = _error(logits(subject.model, {**batch, **extra}), expected, generates)
             except (TypeError, ValueError):  # what looked like keywords takes no positions
                 continue
             if error <= _TOLERANCE.get(expected.dtype, 0.05):
@@ -192,9 +190,9 @@ def decoder_start(model: nn.Module, rows: int) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _apart(reader: "Reader") -> Iterator[None]:
+def _apart(subject: Subject) -> Iterator[None]:
     """Calls that no edit, recording or drop-out takes part in."""
-    subject, model = reader._subject, reader.subject
+    model = subject.model
     training = [each for each in model.modules() if each.training]
     paused, subject.paused = subject.paused, True
     with ExitStack() as stack:

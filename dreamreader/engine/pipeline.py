@@ -2,27 +2,29 @@
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from dreamreader.engine.cache import Cache
 from dreamreader.engine.clock_run import own_class
+from dreamreader.engine.edit_request import EditRequest
 from dreamreader.engine.families.per_row import TEXTS, needs_one_row
 from dreamreader.engine.firing import FiringReport
 from dreamreader.engine.recorder import Memory
 from dreamreader.engine.refusal import refusals
-from dreamreader.engine.request import EditRequest, Record, Stream, Watch
+from dreamreader.engine.request import Record
+from dreamreader.engine.result import RunResult, merged
 from dreamreader.engine.rows import Plan, repeated, split
 from dreamreader.engine.seeds import GlobalDraw, seeded, watched
+from dreamreader.engine.session import Session
+from dreamreader.engine.stream import Stream
 from dreamreader.engine.threads import GENERATORS
+from dreamreader.engine.watch import Watch
 from dreamreader.errors import InvalidInput, UnknownName
-
-if TYPE_CHECKING:
-    from dreamreader.engine.reader import Reader, RunResult
 
 Records = Sequence[Record | Watch | Stream]
 
@@ -35,25 +37,27 @@ _CHECKS += ("diffusers/video_processor.py", "diffusers/guiders/")
 
 
 def run_pipeline(
-    reader: "Reader",
+    pipe: Any,
     plan: Plan,
     edits: Sequence[EditRequest],
     records: Records,
+    opened: Callable[..., Session],
     batch_size: int | None,
     memory_limit: int | None,
     arguments: dict[str, Any],
-) -> "RunResult":
+) -> RunResult:
     """Run the pipeline on every row, `batch_size` rows together.
 
     A batch of several rows ends at the first draw from a generator that they share, and its rows
     run one by one from there on. Runs in several threads wait for each other.
 
+    Args:
+        opened: makes the session of rows `start` to `stop`.
+
     Raises:
         InvalidInput: an argument that cannot be split, or rows that cannot be run again.
     """
-    from dreamreader.engine.reader import RunResult, merged
-
-    pipe, rows = reader.subject, len(plan)
+    rows = len(plan)
     arguments = _arguments(pipe, arguments, rows)
     size = batch_size or rows
     made, found, report = [], [], FiringReport()
@@ -69,7 +73,7 @@ def run_pipeline(
     while start < rows:
         stop = min(start + size, rows)
         held = memory.held
-        session = reader._session(edits, records, plan, start, stop, memory)
+        session = opened(start, stop, memory)
         own = split(pipe, arguments, start, stop, rows)
         try:
             with GENERATORS, _randomness(pipe, plan.seeds[start:stop]) as notes, session:

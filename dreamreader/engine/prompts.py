@@ -1,7 +1,7 @@
 """Prompts of a language model as tokens: chats, special tokens, padding."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,8 +10,16 @@ from dreamreader.engine.firing import ranges
 from dreamreader.engine.subject import input_device, is_encoder_decoder
 from dreamreader.errors import InvalidInput
 
-if TYPE_CHECKING:
-    from dreamreader.engine.reader import Reader
+
+class TextReader(Protocol):
+    """What a reader of a language model says of its prompts."""
+
+    tokenizer: Any
+    max_tokens: int | None
+    add_special_tokens: bool
+
+    @property
+    def subject(self) -> Any: ...
 
 
 class ChatText(str):
@@ -60,7 +68,7 @@ def _rendered(tokenizer: Any, messages: Sequence[Any]) -> ChatText:
 
 
 def tokenize(
-    reader: "Reader", prompts: Sequence[str], add_special_tokens: bool | None = None
+    reader: TextReader, prompts: Sequence[str], add_special_tokens: bool | None = None
 ) -> tuple[list[list[int]], list[str]]:
     """Tokens of each prompt, without padding, and notes on special tokens that were left out.
 
@@ -123,7 +131,7 @@ def _repeats(ids: list[int], end: int) -> int:
     return next((n for n, each in enumerate(ordered) if each != ordered[0]), len(ordered))
 
 
-def padded(reader: "Reader", ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+def padded(reader: TextReader, ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """Tokens and their mask, [rows, tokens], where the model's inputs go.
 
     Decoders are padded on the left, so that all prompts end together; encoders on the right.
@@ -144,12 +152,12 @@ def padded(reader: "Reader", ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     return {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
 
 
-def encoded(reader: "Reader", prompts: Sequence[str]) -> dict[str, Tensor]:
+def encoded(reader: TextReader, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Tokens of prompts and their mask, both [rows, tokens], padded as `padded` says."""
     return padded(reader, tokenize(reader, prompts)[0])
 
 
-def check_lengths(reader: "Reader", prompts: Sequence[str]) -> None:
+def check_lengths(reader: TextReader, prompts: Sequence[str]) -> None:
     """Refuse prompts of different lengths, where all of their tokens are read side by side.
 
     Raises:

@@ -3,60 +3,35 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dreamreader._devices import device_of, dtype_of, move
 from dreamreader.engine import html
-from dreamreader.engine.cache import Activation, Cache, Row
+from dreamreader.engine.cache import Cache
+from dreamreader.engine.edit_request import EditRequest
 from dreamreader.engine.firing import FiringReport
+from dreamreader.engine.function import call
+from dreamreader.engine.language import run_language
+from dreamreader.engine.padding import position_arguments
+from dreamreader.engine.pipeline import run_pipeline
 from dreamreader.engine.place import RowSet
-from dreamreader.engine.recorded import joined
+from dreamreader.engine.prompts import with_chats
 from dreamreader.engine.recorder import Memory
-from dreamreader.engine.request import EditRequest, Record, Stream, Watch
+from dreamreader.engine.request import Record
+from dreamreader.engine.result import RunResult
 from dreamreader.engine.rows import Plan, plan_rows, seeds_of
 from dreamreader.engine.session import Session
 from dreamreader.engine.sites import SiteList, find
+from dreamreader.engine.stream import Stream
 from dreamreader.engine.subject import Subject
+from dreamreader.engine.watch import Watch
 from dreamreader.errors import InvalidInput
 
 Recordable = str | Record | Watch | Stream
-
-
-@dataclass(eq=False)
-class RunResult:
-    """What one run gave.
-
-    Attributes:
-        output: the pictures, or what a language model gave: its logits output, or generated tokens.
-        cache: recorded activations by site.
-        firing: where and when edits and recordings took effect.
-        rows: prompt and seed of each row.
-        text: generated text of a language model, without the prompt: one for each row, or, with
-            `num_return_sequences=n`, the n of row 0, those of row 1, and so on, as in `output`.
-    """
-
-    output: Any
-    cache: Cache
-    firing: FiringReport
-    rows: tuple[Row, ...]
-    text: list[str] | None = None
-
-    @property
-    def images(self) -> Any:
-        """The pictures of a pipeline, in the order of the rows."""
-        return self.output
-
-    def __repr__(self) -> str:
-        shown = [f"RunResult of {len(self.rows)} rows", repr(self.firing)]
-        return "\n".join(shown + ([repr(self.cache)] if self.cache else []))
-
-    def _repr_html_(self) -> str:
-        rows = [(str(r.index), r.prompt or "", str(r.seed)) for r in self.rows]
-        table = html.table(("row", "prompt", "seed"), rows)
-        return table + self.firing._repr_html_() + (self.cache._repr_html_() if self.cache else "")
 
 
 class Reader:
@@ -171,15 +146,16 @@ class Reader:
         if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
             raise InvalidInput(f"batch_size is a whole number of at least 1, got {batch_size!r}")
         if self._subject.kind == "language":
-            from dreamreader.engine.language import run_language
-            from dreamreader.engine.prompts import with_chats
-
-            plan = plan_rows(with_chats(self.tokenizer, prompts), seeds, edits)
-            return run_language(self, plan, edits, records, batch_size, memory_limit, arguments)
-        from dreamreader.engine.pipeline import run_pipeline
-
+            prompts = with_chats(self.tokenizer, prompts)
         plan = plan_rows(prompts, seeds, edits)
-        return run_pipeline(self, plan, edits, records, batch_size, memory_limit, arguments)
+        opened = partial(self._session, edits, records, plan)
+        if self._subject.kind == "language":
+            return run_language(
+                self, self._subject, plan, opened, batch_size, memory_limit, arguments
+            )
+        return run_pipeline(
+            self.subject, plan, edits, records, opened, batch_size, memory_limit, arguments
+        )
 
     def run_with_cache(
         self,
@@ -252,11 +228,20 @@ class Reader:
 
     @contextmanager
     def editing(
-        self, edits: EditRequest | Sequence[EditRequest], seeds: Sequence[int] | None = None
+        self,
+        edits: EditRequest | Sequence[EditRequest],
+        seeds: Sequence[int] | None = None,
+        prompt_length: int | None = None,
     ) -> Iterator[FiringReport]:
         """Edit while you run the subject yourself; the report is filled when the block ends.
 
         Gradients flow through the edits where the caller records them.
+
+        Args:
+            edits: applied in this order.
+            seeds: of the rows, for edits that draw.
+            prompt_length: tokens of a language model's padded prompts, where its calls hold more
+                than these: negative token indices count from their end.
 
         Raises:
             NeverFired: an edit matched nothing in the block.
@@ -264,10 +249,29 @@ class Reader:
         listed = _listed(edits, EditRequest, "edits")
         own = None if seeds is None else seeds_of(seeds)
         session = Session(
-            self._subject, listed, seeds=own, shapes=self._shapes, tokenizer=self.tokenizer
+            self._subject,
+            listed,
+            seeds=own,
+            prompt_length=prompt_length,
+            shapes=self._shapes,
+            tokenizer=self.tokenizer,
         )
         with session:
             yield session.report
+
+    def position_arguments(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Arguments with which the padding of a language model's inputs does not count.
+
+        Args:
+            inputs: `input_ids` and `attention_mask`, [rows, tokens].
+
+        Returns:
+            `position_ids` where the model needs them; empty where it does not.
+
+        Raises:
+            InvalidInput: the model counts padding, whatever the positions.
+        """
+        return position_arguments(self._subject, inputs)
 
     def __repr__(self) -> str:
         parts = [
@@ -321,9 +325,7 @@ class _Hook(EditRequest):
     def changes_with_step(self) -> bool:
         return True
 
-    def apply(self, x: torch.Tensor, place: Any) -> torch.Tensor:
-        from dreamreader.engine.function import call
-
+    def apply(self, x: Tensor, place: Any) -> Tensor:
         return call(self.fn, x, place, "hook")
 
 
@@ -335,14 +337,6 @@ def _listed(value: Any, kinds: Any, name: str) -> list[Any]:
         if not isinstance(each, kinds):
             raise InvalidInput(f"{name}: got {type(each).__name__} {each!r}")
     return listed
-
-
-def merged(found: Sequence[list[Activation]]) -> list[Activation]:
-    """The same sites of several batches, joined along the rows of the batches that have them."""
-    parts: dict[str, list[Activation]] = {}
-    for each in chain.from_iterable(found):
-        parts.setdefault(each.site, []).append(each)
-    return list(map(joined, parts.values()))
 
 
 def _size(module: torch.nn.Module) -> int:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +20,6 @@ from dreamreader.engine.selection import (
     normalized_values,
 )
 from dreamreader.errors import InvalidInput
-
-if TYPE_CHECKING:
-    from dreamreader.engine.place import Place
-    from dreamreader.engine.probs import Attention
-    from dreamreader.engine.stream import Flowing
-    from dreamreader.engine.watch import Call
-    from dreamreader.ops import Instruction
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,118 +172,6 @@ class Record(Request):
             raise InvalidInput(
                 f"Record: reduce must be a function, got {type(self.reduce).__name__}"
             )
-
-
-@dataclass(frozen=True, eq=False)
-class Watch(Request):
-    """A reader of attentions while they run; the engine itself stores nothing of them.
-
-    Args:
-        site: sites with the port `probs`.
-        saw: called as `saw(attention, call)` wherever the selection holds. `attention` has the
-            batch entries of the selection only, `call` says which they are. Where the model forms
-            its attention in shares (attention slicing) it is called with each share.
-
-    Raises:
-        InvalidInput: a site has another port, or `tokens` is given: the whole sequence is seen.
-
-    Example:
-        >>> seen = []
-        >>> Watch("unet.**.attn2:probs", lambda attention, call: seen.append(attention.shape))
-        Watch(unet.**.attn2:probs)
-    """
-
-    saw: "Callable[[Attention, Call], None]"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not callable(self.saw):
-            raise InvalidInput(f"Watch: saw must be a function, got {type(self.saw).__name__}")
-        if self.tokens is not None:
-            raise InvalidInput("Watch: tokens has no meaning here, the whole attention is seen")
-        for site in self.sites:
-            if parse(site).port != "probs":
-                raise InvalidInput(f"Watch: {site} is no attention; name its probs: {site}:probs")
-
-    def __repr__(self) -> str:
-        return self.describe()
-
-
-@dataclass(frozen=True, eq=False)
-class Stream(Request):
-    """A reader of activations while the model runs; the engine keeps and copies nothing of them.
-
-    Args:
-        site: sites with any port but `probs`.
-        keep: called as `keep(flowing)` wherever the selection holds, after the edits. It has to
-            copy what it wants before it returns: the values are the model's own memory.
-
-    Raises:
-        InvalidInput: `keep` is no function, or a site has the port `probs`.
-
-    Example:
-        >>> norms = []
-        >>> Stream("unet.mid_block", lambda flowing: norms.append(flowing.x.norm()), branch="cond")
-        Stream(unet.mid_block, branch='cond')
-    """
-
-    keep: "Callable[[Flowing], None]"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not callable(self.keep):
-            raise InvalidInput(f"Stream: keep must be a function, got {type(self.keep).__name__}")
-        for site in self.sites:
-            if parse(site).port == "probs":
-                raise InvalidInput(
-                    f"Stream: {site} are attention probabilities, which no model holds in memory; "
-                    "use Watch or Record for them"
-                )
-
-    def __repr__(self) -> str:
-        return self.describe()
-
-
-@dataclass(frozen=True, eq=False)
-class EditRequest(Request):
-    """An edit: knows its change as instructions for the kernel, or as a function of the tensor.
-
-    Subclasses give `instructions` or set `is_function` and give `apply`.
-    """
-
-    is_function = False
-
-    @property
-    def changes_with_step(self) -> bool:
-        """Whether the instructions themselves, not only the selection, differ from step to step."""
-        return False
-
-    @property
-    def keeps_norm(self) -> bool:
-        """Whether it restores the norm that a row had before this edit."""
-        return False
-
-    @property
-    def selects(self) -> bool:
-        """Whether `apply` itself leaves what is not selected, bit for bit."""
-        return False
-
-    def touched(self, place: "Place") -> Tensor:
-        """Where a function acts: not 0 in a tensor that broadcasts to [batch, tokens]."""
-        return place.selected
-
-    def row_lengths(self) -> dict[str, int]:
-        """Length of every per-row argument."""
-        return {}
-
-    def check(self, place: "Place") -> None:
-        """Refuse inputs that do not fit the site; called once per site, before the first change."""
-
-    def instructions(self, place: "Place") -> "list[Instruction]":
-        raise NotImplementedError
-
-    def apply(self, x: Tensor, place: "Place") -> Tensor:
-        raise NotImplementedError
 
 
 def _listed(value: Any, label: str, kind: str) -> tuple[str, ...]:

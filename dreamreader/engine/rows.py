@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dreamreader.engine.cache import Row
 from dreamreader.engine.clock_run import own_class
+from dreamreader.engine.edit_request import EditRequest
 from dreamreader.engine.families.per_row import PICTURES, has_several_networks, meaning
-from dreamreader.engine.request import EditRequest
 from dreamreader.errors import InvalidInput, check_text
 
 

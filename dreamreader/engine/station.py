@@ -1,489 +1,21 @@
-"""Stations: the hooks of a session. One per module and one run per site there."""
+"""Stations: the hooks on one module."""
 
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from dreamreader.engine.compile import Active, Compiled, compiled
-from dreamreader.engine.notes import Notes
-from dreamreader.engine.now import Now
-from dreamreader.engine.place import Place, kept_entries, row_mask
-from dreamreader.engine.probs import Attention, entries_of
-from dreamreader.engine.recorder import Cut, Recorder
-from dreamreader.engine.request import EditRequest, Record, Request, Stream, Watch
-from dreamreader.engine.site_view import SiteView
-from dreamreader.engine.sites import Site
-from dreamreader.engine.stream import Kept, Streamer
+from dreamreader.engine.probs import entries_of
+from dreamreader.engine.shared import Shared
+from dreamreader.engine.site_run import SiteRun
 from dreamreader.engine.taps import Argument, pick, put
-from dreamreader.engine.token_layout import RowsUnknown
-from dreamreader.engine.tokens import SiteTokens, select, site_tokens
-from dreamreader.engine.watch import Call, Seen, Watcher
-from dreamreader.errors import ClockUnknown, InvalidInput
-
-if TYPE_CHECKING:
-    from dreamreader.engine.session import Shared
-
-
-@dataclass(eq=False)
-class Plan:
-    """What to do at one site in one kind of call.
-
-    Attributes:
-        view: how the site's values are read; None where nothing is done.
-        passed: edits that select something, with nothing to change (strength 0).
-        missed: requests whose selection holds no element here.
-        active: all requests at work.
-    """
-
-    view: SiteView | None
-    edits: Compiled | None
-    cuts: list[tuple[Recorder, Cut, int]]
-    watched: list[tuple[Watcher, Seen]]
-    flows: list[tuple[Streamer, Kept]]
-    passed: frozenset[int]
-    missed: frozenset[int]
-    active: tuple[int, ...]
-
-    @property
-    def has_graph(self) -> bool:
-        """Whether gradients flow into what was made for it: then it holds for one call."""
-        return self.edits is not None and self.edits.has_graph
-
-
-_IDLE = Plan(None, None, [], [], [], frozenset(), frozenset(), ())
-_Reading = Recorder | Watcher | Streamer
-
-
-class SiteRun:
-    """The edits and readings of one site during a session."""
-
-    def __init__(self, site: Site, shared: "Shared"):
-        self.site = site
-        self.name = site.name
-        self.shared = shared
-        self.edits: list[tuple[int, EditRequest]] = []
-        self.recorders: list[Recorder] = []
-        self.watchers: list[Watcher] = []
-        self.streamers: list[Streamer] = []
-        self.fired: list[tuple[Now, Plan]] = []
-        self.skipped: list[tuple[Now, tuple[int, ...]]] = []
-        self.notes = Notes()
-        self.shape: tuple[int, ...] | None = None
-        self._plans: dict[Any, Plan] = {}
-        self._latest: tuple[Any, ...] = (None,) * 7
-        self._shared_plans: dict[Any, Plan] = {}
-
-    def visit(self, value: Tensor, given: Any = None, minus: Tensor | None = None) -> Tensor | None:
-        """Edit and record `value`; the edited value, or None where it stays as it is.
-
-        `minus`, of the same shape, is taken off first; streams of an unedited site get the two
-        apart, so that nothing is computed for them. `given` is what the module was called with.
-        """
-        now, plan = self._planned(value, given)
-        view = plan.view
-        if view is None:
-            return None
-        plain = view.is_plain
-        x, y = value if plain else view.read(value), None
-        off = None if minus is None else view.read(minus)
-        if self.shared.subject.rehearsing:
-            y = None if plan.edits is None else plan.edits.run(_less(x, off))
-            return None if y is None else view.back(y, value)
-        self.fired.append((now, plan))
-        seen = x if off is None or (plan.edits is None and not plan.cuts) else x - off
-        if plan.edits is not None:
-            self.shared.subject.edited += 1
-            y = seen = plan.edits.run_noted(seen, now, self.notes)
-        for recorder, cut, moments in plan.cuts:
-            recorder.keep(seen, cut, now, moments)
-        for streamer, kept in plan.flows:
-            if y is None:
-                streamer.hand_on(x, off, kept, now)
-            else:
-                streamer.hand_on(y, None, kept, now)
-        return y if plain or y is None else view.back(y, value)
-
-    def visit_attention(self, attention: Attention) -> None:
-        """Record and watch an attention; probabilities are formed for recordings alone."""
-        now, plan = self._planned(attention.outline(), None)
-        if not plan.active:
-            return
-        if attention.is_start:
-            self.fired.append((now, plan))
-        if plan.cuts:
-            x = attention.probabilities().transpose(1, 2)
-            for recorder, cut, moments in plan.cuts:
-                recorder.keep(x, cut, now, moments)
-        for watcher, seen in plan.watched:
-            watcher.request.saw(attention.of(seen.entries), Call(seen, now))
-
-    def _planned(self, value: Tensor, given: Any) -> tuple[Now, Plan]:
-        """What is running, and what to do then."""
-        shared = self.shared
-        now = shared.tracker.now
-        if now is None or now is not shared.latest:
-            now = shared.current(self.site)
-        call = getattr(shared, self._kind_of_call)
-        run = now.run if self._follows_prompt else None
-        shape, dtype, device = value.shape, value.dtype, value.device
-        grad = torch.is_grad_enabled()  # a program without gradients has none
-        latest = self._latest
-        if (
-            latest[0] == call
-            and latest[2] == shape
-            and latest[1] == run
-            and latest[3] == dtype
-            and latest[4] == device
-            and latest[5] == grad
-        ):
-            return now, latest[6]
-        key = (call, run, shape, dtype, device, grad)
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plan(now, value, given)
-            if plan.has_graph:
-                return now, plan
-            self._plans[key] = plan
-        self._latest = (*key, plan)
-        return now, plan
-
-    def pass_over(self) -> None:
-        """A step cache skipped the site: nothing is edited or recorded, but it is reported."""
-        now = self.shared.current(self.site)
-        active, wanted = self._at_work(now)
-        numbers = tuple(n for n, _ in active) + tuple(each.number for each in wanted)
-        if numbers:
-            self.skipped.append((now, numbers))
-
-    def _at_work(self, now: Now) -> tuple[list[tuple[int, EditRequest]], list[_Reading]]:
-        """The edits and the readings whose selection holds in this call."""
-        if now.phase == "aside":  # a callback's own call: it is not the run
-            return [], []
-        name, is_active = self.site.name, self.shared.is_active
-        edits = [(n, each) for n, each in self.edits if is_active(each, now, name)]
-        return edits, [each for each in self._readings() if is_active(each.request, now, name)]
-
-    def _readings(self) -> list[_Reading]:
-        return [*self.recorders, *self.watchers, *self.streamers]
-
-    def release(self) -> None:
-        """Let go of everything that is not a result."""
-        self._plans.clear()
-        self._latest = (None,) * 7
-        self._shared_plans.clear()
-
-    def _plan(self, now: Now, value: Tensor, given: Any) -> Plan:
-        active, wanted = self._at_work(now)
-        if not active and not wanted:
-            self.shape = self.shape or tuple(value.shape)
-            return _IDLE
-        view = self._view(now, value, given)
-        self.shape = view.canonical
-        # Steps with the same requests at work share a plan, unless an edit differs from step to
-        # step.
-        time = now.stamp[1] if any(n in self._moving for n, _ in active) else None
-        run = now.run if self._follows_prompt else None
-        numbers = tuple(n for n, _ in active) + tuple(each.number for each in wanted)
-        key = (numbers, time, run, self._any_time(), value.shape, value.dtype, value.device)
-        key = (*key, torch.is_grad_enabled())
-        found = self._shared_plans.get(key)
-        if found is None:
-            found = self._made(now, value, view, active, wanted, numbers)
-            if not found.has_graph:
-                self._shared_plans[key] = found
-        return found
-
-    def _made(
-        self,
-        now: Now,
-        value: Tensor,
-        view: SiteView,
-        active: list[tuple[int, EditRequest]],
-        wanted: list[_Reading],
-        numbers: tuple[int, ...],
-    ) -> Plan:
-        x = view.outline(value)
-        place_of = _Places(self.site, now, view, x, self.shared)
-        works = [Active(n, each, place_of.make(each)) for n, each in active]
-        empty = {each.number for each in works if not bool((each.place.selected != 0).any())}
-        edits = self._compiled(works, x) if active else None
-        hit = edits.numbers if edits else frozenset()
-        places = [(each, place_of.make(each.request)) for each in wanted]
-        cuts = [
-            (each, place, _cut(each.request, place))
-            for each, place in places
-            if not isinstance(each, Streamer)
-        ]
-        recorded = [
-            (each, cut, self.shared.moments(each.request, now))
-            for each, _, cut in cuts
-            if cut is not None and isinstance(each, Recorder)
-        ]
-        watched = [
-            (each, self._seen(cut, place, x.shape[-1]))
-            for each, place, cut in cuts
-            if cut is not None and isinstance(each, Watcher)
-        ]
-        flows = [
-            (each, kept)
-            for each, place in places
-            if isinstance(each, Streamer) and (kept := each.kept(place, x)) is not None
-        ]
-        read = {each.number for each, *_ in [*recorded, *watched, *flows]}
-        missed = empty | ({each.number for each in wanted} - read)
-        return Plan(
-            view,
-            edits if hit else None,
-            recorded,
-            watched,
-            flows,
-            frozenset(n for n, _ in active if n not in hit and n not in empty),
-            frozenset(missed - hit),
-            numbers,
-        )
-
-    def _view(self, now: Now, value: Tensor, given: Any) -> SiteView:
-        layouts = {each.layout for each in self._requests() if each.layout is not None}
-        if len(layouts) > 1:
-            raise InvalidInput(
-                f"{self.site.name}: its requests name different layouts: {', '.join(layouts)}"
-            )
-        layout = next(iter(layouts), None)
-        return SiteView.of(self.site, now, value, given, layout)
-
-    @cached_property
-    def _moving(self) -> frozenset[int]:
-        """Edits that themselves, not only their selection, differ from step to step."""
-        return frozenset(n for n, each in self.edits if each.changes_with_step)
-
-    @cached_property
-    def _timeless(self) -> bool:
-        """Whether every step has the same plan."""
-        return not self._moving and not any(each.needs_time for each in self._requests())
-
-    def _any_time(self) -> int:
-        """What stands for the calls that differ in nothing but the time."""
-        return self.shared.timeless if self._selects_tokens else self.shared.placeless
-
-    @cached_property
-    def _kind_of_call(self) -> str:
-        """Which number of the session stands for the calls of one plan."""
-        if not self._timeless:
-            return "serial"
-        return "timeless" if self._selects_tokens else "placeless"
-
-    @cached_property
-    def _selects_tokens(self) -> bool:
-        return any(each.tokens is not None for each in self._requests())
-
-    @cached_property
-    def _follows_prompt(self) -> bool:
-        """Whether a plan holds for one run only: the place of a word changes with the prompt."""
-        return any(isinstance(each.tokens, str | tuple) for each in self._requests())
-
-    def _requests(self) -> list[Request]:
-        return [*(each for _, each in self.edits), *(each.request for each in self._readings())]
-
-    def _seen(self, cut: Cut, place: Place, keys: int) -> Seen:
-        entries = range(place.batch) if cut.entries is None else cut.entries.tolist()
-        return Seen(
-            self.site,
-            cut.branches,
-            cut.rows,
-            tuple(entries),
-            place.rows,
-            place.sequence,
-            keys,
-            self.shared,
-        )
-
-    def _compiled(self, works: list[Active], x: Tensor) -> Compiled:
-        if not x.is_floating_point():
-            raise InvalidInput(
-                f"{self.site.name}: holds {x.dtype}, only floating point can be edited"
-            )
-        if self.site.port == "probs":
-            raise InvalidInput(
-                f"{self.site.name}: probs can be recorded, not edited; edit q, k or heads"
-            )
-        return compiled(works, tuple(x.shape))  # pyright: ignore
-
-
-def _less(x: Tensor, minus: Tensor | None) -> Tensor:
-    return x if minus is None else x - minus
-
-
-class _Places:
-    """Makes the place of each request at one site in one kind of call."""
-
-    def __init__(self, site: Site, now: Now, view: SiteView, x: Tensor, shared: "Shared"):
-        self.site = site
-        self.now = now
-        self.shared = shared
-        self.x = x
-        self.view = view
-        batch = x.shape[0]
-        self.branches = now.names
-        self.regular = now.batch is None or now.batch == batch
-        self.beams = getattr(now.tokens, "beams", 1)
-        if not self.regular or batch % (len(self.branches) * self.beams):
-            self.branches, self.beams = ("unknown",), 1
-        shape, stream = (x.shape[1], batch, view.hw), site.tap.stream
-        found = site_tokens(site.name, *shape, stream, now, self._crosses)
-        self.tokens: SiteTokens = replace(found, map=view.map)
-
-    def _crosses(self) -> bool | None:
-        """Whether the attention around the site reads the text; None where there is no word."""
-        modules, parts = self.shared.subject.modules(), self.site.path.split(".")
-        for stop in range(len(parts), 0, -1):
-            found = getattr(modules.get(".".join(parts[:stop])), "is_cross_attention", None)
-            if found is not None:
-                return found
-        return None
-
-    def make(self, request: Request) -> Place:
-        rows = self.x.shape[0] // (len(self.branches) * self.beams)
-        self._check_rows(request, rows)
-        rowset = self.shared.rowset.resolved(rows)
-        width = self.x.shape[-1] if self.x.dim() == 3 else self.x.shape[-1] * self.x.shape[-2]
-        place = Place(
-            self.site.name,
-            width,
-            self.site.heads or self.view.heads,
-            rows,
-            rowset.total or rows,
-            rowset.start,
-            self.branches,
-            self.tokens,
-            self.now.instant if not isinstance(self.now.instant, Exception) else None,
-            self.x.device,
-            self.x.dtype,
-            self.shared.seeds,
-            self.beams,
-            self.view.heads is not None,
-        )
-        entries = row_mask(request, place)
-        words = None
-        if isinstance(request.tokens, str | tuple):
-            words = self.shared.words_for(
-                self.now, self.site, self.branches, rows, self.beams, entries
-            )
-        tokens = select(request.tokens, self.tokens, words, entries)
-        selected = torch.ones(1, 1) if tokens is None else torch.atleast_2d(tokens)
-        if entries is not None:
-            selected = selected * entries.reshape(-1, 1)
-        place.selected = selected
-        return place
-
-    def _check_rows(self, request: Request, rows: int) -> None:
-        """A request that names rows needs a batch whose entries are the rows of the run."""
-        if isinstance(request, EditRequest) and not (
-            request.row_lengths() or request.rows is not None or request.branch is not None
-        ):
-            return
-        named = request.rows is not None or (
-            isinstance(request, EditRequest) and bool(request.row_lengths())
-        )
-        if named and isinstance(self.view.map, ClockUnknown) and self.view.is_sequence:
-            raise ClockUnknown(f"{self.site.name}: rows are asked for. {self.view.map}")
-        if isinstance(request, Stream) and self.now.phase == "denoise":
-            if not isinstance(self.now.branches, tuple):
-                return  # refused for the step or branch that it lacks, before it is handed on
-        rowset = self.shared.rowset
-        count = rowset.count if rowset.total is not None else self.shared.rows_asked()
-        unknown = self.view.map if isinstance(self.view.map, RowsUnknown) else None
-        if self.regular and unknown is not None and not rows == unknown.rows == 1:
-            raise ClockUnknown(
-                f"{self.site.name}: which of its {rows} entries are which row is asked for. "
-                f"{unknown}; where there is one for each row, say so with "
-                'layout="rows tokens features"'
-            )
-        if self.regular and rows == count:
-            return
-        if self.regular and count is None:
-            if isinstance(self.now.branches, tuple) or not self.shared.has_branches:
-                return
-            if self.now.run == 0 and request.branch is None:
-                return  # no call of the pipeline: the batch is the caller's own, as of any module
-            raise ClockUnknown(
-                f"{self.site.name}: which entries of its batch of {rows} are which row is asked "
-                f"for. {self.now.branches}"
-            )
-        got = self.x.shape[0]
-        want = self.now.batch if not self.regular else f"{count} rows"
-        message = (
-            f"{self.site.name}: its batch has {got} entries where {want} are expected, so rows and "
-            "branches cannot be told apart there. "
-        )
-        if isinstance(self.now.branches, ClockUnknown) and self.now.phase == "denoise":
-            raise ClockUnknown(message + str(self.now.branches))
-        raise InvalidInput(message + _why_irregular(self.now, self.shared))
-
-
-def _why_irregular(now: Now, shared: "Shared") -> str:
-    if now.phase == "denoise" and shared.drops_branch:
-        return "FasterCache leaves out the unconditional half inside the denoiser: disable it"
-    if now.phase == "outside":
-        return "Slicing (enable_vae_slicing) splits the batch: disable it"
-    return "The module does not work on one entry for each row"
-
-
-def _cut(request: Record | Watch, place: Place) -> Cut | None:
-    """The part of the batch that a recording keeps; None where it keeps nothing."""
-    found = kept_entries(request, place)
-    if found is None:
-        return None
-    whole = found.numbers == list(range(place.batch))
-    kept = None if whole else torch.tensor(found.numbers, device=place.device)
-    tokens = _kept_tokens(request, place, found.numbers)
-    stream = place.sequence.stream
-    if request.tokens is None and place.sequence.padded:
-        place.sequence.require_known()
-    full = request.tokens is None and (stream in (None, "image") or place.sequence.kind == stream)
-    index = None if tokens is None else tokens.to(place.device)
-    hw = place.hw if full else None
-    if tokens is not None and tokens.shape[-1] == 0:
-        return None
-    return Cut(found.branches, kept, found.rows, index, hw, place.heads, place.sequence.map)
-
-
-def _kept_tokens(request: Request, place: Place, entries: list[int]) -> Tensor | None:
-    """Token numbers that a recording keeps, [n] or [entries, n]; None for all."""
-    if request.tokens is None and place.sequence.stream is None:
-        return None  # padding stays, so that every row has the same length; positions tell it
-    chosen = place.selected
-    if chosen.shape[0] > 1:
-        chosen = chosen[entries]
-    if chosen.shape[1] == 1 and place.tokens > 1 or bool((chosen != 0).all()):
-        return None
-    kept = [row.nonzero().flatten() for row in chosen]
-    if len({len(each) for each in kept}) > 1:
-        if place.own is not None and all(map(len, kept)):
-            return _filled_in_front(kept)
-        counts = ", ".join(str(len(each)) for each in kept)
-        raise InvalidInput(
-            f"recording {place.site}: the rows keep different numbers of tokens ({counts}); record "
-            "them apart, or all tokens"
-        )
-    if all(torch.equal(each, kept[0]) for each in kept):
-        return kept[0]
-    return torch.stack(kept)
-
-
-def _filled_in_front(kept: list[Tensor]) -> Tensor:
-    """Token numbers of rows that keep different numbers of them, [rows, n]; -1 is padding."""
-    turned = [each.flip(0) for each in kept]
-    return pad_sequence(turned, batch_first=True, padding_value=-1).flip(1)
+from dreamreader.errors import InvalidInput
 
 
 class Station:
     """The hooks on one module: edits first, recordings after, in the order they were given."""
 
-    def __init__(self, module: nn.Module, shared: "Shared"):
+    def __init__(self, module: nn.Module, shared: Shared):
         self.module = module
         self.shared = shared
         self.runs: list[SiteRun] = []
@@ -492,6 +24,15 @@ class Station:
 
     def sides(self) -> set[str]:
         return {each.site.tap.side for each in self.runs}
+
+    def attach(self, stack: ExitStack) -> None:
+        """Put the hooks on the module until the stack is closed."""
+        sides, module = self.sides(), self.module
+        if sides & {"in", "delta", "probs"}:
+            stack.callback(module.register_forward_pre_hook(self.before, with_kwargs=True).remove)
+        if sides & {"out", "delta", "probs"}:
+            stack.callback(module.register_forward_hook(self.after).remove)
+            _observers_last(module)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not self.shared.ours():
@@ -584,3 +125,14 @@ class Station:
 def _first(args: tuple) -> Any:
     """What a module was called with in the first place; None where it had names for all."""
     return args[0] if args else None
+
+
+def _observers_last(module: nn.Module) -> None:
+    """Let the hooks by which transformers collects `hidden_states` see what edits give.
+
+    It installs them for good at the first call that asks for hidden states, so from the second run
+    on they would stand before ours, and a pipeline that reads hidden_states[-2] would lose edits.
+    """
+    for number, hook in list(module._forward_hooks.items()):
+        if getattr(hook, "__qualname__", "").endswith("output_capturing_hook"):
+            module._forward_hooks[number] = module._forward_hooks.pop(number)

@@ -1,7 +1,7 @@
-"""What a `Stream` is handed at each call: the model's own memory, and which rows of it are kept."""
+"""Readers of activations, and what they are handed at each call: the model's own memory."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int32
@@ -9,14 +9,48 @@ from torch import Tensor
 
 from dreamreader.engine.clock_schedule import Instant
 from dreamreader.engine.now import Now
+from dreamreader.engine.pattern import parse
 from dreamreader.engine.place import Entries, Place, kept_entries
-from dreamreader.engine.request import Stream
+from dreamreader.engine.request import Request
+from dreamreader.engine.shared import Shared
 from dreamreader.engine.sites import Site
 from dreamreader.engine.token_layout import TokenLayout, TokenMap
 from dreamreader.errors import ClockUnknown, InvalidInput
 
-if TYPE_CHECKING:
-    from dreamreader.engine.session import Shared
+
+@dataclass(frozen=True, eq=False)
+class Stream(Request):
+    """A reader of activations while the model runs; the engine keeps and copies nothing of them.
+
+    Args:
+        site: sites with any port but `probs`.
+        keep: called as `keep(flowing)` wherever the selection holds, after the edits. It has to
+            copy what it wants before it returns: the values are the model's own memory.
+
+    Raises:
+        InvalidInput: `keep` is no function, or a site has the port `probs`.
+
+    Example:
+        >>> norms = []
+        >>> Stream("unet.mid_block", lambda flowing: norms.append(flowing.x.norm()), branch="cond")
+        Stream(unet.mid_block, branch='cond')
+    """
+
+    keep: Callable[["Flowing"], None]
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not callable(self.keep):
+            raise InvalidInput(f"Stream: keep must be a function, got {type(self.keep).__name__}")
+        for site in self.sites:
+            if parse(site).port == "probs":
+                raise InvalidInput(
+                    f"Stream: {site} are attention probabilities, which no model holds in memory; "
+                    "use Watch or Record for them"
+                )
+
+    def __repr__(self) -> str:
+        return self.describe()
 
 
 @dataclass(eq=False)
@@ -168,7 +202,7 @@ class Flowing:
 class Streamer:
     """A `Stream` at one site in a session, with the number of its request."""
 
-    def __init__(self, request: Stream, number: int, site: Site, shared: "Shared"):
+    def __init__(self, request: Stream, number: int, site: Site, shared: Shared):
         self.request = request
         self.number = number
         self.site = site

@@ -1,22 +1,56 @@
-"""What a `Watch` is told of each call: its rows, its time, its image and text tokens."""
+"""Readers of attentions, and what they are told of each call: rows, time, image and text tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from dreamreader.engine.cache import Row
 from dreamreader.engine.clock_schedule import Instant
 from dreamreader.engine.now import Now
-from dreamreader.engine.request import Watch
+from dreamreader.engine.pattern import parse
+from dreamreader.engine.probs import Attention
+from dreamreader.engine.request import Request
+from dreamreader.engine.shared import Shared
 from dreamreader.engine.sites import Site
 from dreamreader.engine.tokens import SiteTokens
 from dreamreader.errors import InvalidInput
 
-if TYPE_CHECKING:
-    from dreamreader.engine.session import Shared
-
 Region = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Watch(Request):
+    """A reader of attentions while they run; the engine itself stores nothing of them.
+
+    Args:
+        site: sites with the port `probs`.
+        saw: called as `saw(attention, call)` wherever the selection holds. `attention` has the
+            batch entries of the selection only, `call` says which they are. Where the model forms
+            its attention in shares (attention slicing) it is called with each share.
+
+    Raises:
+        InvalidInput: a site has another port, or `tokens` is given: the whole sequence is seen.
+
+    Example:
+        >>> seen = []
+        >>> Watch("unet.**.attn2:probs", lambda attention, call: seen.append(attention.shape))
+        Watch(unet.**.attn2:probs)
+    """
+
+    saw: Callable[[Attention, "Call"], None]
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not callable(self.saw):
+            raise InvalidInput(f"Watch: saw must be a function, got {type(self.saw).__name__}")
+        if self.tokens is not None:
+            raise InvalidInput("Watch: tokens has no meaning here, the whole attention is seen")
+        for site in self.sites:
+            if parse(site).port != "probs":
+                raise InvalidInput(f"Watch: {site} is no attention; name its probs: {site}:probs")
+
+    def __repr__(self) -> str:
+        return self.describe()
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +77,7 @@ class Seen:
     size: int
     queries: SiteTokens
     keys: int
-    shared: "Shared"
+    shared: Shared
 
 
 class Call:

@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.engine import Cache, Reader, Record
-from dreamreader.engine.reader import merged
 from dreamreader.engine.recorded import token_means
+from dreamreader.engine.result import merged
 from dreamreader.errors import InvalidInput
 
 Draw = Callable[[list[str], list[int], Sequence[Any]], Cache]

@@ -8,9 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dreamreader.engine import Reader
-from dreamreader.engine.padding import position_arguments
 from dreamreader.engine.prompts import tokenize
-from dreamreader.engine.session import Session
 from dreamreader.engine.subject import input_device, is_encoder_decoder
 from dreamreader.errors import InvalidInput
 from dreamreader.reft.losses import Batch, ModelLoss
@@ -109,7 +107,7 @@ def _logits(loss: ModelLoss, reft: Reft | None, texts: Sequence[_Text]) -> tuple
         labels[row, before:stop] = ids[row, before:stop]
     device = input_device(model)
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    positions = position_arguments(reader, inputs)
+    positions = reader.position_arguments(inputs)
     with _edited(loss, reft, before):
         logits = model(**inputs, **positions, use_cache=False).logits
     return logits, labels.to(logits.device)
@@ -128,6 +126,5 @@ def _edited(loss: ModelLoss, reft: Reft | None, prompt: int):
             "positions"
         )
     edits = [*reft.edits(graph=True), *loss._watching]
-    reader = loss.reader
-    with Session(reader._subject, edits, prompt_length=prompt, tokenizer=reader.tokenizer):
+    with loss.reader.editing(edits, prompt_length=prompt):
         yield

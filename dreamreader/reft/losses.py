@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dreamreader.edits import Edit
 from dreamreader.engine import Reader
-from dreamreader.engine.request import EditRequest
+from dreamreader.engine.edit_request import EditRequest
 from dreamreader.errors import InvalidInput
 from dreamreader.fitting import Objective
 from dreamreader.recording.pairs import Pairs

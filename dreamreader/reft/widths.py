@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from dreamreader.engine import Reader
-from dreamreader.engine.request import Stream
+from dreamreader.engine.stream import Stream
 from dreamreader.errors import InvalidInput
 
 

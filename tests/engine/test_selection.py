@@ -11,7 +11,6 @@ import torch
 
 from dreamreader.edits import Box, Scale, Steer
 from dreamreader.engine import Reader, Record
-from dreamreader.engine.request import Stream, Watch
 from dreamreader.engine.selection import (
     in_steps,
     mask_of,
@@ -20,6 +19,8 @@ from dreamreader.engine.selection import (
     normalized_values,
     numbers_of,
 )
+from dreamreader.engine.stream import Stream
+from dreamreader.engine.watch import Watch
 from dreamreader.errors import InvalidInput, NeverFired
 
 LAYER, HEADS = "transformer.h.1", "transformer.h.1.attn:heads"

@@ -13,7 +13,7 @@ from dreamreader.sweep import Cell, grid
 
 if TYPE_CHECKING:
     from dreamreader.engine import RunResult
-    from dreamreader.engine.request import EditRequest
+    from dreamreader.engine.edit_request import EditRequest
     from dreamreader.experiments.job import Job
     from dreamreader.experiments.results import Results
     from dreamreader.report import Number, Section

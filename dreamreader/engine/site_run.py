@@ -1,0 +1,365 @@
+"""The edits and readings of one site: what to do in each kind of call, and doing it."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dreamreader.engine.compile import Active, Compiled, compiled
+from dreamreader.engine.edit_request import EditRequest
+from dreamreader.engine.notes import Notes
+from dreamreader.engine.now import Now
+from dreamreader.engine.place import Place, kept_entries
+from dreamreader.engine.placement import Placement
+from dreamreader.engine.probs import Attention
+from dreamreader.engine.recorder import Cut, Recorder
+from dreamreader.engine.request import Record, Request
+from dreamreader.engine.shared import Shared
+from dreamreader.engine.site_view import SiteView
+from dreamreader.engine.sites import Site
+from dreamreader.engine.stream import Kept, Streamer
+from dreamreader.engine.watch import Call, Seen, Watch, Watcher
+from dreamreader.errors import InvalidInput
+
+
+@dataclass(eq=False)
+class Plan:
+    """What to do at one site in one kind of call.
+
+    Attributes:
+        view: how the site's values are read; None where nothing is done.
+        passed: edits that select something, with nothing to change (strength 0).
+        missed: requests whose selection holds no element here.
+        active: all requests at work.
+    """
+
+    view: SiteView | None
+    edits: Compiled | None
+    cuts: list[tuple[Recorder, Cut, int]]
+    watched: list[tuple[Watcher, Seen]]
+    flows: list[tuple[Streamer, Kept]]
+    passed: frozenset[int]
+    missed: frozenset[int]
+    active: tuple[int, ...]
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether gradients flow into what was made for it: then it holds for one call."""
+        return self.edits is not None and self.edits.has_graph
+
+
+_IDLE = Plan(None, None, [], [], [], frozenset(), frozenset(), ())
+_Reading = Recorder | Watcher | Streamer
+
+
+class SiteRun:
+    """The edits and readings of one site during a session."""
+
+    def __init__(self, site: Site, shared: Shared):
+        self.site = site
+        self.name = site.name
+        self.shared = shared
+        self.edits: list[tuple[int, EditRequest]] = []
+        self.recorders: list[Recorder] = []
+        self.watchers: list[Watcher] = []
+        self.streamers: list[Streamer] = []
+        self.fired: list[tuple[Now, Plan]] = []
+        self.skipped: list[tuple[Now, tuple[int, ...]]] = []
+        self.notes = Notes()
+        self.shape: tuple[int, ...] | None = None
+        self._plans: dict[Any, Plan] = {}
+        self._latest: tuple[Any, ...] = (None,) * 7
+        self._shared_plans: dict[Any, Plan] = {}
+
+    def visit(self, value: Tensor, given: Any = None, minus: Tensor | None = None) -> Tensor | None:
+        """Edit and record `value`; the edited value, or None where it stays as it is.
+
+        `minus`, of the same shape, is taken off first; streams of an unedited site get the two
+        apart, so that nothing is computed for them. `given` is what the module was called with.
+        """
+        now, plan = self._planned(value, given)
+        view = plan.view
+        if view is None:
+            return None
+        plain = view.is_plain
+        x, y = value if plain else view.read(value), None
+        off = None if minus is None else view.read(minus)
+        if self.shared.subject.rehearsing:
+            y = None if plan.edits is None else plan.edits.run(_less(x, off))
+            return None if y is None else view.back(y, value)
+        self.fired.append((now, plan))
+        seen = x if off is None or (plan.edits is None and not plan.cuts) else x - off
+        if plan.edits is not None:
+            self.shared.subject.edited += 1
+            y = seen = plan.edits.run_noted(seen, now, self.notes)
+        for recorder, cut, moments in plan.cuts:
+            recorder.keep(seen, cut, now, moments)
+        for streamer, kept in plan.flows:
+            if y is None:
+                streamer.hand_on(x, off, kept, now)
+            else:
+                streamer.hand_on(y, None, kept, now)
+        return y if plain or y is None else view.back(y, value)
+
+    def visit_attention(self, attention: Attention) -> None:
+        """Record and watch an attention; probabilities are formed for recordings alone."""
+        now, plan = self._planned(attention.outline(), None)
+        if not plan.active:
+            return
+        if attention.is_start:
+            self.fired.append((now, plan))
+        if plan.cuts:
+            x = attention.probabilities().transpose(1, 2)
+            for recorder, cut, moments in plan.cuts:
+                recorder.keep(x, cut, now, moments)
+        for watcher, seen in plan.watched:
+            watcher.request.saw(attention.of(seen.entries), Call(seen, now))
+
+    def _planned(self, value: Tensor, given: Any) -> tuple[Now, Plan]:
+        """What is running, and what to do then."""
+        shared = self.shared
+        now = shared.tracker.now
+        if now is None or now is not shared.latest:
+            now = shared.current(self.site)
+        call = getattr(shared, self._kind_of_call)
+        run = now.run if self._follows_prompt else None
+        shape, dtype, device = value.shape, value.dtype, value.device
+        grad = torch.is_grad_enabled()  # a program without gradients has none
+        latest = self._latest
+        if (
+            latest[0] == call
+            and latest[2] == shape
+            and latest[1] == run
+            and latest[3] == dtype
+            and latest[4] == device
+            and latest[5] == grad
+        ):
+            return now, latest[6]
+        key = (call, run, shape, dtype, device, grad)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plan(now, value, given)
+            if plan.has_graph:
+                return now, plan
+            self._plans[key] = plan
+        self._latest = (*key, plan)
+        return now, plan
+
+    def pass_over(self) -> None:
+        """A step cache skipped the site: nothing is edited or recorded, but it is reported."""
+        now = self.shared.current(self.site)
+        active, wanted = self._at_work(now)
+        numbers = tuple(n for n, _ in active) + tuple(each.number for each in wanted)
+        if numbers:
+            self.skipped.append((now, numbers))
+
+    def _at_work(self, now: Now) -> tuple[list[tuple[int, EditRequest]], list[_Reading]]:
+        """The edits and the readings whose selection holds in this call."""
+        if now.phase == "aside":  # a callback's own call: it is not the run
+            return [], []
+        name, is_active = self.site.name, self.shared.is_active
+        edits = [(n, each) for n, each in self.edits if is_active(each, now, name)]
+        return edits, [each for each in self._readings() if is_active(each.request, now, name)]
+
+    def _readings(self) -> list[_Reading]:
+        return [*self.recorders, *self.watchers, *self.streamers]
+
+    def release(self) -> None:
+        """Let go of everything that is not a result."""
+        self._plans.clear()
+        self._latest = (None,) * 7
+        self._shared_plans.clear()
+        self.fired.clear()
+        self.skipped.clear()
+        self.notes = Notes()
+
+    def _plan(self, now: Now, value: Tensor, given: Any) -> Plan:
+        active, wanted = self._at_work(now)
+        if not active and not wanted:
+            self.shape = self.shape or tuple(value.shape)
+            return _IDLE
+        view = self._view(now, value, given)
+        self.shape = view.canonical
+        # Steps with the same requests at work share a plan, unless an edit differs from step to
+        # step.
+        time = now.stamp[1] if any(n in self._moving for n, _ in active) else None
+        run = now.run if self._follows_prompt else None
+        numbers = tuple(n for n, _ in active) + tuple(each.number for each in wanted)
+        key = (numbers, time, run, self._any_time(), value.shape, value.dtype, value.device)
+        key = (*key, torch.is_grad_enabled())
+        found = self._shared_plans.get(key)
+        if found is None:
+            found = self._made(now, value, view, active, wanted, numbers)
+            if not found.has_graph:
+                self._shared_plans[key] = found
+        return found
+
+    def _made(
+        self,
+        now: Now,
+        value: Tensor,
+        view: SiteView,
+        active: list[tuple[int, EditRequest]],
+        wanted: list[_Reading],
+        numbers: tuple[int, ...],
+    ) -> Plan:
+        x = view.outline(value)
+        place_of = Placement(self.site, now, view, x, self.shared)
+        works = [Active(n, each, place_of.make(each)) for n, each in active]
+        empty = {each.number for each in works if not bool((each.place.selected != 0).any())}
+        edits = self._compiled(works, x) if active else None
+        hit = edits.numbers if edits else frozenset()
+        places = [(each, place_of.make(each.request)) for each in wanted]
+        cuts = [
+            (each, place, _cut(each.request, place))
+            for each, place in places
+            if not isinstance(each, Streamer)
+        ]
+        recorded = [
+            (each, cut, self.shared.moments(each.request, now))
+            for each, _, cut in cuts
+            if cut is not None and isinstance(each, Recorder)
+        ]
+        watched = [
+            (each, self._seen(cut, place, x.shape[-1]))
+            for each, place, cut in cuts
+            if cut is not None and isinstance(each, Watcher)
+        ]
+        flows = [
+            (each, kept)
+            for each, place in places
+            if isinstance(each, Streamer) and (kept := each.kept(place, x)) is not None
+        ]
+        read = {each.number for each, *_ in [*recorded, *watched, *flows]}
+        missed = empty | ({each.number for each in wanted} - read)
+        return Plan(
+            view,
+            edits if hit else None,
+            recorded,
+            watched,
+            flows,
+            frozenset(n for n, _ in active if n not in hit and n not in empty),
+            frozenset(missed - hit),
+            numbers,
+        )
+
+    def _view(self, now: Now, value: Tensor, given: Any) -> SiteView:
+        layouts = {each.layout for each in self._requests() if each.layout is not None}
+        if len(layouts) > 1:
+            raise InvalidInput(
+                f"{self.site.name}: its requests name different layouts: {', '.join(layouts)}"
+            )
+        layout = next(iter(layouts), None)
+        return SiteView.of(self.site, now, value, given, layout)
+
+    @cached_property
+    def _moving(self) -> frozenset[int]:
+        """Edits that themselves, not only their selection, differ from step to step."""
+        return frozenset(n for n, each in self.edits if each.changes_with_step)
+
+    @cached_property
+    def _timeless(self) -> bool:
+        """Whether every step has the same plan."""
+        return not self._moving and not any(each.needs_time for each in self._requests())
+
+    def _any_time(self) -> int:
+        """What stands for the calls that differ in nothing but the time."""
+        return self.shared.timeless if self._selects_tokens else self.shared.placeless
+
+    @cached_property
+    def _kind_of_call(self) -> str:
+        """Which number of the session stands for the calls of one plan."""
+        if not self._timeless:
+            return "serial"
+        return "timeless" if self._selects_tokens else "placeless"
+
+    @cached_property
+    def _selects_tokens(self) -> bool:
+        return any(each.tokens is not None for each in self._requests())
+
+    @cached_property
+    def _follows_prompt(self) -> bool:
+        """Whether a plan holds for one run only: the place of a word changes with the prompt."""
+        return any(isinstance(each.tokens, str | tuple) for each in self._requests())
+
+    def _requests(self) -> list[Request]:
+        return [*(each for _, each in self.edits), *(each.request for each in self._readings())]
+
+    def _seen(self, cut: Cut, place: Place, keys: int) -> Seen:
+        entries = range(place.batch) if cut.entries is None else cut.entries.tolist()
+        return Seen(
+            self.site,
+            cut.branches,
+            cut.rows,
+            tuple(entries),
+            place.rows,
+            place.sequence,
+            keys,
+            self.shared,
+        )
+
+    def _compiled(self, works: list[Active], x: Tensor) -> Compiled:
+        if not x.is_floating_point():
+            raise InvalidInput(
+                f"{self.site.name}: holds {x.dtype}, only floating point can be edited"
+            )
+        if self.site.port == "probs":
+            raise InvalidInput(
+                f"{self.site.name}: probs can be recorded, not edited; edit q, k or heads"
+            )
+        return compiled(works, tuple(x.shape))  # pyright: ignore
+
+
+def _less(x: Tensor, minus: Tensor | None) -> Tensor:
+    return x if minus is None else x - minus
+
+
+def _cut(request: Record | Watch, place: Place) -> Cut | None:
+    """The part of the batch that a recording keeps; None where it keeps nothing."""
+    found = kept_entries(request, place)
+    if found is None:
+        return None
+    whole = found.numbers == list(range(place.batch))
+    kept = None if whole else torch.tensor(found.numbers, device=place.device)
+    tokens = _kept_tokens(request, place, found.numbers)
+    stream = place.sequence.stream
+    if request.tokens is None and place.sequence.padded:
+        place.sequence.require_known()
+    full = request.tokens is None and (stream in (None, "image") or place.sequence.kind == stream)
+    index = None if tokens is None else tokens.to(place.device)
+    hw = place.hw if full else None
+    if tokens is not None and tokens.shape[-1] == 0:
+        return None
+    return Cut(found.branches, kept, found.rows, index, hw, place.heads, place.sequence.map)
+
+
+def _kept_tokens(request: Request, place: Place, entries: list[int]) -> Tensor | None:
+    """Token numbers that a recording keeps, [n] or [entries, n]; None for all."""
+    if request.tokens is None and place.sequence.stream is None:
+        return None  # padding stays, so that every row has the same length; positions tell it
+    chosen = place.selected
+    if chosen.shape[0] > 1:
+        chosen = chosen[entries]
+    if chosen.shape[1] == 1 and place.tokens > 1 or bool((chosen != 0).all()):
+        return None
+    kept = [row.nonzero().flatten() for row in chosen]
+    if len({len(each) for each in kept}) > 1:
+        if place.own is not None and all(map(len, kept)):
+            return _filled_in_front(kept)
+        counts = ", ".join(str(len(each)) for each in kept)
+        raise InvalidInput(
+            f"recording {place.site}: the rows keep different numbers of tokens ({counts}); record "
+            "them apart, or all tokens"
+        )
+    if all(torch.equal(each, kept[0]) for each in kept):
+        return kept[0]
+    return torch.stack(kept)
+
+
+def _filled_in_front(kept: list[Tensor]) -> Tensor:
+    """Token numbers of rows that keep different numbers of them, [rows, n]; -1 is padding."""
+    turned = [each.flip(0) for each in kept]
+    return pad_sequence(turned, batch_first=True, padding_value=-1).flip(1)
