@@ -75,7 +75,8 @@ def run(spec: Path, folder: Path) -> dict[str, Any] | None:
         print(f"{spec.stem}: left out, {error}", file=sys.stderr)
         return None
     seconds = time.perf_counter() - begun
-    return {"seconds": seconds, "rows": len(results.rows), "lines": Experiment.summary(results.folder)[1:-1]}
+    lines = Experiment.summary(results.folder)[1:-1]
+    return {"seconds": seconds, "rows": len(results.rows), "lines": lines}
 
 
 def table(found: dict[str, Any]) -> str:

@@ -118,8 +118,8 @@ def show(
         return
     kind = _kind_of_folder(path)
     folder = kind.folder_type(path)
-    state, run = folder.state(), folder.need_fingerprint()["digest"]
-    console().print(f"{kind.kind}, {state}, fingerprint {run[:16]}")
+    state = folder.state()
+    console().print(f"{kind.kind}, {state}, fingerprint {folder.label()}")
     if state == "complete":
         for line in kind.summary(folder):
             console().print(line)

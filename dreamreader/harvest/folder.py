@@ -48,6 +48,9 @@ class HarvestFolder(JobFolder):
     def fingerprint(self) -> dict[str, Any] | None:
         return dict(self.job.fingerprint) if self.is_begun else None
 
+    def label(self) -> str:
+        return " + ".join(job.run[:12] for job in Manifest.read(self.path).jobs)
+
     def plan(self) -> dict[str, Any] | None:
         """Samples of a unit and of a batch."""
         return None if not self.is_begun else dict(self.job.fingerprint.get("settings", {}))

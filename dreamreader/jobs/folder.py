@@ -80,6 +80,10 @@ class JobFolder:
             raise InvalidInput(f"{self.path} has no {self.identity} that says what it is of")
         return taken
 
+    def label(self) -> str:
+        """The start of the fingerprint's digest, for people."""
+        return self.run[:12]
+
     def need_complete(self) -> None:
         """Raises InvalidInput unless all of the result is here."""
         if not self.is_complete:

@@ -117,8 +117,7 @@ def list_jobs(path: str | os.PathLike[str]) -> list[tuple[str, str, str, str]]:
         try:
             kind = kind_of_folder(each)
             inner = job_type(kind).folder_type(each)
-            digest = inner.need_fingerprint()["digest"][:12]
-            found.append((each.name, kind, digest, inner.state()))
+            found.append((each.name, kind, inner.label(), inner.state()))
         except InvalidInput as error:
             found.append((each.name, "?", "", f"damaged: {error}"))
     return found

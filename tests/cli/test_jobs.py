@@ -121,6 +121,19 @@ def test_other_results_and_other_kinds_are_told(place: Path, tmp_path: Path):
     assert found.exit_code == 2 and "is of the kind reft, " in found.stderr
 
 
+def test_a_merged_store_is_shown_and_verified(place: Path, tmp_path: Path):
+    other = tmp_path / "other"
+    assert run("run", place / "harvest.yaml", "seeds=[7]", "-o", other).exit_code == 0
+    both, first = tmp_path / "both", place / "runs" / "harvest"
+    assert run("store", "merge", first, other, "-o", both).exit_code == 0
+    shown = run("show", both)
+    assert shown.exit_code == 0, shown.output
+    assert " + " in shown.stdout and "in 4 of 4 units" in shown.stdout
+    assert run("verify", both).exit_code == 0
+    found = run("run", both)
+    assert found.exit_code == 2 and "holds 2 harvests, so none of them goes on" in found.stderr
+
+
 def test_runs_lists_name_kind_fingerprint_and_state(place: Path, tmp_path: Path):
     shutil.copytree(place / "runs", tmp_path / "runs")
     part = tmp_path / "runs" / "harvest"
