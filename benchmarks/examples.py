@@ -19,7 +19,6 @@ from paired import RESULTS, environment, write
 
 from dreamreader.errors import DreamreaderError
 from dreamreader.experiments import Experiment
-from dreamreader.experiments.page import summary
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "experiments.md"
@@ -69,14 +68,15 @@ def run(spec: Path, folder: Path) -> dict[str, Any] | None:
     begun = time.perf_counter()
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # bars of the libraries
-            results = Experiment.from_file(spec).run(folder)
+            results = Experiment.from_file(spec).run(folder, progress=False)
     except DreamreaderError as error:
         if "zoo fetch" not in str(error):
             raise
         print(f"{spec.stem}: left out, {error}", file=sys.stderr)
         return None
     seconds = time.perf_counter() - begun
-    return {"seconds": seconds, "rows": len(results.rows), "lines": summary(results)[1:-1]}
+    lines = Experiment.summary(results.folder)[1:-1]
+    return {"seconds": seconds, "rows": len(results.rows), "lines": lines}
 
 
 def table(found: dict[str, Any]) -> str:

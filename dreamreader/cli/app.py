@@ -5,31 +5,16 @@ from typing import Annotated
 
 import typer
 
-from dreamreader.cli import (
-    bench,
-    demo,
-    doctor,
-    generate,
-    harvest,
-    plan,
-    probes,
-    reft,
-    run,
-    runs,
-    sites,
-    store,
-    zoo,
-)
+from dreamreader.cli import aliases, bench, demo, doctor, generate, jobs, sites, store, zoo
 
 HELP = """Read and change what happens inside diffusion pipelines and language models.
 
 \b
 Examples:
   dreamreader demo                               steer a model, measured, in two minutes
-  dreamreader run examples/patch-colour.yaml     an experiment from a file
-  dreamreader harvest examples/harvest/attention.yaml -o activations
-  dreamreader reft train examples/reft/frame.yaml -o frame
-  dreamreader probes train examples/probes/colour.yaml -o colour
+  dreamreader run examples/patch-colour.yaml     a job from a file: experiment, harvest, training
+  dreamreader plan examples/harvest/attention.yaml   what it would do and take
+  dreamreader runs                               the jobs in runs/, and how far each is
   dreamreader sites shapes-unet "unet.**.attn2"  where an edit can go
   dreamreader generate "a red circle" --seed 3   pictures from an embedded model
   dreamreader doctor                             which kernels run here, and why
@@ -43,12 +28,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (demo, run, plan, runs, harvest, sites, generate, doctor, bench):
+for command in (demo, jobs, sites, generate, doctor, bench, aliases):
     command.register(app)
 app.add_typer(zoo.app, name="zoo")
 app.add_typer(store.app, name="store")
-app.add_typer(reft.app, name="reft")
-app.add_typer(probes.app, name="probes")
 
 
 def _version(wanted: bool) -> None:

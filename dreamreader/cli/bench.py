@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from dreamreader.cli.errors import told
+from dreamreader.cli.errors import report_errors
 from dreamreader.errors import InvalidInput
 
 
-@told
+@report_errors
 def bench(
     arguments: Annotated[
         list[str] | None, typer.Argument(help="Handed on to benchmarks/run.py; try -- --help.")

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from dreamreader.cli.errors import check_folder, told
+from dreamreader.cli.errors import check_folder, report_errors
 from dreamreader.cli.subject import Device, Dtype
 
 
-@told
+@report_errors
 def demo(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for report.html, results.json and edits.")

@@ -4,10 +4,10 @@ from typing import Annotated
 
 import typer
 
-from dreamreader.cli.errors import told
+from dreamreader.cli.errors import report_errors
 
 
-@told
+@report_errors
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -14,7 +14,7 @@ USER_ERROR = 2
 INTERRUPTED = 130
 
 
-def told(command: Callable[..., Any]) -> Callable[..., Any]:
+def report_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     """The command with the library's and the system's errors, and Ctrl-C, turned into messages.
 
     Errors that the library does not raise on purpose keep their traceback: they are bugs.

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dreamreader.cli.errors import check_folder, told
+from dreamreader.cli.errors import check_folder, report_errors
 from dreamreader.cli.subject import Device, Dtype
 from dreamreader.errors import InvalidInput
 
@@ -16,7 +16,7 @@ MODEL = "shapes-unet"
 BATCH = 16
 
 
-@told
+@report_errors
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts, each in quotes.")],
     model: Annotated[

@@ -1,8 +1,5 @@
 """Progress bars and tables, the same everywhere."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -45,18 +42,3 @@ def progress(*columns: ProgressColumn) -> Progress:
         TimeRemainingColumn(compact=True),
         console=console(stderr=True),
     )
-
-
-@contextmanager
-def stages() -> Iterator[Callable[[str, int, int, float | None], None]]:
-    """A display of stages, with the loss of those that have one; gives what to call meanwhile."""
-    with progress() as bar:
-        tasks = {}
-
-        def report(stage: str, done: int, total: int, loss: float | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            shown = stage if loss is None else f"{stage} (loss {loss:.4f})"
-            bar.update(tasks[stage], completed=done, description=shown)
-
-        yield report

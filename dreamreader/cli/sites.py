@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dreamreader.cli.errors import told
+from dreamreader.cli.errors import report_errors
 from dreamreader.cli.subject import MODEL_HELP, Device, Dtype
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SMALL = 200_000_000  # parameters below which a step costs less than a second
 
 
-@told
+@report_errors
 def sites(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     pattern: Annotated[

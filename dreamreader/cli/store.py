@@ -1,13 +1,13 @@
 """`dreamreader store`: what a store of activations has, whether it is sound, and other formats."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dreamreader.cli.errors import told
+from dreamreader.cli.errors import report_errors
+from dreamreader.cli.jobs import verify_folder
 from dreamreader.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from dreamreader.store.stats import SiteStatistics
     from dreamreader.store.store import Store
 
-DAMAGED = 1
 _SHOWN = 20  # of the places of damage
 
 app = typer.Typer(
@@ -36,7 +35,7 @@ Steps = Annotated[
 
 
 @app.command()
-@told
+@report_errors
 def info(folder: Folder) -> None:
     """Print what a store has: sites, rows, steps, branches, what is missing, and where it is from.
 
@@ -64,7 +63,7 @@ def info(folder: Folder) -> None:
 
 
 @app.command()
-@told
+@report_errors
 def verify(folder: Folder) -> None:
     """Read every byte of a store and compare it with its checksum. Exit 1 if anything is wrong.
 
@@ -72,31 +71,13 @@ def verify(folder: Folder) -> None:
     Example:
       dreamreader store verify activations
     """
-    from dreamreader.cli.progress import console, progress
-    from dreamreader.store.verify import verify as check
+    from dreamreader.harvest.harvest import Harvest
 
-    with progress() as bar:
-        report = check(folder, lambda units: bar.track(units, description="units"))
-    read = f"{report.units:,} units, {report.rows:,} rows, {report.bytes / 1e9:,.3f} GB read"
-    if report.holds:
-        console().print(f"{read}: all as it was written")
-        return
-    for damage in report.damage[:_SHOWN]:
-        console().print(str(damage))
-    if len(report.damage) > _SHOWN:
-        console().print(f"... and {len(report.damage) - _SHOWN:,} more")
-    units = sorted({each.file.split("/")[1] for each in report.damage if "/" in each.file})
-    console().print(f"{read}: {len(report.damage):,} things are wrong")
-    if units:
-        console().print(
-            "a unit that is damaged can be deleted, and the harvest run again to make it anew: "
-            + ", ".join(f"shards/{unit}" for unit in units[:_SHOWN])
-        )
-    raise typer.Exit(DAMAGED)
+    verify_folder(Harvest, folder)
 
 
 @app.command()
-@told
+@report_errors
 def merge(
     stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Folders of stores.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder.")],
@@ -108,15 +89,17 @@ def merge(
     Example:
       dreamreader store merge colours shapes --out both
     """
+    from dreamreader._progress import terminal_display
     from dreamreader.cli.progress import console
     from dreamreader.store.merge import merge as run
 
-    store = run(stores, out, not copy)
+    with terminal_display(console(stderr=True)) as display:
+        store = run(stores, out, not copy, display)
     console().print(f"{out}: {len(store.units):,} units, {store.rows:,} rows")
 
 
 @app.command()
-@told
+@report_errors
 def export(
     folder: Folder,
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder.")],
@@ -132,19 +115,20 @@ def export(
       dreamreader store export activations -o rows -f npy --site unet.mid_block --steps 0:10
       dreamreader store export activations -o rows -f huggingface --branch cond
     """
+    from dreamreader._progress import terminal_display
     from dreamreader.cli.progress import console
     from dreamreader.store.export import export as run
     from dreamreader.store.store import Store
 
     chosen, store = steps_of(steps), Store(folder)
     total = sum(store.segments(each, chosen, branch).total for each in site or store.sites)
-    with _counting("rows", total) as done:
-        run(folder, out, format, site, chosen, branch, done)
+    with terminal_display(console(stderr=True)) as display:
+        run(folder, out, format, site, chosen, branch, display)
     console().print(f"{out}: {total:,} rows")
 
 
 @app.command()
-@told
+@report_errors
 def stats(
     folder: Folder,
     site: Sites = None,
@@ -162,6 +146,7 @@ def stats(
       dreamreader store stats activations --site unet.mid_block
       dreamreader store stats activations --branch cond --covariance --out statistics
     """
+    from dreamreader._progress import terminal_display
     from dreamreader.cli.progress import console
     from dreamreader.store.layout import file_of
     from dreamreader.store.stats import stats as run
@@ -171,8 +156,8 @@ def stats(
         raise InvalidInput("--covariance is too large to print: name a folder with --out")
     store, chosen = Store(folder), steps_of(steps)
     for name in site or store.sites:
-        with _counting("rows", store.segments(name, chosen, branch).total) as done:
-            found = run(store, name, chosen, branch, covariance, done)
+        with terminal_display(console(stderr=True)) as display:
+            found = run(store, name, chosen, branch, covariance, display)
         lost = f"; {found.not_finite:,} rows are not finite" if found.not_finite else ""
         norm = found.whole.mean_norm
         scale = f"scale to norm sqrt(width) {found.normalisation()[1]:.6g}" if norm else "all 0"
@@ -250,12 +235,3 @@ def _numbers(numbers: list[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(" to ".join(map(str, run)) for run in runs)
-
-
-@contextmanager
-def _counting(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    from dreamreader.cli.progress import progress
-
-    with progress() as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda rows: bar.advance(task, rows)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dreamreader.cli.errors import check_folder, told
+from dreamreader.cli.errors import check_folder, report_errors
 from dreamreader.cli.subject import Device, Dtype
 
 app = typer.Typer(
@@ -16,7 +16,7 @@ app = typer.Typer(
 
 
 @app.command("list")
-@told
+@report_errors
 def list_() -> None:
     """List the models that need no hub.
 
@@ -39,7 +39,7 @@ def list_() -> None:
 
 
 @app.command()
-@told
+@report_errors
 def train(
     name: Annotated[str, typer.Argument(help="Embedded model to train.")],
     out: Annotated[
@@ -70,7 +70,7 @@ def train(
 
 
 @app.command("eval")
-@told
+@report_errors
 def evaluate(
     name: Annotated[str, typer.Argument(help="Embedded model or pipeline folder.")] = "shapes-unet",
     count: Annotated[int, typer.Option("--count", "-n", help="Held-out captions.", min=1)] = 512,
@@ -108,7 +108,7 @@ def evaluate(
 
 
 @app.command()
-@told
+@report_errors
 def fetch(
     name: Annotated[str, typer.Argument(help="smollm2-135m or gemma3-270m.")],
     out: Annotated[

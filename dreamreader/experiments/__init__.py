@@ -4,11 +4,14 @@ from dreamreader.experiments.compare import RunDifference, Verdict, diff, verify
 from dreamreader.experiments.experiment import Experiment
 from dreamreader.experiments.load import check_spec, load_results, load_spec
 from dreamreader.experiments.methods import ExperimentSpec, Spec
-from dreamreader.experiments.plan import Plan
+from dreamreader.experiments.plan import ExperimentPlan
 from dreamreader.experiments.results import Results
+
+Plan = ExperimentPlan  # its name before
 
 __all__ = [
     "Experiment",
+    "ExperimentPlan",
     "ExperimentSpec",
     "Plan",
     "Results",

@@ -1,42 +1,52 @@
 """Comparing runs: what differs between two, and whether one can be repeated."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dreamreader._progress import Progress, show_progress, track
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.folder import RunFolder
 from dreamreader.experiments.job import Job
-from dreamreader.experiments.row import Unit
-from dreamreader.experiments.run import begun, computed
-from dreamreader.jobs.differences import Difference, differences
-from dreamreader.jobs.folder import FINGERPRINT
+from dreamreader.experiments.row import RowBatch
+from dreamreader.experiments.run import begin, compute
+from dreamreader.jobs.differences import Difference, JobDifference, differences
 
 _NOT_RESULTS = {"row", "seed", "base", "unit", "strength"}
 
 
 @dataclass(frozen=True)
-class RunDifference:
+class RunDifference(JobDifference):
     """What differs between two runs.
 
     Attributes:
-        spec, machine: (field, in the first, in the second).
-        fingerprint: differences of weights, code, packages and seeds.
-        metrics: (condition and metric, mean in the first, mean in the second).
+        results: (condition and metric, mean in the first, mean in the second).
         same_rows: rows whose output is equal to the bit, of those that both have.
         rows: rows of the first, of the second.
     """
 
-    spec: list[Difference]
-    fingerprint: list[Difference]
-    machine: list[Difference]
-    metrics: list[Difference]
     same_rows: int
     rows: tuple[int, int]
+
+    @property
+    def metrics(self) -> list[Difference]:
+        """The results, which are metrics here."""
+        return self.results
+
+    @property
+    def is_same(self) -> bool:
+        return super().is_same and self.same_rows == self.rows[0] == self.rows[1]
+
+    @property
+    def lines(self) -> list[str]:
+        return [
+            f"rows: {self.rows[0]:,} and {self.rows[1]:,}; {self.same_rows:,} of "
+            f"{min(self.rows):,} give the same output to the bit"
+        ]
 
 
 def diff(first: Path, second: Path) -> RunDifference:
@@ -47,20 +57,14 @@ def diff(first: Path, second: Path) -> RunDifference:
     """
     folders = RunFolder(first), RunFolder(second)
     rows = [folder.table()[0] for folder in folders]
-    specs = [folder.spec() for folder in folders]
-    taken = [folder.need(FINGERPRINT) for folder in folders]
-    parts = ("weights", "subject", "code", "packages", "seeds")
-    hashed = [{name: each.get(name) for name in parts} for each in taken]
     means = [condition_means(each) for each in rows]
     digests = [{row["row"]: row["digest"] for row in each} for each in rows]
     shared = digests[0].keys() & digests[1].keys()
     return RunDifference(
-        list(differences(specs[0], specs[1])),
-        list(differences(hashed[0], hashed[1])),
-        list(differences(*(each.get("machine", {}) for each in taken))),
-        list(differences(means[0], means[1])),
-        sum(digests[0][n] == digests[1][n] for n in shared),
-        (len(rows[0]), len(rows[1])),
+        **folders[0].differs(folders[1]),
+        results=list(differences(means[0], means[1])),
+        same_rows=sum(digests[0][n] == digests[1][n] for n in shared),
+        rows=(len(rows[0]), len(rows[1])),
     )
 
 
@@ -92,7 +96,7 @@ class Verdict:
 
 
 def verify(
-    job: Job, folder: RunFolder, count: int, seed: int = 0, progress: Callable[..., Any] = iter
+    job: Job, folder: RunFolder, count: int, seed: int = 0, progress: Progress = True
 ) -> Verdict:
     """Runs the batches of a random sample of rows again and compares every value, to the bit.
 
@@ -102,29 +106,36 @@ def verify(
         job: opened from the folder's spec.
         folder: a complete run.
         count: rows to check. seed: of the sample.
-        progress: wraps the list of batches.
+        progress: shown by default, or a function of a `ProgressEvent`, or False.
 
     Raises:
         InvalidInput: the folder is no complete run, or is of another subject, code or version.
     """
     written = {row["row"]: row for row in folder.table()[0]}
-    plan = begun(job, folder)
+    plan = begin(job, folder)
     if count < 1:
         raise InvalidInput(f"verify: count must be at least 1, got {count}")
     sample = random.Random(seed).sample(sorted(written), min(count, len(written)))
-    wanted: list[Unit] = [u for u in plan.units if any(u.start <= n < u.stop for n in sample)]
-    job.spec.method.prepare(job)
+    wanted: list[RowBatch] = [u for u in plan.units if any(u.start <= n < u.stop for n in sample)]
     different = []
-    for unit in progress(wanted):
-        for row in computed(job, unit, keep=False)[0]:
-            if row["row"] in sample:
-                old = written[row["row"]]
-                different += [
-                    (row["row"], name, old.get(name), value)
-                    for name, value in row.items()
-                    if not _same(old.get(name), value)
-                ]
+    with show_progress(progress) as report:
+        job.spec.method.prepare(job)
+        for unit in track(wanted, "batches", report):
+            for row in compute(job, unit, keep=False)[0]:
+                if row["row"] in sample:
+                    old = written[row["row"]]
+                    different += [
+                        (row["row"], name, old.get(name), value)
+                        for name, value in row.items()
+                        if not _same(old.get(name), value)
+                    ]
     return Verdict(sorted(sample), different)
+
+
+def shown(value: Any) -> str:
+    """A value in short."""
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _same(a: Any, b: Any) -> bool:

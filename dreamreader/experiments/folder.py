@@ -23,7 +23,7 @@ from torch import Tensor
 from dreamreader._checked import damaged, read_table, read_tensors, write_table, write_tensors
 from dreamreader._files import explained, replacing
 from dreamreader.errors import InvalidInput
-from dreamreader.experiments.row import Unit
+from dreamreader.experiments.row import RowBatch
 from dreamreader.jobs.folder import JobFolder
 
 FORMAT = 1
@@ -46,6 +46,13 @@ class RunFolder(JobFolder):
     @property
     def has_results(self) -> bool:
         return self.is_complete or any((self.path / "rows").glob("batch-*.parquet"))
+
+    def state(self) -> str:
+        plan = self.plan()
+        if self.is_complete or plan is None:
+            return super().state()
+        there = len(list((self.path / "rows").glob("batch-*.parquet")))
+        return f"stopped, {there:,} of {len(plan['units']):,} batches"
 
     # tensors
 
@@ -81,12 +88,12 @@ class RunFolder(JobFolder):
 
     # rows
 
-    def finished(self, units: Sequence[Unit]) -> set[int]:
+    def finished(self, units: Sequence[RowBatch]) -> set[int]:
         """Numbers of the units whose file is there."""
         return {unit.number for unit in units if self._unit_file(unit).is_file()}
 
     def write_unit(
-        self, unit: Unit, rows: Sequence[Mapping[str, Any]], measured: Sequence[str], fired: Any
+        self, unit: RowBatch, rows: Sequence[Mapping[str, Any]], measured: Sequence[str], fired: Any
     ) -> None:
         """Writes the rows of a batch: which columns were measured, and what fired, go with them."""
         names = list(dict.fromkeys(name for row in rows for name in row))  # rows may differ
@@ -95,7 +102,7 @@ class RunFolder(JobFolder):
         notes = {_FIRED: json.dumps(fired), _MEASURED: json.dumps(measured), _RUN: self.run}
         write_table(self._unit_file(unit), table.replace_schema_metadata(notes))
 
-    def read_unit(self, unit: Unit) -> pa.Table:
+    def read_unit(self, unit: RowBatch) -> pa.Table:
         """The rows of one finished batch.
 
         Raises:
@@ -109,7 +116,7 @@ class RunFolder(JobFolder):
             raise InvalidInput(f"{file} does not hold rows {unit.start} .. {unit.stop - 1}; {hint}")
         return table
 
-    def merge(self, units: Sequence[Unit]) -> None:
+    def merge(self, units: Sequence[RowBatch]) -> None:
         """Puts the rows of all batches into rows.parquet."""
         tables = [self.read_unit(unit) for unit in units]
         notes = [table.schema.metadata or {} for table in tables]
@@ -132,7 +139,7 @@ class RunFolder(JobFolder):
             raise damaged(self.path / "firing.json", _FOREIGN)
         return found["batches"]
 
-    def clear(self, units: Sequence[Unit]) -> None:
+    def clear(self, units: Sequence[RowBatch]) -> None:
         """Takes away the files of the batches, which rows.parquet holds now."""
         folder = self.path / "rows"
         with explained(self.path):
@@ -147,15 +154,13 @@ class RunFolder(JobFolder):
         Raises:
             InvalidInput: the run is not complete, or the file is damaged.
         """
-        if not self.is_complete:
-            what = "is not complete: run it again to go on" if self.is_begun else "is no run folder"
-            raise InvalidInput(f"{self.path} {what}")
+        self.need_complete()
         hint = "restore it, or delete it and run again: all rows are computed anew"
         table = self._table(self.rows_file, hint)
         measured = json.loads((table.schema.metadata or {}).get(_MEASURED.encode(), b"[]"))
         return table.to_pylist(), measured
 
-    def _unit_file(self, unit: Unit) -> Path:
+    def _unit_file(self, unit: RowBatch) -> Path:
         return self.path / "rows" / f"batch-{unit.number:06d}.parquet"
 
     def _table(self, file: Path, hint: str) -> pa.Table:

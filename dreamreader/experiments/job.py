@@ -3,29 +3,27 @@
 Job and method stand in one file because each of them is an argument of the other.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dreamreader.engine import Cache, Reader, RunResult, encoded, is_encoder_decoder
+from dreamreader.engine import Cache, EditRequest, Reader, RunResult, encoded, is_encoder_decoder
 from dreamreader.errors import DreamreaderError, InvalidInput
 from dreamreader.experiments.encode import encoded_once
-from dreamreader.experiments.row import Row, Unit, units
+from dreamreader.experiments.folder import RunFolder
+from dreamreader.experiments.row import Row, RowBatch, units
 from dreamreader.experiments.spec import ExperimentFields
 from dreamreader.metrics import Metric, Outputs, build
 from dreamreader.recording.labelled import record_batches
 from dreamreader.specs.data import Item, pairs_only, read_items
 from dreamreader.specs.parts import Part
 from dreamreader.specs.subject import call_settings, is_language, opened, steps_of
-
-if TYPE_CHECKING:
-    from dreamreader.engine import EditRequest
-    from dreamreader.experiments.folder import RunFolder
 
 
 def _ignored(rows: float) -> None:
@@ -53,7 +51,7 @@ class Method(Part):
     def prepare(self, job: "Job") -> None:
         """What has to be fitted before the first row; kept in the run folder."""
 
-    def edits_of(self, job: "Job", rows: Sequence[Row]) -> "list[EditRequest]":
+    def edits_of(self, job: "Job", rows: Sequence[Row]) -> list[EditRequest]:
         """Edits of one batch; a strength has one value for each of its rows."""
         return []
 
@@ -83,18 +81,18 @@ class Job:
     """What the methods and the runner work with.
 
     Attributes:
-        spec: what is wanted. reader: of the subject.
+        spec: what is wanted, reader: of the subject.
         items: prompts or pairs. metrics: as objects.
         folder: the run folder; None while only planning.
         batch: most rows of one call.
-        advance: told of every finished share of a row.
+        advance: called with every finished share of a row.
     """
 
     spec: MethodSpec
     reader: Reader
     items: list[Item]
     metrics: list[Metric]
-    folder: "RunFolder | None" = None
+    folder: RunFolder | None = None
     batch: int = 1
     advance: Callable[[float], Any] = _ignored
     memory: dict[Any, Any] = field(default_factory=dict)
@@ -122,7 +120,7 @@ class Job:
         return self.spec.method.rows(self)
 
     @cached_property
-    def units(self) -> list[Unit]:
+    def units(self) -> list[RowBatch]:
         """The batches that the rows are run in."""
         return units(self.rows, self.batch)
 
@@ -145,20 +143,28 @@ class Job:
             self.memory.clear()
         self.batch = size
 
-    def use_folder(self, folder: "RunFolder") -> None:
+    def use_folder(self, folder: RunFolder) -> None:
         """Goes to a run folder, and forgets what was kept of another one."""
         if self.folder is None or self.folder.path != folder.path:
             self.memory.clear()
         self.folder = folder
 
+    def unit_of(self, row: int) -> RowBatch:
+        """The batch that a row is in."""
+        return self.units[bisect_right(self.units, row, key=lambda each: each.start) - 1]
+
     @contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """What is run within does not count as rows that were finished."""
-        advance, self.advance = self.advance, _ignored
+    def counted(self, advance: Callable[[float], Any]) -> Iterator[None]:
+        """Calls `advance` with every share of a row that is finished within."""
+        before, self.advance = self.advance, advance
         try:
             yield
         finally:
-            self.advance = advance
+            self.advance = before
+
+    def uncounted(self) -> AbstractContextManager[None]:
+        """What is run within does not count as rows that were finished."""
+        return self.counted(_ignored)
 
     def needs(self, what: str) -> bool:
         """Whether a metric reads these outputs (`images`, `latents`, `noise`, ...)."""
@@ -173,7 +179,7 @@ class Job:
         **changes: Any,
     ) -> tuple[RunResult, Tensor | None]:
         """Runs rows in one call of the subject; the result and the final latents."""
-        arguments, last = {**self.settings, **changes}, _Last(self, len(prompts))
+        arguments, last = {**self.settings, **changes}, _LastLatents(self, len(prompts))
         if not self.is_language:
             arguments |= {"output_type": "pt", "callback_on_step_end": last.tick}
         with torch.inference_mode(), encoded_once(self.reader, [*edits, *record]):
@@ -282,7 +288,7 @@ def _surprisal(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Ten
     return torch.where(known, each, 0).sum(1).cpu() / known.sum(1).cpu()
 
 
-class _Last:
+class _LastLatents:
     """Follows the steps of one call: counts rows, keeps the latents of the last one."""
 
     def __init__(self, job: Job, rows: int):

@@ -7,14 +7,14 @@ from typing import Any
 
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.job import Job
-from dreamreader.experiments.row import Row, Unit
+from dreamreader.experiments.row import Row, RowBatch
 from dreamreader.specs.batch import GIB, activation_bytes, duration, rows_that_fit
 
 TIMED_ROWS = 4
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExperimentPlan:
     """What a run will do.
 
     Attributes:
@@ -25,7 +25,7 @@ class Plan:
     """
 
     rows: list[Row]
-    units: list[Unit]
+    units: list[RowBatch]
     row_bytes: int
     seconds: float
     conditions: dict[str, int]
@@ -51,7 +51,7 @@ class Plan:
         )
 
 
-def make_plan(job: Job, batch: int | None = None, estimates: bool = True) -> Plan:
+def make_plan(job: Job, batch: int | None = None, estimates: bool = True) -> ExperimentPlan:
     """Makes the rows of a job and groups them into batches.
 
     Args:
@@ -75,7 +75,7 @@ def make_plan(job: Job, batch: int | None = None, estimates: bool = True) -> Pla
     for row in rows:
         conditions[row.condition] = conditions.get(row.condition, 0) + 1
     sites = list(dict.fromkeys(site for row in rows if row.cell for site in row.cell.sites))
-    return Plan(rows, job.units, row_bytes, seconds * len(rows), conditions, sites)
+    return ExperimentPlan(rows, job.units, row_bytes, seconds * len(rows), conditions, sites)
 
 
 def _check_axes(rows: Sequence[Row]) -> None:

@@ -63,7 +63,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Unit:
+class RowBatch:
     """Rows that are run in one call, and written together: numbers `start` .. `stop - 1`."""
 
     number: int
@@ -74,12 +74,12 @@ class Unit:
         return rows[self.start : self.stop]
 
 
-def units(rows: Sequence[Row], most: int) -> list[Unit]:
+def units(rows: Sequence[Row], most: int) -> list[RowBatch]:
     """Neighbouring rows of one group, at most `most` together and as evenly as it goes."""
-    found: list[Unit] = []
+    found: list[RowBatch] = []
     for start, stop in _groups(rows):
         for first, last in evenly(stop - start, most):
-            found.append(Unit(len(found), start + first, start + last))
+            found.append(RowBatch(len(found), start + first, start + last))
     return found
 
 

@@ -1,7 +1,6 @@
-"""Running an experiment: batch after batch, to a folder that a stopped run goes on from."""
+"""Running the batches of an experiment, and what a run folder is of."""
 
 import hashlib
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,50 +10,14 @@ from torch import Tensor
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.folder import FORMAT, RunFolder
 from dreamreader.experiments.job import Job
-from dreamreader.experiments.plan import Plan, make_plan
-from dreamreader.experiments.row import Row, Unit
+from dreamreader.experiments.plan import ExperimentPlan, make_plan
+from dreamreader.experiments.row import Row, RowBatch
 from dreamreader.jobs import fingerprint
 from dreamreader.jobs.fingerprint import portable
 from dreamreader.metrics import Outputs
 
 
-def run_job(job: Job, folder: RunFolder, started: Any = None) -> None:
-    """Runs what is missing of a job, and merges its rows.
-
-    Args:
-        job: opened.
-        folder: new, or of the same job: then it goes on where that stopped.
-        started: called with the plan and the number of rows that are there already.
-
-    Raises:
-        InvalidInput: the folder is of another spec, version or subject, in use, damaged, or cannot
-            be written.
-    """
-    with folder.locked():
-        plan = begun(job, folder)
-        _check_metrics(job)
-        done = folder.finished(plan.units)
-        if folder.is_complete:
-            done = {unit.number for unit in plan.units}
-        else:
-            for unit in plan.units:
-                if unit.number in done:
-                    folder.read_unit(unit)  # a damaged file is named before anything is computed
-        missing = [unit for unit in plan.units if unit.number not in done]
-        if started is not None:
-            started(plan, len(plan.rows) - sum(unit.stop - unit.start for unit in missing))
-        if missing:
-            with job.uncounted():
-                job.spec.method.prepare(job)
-        for unit in missing:
-            folder.write_unit(unit, *computed(job, unit))
-        if not folder.is_complete:
-            folder.merge(plan.units)
-        folder.clear(plan.units)
-        folder.tidy()
-
-
-def _check_metrics(job: Job) -> None:
+def check_metrics(job: Job) -> None:
     """Refuses, before anything is computed, a report that could not be written."""
     method = job.spec.method
     if not job.metrics and hasattr(method, "effect"):
@@ -64,7 +27,7 @@ def _check_metrics(job: Job) -> None:
         )
 
 
-def begun(job: Job, folder: RunFolder) -> Plan:
+def begin(job: Job, folder: RunFolder) -> ExperimentPlan:
     """The plan of a folder: that of the run that began there, or a new one."""
     job.use_folder(folder)
     before = folder.plan()
@@ -79,8 +42,8 @@ def begun(job: Job, folder: RunFolder) -> Plan:
     return plan
 
 
-def computed(
-    job: Job, unit: Unit, keep: bool = True
+def compute(
+    job: Job, unit: RowBatch, keep: bool = True
 ) -> tuple[list[dict[str, Any]], list[str], list[dict[str, Any]]]:
     """Runs one batch: its rows, the columns that were measured, what fired.
 
@@ -134,7 +97,7 @@ def keep_images(job: Job, rows: Sequence[Row], outputs: Outputs) -> None:
 # What rows are compared with: the outputs of their base rows, as exact as they were.
 
 
-def keep_references(job: Job, unit: Unit, rows: Sequence[Row], outputs: Outputs) -> None:
+def keep_references(job: Job, unit: RowBatch, rows: Sequence[Row], outputs: Outputs) -> None:
     """Keeps what later rows of this run will be compared with."""
     if not any(metric.compares for metric in job.metrics):
         return
@@ -186,7 +149,7 @@ def _reference(job: Job, number: int) -> dict[str, Tensor]:
     Raises:
         InvalidInput: the folder lacks it.
     """
-    unit = job.units[bisect_right(job.units, number, key=lambda each: each.start) - 1]
+    unit = job.unit_of(number)
     memory = job.memory.setdefault("references", {})
     assert job.folder is not None
     if unit.number not in memory:
@@ -201,7 +164,7 @@ def _reference(job: Job, number: int) -> dict[str, Tensor]:
     return {name: value[at] for name, value in tensors.items() if name != "rows"}
 
 
-def _settings(job: Job, plan: Plan) -> dict[str, Any]:
+def _settings(job: Job, plan: ExperimentPlan) -> dict[str, Any]:
     """All that the numbers depend on: the spec with its defaults, the prompts, and the batches."""
     items = [[item.id, item.prompt, item.target, dict(item.columns)] for item in job.items]
     text = repr(items).encode()

@@ -1,6 +1,6 @@
 """What an experiment is, as data; `ExperimentSpec` adds the method."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -18,6 +18,7 @@ class Save(parts.Part):
 class ExperimentFields(parts.Common):
     """Fields of every spec of an experiment; `ExperimentSpec` adds the method."""
 
+    kind: Literal["experiment"] = Field("experiment", description="Of the job.")
     metrics: list[Metric] = Field(default_factory=list)
     save: Save = Field(default_factory=Save)
 

@@ -6,7 +6,7 @@ from dreamreader.fitting.fit import fit
 from dreamreader.fitting.learner import History, NonFiniteLoss
 from dreamreader.fitting.objective import Objective
 from dreamreader.fitting.recipe import SCHEDULES, Recipe
-from dreamreader.fitting.run import Progress, Stateful
+from dreamreader.fitting.run import Stateful
 
 __all__ = [
     "SCHEDULES",
@@ -16,7 +16,6 @@ __all__ = [
     "History",
     "NonFiniteLoss",
     "Objective",
-    "Progress",
     "Recipe",
     "Stateful",
     "fit",

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from dreamreader._files import locked
+from dreamreader._progress import Progress, show_progress
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.fitting.batches import Batches, ByStep, stream_of
 from dreamreader.fitting.learner import AfterStep, History, Learner
 from dreamreader.fitting.objective import Function, Objective, Terms
 from dreamreader.fitting.recipe import Recipe
-from dreamreader.fitting.run import Progress, Run, Stateful, Validate, own_random
+from dreamreader.fitting.run import Run, Stateful, Validate, own_random
 
 Goal = Objective | Callable[[Any, Any], Terms]
 
@@ -38,7 +39,7 @@ def fit(
     batches: Batches,
     recipe: Recipe | None = None,
     folder: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = True,
     **options: Unpack[Options],
 ) -> History: ...
 
@@ -50,7 +51,7 @@ def fit(
     batches: Batches,
     recipe: Recipe | Mapping[str, Recipe] | None = None,
     folder: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = True,
     **options: Unpack[Options],
 ) -> dict[str, History]: ...
 
@@ -62,7 +63,7 @@ def fit(
     batches: Batches,
     recipe: Any = None,
     folder: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = True,
     *,
     validate: Validate | None = None,
     after_step: AfterStep | Mapping[str, AfterStep] | None = None,
@@ -86,7 +87,8 @@ def fit(
         recipe: how, see `Recipe`; by name, where rates differ.
         folder: for `training.safetensors`, from which the same call goes on where it was stopped,
             in the middle of an epoch too, equal to the bit to a training that was not.
-        progress: called after each step with (steps done, steps in all or None, sum of losses).
+        progress: shown by default, or a function of a `ProgressEvent` (with the sum of losses) that
+            is called after each step, or False.
         validate: gives the loss on what was held out, by name for several modules; a vector keeps
             the best of each slot, see `Best`. Called as the recipe's `validate_every` says.
         after_step: called as (module, steps done) after each step of its optimiser, without
@@ -123,6 +125,24 @@ def fit(
     recipes = _by_name("recipe", recipe or Recipe(), modules)
     goals = _by_name("objective", objective, modules)
     hooks = _by_name("after_step", after_step, modules)
+    for name, each in recipes.items():
+        _check_kind("module", modules[name], nn.Module, "a torch module, or several by name")
+        _check_kind("recipe", each, Recipe, "a Recipe, or one for each module by name")
+        if not isinstance(goals[name], Objective) and not callable(goals[name]):
+            _check_kind("objective", goals[name], Objective, "a function, or an Objective")
+        if hooks[name] is not None and not callable(hooks[name]):
+            raise InvalidInput(
+                f"fit: after_step is a function of (module, step), got {after_step!r}"
+            )
+    if validate is not None and not callable(validate):
+        raise InvalidInput(f"fit: validate is a function that gives a loss, got {validate!r}")
+    _check_kind("state", state, Mapping | None, "objects by name")
+    _check_kind("of", of, Mapping | None, "plain values by name")
+    _check_kind("folder", folder, str | os.PathLike | None, "the path of a folder, or None")
+    for name, value in (("save_every", save_every), ("check_every", check_every)):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole and (value is not None or name == "save_every"):
+            raise InvalidInput(f"fit: {name} is a number of steps, got {value!r}")
     _check_same(recipes)
     if validate is None and any(each.patience is not None for each in recipes.values()):
         raise InvalidInput("fit: patience needs validate")
@@ -164,7 +184,8 @@ def fit(
         stack.enter_context(own_random(common.seed, run.devices))
         stack.callback(stream.close)
         run.resume()
-        run.run(save_every, progress)
+        with show_progress(progress) as report:
+            run.run(save_every, report)
     for each in learners.values():
         each.finish(run.done)
     histories = {name: each.history for name, each in learners.items()}
@@ -182,6 +203,11 @@ def _by_name(what: str, given: Any, modules: Mapping[str, Any]) -> dict[str, Any
     if lacking and what != "after_step":
         raise InvalidInput(f"fit: {what} lacks {', '.join(lacking)}")
     return {name: given.get(name) for name in modules}
+
+
+def _check_kind(name: str, value: Any, kind: Any, words: str) -> None:
+    if not isinstance(value, kind):
+        raise InvalidInput(f"fit: {name} is {words}, got {type(value).__name__} {value!r:.60}")
 
 
 def _check_same(recipes: Mapping[str, Recipe]) -> None:

@@ -65,10 +65,20 @@ class Recipe:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (number and value > 0) and (value is not None or name == "lr"):
                 raise InvalidInput(f"train: {name} must be positive, got {value!r}")
+        for name in ("validation", "weight_decay", "seed"):
+            value = getattr(self, name)
+            kind = int if name == "seed" else int | float
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise InvalidInput(f"train: {name} is a number, got {value!r}")
+        if not isinstance(self.optimizer, str | Mapping) and not callable(self.optimizer):
+            raise InvalidInput(
+                "train: optimizer is a name, {name: options} or a function, got "
+                f"{self.optimizer!r}"
+            )
         if not 0 <= self.validation < 1:
             raise InvalidInput(f"train: validation is a share from 0 to 1, got {self.validation}")
         if self.schedule not in SCHEDULES:
-            raise UnknownName("schedule", self.schedule, SCHEDULES)
+            raise UnknownName("schedule", str(self.schedule), SCHEDULES)
 
     def rate(self, lr: float, step: int, total: int | None) -> float:
         """The learning rate of a step.

@@ -9,6 +9,7 @@ import torch
 
 from dreamreader._files import explained
 from dreamreader._hashing import class_of, hash_values
+from dreamreader._progress import ProgressCallback, ProgressEvent, silent
 from dreamreader.errors import InvalidInput
 from dreamreader.fitting.batches import Stream
 from dreamreader.fitting.checkpoint import TrainingState
@@ -17,9 +18,6 @@ from dreamreader.fitting.objective import Function
 from dreamreader.fitting.recipe import Recipe
 
 CHECKPOINT = "training.safetensors"
-
-Progress = Callable[[int, int | None, float], Any]
-"""Called after each step with (steps done, steps in all where known, loss)."""
 
 Validate = Callable[[], Any]
 
@@ -66,7 +64,7 @@ class Run:
         used = {p.device for each in self.learners.values() for p in each.parameters}
         return sorted((each for each in used if each.type == "cuda"), key=str)
 
-    def run(self, save_every: int, progress: Progress | None) -> None:
+    def run(self, save_every: int, report: ProgressCallback) -> None:
         while not self.over:
             taken = self.stream.take()
             if taken is None:
@@ -79,9 +77,13 @@ class Run:
                 self._validate()
             if self.folder is not None and (self.done % save_every == 0 or self.over):
                 self.save()
-            if progress is not None:
-                value = sum(each for each in found if each is not None)
-                progress(self.done, self.total, value)
+            if report is not silent:
+                value = float(sum(each for each in found if each is not None))
+                report(
+                    ProgressEvent(
+                        "training", self.done, self.total, {"loss": value}, f"loss {value:.4f}"
+                    )
+                )
 
     def _end_epoch(self) -> None:
         if self.recipe.validate_every is None or self.over:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dreamreader.harvest.harvest import Harvest
     from dreamreader.harvest.plan import Plan
-    from dreamreader.harvest.ray_engine import RayEngine
     from dreamreader.harvest.spec import Spec
+    from dreamreader.jobs.ray import RayEngine
     from dreamreader.store.batch import Batch
     from dreamreader.store.dataset import StoreDataset
     from dreamreader.store.manifest import Manifest
@@ -20,8 +20,9 @@ _HOME = {
     "Batch": "store.batch",
     "Harvest": "harvest.harvest",
     "Manifest": "store.manifest",
+    "HarvestPlan": "harvest.plan",
     "Plan": "harvest.plan",
-    "RayEngine": "harvest.ray_engine",
+    "RayEngine": "jobs.ray",
     "Spec": "harvest.spec",
     "Store": "store.store",
     "StoreDataset": "store.dataset",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dreamreader.engine import Flowing, Stream
 from dreamreader.errors import InvalidInput
-from dreamreader.harvest.spec import Capture, Choice
+from dreamreader.harvest.spec import Capture, TokenChoice
 from dreamreader.ops.choose import choose, counts_of_budget, streams_of
 from dreamreader.store.layout import POOLED, STORED, Moment, SiteLayout, tensors_of
 
@@ -49,7 +49,7 @@ class Taken:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _CapturedCall:
     """What calls with the same static part share: the keys of their entries."""
 
     samples: Int32[Tensor, " entries"]
@@ -58,7 +58,7 @@ class _Call:
 
 
 @dataclass
-class _Choice:
+class _ChosenRows:
     """The rows that are kept of a call."""
 
     places: Int32[Tensor, "places 2"]
@@ -92,9 +92,9 @@ class Collector:
     _offset: int = 0
     _at: int = -1
     _numbers: dict[tuple[int, int], int] = field(default_factory=dict)
-    _calls: "dict[Selection, _Call]" = field(default_factory=dict)
+    _calls: "dict[Selection, _CapturedCall]" = field(default_factory=dict)
     _alike: dict[tuple, int] = field(default_factory=dict)
-    _choices: dict[int, _Choice] = field(default_factory=dict)
+    _choices: dict[int, _ChosenRows] = field(default_factory=dict)
     _drawn: dict[tuple, Int64[Tensor, " entries"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -150,7 +150,7 @@ class Collector:
         site.rows += kept
         site.segments += len(flowing.branches)
 
-    def _call(self, number: int, kept: "Selection") -> _Call:
+    def _call(self, number: int, kept: "Selection") -> _CapturedCall:
         rows = torch.tensor(kept.rows, dtype=torch.int32) + self._offset
         branches = [self._branch(name) for name in kept.branches]
         alike = (
@@ -161,7 +161,7 @@ class Collector:
             kept.tokens.numpy().tobytes(),
             kept.offsets.numpy().tobytes(),
         )
-        call = _Call(
+        call = _CapturedCall(
             rows.repeat(len(branches)),
             torch.tensor(branches, dtype=torch.int32).repeat_interleave(len(rows)),
             self._alike.setdefault(alike, len(self._alike)),
@@ -169,7 +169,9 @@ class Collector:
         self._calls[kept] = call
         return call
 
-    def _choose(self, number: int, call: _Call, flowing: Flowing, moment: int) -> _Choice:
+    def _choose(
+        self, number: int, call: _CapturedCall, flowing: Flowing, moment: int
+    ) -> _ChosenRows:
         """The rows of a call that are kept: places in x, and keys."""
         capture, kept = self.captures[number][0], flowing.key
         counts, streams = self._counts(capture, call, flowing, self.moments[moment])
@@ -186,19 +188,23 @@ class Collector:
             checked=False,
         )
         if capture.pool == "none":
-            return _Choice(places, keys, None)
+            return _ChosenRows(places, keys, None)
         have = kept.offsets.diff() if counts is None else counts.minimum(kept.offsets.diff())
         ends = have[have > 0].cumsum(0)
         groups = torch.cat([ends.new_zeros(1), ends]).int()
         keys = keys[groups[:-1].long()]
         keys[:, 3] = POOLED
-        return _Choice(places, keys, groups)
+        return _ChosenRows(places, keys, groups)
 
     def _counts(
-        self, capture: Capture, call: _Call, flowing: Flowing, at: Moment
+        self, capture: Capture, call: _CapturedCall, flowing: Flowing, at: Moment
     ) -> tuple[Int32[Tensor, " entries"] | None, Int64[Tensor, " entries"]]:
         """How many tokens of each entry are kept, None for all; and the entries' random streams."""
-        tokens = capture.tokens if isinstance(capture.tokens, Choice) else Choice.model_construct()
+        tokens = (
+            capture.tokens
+            if isinstance(capture.tokens, TokenChoice)
+            else TokenChoice.model_construct()
+        )
         if tokens.random is not None:
             have = flowing.offsets.diff()
             if isinstance(tokens.random, int):
@@ -221,7 +227,7 @@ class Collector:
         return counts.int(), self._streams(call, flowing.branches, at.step, at.evaluation)
 
     def _streams(
-        self, call: _Call, branches: tuple[str, ...], step: int, evaluation: int
+        self, call: _CapturedCall, branches: tuple[str, ...], step: int, evaluation: int
     ) -> Int64[Tensor, " entries"]:
         """A seed for each entry, by its sample and branch and the moment, whatever its batch is."""
         samples = call.samples[: len(call.samples) // len(branches)].numpy()

@@ -1,24 +1,32 @@
 """Harvests in Python: the same specs as objects."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dreamreader._progress import Progress, show_progress
 from dreamreader.errors import InvalidInput
+from dreamreader.harvest.capture import Collector
+from dreamreader.harvest.folder import HarvestFolder
 from dreamreader.harvest.job import HarvestJob, open_job
-from dreamreader.harvest.plan import GB, Plan, make_plan
-from dreamreader.harvest.run import Engine, Progress, run_job
+from dreamreader.harvest.page import write_report
+from dreamreader.harvest.plan import GB, HarvestPlan, make_plan
+from dreamreader.harvest.run import begin, harvest_unit, writer_for
 from dreamreader.harvest.spec import Spec
-from dreamreader.specs.load import load_spec, spec_of
+from dreamreader.jobs.job import Engine, JobVerdict, RunUnit, SpecJob, Work
+from dreamreader.store.index import sealed_units
 from dreamreader.store.store import Store
+from dreamreader.store.verify import verify
 
-if TYPE_CHECKING:
-    from dreamreader.engine import Reader
+_REFRESHED = 60.0  # seconds between two writings of the index
+_SHOWN = 20  # places of damage
 
 
-class Harvest:
+class Harvest(SpecJob[Spec]):
     """Records chosen sites of a subject over many prompts to a store on disk.
 
     Args:
@@ -37,61 +45,177 @@ class Harvest:
         >>> rows = store.read("unet.mid_block", steps=0)
     """
 
-    def __init__(
-        self,
-        spec: Spec | Mapping[str, Any] | None = None,
-        *,
-        reader: "Reader | None" = None,
-        **fields: Any,
-    ):
-        self._reader = reader
-        self.spec = spec_of(Spec, spec, fields, reader, "Harvest")
-
-    @classmethod
-    def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "Harvest":
-        """Reads a spec file; see `specs.load.load_spec`."""
-        return cls(load_spec(Spec, path, overrides))
+    kind, model, folder_type = "harvest", Spec, HarvestFolder
+    counts, divides = "samples", True
+    _began = _refreshed = 0.0
 
     @cached_property
     def job(self) -> HarvestJob:
         """The opened subject and the prompts."""
         return open_job(self.spec, self._reader)
 
-    def plan(self) -> Plan:
+    def plan(self) -> HarvestPlan:
         """Sites, rows, bytes, units and time; a few samples are run."""
         return make_plan(self.job)
 
     def run(
         self,
-        out: str | os.PathLike[str],
+        out: str | os.PathLike[str] | None = None,
         *,
         limit_gb: float | None = None,
-        started: Callable[[Plan, Progress], Any] | None = None,
-        advance: Callable[[Progress], Any] | None = None,
+        progress: Progress = True,
         engine: Engine | None = None,
     ) -> Store:
         """Harvests what the store lacks.
 
         Args:
-            out: the store. A stopped harvest goes on there; a complete one is left as it is.
+            out: the store, `runs/<name>` by default. A stopped harvest goes on there; a complete
+                one is left as it is.
             limit_gb: most GB (10^9 bytes) of all shards. The job stops before the unit that would
                 go beyond, and goes on there with a larger limit.
-            started: called with the plan, and what is there already.
-            advance: called after every batch, or unit of an engine.
+            progress: shown by default, or a function of a `ProgressEvent` (with `rows`, `bytes` of
+                this run and `stored` of all), or False.
             engine: what harvests, such as a `RayEngine`; this process by default.
 
         Raises:
             InvalidInput: the store holds another harvest, is in use or cannot be written; or a row
                 is not finite and `store.not_finite` is `refuse`.
         """
-        if engine is not None and self._reader is not None:
-            raise InvalidInput(
-                "Harvest: an engine opens the subject in other processes, by its name; a reader of "
-                "your own cannot go there"
-            )
         limit = None if limit_gb is None else int(limit_gb * GB)
-        run_job(self.job, Path(out), limit, started, advance, engine)
-        return Store(Path(out))
+        return self._run(out, progress, engine, limit)
+
+    def begin(self, folder: HarvestFolder) -> HarvestPlan:
+        return begin(self.job, folder)
+
+    def units(self, plan: HarvestPlan) -> int:
+        return plan.units
+
+    def size(self, plan: HarvestPlan, unit: int) -> int:
+        start, stop = plan.range_of(unit)
+        return stop - start
+
+    def there(self, folder: HarvestFolder, plan: HarvestPlan) -> set[int]:
+        return set(sealed_units(folder.path))
+
+    def check_there(self, work: Work, there: set[int]) -> None:
+        work.stored = sum(work.folder.unit(unit, work.plan.units).bytes for unit in there)
+        self._began = self._refreshed = time.monotonic()  # opening the subject is no harvesting
+
+    def expected(self, work: Work, unit: int) -> float:
+        """Bytes of a unit by those that are there; an estimate, before there are any."""
+        samples, plan = self.size(work.plan, unit), work.plan
+        if work.done:
+            return work.stored / work.done * samples * 0.9
+        return 0.0 if plan.estimate is None else plan.estimate.bytes * samples * 0.9
+
+    def opening(self, work: Work) -> str:
+        there = f" ({work.done:,} are there)" if work.done else ""
+        units = f"{work.plan.units:,} units of {work.plan.unit:,}"
+        return f"{work.total:,} samples{there} in {units}"
+
+    def note(self, work: Work) -> str:
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        rows, size = work.numbers["rows"], work.numbers["bytes"]
+        return (
+            f"{rows / seconds:,.0f} rows/s, {size / seconds / GB:.3f} GB/s, "
+            f"{work.stored / GB:.2f} GB"
+        )
+
+    @contextmanager
+    def opened(self, work: Work) -> Iterator[RunUnit]:
+        job, writer = self.job, writer_for(self.job, work.folder)
+
+        def run_unit(unit: int, room: int | None) -> int | None:
+            rows = size = 0
+
+            def count(samples: int, collector: Collector) -> None:
+                nonlocal rows, size
+                more = {"rows": collector.rows - rows, "bytes": collector.nbytes - size}
+                rows, size = collector.rows, collector.nbytes
+                work.advance(samples, **more)
+
+            found = harvest_unit(job, work.plan, unit, writer, room, count)
+            if found is not None:
+                work.numbers["bytes"] += found - size  # with keys and checksums
+            return found
+
+        try:
+            yield run_unit
+        finally:
+            writer.close()
+
+    def sealed(self, work: Work) -> None:
+        if time.monotonic() - self._refreshed > _REFRESHED:
+            work.folder.refresh()
+            self._refreshed = time.monotonic()
+
+    def interrupted(self, work: Work) -> None:
+        try:
+            work.folder.refresh()
+        except InvalidInput:  # what stopped the job matters more
+            pass
+
+    def finish(self, work: Work) -> None:
+        work.folder.refresh()
+        if not work.stopped:
+            work.folder.complete()
+
+    def result(self, folder: HarvestFolder) -> Store:
+        """The store."""
+        return Store(folder.path)
+
+    @classmethod
+    def write_report(cls, folder: HarvestFolder) -> Path:
+        return write_report(folder)
+
+    @classmethod
+    def results(cls, folder: HarvestFolder) -> Mapping[str, Any]:
+        store = Store(folder.path)
+        return {site: {"rows": store.rows_of(site)} for site in store.sites}
+
+    @classmethod
+    def summary(cls, folder: HarvestFolder) -> list[str]:
+        store = Store(folder.path)
+        jobs, manifest = store.manifest.jobs, store.manifest
+        names = ", ".join(str(job.spec.get("name", job.run[:12])) for job in jobs)
+        units = sum(job.units[1] - job.units[0] for job in jobs)
+        lines = [
+            f"{names}: {store.rows:,} rows of {len(store.sites):,} sites, {store.nbytes / GB:.3f} "
+            f"GB in {len(store.units):,} of {units:,} units"
+        ]
+        for what, counts in (
+            ("left out, as the disk was too slow", manifest.left_out),
+            ("not finite", manifest.not_finite),
+        ):
+            rows = sum(each.rows for each in counts)
+            if rows:
+                lines.append(f"{rows:,} rows {what}; manifest.json has them by site and step")
+        if not manifest.complete:
+            lines.append("not complete; the same command, with a larger limit if any, goes on")
+        return [*lines, f"store: {store.path.resolve()}"]
+
+    @classmethod
+    def verify(
+        cls, path: str | Path, rows: int = 8, seed: int = 0, progress: Progress = True
+    ) -> JobVerdict:
+        """Reads every byte of a store and compares it with its checksum."""
+        with show_progress(progress) as report:
+            found = verify(path, report)
+        read = f"{found.units:,} units, {found.rows:,} rows, {found.bytes / GB:,.3f} GB read"
+        if found.holds:
+            return JobVerdict(True, [f"{read}: all as it was written"])
+        lines = [str(damage) for damage in found.damage[:_SHOWN]]
+        if len(found.damage) > _SHOWN:
+            lines.append(f"... and {len(found.damage) - _SHOWN:,} more")
+        lines.append(f"{read}: {len(found.damage):,} things are wrong")
+        units = sorted({each.file.split("/")[1] for each in found.damage if "/" in each.file})
+        if units:
+            listed = ", ".join(f"shards/{unit}" for unit in units[:_SHOWN])
+            lines.append(
+                "a unit that is damaged can be deleted, and the harvest run again to make it "
+                f"anew: {listed}"
+            )
+        return JobVerdict(False, lines)
 
     def __repr__(self) -> str:
         spec = self.spec

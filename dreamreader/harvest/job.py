@@ -12,7 +12,7 @@ from dreamreader.engine import FORWARD, Reader, innermost
 from dreamreader.errors import InvalidInput
 from dreamreader.harvest.capture import Collector, Sink
 from dreamreader.harvest.prompts import Prompts
-from dreamreader.harvest.spec import Capture, Choice, Spec
+from dreamreader.harvest.spec import Capture, Spec, TokenChoice
 from dreamreader.specs.data import Item
 from dreamreader.specs.subject import call_settings, is_language, opened, padded, steps_of
 
@@ -168,4 +168,4 @@ def _most_tokens(spec: Spec, reader: Reader) -> int | None:
 
 
 def _is_budget(capture: Capture) -> bool:
-    return isinstance(capture.tokens, Choice) and capture.tokens.budget is not None
+    return isinstance(capture.tokens, TokenChoice) and capture.tokens.budget is not None

@@ -31,7 +31,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Plan:
+class HarvestPlan:
     """What a harvest will do.
 
     Attributes:
@@ -75,9 +75,12 @@ class Plan:
         return "\n".join(lines)
 
 
+Plan = HarvestPlan  # its name before
+
+
 def make_plan(
     job: HarvestJob, unit: int | None = None, batch: int | None = None, estimates: bool = True
-) -> Plan:
+) -> HarvestPlan:
     """Makes the plan of a job.
 
     Args:
@@ -108,7 +111,7 @@ def make_plan(
         fitting = int(spec.store.shard_mb * MIB // max(found.bytes, 1))
         unit = fitting // batch * batch if fitting >= batch else max(fitting, 1)
         unit = min(unit, job.samples)
-    return Plan(job.samples, unit, batch, found)
+    return HarvestPlan(job.samples, unit, batch, found)
 
 
 def estimated(job: HarvestJob, batch: int) -> Estimate:

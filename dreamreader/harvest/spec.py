@@ -12,7 +12,7 @@ from dreamreader.specs.parts import Count, Part, Seed
 Pair = tuple[float, float]
 
 
-class Choice(Part):
+class TokenChoice(Part):
     """Which tokens, where it is neither indices nor a word."""
 
     every: Count | None = Field(None, description="Every n-th.")
@@ -27,7 +27,7 @@ class Choice(Part):
     )
 
     @model_validator(mode="after")
-    def _one_kind(self) -> "Choice":
+    def _one_kind(self) -> "TokenChoice":
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give one of every, random, budget and box, got {given or 'none'}")
@@ -50,7 +50,7 @@ class Capture(Part):
     sigmas: float | Pair | None = Field(None, description="A noise level, or [low, high].")
     fraction: Pair | None = Field(None, description="Share of the trajectory, [low, high].")
     branch: str | list[str] | None = Field(None, description="Guidance branch; all by default.")
-    tokens: int | str | list[int] | Choice = Field(
+    tokens: int | str | list[int] | TokenChoice = Field(
         "all",
         description="all, indices, a word of the prompt, box: [left, top, right, bottom], "
         "every: n, random: share or count, budget: rows of a sample.",
@@ -81,7 +81,7 @@ class Capture(Part):
     @property
     def selection(self) -> dict[str, object]:
         """Arguments of a `Stream`."""
-        tokens = self.tokens.selection if isinstance(self.tokens, Choice) else self.tokens
+        tokens = self.tokens.selection if isinstance(self.tokens, TokenChoice) else self.tokens
         return {
             "steps": range(*self.steps) if isinstance(self.steps, tuple) else self.steps,
             "timesteps": self.timesteps,
@@ -119,6 +119,7 @@ class StoreOptions(Part):
 class Spec(parts.Common):
     """A whole harvest: subject, data, what is captured, how it is stored."""
 
+    kind: Literal["harvest"] = Field("harvest", description="Of the job.")
     capture: list[Capture] = Field(min_length=1)
     store: StoreOptions = Field(default_factory=StoreOptions)
     token_seed: Seed = Field(0, description="Of the choice of random tokens.")

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from dreamreader._checked import check, comment, read_json, write_json, write_text
 from dreamreader._files import explained, locked
 from dreamreader.errors import InvalidInput
-from dreamreader.jobs.differences import first_difference
+from dreamreader.jobs.differences import Difference, differences, first_difference
 from dreamreader.jobs.fingerprint import Fingerprint
 
 FINGERPRINT, PLAN, SPEC = "fingerprint.json", "plan.json", "spec.yaml"
@@ -36,6 +36,7 @@ class JobFolder:
     """
 
     noun = "run"  # what is in it, for messages
+    identity = FINGERPRINT  # the file that says of what it is
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -43,7 +44,7 @@ class JobFolder:
     @property
     def is_begun(self) -> bool:
         """Whether a job was started here."""
-        return (self.path / FINGERPRINT).is_file()
+        return (self.path / self.identity).is_file()
 
     @property
     def is_complete(self) -> bool:
@@ -62,10 +63,50 @@ class JobFolder:
         Raises:
             InvalidInput: no job was begun here.
         """
-        taken = self.read(FINGERPRINT)
+        return self.need_fingerprint()["digest"]
+
+    def fingerprint(self) -> dict[str, Any] | None:
+        """What the result depends on; None where no job was begun."""
+        return self.read(FINGERPRINT)
+
+    def need_fingerprint(self) -> dict[str, Any]:
+        """What the result depends on.
+
+        Raises:
+            InvalidInput: no job was begun here.
+        """
+        taken = self.fingerprint()
         if taken is None:
-            raise InvalidInput(f"{self.path} has no {FINGERPRINT} that says what it is of")
-        return taken["digest"]
+            raise InvalidInput(f"{self.path} has no {self.identity} that says what it is of")
+        return taken
+
+    def label(self) -> str:
+        """The start of the fingerprint's digest, for people."""
+        return self.run[:12]
+
+    def need_complete(self) -> None:
+        """Raises InvalidInput unless all of the result is here."""
+        if not self.is_complete:
+            what = "is not complete: run it again to go on" if self.is_begun else "is no run folder"
+            raise InvalidInput(f"{self.path} {what}")
+
+    def check(self) -> None:
+        """Compares the files of a complete job with their checksums, where these stand apart."""
+
+    def state(self) -> str:
+        """In a word, how much of the result is here."""
+        return "complete" if self.is_complete else "stopped"
+
+    def differs(self, other: "JobFolder") -> dict[str, list[Difference]]:
+        """Where two folders differ in spec, fingerprint and machine."""
+        parts = ("weights", "subject", "code", "packages", "seeds")
+        taken = [each.need_fingerprint() for each in (self, other)]
+        hashed = [{name: each.get(name) for name in parts} for each in taken]
+        return {
+            "spec": list(differences(self.spec(), other.spec())),
+            "fingerprint": list(differences(hashed[0], hashed[1])),
+            "machine": list(differences(taken[0].get("machine"), taken[1].get("machine"))),
+        }
 
     def locked(self) -> AbstractContextManager[None]:
         """Keeps a second process out; see `locked`."""
@@ -81,23 +122,27 @@ class JobFolder:
         Raises:
             InvalidInput: the folder is of another job, or of something else.
         """
-        earlier = self.read(FINGERPRINT)
+        earlier = self.fingerprint()
         if earlier is not None and earlier["digest"] != taken.digest:
             raise InvalidInput(
                 f"{self.path} holds another {self.noun}: "
                 f"{first_difference(earlier, taken.as_dict())}. Give another folder, or delete "
                 "this one"
             )
-        if earlier is None:
-            if self.has_results:
-                raise InvalidInput(
-                    f"{self.path} has files, but no {FINGERPRINT} that says of what; give another "
-                    "folder"
-                )
+        if earlier is None and self.has_results:
+            raise InvalidInput(
+                f"{self.path} has files, but no {self.identity} that says of what; give another "
+                "folder"
+            )
+        self._enter(spec, taken, plan if earlier is None else None)
+
+    def _enter(self, spec: BaseModel, taken: Fingerprint, plan: Mapping[str, Any] | None) -> None:
+        """Writes what the folder is of; without a plan only what is missing of that."""
+        if plan is not None:
             self.write(PLAN, plan)
-        if earlier is None or not self._has_spec(taken.digest):
+        if plan is not None or not self._has_spec(taken.digest):
             self._write_spec(spec, taken.digest)
-        if earlier is None:
+        if plan is not None:
             self.write(FINGERPRINT, taken.as_dict())
 
     def plan(self) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dreamreader._progress import Progress
 from dreamreader.engine import Cache
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.localise.interventions import KINDS, ablate_edits, patch_edits
@@ -31,6 +32,7 @@ def patch_grid(
     direction: str = "restore",
     batch_size: int | None = None,
     confidence: float = 0.95,
+    progress: Progress = True,
     **arguments: Any,
 ) -> Grid:
     """Puts each cell's values of one run into the other run of the pair, and measures the effect.
@@ -49,6 +51,7 @@ def patch_grid(
         direction: `restore` or `corrupt`.
         batch_size: rows computed together; the whole sweep by default.
         confidence: of the intervals.
+        progress: shown by default, or a function of a `ProgressEvent`, or False.
         arguments: passed on to the pipeline, such as `num_inference_steps`.
 
     Returns:
@@ -73,7 +76,11 @@ def patch_grid(
     result, goal = given.run(record=records_of(cells))
     _, base = taking.run()
     source = result.cache
-    values = over_cells(cells, taking, lambda rows, pairs: patch_edits(rows, source, pairs))
+
+    def edits_of(rows: list[Cell | None], pairs: list[int]) -> Sequence[Any]:
+        return patch_edits(rows, source, pairs)
+
+    values = over_cells(cells, taking, edits_of, progress)
     return Grid(tuple(cells), taking.rows, values, base, goal, direction, confidence)
 
 
@@ -93,6 +100,7 @@ def ablate_grid(
     seed: int = 0,
     batch_size: int | None = None,
     confidence: float = 0.95,
+    progress: Progress = True,
     **arguments: Any,
 ) -> Grid:
     """Ablates one cell at a time and measures how far the metric falls.
@@ -101,7 +109,8 @@ def ablate_grid(
         floor. With `floor=None` the plain difference M_ablated - M_base.
 
     Args:
-        reader, prompts, seeds, cells, metric, batch_size, confidence, arguments: see `patch_grid`.
+        reader, prompts, seeds, cells, metric, batch_size, confidence, progress, arguments: see
+            `patch_grid`.
         kind: `zero`, `mean`, `resample` or `project`; see `Ablate`.
         floor: value of the metric where the attribute is gone, one or one for each row.
         reference: prompts whose activations give the mean or the other row; those of the run
@@ -137,7 +146,7 @@ def ablate_grid(
         taken = None if donors is None else [donors[pair] for pair in pairs]
         return ablate_edits(rows, kind, source, taken, direction, one_sided=one_sided)
 
-    values = over_cells(cells, work, edits_of)
+    values = over_cells(cells, work, edits_of, progress)
     return Grid(tuple(cells), work.rows, values, base, goal, kind, confidence)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from dreamreader._progress import Progress
 from dreamreader.engine import Cache, RunResult, Site, join, parse
 from dreamreader.errors import InvalidInput
 from dreamreader.localise.interventions import patch_edits
@@ -85,6 +86,7 @@ def window_grid(
     seeds: int | Sequence[int] = 0,
     batch_size: int | None = None,
     confidence: float = 0.95,
+    progress: Progress = True,
     **arguments: Any,
 ) -> Grid:
     """Gives the target's text to one window of layers at a time, the original text to the others.
@@ -94,7 +96,7 @@ def window_grid(
     Args:
         reader: the subject, a pipeline.
         prompts, targets: original and target prompts in pairs.
-        metric, seeds, batch_size, confidence, arguments: see `patch_grid`.
+        metric, seeds, batch_size, confidence, progress, arguments: see `patch_grid`.
         span, cells: the windows; `window_cells(reader, span)` by default.
 
     Raises:
@@ -106,7 +108,11 @@ def window_grid(
     taking = job(reader, prompts, seeds, metric, batch_size, arguments)
     _, goal, source = _target_run(given, chosen)
     _, base = taking.run()
-    values = over_cells(chosen, taking, lambda rows, pairs: patch_edits(rows, source, pairs))
+
+    def edits_of(rows: list[Cell | None], pairs: list[int]) -> Sequence[Any]:
+        return patch_edits(rows, source, pairs)
+
+    values = over_cells(chosen, taking, edits_of, progress)
     return Grid(tuple(chosen), taking.rows, values, base, goal, "window", confidence)
 
 

@@ -185,7 +185,9 @@ def train_nets(
     if isinstance(nets, Mapping):
         goals = {name: loss_of(slot) for slot, name in enumerate(nets)}
     try:
-        return fit(nets, goals, batches, recipe, validate=validate, check_every=None)
+        return fit(
+            nets, goals, batches, recipe, progress=False, validate=validate, check_every=None
+        )
     except NonFiniteLoss as error:
         raise InvalidInput(
             "the loss of the probe is not finite; lower the learning rate lr"

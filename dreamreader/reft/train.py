@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dreamreader._progress import Progress
 from dreamreader.errors import InvalidInput
-from dreamreader.fitting import ByStep, History, NonFiniteLoss, Progress, Recipe, fit
+from dreamreader.fitting import ByStep, History, NonFiniteLoss, Recipe, fit
 from dreamreader.reft.batches import Batches
 from dreamreader.reft.losses import Loss
 from dreamreader.reft.model import Reft
@@ -19,7 +20,7 @@ def train(
     *,
     folder: str | os.PathLike[str] | None = None,
     save_every: int = 100,
-    progress: Progress | None = None,
+    progress: Progress = True,
     **recipe: Any,
 ) -> History:
     """Trains adapters in place.
@@ -30,7 +31,7 @@ def train(
         folder: for `training.safetensors`, from which the same call goes on where it was stopped,
             equal to the bit to a training that was not, and `reft.safetensors`, the result.
         save_every: steps between two writings of the former.
-        progress: called after each step with (steps done, steps in all, loss).
+        progress: shown by default, or a function of a `ProgressEvent`, or False.
         recipe: attributes of `Recipe`, but `epochs`: examples are drawn step by step.
 
     Returns:

@@ -25,8 +25,8 @@ def load_spec(model: type[S], path: str | os.PathLike[str], overrides: Sequence[
     Args:
         model: what the file describes.
         path: YAML or JSON.
-        overrides: `key=value` with a dotted key, e.g. `method.strengths=[0,1]` or `seeds=4`; the
-            value is read as YAML.
+        overrides: `key=value` with a dotted key, e.g. `method.strengths=[0,1]` or `seeds.count=4`;
+            the value is read as YAML.
 
     Returns:
         The checked spec, with all defaults. Relative paths in it are meant from its own folder.
@@ -34,6 +34,21 @@ def load_spec(model: type[S], path: str | os.PathLike[str], overrides: Sequence[
     Raises:
         InvalidInput: the file is missing or no YAML, or a field cannot be right; every wrong field
             is named with file, line, and the nearest valid name where its name is unknown.
+    """
+    file = Path(path)
+    content, lines = read_content(file)
+    where: dict[tuple[str | int, ...], str] = {key: f"{file}:{n}" for key, n in lines.items()}
+    for override in overrides:
+        for key in apply_override(model, content, override):
+            where[key] = f"override {override!r}"
+    return check_spec(model, content, where, str(file), file.parent)
+
+
+def read_content(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Lines]:
+    """The plain content of a spec file, and the line of every key.
+
+    Raises:
+        InvalidInput: the file is missing, or no YAML that is a mapping.
     """
     file = Path(path)
     if file.is_dir():
@@ -44,12 +59,7 @@ def load_spec(model: type[S], path: str | os.PathLike[str], overrides: Sequence[
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{file}: no UTF-8 text ({error.reason})") from error
-    content, lines = _parsed(text, str(file))
-    where: dict[tuple[str | int, ...], str] = {key: f"{file}:{n}" for key, n in lines.items()}
-    for override in overrides:
-        for key in apply_override(model, content, override):
-            where[key] = f"override {override!r}"
-    return check_spec(model, content, where, str(file), file.parent)
+    return _parsed(text, str(file))
 
 
 def spec_of(

@@ -28,7 +28,7 @@ def apply_override(model: type[BaseModel], content: dict[str, Any], text: str) -
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise InvalidInput(f"override {text!r}: write key=value, for example seeds=4")
+        raise InvalidInput(f"override {text!r}: write key=value, for example seeds.count=4")
     path: list[str | int] = []
     changed: list[Key] = []
     place: Any = content

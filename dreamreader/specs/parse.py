@@ -6,6 +6,7 @@ and halves of characters.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -101,6 +102,8 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             value = super().construct_object(node, deep)
+            if isinstance(value, int | float):
+                _check_spelling(node.value)
             if isinstance(value, int | str):
                 _check_scalar(value)
         except yaml.YAMLError:
@@ -147,6 +150,15 @@ def _at(node: yaml.Node, name: str, problem: str) -> InvalidInput:
 
 class _Refused(ValueError):
     """A value that is well formed, and that no row can hold."""
+
+
+def _check_spelling(text: str) -> None:
+    """Refuses numbers that YAML reads otherwise than people do: octal ones, hours and minutes."""
+    if re.match(r"[-+]?(0[0-9_]+$|[0-9_]+:[0-9])", text) and text.strip("-+0"):
+        raise _Refused(
+            f"{text} is read as another number, octal or in sixties; write it without a leading 0 "
+            "and colons, or as a text in quotes"
+        )
 
 
 def _check_scalar(value: int | str) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -12,6 +12,7 @@ from pydantic import (
     Field,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from dreamreader.specs.call import CallArguments
 
@@ -31,10 +32,40 @@ def _once(values: list[int]) -> list[int]:
 SeedList = Annotated[list[Seed], Field(min_length=1), AfterValidator(_once)]
 
 
+def _has_truth(value: Any) -> bool:
+    listed = isinstance(value, list | tuple)
+    return isinstance(value, bool) or (listed and any(_has_truth(each) for each in value))
+
+
+def _takes_truth(annotation: Any) -> bool:
+    """Whether a type has truth values, itself or in its parts."""
+    if annotation in (bool, Any, object):
+        return True
+    if get_origin(annotation) is Literal:
+        return any(isinstance(each, bool) for each in get_args(annotation))
+    inner = get_args(annotation)[: 1 if get_origin(annotation) is Annotated else None]
+    return any(_takes_truth(each) for each in inner)
+
+
 class Part(BaseModel):
     """Base of every part of a spec: unknown keys are errors, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_values(cls, content: Any) -> Any:
+        """Refuses yes and no where a number or text is asked: they would count as 1 and 0."""
+        for name, value in content.items() if isinstance(content, dict) else ():
+            field = cls.model_fields.get(name)
+            if field is not None and _has_truth(value) and not _takes_truth(field.annotation):
+                raise PydanticCustomError(
+                    "truth_value",
+                    "{name}: no truth value is taken here (YAML reads yes, no, on, off, true and "
+                    "false as such); write a number, or the word in quotes",
+                    {"name": name},
+                )
+        return content
 
 
 @dataclass(frozen=True)
@@ -126,11 +157,19 @@ class Seeds(Part):
         return range(self.start, self.start + self.count)
 
 
-_COUNT = Shorthand("count", int)
+def _no_number(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise PydanticCustomError(
+            "seeds",
+            "{value} could be one seed or a number of seeds: write [{value}] for the seed {value}, "
+            "{count} for the seeds from 0 on",
+            {"value": value, "count": f"{{count: {value}}}"},
+        )
+    return value
+
+
 AnySeeds = Annotated[
-    SeedList | Seeds,
-    BeforeValidator(_COUNT.expand, json_schema_input_type=Count | SeedList | Seeds),
-    _COUNT,
+    SeedList | Seeds, BeforeValidator(_no_number, json_schema_input_type=SeedList | Seeds)
 ]
 
 

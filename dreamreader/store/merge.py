@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dreamreader._files import explained, locked_for_reading, new_folder
+from dreamreader._progress import Progress, ProgressCallback, ProgressEvent, show_progress
 from dreamreader.errors import InvalidInput
 from dreamreader.store.index import add_site, sealed_units, write_index
 from dreamreader.store.layout import SiteLayout, unit_folder
@@ -15,13 +16,16 @@ from dreamreader.store.manifest import Job, Manifest
 from dreamreader.store.store import Store
 
 
-def merge(stores: Sequence[str | Path], out: str | Path, link: bool = True) -> Store:
+def merge(
+    stores: Sequence[str | Path], out: str | Path, link: bool = True, progress: Progress = True
+) -> Store:
     """Makes one store of the sealed units of several, which stay as they are.
 
     Args:
         stores: their folders; the units of each follow those of the one before.
         out: a new folder; it appears when all is there.
         link: give the files a second name where the file system can, instead of copying them.
+        progress: shown by default, or a function of a `ProgressEvent`, or False.
 
     Returns:
         The new store. It is complete where all of them were.
@@ -40,7 +44,8 @@ def merge(stores: Sequence[str | Path], out: str | Path, link: bool = True) -> S
         _check(folders)
         for folder in folders:
             locks.enter_context(locked_for_reading(folder))
-        _fill(folders, part, link)
+        with show_progress(progress) as report:
+            _fill(folders, part, link, report)
     return Store(target)
 
 
@@ -55,8 +60,9 @@ def _check(folders: Sequence[Path]) -> None:
             add_site(sites, site, folder)
 
 
-def _fill(folders: Sequence[Path], part: Path, link: bool) -> None:
+def _fill(folders: Sequence[Path], part: Path, link: bool, report: ProgressCallback) -> None:
     jobs, complete, done = [], True, 0
+    total = sum(len(sealed_units(folder)) for folder in folders)
     (part / "shards").mkdir()
     for folder in folders:
         manifest = Manifest.read(folder) if Manifest.there(folder) else Manifest()
@@ -68,6 +74,7 @@ def _fill(folders: Sequence[Path], part: Path, link: bool) -> None:
                     part / "shards" / unit_folder(number),
                     link,
                 )
+            report(ProgressEvent("units", number + 1, total))
         jobs += [_renumbered(job, units, done) for job in manifest.jobs]
         complete = complete and manifest.complete
         done += len(units)

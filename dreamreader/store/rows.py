@@ -1,6 +1,6 @@
 """Rows of a store: where they are, and reading them a block at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dreamreader._progress import ProgressCallback, ProgressEvent
 from dreamreader.store.layout import MOMENTS, SiteLayout
 from dreamreader.store.shard import ShardFile, open_shard
 
@@ -141,6 +142,17 @@ def blocks_of(segments: Segments, rows: int | None = None) -> Iterator[RowBlock]
         places = _places(segments.first[part], segments.rows[part])
         for start in range(0, len(places), rows):
             yield RowBlock(shard, unit, places[start : start + rows])
+
+
+def report_rows(
+    blocks: Iterable[RowBlock], total: int, report: ProgressCallback
+) -> Iterator[RowBlock]:
+    """The blocks, with a report of the rows behind each."""
+    done = 0
+    for block in blocks:
+        yield block
+        done += len(block)
+        report(ProgressEvent("rows", done, total))
 
 
 def _places(first: Int[np.ndarray, " n"], rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " rows"]:

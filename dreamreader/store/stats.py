@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader._files import replacing, write_atomic
+from dreamreader._progress import Progress, show_progress
 from dreamreader.errors import InvalidInput
 from dreamreader.ops import moments
 from dreamreader.store.layout import SiteLayout
-from dreamreader.store.rows import RowBlock, blocks_of
+from dreamreader.store.rows import RowBlock, blocks_of, report_rows
 from dreamreader.store.store import Store
 
 if TYPE_CHECKING:
@@ -124,13 +125,14 @@ def stats(
     steps: Any = None,
     branch: str | Sequence[str] | None = None,
     covariance: bool = False,
-    done: Callable[[int], None] = lambda rows: None,
+    progress: Progress = True,
 ) -> SiteStatistics:
     """Reads the rows of a site once and takes their mean, variance and norms, in float64.
 
     Args:
         store: or its folder. site, steps, branch: see `Store.segments`.
-        covariance: take that of all rows together too. done: told of each number of rows read.
+        covariance: take that of all rows together too.
+        progress: shown by default, or a function of a `ProgressEvent`, or False.
 
     Returns:
         By step and branch, and over all.
@@ -151,9 +153,9 @@ def stats(
             f"{site}: a covariance takes {WIDEST:,} features at most, it has {wide:,}"
         )
     sums = _SiteSums(segments.site, covariance)
-    for block in blocks_of(segments):
-        sums.add(block)
-        done(len(block))
+    with show_progress(progress) as report:
+        for block in report_rows(blocks_of(segments), segments.total, report):
+            sums.add(block)
     return sums.result()
 
 

@@ -1,7 +1,7 @@
 """Checking a store: that everything is there and as it was written."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from dreamreader._progress import Progress, show_progress, track
 from dreamreader.errors import InvalidInput
 from dreamreader.store.checksum import crc32c
 from dreamreader.store.index import FILE, current, read_index, sealed_units
@@ -56,13 +57,12 @@ class VerifyReport:
         return not self.damage
 
 
-def verify(
-    store: str | Path, watch: Callable[[Sequence[int]], Iterable[int]] = iter
-) -> VerifyReport:
+def verify(store: str | Path, progress: Progress = True) -> VerifyReport:
     """Reads every sealed byte of a store and compares it with its checksum.
 
     Args:
-        store: its folder. watch: told the numbers of the units, gives them back one by one.
+        store: its folder.
+        progress: shown by default, or a function of a `ProgressEvent`, or False.
 
     Returns:
         What is wrong: units that are missing from a complete store, files that are missing or have
@@ -84,18 +84,21 @@ def verify(
     shards = rows = size = 0
     seen: dict[tuple[str, int], int] = {}
     latest: dict[tuple[int, int], int] = {}
-    for unit in watch(units):
-        path = folder / "shards" / unit_folder(unit)
-        name = f"shards/{path.name}"
-        try:
-            content = read_unit(path)
-            found += _of_job(name, manifest, unit, content, seen, latest)
-            found += _of_samples(path, name, content.samples)
-            for file, listed in content.shards.items():
-                found += _of_shard(path / file, f"{name}/{file}", content, listed)
-                shards, rows, size = shards + 1, rows + listed.rows, size + listed.bytes
-        except InvalidInput as error:
-            found.append(Damage(f"{name}/unit.json", str(error).removeprefix(f"{path}/unit.json ")))
+    with show_progress(progress) as report:
+        for unit in track(units, "units", report):
+            path = folder / "shards" / unit_folder(unit)
+            name = f"shards/{path.name}"
+            try:
+                content = read_unit(path)
+                found += _of_job(name, manifest, unit, content, seen, latest)
+                found += _of_samples(path, name, content.samples)
+                for file, listed in content.shards.items():
+                    found += _of_shard(path / file, f"{name}/{file}", content, listed)
+                    shards, rows, size = shards + 1, rows + listed.rows, size + listed.bytes
+            except InvalidInput as error:
+                found.append(
+                    Damage(f"{name}/unit.json", str(error).removeprefix(f"{path}/unit.json "))
+                )
     found += _of_index(folder, bool(found))
     return VerifyReport(len(units), shards, rows, size, tuple(found))
 

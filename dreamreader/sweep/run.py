@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dreamreader._progress import Progress, ProgressEvent, show_progress
 from dreamreader.engine import Record, Row, RunResult, plan_rows, tokenize
 from dreamreader.errors import InvalidInput
 from dreamreader.sweep.cells import Cell
@@ -88,6 +89,7 @@ def over_cells(
     cells: Sequence[Cell],
     work: SweepJob,
     edits_of: Callable[[list[Cell | None], list[int]], Sequence[Any]],
+    progress: Progress = True,
 ) -> Values:
     """Gives the metric [cells, rows] of every cell on every row.
 
@@ -98,6 +100,7 @@ def over_cells(
         cells: the sweep.
         work: rows of one cell.
         edits_of: from the cell and the pair of each row of a run to its edits.
+        progress: shown by default, or a function of a `ProgressEvent`, or False.
 
     Raises:
         InvalidInput: there are no cells, or nothing is edited in a run of cells that have sites.
@@ -109,18 +112,20 @@ def over_cells(
     if work.batch_size is not None:
         at_once = max(1, min(at_once, _BATCHES * work.batch_size // count))
     found = []
-    for start in range(0, len(cells), at_once):
-        chosen = cells[start : start + at_once]
-        of_rows: list[Cell | None] = [cell for cell in chosen for _ in range(count)]
-        pairs = list(range(count)) * len(chosen)
-        edits = edits_of(of_rows, pairs)
-        if not edits and (meant := [cell.label for cell in chosen if cell.sites]):
-            raise InvalidInput(
-                f"over_cells: edits_of gives no edits for {', '.join(meant[:3])}; a cell that "
-                "stays as it is has no sites"
-            )
-        _, values = work.run(len(chosen), edits)
-        found.append(values.reshape(len(chosen), count))
+    with show_progress(progress) as report:
+        for start in range(0, len(cells), at_once):
+            report(ProgressEvent("cells", start, len(cells)))
+            chosen = cells[start : start + at_once]
+            of_rows: list[Cell | None] = [cell for cell in chosen for _ in range(count)]
+            edits = edits_of(of_rows, list(range(count)) * len(chosen))
+            if not edits and (meant := [cell.label for cell in chosen if cell.sites]):
+                raise InvalidInput(
+                    f"over_cells: edits_of gives no edits for {', '.join(meant[:3])}; a cell that "
+                    "stays as it is has no sites"
+                )
+            _, values = work.run(len(chosen), edits)
+            found.append(values.reshape(len(chosen), count))
+        report(ProgressEvent("cells", len(cells), len(cells)))
     return np.concatenate(found)
 
 

@@ -1,26 +1,23 @@
 """Adapters trained as a spec says, and what they reach on rows that did not train them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dreamreader._progress import ProgressCallback, ProgressEvent, silent
 from dreamreader.reft import Batch, History, Loss, Reft, train
 from dreamreader.reft.batches import Batches
 from dreamreader.training.examples import Examples
-from dreamreader.training.losses import Place, loss_of
+from dreamreader.training.losses import AdaptedSites, adapters_of, loss_of
 from dreamreader.training.parts import Training
 
 CHECKPOINTS = 20  # of a training
 
-Told = Callable[[str, int, int, float | None], Any]
-"""Called with (stage, done, total, loss)."""
-
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedAdapters:
     """Trained adapters.
 
     Attributes:
@@ -46,40 +43,39 @@ class Fitted:
         }
 
 
-def fitted(
+def fit_adapters(
     training: Training,
-    place: Place,
+    place: AdaptedSites,
     examples: Examples,
     folder: Path | None = None,
-    told: Told | None = None,
-) -> Fitted:
+    report: ProgressCallback = silent,
+) -> FittedAdapters:
     """Trains adapters.
 
     Args:
         training: how. place: where, and of which model. examples: on what.
         folder: for checkpoints, from which a stopped training goes on to the same bits.
-        told: hears of every step.
+        report: called after every step.
 
     Raises:
-        InvalidInput, UnknownName, NeverFired, NonFiniteLoss: as `loss_of`, `Training.adapters` and
+        InvalidInput, UnknownName, NeverFired, NonFiniteLoss: as `loss_of`, `adapters_of` and
             `reft.train`.
     """
-    say = told or (lambda *_: None)
-    reft = training.adapters(place)
-    say("recording", 0, 1, None)
+    reft = adapters_of(training, place)
+    report(ProgressEvent("recording", 0, 1))
     loss = loss_of(training, place, examples)
-    say("recording", 1, 1, None)
+    report(ProgressEvent("recording", 1, 1))
     recipe = training.recipe
     history = train(
         reft,
         loss,
         folder=folder,
         save_every=max(1, recipe["steps"] // CHECKPOINTS),
-        progress=lambda done, total, value: say("training", done, total or 0, value),
+        progress=report,
         **recipe,
     )
     held_out, trained, held = evidence(loss, reft, recipe)
-    return Fitted(reft, history, held_out, trained, held)
+    return FittedAdapters(reft, history, held_out, trained, held)
 
 
 def evidence(

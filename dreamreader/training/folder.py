@@ -6,14 +6,28 @@ result.json       written last: the training is complete; knows the files beside
 import hashlib
 import shutil
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from dreamreader._checked import damaged
 from dreamreader._files import explained, write_atomic
 from dreamreader.errors import InvalidInput
 from dreamreader.jobs.folder import PLAN, SPEC, JobFolder
+from dreamreader.store.layout import file_of
 
 RESULT = "result.json"
+ADAPTER, HISTORY, CHECKPOINTS = "adapter.safetensors", "history.jsonl", "checkpoint"
+_PROBES = "probes"  # folder
+
+
+def probe_name(site: str) -> str:
+    """The file of a site's probe, within the folder."""
+    return str(Path(_PROBES, file_of(site)))
+
+
+def notes_file(site: str) -> str:
+    """The file beside it, with its card and what was measured, within the folder."""
+    return str(Path(probe_name(site)).with_suffix(".json"))
 
 
 class TrainingFolder(JobFolder):

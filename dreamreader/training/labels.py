@@ -64,7 +64,7 @@ def of_columns(named: Named, rows: Sequence[Mapping[str, Any]]) -> Values:
     return {name: [row.get(column) for row in rows] for name, column in columns_of(named).items()}
 
 
-def told(values: Values, task: str) -> tuple[list[int], Any]:
+def complete_rows(values: Values, task: str) -> tuple[list[int], Any]:
     """Rows that have all labels, and these as `probes.fit` takes them.
 
     Raises:

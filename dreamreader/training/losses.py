@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
 from dreamreader.reft import (
     ActivationMatch,
@@ -27,12 +28,9 @@ from dreamreader.specs.subject import is_language, steps_of
 from dreamreader.training.examples import Examples, pictures_of
 from dreamreader.training.parts import Training
 
-if TYPE_CHECKING:
-    from dreamreader.engine import Reader
-
 
 @dataclass(frozen=True)
-class Place:
+class AdaptedSites:
     """Where adapters are, and how the model runs.
 
     Attributes:
@@ -41,7 +39,7 @@ class Place:
         batch: rows of a call while activations are recorded.
     """
 
-    reader: "Reader"
+    reader: Reader
     sites: str | list[str]
     branch: str = "cond"
     tokens: Any = None
@@ -58,7 +56,29 @@ class Place:
         return steps_of(self.reader, self.settings or {})
 
 
-def loss_of(training: Training, place: Place, examples: Examples) -> Loss:
+def adapters_of(training: Training, place: AdaptedSites) -> Reft:
+    """Adapters with their first values.
+
+    Raises:
+        UnknownName, NeverFired: a site is not there, or never runs.
+        InvalidInput: a rank is above a width, or `per_step` where there are no steps.
+    """
+    if training.per_step and place.steps is None:
+        raise InvalidInput("training.per_step: a language model has no denoising steps")
+    return Reft.for_sites(
+        place.reader,
+        place.sites,
+        training.rank,
+        training.variant,
+        per_step=place.steps if training.per_step else None,
+        tokens=place.tokens,
+        init=training.init,
+        seed=training.seed,
+        **(place.settings or {}),
+    )
+
+
+def loss_of(training: Training, place: AdaptedSites, examples: Examples) -> Loss:
     """Runs what the loss needs before training; its rows are prompts.
 
     Raises:
@@ -72,13 +92,13 @@ def loss_of(training: Training, place: Place, examples: Examples) -> Loss:
     make = {"activations": _activations, "noise": _noise, "denoising": _denoising}
     found, kept = make.get(training.loss, _language)(training, place, examples)
     if len(examples.seeds) > 1:
-        found = Seeded(found, len(examples.seeds))
+        found = PromptwiseLoss(found, len(examples.seeds))
     if training.keep is not None and kept is not None:
         found = Together(found, kept, training.keep.weight)
     return found
 
 
-class Seeded(Loss):
+class PromptwiseLoss(Loss):
     """A loss whose rows of one prompt count as one: none of them is held out without the others.
 
     Args:
@@ -108,11 +128,11 @@ class Seeded(Loss):
 _Made = tuple[Loss, Loss | None]
 
 
-def _run(place: Place) -> dict[str, Any]:
+def _run(place: AdaptedSites) -> dict[str, Any]:
     return {"branch": place.branch, "batch_size": place.batch, **(place.settings or {})}
 
 
-def _activations(training: Training, place: Place, examples: Examples) -> _Made:
+def _activations(training: Training, place: AdaptedSites, examples: Examples) -> _Made:
     given = {"tokens": place.tokens, **_run(place)}
     pairs = record_pairs(
         place.reader,
@@ -131,7 +151,7 @@ def _activations(training: Training, place: Place, examples: Examples) -> _Made:
     return loss, keep_activations(same, loss)
 
 
-def _noise(training: Training, place: Place, examples: Examples) -> _Made:
+def _noise(training: Training, place: AdaptedSites, examples: Examples) -> _Made:
     base, teacher = (
         record_calls(place.reader, examples.each(each), seeds=examples.row_seeds, **_run(place))
         for each in (examples.prompts, examples.partners)
@@ -140,7 +160,7 @@ def _noise(training: Training, place: Place, examples: Examples) -> _Made:
     return loss, _keep_noise(place, examples)
 
 
-def _denoising(training: Training, place: Place, examples: Examples) -> _Made:
+def _denoising(training: Training, place: AdaptedSites, examples: Examples) -> _Made:
     calls = record_calls(
         place.reader, examples.each(examples.prompts), seeds=examples.row_seeds, **_run(place)
     )
@@ -149,7 +169,7 @@ def _denoising(training: Training, place: Place, examples: Examples) -> _Made:
     return loss, _keep_noise(place, examples)
 
 
-def _keep_noise(place: Place, examples: Examples) -> Loss | None:
+def _keep_noise(place: AdaptedSites, examples: Examples) -> Loss | None:
     if not examples.keep:
         return None
     first = examples.seeds[0]
@@ -157,7 +177,7 @@ def _keep_noise(place: Place, examples: Examples) -> Loss | None:
     return NoiseMatch(place.reader, same, same)
 
 
-def _language(training: Training, place: Place, examples: Examples) -> _Made:
+def _language(training: Training, place: AdaptedSites, examples: Examples) -> _Made:
     loss = LanguageLoss(
         place.reader, examples.each(examples.prompts), examples.each(examples.partners)
     )

@@ -1,19 +1,11 @@
 """Parts of specs that say how adapters and probes are trained."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.errors import UnknownName
 from dreamreader.specs.parts import Count, Data, Part, Seed
-
-if TYPE_CHECKING:
-    from dreamreader.probes import Probe
-    from dreamreader.reft import Reft
-    from dreamreader.training.examples import Examples
-    from dreamreader.training.fit import Fitted
-    from dreamreader.training.losses import Place
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -111,37 +103,6 @@ class Training(Part):
             found[name] = usual if getattr(self, name) is None else getattr(self, name)
         return found
 
-    def adapters(self, place: "Place") -> "Reft":
-        """Adapters with their first values.
-
-        Raises:
-            UnknownName, NeverFired: a site is not there, or never runs.
-            InvalidInput: a rank is above a width, or `per_step` where there are no steps.
-        """
-        from dreamreader.reft import Reft
-
-        if self.per_step and place.steps is None:
-            raise InvalidInput("training.per_step: a language model has no denoising steps")
-        return Reft.for_sites(
-            place.reader,
-            place.sites,
-            self.rank,
-            self.variant,
-            per_step=place.steps if self.per_step else None,
-            tokens=place.tokens,
-            init=self.init,
-            seed=self.seed,
-            **(place.settings or {}),
-        )
-
-    def build(
-        self, place: "Place", examples: "Examples", folder: Path | None = None, told: Any = None
-    ) -> "Fitted":
-        """Trains adapters; see `dreamreader.training.fit.fitted`."""
-        from dreamreader.training.fit import fitted
-
-        return fitted(self, place, examples, folder, told)
-
 
 class ProbeTraining(Part):
     """How a probe is made and trained; see `dreamreader.probes.fit`."""
@@ -183,12 +144,6 @@ class ProbeTraining(Part):
         default=True,
         description="Train shuffled labels, random features and another capacity as well.",
     )
-
-    def build(self, recorded: Any, labels: Any, **given: Any) -> "Probe":
-        """Fits a probe; `given` goes to `probes.fit` too: `classes`, `groups`, `subject`."""
-        from dreamreader.probes import fit
-
-        return fit(recorded, labels, **self.options, **given)
 
     @property
     def options(self) -> dict[str, Any]:

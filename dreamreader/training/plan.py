@@ -2,18 +2,16 @@
 
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from dreamreader.recording.buffer import MEMORY
 from dreamreader.reft import Loss, Pairs, Reft
 from dreamreader.reft.batches import Batches
 from dreamreader.specs.batch import GIB, duration
-from dreamreader.training.losses import loss_of
+from dreamreader.training.examples import Examples
+from dreamreader.training.losses import AdaptedSites, adapters_of, loss_of
+from dreamreader.training.parts import Training
 
-if TYPE_CHECKING:
-    from dreamreader.training.reft import ReftJob
-
-_ROWS, _STEPS = 2, 2  # that are run to learn the time
+ROWS, _STEPS = 2, 2  # that are run to learn the time
 
 
 @dataclass(frozen=True)
@@ -57,28 +55,33 @@ class ReftPlan:
         )
 
 
-def plan_of(job: "ReftJob") -> ReftPlan:
-    """Makes the plan of a job; two rows are run for two steps, and learned from twice.
+def plan_of(
+    training: Training, place: AdaptedSites, examples: Examples, row_bytes: int
+) -> ReftPlan:
+    """Makes the plan of a training; two rows are run for two steps, and learned from twice.
+
+    Args:
+        training, examples: of the spec. place: with calls of `ROWS` rows.
+        row_bytes: activations of a row; measured first, as a first run takes longer.
 
     Raises:
         InvalidInput, UnknownName, NeverFired: a part of the spec does not fit the subject.
     """
-    training, place, recipe = job.spec.training, job.place(_ROWS), job.spec.training.recipe
-    reft, row_bytes = training.adapters(place), job.row_bytes  # a first run takes longer
+    recipe, reft = training.recipe, adapters_of(training, place)
     few = {} if place.steps is None else {"num_inference_steps": min(_STEPS, place.steps)}
-    short, examples = replace(place, settings={**job.settings, **few}), job.examples.few(_ROWS)
+    short, first = replace(place, settings={**(place.settings or {}), **few}), examples.few(ROWS)
     began = time.perf_counter()
-    loss = loss_of(training, short, examples)
+    loss = loss_of(training, short, first)
     recorded = time.perf_counter() - began
     pairs = getattr(getattr(loss, "main", loss), "pairs", None)
     timed = short.steps is not None and (pairs is None or pairs.steps is not None)
     calls = loss.moments * (place.steps or 1) // (short.steps or 1) if timed else loss.moments
-    share = job.examples.rows * calls / (loss.rows * loss.moments)
+    share = examples.rows * calls / (loss.rows * loss.moments)
     return ReftPlan(
         widths={site: each.width for site, each in reft.adapters.items()},
         parameters=sum(each.numel() for each in reft.parameters()),
-        prompts=len(job.examples.prompts),
-        seeds=len(job.examples.seeds),
+        prompts=len(examples.prompts),
+        seeds=len(examples.seeds),
         calls=calls,
         steps=recipe["steps"],
         batch=recipe["batch_size"],

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dreamreader._files import explained
 from dreamreader.jobs.folder import FINGERPRINT
@@ -17,18 +17,14 @@ from dreamreader.report import (
     Series,
     Table,
 )
-from dreamreader.training.folder import RESULT, TrainingFolder
-
-if TYPE_CHECKING:
-    from dreamreader.training.probes import ProbeSpec
+from dreamreader.training.folder import RESULT, TrainingFolder, notes_file
+from dreamreader.training.specs import ProbeSpec
 
 Notes = Mapping[str, Any]
 
 
-def write_report(spec: "ProbeSpec", folder: TrainingFolder) -> Path:
+def write_report(spec: ProbeSpec, folder: TrainingFolder) -> Path:
     """Writes `report.html` into a complete folder."""
-    from dreamreader.training.probes import notes_file
-
     folder.check()
     sites, taken = folder.need(RESULT)["sites"], folder.need(FINGERPRINT)
     notes = {site: folder.need(notes_file(site)) for site in sites}

@@ -1,103 +1,34 @@
 """Probes from a spec file: on activations of prompts, or on those that a store holds."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from pydantic import Field, field_validator, model_validator
+from typing import Any, Self
 
 from dreamreader._files import explained
-from dreamreader.errors import DreamreaderError
 from dreamreader.jobs import Fingerprint, fingerprint
-from dreamreader.jobs.fingerprint import portable
+from dreamreader.jobs.fingerprint import code_version, machine_facts, package_versions, portable
+from dreamreader.jobs.job import REPORT, RunUnit, SpecJob, Work
 from dreamreader.probes import Probe
-from dreamreader.specs.call import CallArguments
-from dreamreader.specs.load import load_spec, spec_of
-from dreamreader.specs.parts import AnySeeds, AnySubject, Batch, Data, Part, Seeds, listed_seeds
-from dreamreader.store.layout import file_of
-from dreamreader.training.folder import TrainingFolder
-from dreamreader.training.labels import Named, check_detected, from_detector
-from dreamreader.training.parts import ProbeTraining
-
-if TYPE_CHECKING:
-    from dreamreader.engine import Reader
-    from dreamreader.training.fit import Told
-    from dreamreader.training.prompted import Prompted
-    from dreamreader.training.stored import Stored
-
-_PROBES = "probes"  # folder
+from dreamreader.training.folder import RESULT, TrainingFolder, notes_file, probe_name
+from dreamreader.training.probe_page import reached, write_report
+from dreamreader.training.prompted import Prompted
+from dreamreader.training.specs import ProbeSpec as ProbeSpec
+from dreamreader.training.stored import Stored
 
 
-class ProbeSpec(Part):
-    """Probes: activations of prompts (`subject`, `data`) or of a `store`, labels, training."""
+@dataclass(frozen=True)
+class ProbePlan:
+    """A probe for each of the sites, from calls of `batch` rows."""
 
-    name: str = Field(min_length=1, max_length=80, description="Title; also names the folder.")
-    subject: AnySubject | None = None
-    data: Data | None = None
-    store: str | None = Field(None, description="Folder of a harvest, instead of subject and data.")
-    labels: Named = Field(
-        description="A column, several, {attribute: column}, or {detector: attribute}."
-    )
-    sites: str | list[str] | None = Field(
-        None, description="Site strings or globs; of a store all by default."
-    )
-    branch: str = "cond"
-    steps: int | tuple[int, int] | None = Field(None, description="A step, or [start, stop].")
-    tokens: int | list[int] | None = None
-    seeds: AnySeeds = Field(
-        default_factory=Seeds, description="Every prompt is run with every seed."
-    )
-    pipeline: CallArguments = Field(
-        default_factory=dict, description="Arguments of the pipeline's call."
-    )
-    batch: Batch = Field(default_factory=Batch)
-    probe: ProbeTraining = Field(default_factory=ProbeTraining)
-
-    @field_validator("labels")
-    @classmethod
-    def _some(cls, value: Named) -> Named:
-        if not value:
-            raise ValueError("is empty")
-        if from_detector(value):
-            if isinstance(value, dict) and len(value) > 1:
-                raise ValueError("detector stands alone: {detector: [color, background]}")
-            try:
-                check_detected(value)
-            except DreamreaderError as error:
-                raise ValueError(str(error)) from None
-        elif isinstance(value, dict) and any(not isinstance(each, str) for each in value.values()):
-            raise ValueError("each attribute has one column")
-        return value
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "ProbeSpec":
-        run = ("subject", "data", "seeds", "pipeline", "batch")
-        given = [name for name in run if name in self.model_fields_set]
-        if self.store is None:
-            missing = [name for name in ("subject", "data", "sites") if not getattr(self, name)]
-            if missing:
-                raise ValueError(f"{missing[0]} is missing; or give store, the folder of a harvest")
-        elif given:
-            raise ValueError(f"{given[0]} is of prompts that are run; a store has its own")
-        elif from_detector(self.labels):
-            raise ValueError("labels: a store has no pictures for the detector; give a column")
-        elif self.probe.jitter:
-            raise ValueError("probe.jitter: rows of a store are read as they are; leave it out")
-        return self
-
-    @property
-    def seed_list(self) -> Sequence[int]:
-        return listed_seeds(self.seeds)
-
-    @property
-    def chosen_steps(self) -> int | range | None:
-        """As `Record` takes them."""
-        return range(*self.steps) if isinstance(self.steps, tuple) else self.steps
+    sites: Sequence[str]
+    batch: int
 
 
-class ProbeJob:
+class ProbeJob(SpecJob[ProbeSpec]):
     """Trains the probes of a spec, one at each site.
 
     Args:
@@ -114,28 +45,20 @@ class ProbeJob:
         >>> edit = probes["unet.mid_block"].guidance(target="blue")  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        spec: ProbeSpec | Mapping[str, Any] | None = None,
-        *,
-        reader: "Reader | None" = None,
-        home: Path | None = None,
-        **fields: Any,
-    ):
-        self._reader, self._home = reader, home
-        self.spec = spec_of(ProbeSpec, spec, fields, reader, "ProbeJob")
+    kind, model, folder_type = "probes", ProbeSpec, TrainingFolder
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "ProbeJob":
+    def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Self:
         """Reads a spec file; see `specs.load.load_spec`."""
-        return cls(load_spec(ProbeSpec, path, overrides), home=Path(path).parent)
+        job = super().from_file(path, overrides)
+        if job.spec.store is not None:  # the folder of the probes shall find it too
+            store = str((Path(path).parent / job.spec.store).resolve())
+            job.spec = job.spec.model_copy(update={"store": store})
+        return job
 
     @cached_property
-    def source(self) -> "Prompted | Stored":
+    def source(self) -> Prompted | Stored:
         """Where rows and labels come from."""
-        from dreamreader.training.prompted import Prompted
-        from dreamreader.training.stored import Stored
-
         if self.spec.store is None:
             return Prompted(self.spec, self._reader)
         return Stored(self.spec, (self._home or Path()) / self.spec.store)
@@ -144,44 +67,8 @@ class ProbeJob:
         """Sites, rows, labels and time, in lines."""
         return self.source.plan()
 
-    def run(self, out: str | os.PathLike[str], *, told: "Told | None" = None) -> dict[str, Probe]:
-        """Trains a probe at each site, and writes them with a report.
-
-        Args:
-            out: folder. A stopped training goes on after its last probe; a complete one is left as
-                it is.
-            told: called with (stage, done, total, loss).
-
-        Returns:
-            The probes by site.
-
-        Raises:
-            InvalidInput: the folder holds another training, is in use or cannot be written; or the
-                labels do not fit, see `probes.fit`.
-        """
-        from dreamreader.training.probe_page import write_report
-
-        folder, source = TrainingFolder(Path(out)), self.source
-        files = {site: folder.path / probe_name(site) for site in source.sites}
-        with folder.locked():
-            batch = self._begun(folder)
-            missing = [site for site in files if not _is_trained(folder, site)]
-            for site, probe, notes in source.trained(missing, batch, told):
-                own = {"run": folder.run, "card": probe.card.as_dict()}
-                folder.write(notes_file(site), {**own, **notes})
-                with explained(folder.path):
-                    probe.save(files[site])
-            if not folder.is_complete:
-                names = [name for site in files for name in (probe_name(site), notes_file(site))]
-                folder.complete({"sites": list(files)}, names)
-            folder.check()
-            if not (folder.path / "report.html").is_file():
-                write_report(self.spec, folder)
-            folder.tidy()
-        return {site: Probe.load(file) for site, file in files.items()}
-
-    def _begun(self, folder: TrainingFolder) -> int:
-        """Rows of a call, as the folder has it from before; checks that it is of this job."""
+    def begin(self, folder: TrainingFolder) -> ProbePlan:
+        """Sites, and rows of a call as the folder has it from before."""
         plan = folder.plan()
         batch = plan["batch"] if plan else self.source.batch()
         shown = self.spec.model_dump(
@@ -189,14 +76,67 @@ class ProbeJob:
         )
         settings = {"spec": portable(shown), "batch": batch, **self.source.identity()}
         folder.begin(self.spec, self._fingerprint(settings), {"batch": batch})
-        return batch
+        return ProbePlan(self.source.sites, batch)
+
+    def units(self, plan: ProbePlan) -> int:
+        return len(plan.sites)
+
+    def there(self, folder: TrainingFolder, plan: ProbePlan) -> set[int]:
+        return {n for n, site in enumerate(plan.sites) if _is_trained(folder, site)}
+
+    @contextmanager
+    def opened(self, work: Work) -> Iterator[RunUnit]:
+        folder: TrainingFolder = work.folder
+        sites = [work.plan.sites[unit] for unit in work.missing]
+        trained = self.source.trained(sites, work.plan.batch, work.report)
+
+        def train_next(unit: int, room: int | None) -> int:
+            site, probe, notes = next(trained)
+            own = {"run": folder.run, "card": probe.card.as_dict()}
+            folder.write(notes_file(site), {**own, **notes})
+            with explained(folder.path):
+                probe.save(folder.path / probe_name(site))
+            return 0
+
+        yield train_next
+        next(trained, None)  # it reports the last one
+
+    def finish(self, work: Work) -> None:
+        sites = work.plan.sites
+        names = [name for site in sites for name in (probe_name(site), notes_file(site))]
+        if not work.folder.is_complete:
+            work.folder.complete({"sites": list(sites)}, names)
+
+    def result(self, folder: TrainingFolder) -> dict[str, Probe]:
+        """The probes by site."""
+        return {
+            site: Probe.load(folder.path / probe_name(site))
+            for site in folder.need(RESULT)["sites"]
+        }
+
+    @classmethod
+    def write_report(cls, folder: TrainingFolder) -> Path:
+        return write_report(cls.of_folder(folder.path).spec, folder)
+
+    @classmethod
+    def results(cls, folder: TrainingFolder) -> Mapping[str, Any]:
+        sites = folder.need(RESULT)["sites"]
+        return {site: folder.need(notes_file(site))["card"]["held_out"] for site in sites}
+
+    @classmethod
+    def summary(cls, folder: TrainingFolder) -> list[str]:
+        folder.need_complete()
+        sites, name = folder.need(RESULT)["sites"], cls.of_folder(folder.path).spec.name
+        return [
+            f"{name}: {len(sites)} probes",
+            *(f"  {s}: {_reached(Probe.load(folder.path / probe_name(s)))}" for s in sites),
+            f"report: {(folder.path / REPORT).resolve()}",
+        ]
 
     def _fingerprint(self, settings: Mapping[str, Any]) -> Fingerprint:
         reader = self.source.reader
         if reader is not None:
             return fingerprint(reader.subject, settings, self.spec.seed_list, reader.tokenizer)
-        from dreamreader.jobs.fingerprint import code_version, machine_facts, package_versions
-
         # rows of a store: the fingerprints of its harvests, in the settings, know the weights
         return Fingerprint(
             settings, "", {}, code_version(), package_versions(), [], machine_facts()
@@ -216,11 +156,10 @@ def _is_trained(folder: TrainingFolder, site: str) -> bool:
     return Probe.load(file).card.as_dict() == notes["card"]
 
 
-def probe_name(site: str) -> str:
-    """The file of a site's probe, within the folder."""
-    return str(Path(_PROBES, file_of(site)))
-
-
-def notes_file(site: str) -> str:
-    """The file beside it, with its card and what was measured, within the folder."""
-    return str(Path(probe_name(site)).with_suffix(".json"))
+def _reached(probe: Probe) -> str:
+    kind = "R2" if probe.task.kind == "regress" else "accuracy"
+    shown = "{:.3f}" if kind == "R2" else "{:.1%}"
+    return ", ".join(
+        f"{kind}{' of ' + name if name else ''} {shown.format(value)}"
+        for name, value in reached(probe.card).items()
+    )

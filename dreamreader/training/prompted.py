@@ -5,25 +5,22 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dreamreader.engine import Activation, Record, check_lengths
-from dreamreader.probes import Probe
+from dreamreader._progress import ProgressCallback, ProgressEvent, silent
+from dreamreader.engine import Activation, Reader, Record, check_lengths
+from dreamreader.probes import Probe, fit
 from dreamreader.probes.split import HELD_OUT, dealt, numbered
 from dreamreader.recording.labelled import mean_over_tokens
 from dreamreader.specs.batch import activation_bytes, duration, rows_that_fit
 from dreamreader.specs.data import read_items
 from dreamreader.specs.subject import call_settings, is_language, opened, padded, steps_of
-from dreamreader.training.labels import Values, detected, from_detector, of_columns, told
-from dreamreader.training.reliability import Told, reliability, targets_of
-
-if TYPE_CHECKING:
-    from dreamreader.engine import Reader
-    from dreamreader.training import fit
-    from dreamreader.training.probes import ProbeSpec
+from dreamreader.training.labels import Values, complete_rows, detected, from_detector, of_columns
+from dreamreader.training.reliability import Predictions, reliability, targets_of
+from dreamreader.training.specs import ProbeSpec
 
 
 class Prompted:
@@ -38,7 +35,7 @@ class Prompted:
             are not as many.
     """
 
-    def __init__(self, spec: "ProbeSpec", reader: "Reader | None" = None):
+    def __init__(self, spec: ProbeSpec, reader: Reader | None = None):
         assert spec.data is not None and spec.subject is not None and spec.sites is not None
         self.spec, self.model = spec, spec.subject
         self.patterns = [spec.sites] if isinstance(spec.sites, str) else spec.sites
@@ -92,7 +89,7 @@ class Prompted:
         return rows_that_fit(self.spec.batch, self._row_bytes() if auto else 0)
 
     def trained(
-        self, sites: Sequence[str], batch: int, say: "fit.Told | None" = None
+        self, sites: Sequence[str], batch: int, report: ProgressCallback = silent
     ) -> Iterator[tuple[str, Probe, dict[str, Any]]]:
         """Records all rows once, then trains a probe at each of the sites.
 
@@ -101,17 +98,16 @@ class Prompted:
         """
         if not sites:
             return
-        say = say or (lambda *_: None)
-        cache, values = self._recorded(sites, batch, say)
-        kept, labels = told(values, self.spec.probe.task)
+        cache, values = self._recorded(sites, batch, report)
+        kept, labels = complete_rows(values, self.spec.probe.task)
         rows = {"all": len(self.prompts), "labelled": len(kept)}
-        say("probes", 0, len(sites), None)
+        report(ProgressEvent("probes", 0, len(sites)))
         for done, site in enumerate(sites, 1):
             found = cache[site].select(rows=kept)
-            probe = self.spec.probe.build(found, labels, subject=self.model.model)
+            probe = fit(found, labels, **self.spec.probe.options, subject=self.model.model)
             held = self._held_out(probe, found, labels)
             yield site, probe, {"rows": rows, "reliability": reliability(probe, [held])}
-            say("probes", done, len(sites), None)
+            report(ProgressEvent("probes", done, len(sites)))
 
     def plan(self) -> str:
         """What will be done; two rows are run for two steps."""
@@ -157,7 +153,7 @@ class Prompted:
         ]
 
     def _recorded(
-        self, sites: Sequence[str], batch: int, say: "fit.Told"
+        self, sites: Sequence[str], batch: int, report: ProgressCallback
     ) -> tuple[dict[str, Activation], Values]:
         """The activations of all rows, and their labels."""
         rows, steps = len(self.prompts), steps_of(self.reader, self.settings)
@@ -166,7 +162,7 @@ class Prompted:
         def tick(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
             nonlocal ticks
             ticks += 1
-            say("recording", min(rows, ticks * batch // (steps or 1)), rows, None)
+            report(ProgressEvent("recording", min(rows, ticks * batch // (steps or 1)), rows))
             return given
 
         hears: dict[str, Any] = {} if steps is None else {"callback_on_step_end": tick}
@@ -179,14 +175,14 @@ class Prompted:
                 **self.settings,
                 **hears,
             )
-        say("recording", rows, rows, None)
+        report(ProgressEvent("recording", rows, rows))
         if not from_detector(self.spec.labels):
             return dict(found.cache.items()), self.columns
         images = found.images
         images = images if isinstance(images, Tensor) else torch.stack(list(images))
         return dict(found.cache.items()), detected(self.spec.labels, images)
 
-    def _held_out(self, probe: Probe, found: Activation, labels: Any) -> Told:
+    def _held_out(self, probe: Probe, found: Activation, labels: Any) -> Predictions:
         """Probabilities and targets of the rows that `fit` holds out."""
         targets = targets_of(probe, labels)
         prompts = [row.prompt for row in found.rows]

@@ -1,56 +1,32 @@
 """Adapters from a spec file."""
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from pydantic import Field, model_validator
+from typing import Any
 
 from dreamreader._files import explained
+from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
 from dreamreader.jobs import fingerprint
 from dreamreader.jobs.fingerprint import portable
+from dreamreader.jobs.job import REPORT, RunUnit, SpecJob, Work
 from dreamreader.reft import Reft
-from dreamreader.specs import parts
 from dreamreader.specs.batch import activation_bytes, rows_that_fit
 from dreamreader.specs.data import read_items
-from dreamreader.specs.load import load_spec, spec_of
 from dreamreader.specs.subject import call_settings, is_language, opened, padded
 from dreamreader.training.examples import Examples, examples_of, folder_of
-from dreamreader.training.fit import Fitted, Told, fitted, orthonormality
-from dreamreader.training.folder import TrainingFolder
-from dreamreader.training.losses import Place
-from dreamreader.training.parts import Training
-
-if TYPE_CHECKING:
-    from dreamreader.engine import Reader
-    from dreamreader.training.plan import ReftPlan
-
-ADAPTER, HISTORY = "adapter.safetensors", "history.jsonl"
-_CHECKPOINTS = "checkpoint"  # folder, until the training is complete
+from dreamreader.training.fit import FittedAdapters, fit_adapters, orthonormality
+from dreamreader.training.folder import ADAPTER, CHECKPOINTS, HISTORY, RESULT, TrainingFolder
+from dreamreader.training.losses import AdaptedSites
+from dreamreader.training.plan import ROWS, ReftPlan, plan_of
+from dreamreader.training.reft_page import parameters, reached, write_report
+from dreamreader.training.specs import ReftSpec as ReftSpec
 
 
-class ReftSpec(parts.Common):
-    """Adapters: subject, pairs of prompts (or completions, or pictures), sites, training."""
-
-    sites: str | list[str] = Field(min_length=1, description="Site strings or globs.")
-    branch: str = Field("cond", description="Guidance branch that is trained and edited.")
-    tokens: int | list[int] | None = Field(None, description="Which tokens are edited; all.")
-    training: Training = Field(default_factory=Training)
-
-    @model_validator(mode="after")
-    def _rows(self) -> "ReftSpec":
-        if self.training.loss in ("language", "denoising") and self.data.scenes is not None:
-            raise ValueError(
-                f"data.scenes: the loss {self.training.loss} needs a column that scenes have not"
-            )
-        return self
-
-
-class ReftJob:
+class ReftJob(SpecJob[ReftSpec]):
     """Trains the adapters of a spec.
 
     Args:
@@ -62,26 +38,12 @@ class ReftJob:
         InvalidInput: a field cannot be right.
 
     Example:
-        >>> job = ReftJob.from_file("examples/reft/frame.yaml", ["seeds=2"])
+        >>> job = ReftJob.from_file("examples/reft/frame.yaml", ["seeds.count=2"])
         >>> fitted = job.run("frame")  # doctest: +SKIP
         >>> result = reader.run("a blue star", edits=fitted.edits(branch="cond"))  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        spec: ReftSpec | Mapping[str, Any] | None = None,
-        *,
-        reader: "Reader | None" = None,
-        home: Path | None = None,
-        **fields: Any,
-    ):
-        self._reader, self._home = reader, home
-        self.spec = spec_of(ReftSpec, spec, fields, reader, "ReftJob")
-
-    @classmethod
-    def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "ReftJob":
-        """Reads a spec file; see `specs.load.load_spec`."""
-        return cls(load_spec(ReftSpec, path, overrides), home=Path(path).parent)
+    kind, model, folder_type = "reft", ReftSpec, TrainingFolder
 
     @cached_property
     def examples(self) -> Examples:
@@ -91,7 +53,7 @@ class ReftJob:
         return examples_of(spec.training, items, spec.seed_list, folder)
 
     @cached_property
-    def reader(self) -> "Reader":
+    def reader(self) -> Reader:
         """Of the subject, opened at first use."""
         found = padded(self._reader or opened(self.spec.subject))
         if is_language(found) and self.spec.pipeline:
@@ -105,9 +67,9 @@ class ReftJob:
             return {}
         return call_settings(self.reader, self.spec.subject, self.spec.pipeline)
 
-    def place(self, batch: int) -> Place:
+    def place(self, batch: int) -> AdaptedSites:
         spec = self.spec
-        return Place(self.reader, spec.sites, spec.branch, spec.tokens, self.settings, batch)
+        return AdaptedSites(self.reader, spec.sites, spec.branch, spec.tokens, self.settings, batch)
 
     @property
     def row_bytes(self) -> int:
@@ -120,48 +82,12 @@ class ReftJob:
             self.reader.subject, lambda: self.reader.run(prompt, seeds=0, **changes)
         )
 
-    def plan(self) -> "ReftPlan":
+    def plan(self) -> ReftPlan:
         """Sites, parameters, calls, and what they will take; a few are run."""
-        from dreamreader.training.plan import plan_of
+        row_bytes = self.row_bytes  # first: a first run takes longer
+        return plan_of(self.spec.training, self.place(ROWS), self.examples, row_bytes)
 
-        return plan_of(self)
-
-    def run(self, out: str | os.PathLike[str], *, told: Told | None = None) -> Reft:
-        """Trains the adapters, and writes them with a report.
-
-        Args:
-            out: folder. A stopped training goes on there, to the same bits; a complete one is left
-                as it is.
-            told: called with (stage, done, total, loss).
-
-        Returns:
-            The adapters, on the CPU.
-
-        Raises:
-            InvalidInput: the folder holds another training, is in use or cannot be written; or a
-                part of the spec does not fit the subject.
-            NonFiniteLoss: the loss is not finite any more.
-        """
-        from dreamreader.training.reft_page import write_report
-
-        folder = TrainingFolder(Path(out))
-        with folder.locked():
-            batch = self._begun(folder)
-            if not folder.is_complete:
-                checkpoints = folder.path / _CHECKPOINTS
-                with explained(folder.path):
-                    found = fitted(
-                        self.spec.training, self.place(batch), self.examples, checkpoints, told
-                    )
-                    _keep(folder, found)
-            folder.check()
-            if not (folder.path / "report.html").is_file():
-                write_report(self.spec, folder)
-            folder.clear(_CHECKPOINTS)
-            folder.tidy()
-        return Reft.load(folder.path / ADAPTER)
-
-    def _begun(self, folder: TrainingFolder) -> int:
+    def begin(self, folder: TrainingFolder) -> int:
         """Rows of a call, as the folder has it from before; checks that it is of this job."""
         plan = folder.plan()
         auto = self.spec.batch.rows == "auto"
@@ -180,12 +106,70 @@ class ReftJob:
         folder.begin(self.spec, taken, {"batch": batch})
         return batch
 
+    def units(self, plan: int) -> int:
+        return 1
+
+    def there(self, folder: TrainingFolder, plan: int) -> set[int]:
+        return {0} if folder.is_complete else set()
+
+    @contextmanager
+    def opened(self, work: Work) -> Iterator[RunUnit]:
+        folder: TrainingFolder = work.folder
+
+        def train_all(unit: int, room: int | None) -> int:
+            with explained(folder.path):
+                found = fit_adapters(
+                    self.spec.training,
+                    self.place(work.plan),
+                    self.examples,
+                    folder.path / CHECKPOINTS,
+                    work.report,
+                )
+                _keep(folder, found)
+            return 0
+
+        yield train_all
+
+    def finish(self, work: Work) -> None:
+        """Nothing is left: the unit is the result."""
+
+    def clear(self, work: Work) -> None:
+        work.folder.clear(CHECKPOINTS)
+
+    def result(self, folder: TrainingFolder) -> Reft:
+        """The adapters, on the CPU."""
+        return Reft.load(folder.path / ADAPTER)
+
+    @classmethod
+    def write_report(cls, folder: TrainingFolder) -> Path:
+        return write_report(cls.of_folder(folder.path).spec, folder)
+
+    @classmethod
+    def results(cls, folder: TrainingFolder) -> Mapping[str, Any]:
+        return {k: v for k, v in folder.need(RESULT).items() if k not in ("files", "sha256")}
+
+    @classmethod
+    def summary(cls, folder: TrainingFolder) -> list[str]:
+        folder.need_complete()
+        result, name = folder.need(RESULT), cls.of_folder(folder.path).spec.name
+        share, prompts = reached(result), result["prompts"]
+        lines = [
+            f"{name}: {parameters(result):,} parameters at {len(result['sites'])} sites, best at "
+            f"step {result['best']:,} of {result['steps']:,}"
+        ]
+        if share is not None:
+            lines.append(
+                f"{100 * share:.1f} % of the difference explained on {prompts['held_out']:,} "
+                f"held-out prompts, {prompts['trained']:,} trained"
+            )
+        return [*lines, f"report: {(folder.path / REPORT).resolve()}"]
+
     def __repr__(self) -> str:
         spec = self.spec
         return f"ReftJob({spec.name!r}: {spec.training.variant} of {spec.subject.model})"
 
 
-def _keep(folder: TrainingFolder, found: Fitted) -> None:
+def _keep(folder: TrainingFolder, found: FittedAdapters) -> None:
     """Writes adapters, history and, last, the result."""
     history, apart = found.history, orthonormality(found.reft)
     found.reft.save(folder.path / ADAPTER)

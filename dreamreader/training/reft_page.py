@@ -3,23 +3,19 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dreamreader._files import explained
 from dreamreader.jobs.folder import FINGERPRINT
 from dreamreader.jobs.page import job_report
 from dreamreader.report import Charts, Curves, Number, Section, Series, Table
-from dreamreader.training.folder import RESULT, TrainingFolder
+from dreamreader.training.folder import HISTORY, RESULT, TrainingFolder
 from dreamreader.training.page import thinned
-
-if TYPE_CHECKING:
-    from dreamreader.training.reft import ReftSpec
+from dreamreader.training.specs import ReftSpec
 
 
-def write_report(spec: "ReftSpec", folder: TrainingFolder) -> Path:
+def write_report(spec: ReftSpec, folder: TrainingFolder) -> Path:
     """Writes `report.html` into a complete folder."""
-    from dreamreader.training.reft import HISTORY
-
     folder.check()
     result, taken = folder.need(RESULT), folder.need(FINGERPRINT)
     lines = [json.loads(line) for line in (folder.path / HISTORY).read_text().splitlines()]

@@ -13,7 +13,7 @@ from dreamreader.probes.scores import claimed
 
 BINS = 10
 
-Told = tuple[Float[Tensor, "rows outputs"], Targets]
+Predictions = tuple[Float[Tensor, "rows outputs"], Targets]
 """Calibrated probabilities of held-out rows, and their targets."""
 
 Bins = dict[str, list[tuple[float, float, int]]]
@@ -27,7 +27,7 @@ def targets_of(probe: Probe, labels: Any) -> Targets:
     return encoded(labels, task.kind, None if task.kind == "regress" else single)[1]
 
 
-def reliability(probe: Probe, held: Iterable[Told]) -> Bins:
+def reliability(probe: Probe, held: Iterable[Predictions]) -> Bins:
     """Bins of held-out rows; none of a regression."""
     if probe.task.kind == "regress":
         return {}

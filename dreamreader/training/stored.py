@@ -4,12 +4,13 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dreamreader._progress import ProgressCallback, ProgressEvent, silent
 from dreamreader.engine import parse
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.probes import Probe, fit_batches
@@ -18,12 +19,9 @@ from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION, dealt, numbere
 from dreamreader.store.batch import Batch
 from dreamreader.store.dataset import StoreDataset
 from dreamreader.store.store import Store
-from dreamreader.training.labels import of_columns, told
-from dreamreader.training.reliability import Told, reliability
-
-if TYPE_CHECKING:
-    from dreamreader.training import fit
-    from dreamreader.training.probes import ProbeSpec
+from dreamreader.training.labels import complete_rows, of_columns
+from dreamreader.training.reliability import Predictions, reliability
+from dreamreader.training.specs import ProbeSpec
 
 _ROWS = 4096  # read together
 _NO_LABEL = -1
@@ -39,7 +37,7 @@ class Stored:
         InvalidInput: there is no store, or its samples have no such columns.
     """
 
-    def __init__(self, spec: "ProbeSpec", path: Path):
+    def __init__(self, spec: ProbeSpec, path: Path):
         self.spec, self.store = spec, Store(path)
         self.reader: None = None  # no model is run
 
@@ -71,17 +69,16 @@ class Stored:
         return {"runs": runs, "units": units}
 
     @cached_property
-    def samples(self) -> "Samples":
-        return Samples(self.store, self.spec)
+    def samples(self) -> "LabelledSamples":
+        return LabelledSamples(self.store, self.spec)
 
     def trained(
-        self, sites: Sequence[str], batch: int, say: "fit.Told | None" = None
+        self, sites: Sequence[str], batch: int, report: ProgressCallback = silent
     ) -> Iterator[tuple[str, Probe, dict[str, Any]]]:
         """Trains a probe at each of the sites; see `Prompted.trained`."""
-        say = say or (lambda *_: None)
-        say("probes", 0, len(sites), None)
+        report(ProgressEvent("probes", 0, len(sites)))
         for done, site in enumerate(sites, 1):
-            parts = [Part(self, site, each, batch) for each in (TRAIN, VALIDATION, HELD_OUT)]
+            parts = [SplitRows(self, site, each, batch) for each in (TRAIN, VALIDATION, HELD_OUT)]
             options = self.spec.probe.options
             for name in ("holdout", "jitter"):  # the split is made here
                 options.pop(name)
@@ -93,9 +90,9 @@ class Stored:
                 branch=self.spec.branch,
                 subject=self._subject,
             )
-            held = parts[2].told(probe)
+            held = parts[2].predict(probe)
             yield site, probe, {"rows": self.samples.rows, "reliability": reliability(probe, held)}
-            say("probes", done, len(sites), None)
+            report(ProgressEvent("probes", done, len(sites)))
 
     def plan(self) -> str:
         """What will be done."""
@@ -148,7 +145,7 @@ def _matches(pattern: str, name: str) -> bool:
     return same and wanted.matches(site.path)
 
 
-class Samples:
+class LabelledSamples:
     """Targets of a store's samples, and which part of the split each belongs to.
 
     Attributes:
@@ -156,11 +153,11 @@ class Samples:
         classes: as `fit_batches` takes them.
     """
 
-    def __init__(self, store: Store, spec: "ProbeSpec"):
+    def __init__(self, store: Store, spec: ProbeSpec):
         tables = {unit: store.samples(unit) for unit in store.units}
         lines = [line for table in tables.values() for line in table.to_pylist()]
         values = of_columns(spec.labels, lines)
-        kept, labels = told(values, spec.probe.task)
+        kept, labels = complete_rows(values, spec.probe.task)
         self.task: Task
         self.task, targets = encoded(labels, spec.probe.task)
         known = [lines[n].get("prompt", lines[n].get("id")) for n in kept]
@@ -196,7 +193,7 @@ class Samples:
         return {name: found[:, n] for n, name in enumerate(names)}
 
 
-class Part:
+class SplitRows:
     """Batches of the rows of one part of the split; call it with the number of an epoch."""
 
     def __init__(self, source: Stored, site: str, part: int, batch: int):
@@ -222,7 +219,7 @@ class Part:
                 fraction = torch.tensor([shares[each] for each in when])
                 yield batch.values[own], numbers[own], fraction, step
 
-    def told(self, probe: Probe) -> Iterator[Told]:
+    def predict(self, probe: Probe) -> Iterator[Predictions]:
         """Probabilities and targets of all rows."""
         if probe.task.kind == "regress":
             return

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from dreamreader._progress import ProgressEvent
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.fitting import ByStep, Recipe, fit
 from dreamreader.zoo import data, models, objectives
@@ -157,10 +158,11 @@ def run_stage(
         with BFloat16Products():
             return loss(step)
 
-    def progress(done: int, total: int | None, value: float) -> None:
+    def follow(event: ProgressEvent) -> None:
+        done = int(event.done)
         last = done == recipe.steps
         if done % 50 == 0 or last:
-            report(stage, done, recipe.steps or 0, value)
+            report(stage, done, recipe.steps or 0, event.numbers["loss"])
         if keep is not None and (done % SAVE_EVERY == 0 or last):
             with average.applied():
                 keep(done)
@@ -172,7 +174,7 @@ def run_stage(
         ByStep(lambda step: step),
         recipe,
         folder,
-        progress,
+        follow,
         after_step=average.update,
         state={"average": average},
         of={"stage": stage, "ema": ema},

@@ -46,7 +46,7 @@ def test_a_harvest_with_a_limit_and_then_to_its_end(spec: Path, tmp_path: Path) 
     assert "2 samples in 2 units of 1" in found.stderr and "rows/s" in found.stderr
     lines = found.stdout.splitlines()
     assert lines[0] == "the middle: 16 rows of 1 sites, 0.000 GB in 1 of 2 units"
-    assert lines[1] == "stopped before the limit; the same command with a larger one goes on"
+    assert lines[1] == "not complete; the same command, with a larger limit if any, goes on"
     found = run(spec, "-o", out)
     assert "2 samples (1 are there) in 2 units of 1" in found.stderr
     assert found.stdout.splitlines() == [
@@ -58,10 +58,10 @@ def test_a_harvest_with_a_limit_and_then_to_its_end(spec: Path, tmp_path: Path) 
 
 def test_a_dry_run_writes_nothing(spec: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    found = run(spec, "seeds=3", "--dry-run")
+    found = run(spec, "seeds.count=3", "--dry-run")
     assert found.exit_code == 0, found.output
     shown = found.stdout.splitlines()
-    assert shown[0] == "the middle"
+    assert shown[0] == "the middle: harvest"
     assert [line.split()[0] for line in shown[1:]] == [
         *("samples", "units", "sites", "1", "rows", "disk", "time"),
     ]
@@ -72,7 +72,6 @@ def test_a_dry_run_writes_nothing(spec: Path, tmp_path: Path, monkeypatch) -> No
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ((), "error: give --out, the folder of the store; or --dry-run"),
         (("capture.0.dtype=int7", "-o", "s"), "override 'capture.0.dtype=int7': capture.0.dtype: "),
         (("capture.0.sites=unet.midblock", "-o", "s"), "error: unknown site 'unet.midblock'; near"),
     ],
@@ -92,7 +91,7 @@ def test_ctrl_c_stops_between_two_units_and_the_command_goes_on(spec: Path, tmp_
         "dreamreader",
         "harvest",
         str(spec),
-        "seeds=100",
+        "seeds.count=100",
         "-o",
         str(out),
     ]
@@ -104,7 +103,7 @@ def test_ctrl_c_stops_between_two_units_and_the_command_goes_on(spec: Path, tmp_
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=60)
     assert child.returncode == 130 and "stopped; no file was left half-written" in said
-    assert "the same command goes on after the last sealed unit" in said
+    assert "the same command goes on after the last unit that is whole" in said
     assert not list(out.rglob("*.part"))
     manifest = json.loads((out / "manifest.json").read_text())
     assert not manifest["complete"] and manifest["jobs"][0]["units"] == [0, 200]

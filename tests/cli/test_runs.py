@@ -63,7 +63,7 @@ def finished(spec, tmp_path_factory) -> Path:
 
 
 def test_help_of_every_command_has_an_example() -> None:
-    for name in ("run", "plan", "schema", "report", "diff", "verify"):
+    for name in ("run", "plan", "show", "schema", "report", "diff", "verify", "runs"):
         found = run(name, "--help")
         assert found.exit_code == 0 and "Example" in found.output
         assert f"dreamreader {name}" in found.output
@@ -86,7 +86,7 @@ def test_a_run_goes_to_runs_by_its_name(spec, tmp_path, monkeypatch) -> None:
 
 def test_a_plan_is_printed_and_nothing_written(spec, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    found = run("plan", spec, "seeds=3")
+    found = run("plan", spec, "seeds.count=3")
     assert found.exit_code == 0, found.output
     lines = found.stdout.splitlines()
     assert lines[0] == "half the middle: edit"
@@ -100,7 +100,7 @@ def test_a_plan_is_printed_and_nothing_written(spec, tmp_path, monkeypatch) -> N
     "arguments, text",
     [
         (["run", "none.yaml"], "error: none.yaml: no such spec file"),
-        (["run", "{tmp_path}"], " is a folder; name a spec file"),
+        (["run", "{tmp_path}"], " is no run folder: it has neither fingerprint.json nor manifest"),
         (["schema", "-o", "{tmp_path}"], "error: {tmp_path}: Is a directory"),
         (["plan", "{spec}", "sedes=2"], "error: override 'sedes=2': sedes: unknown field; nearest"),
         (["run", "{spec}", "method.kind=edti"], "method: unknown kind 'edti'; nearest: edit"),
@@ -113,17 +113,17 @@ def test_a_plan_is_printed_and_nothing_written(spec, tmp_path, monkeypatch) -> N
         (["run", "{spec}", "--dtype", "int8"], "override 'subject.dtype=int8': subject.dtype: "),
         (["run", "{spec}", "data.limit=0"], "override 'data.limit=0': data.limit: "),
         (
-            ["run", "{spec}", "seeds=10000000"],
+            ["run", "{spec}", "seeds.count=10000000"],
             "the sweep has 40,000,000 rows (2 prompts x 10,000,000 seeds x 2 factor)",
         ),
         (
-            ["run", "{spec}", "seeds=2", "-o", "{finished}"],
+            ["run", "{spec}", "seeds.count=2", "-o", "{finished}"],
             "run holds another run: settings.spec.s",
         ),
         (["run", "{spec}", "-o", "/proc/run"], "error: nothing can be written in /proc: "),
         (["run", "{spec}", "-o", "{spec}"], "spec.yaml is a file; --out names a folder"),
-        (["report", "none"], "error: none is no run folder"),
-        (["diff", "{finished}", "none"], "error: none is no run folder"),
+        (["report", "none"], "error: none: no such run folder"),
+        (["diff", "{finished}", "none"], "error: none: no such run folder"),
         (["verify", "none"], "error: none: no such run folder"),
         (["verify", "{finished}", "--rows", "0"], "--rows"),
     ],
@@ -162,7 +162,7 @@ def test_the_schema_knows_specs(tmp_path) -> None:
     assert kinds == {"edit", "steer", "patch", "ablate", "windows", "lens", "heatmap"} | learned
     # what a spec may say in short is right for an editor too
     of = {name: schema["properties"][name]["anyOf"] for name in ("seeds", "subject")}
-    assert "integer" in {each.get("type") for each in of["seeds"]}
+    assert {each.get("type", "Seeds") for each in of["seeds"]} == {"array", "Seeds"}
     assert "string" in {each.get("type") for each in of["subject"]}
     assert run("schema", "--out", tmp_path / "schema.json").exit_code == 0
     assert json.loads((tmp_path / "schema.json").read_text()) == schema
@@ -196,7 +196,7 @@ def test_diff_of_equal_and_of_other_runs(spec, finished, tmp_path) -> None:
     assert run("run", spec, "seeds=[4]", "-o", tmp_path / "other").exit_code == 0
     found = run("diff", finished, tmp_path / "other")
     assert found.exit_code == 1
-    for text in ("spec", "seeds", "fingerprint", "metrics", "edited, pixel_distance", "[4]"):
+    for text in ("spec", "seeds", "fingerprint", "results", "edited, pixel_distance", "[4]"):
         assert text in found.stdout, text
     assert "rows: 6 and 6; 0 of 6 give the same output to the bit" in found.stdout
 

@@ -35,7 +35,7 @@ def test_examples_of_adapters_train(path: Path, tmp_path: Path):
     assert lines[0].startswith(f"{spec.name}: ") and "at 1 sites, best at step" in lines[0]
     assert "% of the difference explained on 1 held-out prompts, 3 trained" in lines[1]
     assert lines[2] == f"report: {out / 'report.html'}"
-    assert "training (loss" in found.stderr
+    assert "training" in found.stderr and "loss 0." in found.stderr
     assert Reft.load(out / "adapter.safetensors").sites == (SITE,)
     shown = run("reft", "show", out).stdout
     assert SITE in shown and "trainable params: " in shown and "loreft, the same at all" in shown
@@ -72,8 +72,6 @@ def test_a_dry_run_writes_nothing(command, example, small, text, tmp_path: Path,
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("reft", "train", "reft/frame.yaml"), "give --out, the folder of the adapters; or --dry"),
-        (("probes", "train", "probes/colour.yaml"), "give --out, the folder of the probes; or --d"),
         (
             ("reft", "train", "reft/frame.yaml", "training.rnk=3", "-o", "x"),
             "override 'training.rnk=3': training.rnk: unknown field; nearest: rank",
@@ -88,8 +86,6 @@ def test_a_dry_run_writes_nothing(command, example, small, text, tmp_path: Path,
         (("probes", "show", "colour"), "error: colour: no such file; probes are in"),
     ],
     ids=[
-        "reft out",
-        "probes out",
         "field",
         "column",
         "reft file",

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from dreamreader._checked import read_table, write_table
+from dreamreader._progress import ProgressEvent
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments import Experiment, diff, verify
 from dreamreader.experiments.folder import RunFolder
@@ -58,17 +59,13 @@ def test_an_experiment_that_has_just_run_can_be_verified(experiment, tmp_path) -
 
 
 def test_a_sample_is_drawn_from_all_rows(experiment, tmp_path) -> None:
-    made = experiment(seeds=3, batch={"rows": 3})
+    made = experiment(seeds={"count": 3}, batch={"rows": 3})
     made.run(tmp_path / "run")
     job, folder = Experiment(made.spec, reader=made.job.reader).job, RunFolder(tmp_path / "run")
-    calls: list[int] = []
-
-    def progress(units: Any) -> Any:
-        calls.append(len(units))
-        return units
-
-    verdict = verify(job, folder, 2, seed=3, progress=progress)
-    assert verdict.holds and len(verdict.checked) == 2 and calls[0] <= 2
+    events: list[ProgressEvent] = []
+    verdict = verify(job, folder, 2, seed=3, progress=events.append)
+    assert verdict.holds and len(verdict.checked) == 2
+    assert events[-1].stage == "batches" and 1 <= events[-1].done <= 2
     assert verify(job, folder, 2, seed=4).checked != verdict.checked
     with pytest.raises(InvalidInput, match="verify: count must be at least 1, got 0"):
         verify(job, folder, 0)
@@ -91,7 +88,7 @@ def test_only_a_complete_run_of_the_same_subject_is_verified(experiment, tmp_pat
         checked(made, tmp_path / "run")
     made.run(tmp_path / "run")
     with pytest.raises(InvalidInput, match="holds another run: settings.spec.seeds.count was 1, i"):
-        checked(experiment(seeds=2), tmp_path / "run")
+        checked(experiment(seeds={"count": 2}), tmp_path / "run")
 
 
 def test_equal_runs_do_not_differ(experiment, tmp_path) -> None:

@@ -20,8 +20,8 @@ def test_a_reader_names_the_subject(reader) -> None:
 
 
 def test_fields_as_a_mapping_a_spec_or_by_name(reader) -> None:
-    made = Experiment({**FIELDS, "subject": "shapes-unet"}, seeds=2)
-    assert made.spec == check_spec({**FIELDS, "subject": "shapes-unet", "seeds": 2})
+    made = Experiment({**FIELDS, "subject": "shapes-unet"}, seeds={"count": 2})
+    assert made.spec == check_spec({**FIELDS, "subject": "shapes-unet", "seeds": {"count": 2}})
     assert Experiment(made.spec).spec is made.spec
     assert Experiment(reader=reader, metrics=["detector"], **FIELDS).spec.metrics == ["detector"]
 
@@ -29,7 +29,7 @@ def test_fields_as_a_mapping_a_spec_or_by_name(reader) -> None:
 def test_fields_beside_a_whole_spec_are_refused() -> None:
     spec = check_spec({**FIELDS, "subject": "shapes-unet"})
     with pytest.raises(InvalidInput, match="a whole spec is given, and seeds beside it"):
-        Experiment(spec, seeds=4)
+        Experiment(spec, seeds={"count": 4})
     with pytest.raises(InvalidInput, match="a whole spec is given, and metrics beside it"):
         Experiment(spec, metrics=["detector"])
 

@@ -17,9 +17,9 @@ from dreamreader._checked import read_json, write_json
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments import load_results
 from dreamreader.experiments.folder import FORMAT, RunFolder
-from dreamreader.experiments.row import Unit
+from dreamreader.experiments.row import RowBatch
 
-UNITS = [Unit(0, 0, 2), Unit(1, 2, 3)]
+UNITS = [RowBatch(0, 0, 2), RowBatch(1, 2, 3)]
 
 
 def begun(path: Path) -> RunFolder:
@@ -168,7 +168,7 @@ METHODS = {
         "kind": "steer",
         "sites": "unet.**.attn2",
         "fit": {"prompts": [{"prompt": "a red star", "target": "a blue star"}]},
-        "fit_seeds": 2,
+        "fit_seeds": {"count": 2},
         "branch": "cond",
         "strengths": [1.0],
         "controls": [],
@@ -291,7 +291,7 @@ def test_columns_of_different_kinds_are_refused(tmp_path: Path) -> None:
     text = "metrics: a column holds different kinds of values: "
     with pytest.raises(InvalidInput, match=text):
         folder.write_unit(UNITS[0], [{"row": 0, "x": 1}, {"row": 1, "x": "a"}], ["x"], [])
-    units = [Unit(0, 0, 1), Unit(1, 1, 2)]
+    units = [RowBatch(0, 0, 1), RowBatch(1, 1, 2)]
     for unit, value in zip(units, (True, "a"), strict=True):
         folder.write_unit(unit, [{"row": unit.start, "x": value}], ["x"], [])
     with pytest.raises(InvalidInput, match=text):
@@ -301,7 +301,7 @@ def test_columns_of_different_kinds_are_refused(tmp_path: Path) -> None:
 def test_columns_that_were_empty_in_the_first_batch_keep_their_values(tmp_path: Path) -> None:
     folder = begun(tmp_path / "run")
     given = [{"row": 0, "x": None}, {"row": 1, "x": 1}, {"row": 2, "x": 0.5}]
-    units = [Unit(n, n, n + 1) for n in range(3)]
+    units = [RowBatch(n, n, n + 1) for n in range(3)]
     for unit, row in zip(units, given, strict=True):
         folder.write_unit(unit, [row], ["x"], [])
     folder.merge(units)

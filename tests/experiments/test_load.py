@@ -7,6 +7,7 @@ import pytest
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments import Experiment, check_spec, load_spec
 
+SEEDS = "seeds: {count: 2}"
 GOOD = """\
 name: half the middle
 subject: shapes-unet
@@ -14,7 +15,7 @@ data:
   prompts:
     - a red circle
     - {prompt: a blue square, id: blue}
-seeds: 2
+seeds: {count: 2}
 pipeline: {num_inference_steps: 2}
 method:
   kind: edit
@@ -59,7 +60,7 @@ def test_the_same_spec_as_an_object(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "old, new, expected",
     [
-        ("seeds: 2", "sedes: 2", "spec.yaml:7: sedes: unknown field; nearest: seeds"),
+        (SEEDS, "sedes: 2", "spec.yaml:7: sedes: unknown field; nearest: seeds"),
         ("prompts:", "promts:", "spec.yaml:4: data.promts: unknown field; nearest: prompts"),
         (
             "factor: $factor}",
@@ -84,10 +85,18 @@ def test_the_same_spec_as_an_object(tmp_path: Path) -> None:
             "spec.yaml:9: batch.rows: input should be a valid integer, unable to parse string as "
             "an integer, got 'many'; or input should be 'auto', got 'many'",
         ),
-        ("seeds: 2", "seeds: [1, -1]", "spec.yaml:7: seeds.1: input should be greater than or eq"),
-        ("seeds: 2", "seeds: [1, 2, 1]", "spec.yaml:7: seeds: seed 1 is there twice"),
-        ("seeds: 2", "seeds: []", "spec.yaml:7: seeds: list should have at least 1 item"),
-        ("seeds: 2", "seeds: {from: 2}", "spec.yaml:7: seeds.from: unknown field; nearest: start"),
+        (
+            SEEDS,
+            "seeds: [1, -1]",
+            "spec.yaml:7: seeds.1: input should be greater than or eq",
+        ),
+        (SEEDS, "seeds: [1, 2, 1]", "spec.yaml:7: seeds: seed 1 is there twice"),
+        (SEEDS, "seeds: []", "spec.yaml:7: seeds: list should have at least 1 item"),
+        (
+            SEEDS,
+            "seeds: {from: 2}",
+            "spec.yaml:7: seeds.from: unknown field; nearest: start",
+        ),
         ("name: half the middle\n", "", "spec.yaml:1: name: field required"),
         (
             "data:\n",
@@ -116,7 +125,7 @@ def test_an_axis_cannot_have_the_name_of_a_column(tmp_path: Path) -> None:
 
 
 def test_all_errors_come_at_once(tmp_path: Path) -> None:
-    text = GOOD.replace("seeds: 2", "sedes: 2").replace("kind: scale", "kind: scael")
+    text = GOOD.replace(SEEDS, "sedes: 2").replace("kind: scale", "kind: scael")
     lines = refused(written(tmp_path, text.replace("name: half the middle", "name: 5")))
     assert [line.split(": ")[:2] for line in lines] == [
         ["spec.yaml:1", "name"],
@@ -128,12 +137,12 @@ def test_all_errors_come_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("seeds: 2", "spec.yaml:8: seeds is given twice, first in line 7"),
+        (SEEDS, "spec.yaml:8: seeds is given twice, first in line 7"),
         ("data: {}", "spec.yaml:8: data is given twice, first in line 3"),
     ],
 )
 def test_a_key_that_is_given_twice(tmp_path: Path, text: str, expected: str) -> None:
-    assert refused(written(tmp_path, GOOD.replace("seeds: 2", f"seeds: 2\n{text}"))) == [expected]
+    assert refused(written(tmp_path, GOOD.replace(SEEDS, f"{SEEDS}\n{text}"))) == [expected]
 
 
 def test_a_nested_key_that_is_given_twice(tmp_path: Path) -> None:
@@ -184,8 +193,8 @@ def test_overrides_set_values_in_mappings_and_lists(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "override, expected",
     [
-        ("seeds", "override 'seeds': write key=value, for example seeds=4"),
-        ("=4", "override '=4': write key=value, for example seeds=4"),
+        ("seeds", "override 'seeds': write key=value, for example seeds.count=4"),
+        ("=4", "override '=4': write key=value, for example seeds.count=4"),
         ("sedes=4", "override 'sedes=4': sedes: unknown field; nearest: seeds"),
         ("methd.kind=edit", "override 'methd.kind=edit': methd: unknown field; nearest: method"),
         ("batch.row=4", "override 'batch.row=4': batch.row: unknown field; nearest: rows"),
@@ -235,3 +244,19 @@ def test_files_are_meant_from_the_folder_of_the_spec(tmp_path: Path) -> None:
     spec = load_spec(written(tmp_path, text)).model_dump()
     assert spec["data"]["file"] == str(tmp_path / "prompts.txt")
     assert spec["method"]["edits"][1]["direction"]["file"] == str(tmp_path / "d.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        (SEEDS, "seeds: 4", "spec.yaml:7: seeds: 4 could be one seed or a number of seeds: write"),
+        (SEEDS, "seeds: 4", "write [4] for the seed 4, {count: 4} for the seeds from 0 on"),
+        (SEEDS, "seeds: [yes]", "seeds: no truth value is taken here (YAML reads yes, no, on, off"),
+        ("factor: $factor", "factor: yes", "factor: no truth value is taken here"),
+        (SEEDS, "seeds: {count: 010}", "spec.yaml:7: no YAML: 010 is read as another number"),
+    ],
+)
+def test_numbers_that_could_be_others(tmp_path: Path, old: str, new: str, text: str) -> None:
+    with pytest.raises(InvalidInput) as error:
+        load_spec(written(tmp_path, GOOD.replace(old, new)))
+    assert text in str(error.value)

@@ -25,7 +25,7 @@ def test_prompts_with_html_are_text_in_the_report(experiment, tmp_path) -> None:
 def test_a_report_says_conditions_numbers_firing_and_fingerprint(experiment, tmp_path) -> None:
     made = experiment(
         data={"pairs": PAIRS},
-        seeds=2,
+        seeds={"count": 2},
         method={"kind": "patch", "sites": MIDDLE, "windows": 2},
         metrics=["pixel_distance"],
     )

@@ -25,7 +25,7 @@ def calls(reader: Reader):
 
 
 def test_a_plan_says_rows_batches_sites_memory_and_time(experiment, calls, tmp_path) -> None:
-    made = experiment(seeds=3)
+    made = experiment(seeds={"count": 3})
     plan = made.plan()
     assert len(plan.rows) == 18 and plan.conditions == {"unedited": 6, "edited": 12}
     assert {unit.stop - unit.start for unit in plan.units} == {3, 4}
@@ -60,10 +60,12 @@ def test_the_memory_allowed_decides_the_batch(experiment) -> None:
     row = probe(experiment().job)
     for rows in (1, 5):
         allowed = (rows + 0.5) * row / 2**30
-        plan = experiment(seeds=30, batch={"memory": allowed}).plan()
+        plan = experiment(seeds={"count": 30}, batch={"memory": allowed}).plan()
         assert plan.batch <= rows and len(plan.units) == -(-180 // rows)
-    assert experiment(seeds=30, batch={"memory": 1e6}).plan().batch <= MOST_ROWS
-    assert len(experiment(seeds=30, batch={"memory": 1e6}).plan().units) == -(-180 // MOST_ROWS)
+    assert experiment(seeds={"count": 30}, batch={"memory": 1e6}).plan().batch <= MOST_ROWS
+    assert len(experiment(seeds={"count": 30}, batch={"memory": 1e6}).plan().units) == -(
+        -180 // MOST_ROWS
+    )
     with pytest.raises(InvalidInput, match=r"batch.memory: one row takes about .* GiB, .* GiB are"):
         experiment(batch={"memory": row / 2**31}).plan()
 
@@ -72,12 +74,12 @@ def test_the_memory_allowed_decides_the_batch(experiment) -> None:
     "changes, text",
     [
         (
-            {"seeds": 10_000_000},
+            {"seeds": {"count": 10_000_000}},
             r"the sweep has 40,000,000 rows \(2 prompts x 10,000,000 seeds x 2 factor\)",
         ),
         (
             {
-                "seeds": 5000,
+                "seeds": {"count": 5000},
                 "method": {
                     "kind": "edit",
                     "edits": [
@@ -91,7 +93,7 @@ def test_the_memory_allowed_decides_the_batch(experiment) -> None:
         (
             {
                 "data": {"pairs": PAIRS},
-                "seeds": 100_000,
+                "seeds": {"count": 100_000},
                 "method": {"kind": "patch", "sites": "unet.**.attn2", "windows": 2},
             },
             r"the sweep has 5,600,000 rows \(28 cells x 2 prompts x 100,000 seeds\)",
@@ -109,24 +111,24 @@ def test_the_memory_allowed_decides_the_batch(experiment) -> None:
             r"the sweep has 20,000,000 rows \(10,000,000 positions x 2 prompts\)",
         ),
         (
-            {"seeds": 100_000, "method": {"kind": "ablate", "sites": "unet.**.attn2"}},
+            {"seeds": {"count": 100_000}, "method": {"kind": "ablate", "sites": "unet.**.attn2"}},
             r"the sweep has 5,600,000 rows \(28 cells x 2 prompts x 100,000 seeds\)",
         ),
         (
-            {"data": {"pairs": PAIRS}, "seeds": 500_000, "method": {"kind": "windows"}},
+            {"data": {"pairs": PAIRS}, "seeds": {"count": 500_000}, "method": {"kind": "windows"}},
             r"the sweep has 14,000,000 rows \(14 cells x 2 prompts x 500,000 seeds\)",
         ),
         (
-            {"seeds": 1_000_000, "method": {"kind": "lens"}},
+            {"seeds": {"count": 1_000_000}, "method": {"kind": "lens"}},
             r"the sweep has \d,000,000 rows \(\d layers x 2 prompts x 1,000,000 seeds\)",
         ),
         (
-            {"seeds": 10_000_000, "method": {"kind": "heatmap", "word": "red"}},
+            {"seeds": {"count": 10_000_000}, "method": {"kind": "heatmap", "word": "red"}},
             r"the sweep has 20,000,000 rows \(2 prompts x 10,000,000 seeds\)",
         ),
         (
             {
-                "seeds": 10_000,
+                "seeds": {"count": 10_000},
                 "method": {
                     "kind": "steer",
                     "sites": MIDDLE,

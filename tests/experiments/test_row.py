@@ -4,7 +4,7 @@ import pytest
 
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.methods.base import RowTable, check_size
-from dreamreader.experiments.row import MOST, Row, Unit, evenly, turn_apart, units
+from dreamreader.experiments.row import MOST, Row, RowBatch, evenly, turn_apart, units
 from dreamreader.specs.data import Item
 
 
@@ -39,7 +39,7 @@ def test_rows_are_turned_to_those_of_other_prompts(prompts: str, turn: int) -> N
 
 def test_rows_of_different_groups_share_no_batch() -> None:
     found = units(rows(3, 5, 1), 4)
-    assert found == [Unit(0, 0, 3), Unit(1, 3, 5), Unit(2, 5, 8), Unit(3, 8, 9)]
+    assert found == [RowBatch(0, 0, 3), RowBatch(1, 3, 5), RowBatch(2, 5, 8), RowBatch(3, 8, 9)]
     assert [row.number for row in found[2].of(rows(3, 5, 1))] == [5, 6, 7]
 
 

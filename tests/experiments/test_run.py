@@ -9,6 +9,7 @@ import torch
 from tiny.embedded import untrained
 
 from dreamreader._checked import read_table, write_table
+from dreamreader._progress import ProgressEvent
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.experiments import Experiment, load_results
@@ -77,7 +78,7 @@ def test_rows_are_what_the_pipeline_gives(experiment, reader, tmp_path) -> None:
 
 
 def test_alpha_0_is_bit_equal_in_a_batch_of_the_same_prompts(experiment, tmp_path) -> None:
-    results = experiment(seeds=2).run(tmp_path / "run")
+    results = experiment(seeds={"count": 2}).run(tmp_path / "run")
     units: dict[int, list[Any]] = {}
     for row in results.rows:
         units.setdefault(row["unit"], []).append(row)
@@ -91,12 +92,13 @@ def test_a_finished_run_computes_nothing(experiment, reader, tmp_path) -> None:
     files = {f: f.stat().st_mtime_ns for f in (tmp_path / "run").rglob("*") if f.is_file()}
     calls: list[Any] = []
     handle = reader.subject.unet.register_forward_pre_hook(lambda *_: calls.append(1))
-    counted: list[float] = []
+    events: list[ProgressEvent] = []
     try:
-        again = experiment().run(tmp_path / "run", advance=counted.append)
+        again = experiment().run(tmp_path / "run", progress=events.append)
     finally:
         handle.remove()
-    assert calls == [] == counted and again.rows == first.rows
+    assert calls == [] and again.rows == first.rows
+    assert [(each.done, each.total) for each in events] == [(len(first.rows),) * 2]
     del files[tmp_path / "run" / ".lock"]
     assert files == {f: f.stat().st_mtime_ns for f in files}
 
@@ -112,15 +114,14 @@ def test_progress_counts_each_row_once(experiment, tmp_path) -> None:
             "branch": "cond",
         },
     ):
-        counted: list[float] = []
-        told: list[tuple[int, int]] = []
+        events: list[ProgressEvent] = []
         results = experiment(data={"pairs": PAIRS}, method=method).run(
-            tmp_path / method["kind"],
-            started=lambda plan, done, told=told: told.append((len(plan.rows), done)),
-            advance=counted.append,
+            tmp_path / method["kind"], progress=events.append
         )
-        assert told == [(len(results.rows), 0)]
-        assert sum(counted) == pytest.approx(len(results.rows))
+        assert {(each.stage, each.total) for each in events} == {("rows", len(results.rows))}
+        assert events[0].text.startswith(f"{len(results.rows)} rows in ") and not events[0].done
+        counts = [each.done for each in events]
+        assert counts == sorted(counts) and counts[-1] == pytest.approx(len(results.rows))
 
 
 def test_batches_keep_their_rows_whatever_the_memory(experiment, tmp_path, monkeypatch) -> None:

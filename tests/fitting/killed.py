@@ -4,13 +4,14 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from fitting.toy import trained
 
-    def kill(done: int, total: int | None, loss: float) -> None:
-        if done == int(sys.argv[3]):
+    def kill(event: Any) -> None:
+        if event.done == int(sys.argv[3]):
             os.kill(os.getpid(), signal.SIGKILL)
 
     trained(Path(sys.argv[1]), Path(sys.argv[2]), progress=kill)

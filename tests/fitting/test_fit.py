@@ -39,8 +39,8 @@ def drawn(epoch: int) -> list[Tensor]:
 
 
 def stop_at(step: int) -> Any:
-    def progress(done: int, total: int | None, loss: float) -> None:
-        if done == step:
+    def progress(event: Any) -> None:
+        if event.done == step:
             raise Stop
 
     return progress
@@ -61,8 +61,8 @@ def test_every_kind_of_batches_goes_on_to_the_same_bits(tmp_path: Path, batches:
     with pytest.raises(Stop):
         fit(layer(), error, batches, recipe, tmp_path, stop_at(at), save_every=1)
     again, whole = layer(1), layer()
-    steps: list[int] = []
-    found = fit(again, error, batches, recipe, tmp_path, lambda n, *_: steps.append(n))
+    steps: list[float] = []
+    found = fit(again, error, batches, recipe, tmp_path, lambda event: steps.append(event.done))
     wanted = fit(whole, error, batches, recipe)
     assert found == wanted and len(found.losses) == 17 and steps[0] == at + 1
     assert torch.equal(again.weight, whole.weight) and not torch.equal(again.weight, layer().weight)
@@ -101,7 +101,7 @@ def test_what_a_checkpoint_keeps_beside_modules(tmp_path: Path):
         def load_state_dict(self, state: dict[str, Any]) -> None:
             self.value = state["value"]
 
-    def run(folder: Path | None, progress: Any = None) -> Tensor:
+    def run(folder: Path | None, progress: Any = False) -> Tensor:
         average = Average()
         given: Any = {"after_step": average.update, "state": {"average": average}}
         fit(layer(), error, rows(), Recipe(steps=9), folder, progress, save_every=2, **given)

@@ -38,7 +38,7 @@ def test_killed_inside_an_epoch_it_ends_equal_to_the_bit(store: Path, tmp_path: 
     done = subprocess.run([sys.executable, KILLED, store, tmp_path, "15"], check=False)
     assert done.returncode == -9
     steps: list[int] = []
-    again, histories = trained(store, tmp_path, progress=lambda n, *_: steps.append(n))
+    again, histories = trained(store, tmp_path, progress=lambda event: steps.append(event.done))
     assert steps[0] == 13 and steps[-1] == 30  # the last state was that of step 12, in epoch 1
     whole, wanted = trained(store)
     check_equal(again, whole)
@@ -53,8 +53,8 @@ def test_stopped_at_the_end_of_an_epoch_it_goes_on_with_the_next(
     class Stop(Exception):
         pass
 
-    def stop(done: int, *_) -> None:
-        if done == at:
+    def stop(event: Any) -> None:
+        if event.done == at:
             raise Stop
 
     with pytest.raises(Stop):

@@ -33,7 +33,7 @@ def pictures(**changes: Any) -> Harvest:
         "subject": "shapes-unet",
         "reader": unet(),
         "data": {"prompts": PROMPTS},
-        "seeds": 2,
+        "seeds": {"count": 2},
         "pipeline": {"num_inference_steps": 2},
         "capture": [{"sites": MIDDLE}],
         "batch": {"rows": 3},

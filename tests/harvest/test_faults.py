@@ -64,7 +64,6 @@ _LONG = """
 import sys
 sys.path.insert(0, sys.argv[2])
 from harvest import jobs
-from dreamreader.harvest.run import run_job
 from pathlib import Path
 
 def peak():

@@ -14,6 +14,7 @@ from pyarrow import parquet
 from dreamreader import Edit
 from dreamreader._checked import read_json, write_json
 from dreamreader._files import locked
+from dreamreader._progress import ProgressEvent
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
 from dreamreader.store import Manifest, Store
@@ -91,16 +92,19 @@ def test_a_complete_store_is_left_as_it_is(tmp_path: Path) -> None:
     texts().run(tmp_path / "s")
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "s").rglob("*") if f.name != ".lock"}
     seen: list[Any] = []
-    texts().run(tmp_path / "s", started=lambda *each: seen.append(each), advance=seen.append)
+    texts().run(tmp_path / "s", progress=seen.append)
     assert before == {f: f.stat().st_mtime_ns for f in before}
-    assert len(seen) == 1 and seen[0][1].there == 4
+    assert [(each.done, each.total) for each in seen] == [(4, 4)]
 
 
 def test_progress_counts_what_is_written(tmp_path: Path) -> None:
-    seen: list[tuple[int, int, int]] = []
-    store = pictures().run(
-        tmp_path / "s", advance=lambda p: seen.append((p.samples, p.rows, p.bytes))
-    )
+    seen: list[tuple[int, float, float]] = []
+
+    def follow(event: ProgressEvent) -> None:
+        if event.numbers:
+            seen.append((int(event.done), event.numbers["rows"], event.numbers["bytes"]))
+
+    store = pictures().run(tmp_path / "s", progress=follow)
     assert [each[0] for each in seen] == [3, 4, 6]
     assert seen[-1][1] == store.rows and seen[-1][2] == store.nbytes
     assert seen == sorted(seen)
@@ -256,16 +260,16 @@ def test_a_row_that_is_not_finite_is_refused(tmp_path: Path, broken: None, pool:
 
 
 def test_the_index_is_brought_up_to_date_on_the_way(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("dreamreader.harvest.run._REFRESHED", 0.0)
+    monkeypatch.setattr("dreamreader.harvest.harvest._REFRESHED", 0.0)
     seen: list[int] = []
 
-    def look(progress: Any) -> None:
-        if progress.units == 1 and not seen:
+    def look(event: ProgressEvent) -> None:
+        if event.done == 4 and not seen:  # the first unit is sealed, the second one not yet
             seen.append(parquet.read_table(tmp_path / "s" / "index.parquet").num_rows)
             assert not Manifest.read(tmp_path / "s").complete
             assert Store(tmp_path / "s").units == [0]
 
-    texts(store={"unit": 2}).run(tmp_path / "s", advance=look)
+    texts(store={"unit": 2}).run(tmp_path / "s", progress=look)
     assert len(seen) == 1 and seen[0] > 0
 
 

@@ -97,7 +97,7 @@ def test_a_spec_that_cannot_be_right(fields: Any, text: str) -> None:
 
 def test_a_whole_spec_and_fields_beside_it() -> None:
     with pytest.raises(InvalidInput, match="a whole spec is given, and seeds beside it"):
-        Harvest(spec(), seeds=3)
+        Harvest(spec(), seeds={"count": 3})
     assert repr(Harvest(spec())) == "Harvest('x': 1 captures of shapes-unet)"
 
 

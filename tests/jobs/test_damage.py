@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dreamreader import load
+from dreamreader._progress import ProgressEvent
 from dreamreader.errors import DreamreaderError
 from dreamreader.experiments import Experiment
 from dreamreader.training import ProbeJob, ReftJob
@@ -23,12 +24,12 @@ class Stop(Exception):
     """Raised in a callback, as Ctrl-C would be."""
 
 
-def _stopping(at: str | float) -> Callable[..., None]:
-    def told(stage: Any, done: int = 0, *_: Any) -> None:
-        if (stage, done) == ("training", 11) or (stage == at == "probes") or at == 0.0:
-            raise Stop
-
-    return told
+def _stop(event: ProgressEvent) -> None:
+    """Stops when the subject has been run, and before all is there."""
+    if (event.stage, event.done) == ("training", 11) or event.stage == "probes":
+        raise Stop
+    if event.stage == "rows" and event.done:
+        raise Stop
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +64,9 @@ def jobs() -> dict[str, tuple[Run, Run]]:
         ]
 
     return {
-        "experiment": (experiment, lambda out: experiment(out, advance=_stopping(0.0))),
-        "reft": (reft, lambda out: reft(out, told=_stopping("training"))),
-        "probes": (probes, lambda out: probes(out, told=_stopping("probes"))),
+        "experiment": (experiment, lambda out: experiment(out, progress=_stop)),
+        "reft": (reft, lambda out: reft(out, progress=_stop)),
+        "probes": (probes, lambda out: probes(out, progress=_stop)),
     }
 
 

@@ -4,13 +4,14 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from reft.training import trained
 
-    def kill(done: int, steps: int, loss: float) -> None:
-        if done == int(sys.argv[2]):
+    def kill(event: Any) -> None:
+        if event.done == int(sys.argv[2]):
             os.kill(os.getpid(), signal.SIGKILL)
 
     trained(Path(sys.argv[1]), progress=kill)

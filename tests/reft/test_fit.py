@@ -32,7 +32,7 @@ def test_pairs_are_fitted(given: dict[str, Any]):
         rank=4,
         settings=settings(),
         steps=25,
-        progress=lambda done, steps, loss: losses.append(loss),
+        progress=lambda event: losses.append(event.numbers["loss"]),
         **given,
     )
     assert len(losses) == 25 and sum(losses[-5:]) < 0.97 * sum(losses[:5])

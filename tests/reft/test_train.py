@@ -30,7 +30,7 @@ def test_killed_and_started_again_it_ends_equal_to_the_bit(tmp_path: Path):
     found = subprocess.run([sys.executable, KILLED, tmp_path, "23"], check=False)
     assert found.returncode == -9
     done: list[int] = []
-    reft, history = trained(tmp_path, progress=lambda step, *_: done.append(step))
+    reft, history = trained(tmp_path, progress=lambda event: done.append(event.done))
     assert done[0] == 22  # the last state before the kill was that of step 21
     whole, wanted = trained()
     assert equal(reft, whole)
@@ -43,8 +43,8 @@ def test_any_optimiser_of_torch_resumes_exactly(tmp_path: Path, name: str):
     class Stop(Exception):
         pass
 
-    def stop(done: int, *_: Any) -> None:
-        if done == 8:
+    def stop(event: Any) -> None:
+        if event.done == 8:
             raise Stop
 
     common: dict[str, Any] = {"optimizer": name, "steps": 12, "grad_clip": None}
@@ -62,8 +62,8 @@ def test_patience_counts_on_after_a_stop(tmp_path: Path):
     _, whole = trained(**common)
     last = len(whole.losses) - 5  # two validations without a better one are over
 
-    def stop(done: int, *_: Any) -> None:
-        if done == last:
+    def stop(event: Any) -> None:
+        if event.done == last:
             raise Stop
 
     with pytest.raises(Stop):

@@ -1,6 +1,8 @@
 """Texts that are no values, or mean more than they show, are refused with their place."""
 
+import re
 import time
+from typing import Any
 
 import pytest
 
@@ -83,3 +85,15 @@ def test_a_spec_says_file_and_line(tmp_path) -> None:
     file.write_text("rows: 1\n")
     with pytest.raises(InvalidInput, match="override 'rows=\\[': the value is no YAML: "):
         load_spec(Batch, file, ["rows=["])
+
+
+@pytest.mark.parametrize("text", ["010", "-010", "007", "0_7", "1:30", "1:30:00.5"])
+def test_numbers_that_yaml_reads_as_others_are_refused(text: str):
+    with pytest.raises(InvalidInput, match=re.escape(f"f:1: no YAML: {text} is read as another")):
+        parse_yaml(f"x: {text}", "f")
+
+
+@pytest.mark.parametrize("text, value", [("0", 0), ("0x10", 16), ("08", "08"), ("0.5", 0.5)])
+def test_other_numbers_are_what_they_were(text: str, value: Any):
+    assert parse_yaml(f"x: {text}", "f")[0] == {"x": value}
+    assert parse_yaml(f"x: '{text}'", "f")[0] == {"x": text}

@@ -38,15 +38,15 @@ def small_blocks(monkeypatch) -> None:
 
 @pytest.mark.parametrize("stored", DTYPES, ids=str)
 def test_npy(stored, written, tmp_path) -> None:
-    folder, done = written(stored=stored, units=1), []
-    out = export(folder, tmp_path / "out", "npy", done=done.append)
+    folder, events = written(stored=stored, units=1), []
+    out = export(folder, tmp_path / "out", "npy", progress=events.append)
     assert sorted(os.listdir(out)) == [
         "block.attn@heads.keys.parquet",
         "block.attn@heads.npy",
         "block.out.keys.parquet",
         "block.out.npy",
     ]
-    assert sum(done) == Store(folder).rows and len(done) > 5
+    assert events[-1].done == events[-1].total == Store(folder).rows and len(events) > 5
     for site in (HEADS, OUT):
         rows, name = Store(folder).read(site), site.replace(":", "@")
         found = np.load(out / f"{name}.npy", mmap_mode="r")

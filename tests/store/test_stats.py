@@ -40,12 +40,15 @@ def store_of(folder, values: torch.Tensor, stored=torch.float32) -> Store:
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_against_numpy(stored, block, written, monkeypatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", block)
-    store, done = Store(written(stored=stored)), []
-    found = stats(store, HEADS, covariance=True, done=done.append)
+    store, events = Store(written(stored=stored)), []
+    found = stats(store, HEADS, covariance=True, progress=events.append)
     rows = store.read(HEADS)
     values = rows.values.double().numpy()
     keys = [(key["step"], key["branch"]) for key in rows.keys.to_pylist()]
-    assert sum(done) == len(values) == found.whole.rows and found.not_finite == 0
+    assert (
+        events[-1].done == events[-1].total == len(values) == found.whole.rows
+        and found.not_finite == 0
+    )
     assert [(each.step, each.branch) for each in found.groups] == sorted(set(keys))
     for group in (found.whole, *found.groups):
         own = values[[group.step is None or key == (group.step, group.branch) for key in keys]]

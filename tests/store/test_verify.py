@@ -54,9 +54,12 @@ def found(store: Path) -> list[tuple[str, str]]:
 
 
 def test_a_sound_store(sound) -> None:
-    seen = []
-    report = verify(str(sound), lambda units: (seen.append(unit) or unit for unit in units))
-    assert report.holds and report.damage == () and seen == [0, 1]
+    events = []
+    report = verify(str(sound), events.append)
+    assert report.holds and report.damage == ()
+    assert [(each.stage, each.done, each.total) for each in events] == [
+        ("units", done, 2) for done in (0, 1, 2)
+    ]
     assert (report.units, report.shards, report.rows) == (2, 4, 2 * (144 + 48))
     assert report.bytes == sum(f.stat().st_size for f in sound.rglob("*.safetensors"))
 
@@ -251,14 +254,12 @@ def test_a_shard_that_is_cut_off_while_it_is_read_is_named(
             os.truncate(store / SHARD, 8192)
         return plain(*parts)
 
-    def units_of(units):
-        for unit in units:
-            if unit == 1:  # the shard is the first one there
-                monkeypatch.setattr(module, "crc32c", cutting)
-            yield unit
+    def cut_at(event):
+        if event.done == 1:  # the shard is the first one there
+            monkeypatch.setattr(module, "crc32c", cutting)
 
     monkeypatch.setattr(module, "BLOCK_BYTES", 1)
-    (damage,) = verify(store, units_of).damage
+    (damage,) = verify(store, cut_at).damage
     assert damage.file == name and re.match(what, damage.what)
 
 

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from dreamreader._progress import ProgressEvent
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.harvest import Harvest
 from dreamreader.probes import Probe
 from dreamreader.probes.split import TRAIN
 from dreamreader.store.merge import merge
 from dreamreader.training import ProbeJob, ProbeTraining
-from dreamreader.training.labels import told
-from dreamreader.training.stored import Part
+from dreamreader.training.labels import complete_rows
+from dreamreader.training.stored import SplitRows
 
 from .jobs import DOWN, MIDDLE, PROBES
 
@@ -29,9 +30,9 @@ def accuracy(probe: Probe, attribute: str = "") -> float:
 
 
 def test_a_colour_is_read_and_the_folder_says_how_well(probes, reader, tmp_path: Path):
-    heard: list[tuple] = []
+    events: list[ProgressEvent] = []
     job = probes({"controls": True})
-    found = job.run(tmp_path, told=lambda *each: heard.append(each))
+    found = job.run(tmp_path, progress=events.append)
     probe = found[DOWN]
     assert list(found) == [DOWN] and probe.labels == ("blue", "green", "red")
     assert accuracy(probe) > 0.8 and probe.steps == (0, 1) and probe.branch == "cond"
@@ -40,7 +41,7 @@ def test_a_colour_is_read_and_the_folder_says_how_well(probes, reader, tmp_path:
     assert Probe.load(tmp_path / "probes" / f"{DOWN}.safetensors") == probe
     kept = notes(tmp_path)
     assert kept["card"] == probe.card.as_dict() and kept["rows"] == {"all": 18, "labelled": 18}
-    assert heard[0][0] == "recording" and heard[-1] == ("probes", 1, 1, None)
+    assert events[0].stage == "recording" and events[-1] == ProgressEvent("probes", 1, 1)
     page = (tmp_path / "report.html").read_text()
     for part in ("right, by confidence", "told, by truth", "accuracy by step", "shuffled labels"):
         assert part in page
@@ -90,7 +91,7 @@ def test_labels_of_the_detector(probes, tmp_path: Path):
 
 
 def test_rows_without_a_label_are_left_out():
-    rows, labels = told({"a": ["x", None, "y", True], "b": [1, 2, None, 3]}, "classify")
+    rows, labels = complete_rows({"a": ["x", None, "y", True], "b": [1, 2, None, 3]}, "classify")
     assert rows == [0, 3] and labels == {"a": ["x", "yes"], "b": ["1", "3"]}
 
 
@@ -234,7 +235,7 @@ def test_rows_of_one_prompt_stay_in_one_part_of_a_store(reader, tmp_path: Path):
         subject="shapes-unet",
         reader=reader,
         data=PROBES["data"],
-        seeds=2,
+        seeds={"count": 2},
         pipeline={"num_inference_steps": 1},
         capture=[{"sites": DOWN, "pool": "mean"}],
     ).run(tmp_path / "store")
@@ -256,7 +257,7 @@ def test_rows_of_merged_harvests_have_the_noise_levels_of_their_own(reader, tmp_
     merge([tmp_path / "2", tmp_path / "3"], tmp_path / "store")
     job = ProbeJob(name="a", store=str(tmp_path / "store"), labels="color", probe={"holdout": 3})
     seen = set()
-    for _, numbers, fraction, step in Part(job.source, DOWN, TRAIN, 64).rows(0):
+    for _, numbers, fraction, step in SplitRows(job.source, DOWN, TRAIN, 64).rows(0):
         half = numbers < 18  # those of the first harvest
         torch.testing.assert_close(fraction, step / torch.where(half, 2, 3))
         seen |= set(fraction.tolist())
@@ -264,7 +265,7 @@ def test_rows_of_merged_harvests_have_the_noise_levels_of_their_own(reader, tmp_
 
 
 def test_a_plan_says_what_will_be_read(probes):
-    text = probes(seeds=2).plan()
+    text = probes(seeds={"count": 2}).plan()
     for line in (DOWN, "rows    36: 18 prompts, 2 seeds", "labels  blue 12, green 12, red 12"):
         assert line in text
     assert "labels  read from the pictures" in probes(labels={"detector": "color"}).plan()

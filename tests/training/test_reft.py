@@ -8,11 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from dreamreader._progress import ProgressEvent
 from dreamreader.errors import InvalidInput, NeverFired, UnknownName
 from dreamreader.reft import ActivationMatch, Batch, Pairs, Reft
 from dreamreader.training import ReftJob
 from dreamreader.training.fit import evidence
-from dreamreader.training.losses import Seeded
+from dreamreader.training.losses import PromptwiseLoss
 
 from .jobs import MIDDLE, UP
 
@@ -31,8 +32,8 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_folder_holds_adapters_and_what_they_reach(reft, reader, tmp_path: Path):
-    told: list[tuple] = []
-    found = reft({"steps": 60, "lr": 0.05}).run(tmp_path / "out", told=lambda *e: told.append(e))
+    events: list[ProgressEvent] = []
+    found = reft({"steps": 60, "lr": 0.05}).run(tmp_path / "out", progress=events.append)
     assert isinstance(found, Reft) and found.sites == (MIDDLE, UP)
     assert {each.name for each in (tmp_path / "out").glob("[!.]*")} == {
         *("spec.yaml", "fingerprint.json", "plan.json", "adapter.safetensors"),
@@ -50,7 +51,10 @@ def test_a_folder_holds_adapters_and_what_they_reach(reft, reader, tmp_path: Pat
     assert {each["step"] for each in lines if each["validation"] is not None} == set(
         range(4, 61, 4)
     )
-    assert told[0] == ("recording", 0, 1, None) and told[-1][:3] == ("training", 60, 60)
+    assert events[0] == ProgressEvent("recording", 0, 1)
+    last = events[-1]
+    assert (last.stage, last.done, last.total) == ("training", 60, 60)
+    assert last.numbers == {"loss": pytest.approx(lines[-1]["loss"])}
     page = (tmp_path / "out" / "report.html").read_text()
     assert UP in page and "of the difference explained" in page and "held out" in page
     run = {"seeds": 3, "num_inference_steps": 2, "output_type": "latent"}
@@ -163,7 +167,7 @@ def test_several_seeds_of_a_prompt_are_held_out_together():
     base = torch.arange(24.0).reshape(6, 2, 1, 2)  # three prompts, two seeds, two calls
     pairs = Pairs({"a": base}, {"a": base + 1}, (0, 1))
     own = ActivationMatch(pairs)
-    loss = Seeded(own, 2)
+    loss = PromptwiseLoss(own, 2)
     assert (loss.rows, loss.moments) == (3, 4)
     reft = Reft({"a": 2}, rank=1)
     seen = []
@@ -179,7 +183,7 @@ def test_several_seeds_of_a_prompt_are_held_out_together():
 
 
 def test_a_plan_says_what_will_be_trained(reft):
-    plan = reft({"per_step": True}, seeds=3, pipeline={"num_inference_steps": 4}).plan()
+    plan = reft({"per_step": True}, seeds={"count": 3}, pipeline={"num_inference_steps": 4}).plan()
     assert plan.parameters == 4 * 2 * (2 * 2 * 96 + 2)
     assert (plan.prompts, plan.seeds, plan.calls) == (4, 3, 4)
     assert plan.recording > 0 and plan.training > 0
@@ -196,7 +200,7 @@ def test_one_spec_serves_python_and_files(reader, tmp_path: Path):
         "name: a\nsubject: shapes-unet\nsites: [unet.**.attn2]\n"
         "data: {pairs: [{source: a, target: b}]}\n"
     )
-    job = ReftJob.from_file(tmp_path / "spec.yaml", ["training.rank=3", "seeds=2"])
+    job = ReftJob.from_file(tmp_path / "spec.yaml", ["training.rank=3", "seeds.count=2"])
     assert job.spec.training.rank == 3 and list(job.spec.seed_list) == [0, 1]
     assert ReftJob(job.spec).spec == job.spec
     with pytest.raises(InvalidInput, match="a whole spec is given, and name beside it"):

@@ -17,6 +17,7 @@ from dreamreader.errors import InvalidInput
 from dreamreader.experiments.job import Job, Method
 from dreamreader.experiments.methods.base import SweptPlaces, one_selection
 from dreamreader.probes import Probe
+from dreamreader.probes import fit as fit_probe
 from dreamreader.recording.labelled import joined_rows, mean_over_tokens
 from dreamreader.specs.data import Item, read_items
 from dreamreader.specs.parts import AnySeeds, Count, Data, Seeds, listed_seeds
@@ -128,7 +129,8 @@ class ProbedLabels(Method, SweptPlaces):
         with explained(job.folder.path):
             means.parent.mkdir(parents=True, exist_ok=True)
             for site, file in files.items():
-                probe = self.probe.build(cache[site], labels, subject=job.spec.subject.model)
+                options = {**self.probe.options, "subject": job.spec.subject.model}
+                probe = fit_probe(cache[site], labels, **options)
                 probe.save(file)
             tensors, of = {}, {}
             for site in files:

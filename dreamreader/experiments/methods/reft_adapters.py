@@ -19,7 +19,7 @@ from dreamreader.reft import Pairs, Reft, record_pairs, train
 from dreamreader.specs.data import Item, read_items
 from dreamreader.specs.parts import AnySeeds, Count, Data, Seeds, listed_seeds
 from dreamreader.training.examples import examples_of
-from dreamreader.training.losses import Place, loss_of
+from dreamreader.training.losses import AdaptedSites, adapters_of, loss_of
 from dreamreader.training.parts import Training
 
 Variant = Literal["loreft", "direft", "noreft", "diagonal", "bias"]
@@ -125,7 +125,7 @@ class _AdapterBuilder:
         items = method.fit_items()
         self.examples = examples_of(method.training, items, seeds, label="method.fit")
         every = list(dict.fromkeys(site for listed in self.sites.values() for site in listed))
-        self.place = Place(
+        self.place = AdaptedSites(
             job.reader,
             every,
             branch=method.edited_branch(job) or "cond",
@@ -156,7 +156,7 @@ class _AdapterBuilder:
         if condition == "untrained":
             changes["init"] = "pyreft"
         made = self.method.training.model_copy(update=changes)
-        return made.adapters(replace(self.place, sites=self.sites[cell]))
+        return adapters_of(made, replace(self.place, sites=self.sites[cell]))
 
     def _pairs(self) -> Pairs:
         """The recorded pairs of the first seed, for their means."""

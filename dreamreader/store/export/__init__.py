@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamreader._files import explained, new_folder
+from dreamreader._progress import Progress, show_progress
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.store.export import huggingface, npy, webdataset
 from dreamreader.store.export.base import ChosenRows
@@ -24,7 +25,7 @@ def export(
     site: str | Sequence[str] | None = None,
     steps: Any = None,
     branch: str | Sequence[str] | None = None,
-    done: Callable[[int], None] = lambda rows: None,
+    progress: Progress = True,
 ) -> Path:
     """Writes rows of a store in a format that other tools read, a block at a time.
 
@@ -37,7 +38,7 @@ def export(
             `huggingface`: for each site a folder that `datasets.load_from_disk` reads;
             `webdataset`: tar files with one group for each sample.
         site: one or several; all by default. steps, branch: see `Store.segments`.
-        done: told of each number of rows written.
+        progress: shown by default, or a function of a `ProgressEvent`, or False.
 
     Returns:
         `out`.
@@ -57,7 +58,6 @@ def export(
     if not sites or (site is not None and len(sites) < len(wanted)):
         empty = [each for each in wanted if each not in sites]
         raise InvalidInput(f"{store}: no rows of {', '.join(empty) or 'any site'} are chosen")
-    chosen = ChosenRows(opened, sites, steps, branch, done)
-    with new_folder(out) as part, explained(Path(out)):
-        FORMATS[format](chosen, part)
+    with show_progress(progress) as report, new_folder(out) as part, explained(Path(out)):
+        FORMATS[format](ChosenRows(opened, sites, steps, branch, report), part)
     return Path(out)

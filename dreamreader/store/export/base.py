@@ -1,7 +1,8 @@
 """What all formats have in common: the rows that are chosen, and dtypes that others know."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dreamreader._progress import ProgressCallback, ProgressEvent
 from dreamreader.store.layout import SiteLayout, file_of
 from dreamreader.store.rows import RowBlock, Segments, blocks_of
 from dreamreader.store.store import Store
@@ -21,14 +23,25 @@ class ChosenRows:
     """Rows of a store.
 
     Attributes:
-        store, sites, steps, branch: see `export`. done: told of each number of rows written.
+        store, sites, steps, branch: see `export`. report: hears of the rows.
     """
 
     store: Store
     sites: Sequence[str]
     steps: Any
     branch: str | Sequence[str] | None
-    done: Callable[[int], None]
+    report: ProgressCallback
+    _done: list[int] = field(default_factory=lambda: [0])
+
+    @cached_property
+    def total(self) -> int:
+        """Rows of all sites."""
+        return sum(self.segments(site).total for site in self.sites)
+
+    def count(self, rows: int) -> None:
+        """Reports rows that were written."""
+        self._done[0] += rows
+        self.report(ProgressEvent("rows", self._done[0], self.total))
 
     def segments(self, site: str) -> Segments:
         """Where the chosen rows of a site are."""
@@ -38,7 +51,7 @@ class ChosenRows:
         """The chosen rows of a site, a block at a time."""
         for block in blocks_of(self.segments(site), rows):
             yield block
-            self.done(len(block))
+            self.count(len(block))
 
 
 def name_of(site: str) -> str:

@@ -56,7 +56,7 @@ def _add(
         np.save(data, array_of(block.values))
         _member(tar, f"{key}.{name_of(site)}.npy", data.getvalue())
         rows[site] = {name: _plain(column) for name, column in block.times().items()}
-        chosen.done(len(block))
+        chosen.count(len(block))
     text = json.dumps(about | {"rows": rows}, allow_nan=False)
     _member(tar, f"{key}.json", text.encode())
 

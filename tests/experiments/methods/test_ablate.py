@@ -81,7 +81,7 @@ def test_random_sets_are_cells_of_their_own(experiment, tmp_path) -> None:
 
 def test_a_floor_makes_shares_of_differences(experiment, tmp_path) -> None:
     method = {"kind": "ablate", "sites": SITES[1], "random_sets": 0, "ablation": "zero"}
-    fields = {"metrics": [Blueness()], "seeds": 2}
+    fields = {"metrics": [Blueness()], "seeds": {"count": 2}}
     plain = experiment(method=method, **fields).run(tmp_path / "a")
     share = experiment(method={**method, "floor": -1.0}, **fields).run(tmp_path / "b")
     one, other = (effects(each, "ablated") for each in (plain, share))
@@ -167,7 +167,7 @@ def test_the_prompts_of_the_reference_are_part_of_the_fingerprint(experiment, tm
     path = tmp_path / "others.txt"
     path.write_text("a green star\n")
     method = {"kind": "ablate", "sites": SITES[1], "random_sets": 0}
-    method |= {"reference": {"file": str(path)}, "reference_seeds": 2}
+    method |= {"reference": {"file": str(path)}, "reference_seeds": {"count": 2}}
     experiment(method=method).run(tmp_path / "run")
     path.write_text("a yellow cross\n")
     with pytest.raises(InvalidInput, match="holds another run: settings.inputs.reference was "):

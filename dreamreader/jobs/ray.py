@@ -1,6 +1,6 @@
-"""Harvests on several processes or machines with Ray.
+"""Jobs on several processes or machines with Ray.
 
-Workers share nothing but the folder of the store: each is given a unit, and seals it there.
+Workers share nothing but the folder of the job: each is given a unit, and writes it there.
 """
 
 import os
@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreamreader.errors import InvalidInput
-from dreamreader.harvest.ray_worker import Order, Refused, Sealed, Worker
-from dreamreader.harvest.run import Work, expected, tidy
-from dreamreader.store.index import sealed_units
+from dreamreader.jobs.job import Work
+from dreamreader.jobs.ray_worker import ComputedUnit, JobWorker, WorkerError, WorkerOrder
 
 _TRIES = 3  # workers lost with the same unit, or one after the other at their start, that end it
 _MEMORY = 200 << 20
@@ -25,22 +24,23 @@ _OPENING = -1  # what a worker does that has no unit yet
 
 @dataclass(frozen=True)
 class RayEngine:
-    """Harvests units in the workers of a Ray cluster, each in a process of its own.
+    """Computes units in the workers of a Ray cluster, each in a process of its own.
 
     A worker opens the subject by itself, on `cores / workers` cores, and on a GPU of its own where
     the subject is on CUDA. The unit of a worker that is lost goes to another one, and a new worker
-    is started. An error of the harvest itself ends it, as it does without Ray.
+    is started. An error of the job itself ends it, as it does without Ray.
 
     Args:
         workers: how many; one for each GPU or, on the CPU, for each machine by default.
         address: host:port of the head of a running cluster that this machine is in, RAY_ADDRESS by
-            default. Without both a cluster is started on this machine, and ends with the harvest.
+            default. Without both a cluster is started on this machine, and ends with the job.
 
     Raises:
         InvalidInput: Ray is not installed, or `workers` is not positive.
 
     Example:
         >>> Harvest.from_file("spec.yaml").run("store", engine=RayEngine(4))  # doctest: +SKIP
+        >>> Experiment.from_file("steer.yaml").run("runs/steer", engine=RayEngine(4))  # doctest: +SKIP
     """
 
     workers: int | None = None
@@ -52,10 +52,10 @@ class RayEngine:
         _ray()
 
     def __call__(self, work: Work) -> None:
-        """Harvests the missing units.
+        """Computes the missing units.
 
         Raises:
-            InvalidInput: an error of the harvest; the cluster is too small or cannot be reached; or
+            InvalidInput: an error of the job; the cluster is too small or cannot be reached; or
                 too many workers were lost.
         """
         if not work.missing:
@@ -68,12 +68,12 @@ class RayEngine:
             machines = _machines()
             workers = self.workers or (sum(m.gpus for m in machines) if cuda else len(machines))
             threads = threads_of(machines, workers, cuda)
-            crew = _Crew(work, min(workers, len(work.missing)), threads, cuda)
+            pool = WorkerPool(work, min(workers, len(work.missing)), threads, cuda)
             try:
-                crew.run()
+                pool.run()
             finally:
-                crew.dismiss()
-        tidy(work.store)
+                pool.dismiss()
+        work.folder.tidy()
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,11 @@ def threads_of(machines: Sequence[Machine], workers: int, cuda: bool) -> int:
     raise InvalidInput(f"workers={workers}: the cluster has {have}; a worker needs one of each")
 
 
-class _Room:
-    """Shares the bytes that the store may still have among the units under way.
+class ByteBudget:
+    """Shares the bytes that the result may still have among the units under way.
 
     While there is plenty, every worker has an even share. Then units are run one at a time, so that
-    the store never has more than the limit, and misses no unit that fits.
+    the result never has more than the limit, and misses no unit that fits.
     """
 
     def __init__(self, work: Work):
@@ -114,21 +114,21 @@ class _Room:
         self._shares: dict[int, int] = {}
         self._alone = False
 
-    def taken(self, unit: int, idle: int) -> bool:
+    def take(self, unit: int, idle: int) -> bool:
         """Whether a unit may start now, with `idle` workers that could start one."""
-        limit, progress = self._work.limit, self._work.progress
+        work, limit = self._work, self._work.limit
         if limit is None:
             return True
         if self._alone and self._shares:
             return False
-        left = limit - progress.stored - sum(self._shares.values())
+        left = limit - work.stored - sum(self._shares.values())
         share = left if self._alone else left // idle
-        if share < expected(self._work.plan, unit, progress):
+        if share < work.job.expected(work, unit):
             if self._alone:
-                progress.stopped = True
+                work.stopped = True
                 return False
             self._alone = True
-            return self.taken(unit, idle)
+            return self.take(unit, idle)
         self._shares[unit] = share
         return True
 
@@ -140,26 +140,28 @@ class _Room:
 
     def exceeded(self, unit: int) -> None:
         """A unit had more than its share: it is run alone, or does not fit at all."""
-        left = self._work.limit - self._work.progress.stored  # pyright: ignore
-        self._work.progress.stopped = self._shares.pop(unit) == left
+        left = self._work.limit - self._work.stored  # pyright: ignore
+        self._work.stopped = self._shares.pop(unit) == left
         self._alone = True
 
 
-class _Crew:
+class WorkerPool:
     """The workers, and which of them does what."""
 
     def __init__(self, work: Work, workers: int, threads: int, cuda: bool):
         self._work = work
         self._left = sorted(work.missing)
-        self._room = _Room(work)
+        self._budget = ByteBudget(work)
+        self._there = set(range(work.job.units(work.plan))).difference(work.missing)
         self._lost: Counter[int] = Counter()
         self._tasks: dict[Any, tuple[Any, int]] = {}  # by future: worker and unit
         self._idle: list[Any] = []
         self._most_at_start = _TRIES * workers
-        order = Order(
-            work.job.spec, work.plan, os.getcwd(), str(work.store.resolve()), work.run, threads
+        job, folder = work.job, work.folder
+        order = WorkerOrder(
+            job.kind, job.spec, os.getcwd(), str(folder.path.resolve()), folder.run, threads
         )
-        kind = _ray().remote(num_cpus=threads, num_gpus=int(cuda), max_restarts=0)(Worker)
+        kind = _ray().remote(num_cpus=threads, num_gpus=int(cuda), max_restarts=0)(JobWorker)
         self._start = lambda: kind.remote(order)
         for _ in range(workers):
             self._hire()
@@ -167,14 +169,15 @@ class _Crew:
     def run(self) -> None:
         while self._left or any(unit != _OPENING for _, unit in self._tasks.values()):
             self._assign()
-            if self._work.progress.stopped:
+            if self._work.stopped:
                 return
             self._next()
-        unseen = set(self._work.missing).difference(sealed_units(self._work.store))
+        work = self._work
+        unseen = set(work.missing).difference(work.job.there(work.folder, work.plan))
         if unseen:
             raise InvalidInput(
-                f"{self._work.store}: unit {min(unseen)} was sealed by a worker, but is not there; "
-                "the store must be in a folder that all machines share"
+                f"{work.folder.path}: unit {min(unseen)} was written by a worker, but is not "
+                "there; it must be a folder that all machines share"
             )
 
     def dismiss(self) -> None:
@@ -187,9 +190,15 @@ class _Crew:
         self._tasks[worker.open.remote()] = worker, _OPENING
 
     def _assign(self) -> None:
-        while self._idle and self._left and self._room.taken(self._left[0], len(self._idle)):
-            unit, worker = self._left.pop(0), self._idle.pop()
-            self._tasks[worker.harvest.remote(unit, self._room.of(unit))] = worker, unit
+        needs, plan = self._work.job.needs, self._work.plan
+        while self._idle:
+            ready = (unit for unit in self._left if needs(plan, unit) <= self._there)
+            unit = next(ready, None)
+            if unit is None or not self._budget.take(unit, len(self._idle)):
+                return
+            self._left.remove(unit)
+            worker = self._idle.pop()
+            self._tasks[worker.compute.remote(unit, self._budget.of(unit))] = worker, unit
 
     def _next(self) -> None:
         """Waits for what ends next."""
@@ -206,40 +215,36 @@ class _Crew:
             return
         self._idle.append(worker)
         self._lost.pop(unit, None)
-        if isinstance(found, Refused):
+        if isinstance(found, WorkerError):
             raise found.error()
-        if isinstance(found, Sealed):
-            self._room.free(unit)
+        if isinstance(found, ComputedUnit):
+            self._budget.free(unit)
             self._count(unit, found)
         elif unit != _OPENING:
-            self._room.exceeded(unit)
+            self._budget.exceeded(unit)
             insort(self._left, unit)
 
-    def _count(self, unit: int, found: Sealed) -> None:
-        start, stop = self._work.plan.range_of(unit)
-        progress = self._work.progress
-        progress.samples += stop - start
-        progress.rows += found.rows
-        progress.bytes += found.bytes
-        progress.stored += found.bytes
-        progress.units += 1
-        self._work.advance(progress)
-        self._work.refresh()
+    def _count(self, unit: int, found: ComputedUnit) -> None:
+        work = self._work
+        self._there.add(unit)
+        work.stored += found.bytes
+        work.advance(work.job.size(work.plan, unit), **found.numbers)
+        work.job.sealed(work)
 
     def _replace(self, worker: Any, unit: int, error: Exception) -> None:
         """Starts another worker for one that was lost, and gives its unit back."""
         _ray().kill(worker)  # it may only be out of reach
-        self._work.progress.lost += 1
+        self._work.lost += 1
         self._lost[unit] += 1
         if self._lost[unit] >= (self._most_at_start if unit == _OPENING else _TRIES):
             what = "starting" if unit == _OPENING else f"at unit {unit}"
             raise InvalidInput(
                 f"{self._lost[unit]} workers in a row were lost {what}, "
-                f"{self._work.progress.lost} in all; the last one: {' '.join(str(error).split())} "
+                f"{self._work.lost} in all; the last one: {' '.join(str(error).split())} "
                 "What was finished is kept; the same command goes on there"
             )
         if unit != _OPENING:
-            self._room.free(unit)
+            self._budget.free(unit)
             insort(self._left, unit)
         self._hire()
 
