@@ -71,6 +71,9 @@ class Experiment(SpecJob[Spec]):
         """Rows, batches, sites, and what they will take; one step of one row is run."""
         return make_plan(self.job)
 
+    def open(self) -> None:
+        self.job  # noqa: B018
+
     def check_divides(self) -> None:
         super().check_divides()
         if self._metrics:

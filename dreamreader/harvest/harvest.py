@@ -84,6 +84,9 @@ class Harvest(SpecJob[Spec]):
         limit = None if limit_gb is None else int(limit_gb * GB)
         return self._run(out, progress, engine, limit)
 
+    def open(self) -> None:
+        self.job  # noqa: B018
+
     def begin(self, folder: HarvestFolder) -> HarvestPlan:
         return begin(self.job, folder)
 

@@ -159,6 +159,7 @@ class SpecJob(Generic[S]):
     ) -> Any:
         if engine is not None:
             self.check_divides()
+        self.open()
         folder = self.folder_type(Path(out) if out is not None else self.folder)
         with show_progress(progress) as report, folder.locked():
             plan = self.begin(folder)
@@ -209,6 +210,9 @@ class SpecJob(Generic[S]):
             work.report(event)
 
     # what a kind says
+
+    def open(self) -> None:
+        """Opens the subject and reads the data, before there is a folder."""
 
     @abstractmethod
     def begin(self, folder: Any) -> Any:

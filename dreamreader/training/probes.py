@@ -67,6 +67,9 @@ class ProbeJob(SpecJob[ProbeSpec]):
         """Sites, rows, labels and time, in lines."""
         return self.source.plan()
 
+    def open(self) -> None:
+        self.source.sites  # noqa: B018
+
     def begin(self, folder: TrainingFolder) -> ProbePlan:
         """Sites, and rows of a call as the folder has it from before."""
         plan = folder.plan()

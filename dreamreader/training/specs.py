@@ -76,7 +76,12 @@ class ProbeSpec(Part):
     @model_validator(mode="after")
     def _one_source(self) -> "ProbeSpec":
         run = ("subject", "data", "seeds", "pipeline", "batch")
-        given = [name for name in run if name in self.model_fields_set]
+        fields = type(self).model_fields  # a spec with all its defaults is one with a store too
+        given = [
+            name
+            for name in run
+            if getattr(self, name) != fields[name].get_default(call_default_factory=True)
+        ]
         if self.store is None:
             missing = [name for name in ("subject", "data", "sites") if not getattr(self, name)]
             if missing:

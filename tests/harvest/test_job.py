@@ -213,7 +213,7 @@ def test_stores_that_cannot_go_on(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="s holds 2 harvests, so none of them goes on there"):
         texts().run(tmp_path / "s")
     file.unlink()
-    with pytest.raises(InvalidInput, match="s has units, but no manifest.json; give another"):
+    with pytest.raises(InvalidInput, match="s has files, but no manifest.json that says of what"):
         texts().run(tmp_path / "s")
 
 

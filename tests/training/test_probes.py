@@ -11,10 +11,10 @@ import torch
 from dreamreader._progress import ProgressEvent
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.harvest import Harvest
-from dreamreader.probes import Probe
+from dreamreader.probes import Probe, fit
 from dreamreader.probes.split import TRAIN
 from dreamreader.store.merge import merge
-from dreamreader.training import ProbeJob, ProbeTraining
+from dreamreader.training import ProbeJob
 from dreamreader.training.labels import complete_rows
 from dreamreader.training.stored import SplitRows
 
@@ -68,7 +68,7 @@ def test_reliability_counts_the_held_out_rows(probes, tmp_path: Path):
 
 def test_several_attributes_and_seeds(probes, tmp_path: Path):
     labels = {"colour": "color", "size": "size"}
-    probe = probes(labels=labels, seeds=2).run(tmp_path)[DOWN]
+    probe = probes(labels=labels, seeds={"count": 2}).run(tmp_path)[DOWN]
     assert probe.labels[:3] == ("colour=blue", "colour=green", "colour=red")
     assert set(probe.card.held_out) == {"colour", "size"}
     assert probe.card.groups["held_out"] == 6  # prompts
@@ -97,13 +97,12 @@ def test_rows_without_a_label_are_left_out():
 
 def test_rows_without_a_label_train_nothing(probes, tmp_path: Path, monkeypatch):
     given: list[tuple[str, str]] = []
-    build = ProbeTraining.build
 
-    def seen(self, recorded, labels, **more):
+    def seen(recorded, labels, **more):
         given.extend(zip((row.prompt for row in recorded.rows), labels, strict=True))
-        return build(self, recorded, labels, **more)
+        return fit(recorded, labels, **more)
 
-    monkeypatch.setattr(ProbeTraining, "build", seen)
+    monkeypatch.setattr("dreamreader.training.prompted.fit", seen)
     rows = [dict(each) for each in PROBES["data"]["prompts"]]
     for each in rows:
         each["color"] = None if each["color"] == "green" else each["color"]
