@@ -44,9 +44,9 @@ ARGUMENTS = (
 
 def guide(
     x: Float[Tensor, "batch tokens width"],
-    weights: Sequence[Float[Tensor, "outputs inputs"]],
-    biases: Sequence[Float[Tensor, "*batch outputs"]],
-    coefficients: Float[Tensor, "batch labels"],
+    weights: Sequence[Float[Tensor, "_outputs _inputs"]],
+    biases: Sequence[Float[Tensor, "... _outputs"]],
+    coefficients: Float[Tensor, "... labels"],
     strength: float | Float[Tensor, "..."] = 1.0,
     *,
     activation: str = "relu",

@@ -26,9 +26,9 @@ NEEDS = (True, True, True, True)  # gradients of x, of down and bias, of up, of 
 
 def low_rank(
     x: Float[Tensor, "batch tokens width"],
-    down: Float[Tensor, "adapters rank width"],
-    bias: Float[Tensor, "adapters rank"],
-    up: Float[Tensor, "adapters rank width"],
+    down: Float[Tensor, "*adapters rank width"],
+    bias: Float[Tensor, "*adapters rank"],
+    up: Float[Tensor, "*adapters rank width"],
     strength: float | Float[Tensor, "..."] = 1.0,
     index: Int[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, "batch tokens width"]:
@@ -67,9 +67,9 @@ def low_rank(
 
 def low_rank_(
     x: Float[Tensor, "batch tokens width"],
-    down: Float[Tensor, "adapters rank width"],
-    bias: Float[Tensor, "adapters rank"],
-    up: Float[Tensor, "adapters rank width"],
+    down: Float[Tensor, "*adapters rank width"],
+    bias: Float[Tensor, "*adapters rank"],
+    up: Float[Tensor, "*adapters rank width"],
     strength: float | Float[Tensor, "..."] = 1.0,
     index: Int[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, "batch tokens width"]:

@@ -108,7 +108,8 @@ def put(values: str, query: Tensor, key: Tensor) -> None:
         case "zero":
             query.zero_()
         case "equal":
-            query.fill_(1), key.fill_(0.5)
+            query.fill_(1)
+            key.fill_(0.5)
         case "giant":
             query[:, :, ::3] *= 300
         case "tiny":

@@ -182,6 +182,7 @@ class Separate(diffusers.StableDiffusionPipeline):
         texts = {"cond": cond, "uncond": uncond, "copy": cond.clone(), "other": cond * 1.5}
         x = torch.randn(len(cond), 4, 8, 8, generator=torch.Generator().manual_seed(0))
         for t in self.scheduler.timesteps:
+            guess = x
             for each in self.order:
                 guess = self.unet(x, t, encoder_hidden_states=texts[each]).sample
             x = self.scheduler.step(guess, t, x).prev_sample
