@@ -17,9 +17,9 @@ from typing import Any
 
 from paired import RESULTS, environment, write
 
-from dreamreader.cli.run import summary
 from dreamreader.errors import DreamreaderError
 from dreamreader.experiments import Experiment
+from dreamreader.experiments.page import summary
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "experiments.md"

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dreamreader.attention.maps import resized
+from dreamreader.attention.scores import resize
 from dreamreader.engine import Attention, Call, Row
 from dreamreader.errors import InvalidInput
 
@@ -146,7 +146,7 @@ class AttentionBatch:
                     f"per_step: {site} did not run at step {slot}, others did; leave it out"
                 )
             grid = layer.sums[slot].unflatten(-1, layer.grid)
-            maps = resized(grid, size).float().cpu()  # [rows, heads, tokens, h, w]
+            maps = resize(grid, size).float().cpu()  # [rows, heads, tokens, h, w]
             if apart == "heads":
                 kept.append(maps)
             elif apart == "layers":

@@ -11,10 +11,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dreamreader.artifacts import Artifact, pack, unpack
-from dreamreader.attention import pictures, scores
-from dreamreader.attention.scores import resized
+from dreamreader.attention import scores
+from dreamreader.attention.pictures import draw, overlay, table
+from dreamreader.attention.scores import resize
 from dreamreader.engine import Firing, FiringReport, Row
 from dreamreader.errors import InvalidInput, UnknownName
+
+ROWS, WORDS = 8, 12  # shown in a notebook
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +95,7 @@ class WordMaps(Artifact, kind="word_maps"):
     def upsampled(self, size: int | tuple[int, int]) -> "WordMaps":
         """The maps at another size (height, width), bicubic and clamped at 0."""
         wanted = (size, size) if isinstance(size, int) else size
-        return replace(self, maps=resized(self.maps, wanted))
+        return replace(self, maps=resize(self.maps, wanted))
 
     def iou(
         self, masks: Bool[Tensor, "rows h w"], threshold: float | str = 0.4
@@ -121,7 +124,7 @@ class WordMaps(Artifact, kind="word_maps"):
         for number, own in enumerate(self.words):
             shown = own if words is None else words
             heats = [self._flat()[number, self._at(number, word)] for word in shown]
-            found.append([pictures.overlay(images[number], heat, strength) for heat in heats])
+            found.append([overlay(images[number], heat, strength) for heat in heats])
         return found
 
     def _at(self, number: int, word: str) -> int:
@@ -132,7 +135,7 @@ class WordMaps(Artifact, kind="word_maps"):
         return known.index(word.lower())
 
     def _at_size_of(self, masks: Tensor) -> Tensor:
-        return resized(self.maps, (masks.shape[-2], masks.shape[-1]))
+        return resize(self.maps, (masks.shape[-2], masks.shape[-1]))
 
     def _flat(self) -> Float[Tensor, "rows words h w"]:
         """Without the axes in between: their mean."""
@@ -155,9 +158,17 @@ class WordMaps(Artifact, kind="word_maps"):
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
+        lines = []
+        for number, row in enumerate(self.rows[:ROWS]):
+            words = self.words[number][:WORDS]
+            image = None if self.images is None else self.images[number]
+            heats = self._flat()[number, : len(words)]
+            cells = [(word, draw(heat, image)) for word, heat in zip(words, heats, strict=True)]
+            lines.append((f"{row.index}: {row.prompt or ''} (seed {row.seed})", cells))
         text = f"attention to words, {self.size[0]} x {self.size[1]}, {len(self.sites)} sites"
-        heads = [f"{row.index}: {row.prompt or ''} (seed {row.seed})" for row in self.rows]
-        return pictures.table(text, heads, self.words, self._flat(), self.images)
+        if len(self.rows) > ROWS or any(len(each) > WORDS for each in self.words):
+            text += f"; the first {ROWS} rows and {WORDS} words are shown"
+        return table(text, lines)
 
 
 _SAVED = {"Firing": Firing, "Row": Row}

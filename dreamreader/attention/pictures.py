@@ -11,9 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dreamreader.attention.scores import resized
+from dreamreader.attention.scores import resize
 
-_ROWS, _WORDS = 8, 12
 _CELL = "padding:2px 6px;text-align:center;font-size:90%"
 
 
@@ -42,41 +41,33 @@ def overlay(image: Any, heat: Float[Tensor, "h w"], strength: float) -> Any:
     picture = to_pil(image).convert("RGB")
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     pixels = pixels.view(picture.height, picture.width, 3) / 255
-    heat = resized(heat.float(), (picture.height, picture.width))
+    heat = resize(heat.float(), (picture.height, picture.width))
     share = (strength * heat / heat.amax().clamp(min=1e-12))[..., None]
     mixed = pixels * (1 - share) + coloured(heat) * share
     return Image.fromarray((mixed * 255).round().byte().numpy())
 
 
-def table(
-    text: str,
-    heads: Sequence[str],
-    words: Sequence[Sequence[str]],
-    maps: Float[Tensor, "rows words h w"],
-    images: Any,
-) -> str:
-    """Rows by words; over the images of the run where there are some."""
-    lines = []
-    for number, head in enumerate(heads[:_ROWS]):
-        own = words[number][:_WORDS]
-        heats = maps[number, : len(own)]
-        shown = [_plain(h) if images is None else overlay(images[number], h, 0.7) for h in heats]
-        cells = "".join(
-            f'<td style="{_CELL}"><img alt="attention to {escape(word)}" width="96" '
-            f'src="{_source(each)}"><br>{escape(word)}</td>'
-            for word, each in zip(own, shown, strict=True)
-        )
-        lines.append(f'<tr><th style="{_CELL}">{escape(head)}</th>{cells}</tr>')
-    if len(heads) > _ROWS or any(len(each) > _WORDS for each in words):
-        text += f"; the first {_ROWS} rows and {_WORDS} words are shown"
-    return f"<table><caption>{escape(text)}</caption>{''.join(lines)}</table>"
-
-
-def _plain(heat: Float[Tensor, "h w"]) -> Any:
+def draw(heat: Float[Tensor, "h w"], image: Any = None) -> Any:
+    """A map over its picture, or alone where there is none, 96 pixels wide."""
     from PIL import Image
 
-    picture = Image.fromarray((coloured(heat) * 255).round().byte().numpy())
-    return picture.resize((96, 96 * heat.shape[0] // heat.shape[1]), Image.Resampling.BICUBIC)
+    if image is not None:
+        return overlay(image, heat, 0.7)
+    drawn = Image.fromarray((coloured(heat) * 255).round().byte().numpy())
+    return drawn.resize((96, 96 * heat.shape[0] // heat.shape[1]), Image.Resampling.BICUBIC)
+
+
+def table(title: str, lines: Sequence[tuple[str, Sequence[tuple[str, Any]]]]) -> str:
+    """Rows by words: a line for each row, with a picture for each of its words."""
+    parts = []
+    for head, pictures in lines:
+        cells = "".join(
+            f'<td style="{_CELL}"><img alt="attention to {escape(word)}" width="96" '
+            f'src="{_source(picture)}"><br>{escape(word)}</td>'
+            for word, picture in pictures
+        )
+        parts.append(f'<tr><th style="{_CELL}">{escape(head)}</th>{cells}</tr>')
+    return f"<table><caption>{escape(title)}</caption>{''.join(parts)}</table>"
 
 
 def _source(picture: Any) -> str:

@@ -1,4 +1,4 @@
-"""How well heat maps find objects: overlap and pointing, against masks of the same size."""
+"""Heat maps at other sizes, and how well they find objects: overlap and pointing with masks."""
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,7 @@ def _fitting(maps: Tensor, masks: Tensor) -> Tensor:
     return masks.to(maps.device).view(masks.shape[0], *middle, *masks.shape[1:])
 
 
-def resized(
+def resize(
     maps: Float[Tensor, "*axes h w"], size: tuple[int, int]
 ) -> Float[Tensor, "*axes height width"]:
     """Bicubic to a size (height, width), then clamped at 0."""

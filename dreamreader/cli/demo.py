@@ -36,11 +36,11 @@ def demo(
       dreamreader demo --from green --to purple --out green-to-purple --open
     """
     from dreamreader.cli.progress import console, progress
-    from dreamreader.demo import Plan, run_demo
+    from dreamreader.demo import DemoPlan, run_demo
     from dreamreader.zoo import load
 
     check_folder(out)
-    plan = Plan(source=source, target=target, seed=seed)
+    plan = DemoPlan(source=source, target=target, seed=seed)
     reader = load(model, device, dtype)
     with progress() as bar:
         result = run_demo(reader, plan.small() if small else plan, out, bar)

@@ -35,6 +35,7 @@ def run(
     """
     from dreamreader.cli.progress import console, progress
     from dreamreader.experiments import Experiment
+    from dreamreader.experiments.page import summary
 
     check_folder(out)
     experiment = Experiment.from_file(spec, with_subject(overrides, device, dtype))
@@ -54,20 +55,6 @@ def run(
         console().print(line)
     if show:
         webbrowser.open((results.folder.path / "report.html").resolve().as_uri())
-
-
-def summary(results) -> list[str]:
-    """What a run found, in lines for the terminal."""
-    from dreamreader.experiments.results import said
-
-    spec = results.spec
-    lines = [f"{spec.name}: {spec.method.kind} on {spec.subject.model}, {len(results.rows):,} rows"]
-    for condition in results.conditions:
-        found = [f"{name} {said(results.mean(condition, name))}" for name in results.numbers[:5]]
-        lines.append(f"  {condition.replace('_', ' '):<14} {', '.join(found)}")
-    own = spec.method.summary(results)
-    lines += [f"{spec.method.kind}:", *own] if own else []
-    return [*lines, f"report: {(results.folder.path / 'report.html').resolve()}"]
 
 
 def register(app: typer.Typer) -> None:

@@ -22,11 +22,10 @@ def report(folder: Folder) -> None:
       dreamreader report runs/where-colour-enters
     """
     from dreamreader.cli.progress import console
-    from dreamreader.cli.run import summary
-    from dreamreader.experiments import Results
-    from dreamreader.experiments.page import write_report
+    from dreamreader.experiments import load_results
+    from dreamreader.experiments.page import summary, write_report
 
-    results = Results.of_folder(folder)
+    results = load_results(folder)
     write_report(results)
     for line in summary(results):
         console().print(line)
@@ -81,14 +80,14 @@ def verify(
       dreamreader verify runs/where-colour-enters --rows 20
     """
     from dreamreader.cli.progress import console, progress, table
-    from dreamreader.experiments import Results
+    from dreamreader.experiments import load_results
     from dreamreader.experiments import verify as repeat
     from dreamreader.experiments.folder import RunFolder
     from dreamreader.experiments.job import open_job
 
     if not folder.is_dir():
         raise InvalidInput(f"{folder}: no such run folder")
-    results = Results.of_folder(folder)
+    results = load_results(folder)
     with progress() as bar:
         verdict = repeat(
             open_job(results.spec),

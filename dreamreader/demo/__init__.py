@@ -1,6 +1,9 @@
 """The demo: read a colour inside an embedded model, change it, and measure what changed."""
 
-from dreamreader.demo.plan import Plan
-from dreamreader.demo.run import Result, run_demo
+from dreamreader.demo.plan import DemoPlan
+from dreamreader.demo.result import DemoResult
+from dreamreader.demo.run import run_demo
 
-__all__ = ["Plan", "Result", "run_demo"]
+Plan, Result = DemoPlan, DemoResult  # their earlier names
+
+__all__ = ["DemoPlan", "DemoResult", "Plan", "Result", "run_demo"]

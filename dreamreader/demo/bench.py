@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dreamreader.demo.plan import Plan
+from dreamreader.demo.plan import DemoPlan
 
 if TYPE_CHECKING:
     from dreamreader.engine import Reader, RunResult
@@ -25,7 +25,7 @@ class Bench:
     """
 
     reader: "Reader"
-    plan: Plan
+    plan: DemoPlan
     advance: Callable[[float], Any] = lambda amount: None
     fired: list[tuple[str, Any]] = field(default_factory=list)
     pictures: int = 0

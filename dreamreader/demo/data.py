@@ -5,13 +5,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dreamreader.demo.plan import Plan
+from dreamreader.demo.plan import DemoPlan
 from dreamreader.errors import InvalidInput
 from dreamreader.zoo import scenes
 
 
 @dataclass(frozen=True)
-class Row:
+class SceneRow:
     """A scene with one object and the seed of its noise."""
 
     scene: scenes.Scene
@@ -24,17 +24,17 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Split:
+class SceneSplit:
     """Disjoint scenes: directions come from `fit`, the setting from `choose` and `refine`."""
 
-    fit: Sequence[Row]
-    choose: Sequence[Row]
-    refine: Sequence[Row]
-    test: Sequence[Row]
-    patch: Sequence[Row]
+    fit: Sequence[SceneRow]
+    choose: Sequence[SceneRow]
+    refine: Sequence[SceneRow]
+    test: Sequence[SceneRow]
+    patch: Sequence[SceneRow]
 
 
-def split(plan: Plan) -> Split:
+def split(plan: DemoPlan) -> SceneSplit:
     """Draws the five sets; no scene and no seed is in two of them.
 
     Args:
@@ -65,5 +65,5 @@ def split(plan: Plan) -> Split:
         raise InvalidInput(f"the demo needs {sum(sizes)} scenes, there are {len(every)}")
     framed = [replace(scene, frame=rng.random() < scenes.FRAMED) for scene in every[: sum(sizes)]]
     first = 10_000 * (plan.seed + 1)
-    rows = iter([Row(scene, first + i) for i, scene in enumerate(framed)])
-    return Split(*(list(itertools.islice(rows, size)) for size in sizes))
+    rows = iter([SceneRow(scene, first + i) for i, scene in enumerate(framed)])
+    return SceneSplit(*(list(itertools.islice(rows, size)) for size in sizes))

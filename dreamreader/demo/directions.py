@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dreamreader.demo.bench import Bench
-from dreamreader.demo.data import Row
+from dreamreader.demo.data import SceneRow
 from dreamreader.engine import Record
 from dreamreader.errors import InvalidInput
 from dreamreader.recording.labelled import mean_over_tokens
@@ -15,14 +15,14 @@ from dreamreader.zoo import scenes
 
 
 @dataclass(frozen=True)
-class Place:
+class SiteGroup:
     """Sites that are steered together, each with its own direction."""
 
     name: str
     sites: Sequence[str]
 
 
-def find_places(bench: Bench) -> list[Place]:
+def find_places(bench: Bench) -> list[SiteGroup]:
     """The cross-attention outputs of the denoiser, block by block, and all of them together.
 
     Raises:
@@ -37,7 +37,10 @@ def find_places(bench: Bench) -> list[Place]:
     blocks: dict[str, list[str]] = {}
     for site in sites:
         blocks.setdefault(site.removeprefix("unet.").partition(".attentions")[0], []).append(site)
-    return [*(Place(name, found) for name, found in blocks.items()), Place("all blocks", sites)]
+    return [
+        *(SiteGroup(name, found) for name, found in blocks.items()),
+        SiteGroup("all blocks", sites),
+    ]
 
 
 def find_readings(bench: Bench) -> list[str]:
@@ -46,7 +49,7 @@ def find_readings(bench: Bench) -> list[str]:
     return [site.name for pattern in patterns for site in bench.reader.sites(pattern)]
 
 
-def record(bench: Bench, rows: Sequence[Row], sites: Sequence[str]) -> LabelMeans:
+def record(bench: Bench, rows: Sequence[SceneRow], sites: Sequence[str]) -> LabelMeans:
     """Draws every scene in every colour and sums what the sites give for the text branch.
 
     Only the mean over tokens is kept of each call, so memory does not grow with the resolution.
@@ -65,7 +68,7 @@ def record(bench: Bench, rows: Sequence[Row], sites: Sequence[str]) -> LabelMean
     return means
 
 
-def difference(means: LabelMeans, place: Place, source: str, target: str) -> dict[str, Tensor]:
+def difference(means: LabelMeans, place: SiteGroup, source: str, target: str) -> dict[str, Tensor]:
     """The direction of every site of a place, [steps, features]."""
     return {site: means.difference(site, source, target) for site in place.sites}
 

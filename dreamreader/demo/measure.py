@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from dreamreader.metrics.detector import attributes, same_attributes
 from dreamreader.stats import Interval, wilson
 from dreamreader.zoo.detector import Found, Reading, detect
 
@@ -51,26 +52,18 @@ def judge(
     Returns:
         The outcome; a picture without any object counts as neither turned nor kept.
     """
-    pairs = list(zip(detect(images), unedited, strict=True))
-    found = [(main(now), main(before), now, before) for now, before in pairs]
+    pairs = [
+        (attributes(now), attributes(before))
+        for now, before in zip(detect(images), unedited, strict=True)
+    ]
     return Outcome(
-        turned=[a is not None and a.color == target for a, *_ in found],
-        source=[a is not None and a.color == source for a, *_ in found],
-        kept=[_same(a, b, ("shape", "row", "column")) for a, b, *_ in found],
-        rest=[
-            _same(a, b, ("size",))
-            and now.background == before.background
-            and now.frame == before.frame
-            and len(now.objects) == len(before.objects)
-            for a, b, now, before in found
-        ],
+        turned=[now["color"] == target for now, _ in pairs],
+        source=[now["color"] == source for now, _ in pairs],
+        kept=[same_attributes(*each, ("shape", "place")) for each in pairs],
+        rest=[same_attributes(*each, ("size", "background", "frame", "objects")) for each in pairs],
     )
 
 
 def main(reading: Reading) -> Found | None:
     """The largest object, if there is any."""
     return reading.objects[0] if reading.objects else None
-
-
-def _same(a: Found | None, b: Found | None, names: Sequence[str]) -> bool:
-    return a is not None and b is not None and all(getattr(a, n) == getattr(b, n) for n in names)

@@ -1,9 +1,10 @@
 """The demo's report: what was found first, then how, then what it rests on."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dreamreader.demo.measure import Outcome
+from dreamreader.demo.result import DemoResult
 from dreamreader.report import (
     Charts,
     Curves,
@@ -23,14 +24,11 @@ from dreamreader.report import (
 from dreamreader.stats import Interval
 from dreamreader.zoo import scenes
 
-if TYPE_CHECKING:
-    from dreamreader.demo.run import Result
-
 KEYS = ("turned", "kept", "rest")
 SHOWN = 8  # rows of the test set in a gallery
 
 
-def build(result: "Result") -> Report:
+def build(result: DemoResult) -> Report:
     """The page of a result."""
     plan, best = result.plan, result.best
     return Report(
@@ -59,7 +57,7 @@ def build(result: "Result") -> Report:
     )
 
 
-def _headline(result: "Result") -> Numbers:
+def _headline(result: DemoResult) -> Numbers:
     plan, found = result.plan, result.confirmed.outcomes
     turned, kept = found["direction"].share("turned"), found["direction"].share("kept")
     random, none = found["random"].share("turned"), found["no edit"].share("turned")
@@ -89,7 +87,7 @@ def _headline(result: "Result") -> Numbers:
     )
 
 
-def _pictures(result: "Result") -> Section:
+def _pictures(result: DemoResult) -> Section:
     plan, confirmed = result.plan, result.confirmed
     count = min(SHOWN, plan.test)
     names = _names(plan.target)
@@ -148,7 +146,7 @@ def _row(confirmed: Any, name: str, count: int, source: str, target: str) -> lis
     return pictures
 
 
-def _reading(result: "Result") -> Section:
+def _reading(result: DemoResult) -> Section:
     """Share of variance that the colour explains, by site and step window."""
     plan, means = result.plan, result.means
     count = min(10, plan.steps)
@@ -186,7 +184,7 @@ def _short(site: str) -> str:
     return name if " attn" in name else name + " block"
 
 
-def _steering(result: "Result") -> Section:
+def _steering(result: DemoResult) -> Section:
     plan, best = result.plan, result.best
     curve = result.confirmed.curve
     dose = Curves(
@@ -242,18 +240,10 @@ def _steering(result: "Result") -> Section:
 
 
 def _line(name: str, points: Sequence[tuple[float, Outcome]], key: str, tone: int) -> Series:
-    shares = [outcome.share(key) for _, outcome in points]
-    return Series(
-        name,
-        [strength for strength, _ in points],
-        [share.value for share in shares],
-        [share.low for share in shares],
-        [share.high for share in shares],
-        tone,
-    )
+    return Series.of_intervals(name, [(x, outcome.share(key)) for x, outcome in points], tone)
 
 
-def _sweep_maps(result: "Result") -> list[HeatMap]:
+def _sweep_maps(result: DemoResult) -> list[HeatMap]:
     """One heat map per step window: places by strengths, share of pictures that turned."""
     plan = result.plan
     maps = []
@@ -283,7 +273,7 @@ def _sweep_maps(result: "Result") -> list[HeatMap]:
     return maps
 
 
-def _removal(result: "Result") -> Section:
+def _removal(result: DemoResult) -> Section:
     plan, removal = result.plan, result.removal
     count = min(SHOWN, len(removal.rows))
     names = list(removal.outcomes)
@@ -321,7 +311,7 @@ def _removal(result: "Result") -> Section:
     )
 
 
-def _patching(result: "Result") -> Section:
+def _patching(result: DemoResult) -> Section:
     plan, found = result.plan, result.patching
     heat = HeatMap(
         f"Share of the way from {plan.source} to {plan.target} that a patch restores, percent",
@@ -376,7 +366,7 @@ def _patching(result: "Result") -> Section:
     )
 
 
-def _intervals(result: "Result") -> Table:
+def _intervals(result: DemoResult) -> Table:
     found = result.patching
     rows = [
         [place, window, f"{100 * c.value:.0f}", f"{100 * c.low:.0f} to {100 * c.high:.0f}"]
@@ -388,7 +378,7 @@ def _intervals(result: "Result") -> Table:
     )
 
 
-def _firing(result: "Result") -> Section:
+def _firing(result: DemoResult) -> Section:
     summary, full, notes = [], [], []
     for title, report in result.fired:
         fired = [each for each in report if each.kind == "edit" and each.calls]
@@ -416,7 +406,7 @@ def _counts(fired: Sequence[Any]) -> list[Any]:
     return [sum(each.calls for each in fired), ranges(steps), ", ".join(sorted(branches))]
 
 
-def _fingerprint(result: "Result") -> Section:
+def _fingerprint(result: DemoResult) -> Section:
     mark = result.fingerprint
     packages = ", ".join(f"{name} {version}" for name, version in mark.packages.items())
     plan = mark.content["settings"]["plan"]

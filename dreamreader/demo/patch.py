@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.demo.bench import Bench, as_tensor
-from dreamreader.demo.data import Row
-from dreamreader.demo.directions import Place
+from dreamreader.demo.data import SceneRow
+from dreamreader.demo.directions import SiteGroup
 from dreamreader.demo.measure import main
 from dreamreader.edits import Patch
 from dreamreader.engine import Record
@@ -19,7 +19,7 @@ from dreamreader.zoo.detector import detect
 
 
 @dataclass(frozen=True)
-class Patching:
+class PatchOutcome:
     """How much of the clean colour each place and window brings back.
 
     Attributes:
@@ -37,7 +37,7 @@ class Patching:
     rows: int
 
 
-def patch(bench: Bench, rows: Sequence[Row], places: Sequence[Place]) -> Patching:
+def patch(bench: Bench, rows: Sequence[SceneRow], places: Sequence[SiteGroup]) -> PatchOutcome:
     """Runs the prompts in the target colour (clean), in the source colour (corrupted), and patched.
 
     `effect = (t_patched - t_corrupted) / (t_clean - t_corrupted)`, t the tint of the main object.
@@ -58,7 +58,7 @@ def patch(bench: Bench, rows: Sequence[Row], places: Sequence[Place]) -> Patchin
     many = [row for _ in windows for row in rows]
     prompts, again = [row.prompt(plan.source) for row in many], [row.seed for row in many]
     tints, pictures = [], []
-    shown = _Tint(as_tensor(clean.images), corrupted, plan.source, plan.target)
+    shown = _TintShare(as_tensor(clean.images), corrupted, plan.source, plan.target)
     for place in places:
         edits = [
             Patch(
@@ -75,7 +75,7 @@ def patch(bench: Bench, rows: Sequence[Row], places: Sequence[Place]) -> Patchin
         drawn = drawn.unflatten(0, (len(windows), len(rows)))
         tints.append([shown.effect(drawn[i]) for i in range(len(windows))])
         pictures.append(drawn[:, 0])
-    return Patching(
+    return PatchOutcome(
         places=[place.name for place in places],
         windows=[*(f"{w.start}–{w.stop - 1}" for w in windows[:-1]), "all"],
         effect=tints,
@@ -86,7 +86,7 @@ def patch(bench: Bench, rows: Sequence[Row], places: Sequence[Place]) -> Patchin
     )
 
 
-class _Tint:
+class _TintShare:
     """The tint of a row's main object, looked for where the corrupted picture has it."""
 
     def __init__(self, clean: Tensor, corrupted: Tensor, source: str, target: str):

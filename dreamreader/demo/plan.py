@@ -10,7 +10,7 @@ WINDOWS = {"all steps": (0.0, 1.0), "first half": (0.0, 0.5), "second half": (0.
 
 
 @dataclass(frozen=True)
-class Plan:
+class DemoPlan:
     """Sizes and settings of the demo.
 
     Attributes:
@@ -50,7 +50,7 @@ class Plan:
         if self.steps < self.windows:
             raise InvalidInput(f"{self.windows} step windows need as many steps, got {self.steps}")
 
-    def small(self) -> "Plan":
+    def small(self) -> "DemoPlan":
         """A few pictures of everything: to see that it works, not to believe its numbers."""
         return replace(
             self,

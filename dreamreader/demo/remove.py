@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.demo.bench import Bench
-from dreamreader.demo.data import Row
-from dreamreader.demo.directions import Place, controls
+from dreamreader.demo.data import SceneRow
+from dreamreader.demo.directions import SiteGroup, controls
 from dreamreader.demo.measure import Outcome, judge
 from dreamreader.edits import Ablate
 from dreamreader.steering import LabelMeans
@@ -19,12 +19,12 @@ from dreamreader.zoo.detector import detect
 class Removal:
     """Pictures and outcomes by condition: "no edit", "projected out", "random projected out"."""
 
-    rows: Sequence[Row]
+    rows: Sequence[SceneRow]
     images: Mapping[str, Float[Tensor, "n 3 h w"]]
     outcomes: Mapping[str, Outcome]
 
 
-def remove(bench: Bench, rows: Sequence[Row], place: Place, means: LabelMeans) -> Removal:
+def remove(bench: Bench, rows: Sequence[SceneRow], place: SiteGroup, means: LabelMeans) -> Removal:
     """Projects one direction per site and step out: the colour's mean less the mean of all others.
 
     Args:
@@ -49,7 +49,7 @@ def remove(bench: Bench, rows: Sequence[Row], place: Place, means: LabelMeans) -
     return Removal(rows, images, outcomes)
 
 
-def project(place: Place, vectors: Mapping[str, Tensor]) -> list[Ablate]:
+def project(place: SiteGroup, vectors: Mapping[str, Tensor]) -> list[Ablate]:
     """One projection for each step, each with the directions of that step."""
     steps = len(next(iter(vectors.values())))
     return [

@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dreamreader._files import write_atomic
-from dreamreader.demo import data, directions, patch, remove, steer
+from dreamreader.demo import data, directions, page, patch, remove, steer
 from dreamreader.demo.bench import Bench
-from dreamreader.demo.plan import WINDOWS, Plan
-from dreamreader.jobs import Fingerprint, fingerprint
-from dreamreader.steering import LabelMeans
+from dreamreader.demo.plan import WINDOWS, DemoPlan
+from dreamreader.demo.result import DemoResult
+from dreamreader.edits import save
+from dreamreader.jobs import fingerprint
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -24,65 +24,9 @@ if TYPE_CHECKING:
     from dreamreader.engine import Reader
 
 
-@dataclass(frozen=True)
-class Result:
-    """Everything that the demo found; `page.build` makes the report of it."""
-
-    plan: Plan
-    places: list[directions.Place]
-    means: LabelMeans
-    points: list[steer.Point]
-    finalists: list[steer.Point]
-    best: steer.Point
-    confirmed: steer.Confirmation
-    removal: remove.Removal
-    patching: patch.Patching
-    fired: list[tuple[str, Any]]
-    fingerprint: Fingerprint
-    pictures: int
-    seconds: float
-
-    @property
-    def best_place(self) -> directions.Place:
-        return next(place for place in self.places if place.name == self.best.place)
-
-    def summary(self) -> str:
-        """The result in four lines."""
-        plan, found = self.plan, self.confirmed.outcomes
-        lines = [
-            f"{plan.source} to {plan.target} on {plan.test} held-out rows, at {self.best.place}, "
-            f"{self.best.window}, strength {self.best.strength:g} (95 % intervals):"
-        ]
-        for name in ("direction", "random", "no edit", "prompt"):
-            turned, kept = (found[name].share(key).percent() for key in ("turned", "kept"))
-            lines.append(f"  {name:<10} {plan.target} in {turned}; shape and place kept in {kept}")
-        return "\n".join([*lines, f"{self.pictures} pictures in {self.seconds:.0f} s"])
-
-    def as_dict(self) -> dict[str, Any]:
-        """All numbers as plain values, for results.json."""
-        best = self.best
-        return {
-            "fingerprint": self.fingerprint.as_dict(),
-            "chosen": {"place": best.place, "window": best.window, "strength": best.strength},
-            "test": {name: found.as_dict() for name, found in self.confirmed.outcomes.items()},
-            "curve": {
-                name: [{"strength": s, **found.as_dict()} for s, found in line]
-                for name, line in self.confirmed.curve.items()
-            },
-            "explained": {site: self.means.explained(site).tolist() for site in self.means.sites},
-            "sweep": [_point(point) for point in self.points],
-            "finalists": [_point(point) for point in self.finalists],
-            "removal": {name: found.as_dict() for name, found in self.removal.outcomes.items()},
-            "patching": [
-                {"place": place, "window": window, "effect": cell.as_dict()}
-                for place, line in zip(self.patching.places, self.patching.effect, strict=True)
-                for window, cell in zip(self.patching.windows, line, strict=True)
-            ],
-            "pictures": self.pictures,
-        }
-
-
-def run_demo(reader: "Reader", plan: Plan, out: Path, progress: "Progress | None" = None) -> Result:
+def run_demo(
+    reader: "Reader", plan: DemoPlan, out: Path, progress: "Progress | None" = None
+) -> DemoResult:
     """Records, fits, steers, removes, patches, measures, and writes report.html and results.json.
 
     Args:
@@ -97,9 +41,6 @@ def run_demo(reader: "Reader", plan: Plan, out: Path, progress: "Progress | None
     Raises:
         InvalidInput: the subject has no UNet, or the plan does not fit the embedded world.
     """
-    from dreamreader.demo import page
-    from dreamreader.edits import save
-
     start = time.perf_counter()
     stage = _stages(progress)
     bench = Bench(reader, plan)
@@ -127,7 +68,7 @@ def run_demo(reader: "Reader", plan: Plan, out: Path, progress: "Progress | None
             removal = remove.remove(bench, rows.test[: plan.curve], places[-1], means)
         with stage("patch", bench, plan.patch * (2 + len(places) * (plan.windows + 1))):
             patching = patch.patch(bench, rows.patch, places)
-    result = Result(
+    result = DemoResult(
         plan, places, means, points, finalists, best, confirmed, removal, patching, bench.fired,
         fingerprint(reader.subject, {"plan": plan, "sites": list(sites)}, _seeds(rows)),
         bench.pictures, time.perf_counter() - start,
@@ -139,12 +80,7 @@ def run_demo(reader: "Reader", plan: Plan, out: Path, progress: "Progress | None
     return result
 
 
-def _point(point: steer.Point) -> dict[str, Any]:
-    place = {"place": point.place, "window": point.window, "strength": point.strength}
-    return place | point.outcome.as_dict()
-
-
-def _seeds(rows: data.Split) -> list[int]:
+def _seeds(rows: data.SceneSplit) -> list[int]:
     parts = (rows.fit, rows.choose, rows.refine, rows.test, rows.patch)
     return [row.seed for part in parts for row in part]
 

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.demo.bench import Bench
-from dreamreader.demo.data import Row
-from dreamreader.demo.directions import Place, controls
+from dreamreader.demo.data import SceneRow
+from dreamreader.demo.directions import SiteGroup, controls
 from dreamreader.demo.measure import Outcome, judge
 from dreamreader.demo.plan import WINDOWS
 from dreamreader.edits import Steer
@@ -36,17 +36,18 @@ class Confirmation:
         images: pictures by condition: "no edit", "direction", "random", and "prompt", where the
             prompt itself says the target colour: what an edit can reach at best.
         outcomes: what the detector read, by the same names.
-        curve: by "direction" and "random", (strength, outcome) over the first `Plan.curve` rows.
+        curve: by "direction" and "random", (strength, outcome) over the first
+            `DemoPlan.curve` rows.
     """
 
-    rows: Sequence[Row]
+    rows: Sequence[SceneRow]
     images: Mapping[str, Float[Tensor, "n 3 h w"]]
     outcomes: Mapping[str, Outcome]
     curve: Mapping[str, Sequence[tuple[float, Outcome]]]
 
 
 def sweep(
-    bench: Bench, rows: Sequence[Row], places: Sequence[Place], directions: Directions
+    bench: Bench, rows: Sequence[SceneRow], places: Sequence[SiteGroup], directions: Directions
 ) -> list[Point]:
     """Steers at every place, in every window, with every strength.
 
@@ -72,8 +73,8 @@ def sweep(
 
 def refine(
     bench: Bench,
-    rows: Sequence[Row],
-    places: Sequence[Place],
+    rows: Sequence[SceneRow],
+    places: Sequence[SiteGroup],
     directions: Directions,
     points: Sequence[Point],
 ) -> list[Point]:
@@ -113,7 +114,11 @@ def _rank(point: Point) -> tuple[float, float, float]:
 
 
 def confirm(
-    bench: Bench, rows: Sequence[Row], place: Place, best: Point, directions: Mapping[str, Tensor]
+    bench: Bench,
+    rows: Sequence[SceneRow],
+    place: SiteGroup,
+    best: Point,
+    directions: Mapping[str, Tensor],
 ) -> Confirmation:
     """Measures the chosen setting and its controls on new rows, and the dose-response on some."""
     plan = bench.plan
@@ -145,7 +150,7 @@ def confirm(
 
 def steer(
     bench: Bench,
-    place: Place,
+    place: SiteGroup,
     directions: Mapping[str, Tensor],
     window: str,
     alphas: Sequence[float],
@@ -163,13 +168,13 @@ def steer(
     )
 
 
-def read_unedited(bench: Bench, rows: Sequence[Row]) -> list[Reading]:
+def read_unedited(bench: Bench, rows: Sequence[SceneRow]) -> list[Reading]:
     return detect(_draw(bench, rows, []))
 
 
 def _draw(
     bench: Bench,
-    rows: Sequence[Row],
+    rows: Sequence[SceneRow],
     edits: Sequence[Steer],
     title: str = "",
     color: str | None = None,

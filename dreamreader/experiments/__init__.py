@@ -2,13 +2,14 @@
 
 from dreamreader.experiments.compare import RunDifference, Verdict, diff, verify
 from dreamreader.experiments.experiment import Experiment
-from dreamreader.experiments.load import check_spec, load_spec
-from dreamreader.experiments.methods import Spec
+from dreamreader.experiments.load import check_spec, load_results, load_spec
+from dreamreader.experiments.methods import ExperimentSpec, Spec
 from dreamreader.experiments.plan import Plan
 from dreamreader.experiments.results import Results
 
 __all__ = [
     "Experiment",
+    "ExperimentSpec",
     "Plan",
     "Results",
     "RunDifference",
@@ -16,6 +17,7 @@ __all__ = [
     "Verdict",
     "check_spec",
     "diff",
+    "load_results",
     "load_spec",
     "verify",
 ]

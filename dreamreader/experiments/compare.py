@@ -12,6 +12,7 @@ from dreamreader.errors import InvalidInput
 from dreamreader.experiments.folder import RunFolder
 from dreamreader.experiments.job import Job
 from dreamreader.experiments.row import Unit
+from dreamreader.experiments.run import begun, computed
 from dreamreader.jobs.differences import Difference, differences
 from dreamreader.jobs.folder import FINGERPRINT
 
@@ -106,8 +107,6 @@ def verify(
     Raises:
         InvalidInput: the folder is no complete run, or is of another subject, code or version.
     """
-    from dreamreader.experiments.run import begun, computed
-
     written = {row["row"]: row for row in folder.table()[0]}
     plan = begun(job, folder)
     if count < 1:

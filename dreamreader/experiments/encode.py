@@ -29,7 +29,7 @@ def encoded_once(reader: Reader, requests: Sequence[Request] = ()) -> Iterator[N
                 continue
             if any(_needs_rows(reader, each) for each in requests):
                 continue
-            shared = _Shared()
+            shared = _DistinctRows()
             stack.callback(module.register_forward_pre_hook(shared.before, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(shared.after).remove)
         yield
@@ -45,7 +45,7 @@ def _needs_rows(reader: Reader, request: Request) -> bool:
     )
 
 
-class _Shared:
+class _DistinctRows:
     """Takes equal rows out before a call, and puts them back after it."""
 
     def __init__(self) -> None:
@@ -76,14 +76,14 @@ class _Shared:
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         places, self._places = self._places, None
-        return None if places is None else self._repeated(output, places)
+        return None if places is None else self._repeat(output, places)
 
-    def _repeated(self, value: Any, places: Tensor) -> Any:
+    def _repeat(self, value: Any, places: Tensor) -> Any:
         if isinstance(value, Tensor):
             batched = value.dim() and value.shape[0] == self._rows
             return value.index_select(0, places) if batched else value
         if isinstance(value, tuple):
-            return tuple(self._repeated(each, places) for each in value)
+            return tuple(self._repeat(each, places) for each in value)
         if hasattr(value, "items"):
-            return type(value)(**{k: self._repeated(each, places) for k, each in value.items()})
+            return type(value)(**{k: self._repeat(each, places) for k, each in value.items()})
         return value

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreamreader.experiments.folder import RunFolder
 from dreamreader.experiments.job import Job, open_job
-from dreamreader.experiments.load import load_spec
+from dreamreader.experiments.load import load_results, load_spec
 from dreamreader.experiments.methods import Spec
 from dreamreader.experiments.plan import Plan, make_plan
 from dreamreader.experiments.results import Results
@@ -104,7 +104,7 @@ class Experiment:
         if advance is not None:
             self.job.advance = advance
         run_job(self.job, folder, started)
-        results = Results.of_folder(folder.path)
+        results = load_results(folder.path)
         if not (folder.path / "report.html").is_file():
             write_report(results)
         return results

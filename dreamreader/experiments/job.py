@@ -1,10 +1,13 @@
-"""A job: a spec beside the subject that it opened, and the one way in which its rows are run."""
+"""A job: a spec beside the subject that it opened, and the one way in which its rows are run.
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+Job and method stand in one file because each of them is an argument of the other.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,18 +16,66 @@ from dreamreader.engine import Cache, Reader, RunResult, encoded, is_encoder_dec
 from dreamreader.errors import DreamreaderError, InvalidInput
 from dreamreader.experiments.encode import encoded_once
 from dreamreader.experiments.row import Row, Unit, units
+from dreamreader.experiments.spec import ExperimentFields
 from dreamreader.metrics import Metric, Outputs, build
 from dreamreader.recording.labelled import record_batches
 from dreamreader.specs.data import Item, pairs_only, read_items
+from dreamreader.specs.parts import Part
 from dreamreader.specs.subject import call_settings, is_language, opened, steps_of
 
 if TYPE_CHECKING:
+    from dreamreader.engine import EditRequest
     from dreamreader.experiments.folder import RunFolder
-    from dreamreader.experiments.methods import Spec
 
 
 def _ignored(rows: float) -> None:
     pass
+
+
+class Method(Part):
+    """Base of all methods. A method decides what the rows are; batches, files, resuming and the
+    report are not its concern."""
+
+    kind: Any  # the name of each method in specs
+    pairs: ClassVar[bool] = False  # whether the data must be pairs
+
+    def check(self, job: "Job") -> None:
+        """Refuse a sweep that is too long, or does not fit the subject, before anything runs."""
+
+    def inputs(self, job: "Job") -> dict[str, Any]:
+        """What the numbers depend on beside the spec and the data, for the fingerprint."""
+        return {}
+
+    def rows(self, job: "Job") -> list[Row]:
+        """All rows of the run, in the order in which they are computed."""
+        raise NotImplementedError
+
+    def prepare(self, job: "Job") -> None:
+        """What has to be fitted before the first row; kept in the run folder."""
+
+    def edits_of(self, job: "Job", rows: Sequence[Row]) -> "list[EditRequest]":
+        """Edits of one batch; a strength has one value for each of its rows."""
+        return []
+
+    def around(self, job: "Job") -> AbstractContextManager[Any]:
+        """What every batch runs inside of."""
+        return nullcontext()
+
+    def records(self, job: "Job", rows: Sequence[Row]) -> list[Any]:
+        """What is recorded in one batch."""
+        return []
+
+    def columns(
+        self, job: "Job", rows: Sequence[Row], result: RunResult
+    ) -> Mapping[str, Sequence[Any]]:
+        """Columns of the rows that come from the method itself."""
+        return {}
+
+
+class MethodSpec(ExperimentFields):
+    """A spec with any method; `ExperimentSpec` lists the kinds that there are."""
+
+    method: Method
 
 
 @dataclass(eq=False)
@@ -39,7 +90,7 @@ class Job:
         advance: told of every finished share of a row.
     """
 
-    spec: "Spec"
+    spec: MethodSpec
     reader: Reader
     items: list[Item]
     metrics: list[Metric]
@@ -136,6 +187,17 @@ class Job:
         if self.is_language:
             self.advance(len(prompts))
         return result, last.latents
+
+    def run_batch(self, rows: Sequence[Row]) -> tuple[Outputs, RunResult]:
+        """Runs the rows of one batch as the method says."""
+        method = self.spec.method
+        edits = method.edits_of(self, rows)
+        record = [*method.records(self, rows), *self.noise_records()]
+        with method.around(self):
+            prompts, seeds = [row.prompt for row in rows], [row.seed for row in rows]
+            result, latents = self.draw(prompts, seeds, edits, record)
+            surprisal = self.surprisal(rows, edits)
+        return replace(self.outputs(rows, result, latents), surprisal=surprisal), result
 
     def record(self, rows: Sequence[tuple[str, int]], records: Sequence[Any]) -> Iterator[Cache]:
         """Recordings of prompts with their seeds, batch by batch."""
@@ -236,7 +298,7 @@ class _Last:
         return values
 
 
-def open_job(spec: "Spec", reader: Reader | None = None, metrics: Sequence[Metric] = ()) -> Job:
+def open_job(spec: MethodSpec, reader: Reader | None = None, metrics: Sequence[Metric] = ()) -> Job:
     """Reads the data, opens the subject and the metrics of a spec.
 
     Args:

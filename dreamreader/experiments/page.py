@@ -2,58 +2,53 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dreamreader.experiments.results import Results, axis_values, interval, said
+from dreamreader._files import explained
+from dreamreader.experiments.pages import page_of
+from dreamreader.experiments.pages.base import gallery
+from dreamreader.experiments.results import Results, format_interval, mean_interval
 from dreamreader.jobs.folder import FINGERPRINT
-from dreamreader.jobs.page import fingerprint_section
-from dreamreader.report import (
-    Charts,
-    Curves,
-    Folded,
-    Gallery,
-    Numbers,
-    Picture,
-    Report,
-    Section,
-    Series,
-    Table,
-)
-
-if TYPE_CHECKING:
-    from dreamreader.stats import Interval
-
-COLUMNS = 8  # pictures in a line
-TONES = 5
+from dreamreader.jobs.page import job_report
+from dreamreader.report import Folded, Report, Section, Table
 
 
 def write_report(results: Results) -> Path:
     """Writes `report.html` into the run folder."""
-    from dreamreader._files import explained
-
     with explained(results.folder.path):
         return build(results).write(results.folder.path / "report.html")
 
 
 def build(results: Results) -> Report:
     """The report of a complete run."""
-    spec = results.spec
-    taken = results.folder.need(FINGERPRINT)
-    sections = [
-        _overview(results),
-        *spec.method.sections(results),
-        *_pictures(results),
-        *_fired(results.folder.firing()),
-        fingerprint_section(results.folder.path, taken),
-    ]
-    return Report(
+    spec, page = results.spec, page_of(results)
+    return job_report(
+        results.folder.path,
+        results.folder.need(FINGERPRINT),
         spec.name,
         f"Method {spec.method.kind} on {spec.subject.model}: {len(results.rows):,} rows under "
         f"{len(results.conditions)} conditions.",
-        opening=[Numbers(numbers)] if (numbers := spec.method.numbers(results)) else [],
-        sections=sections,
-        footer=[("fingerprint", str(taken.get("digest", ""))[:16])],
+        page.numbers(),
+        [
+            _overview(results),
+            *page.sections(),
+            *_pictures(results, page.pictured_setting()),
+            *_firing(results.folder.firing()),
+        ],
     )
+
+
+def summary(results: Results) -> list[str]:
+    """What a run found, in lines for the terminal."""
+    spec = results.spec
+    lines = [f"{spec.name}: {spec.method.kind} on {spec.subject.model}, {len(results.rows):,} rows"]
+    for condition in results.conditions:
+        means = {name: results.mean(condition, name) for name in results.numbers[:5]}
+        shown = ", ".join(f"{name} {format_interval(mean)}" for name, mean in means.items())
+        lines.append(f"  {condition.replace('_', ' '):<14} {shown}")
+    own = page_of(results).summary()
+    lines += [f"{spec.method.kind}:", *own] if own else []
+    return [*lines, f"report: {(results.folder.path / 'report.html').resolve()}"]
 
 
 def _overview(results: Results) -> Section:
@@ -61,7 +56,7 @@ def _overview(results: Results) -> Section:
     rows = []
     for condition in results.conditions:
         found = results.of(condition)
-        cells = [said(interval(row.get(name) for row in found)) for name in shown]
+        cells = [format_interval(mean_interval(row.get(name) for row in found)) for name in shown]
         rows.append((condition.replace("_", " "), len(found), *cells))
     return Section(
         "Conditions",
@@ -69,94 +64,22 @@ def _overview(results: Results) -> Section:
     )
 
 
-def _pictures(results: Results) -> list[Section]:
+def _pictures(results: Results, wanted: Mapping[str, Any]) -> list[Section]:
     """The same prompts and seeds under every condition, changed rows where the method says."""
-    wanted = results.spec.method.shown(results)
-    lines = []
+    lines = {}
     for condition in results.conditions:
         found = results.of(condition)
         first = {name: found[0].get(name) for name in ("cell", "strength")} | dict(wanted)
         # what a condition has no column for, such as the rank of a difference of means, is no bar
-        chosen = [r for r in found if all(r.get(k) in (None, v) for k, v in first.items())] or found
-        pictures = [picture(results, row) for row in chosen[:COLUMNS]]
-        if pictures and all(pictures):
-            lines.append((condition.replace("_", " "), pictures))
-    if not lines:
-        return []
-    width = min(len(pictures) for _, pictures in lines)
-    gallery = Gallery([(name, pictures[:width]) for name, pictures in lines])
+        chosen = [r for r in found if all(r.get(k) in (None, v) for k, v in first.items())]
+        lines[condition.replace("_", " ")] = chosen or found
     where = ", ".join(f"{name} {value}" for name, value in wanted.items())
     lead = "The first rows of every condition, not picked."
-    return [Section("Pictures", [gallery], lead + (f" Changed rows: {where}." if where else ""))]
+    lead += f" Changed rows: {where}." if where else ""
+    return [Section("Pictures", [each], lead) for each in gallery(results, lines)]
 
 
-def picture(results: Results, row: Mapping[str, Any], kind: str = "images") -> Picture | None:
-    """The picture of a row for a gallery, with the colour that was read below it."""
-    image = results.image(row, kind)
-    if image is None:
-        return None
-    return Picture(image, f"{row['prompt']} (seed {row['seed']})", str(row.get("color") or ""))
-
-
-def axis_section(results: Results, axis: str, condition: str, title: str) -> Section:
-    """Every metric over one axis as a curve, and a line of pictures for every value."""
-    rows = results.of(condition)
-    values = axis_values(rows, axis)
-    numeric = [value for value in values if isinstance(value, int | float)]
-    blocks: list[Any] = []
-    if len(numeric) > 1:
-        blocks.append(
-            Charts([_curve(results, name, axis, {condition: rows}) for name in _few(results)])
-        )
-    lines = []
-    for value in values:
-        chosen = [row for row in rows if row.get(axis) == value][:COLUMNS]
-        pictures = [picture(results, row) for row in chosen]
-        if pictures and all(pictures):
-            lines.append((f"{axis} {value}", pictures))
-    if lines:
-        width = min(len(pictures) for _, pictures in lines)
-        blocks.append(Gallery([(name, pictures[:width]) for name, pictures in lines]))
-    return Section(title, blocks)
-
-
-def curves(results: Results, axis: str, lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> Charts:
-    """A chart for each metric, with a line for each set of rows."""
-    return Charts([_curve(results, name, axis, lines) for name in _few(results)])
-
-
-def _few(results: Results) -> list[str]:
-    return results.numbers[:6]
-
-
-def _curve(
-    results: Results, name: str, axis: str, lines: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> Curves:
-    series, every = [], []
-    for number, (label, rows) in enumerate(lines.items()):
-        ticks = [v for v in axis_values(rows, axis) if isinstance(v, int | float)]
-        points = [interval(r.get(name) for r in rows if r.get(axis) == x) for x in ticks]
-        kept = [(x, point) for x, point in zip(ticks, points, strict=True) if point.n]
-        every += [point for _, point in kept]
-        series.append(_series(label, kept, number % TONES + 1))
-    truth = all(isinstance(r.get(name), bool | None) for rows in lines.values() for r in rows)
-    low = min([0.0, *(point.low for point in every)])
-    high = max([1.0 if truth else 1e-9, *(point.high for point in every)])
-    return Curves(name.replace("_", " "), series, axis, y_range=(low, high), percent=truth)
-
-
-def _series(label: str, points: Sequence[tuple[float, "Interval"]], tone: int) -> Series:
-    return Series(
-        label.replace("_", " "),
-        [x for x, _ in points],
-        [each.value for _, each in points],
-        [each.low for _, each in points],
-        [each.high for _, each in points],
-        tone,
-    )
-
-
-def _fired(units: Sequence[Sequence[Mapping[str, Any]]]) -> list[Section]:
+def _firing(units: Sequence[Sequence[Mapping[str, Any]]]) -> list[Section]:
     """One line for every edit, over all batches and sites."""
     if not any(units):
         return []

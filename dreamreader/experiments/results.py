@@ -1,23 +1,19 @@
-"""What a finished run found: its rows by condition, and tables, curves and pictures of them."""
+"""What a finished run found: its rows by condition, and means and pictures of them."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import yaml
 
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.experiments.folder import RunFolder
-from dreamreader.jobs.folder import SPEC
+from dreamreader.experiments.methods import ExperimentSpec
 from dreamreader.stats import Interval, bootstrap, wilson
 from dreamreader.sweep import Cell
-
-if TYPE_CHECKING:
-    from dreamreader.experiments.methods import Spec
-    from dreamreader.report import Section
 
 Found = Mapping[str, Any]
 
@@ -32,28 +28,17 @@ class Results:
         metrics: columns that metrics, or the method, measured.
 
     Example:
-        >>> results = Results.of_folder("runs/red-to-blue")
+        >>> results = load_results("runs/red-to-blue")
         >>> results.mean("edited", "color_kept")
     """
 
     folder: RunFolder
-    spec: "Spec"
+    spec: ExperimentSpec
     rows: Sequence[Found]
     metrics: Sequence[str]
 
-    @classmethod
-    def of_folder(cls, path: str | Path) -> "Results":
-        """Reads a run folder.
-
-        Raises:
-            InvalidInput: it is no complete run, or damaged.
-        """
-        from dreamreader.experiments.load import check_spec
-
-        folder = RunFolder(Path(path))
-        rows, measured = folder.table()
-        spec = check_spec(folder.spec(), source=str(folder.path / SPEC))
-        return cls(folder, spec, rows, measured)
+    # The earlier name of `load_results`, which stands above this module and sets it.
+    of_folder: ClassVar[Callable[[str | os.PathLike[str]], "Results"]]
 
     @cached_property
     def conditions(self) -> list[str]:
@@ -112,7 +97,7 @@ class Results:
 
     def mean(self, condition: str, name: str, **where: Any) -> Interval:
         """Mean of a column with its 95 % interval: Wilson's for truth values, else bootstrap."""
-        return interval([row.get(name) for row in self.of(condition, **where)])
+        return mean_interval([row.get(name) for row in self.of(condition, **where)])
 
     def image(self, row: Found, kind: str = "images") -> Any:
         """The picture (or map) of a row; None where it was not kept.
@@ -137,18 +122,12 @@ class Results:
         lines = []
         for value in axis_values(self.of(condition), axis):
             found = {n: self.mean(condition, n, **{axis: value}) for n in self.numbers[:6]}
-            shown = ", ".join(f"{name} {said(each)}" for name, each in found.items())
+            shown = ", ".join(f"{name} {format_interval(each)}" for name, each in found.items())
             lines.append(f"  {axis} {value}: {shown}")
         return lines
 
-    def by_axis(self, axis: str, condition: str, title: str) -> "list[Section]":
-        """Curves and pictures over one axis."""
-        from dreamreader.experiments.page import axis_section
 
-        return [axis_section(self, axis, condition, title)]
-
-
-def interval(values: Iterable[Any]) -> Interval:
+def mean_interval(values: Iterable[Any]) -> Interval:
     """Mean with its 95 % interval; missing and NaN values are left out."""
     known = [v for v in values if v is not None and not (isinstance(v, float) and math.isnan(v))]
     if not known:
@@ -158,7 +137,7 @@ def interval(values: Iterable[Any]) -> Interval:
     return bootstrap([float(value) for value in known], resamples=1000)
 
 
-def said(found: Interval) -> str:
+def format_interval(found: Interval) -> str:
     """An interval in short: `0.42 (0.30 to 0.55)`."""
     if not found.n:
         return "–"

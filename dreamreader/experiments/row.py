@@ -83,11 +83,11 @@ def units(rows: Sequence[Row], most: int) -> list[Unit]:
     return found
 
 
-def apart(prompts: Sequence[str | None]) -> int:
+def turn_apart(prompts: Sequence[str | None]) -> int:
     """How far to turn a batch so that rows meet rows of other prompts, as many as can be.
 
     Example:
-        >>> apart(["a", "a", "b", "b"])  # two prompts with two seeds each
+        >>> turn_apart(["a", "a", "b", "b"])  # two prompts with two seeds each
         2
     """
     count = len(prompts)

@@ -3,7 +3,6 @@
 import hashlib
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -89,7 +88,7 @@ def computed(
         keep: whether its pictures and what later rows are compared with are written.
     """
     rows = unit.of(job.rows)
-    outputs, result = drawn(job, rows)
+    outputs, result = job.run_batch(rows)
     columns = dict(job.spec.method.columns(job, rows, result))
     compared = references(job, rows, outputs)
     for metric in job.metrics:
@@ -130,17 +129,6 @@ def keep_images(job: Job, rows: Sequence[Row], outputs: Outputs) -> None:
     if job.spec.save.images and outputs.images is not None and job.folder is not None:
         for row, image in zip(rows, outputs.images, strict=True):
             job.folder.keep_image(row.number, image)
-
-
-def drawn(job: Job, rows: Sequence[Row]) -> tuple[Outputs, Any]:
-    """Runs the rows of one batch."""
-    method = job.spec.method
-    edits = method.edits_of(job, rows)
-    record = [*method.records(job, rows), *job.noise_records()]
-    with method.around(job):
-        result, latents = job.draw([r.prompt for r in rows], [r.seed for r in rows], edits, record)
-        surprisal = job.surprisal(rows, edits)
-    return replace(job.outputs(rows, result, latents), surprisal=surprisal), result
 
 
 # What rows are compared with: the outputs of their base rows, as exact as they were.

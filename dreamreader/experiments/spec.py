@@ -1,4 +1,4 @@
-"""What an experiment is, as data; `Spec` adds the method."""
+"""What an experiment is, as data; `ExperimentSpec` adds the method."""
 
 from typing import Any
 
@@ -15,8 +15,8 @@ class Save(parts.Part):
     images: bool = Field(default=True, description="Pictures as PNG files in artifacts/images/.")
 
 
-class Common(parts.Common):
-    """Fields of every spec of an experiment; `Spec` adds the method."""
+class ExperimentFields(parts.Common):
+    """Fields of every spec of an experiment; `ExperimentSpec` adds the method."""
 
     metrics: list[Metric] = Field(default_factory=list)
     save: Save = Field(default_factory=Save)

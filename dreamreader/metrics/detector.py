@@ -75,10 +75,10 @@ class Detector:
             before = detect(needed(self.name, "images", reference))
             pairs = list(zip(found, map(attributes, before), strict=True))
             columns["others_kept"] = [
-                _same(a, b, _others(t)) for (a, b), t in zip(pairs, targets, strict=True)
+                same_attributes(a, b, _others(t)) for (a, b), t in zip(pairs, targets, strict=True)
             ]
             for name, group in _GROUPS.items():
-                columns[name] = [_same(a, b, group) for a, b in pairs]
+                columns[name] = [same_attributes(a, b, group) for a, b in pairs]
         return columns
 
 
@@ -126,6 +126,7 @@ def wanted(target: Any) -> dict[str, Any]:
     return found
 
 
-def _same(a: dict[str, Any], b: dict[str, Any], names: tuple[str, ...]) -> bool:
+def same_attributes(a: dict[str, Any], b: dict[str, Any], names: tuple[str, ...]) -> bool:
+    """Whether both pictures have an object, and equal values of these attributes."""
     there = bool(a["objects"]) and bool(b["objects"])
     return there and all(a[name] == b[name] for name in names)

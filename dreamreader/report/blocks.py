@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,6 +115,21 @@ class Series:
                     f"Series {self.name!r}: {len(self.x)} x and {len(values)} {name}"
                 )
 
+    @classmethod
+    def of_intervals(
+        cls, name: str, points: Sequence[tuple[float, Any]], tone: int = 1
+    ) -> "Series":
+        """A line with its band from (x, interval) pairs, such as those of `dreamreader.stats`."""
+        every = [each for _, each in points]
+        return cls(
+            name,
+            [x for x, _ in points],
+            [each.value for each in every],
+            [each.low for each in every],
+            [each.high for each in every],
+            tone,
+        )
+
 
 @dataclass(frozen=True)
 class Curves:
@@ -126,12 +142,6 @@ class Curves:
     y_range: tuple[float, float] = (0.0, 1.0)
     percent: bool = True
     kind = "curves"
-
-    @property
-    def svg(self) -> Markup:
-        from dreamreader.report.svg import draw_curves
-
-        return draw_curves(self)
 
     def shown(self, value: float) -> str:
         return f"{100 * value:.0f} %" if self.percent else f"{value:.3g}"

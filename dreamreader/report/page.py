@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from dreamreader._files import write_atomic
+from dreamreader.report.svg import draw_curves
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,15 @@ class Report:
 
 @cache
 def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("dreamreader.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.filters["draw_curves"] = draw_curves
+    return made
 
 
 @cache

@@ -1,19 +1,17 @@
 """Line charts as inline SVG: styled by the page's CSS, so that they follow light and dark."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
-if TYPE_CHECKING:
-    from dreamreader.report.blocks import Curves, Series
+from dreamreader.report.blocks import Curves, Series
 
 # Units of the view box. Small on purpose: at the 350 px of a phone the text is still 11 px.
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 40, 12, 10, 40
 
 
-def draw_curves(chart: "Curves") -> Markup:
+def draw_curves(chart: Curves) -> Markup:
     """Draws a chart with confidence bands, dots with tooltips, and a sentence for screen readers.
 
     Args:
@@ -24,11 +22,11 @@ def draw_curves(chart: "Curves") -> Markup:
     """
     ticks = chart.ticks
     low, high = (ticks[0], ticks[-1]) if ticks else (0.0, 1.0)
-    frame = _Frame(low, high if high > low else low + 1.0, *chart.y_range)
-    parts = [_axes(chart, frame, ticks)]
+    area = _PlotArea(low, high if high > low else low + 1.0, *chart.y_range)
+    parts = [_axes(chart, area, ticks)]
     # Bands first, so that no line disappears under the band of another.
-    parts += [_band(line, frame) for line in chart.series]
-    parts += [_line(chart, line, frame) for line in chart.series]
+    parts += [_band(line, area) for line in chart.series]
+    parts += [_line(chart, line, area) for line in chart.series]
     said = "; ".join(
         f"{line.name}: "
         + ", ".join(f"{chart.shown(y)} at {x:g}" for x, y in zip(line.x, line.y, strict=True))
@@ -40,7 +38,7 @@ def draw_curves(chart: "Curves") -> Markup:
     )
 
 
-class _Frame:
+class _PlotArea:
     """The map from values to places in the view box."""
 
     def __init__(self, x_low: float, x_high: float, y_low: float, y_high: float):
@@ -58,18 +56,18 @@ class _Frame:
         return [f"{self.x(x)},{self.y(y)}" for x, y in zip(xs, ys, strict=True)]
 
 
-def _axes(chart: "Curves", frame: _Frame, ticks: Sequence[float]) -> str:
+def _axes(chart: Curves, area: _PlotArea, ticks: Sequence[float]) -> str:
     low, high = chart.y_range
     parts = []
     for i in range(5):
         value = low + (high - low) * i / 4
-        y = frame.y(value)
+        y = area.y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
         shown = f"{100 * value:.0f}" if chart.percent else f"{value:.3g}"
         parts.append(f'<text x="{LEFT - 7}" y="{y + 4}" text-anchor="end">{shown}</text>')
     last = -1e9
     for value in ticks:
-        x = frame.x(value)
+        x = area.x(value)
         if x - last >= 24:  # skip labels that would touch
             parts.append(
                 f'<text x="{x}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>'
@@ -82,18 +80,18 @@ def _axes(chart: "Curves", frame: _Frame, ticks: Sequence[float]) -> str:
     return "".join(parts)
 
 
-def _band(line: "Series", frame: _Frame) -> str:
+def _band(line: Series, area: _PlotArea) -> str:
     if line.low is None or line.high is None:
         return ""
-    there = frame.points(line.x, line.high)
-    back = frame.points(line.x, line.low)[::-1]
+    there = area.points(line.x, line.high)
+    back = area.points(line.x, line.low)[::-1]
     return f'<polygon class="band tone{line.tone}" points="{" ".join(there + back)}"/>'
 
 
-def _line(chart: "Curves", line: "Series", frame: _Frame) -> str:
-    path = f'<polyline class="line" points="{" ".join(frame.points(line.x, line.y))}"/>'
+def _line(chart: Curves, line: Series, area: _PlotArea) -> str:
+    path = f'<polyline class="line" points="{" ".join(area.points(line.x, line.y))}"/>'
     dots = "".join(
-        f'<circle class="dot" cx="{frame.x(x)}" cy="{frame.y(y)}" r="3">'
+        f'<circle class="dot" cx="{area.x(x)}" cy="{area.y(y)}" r="3">'
         f"<title>{escape(line.name)}: {chart.shown(y)} at {x:g}</title></circle>"
         for x, y in zip(line.x, line.y, strict=True)
     )

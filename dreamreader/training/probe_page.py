@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from dreamreader._files import explained
 from dreamreader.jobs.folder import FINGERPRINT
-from dreamreader.jobs.page import fingerprint_section
+from dreamreader.jobs.page import job_report
 from dreamreader.probes import Card
 from dreamreader.report import (
     Charts,
     Curves,
     HeatMap,
     Number,
-    Numbers,
-    Report,
     Section,
     Series,
     Table,
@@ -37,16 +35,13 @@ def write_report(spec: "ProbeSpec", folder: TrainingFolder) -> Path:
     cards = {site: Card.of(each["card"]) for site, each in notes.items()}
     first, card = next(iter(notes.values())), next(iter(cards.values()))
     told = [name for names in card.classes.values() for name in names]
-    page = Report(
+    page = job_report(
+        folder.path,
+        taken,
         spec.name,
         f"Probes of {len(sites)} sites: {', '.join(told[:12])}.",
-        opening=[Numbers(_numbers(cards, first["rows"]))],
-        sections=[
-            _overview(cards),
-            *(_site(card, notes[site]) for site, card in cards.items()),
-            fingerprint_section(folder.path, taken),
-        ],
-        footer=[("fingerprint", taken["digest"][:16])],
+        _numbers(cards, first["rows"]),
+        [_overview(cards), *(_site(card, notes[site]) for site, card in cards.items())],
     )
     with explained(folder.path):
         return page.write(folder.path / "report.html")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from dreamreader._files import explained
 from dreamreader.jobs.folder import FINGERPRINT
-from dreamreader.jobs.page import fingerprint_section
-from dreamreader.report import Charts, Curves, Number, Numbers, Report, Section, Series, Table
+from dreamreader.jobs.page import job_report
+from dreamreader.report import Charts, Curves, Number, Section, Series, Table
 from dreamreader.training.folder import RESULT, TrainingFolder
 from dreamreader.training.page import thinned
 
@@ -24,17 +24,17 @@ def write_report(spec: "ReftSpec", folder: TrainingFolder) -> Path:
     result, taken = folder.need(RESULT), folder.need(FINGERPRINT)
     lines = [json.loads(line) for line in (folder.path / HISTORY).read_text().splitlines()]
     training = spec.training
-    page = Report(
+    page = job_report(
+        folder.path,
+        taken,
         spec.name,
         f"{training.variant} adapters of {spec.subject.model}, trained on {training.loss}.",
-        opening=[Numbers(_numbers(result))],
-        sections=[
+        _numbers(result),
+        [
             Section("Losses", [Charts([_curves(lines)])], _lead(result)),
             _sites(result),
             *_terms(result),
-            fingerprint_section(folder.path, taken),
         ],
-        footer=[("fingerprint", taken["digest"][:16])],
     )
     with explained(folder.path):
         return page.write(folder.path / "report.html")

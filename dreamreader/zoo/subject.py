@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dreamreader.errors import InvalidInput, UnknownName, first_line, nearest
+from dreamreader.zoo.catalog import MODELS, WEIGHTS
 from dreamreader.zoo.hub import cached_file, failure, hub_file
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ NEITHER = f"no {PIPELINE} (a pipeline of diffusers) and no {LANGUAGE} (a model o
 
 
 @dataclass(frozen=True)
-class Found:
+class NamedModel:
     """What a name means.
 
     Attributes:
@@ -95,13 +96,12 @@ def load_pipeline(
     return reader.subject
 
 
-def locate(name: str | Path) -> Found:
+def locate(name: str | Path) -> NamedModel:
     """Finds what a name means, without loading weights; asks the hub where nothing here has it.
 
     Raises:
         UnknownName, InvalidInput: as `load` does.
     """
-    from dreamreader.zoo import MODELS, WEIGHTS
     from dreamreader.zoo.fetch import SOURCES, installed
 
     text = str(name)
@@ -115,7 +115,7 @@ def locate(name: str | Path) -> Found:
         file = installed(text)
         if file is None:
             raise InvalidInput(f"{text} is not here yet: `dreamreader zoo fetch {text}` gets it")
-        return Found(text, "gguf", str(file))
+        return NamedModel(text, "gguf", str(file))
     path = Path(text).expanduser()
     if path.is_dir():
         return _in_folder(text, path)
@@ -125,7 +125,7 @@ def locate(name: str | Path) -> Found:
                 f"{path} is a file; give the folder that diffusers or transformers wrote, a GGUF "
                 "file, or a hub id"
             )
-        return Found(text, "gguf", str(path))
+        return NamedModel(text, "gguf", str(path))
     known = [*MODELS, *SOURCES]
     if not _is_hub_id(name) or ("/" not in text and nearest(text, known, cutoff=0.75)):
         hint = "Or give a folder that diffusers or transformers wrote, or a hub id."
@@ -174,9 +174,9 @@ def _is_hub_id(name: str | Path) -> bool:
     return True
 
 
-def _in_folder(name: str, folder: Path) -> Found:
+def _in_folder(name: str, folder: Path) -> NamedModel:
     if (folder / PIPELINE).is_file():
-        return Found(name, "pipeline", str(folder), _content(folder / PIPELINE))
+        return NamedModel(name, "pipeline", str(folder), _content(folder / PIPELINE))
     if (folder / LANGUAGE).is_file():
         return _model(name, str(folder), folder / LANGUAGE)
     if (folder / "adapter_config.json").is_file():
@@ -187,7 +187,7 @@ def _in_folder(name: str, folder: Path) -> Found:
     raise InvalidInput(f"{folder}: {NEITHER}")
 
 
-def _model(name: str, source: str, config: Path) -> Found:
+def _model(name: str, source: str, config: Path) -> NamedModel:
     """A model of transformers, told from a part of a pipeline, which diffusers writes."""
     content = _content(config)
     if "_class_name" in content:
@@ -195,16 +195,16 @@ def _model(name: str, source: str, config: Path) -> Found:
             f"{name}: a {content['_class_name']}, one part of a pipeline; give the folder or hub "
             "id of the whole"
         )
-    return Found(name, "language", source, content)
+    return NamedModel(name, "language", source, content)
 
 
-def _on_hub(repo: str) -> Found:
+def _on_hub(repo: str) -> NamedModel:
     """A hub id, by the file that its repository has."""
     config = cached_file(repo, LANGUAGE)
     if config is not None and "model_type" in _content(config) and not cached_file(repo, PIPELINE):
         return _model(repo, repo, config)  # as it was opened before: without asking the hub
     if (index := hub_file(repo, PIPELINE)) is not None:
-        return Found(repo, "pipeline", repo, _content(index))
+        return NamedModel(repo, "pipeline", repo, _content(index))
     config = hub_file(repo, LANGUAGE)
     if config is None:
         raise InvalidInput(f"{repo} on the hub: {NEITHER}")
@@ -221,7 +221,7 @@ def _content(file: Path) -> dict[str, Any]:
     return content
 
 
-def _pipeline(found: Found, dtype: "torch.dtype | Literal['auto']") -> Any:
+def _pipeline(found: NamedModel, dtype: "torch.dtype | Literal['auto']") -> Any:
     from diffusers import DiffusionPipeline
 
     # Parts that a pipeline was saved without: diffusers wants some of them named as None.
@@ -235,7 +235,7 @@ def _pipeline(found: Found, dtype: "torch.dtype | Literal['auto']") -> Any:
     return pipe
 
 
-def _language_model(found: Found, dtype: "torch.dtype | Literal['auto']") -> tuple[Any, Any]:
+def _language_model(found: NamedModel, dtype: "torch.dtype | Literal['auto']") -> tuple[Any, Any]:
     """Model in eval mode, and its tokenizer."""
     if found.kind == "gguf":
         from dreamreader.zoo.fetch import load_language_model
@@ -265,7 +265,7 @@ def _language_model(found: Found, dtype: "torch.dtype | Literal['auto']") -> tup
     return model.eval(), tokenizer
 
 
-def _class_for(found: Found, config: Any) -> Any:
+def _class_for(found: NamedModel, config: Any) -> Any:
     """The class of transformers that generates text with this configuration."""
     import transformers as t
 
@@ -286,7 +286,7 @@ def _class_for(found: Found, config: Any) -> Any:
     )
 
 
-def _not_whole(found: Found, kind: str, error: Exception) -> InvalidInput:
+def _not_whole(found: NamedModel, kind: str, error: Exception) -> InvalidInput:
     """The error of another library, as one that says whether the hub or the model is the cause."""
     if isinstance(error, InvalidInput):
         return error
@@ -297,7 +297,7 @@ def _not_whole(found: Found, kind: str, error: Exception) -> InvalidInput:
     return InvalidInput(f"{found.name}: not a whole {kind} ({first_line(error)})")
 
 
-def _stored_dtype(found: Found) -> "torch.dtype":
+def _stored_dtype(found: NamedModel) -> "torch.dtype":
     """The dtype of most of the weights of a pipeline; float32 for embedded models.
 
     These are kept in float16 to be small, and were trained in float32.
@@ -307,8 +307,6 @@ def _stored_dtype(found: Found) -> "torch.dtype":
     import torch
     from diffusers import DiffusionPipeline
     from safetensors import safe_open
-
-    from dreamreader.zoo import MODELS
 
     if found.name in MODELS:
         return torch.float32

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from dreamreader._checked import read_table, write_table
 from dreamreader.cli import app
-from dreamreader.experiments import Results, Spec, load_spec
+from dreamreader.experiments import Spec, load_results, load_spec
 
 SPEC = """\
 name: half the middle
@@ -81,7 +81,7 @@ def test_a_run_goes_to_runs_by_its_name(spec, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = run("run", spec, "method.sweep.factor=[0.5]", "data.limit=1", "save.images=false")
     assert found.exit_code == 0, found.output
-    assert Results.of_folder(tmp_path / "runs" / "half-the-middle").rows[1]["factor"] == 0.5
+    assert load_results(tmp_path / "runs" / "half-the-middle").rows[1]["factor"] == 0.5
 
 
 def test_a_plan_is_printed_and_nothing_written(spec, tmp_path, monkeypatch) -> None:

@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from dreamreader._checked import read_json, write_json
 from dreamreader.errors import InvalidInput
-from dreamreader.experiments import Results
+from dreamreader.experiments import load_results
 from dreamreader.experiments.folder import FORMAT, RunFolder
 from dreamreader.experiments.row import Unit
 
@@ -274,7 +274,7 @@ def test_a_damaged_table_of_a_finished_run(experiment, tmp_path: Path) -> None:
         experiment().run(out)
     file.unlink()
     assert experiment().run(out).rows == rows
-    assert Results.of_folder(out).rows == rows
+    assert load_results(out).rows == rows
 
 
 def test_rows_of_a_batch_can_have_different_columns(tmp_path: Path) -> None:

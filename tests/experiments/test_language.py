@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from dreamreader.experiments import Experiment
+from dreamreader.experiments.pages.chunked import effects
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -25,12 +26,12 @@ def test_the_country_is_at_its_own_token_first_and_at_the_last_one_later(
     layers = ["model.layers.2", "model.layers.29"]
     overrides = [f"method.sites=[{', '.join(layers)}]", "method.controls=[resampled]"]
     found = Experiment.from_file(EXAMPLES / "language-patch.yaml", overrides).run(tmp_path / "run")
-    grid = found.spec.method.grid(found, "patched")
+    grid = effects(found, "patched")
     pairs = zip(grid.cells, grid.effects, strict=True)
     effect = {(cell.name, cell.tokens): each.value for cell, each in pairs}
     assert effect[layers[0], 3] > 0.9 and effect[layers[1], 7] > 0.9
     assert abs(effect[layers[0], 7]) < 0.1 and abs(effect[layers[1], 3]) < 0.1
-    control = found.spec.method.grid(found, "resampled")
+    control = effects(found, "resampled")
     # another country takes the wrong answer away too, but does not bring the right one
     assert max(each.value for each in control.effects) < 0.8
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.experiments import Results
+from dreamreader.experiments import load_results
 
 
 def test_results_are_means_over_rows(experiment, tmp_path) -> None:
@@ -27,7 +27,7 @@ def test_results_are_means_over_rows(experiment, tmp_path) -> None:
     lines = results.axis_lines("factor", "edited")
     assert [line.split(":")[0].strip() for line in lines] == ["factor 0.5", "factor 1.0"]
     assert results.image(results.rows[0]).size == (64, 64)
-    assert Results.of_folder(tmp_path / "run").rows == results.rows
+    assert load_results(tmp_path / "run").rows == results.rows
 
 
 def test_results_without_numbers(experiment, tmp_path) -> None:
@@ -39,4 +39,4 @@ def test_results_without_numbers(experiment, tmp_path) -> None:
 
 def test_a_folder_without_results(tmp_path) -> None:
     with pytest.raises(InvalidInput, match="nothing is no run folder"):
-        Results.of_folder(tmp_path / "nothing")
+        load_results(tmp_path / "nothing")

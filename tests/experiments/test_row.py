@@ -3,14 +3,14 @@
 import pytest
 
 from dreamreader.errors import InvalidInput
-from dreamreader.experiments.methods.base import Table, counted
-from dreamreader.experiments.row import MOST, Row, Unit, apart, evenly, units
+from dreamreader.experiments.methods.base import RowTable, check_size
+from dreamreader.experiments.row import MOST, Row, Unit, evenly, turn_apart, units
 from dreamreader.specs.data import Item
 
 
 def rows(*groups: int) -> list[Row]:
     """Rows of groups of these sizes."""
-    table = Table()
+    table = RowTable()
     for size in groups:
         for _ in range(size):
             table.add(Item("0", "a"), 0, "unedited")
@@ -34,7 +34,7 @@ def test_pieces_are_few_even_and_whole(count: int, most: int) -> None:
     [("a", 0), ("ab", 1), ("aa", 1), ("aabb", 2), ("aaabbb", 3), ("abab", 1), ("aabbcc", 2)],
 )
 def test_rows_are_turned_to_those_of_other_prompts(prompts: str, turn: int) -> None:
-    assert apart(prompts) == turn
+    assert turn_apart(prompts) == turn
 
 
 def test_rows_of_different_groups_share_no_batch() -> None:
@@ -44,7 +44,7 @@ def test_rows_of_different_groups_share_no_batch() -> None:
 
 
 def test_a_row_knows_the_row_it_is_compared_with() -> None:
-    table = Table()
+    table = RowTable()
     items = [Item("a", "x"), Item("b", "y", "z")]
     for item in items:
         for seed in (0, 1):
@@ -57,10 +57,10 @@ def test_a_row_knows_the_row_it_is_compared_with() -> None:
 
 
 def test_too_many_rows_are_refused_with_their_number() -> None:
-    counted(prompts=1000, seeds=1000)
+    check_size(prompts=1000, seeds=1000)
     assert MOST == 1000 * 1000
     text = (
         r"the sweep has 10,000,000 rows \(1,000 prompts x 5 seeds x 2,000 cells\); a run has at m"
     )
     with pytest.raises(InvalidInput, match=text):
-        counted(prompts=1000, seeds=5, cells=2000, conditions=1)
+        check_size(prompts=1000, seeds=5, cells=2000, conditions=1)

@@ -11,7 +11,7 @@ from tiny.embedded import untrained
 from dreamreader._checked import read_table, write_table
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.experiments import Experiment, Results
+from dreamreader.experiments import Experiment, load_results
 from dreamreader.experiments.plan import probe
 from dreamreader.metrics import Outputs
 
@@ -59,7 +59,7 @@ class Gap:
 
 
 def digests(path: Path) -> list[str]:
-    return [row["digest"] for row in Results.of_folder(path).rows]
+    return [row["digest"] for row in load_results(path).rows]
 
 
 def test_rows_are_what_the_pipeline_gives(experiment, reader, tmp_path) -> None:
@@ -236,7 +236,7 @@ def test_a_folder_of_another_run_is_refused_with_the_first_difference(experiment
     ):
         with pytest.raises(InvalidInput, match=rf"run holds another run: .*{text}.*Give another"):
             experiment(**changes).run(folder)
-    assert Results.of_folder(folder).rows == before.rows
+    assert load_results(folder).rows == before.rows
     # the name and what is saved change no number
     assert experiment(name="other", save={"images": False}).run(folder).rows == before.rows
 

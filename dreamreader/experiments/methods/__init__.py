@@ -4,27 +4,36 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dreamreader.experiments.methods.ablate import Ablate
-from dreamreader.experiments.methods.base import Method
-from dreamreader.experiments.methods.edit import Edit
-from dreamreader.experiments.methods.guide import Guide
-from dreamreader.experiments.methods.heatmap import HeatMap
-from dreamreader.experiments.methods.lens import Lens
-from dreamreader.experiments.methods.patch import Patch, Windows
-from dreamreader.experiments.methods.reft import Reft
-from dreamreader.experiments.methods.steer import Steer
-from dreamreader.experiments.spec import Common
+from dreamreader.experiments.job import Method, MethodSpec
+from dreamreader.experiments.methods.ablate import AblateMethod
+from dreamreader.experiments.methods.edit import EditMethod
+from dreamreader.experiments.methods.guide import GuideMethod
+from dreamreader.experiments.methods.heatmap import HeatMapMethod
+from dreamreader.experiments.methods.lens import LensMethod
+from dreamreader.experiments.methods.patch import PatchMethod, WindowsMethod
+from dreamreader.experiments.methods.reft import ReftMethod
+from dreamreader.experiments.methods.steer import SteerMethod
 
 AnyMethod = Annotated[
-    Edit | Steer | Reft | Guide | Patch | Ablate | Windows | Lens | HeatMap,
+    EditMethod
+    | SteerMethod
+    | ReftMethod
+    | GuideMethod
+    | PatchMethod
+    | AblateMethod
+    | WindowsMethod
+    | LensMethod
+    | HeatMapMethod,
     Field(discriminator="kind"),
 ]
 
 
-class Spec(Common):
+class ExperimentSpec(MethodSpec):
     """A whole experiment: subject, data, method, metrics."""
 
-    method: AnyMethod
+    method: AnyMethod  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
-__all__ = ["Method", "Spec"]
+Spec = ExperimentSpec  # its earlier name
+
+__all__ = ["ExperimentSpec", "Method", "Spec"]

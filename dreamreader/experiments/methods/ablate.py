@@ -3,28 +3,24 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from dreamreader.engine import Cache, row_means
 from dreamreader.errors import InvalidInput
-from dreamreader.experiments.methods.base import Places, Table
+from dreamreader.experiments.job import Job
+from dreamreader.experiments.methods.base import RowTable, SweptPlaces
 from dreamreader.experiments.methods.chunked import Chunked, others
-from dreamreader.experiments.methods.grids import grid_of
 from dreamreader.experiments.row import Row
 from dreamreader.localise import ablate_edits
 from dreamreader.recording.labelled import evenly, joined_rows
 from dreamreader.specs.data import read_items
 from dreamreader.specs.parts import AnySeeds, Data, Seeds, listed_seeds
-from dreamreader.sweep import Cell, Grid, random_cells, records_of, site_widths
-
-if TYPE_CHECKING:
-    from dreamreader.experiments.job import Job
-    from dreamreader.experiments.results import Results
+from dreamreader.sweep import Cell, random_cells, records_of, site_widths
 
 
-class Ablate(Chunked, Places):
+class AblateMethod(Chunked, SweptPlaces):
     """Ablates every cell of a grid.
 
     mean and resample draw on the prompts of `reference`, or on the unedited rows of the same batch:
@@ -34,7 +30,6 @@ class Ablate(Chunked, Places):
     base: ClassVar[str] = "unedited"
     changed: ClassVar[str] = "ablated"
     control: ClassVar[str] = "random_sites"
-    control_title: ClassVar[str] = "random sites of the same sizes (control)"
 
     kind: Literal["ablate"] = "ablate"
     ablation: Literal["zero", "mean", "resample"] = "mean"
@@ -54,7 +49,7 @@ class Ablate(Chunked, Places):
         None, description="Globs of the sites that random sets are drawn from; `sites` by default."
     )
 
-    def check(self, job: "Job") -> None:
+    def check(self, job: Job) -> None:
         self.check_cells(job, 1 + self.random_sets)
         if self.ablation == "zero" and self.reference is not None:
             raise InvalidInput("method.reference: zero draws on nothing; use mean or resample")
@@ -62,13 +57,13 @@ class Ablate(Chunked, Places):
         if self.ablation == "resample" and alone:
             raise InvalidInput("method.ablation: resample needs a second row to take values from")
 
-    def inputs(self, job: "Job") -> dict[str, Any]:
+    def inputs(self, job: Job) -> dict[str, Any]:
         if self.reference is None:
             return {}
         prompts = [item.prompt for item in read_items(self.reference, "method.reference")]
         return {"reference": hashlib.sha256(repr(prompts).encode()).hexdigest()}
 
-    def controls(self, job: "Job") -> list[Cell]:
+    def controls(self, job: Job) -> list[Cell]:
         """The random cells."""
         if "controls" not in job.memory:
             job.memory["controls"] = []
@@ -88,10 +83,10 @@ class Ablate(Chunked, Places):
     def gives(self, condition: str) -> bool:
         return condition == "unedited" and self.ablation != "zero" and self.reference is None
 
-    def read_cells(self, job: "Job") -> list[Cell]:
+    def read_cells(self, job: Job) -> list[Cell]:
         return [*self.cells(job), *self.controls(job)]
 
-    def rows(self, job: "Job") -> list[Row]:
+    def rows(self, job: Job) -> list[Row]:
         pairs = [(item, seed) for item in job.items for seed in job.seeds]
         cells, random = self.cells(job), self.controls(job)
         pieces = evenly(len(pairs), job.batch)
@@ -101,7 +96,7 @@ class Ablate(Chunked, Places):
                 f"batch: resample takes values from another row of the same batch; {job.batch} "
                 f"rows in one leave some of the {len(pairs)} alone"
             )
-        table = Table()
+        table = RowTable()
         for start, stop in pieces:
             chunk = list(enumerate(pairs[start:stop]))
             for n, (item, seed) in chunk:
@@ -115,7 +110,7 @@ class Ablate(Chunked, Places):
             table.next_group()
         return table.rows
 
-    def edits_of(self, job: "Job", rows: Sequence[Row]) -> list[Any]:
+    def edits_of(self, job: Job, rows: Sequence[Row]) -> list[Any]:
         cells = [row.cell for row in rows]
         if not any(cells):
             return []
@@ -129,7 +124,7 @@ class Ablate(Chunked, Places):
         taken = others(rows, source) if own else [row.entry % count for row in rows]
         return list(ablate_edits(cells, "resample", source, taken))
 
-    def _reference(self, job: "Job") -> Cache:
+    def _reference(self, job: Job) -> Cache:
         """Activations of the reference: all rows, or for mean only their mean."""
         if "reference" not in job.memory:
             assert self.reference is not None
@@ -142,6 +137,3 @@ class Ablate(Chunked, Places):
                 found = Cache([row_means(each) for each in found.values()])
             job.memory["reference"] = found
         return job.memory["reference"]
-
-    def grid(self, results: "Results", condition: str) -> Grid:
-        return grid_of(results, condition, self.effect, self.base, None, self.floor)

@@ -1,82 +1,21 @@
-"""What a method of an experiment has to say: its rows, their edits, and how its result is read."""
+"""What methods of experiments share: places that are swept, the table of rows, and strengths."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from pydantic import Field
 
 from dreamreader.errors import InvalidInput
+from dreamreader.experiments.job import Job
 from dreamreader.experiments.row import Row, check_count
+from dreamreader.specs.data import Item
 from dreamreader.specs.parts import Count, Part
 from dreamreader.sweep import Cell, grid
-
-if TYPE_CHECKING:
-    from dreamreader.engine import EditRequest, RunResult
-    from dreamreader.experiments.job import Job
-    from dreamreader.experiments.results import Results
-    from dreamreader.report import Number, Section
-    from dreamreader.specs.data import Item
 
 Tokens = int | str | list[int | str | list[int]] | None
 
 
-class Method(Part):
-    """Base of all methods. A method decides what the rows are; batches, files and resuming are not
-    its concern."""
-
-    pairs: ClassVar[bool] = False  # whether the data must be pairs
-
-    def check(self, job: "Job") -> None:
-        """Refuse a sweep that is too long, or does not fit the subject, before anything runs."""
-
-    def inputs(self, job: "Job") -> dict[str, Any]:
-        """What the numbers depend on beside the spec and the data, for the fingerprint."""
-        return {}
-
-    def rows(self, job: "Job") -> list[Row]:
-        """All rows of the run, in the order in which they are computed."""
-        raise NotImplementedError
-
-    def prepare(self, job: "Job") -> None:
-        """What has to be fitted before the first row; kept in the run folder."""
-
-    def edits_of(self, job: "Job", rows: Sequence[Row]) -> "list[EditRequest]":
-        """Edits of one batch; a strength has one value for each of its rows."""
-        return []
-
-    def around(self, job: "Job") -> AbstractContextManager[Any]:
-        """What every batch runs inside of."""
-        return nullcontext()
-
-    def records(self, job: "Job", rows: Sequence[Row]) -> list[Any]:
-        """What is recorded in one batch."""
-        return []
-
-    def columns(
-        self, job: "Job", rows: Sequence[Row], result: "RunResult"
-    ) -> Mapping[str, Sequence[Any]]:
-        """Columns of the rows that come from the method itself."""
-        return {}
-
-    def numbers(self, results: "Results") -> "list[Number]":
-        """What its report says first, in large."""
-        return []
-
-    def shown(self, results: "Results") -> Mapping[str, Any]:
-        """Values of columns: of the changed rows, those that the report shows pictures of."""
-        return {}
-
-    def sections(self, results: "Results") -> "list[Section]":
-        """Its part of the report."""
-        return []
-
-    def summary(self, results: "Results") -> list[str]:
-        """The result in a few lines, for the terminal."""
-        return []
-
-
-class Places(Part):
+class SweptPlaces(Part):
     """Where a sweep goes: sites x heads x tokens x step windows, each a cell of its own."""
 
     sites: str | list[str] = Field(description="Site strings or globs.")
@@ -95,23 +34,23 @@ class Places(Part):
         None, description="Heads at ports that have them: each, or a list."
     )
 
-    def check_cells(self, job: "Job", times: int = 1, **parts: int) -> None:
+    def check_cells(self, job: Job, times: int = 1, **parts: int) -> None:
         """Refuse a sweep that is too long; a long axis of tokens before its cells exist.
 
         Args:
             times: rows of each cell and prompt. parts: sizes of further axes.
         """
         rest = {"prompts": len(job.items), "seeds": len(job.seeds), **parts}
-        counted(positions=self.positions or 1, **rest)
-        counted(cells=len(self.cells(job)) * times, **rest)
+        check_size(positions=self.positions or 1, **rest)
+        check_size(cells=len(self.cells(job)) * times, **rest)
 
-    def cells(self, job: "Job") -> list[Cell]:
+    def cells(self, job: Job) -> list[Cell]:
         """The cells of a subject, windows before places in the order of `grid`."""
         if "cells" not in job.memory:
             job.memory["cells"] = self._cells(job)
         return job.memory["cells"]
 
-    def _cells(self, job: "Job") -> list[Cell]:
+    def _cells(self, job: Job) -> list[Cell]:
         if isinstance(self.windows, int) and job.steps is None:
             raise InvalidInput(
                 "method.windows: a language model has no denoising steps; leave windows out"
@@ -129,7 +68,7 @@ class Places(Part):
         )
 
 
-class Table:
+class RowTable:
     """Collects rows: numbers them, and finds the row that another is compared with."""
 
     def __init__(self) -> None:
@@ -139,7 +78,7 @@ class Table:
 
     def add(
         self,
-        item: "Item",
+        item: Item,
         seed: int,
         condition: str,
         *,
@@ -192,7 +131,7 @@ def one_selection(cells: Sequence[Cell], what: str) -> Any:
     return next(iter(chosen.values()))
 
 
-def counted(**parts: int) -> None:
+def check_size(**parts: int) -> None:
     """Refuse a table that is too long, by the sizes of its axes."""
     total = 1
     for size in parts.values():

@@ -1,26 +1,13 @@
 """What the methods share whose changed rows take activations from other rows of a chunk."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
-from dreamreader.experiments.methods.base import Method
-from dreamreader.experiments.methods.grids import (
-    grid_numbers,
-    grid_of,
-    grid_sections,
-    grid_summary,
-    largest,
-    reproduction,
-)
-from dreamreader.experiments.row import Row, apart
-from dreamreader.sweep import Cell, Grid, records_of
-
-if TYPE_CHECKING:
-    from dreamreader.experiments.job import Job
-    from dreamreader.experiments.results import Results
-    from dreamreader.report import Number, Section
+from dreamreader.experiments.job import Job, Method
+from dreamreader.experiments.row import Row, turn_apart
+from dreamreader.sweep import Cell, records_of
 
 _HELD = 2  # chunks of activations: clean and corrupted
 
@@ -35,7 +22,6 @@ class Chunked(Method):
     base: ClassVar[str]  # conditions: not changed, changed, changed as a control
     changed: ClassVar[str]
     control: ClassVar[str]
-    control_title: ClassVar[str]
     goal: ClassVar[str | None] = None  # condition at the other end of the way
 
     effect: str | None = Field(
@@ -46,64 +32,36 @@ class Chunked(Method):
         """Whether the activations of these rows are taken by others."""
         raise NotImplementedError
 
-    def read_cells(self, job: "Job") -> list[Cell]:
+    def read_cells(self, job: Job) -> list[Cell]:
         """The cells whose sites are recorded."""
         raise NotImplementedError
 
-    def records(self, job: "Job", rows: Sequence[Row]) -> list[Any]:
+    def records(self, job: Job, rows: Sequence[Row]) -> list[Any]:
         return records_of(self.read_cells(job)) if self.gives(rows[0].condition) else []
 
-    def columns(self, job: "Job", rows: Sequence[Row], result: Any) -> dict[str, list[Any]]:
+    def columns(self, job: Job, rows: Sequence[Row], result: Any) -> dict[str, list[Any]]:
         if self.gives(rows[0].condition):
             _hold(job, rows[0].group, result.cache)
         return {}
 
-    def source(self, job: "Job", group: int) -> Any:
+    def source(self, job: Job, group: int) -> Any:
         """Activations of a group of rows that give."""
         held = job.memory.setdefault("sources", {})
         if group not in held:
-            from dreamreader.experiments.run import drawn
-
             with job.uncounted():
-                _, result = drawn(job, [row for row in job.rows if row.group == group])
+                _, result = job.run_batch([row for row in job.rows if row.group == group])
             _hold(job, group, result.cache)
         return held[group]
-
-    def grid(self, results: "Results", condition: str) -> Grid:
-        """Effects of the cells of a condition."""
-        return grid_of(results, condition, self.effect, self.base, self.goal)
-
-    def sections(self, results: "Results") -> "list[Section]":
-        grids = {self.changed: self.grid(results, self.changed)}
-        if results.of(self.control):
-            grids[self.control_title] = self.grid(results, self.control)
-        return [*grid_sections(grids, self._column(results)), *reproduction(grids[self.changed])]
-
-    def numbers(self, results: "Results") -> "list[Number]":
-        control = self.grid(results, self.control) if results.of(self.control) else None
-        return grid_numbers(self.grid(results, self.changed), control, self._column(results))
-
-    def shown(self, results: "Results") -> dict[str, Any]:
-        return {"cell": largest(self.grid(results, self.changed)).label}
-
-    def summary(self, results: "Results") -> list[str]:
-        lines = grid_summary(self.grid(results, self.changed))
-        if results.of(self.control):
-            lines += [f"{self.control_title}:", *grid_summary(self.grid(results, self.control), 2)]
-        return lines
-
-    def _column(self, results: "Results") -> str:
-        return results.effect_column(self.effect, self.goal or self.changed, self.base)
 
 
 def others(rows: Sequence[Row], source: Any) -> list[int]:
     """For each row the entry of a source's row with another prompt, as far as there is one."""
     given = next(iter(source.values())).rows
-    shift = apart([row.prompt for row in given])
+    shift = turn_apart([row.prompt for row in given])
     return [(row.entry + shift) % len(given) for row in rows]
 
 
-def _hold(job: "Job", group: int, cache: Any) -> None:
+def _hold(job: Job, group: int, cache: Any) -> None:
     held = job.memory.setdefault("sources", {})
     held.pop(group, None)
     held[group] = cache

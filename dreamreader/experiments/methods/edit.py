@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -12,15 +12,11 @@ from torch import Tensor
 from dreamreader import edits as kinds
 from dreamreader.engine import Box
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.experiments.methods.base import Method, Table, counted
+from dreamreader.experiments.job import Job, Method
+from dreamreader.experiments.methods.base import RowTable, check_size
 from dreamreader.experiments.row import Row
 from dreamreader.specs.data import RESERVED
 from dreamreader.specs.parts import Part
-
-if TYPE_CHECKING:
-    from dreamreader.experiments.job import Job
-    from dreamreader.experiments.results import Results
-    from dreamreader.report import Section
 
 # "$name": the value of a sweep axis in each row
 Swept = Annotated[str, Field(pattern=r"^\$")]
@@ -51,7 +47,7 @@ class Rectangle(Part):
     box: tuple[float, float, float, float] = Field(description="Left, top, right, bottom.")
 
 
-class EditPart(Part):
+class EditSpec(Part):
     """What all edits of a spec have: where, when, and on which rows of guidance."""
 
     site: str | list[str]
@@ -66,32 +62,32 @@ class EditPart(Part):
     heads: int | list[int] | Swept | None = None
     channels: list[int] | None = None
 
-    def make(self, values: Mapping[str, Any], rows: Sequence[int], job: "Job") -> Any:
+    def make(self, values: Mapping[str, Any], rows: Sequence[int], job: Job) -> Any:
         """The edit of rows that share all values."""
         raise NotImplementedError
 
     def common(self, values: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
         """Arguments that all edits take."""
-        steps = filled(self.steps, values)
+        steps = fill(self.steps, values)
         tokens = self.tokens
         if isinstance(tokens, Rectangle):
             tokens = Box(*tokens.box)
         return {
             "steps": range(*steps) if isinstance(steps, list | tuple) else steps,
-            "fraction": _pair(filled(self.fraction, values)),
+            "fraction": _pair(fill(self.fraction, values)),
             "branch": self.branch,
             "tokens": tokens,
-            "heads": filled(self.heads, values),
+            "heads": fill(self.heads, values),
             "channels": self.channels,
             "rows": list(rows),
         }
 
     def at(self, values: Mapping[str, Any]) -> Any:
-        site = filled(self.site, values)
+        site = fill(self.site, values)
         return site if isinstance(site, str) else tuple(site)
 
 
-class Steer(EditPart):
+class SteerSpec(EditSpec):
     """x + alpha v."""
 
     kind: Literal["steer"]
@@ -99,14 +95,14 @@ class Steer(EditPart):
     alpha: Number = 1.0
     norm_match: bool = False
 
-    def make(self, values: Mapping[str, Any], rows: Sequence[int], job: "Job") -> Any:
-        site, alpha = self.at(values), number(self.alpha, values)
+    def make(self, values: Mapping[str, Any], rows: Sequence[int], job: Job) -> Any:
+        site, alpha = self.at(values), fill_number(self.alpha, values)
         vector = directions(self.direction, site, job)
         more = self.common(values, rows)
         return kinds.Steer(site, vector, alpha, norm_match=self.norm_match, **more)
 
 
-class Ablate(EditPart):
+class AblateSpec(EditSpec):
     """Zero, noise, or the component along a direction taken out."""
 
     kind: Literal["ablate"]
@@ -116,47 +112,49 @@ class Ablate(EditPart):
     strength: Number = 1.0
     one_sided: bool = False
 
-    def make(self, values: Mapping[str, Any], rows: Sequence[int], job: "Job") -> Any:
+    def make(self, values: Mapping[str, Any], rows: Sequence[int], job: Job) -> Any:
         site = self.at(values)
         vector = None if self.direction is None else directions(self.direction, site, job)
         return kinds.Ablate(
             site,
             self.ablation,
             direction=vector,
-            sigma=number(self.sigma, values),
-            strength=number(self.strength, values),
+            sigma=fill_number(self.sigma, values),
+            strength=fill_number(self.strength, values),
             one_sided=self.one_sided,
             **self.common(values, rows),
         )
 
 
-class Scale(EditPart):
+class ScaleSpec(EditSpec):
     """gamma x."""
 
     kind: Literal["scale"]
     factor: Number
 
-    def make(self, values: Mapping[str, Any], rows: Sequence[int], job: "Job") -> Any:
-        factor = number(self.factor, values)
+    def make(self, values: Mapping[str, Any], rows: Sequence[int], job: Job) -> Any:
+        factor = fill_number(self.factor, values)
         return kinds.Scale(self.at(values), factor, **self.common(values, rows))
 
 
-class Clamp(EditPart):
+class ClampSpec(EditSpec):
     """Values held between low and high."""
 
     kind: Literal["clamp"]
     low: Number | None = None
     high: Number | None = None
 
-    def make(self, values: Mapping[str, Any], rows: Sequence[int], job: "Job") -> Any:
-        bounds = [None if each is None else number(each, values) for each in (self.low, self.high)]
+    def make(self, values: Mapping[str, Any], rows: Sequence[int], job: Job) -> Any:
+        bounds = [
+            None if each is None else fill_number(each, values) for each in (self.low, self.high)
+        ]
         return kinds.Clamp(self.at(values), bounds[0], bounds[1], **self.common(values, rows))
 
 
-AnyEdit = Annotated[Steer | Ablate | Scale | Clamp, Field(discriminator="kind")]
+AnyEdit = Annotated[SteerSpec | AblateSpec | ScaleSpec | ClampSpec, Field(discriminator="kind")]
 
 
-class Edit(Method):
+class EditMethod(Method):
     """Runs edits as they are written, at every combination of the swept values.
 
     `$name` in an edit stands for the value of the axis `name` of `sweep`.
@@ -169,7 +167,7 @@ class Edit(Method):
     )
 
     @model_validator(mode="after")
-    def _axes_fit(self) -> "Edit":
+    def _axes_fit(self) -> "EditMethod":
         used = {name for edit in self.edits for name in _names(edit.model_dump())}
         for name in used - set(self.sweep):
             raise ValueError(f"${name} is in an edit, but sweep has no {name}")
@@ -190,11 +188,11 @@ class Edit(Method):
                 raise ValueError(f"sweep.{name} has a value twice")
         return self
 
-    def check(self, job: "Job") -> None:
+    def check(self, job: Job) -> None:
         axes = {name: len(values) for name, values in self.sweep.items()}
-        counted(prompts=len(job.items), seeds=len(job.seeds), **axes)
+        check_size(prompts=len(job.items), seeds=len(job.seeds), **axes)
 
-    def inputs(self, job: "Job") -> dict[str, Any]:
+    def inputs(self, job: Job) -> dict[str, Any]:
         found = {}
         for number, edit in enumerate(self.edits):
             direction = getattr(edit, "direction", None)
@@ -203,9 +201,9 @@ class Edit(Method):
                 found[f"edits.{number}.direction"] = {k: vectors[k] for k in sorted(vectors)}
         return found
 
-    def rows(self, job: "Job") -> list[Row]:
-        points = list(itertools.product(*map(self._shown, self.sweep)))
-        table = Table()
+    def rows(self, job: Job) -> list[Row]:
+        points = list(itertools.product(*map(self._column_values, self.sweep)))
+        table = RowTable()
         for item in job.items:
             for seed in job.seeds:
                 table.add(item, seed, "unedited")
@@ -215,7 +213,7 @@ class Edit(Method):
                     table.add(item, seed, "edited", axes=dict(zip(self.sweep, point, strict=True)))
         return table.rows
 
-    def edits_of(self, job: "Job", rows: Sequence[Row]) -> list[Any]:
+    def edits_of(self, job: Job, rows: Sequence[Row]) -> list[Any]:
         groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
         for number, row in enumerate(rows):
             if row.condition == "edited":
@@ -230,39 +228,31 @@ class Edit(Method):
     def _point(self, shown: Mapping[str, Any]) -> dict[str, Any]:
         """The values of the sweep that a row shows."""
         return {
-            name: self.sweep[name][self._shown(name).index(value)] for name, value in shown.items()
+            name: self.sweep[name][self._column_values(name).index(value)]
+            for name, value in shown.items()
         }
 
-    def _shown(self, name: str) -> list[Any]:
+    def _column_values(self, name: str) -> list[Any]:
         """The values of an axis as one column of a table holds them: as text unless they are all
         numbers, all truth values or all text."""
         values = self.sweep[name]
         kinds = {float if type(each) is int else type(each) for each in values}
         return values if len(kinds) == 1 and kinds <= {float, bool, str} else list(map(str, values))
 
-    def sections(self, results: "Results") -> "list[Section]":
-        found = []
-        for name in self.sweep:
-            found += results.by_axis(name, "edited", f"Over {name}")
-        return found
 
-    def summary(self, results: "Results") -> list[str]:
-        return [line for name in self.sweep for line in results.axis_lines(name, "edited")]
-
-
-def filled(value: Any, values: Mapping[str, Any]) -> Any:
+def fill(value: Any, values: Mapping[str, Any]) -> Any:
     """A value of the spec with `$name` replaced."""
     if isinstance(value, str) and value.startswith("$"):
         return values[value[1:]]
     return value
 
 
-def number(value: Any, values: Mapping[str, Any]) -> float:
+def fill_number(value: Any, values: Mapping[str, Any]) -> float:
     """A number of the spec, or that of a sweep."""
-    return float(filled(value, values))
+    return float(fill(value, values))
 
 
-def directions(source: Direction, site: Any, job: "Job") -> Any:
+def directions(source: Direction, site: Any, job: Job) -> Any:
     """A direction as `Steer` takes it: a tensor, or one by site.
 
     Raises:
@@ -299,7 +289,7 @@ def _of_file(path: Path) -> dict[str, Tensor]:
         raise InvalidInput(f"direction file {path}: {error}") from error
 
 
-def _widths(job: "Job", names: Sequence[str]) -> dict[str, int]:
+def _widths(job: Job, names: Sequence[str]) -> dict[str, int]:
     from dreamreader.sweep import site_widths
 
     key = ("widths", tuple(names))

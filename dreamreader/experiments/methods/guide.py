@@ -3,31 +3,25 @@
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from dreamreader import edits as kinds
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.experiments.methods.base import Method, Places, Table, alphas, selection_of
+from dreamreader.experiments.job import Job
+from dreamreader.experiments.methods.base import RowTable, alphas, selection_of
+from dreamreader.experiments.methods.guide_probes import JOINED, FittedProbes, ProbedLabels
 from dreamreader.experiments.row import Row
-from dreamreader.specs.data import Item, read_items
-from dreamreader.specs.parts import AnySeeds, Count, Data, Seeds
+from dreamreader.specs.data import Item
+from dreamreader.specs.parts import Count
 from dreamreader.sweep import Cell
-from dreamreader.training.parts import ProbeTraining
-
-if TYPE_CHECKING:
-    from dreamreader.experiments.job import Job
-    from dreamreader.experiments.methods.guide_probes import Fitted
-    from dreamreader.experiments.results import Results
-    from dreamreader.report import Number, Section
 
 UNIFORM = "uniform"
-JOINED = " + "  # between the labels of a target, as the detector reads them
 CONTROLS = ("random_probe", "difference", "target_prompt")
 
 
-class Guide(Method, Places):
+class GuideMethod(ProbedLabels):
     """Fits probes of labels at every site, and moves the prompts of `data` towards others.
 
     Every row has a column `target` with the labels that it is moved to, such as `blue` or
@@ -37,20 +31,6 @@ class Guide(Method, Places):
     """
 
     kind: Literal["guide"] = "guide"
-    fit: Data = Field(description="Prompts whose activations the probes are fitted to.")
-    fit_seeds: AnySeeds = Field(
-        default_factory=lambda: Seeds(start=100_000), description="Seeds of these prompts."
-    )
-    fit_tokens: Count | list[int] | None = Field(
-        None,
-        description="Tokens that the probes are fitted to: so many random ones of each activation "
-        "(pool token), or positions; by default those that are guided.",
-    )
-    labels: dict[str, str] = Field(
-        min_length=1,
-        description="Columns of the fit's prompts by attribute, such as color: source_color.",
-    )
-    probe: ProbeTraining = Field(default_factory=ProbeTraining)
     group: Literal["each", "block", "all"] | dict[str, str | list[str]] = Field(
         "all", description="Which sites change together: each alone, by block, all, or named sets."
     )
@@ -79,7 +59,7 @@ class Guide(Method, Places):
     )
 
     @model_validator(mode="after")
-    def _attributes_fit(self) -> "Guide":
+    def _attributes_fit(self) -> "GuideMethod":
         if not self.target and not self.avoid:
             raise ValueError("give labels as target, as avoid, or as both")
         for name in (*self.target, *self.avoid):
@@ -87,21 +67,21 @@ class Guide(Method, Places):
                 raise ValueError(f"{name} is no attribute of labels ({', '.join(self.labels)})")
         return self
 
-    def check(self, job: "Job") -> None:
+    def check(self, job: Job) -> None:
         inner = {"strengths": len(self.strengths), "inner_steps": len(self.iterations)}
         self.check_cells(job, conditions=len(list(self._sweeps())), **inner)
         for row in job.rows:
             self.away(job, row)
 
-    def inputs(self, job: "Job") -> dict[str, Any]:
+    def inputs(self, job: Job) -> dict[str, Any]:
         columns = self.labels.values()
         listed = [[each.prompt, *map(each.columns.get, columns)] for each in self.fit_items()]
         return {"fit": hashlib.sha256(repr(listed).encode()).hexdigest()}
 
-    def rows(self, job: "Job") -> list[Row]:
+    def rows(self, job: Job) -> list[Row]:
         pairs = [(item, seed) for item in job.items for seed in job.seeds]
-        named = [self._named(job, number, item) for number, (item, _) in enumerate(pairs)]
-        table = Table()
+        named = [self._target_column(job, number, item) for number, (item, _) in enumerate(pairs)]
+        table = RowTable()
 
         def add(condition: str, more: Mapping[str, Any] | None = None, **rest: Any) -> None:
             for (item, seed), axes in zip(pairs, named, strict=True):
@@ -116,7 +96,7 @@ class Guide(Method, Places):
                 add(condition, more, cell=cell, strength=strength)
         return table.rows
 
-    def _named(self, job: "Job", number: int, item: Item) -> dict[str, str]:
+    def _target_column(self, job: Job, number: int, item: Item) -> dict[str, str]:
         """The column target of a row, where its data have none.
 
         Raises:
@@ -141,13 +121,11 @@ class Guide(Method, Places):
         if "difference" in self.controls and self.target:
             yield "difference", self.difference_strengths, [None]
 
-    def prepare(self, job: "Job") -> None:
+    def prepare(self, job: Job) -> None:
         """Probes and means of the run folder; what is missing is fitted and written there."""
-        from dreamreader.experiments.methods.guide_probes import fitted
+        job.memory["fitted"] = self.load_or_fit(job)
 
-        job.memory["fitted"] = fitted(self, job)
-
-    def edits_of(self, job: "Job", rows: Sequence[Row]) -> list[Any]:
+    def edits_of(self, job: Job, rows: Sequence[Row]) -> list[Any]:
         found: list[Any] = []
         for (condition, cell, inner), alpha in alphas(rows, "iterations").items():
             if condition == "difference":
@@ -159,14 +137,14 @@ class Guide(Method, Places):
 
     def _guidance(
         self,
-        job: "Job",
+        job: Job,
         rows: Sequence[Row],
         random: bool,
         cell: Cell,
         inner: int,
         alpha: list[float],
     ) -> Any:
-        made: Fitted = job.memory["fitted"]
+        made: FittedProbes = job.memory["fitted"]
         return kinds.ProbeGuidance(
             cell.sites,
             made.mlps(cell.sites, random),
@@ -181,11 +159,11 @@ class Guide(Method, Places):
         )
 
     def _differences(
-        self, job: "Job", rows: Sequence[Row], cell: Cell, alpha: list[float]
+        self, job: Job, rows: Sequence[Row], cell: Cell, alpha: list[float]
     ) -> list[Any]:
         """For each label to reach, the difference of its mean to the others', on the rows that want
         it."""
-        made: Fitted = job.memory["fitted"]
+        made: FittedProbes = job.memory["fitted"]
         found = []
         for name in dict.fromkeys(name for row in rows for name in self._names(row)):
             own = [
@@ -197,7 +175,7 @@ class Guide(Method, Places):
                 found.append(kinds.Steer(cell.sites, vectors, own, **selection_of(cell)))
         return found
 
-    def _towards(self, job: "Job", number: int) -> str:
+    def _towards(self, job: Job, number: int) -> str:
         """The labels that a row is moved to, joined as a detector's target."""
         chosen = []
         for attribute, label in self.target.items():
@@ -215,7 +193,7 @@ class Guide(Method, Places):
         parts = str(target).split(JOINED)
         return [f"{name}={value}" for name, value in zip(self.target, parts, strict=True)]
 
-    def away(self, job: "Job", row: Row) -> list[str]:
+    def away(self, job: Job, row: Row) -> list[str]:
         """The probe's labels that a row is moved away from; none that it is moved to."""
         found = []
         for attribute, column in self.avoid.items():
@@ -225,58 +203,3 @@ class Guide(Method, Places):
                 raise UnknownName(where, value, known)
             found.append(f"{attribute}={value}")
         return [name for name in found if name not in self._names(row)]
-
-    def values(self, job: "Job") -> dict[str, list[str]]:
-        """The labels of each attribute, as they occur in the fit's prompts."""
-        if "values" not in job.memory:
-            items = self.fit_items()
-            job.memory["values"] = {name: self.labels_of(items, name) for name in self.labels}
-        return job.memory["values"]
-
-    def labels_of(self, items: Sequence[Item], attribute: str) -> list[str]:
-        """The labels of an attribute that occur in prompts, in alphabetic order."""
-        return sorted(set(self.column_of(items, attribute)))
-
-    def column_of(self, items: Sequence[Item], attribute: str) -> list[str]:
-        """The label of every prompt.
-
-        Raises:
-            InvalidInput: an entry has none, or one that cannot be told apart in a target.
-        """
-        column, found = self.labels[attribute], []
-        for item in items:
-            value, where = item.columns.get(column), f"method.labels.{attribute}: entry {item.id!r}"
-            if value is None:
-                there = ", ".join(item.columns) or "none"
-                raise InvalidInput(
-                    f"{where} of method.fit has no value in the column {column}; it has {there}"
-                )
-            if JOINED in str(value):
-                raise InvalidInput(
-                    f"{where} of method.fit: {value!r} holds {JOINED!r}, which joins labels"
-                )
-            found.append(str(value))
-        return found
-
-    def fit_items(self) -> list[Item]:
-        return read_items(self.fit, "method.fit")
-
-    def numbers(self, results: "Results") -> "list[Number]":
-        from dreamreader.experiments.methods.guide_page import numbers
-
-        return numbers(self, results)
-
-    def shown(self, results: "Results") -> dict[str, Any]:
-        from dreamreader.experiments.methods.guide_page import best
-
-        return best(self, results)
-
-    def sections(self, results: "Results") -> "list[Section]":
-        from dreamreader.experiments.methods.guide_page import sections
-
-        return sections(self, results)
-
-    def summary(self, results: "Results") -> list[str]:
-        from dreamreader.experiments.methods.guide_page import summary
-
-        return summary(self, results)

@@ -3,26 +3,31 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from dreamreader._files import explained
+from dreamreader.artifacts.file import load_described, save_described
 from dreamreader.edits import Mlp
 from dreamreader.engine import Cache, Record
-from dreamreader.experiments.methods.base import one_selection
+from dreamreader.errors import InvalidInput
+from dreamreader.experiments.job import Job, Method
+from dreamreader.experiments.methods.base import SweptPlaces, one_selection
 from dreamreader.probes import Probe
 from dreamreader.recording.labelled import joined_rows, mean_over_tokens
-from dreamreader.specs.parts import listed_seeds
+from dreamreader.specs.data import Item, read_items
+from dreamreader.specs.parts import AnySeeds, Count, Data, Seeds, listed_seeds
 from dreamreader.steering import LabelMeans
+from dreamreader.training.parts import ProbeTraining
 
-if TYPE_CHECKING:
-    from dreamreader.experiments.job import Job
-    from dreamreader.experiments.methods.guide import Guide
+JOINED = " + "  # between the labels of a target, as the detector reads them
 
 
 @dataclass(eq=False)
-class Fitted:
+class FittedProbes:
     """Probes and means of labels, by site.
 
     Attributes:
@@ -34,7 +39,7 @@ class Fitted:
     differences: dict[str, dict[str, Tensor]]
 
     def mlps(self, sites: Sequence[str], random: bool) -> dict[str, Any]:
-        """What `ProbeGuidance` takes: the perceptrons by site, or random ones of the same norms."""
+        """What `ProbeGuidance` takes: the MLPs by site, or random ones of the same norms."""
         found: dict[str, Any] = {}
         for number, site in enumerate(sites):
             probe = self.probes[site]
@@ -46,64 +51,122 @@ class Fitted:
         return self.differences[site][label]
 
 
-def fitted(method: "Guide", job: "Job") -> Fitted:
-    """The probes of a run folder; those that are missing are fitted and written there."""
-    assert job.folder is not None
-    sites = list(dict.fromkeys(site for cell in method.cells(job) for site in cell.sites))
-    files = {site: probe_file(job.folder.path, number) for number, site in enumerate(sites)}
-    means = job.folder.path / "artifacts" / "differences.safetensors"
-    if not (means.is_file() and all(file.is_file() for file in files.values())):
-        _fit(method, job, files, means)
-    from dreamreader.artifacts.file import load_described
+class ProbedLabels(Method, SweptPlaces):
+    """Base of methods that fit probes of labels at the sites that they sweep."""
 
-    content, tensors = load_described(means, "differences")
-    differences: dict[str, dict[str, Tensor]] = {}
-    for name, (site, label) in content["of"].items():
-        differences.setdefault(site, {})[label] = tensors[name]
-    return Fitted({site: Probe.load(file) for site, file in files.items()}, differences)
+    fit: Data = Field(description="Prompts whose activations the probes are fitted to.")
+    fit_seeds: AnySeeds = Field(
+        default_factory=lambda: Seeds(start=100_000), description="Seeds of these prompts."
+    )
+    fit_tokens: Count | list[int] | None = Field(
+        None,
+        description="Tokens that the probes are fitted to: so many random ones of each activation "
+        "(pool token), or positions; by default those that are guided.",
+    )
+    labels: dict[str, str] = Field(
+        min_length=1,
+        description="Columns of the fit's prompts by attribute, such as color: source_color.",
+    )
+    probe: ProbeTraining = Field(default_factory=ProbeTraining)
+
+    def load_or_fit(self, job: Job) -> FittedProbes:
+        """The probes of a run folder; those that are missing are fitted and written there."""
+        assert job.folder is not None
+        sites = list(dict.fromkeys(site for cell in self.cells(job) for site in cell.sites))
+        files = {site: probe_file(job.folder.path, number) for number, site in enumerate(sites)}
+        means = job.folder.path / "artifacts" / "differences.safetensors"
+        if not (means.is_file() and all(file.is_file() for file in files.values())):
+            self._fit(job, files, means)
+        content, tensors = load_described(means, "differences")
+        differences: dict[str, dict[str, Tensor]] = {}
+        for name, (site, label) in content["of"].items():
+            differences.setdefault(site, {})[label] = tensors[name]
+        return FittedProbes({site: Probe.load(file) for site, file in files.items()}, differences)
+
+    def values(self, job: Job) -> dict[str, list[str]]:
+        """The labels of each attribute, as they occur in the fit's prompts."""
+        if "values" not in job.memory:
+            items = self.fit_items()
+            job.memory["values"] = {name: self.labels_of(items, name) for name in self.labels}
+        return job.memory["values"]
+
+    def labels_of(self, items: Sequence[Item], attribute: str) -> list[str]:
+        """The labels of an attribute that occur in prompts, in alphabetic order."""
+        return sorted(set(self.column_of(items, attribute)))
+
+    def column_of(self, items: Sequence[Item], attribute: str) -> list[str]:
+        """The label of every prompt.
+
+        Raises:
+            InvalidInput: an entry has none, or one that cannot be told apart in a target.
+        """
+        column, found = self.labels[attribute], []
+        for item in items:
+            value, where = item.columns.get(column), f"method.labels.{attribute}: entry {item.id!r}"
+            if value is None:
+                there = ", ".join(item.columns) or "none"
+                raise InvalidInput(
+                    f"{where} of method.fit has no value in the column {column}; it has {there}"
+                )
+            if JOINED in str(value):
+                raise InvalidInput(
+                    f"{where} of method.fit: {value!r} holds {JOINED!r}, which joins labels"
+                )
+            found.append(str(value))
+        return found
+
+    def fit_items(self) -> list[Item]:
+        return read_items(self.fit, "method.fit")
+
+    def _fit(self, job: Job, files: dict[str, Path], means: Path) -> None:
+        items = self.fit_items()
+        rows = [(item, seed) for item in items for seed in listed_seeds(self.fit_seeds)]
+        cache = self._record(job, list(files), rows)
+        prompts = [item for item, _ in rows]
+        labels = {attribute: self.column_of(prompts, attribute) for attribute in self.labels}
+        assert job.folder is not None
+        with explained(job.folder.path):
+            means.parent.mkdir(parents=True, exist_ok=True)
+            for site, file in files.items():
+                probe = self.probe.build(cache[site], labels, subject=job.spec.subject.model)
+                probe.save(file)
+            tensors, of = {}, {}
+            for site in files:
+                for label, vector in _contrasts(cache[site], site, labels).items():
+                    name = f"difference_{len(of)}"
+                    tensors[name], of[name] = vector, (site, label)
+            save_described(means, "differences", tensors, {"of": of})
+
+    def _record(self, job: Job, sites: Sequence[str], rows: Sequence[tuple[Any, int]]) -> Cache:
+        """Activations of labelled prompts, as the probes pool them."""
+        chosen = self.fit_tokens
+        tokens = (
+            chosen
+            if isinstance(chosen, list)
+            else one_selection(self.cells(job), "a probe is fitted to")
+        )
+        reduce = self._reduction()
+        branch = self.branch if self.branch is not None else job.prompt_branch
+        records = [Record(site, branch=branch, tokens=tokens, reduce=reduce) for site in sites]
+        return joined_rows(job.record([(item.prompt, seed) for item, seed in rows], records))
+
+    def _reduction(self) -> Any:
+        """What is kept of the tokens of each activation."""
+        draw, wanted = torch.Generator().manual_seed(0), self.fit_tokens
+
+        def some(x: Tensor) -> Tensor:
+            """Random tokens, others of each row."""
+            count = min(wanted if isinstance(wanted, int) else x.shape[1], x.shape[1])
+            order = torch.rand(x.shape[:2], generator=draw).argsort(1)[:, :count]  # [rows, count]
+            return x.gather(1, order.to(x.device).unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+        if self.probe.pool == "mean":
+            return mean_over_tokens
+        return some if self.probe.pool == "token" and isinstance(wanted, int) else None
 
 
 def probe_file(folder: Path, number: int) -> Path:
     return folder / "artifacts" / f"probe-{number}.safetensors"
-
-
-def _fit(method: "Guide", job: "Job", files: dict[str, Path], means: Path) -> None:
-    from dreamreader._files import explained
-    from dreamreader.artifacts.file import save_described
-
-    items = method.fit_items()
-    rows = [(item, seed) for item in items for seed in listed_seeds(method.fit_seeds)]
-    cache = _recorded(method, job, list(files), rows)
-    prompts = [item for item, _ in rows]
-    labels = {attribute: method.column_of(prompts, attribute) for attribute in method.labels}
-    assert job.folder is not None
-    with explained(job.folder.path):
-        means.parent.mkdir(parents=True, exist_ok=True)
-        for site, file in files.items():
-            probe = method.probe.build(cache[site], labels, subject=job.spec.subject.model)
-            probe.save(file)
-        tensors, of = {}, {}
-        for site in files:
-            for label, vector in _contrasts(cache[site], site, labels).items():
-                name = f"difference_{len(of)}"
-                tensors[name], of[name] = vector, (site, label)
-        save_described(means, "differences", tensors, {"of": of})
-
-
-def _recorded(
-    method: "Guide", job: "Job", sites: Sequence[str], rows: Sequence[tuple[Any, int]]
-) -> Cache:
-    """Activations of labelled prompts, as the probes pool them."""
-    chosen = method.fit_tokens
-    tokens = (
-        chosen
-        if isinstance(chosen, list)
-        else one_selection(method.cells(job), "a probe is fitted to")
-    )
-    reduce = _reduction(method)
-    branch = method.branch if method.branch is not None else job.prompt_branch
-    records = [Record(site, branch=branch, tokens=tokens, reduce=reduce) for site in sites]
-    return joined_rows(job.record([(item.prompt, seed) for item, seed in rows], records))
 
 
 def _contrasts(recorded: Any, site: str, labels: dict[str, list[str]]) -> dict[str, Tensor]:
@@ -114,21 +177,6 @@ def _contrasts(recorded: Any, site: str, labels: dict[str, list[str]]) -> dict[s
         for label in means.labels:
             found[f"{attribute}={label}"] = means.contrast(site, label)
     return found
-
-
-def _reduction(method: "Guide") -> Any:
-    """What is kept of the tokens of each activation."""
-    draw, wanted = torch.Generator().manual_seed(0), method.fit_tokens
-
-    def some(x: Tensor) -> Tensor:
-        """Random tokens, others of each row."""
-        count = min(wanted if isinstance(wanted, int) else x.shape[1], x.shape[1])
-        order = torch.rand(x.shape[:2], generator=draw).argsort(1)[:, :count]  # [rows, count]
-        return x.gather(1, order.to(x.device).unsqueeze(-1).expand(-1, -1, x.shape[2]))
-
-    if method.probe.pool == "mean":
-        return mean_over_tokens
-    return some if method.probe.pool == "token" and isinstance(wanted, int) else None
 
 
 def _random(mlp: Mlp, seed: int) -> Mlp:

@@ -1,27 +1,22 @@
 """Word heat maps: where the attention to a word of the prompt was, beside where the object is."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput
-from dreamreader.experiments.methods.base import Method, Table, counted
-from dreamreader.experiments.results import said
-from dreamreader.experiments.row import Row, apart
-
-if TYPE_CHECKING:
-    from dreamreader.experiments.job import Job
-    from dreamreader.experiments.results import Results
-    from dreamreader.report import Number, Section
+from dreamreader.experiments.job import Job, Method
+from dreamreader.experiments.methods.base import RowTable, check_size
+from dreamreader.experiments.row import Row, turn_apart
 
 # Words that a map of the same row is read for instead, where the prompt has them.
 _OTHER = ("background", "a", "on", "at")
 
 
-class HeatMap(Method):
+class HeatMapMethod(Method):
     """Reads a word's heat map in every row, and how well it points at the detected object.
 
     The columns `iou` and `pointing` compare the map with the mask of the picture's largest object;
@@ -42,17 +37,17 @@ class HeatMap(Method):
     steps: tuple[int, int] | None = Field(None, description="Steps (start, stop); all by default.")
     skip_factor: int | None = Field(8, description="Leaves out grids this many times coarser.")
 
-    def check(self, job: "Job") -> None:
-        counted(prompts=len(job.items), seeds=len(job.seeds))
+    def check(self, job: Job) -> None:
+        check_size(prompts=len(job.items), seeds=len(job.seeds))
 
-    def rows(self, job: "Job") -> list[Row]:
-        table = Table()
+    def rows(self, job: Job) -> list[Row]:
+        table = RowTable()
         for item in job.items:
             for seed in job.seeds:
                 table.add(item, seed, "read")
         return table.rows
 
-    def records(self, job: "Job", rows: Sequence[Row]) -> list[Any]:
+    def records(self, job: Job, rows: Sequence[Row]) -> list[Any]:
         from dreamreader.attention import WordMap
 
         words = [[self._word(row), self._other(row)] for row in rows]
@@ -66,7 +61,7 @@ class HeatMap(Method):
         job.memory["maps"] = found
         return found.requests()
 
-    def columns(self, job: "Job", rows: Sequence[Row], result: Any) -> dict[str, list[Any]]:
+    def columns(self, job: Job, rows: Sequence[Row], result: Any) -> dict[str, list[Any]]:
         from dreamreader.attention import iou, pointing
         from dreamreader.zoo.detector import detect
 
@@ -77,16 +72,16 @@ class HeatMap(Method):
         nothing = torch.zeros(size, dtype=torch.bool)
         masks = torch.stack([r.objects[0].mask if r.objects else nothing for r in readings])
         own, other = maps[:, :1], maps[:, 1:2]
-        turned = own.roll(-apart([row.prompt for row in rows]), 0)
+        turned = own.roll(-turn_apart([row.prompt for row in rows]), 0)
         found: dict[str, list[Any]] = {}
         for name, read in (("", own), ("_other_word", other), ("_other_row", turned)):
-            found[f"iou{name}"] = _measured(iou(read, masks))
-            found[f"pointing{name}"] = _measured(pointing(read, masks))
+            found[f"iou{name}"] = _scores_of(iou(read, masks))
+            found[f"pointing{name}"] = _scores_of(pointing(read, masks))
         if len(rows) == 1:  # there is no other row
             found |= {"iou_other_row": [None], "pointing_other_row": [None]}
         if job.folder is not None and job.spec.save.images:
             for row, each in zip(rows, own[:, 0], strict=True):
-                job.folder.keep_image(row.number, _shaded(each), "maps")
+                job.folder.keep_image(row.number, _shade(each), "maps")
         return found
 
     def _word(self, row: Row) -> str:
@@ -109,56 +104,13 @@ class HeatMap(Method):
             )
         return found[0]
 
-    def numbers(self, results: "Results") -> "list[Number]":
-        from dreamreader.report import Number
 
-        found = []
-        for title, end in _TITLES.items():
-            mean = results.mean("read", f"pointing{end}")
-            found.append(
-                Number(f"{mean.value:.2f}", f"points into the object: {title}", said(mean))
-            )
-        return found
-
-    def sections(self, results: "Results") -> "list[Section]":
-        from dreamreader.experiments.page import COLUMNS, picture
-        from dreamreader.report import Gallery, Section, Table
-
-        rows = results.of("read")[:COLUMNS]
-        kept = []
-        for name, kind in (("picture", "images"), ("map", "maps")):
-            line = [shown for row in rows if (shown := picture(results, row, kind)) is not None]
-            kept += [(name, line)] if line else []
-        table = Table(
-            ("map", "IoU with the object", "points into the object"),
-            [
-                (title, *(said(results.mean("read", f"{n}{end}")) for n in ("iou", "pointing")))
-                for title, end in _TITLES.items()
-            ],
-        )
-        return [Section("Where the attention was", [table, *([Gallery(kept)] if kept else [])])]
-
-    def summary(self, results: "Results") -> list[str]:
-        return [
-            f"  {title:<28} IoU {said(results.mean('read', f'iou{end}'))}, "
-            f"pointing {said(results.mean('read', f'pointing{end}'))}"
-            for title, end in _TITLES.items()
-        ]
-
-
-_TITLES = {
-    "the word": "",
-    "another word (control)": "_other_word",
-    "another row's map (control)": "_other_row",
-}
-
-
-def _measured(values: Tensor) -> list[float | None]:
+def _scores_of(values: Tensor) -> list[float | None]:
     """One value for each row from [rows, 1]; None where no object was found."""
     return [None if value != value else value for value in values[:, 0].tolist()]
 
 
-def _shaded(values: Tensor) -> Tensor:
+def _shade(values: Tensor) -> Tensor:
     """A map [h, w] as a grey picture [3, h, w], dark where the attention was."""
     share = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
     return (1 - share).clamp(0, 1).expand(3, *share.shape)

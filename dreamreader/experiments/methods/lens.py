@@ -1,22 +1,18 @@
 """Diffusion Lens: pictures from the layers of a text encoder."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from dreamreader.experiments.methods.base import Method, Table, counted
+from dreamreader.experiments.job import Job, Method
+from dreamreader.experiments.methods.base import RowTable, check_size
 from dreamreader.experiments.row import Row
 from dreamreader.localise import ablate_edits, lens_cells
 from dreamreader.sweep import Cell
 
-if TYPE_CHECKING:
-    from dreamreader.experiments.job import Job
-    from dreamreader.experiments.results import Results
-    from dreamreader.report import Section
 
-
-class Lens(Method):
+class LensMethod(Method):
     """Draws every prompt from what the text encoder holds after each of its layers."""
 
     kind: Literal["lens"] = "lens"
@@ -25,16 +21,16 @@ class Lens(Method):
         None, description="Layers, 0 for the embeddings; by default all up to 12, else every 4th."
     )
 
-    def cells(self, job: "Job") -> list[Cell]:
+    def cells(self, job: Job) -> list[Cell]:
         return lens_cells(job.reader, self.encoder, self.layers)
 
-    def check(self, job: "Job") -> None:
+    def check(self, job: Job) -> None:
         layers = len(self.cells(job))
-        counted(layers=layers, prompts=len(job.items), seeds=len(job.seeds))
+        check_size(layers=layers, prompts=len(job.items), seeds=len(job.seeds))
 
-    def rows(self, job: "Job") -> list[Row]:
+    def rows(self, job: Job) -> list[Row]:
         cells = self.cells(job)
-        table = Table()
+        table = RowTable()
         for item in job.items:
             for seed in job.seeds:
                 table.add(item, seed, "unedited")
@@ -45,12 +41,6 @@ class Lens(Method):
                     table.add(item, seed, "lens", cell=cell, axes={"layer": layer})
         return table.rows
 
-    def edits_of(self, job: "Job", rows: Sequence[Row]) -> list[Any]:
+    def edits_of(self, job: Job, rows: Sequence[Row]) -> list[Any]:
         cells = [row.cell for row in rows]
         return list(ablate_edits(cells, "zero")) if any(c and c.sites for c in cells) else []
-
-    def sections(self, results: "Results") -> "list[Section]":
-        return results.by_axis("layer", "lens", f"What {self.encoder} holds, layer by layer")
-
-    def summary(self, results: "Results") -> list[str]:
-        return results.axis_lines("layer", "lens")

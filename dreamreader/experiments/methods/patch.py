@@ -1,22 +1,20 @@
 """Causal localisation: activations of one prompt of a pair in the run of the other."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from dreamreader.engine import tokenize
 from dreamreader.errors import InvalidInput
-from dreamreader.experiments.methods.base import Places, Table, counted
+from dreamreader.experiments.job import Job
+from dreamreader.experiments.methods.base import RowTable, SweptPlaces, check_size
 from dreamreader.experiments.methods.chunked import Chunked, others
 from dreamreader.experiments.row import Row
 from dreamreader.localise import patch_edits, window_cells
 from dreamreader.recording.labelled import evenly
 from dreamreader.sweep import Cell
 from dreamreader.sweep.run import check_pairs
-
-if TYPE_CHECKING:
-    from dreamreader.experiments.job import Job
 
 
 class Patching(Chunked):
@@ -30,7 +28,6 @@ class Patching(Chunked):
     base: ClassVar[str] = "corrupted"
     changed: ClassVar[str] = "patched"
     control: ClassVar[str] = "resampled"
-    control_title: ClassVar[str] = "from another corrupted run (control)"
     goal: ClassVar[str | None] = "clean"
 
     direction: Literal["restore", "corrupt"] = Field(
@@ -42,16 +39,16 @@ class Patching(Chunked):
         description="resampled: the same cells take the corrupted activations of another pair.",
     )
 
-    def cells(self, job: "Job") -> list[Cell]:
+    def cells(self, job: Job) -> list[Cell]:
         raise NotImplementedError
 
-    def read_cells(self, job: "Job") -> list[Cell]:
+    def read_cells(self, job: Job) -> list[Cell]:
         return self.cells(job)
 
     def gives(self, condition: str) -> bool:
         return condition == "clean" or (condition == "corrupted" and bool(self.controls))
 
-    def check(self, job: "Job") -> None:
+    def check(self, job: Job) -> None:
         targets, sources = [i.target for i in job.items], [i.prompt for i in job.items]
         cells = self.cells(job)
         check_pairs(job.reader, targets, sources, cells, self.direction)
@@ -59,10 +56,10 @@ class Patching(Chunked):
             takes = sources if self.direction == "restore" else targets
             _check_control(list(map(len, tokenize(job.reader, list(map(str, takes)))[0])))
 
-    def rows(self, job: "Job") -> list[Row]:
+    def rows(self, job: Job) -> list[Row]:
         cells = self.cells(job)
         pairs = [(item, seed) for item in job.items for seed in job.seeds]
-        table, restores = Table(), self.direction == "restore"
+        table, restores = RowTable(), self.direction == "restore"
         for start, stop in evenly(len(pairs), job.batch):
             chunk = list(enumerate(pairs[start:stop]))
             for n, (item, seed) in chunk:
@@ -86,7 +83,7 @@ class Patching(Chunked):
                 table.next_group()
         return table.rows
 
-    def edits_of(self, job: "Job", rows: Sequence[Row]) -> list[Any]:
+    def edits_of(self, job: Job, rows: Sequence[Row]) -> list[Any]:
         cells = [row.cell for row in rows]
         if not any(cells):
             return []
@@ -107,33 +104,33 @@ def _check_control(counts: Sequence[int]) -> None:
         )
 
 
-class Patch(Patching, Places):
+class PatchMethod(Patching, SweptPlaces):
     """Patches every cell of a grid of sites, step windows, tokens and heads."""
 
     kind: Literal["patch"] = "patch"
 
-    def cells(self, job: "Job") -> list[Cell]:
-        return Places.cells(self, job)
+    def cells(self, job: Job) -> list[Cell]:
+        return SweptPlaces.cells(self, job)
 
-    def check(self, job: "Job") -> None:
+    def check(self, job: Job) -> None:
         self.check_cells(job, 1 + len(self.controls))
         super().check(job)
 
 
-class Windows(Patching):
+class WindowsMethod(Patching):
     """LocoGen: the other prompt's text in a few cross-attention layers in a row, at every start."""
 
     kind: Literal["windows"] = "windows"
     span: int = Field(3, ge=1, description="Layers in a window.")
 
-    def cells(self, job: "Job") -> list[Cell]:
+    def cells(self, job: Job) -> list[Cell]:
         if job.is_language:
             raise InvalidInput("method windows needs a diffusers pipeline")
         if "cells" not in job.memory:
             job.memory["cells"] = window_cells(job.reader, self.span)
         return job.memory["cells"]
 
-    def check(self, job: "Job") -> None:
+    def check(self, job: Job) -> None:
         super().check(job)
         cells = len(self.cells(job)) * (1 + len(self.controls))
-        counted(cells=cells, prompts=len(job.items), seeds=len(job.seeds))
+        check_size(cells=cells, prompts=len(job.items), seeds=len(job.seeds))

@@ -1,29 +1,77 @@
 """The adapters of a run: trained on pairs that are recorded once, kept in its folder."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from dreamreader.experiments.methods.base import one_selection
+from dreamreader._checked import write_json
+from dreamreader._files import explained
+from dreamreader.artifacts.file import load_described, save_described
+from dreamreader.experiments.job import Job, Method
+from dreamreader.experiments.methods.base import SweptPlaces, one_selection
 from dreamreader.reft import Pairs, Reft, record_pairs, train
-from dreamreader.specs.parts import listed_seeds
+from dreamreader.specs.data import Item, read_items
+from dreamreader.specs.parts import AnySeeds, Count, Data, Seeds, listed_seeds
 from dreamreader.training.examples import examples_of
 from dreamreader.training.losses import Place, loss_of
+from dreamreader.training.parts import Training
 
-if TYPE_CHECKING:
-    from dreamreader.experiments.job import Job
-    from dreamreader.experiments.methods.reft import Reft as Method
-
+Variant = Literal["loreft", "direft", "noreft", "diagonal", "bias"]
+PER_CHANNEL = ("diagonal", "bias")  # variants that have no rank
 Key = tuple[str, str, str, int]
 """Condition, name of the cell, variant, rank."""
 
 
+class TrainedAdapters(Method, SweptPlaces):
+    """Base of methods that train adapters at the sites that they sweep."""
+
+    fit: Data = Field(
+        description="Pairs of prompts; for the loss language, prompts with a column completion."
+    )
+    fit_seeds: AnySeeds = Field(
+        default_factory=lambda: Seeds(start=100_000), description="Seeds of the pairs."
+    )
+    group: Literal["each", "block", "all"] | dict[str, str | list[str]] = Field(
+        "all", description="Which sites change together: each alone, by block, all, or named sets."
+    )
+    variants: list[Variant] = Field(default_factory=lambda: ["loreft"], min_length=1)
+    ranks: list[Count] = Field(default_factory=lambda: [8], min_length=1)
+    training: Training = Field(
+        default_factory=Training,
+        description="Its variant and rank are those of the sweep.",
+    )
+    controls: list[Literal["untrained", "difference", "target_prompt"]] = Field(
+        default_factory=lambda: ["untrained", "difference", "target_prompt"]
+    )
+
+    @property
+    def wanted(self) -> list[tuple[str, int]]:
+        """Variants with their ranks; a variant without a rank once, as rank 0."""
+        every = itertools.product(self.variants, self.ranks)
+        found = [(variant, 0 if variant in PER_CHANNEL else rank) for variant, rank in every]
+        return list(dict.fromkeys(found))
+
+    @property
+    def has_difference(self) -> bool:
+        """Whether the difference of means is a control: language-model losses have no pairs."""
+        return "difference" in self.controls and self.training.loss in ("activations", "noise")
+
+    def edited_branch(self, job: Job) -> Any:
+        """The branch that adapters are trained in, which is the one that they edit."""
+        return self.branch if self.branch is not None else job.prompt_branch
+
+    def fit_items(self) -> list[Item]:
+        return read_items(self.fit, "method.fit")
+
+
 @dataclass(eq=False)
-class Trained:
+class AdapterSet:
     """What the rows of a run are edited with.
 
     Attributes:
@@ -36,7 +84,7 @@ class Trained:
     differences: dict[str, Tensor]
 
 
-def trained(method: "Method", job: "Job") -> Trained:
+def load_or_train(method: TrainedAdapters, job: Job) -> AdapterSet:
     """The adapters of a run folder; those that are missing are trained and written there."""
     assert job.folder is not None
     folder = job.folder.path / "artifacts"
@@ -47,8 +95,8 @@ def trained(method: "Method", job: "Job") -> Trained:
     means = folder / "differences.safetensors"
     missing = [key for key, file in files.items() if not file.is_file()]
     if missing or (method.has_difference and not means.is_file()):
-        _Workshop(method, job).make({key: files[key] for key in missing}, means)
-    return Trained(
+        _AdapterBuilder(method, job).make({key: files[key] for key in missing}, means)
+    return AdapterSet(
         {key: Reft.load(file) for key, file in files.items()},
         _read(means) if method.has_difference else {},
     )
@@ -59,7 +107,7 @@ def evidence_name(number: int) -> str:
     return f"artifacts/adapter-{number}.json"
 
 
-def _keys(method: "Method", job: "Job") -> list[Key]:
+def _keys(method: TrainedAdapters, job: Job) -> list[Key]:
     cells = list(dict.fromkeys(cell.name for cell in method.cells(job)))
     found = [("edited", cell, *kind) for cell in cells for kind in method.wanted]
     if "untrained" in method.controls:
@@ -67,10 +115,10 @@ def _keys(method: "Method", job: "Job") -> list[Key]:
     return found
 
 
-class _Workshop:
+class _AdapterBuilder:
     """Makes what a run folder lacks; what the loss needs is recorded once for all adapters."""
 
-    def __init__(self, method: "Method", job: "Job"):
+    def __init__(self, method: TrainedAdapters, job: Job):
         self.method, self.job = method, job
         self.sites = {cell.name: list(cell.sites) for cell in method.cells(job)}
         seeds = listed_seeds(method.fit_seeds)
@@ -87,9 +135,6 @@ class _Workshop:
         )
 
     def make(self, files: dict[Key, Path], means: Path) -> None:
-        from dreamreader._checked import write_json
-        from dreamreader._files import explained
-
         assert self.job.folder is not None
         made = {key: self._adapters(*key) for key in files}  # refuses a rank above a width
         learning = any(condition == "edited" for condition, *_ in made)
@@ -100,7 +145,7 @@ class _Workshop:
                 condition, cell, variant, rank = key
                 if loss is not None and condition == "edited":
                     history = train(reft, loss, **self.method.training.recipe)
-                    note = {"cell": cell, "variant": variant, "rank": rank} | _told(reft, history)
+                    note = {"cell": cell, "variant": variant, "rank": rank} | _note(reft, history)
                     write_json(files[key].with_suffix(".json"), note)
                 reft.save(files[key])
             if self.method.has_difference and not means.is_file():
@@ -129,7 +174,7 @@ class _Workshop:
         )
 
 
-def _told(reft: Reft, history: Any) -> dict[str, Any]:
+def _note(reft: Reft, history: Any) -> dict[str, Any]:
     return {
         "parameters": sum(each.numel() for each in reft.parameters()),
         "steps": len(history.losses),
@@ -142,8 +187,6 @@ def _told(reft: Reft, history: Any) -> dict[str, Any]:
 
 def _write(pairs: Pairs, file: Path) -> None:
     """Differences of means over rows and their tokens, for each call."""
-    from dreamreader.artifacts.file import save_described
-
     found = {}
     for site, base in pairs.base.items():
         weights = pairs.token_weights(site, torch.arange(pairs.rows)) / pairs.rows  # [rows, tokens]
@@ -161,6 +204,4 @@ def _by_step(values: Tensor, steps: Sequence[int]) -> Tensor:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    from dreamreader.artifacts.file import load_described
-
     return load_described(file, "differences")[1]

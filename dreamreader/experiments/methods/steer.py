@@ -3,31 +3,31 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
 from dreamreader import edits as kinds
+from dreamreader._files import explained
+from dreamreader.engine import Cache, Record
 from dreamreader.errors import InvalidInput
-from dreamreader.experiments.methods.base import Method, Places, Table, alphas
+from dreamreader.experiments.job import Job, Method
+from dreamreader.experiments.methods.base import RowTable, SweptPlaces, alphas
 from dreamreader.experiments.row import Row
 from dreamreader.recording.labelled import mean_over_tokens
 from dreamreader.specs.data import Item, pairs_only, read_items
 from dreamreader.specs.parts import AnySeeds, Data, Seeds, listed_seeds
-
-if TYPE_CHECKING:
-    from dreamreader.experiments.job import Job
-    from dreamreader.experiments.results import Results
-    from dreamreader.report import Number, Section
-    from dreamreader.steering import Directions
+from dreamreader.steering import Directions, Fitter
+from dreamreader.steering.methods import NEEDS
 
 CONTROLS = ("random_direction", "shuffled_labels", "target_prompt")
 _FILES = {"edited": "directions", "shuffled_labels": "directions-shuffled"}
 
 
-class Steer(Method, Places):
+class SteerMethod(Method, SweptPlaces):
     """Fits a direction from pairs of prompts at every site, and adds it to the prompts of `data`.
 
     Controls: a random direction of the same norms, the direction of shuffled labels brought to the
@@ -61,18 +61,18 @@ class Steer(Method, Places):
         """Conditions that are run at every cell and strength."""
         return ["edited", *(each for each in self.controls if each != "target_prompt")]
 
-    def check(self, job: "Job") -> None:
+    def check(self, job: Job) -> None:
         axes = {"strengths": len(self.strengths), "conditions": len(self.swept)}
         self.check_cells(job, **axes)
 
-    def inputs(self, job: "Job") -> dict[str, Any]:
+    def inputs(self, job: Job) -> dict[str, Any]:
         pairs = [[item.prompt, item.target] for item in self._fit_items()]
         return {"fit": hashlib.sha256(repr(pairs).encode()).hexdigest()}
 
-    def rows(self, job: "Job") -> list[Row]:
+    def rows(self, job: Job) -> list[Row]:
         cells = self.cells(job)
         pairs = [(item, seed) for item in job.items for seed in job.seeds]
-        table = Table()
+        table = RowTable()
         for item, seed in pairs:
             table.add(item, seed, "unedited")
         if "target_prompt" in self.controls and all(item.target for item, _ in pairs):
@@ -85,10 +85,8 @@ class Steer(Method, Places):
                         table.add(item, seed, condition, cell=cell, strength=strength)
         return table.rows
 
-    def prepare(self, job: "Job") -> None:
+    def prepare(self, job: Job) -> None:
         """Directions of the run folder; those that are missing are fitted and written there."""
-        from dreamreader.steering import Directions
-
         assert job.folder is not None
         files = {
             name: self.directions_file(job.folder.path, name)
@@ -96,7 +94,7 @@ class Steer(Method, Places):
             if name in self.swept
         }
         missing = [name for name, file in files.items() if not file.is_file()]
-        fitted = self._fitted(job, missing) if missing else {}
+        fitted = self._fit(job, missing) if missing else {}
         found: dict[str, Directions] = {}
         for name, file in files.items():
             if name in missing:
@@ -105,7 +103,7 @@ class Steer(Method, Places):
             found[name] = Directions.load(file)
         job.memory["directions"] = {**found, "random_direction": found["edited"].random(seed=1)}
 
-    def edits_of(self, job: "Job", rows: Sequence[Row]) -> list[Any]:
+    def edits_of(self, job: Job, rows: Sequence[Row]) -> list[Any]:
         return [
             kinds.Steer(
                 cell.sites,
@@ -117,55 +115,33 @@ class Steer(Method, Places):
             for (condition, cell), alpha in alphas(rows).items()
         ]
 
-    def around(self, job: "Job") -> AbstractContextManager[Any]:
+    def around(self, job: Job) -> AbstractContextManager[Any]:
         if not self.asymmetric:
             return nullcontext()
         from dreamreader.localise.hspace import asymmetric
 
         return asymmetric(job.reader)
 
-    def numbers(self, results: "Results") -> "list[Number]":
-        from dreamreader.experiments.methods.steer_page import numbers
-
-        return numbers(self, results)
-
-    def shown(self, results: "Results") -> dict[str, Any]:
-        from dreamreader.experiments.methods.steer_page import best
-
-        column = results.effect_column(self.effect, "edited", "unedited")
-        return dict(zip(("cell", "strength"), best(results, column), strict=True))
-
-    def sections(self, results: "Results") -> "list[Section]":
-        from dreamreader.experiments.methods.steer_page import sections
-
-        return sections(self, results)
-
-    def summary(self, results: "Results") -> list[str]:
-        from dreamreader.experiments.methods.steer_page import summary
-
-        return summary(self, results)
-
     def directions_file(self, folder: Path, condition: str = "edited") -> Path:
         return folder / "artifacts" / f"{_FILES[condition]}.safetensors"
 
-    def _fitted(self, job: "Job", conditions: Sequence[str]) -> "dict[str, Directions]":
+    def _fit(self, job: Job, conditions: Sequence[str]) -> dict[str, Directions]:
         """Directions of the fit's pairs in one pass; where labels are shuffled, source and target
         are swapped in a random half of the pairs."""
-        from dreamreader.steering import Fitter
-        from dreamreader.steering.methods import NEEDS
-
         steps = "each" if self.per_step and not job.is_language else "shared"
         keep: Any = "rows" if self.direction in NEEDS else "moments"
         fitters = {name: Fitter(steps=steps, keep=keep) for name in conditions}
         draw = torch.Generator().manual_seed(0)
-        for source, target in self._recorded(job):
+        for source, target in self._record(job):
             count = len(next(iter(source.values())).rows)
             swap = torch.rand(count, generator=draw) < 0.5
             for name, fitter in fitters.items():
                 if name == "edited":
                     fitter.add_pairs(source, target)
                 else:
-                    fitter.add_pairs(_swapped(source, target, swap), _swapped(target, source, swap))
+                    fitter.add_pairs(
+                        _swap_rows(source, target, swap), _swap_rows(target, source, swap)
+                    )
         return {
             name: fitter.fit("source", "target", self.direction, norm=self.norm)
             for name, fitter in fitters.items()
@@ -176,7 +152,7 @@ class Steer(Method, Places):
         pairs_only(items, "method.fit")
         return items
 
-    def _recorded(self, job: "Job") -> Iterator[tuple[Any, Any]]:
+    def _record(self, job: Job) -> Iterator[tuple[Any, Any]]:
         """Caches of both prompts of the pairs, batch by batch."""
         pairs = [
             (item, seed) for item in self._fit_items() for seed in listed_seeds(self.fit_seeds)
@@ -186,10 +162,8 @@ class Steer(Method, Places):
         targets = job.record([(str(item.target), seed) for item, seed in pairs], records)
         return zip(sources, targets, strict=True)
 
-    def _readings(self, job: "Job") -> list[Any]:
+    def _readings(self, job: Job) -> list[Any]:
         """A recording for every site: the mean over the cell's tokens."""
-        from dreamreader.engine import Record
-
         found: dict[str, Any] = {}
         for cell in self.cells(job):
             chosen = cell.selection["tokens"]
@@ -207,31 +181,23 @@ class Steer(Method, Places):
         ]
 
 
-def _write(directions: "Directions", file: Path) -> None:
-    from dreamreader._files import explained
-
+def _write(directions: Directions, file: Path) -> None:
     with explained(file.parent.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
         directions.save(file)
 
 
-def _swapped(a: Any, b: Any, swap: torch.Tensor) -> dict[str, Any]:
+def _swap_rows(a: Any, b: Any, swap: torch.Tensor) -> dict[str, Any]:
     """Rows of a, those of b where swapped."""
-    from dataclasses import replace
-
     found = {}
     for site in a:
         mask = swap.reshape(-1, *(1,) * (a[site].tensor.dim() - 1))
         found[site] = replace(a[site], tensor=torch.where(mask, b[site].tensor, a[site].tensor))
-    from dreamreader.engine import Cache
-
     return Cache(list(found.values()))  # pyright: ignore[reportReturnType]
 
 
-def _of_norms(directions: "Directions", like: "Directions") -> "Directions":
+def _of_norms(directions: Directions, like: Directions) -> Directions:
     """Directions scaled, step by step, to the norms of others."""
-    from dataclasses import replace
-
     vectors = {}
     for site, vector in directions.items():
         norm = vector.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(vector.dtype).tiny)

@@ -1,7 +1,5 @@
 """Ablation in experiments gives the grid of `dreamreader.localise`."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -9,6 +7,7 @@ from dreamreader.edits import Ablate, Patch
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments import Experiment
+from dreamreader.experiments.pages.chunked import effects
 from dreamreader.localise import Cell, Grid, ablate_grid, grid
 
 from ..conftest import PAIRS
@@ -51,7 +50,7 @@ def test_the_grid_is_that_of_localise(experiment, reader, tmp_path, kind) -> Non
         expected = ablate_grid(
             reader, prompts, cells, metric=blueness, kind=kind, seeds=seeds, floor=None, **STEPS
         )
-    found = results.spec.method.grid(results, "ablated")
+    found = effects(results, "ablated")
     moved = np.abs(expected.values - expected.base).max()
     assert found.cells == expected.cells and moved > 1e-4
     assert np.abs(found.base - expected.base).max() < 1e-4
@@ -67,7 +66,7 @@ def test_random_sets_are_cells_of_their_own(experiment, tmp_path) -> None:
     results = made.run(tmp_path / "run")
     sites = len(made.job.reader.sites("unet.**.attn2"))
     assert len(results.of("random_sites")) == 2 * sites * 2
-    control = results.spec.method.grid(results, "random_sites")
+    control = effects(results, "random_sites")
     assert len(control.cells) == len({cell.label for cell in control.cells}) == 2 * sites
     assert np.isfinite(control.values).all()
     for cell, values in zip(control.cells, control.values, strict=True):
@@ -85,7 +84,7 @@ def test_a_floor_makes_shares_of_differences(experiment, tmp_path) -> None:
     fields = {"metrics": [Blueness()], "seeds": 2}
     plain = experiment(method=method, **fields).run(tmp_path / "a")
     share = experiment(method={**method, "floor": -1.0}, **fields).run(tmp_path / "b")
-    one, other = (each.spec.method.grid(each, "ablated") for each in (plain, share))
+    one, other = (effects(each, "ablated") for each in (plain, share))
     expected = (one.values - one.base).sum() / (-1 - one.base).sum()
     assert one.goal is None and other.effects[0].value == pytest.approx(expected, rel=1e-6)
 
@@ -152,7 +151,7 @@ def test_a_reference_gives_what_is_put_in(experiment, reader, tmp_path, kind) ->
                 for c in cells
             ]
         )
-    found = results.spec.method.grid(results, "ablated")
+    found = effects(results, "ablated")
     moved = np.abs(wanted - found.base).max()
     assert moved > 1e-4 and np.abs(found.values - wanted).max() < 0.01 * moved
 
@@ -194,8 +193,7 @@ def test_a_reference_of_unequal_prompts_is_averaged_token_by_token(language, tmp
             metrics=["logit_difference"],
             batch={"rows": size},
         ).run(tmp_path / str(size))
-        method: Any = job.spec.method
-        found.append(method.grid(job, "ablated").values)
+        found.append(effects(job, "ablated").values)
     np.testing.assert_allclose(found[0], found[1], rtol=1e-3, atol=1e-4)
     cells = grid(language, "transformer.h.*")
     cache = language.run(reference, record=[cell.sites[0] for cell in cells]).cache

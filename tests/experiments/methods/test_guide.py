@@ -13,7 +13,8 @@ from dreamreader.errors import InvalidInput
 from dreamreader.experiments import Experiment
 from dreamreader.experiments.methods import guide_probes
 from dreamreader.experiments.page import build
-from dreamreader.experiments.results import Results, said
+from dreamreader.experiments.pages import page_of
+from dreamreader.experiments.results import Results, format_interval
 from dreamreader.probes import Probe
 from dreamreader.stats.variation import variation_to_uniform
 
@@ -122,7 +123,7 @@ def test_a_row_of_a_batch_is_what_the_probe_gives_alone(
 
 def test_the_difference_is_that_of_the_means_of_labels(results, reader) -> None:
     """Steering by it, as the run does, from the means of what the probes were fitted to."""
-    fitted = guide_probes.fitted(results.spec.method, _job(results, reader))
+    fitted = results.spec.method.load_or_fit(_job(results, reader))
     contrast = fitted.contrast(UP, "color=blue")
     assert contrast.shape == (2, 96)
     with torch.inference_mode():
@@ -148,7 +149,7 @@ def _job(results: Results, reader: Reader) -> Any:
 
 
 def test_a_random_probe_has_the_norms_of_the_probe_and_nothing_else(results, reader) -> None:
-    fitted = guide_probes.fitted(results.spec.method, _job(results, reader))
+    fitted = results.spec.method.load_or_fit(_job(results, reader))
     own, random = (fitted.mlps([UP], each)[UP] for each in (False, True))
     assert own.labels == random.labels == tuple(f"color={each}" for each in COLORS)
     for name in ("weights", "biases"):
@@ -251,7 +252,7 @@ def test_pairs_are_drawn_from_their_targets_too(experiment) -> None:
 
 
 def test_summary_and_best_say_what_the_rows_say(results) -> None:
-    method = results.spec.method
+    page = page_of(results)
     name, label = "pixel_distance", results.rows[-1]["cell"]
     means = {
         (strength, inner): results.mean("edited", name, strength=strength, iterations=inner).value
@@ -259,7 +260,7 @@ def test_summary_and_best_say_what_the_rows_say(results) -> None:
         for inner in (1, 3)
     }
     best = max(means, key=lambda key: means[key])
-    assert method.shown(results) == {"cell": label, "strength": best[0], "iterations": best[1]}
+    assert page.pictured_setting() == {"cell": label, "strength": best[0], "iterations": best[1]}
     at = {"strength": best[0], "iterations": best[1]}
     setting = f" ({label}, strength {best[0]:g}, {best[1]} inner steps)"
     heads = {
@@ -268,13 +269,11 @@ def test_summary_and_best_say_what_the_rows_say(results) -> None:
         "random_probe": (f"random probe{setting}", at),
         "difference": (f"difference ({label}, strength 16)", {"strength": 16.0}),
     }
-    for line, (condition, (head, where)) in zip(
-        method.summary(results), heads.items(), strict=True
-    ):
-        first = said(results.mean(condition, name, **where))
+    for line, (condition, (head, where)) in zip(page.summary(), heads.items(), strict=True):
+        first = format_interval(results.mean(condition, name, **where))
         assert line.startswith(f"  {head}: pixel_distance {first}, ")
-        assert f"frame {said(results.mean(condition, 'frame', **where))}" in line
-    shown = {each.label: float(each.value) for each in method.numbers(results)}
+        assert f"frame {format_interval(results.mean(condition, 'frame', **where))}" in line
+    shown = {each.label: float(each.value) for each in page.numbers()}
     assert list(shown) == [f"pixel distance, {n}" for n in ("edited", "random probe", "difference")]
     assert shown["pixel distance, edited"] == pytest.approx(means[best], rel=0.01)
 
@@ -282,19 +281,19 @@ def test_summary_and_best_say_what_the_rows_say(results) -> None:
 def test_equals_are_decided_for_the_weaker_and_fewer(results) -> None:
     rows = [dict(row) | {"pixel_distance": 0.5} for row in results.rows]
     alike = Results(results.folder, results.spec, rows, results.metrics)
-    shown = results.spec.method.shown(alike)
+    shown = page_of(alike).pictured_setting()
     assert (shown["strength"], shown["iterations"]) == (0.0, 1)
 
 
 def test_the_report_has_curves_and_cards(results) -> None:
-    sections = results.spec.method.sections(results)
+    sections = page_of(results).sections()
     assert [each.title for each in sections[:3]] == ["Guidance", "Strength", "Inner steps"]
     assert sections[3:] == [probe_of(results).card.section()]
     curves = sections[1].blocks[0].items[0].series
     assert [each.name for each in curves] == [
         *("1 inner steps", "3 inner steps", "random probe", "difference")
     ]
-    inner = results.spec.method.shown(results)["iterations"]
+    inner = page_of(results).pictured_setting()["iterations"]
     where = {"strength": STRONG, "iterations": inner}
     expected = results.mean("random_probe", "pixel_distance", **where).value
     assert curves[2].y[-1] == pytest.approx(expected)
@@ -316,22 +315,23 @@ def test_the_measured_colours_are_compared_with_an_even_share(experiment, tmp_pa
     results = experiment(
         ["detector"], data={"prompts": DATA}, method=method | {"effect": None}
     ).run(tmp_path / "run")
-    lines = results.spec.method.summary(results)
+    lines = page_of(results).summary()
     for line, condition in zip(lines, ("unedited", "edited"), strict=True):
         colors = [str(row["color"]) for row in results.of(condition)]
-        assert line.endswith(f"variation of color {said(variation_to_uniform(colors, COLORS))}")
+        variation = format_interval(variation_to_uniform(colors, COLORS))
+        assert line.endswith(f"variation of color {variation}")
     assert "variation of color" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_stopped_run_goes_on_without_fitting_twice(experiment, tmp_path, monkeypatch) -> None:
     fits: list[Any] = []
-    real = guide_probes._fit
+    real = guide_probes.ProbedLabels._fit
 
     def counted(*given: Any) -> None:
         fits.append(given)
         real(*given)
 
-    monkeypatch.setattr(guide_probes, "_fit", counted)
+    monkeypatch.setattr(guide_probes.ProbedLabels, "_fit", counted)
 
     def run(name: str, left: float = math.inf) -> Results:
         method = SMALL | {"effect": "brightness"}

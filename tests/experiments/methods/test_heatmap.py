@@ -7,6 +7,7 @@ import torch
 
 from dreamreader.attention import WordMap
 from dreamreader.errors import InvalidInput
+from dreamreader.experiments.pages import page_of
 from dreamreader.zoo.detector import detect
 
 SETTINGS = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "pt"}
@@ -43,7 +44,7 @@ def test_columns_are_those_of_the_map(experiment, reader, tmp_path) -> None:
     assert {"iou", "pointing", "iou_other_row"} <= set(results.numbers)
     picture = results.image(rows[0], "maps")
     assert picture.size == (64, 64) and len(set(picture.convert("L").tobytes())) > 20
-    assert any("another word (control)" in line for line in results.spec.method.summary(results))
+    assert any("another word (control)" in line for line in page_of(results).summary())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import torch
 from dreamreader.engine import Reader, RunResult
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments import Experiment
+from dreamreader.experiments.pages import page_of
+from dreamreader.experiments.pages.chunked import effects
 from dreamreader.localise import Grid, grid, patch_grid, window_cells
 from dreamreader.zoo import SETTINGS
 
@@ -78,15 +80,15 @@ def test_the_grid_is_that_of_localise(experiment, reader, tmp_path, direction, r
     )
     results = made.run(tmp_path / "run")
     cells = grid(reader, SITES, windows=2, steps=2, branch="cond")
-    found = results.spec.method.grid(results, "patched")
+    found = effects(results, "patched")
     close(found, by_hand(reader, cells, direction))
     # corrupted activations of another pair move something else
-    other = results.spec.method.grid(results, "resampled")
+    other = effects(results, "resampled")
     assert np.abs(other.values - found.values).max() > 1e-4
     assert {r["prompt"] for r in results.of("patched")} == {
         pair["source" if direction == "restore" else "target"] for pair in PAIRS
     }
-    assert any("up_blocks.1" in line for line in results.spec.method.summary(results))
+    assert any("up_blocks.1" in line for line in page_of(results).summary())
 
 
 def test_the_source_is_recorded_again_where_a_run_goes_on(experiment, tmp_path) -> None:
@@ -126,7 +128,7 @@ def test_windows_are_those_of_localise(experiment, reader, tmp_path) -> None:
         batch={"rows": 48},
     ).run(tmp_path / "run")
     assert results.conditions == ["corrupted", "clean", "patched"]
-    found = results.spec.method.grid(results, "patched")
+    found = effects(results, "patched")
     close(found, by_hand(reader, window_cells(reader, 4)))
 
 
@@ -160,8 +162,7 @@ def test_layer_by_position_of_a_language_model(language, tmp_path) -> None:
     expected = patch_grid(
         language, [p["target"] for p in pairs], [p["source"] for p in pairs], cells, metric=metric
     )
-    method: Any = results.spec.method
-    close(method.grid(results, "patched"), expected)
+    close(effects(results, "patched"), expected)
     assert not (tmp_path / "run" / "artifacts" / "images").exists()
 
 
@@ -181,8 +182,7 @@ def test_pairs_of_unequal_length_need_tokens_that_all_have(language, tmp_path) -
         Experiment(**asked, method={**method, "direction": "corrupt"}).plan()
     for changes in ({"controls": []}, {"tokens": [0, 1]}):
         results = Experiment(**asked, method={**method, **changes}).run(tmp_path / str(changes))
-        found: Any = results.spec.method
-        assert np.isfinite(found.grid(results, "patched").values).all()
+        assert np.isfinite(effects(results, "patched").values).all()
 
 
 def test_what_patching_needs(experiment, language, tmp_path) -> None:

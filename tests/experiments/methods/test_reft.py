@@ -11,9 +11,10 @@ import torch
 
 from dreamreader.edits import Steer
 from dreamreader.errors import InvalidInput
-from dreamreader.experiments import Experiment
+from dreamreader.experiments import Experiment, load_results
 from dreamreader.experiments.methods import reft_adapters
-from dreamreader.experiments.results import Results, said
+from dreamreader.experiments.pages import page_of
+from dreamreader.experiments.results import Results, format_interval
 from dreamreader.reft import Reft, record_pairs
 
 from ..conftest import MIDDLE, PAIRS
@@ -61,7 +62,7 @@ def made(reader, tmp_path_factory) -> Experiment:
 
 @pytest.fixture(scope="module")
 def results(made) -> Results:
-    return Results.of_folder(made.job.folder.path)
+    return load_results(made.job.folder.path)
 
 
 def adapters(results: Results, *key: Any) -> Reft:
@@ -130,27 +131,29 @@ def test_only_the_adapters_of_the_condition_edited_are_trained(results, made) ->
 
 
 def test_summary_numbers_and_best_say_what_the_rows_say(results) -> None:
-    method = results.spec.method
+    page = page_of(results)
     names = ("variant", "rank", "cell", "strength")
     means = dict.fromkeys((tuple(row[n] for n in names) for row in results.of("edited")), 0.0)
     for key in means:
         where = dict(zip(names, key, strict=True))
         means[key] = results.mean("edited", "pixel_distance", **where).value
     best = max(means, key=lambda key: means[key])
-    assert tuple(method.shown(results).values()) == best and best[3] == STRONG
-    lines = method.summary(results)
+    assert tuple(page.pictured_setting().values()) == best and best[3] == STRONG
+    lines = page.summary()
     assert [line.split("(")[0].split(":")[0].strip() for line in lines] == [
         *("unedited", "target prompt", "loreft", "bias", "untrained", "difference of means")
     ]
     loreft = max((key for key in means if key[0] == "loreft"), key=lambda key: means[key])
     where = dict(zip(names, loreft, strict=True))
-    value = said(results.mean("edited", "pixel_distance", **where))
+    value = format_interval(results.mean("edited", "pixel_distance", **where))
     assert (
         lines[2] == f"  loreft (rank {loreft[1]}, {loreft[2]}, strength 12): pixel_distance {value}"
     )
-    control = said(results.mean("untrained", "pixel_distance", cell=best[2], strength=STRONG))
+    control = format_interval(
+        results.mean("untrained", "pixel_distance", cell=best[2], strength=STRONG)
+    )
     assert lines[4].endswith(f"(rank 1, {best[2]}, strength 12): pixel_distance {control}")
-    shown = {each.label: float(each.value) for each in method.numbers(results)}
+    shown = {each.label: float(each.value) for each in page.numbers()}
     assert list(shown) == [
         f"pixel distance, {name}" for name in ("loreft", "bias", "untrained", "difference of means")
     ]
@@ -158,14 +161,14 @@ def test_summary_numbers_and_best_say_what_the_rows_say(results) -> None:
 
 
 def test_the_report_has_curves_settings_and_training(results) -> None:
-    sections = {section.title: section for section in results.spec.method.sections(results)}
+    sections = {section.title: section for section in page_of(results).sections()}
     assert list(sections) == ["Learned edits", "Strength", "Rank", "Every setting", "Training"]
     settings = sections["Every setting"].blocks[0].rows
     assert len(settings) == 6 + 2 + 2 == len({row[:5] for row in settings})
     trained = sections["Training"].blocks[0].rows
     assert [row[1:3] for row in trained] == [("loreft", 1), ("loreft", 2), ("bias", "")]
     assert all(float(row[6]) <= float(row[5]) for row in trained)
-    best = results.spec.method.shown(results)
+    best = page_of(results).pictured_setting()
     page = (results.folder.path / "report.html").read_text()
     assert "Learned edits" in page and "difference of means" in page
     assert f"Changed rows: variant {best['variant']}, rank {best['rank']}" in page
@@ -174,7 +177,7 @@ def test_the_report_has_curves_settings_and_training(results) -> None:
 def test_equals_are_decided_for_the_weaker_and_smaller(results) -> None:
     rows = [dict(row) | {"pixel_distance": 0.5} for row in results.rows]
     alike = Results(results.folder, results.spec, rows, results.metrics)
-    shown = results.spec.method.shown(alike)
+    shown = page_of(alike).pictured_setting()
     assert (shown["rank"], shown["strength"]) == (0, 0.0) and shown["variant"] == "bias"
 
 

@@ -2,21 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from dreamreader.engine import Row as EngineRow
 from dreamreader.errors import InvalidInput
+from dreamreader.experiments.results import Results
+from dreamreader.report import Folded, Number, Section, Table
 from dreamreader.sweep import Cell, Grid
-
-if TYPE_CHECKING:
-    from dreamreader.experiments.results import Results
-    from dreamreader.report import Number, Section
 
 
 def grid_of(
-    results: "Results",
+    results: Results,
     condition: str,
     effect: str | None,
     base: str,
@@ -70,10 +68,8 @@ def grid_summary(grid: Grid, count: int = 5) -> list[str]:
     ]
 
 
-def grid_numbers(grid: Grid, control: Grid | None, column: str) -> "list[Number]":
+def grid_numbers(grid: Grid, control: Grid | None, column: str) -> list[Number]:
     """The largest effect beside that of the control, and how far the seeds agree."""
-    from dreamreader.report import Number
-
     best = largest(grid)
     effect = grid.effect(best)
     found = [_number_of(effect, f"largest effect on {column.replace('_', ' ')}", best.label, grid)]
@@ -88,9 +84,7 @@ def grid_numbers(grid: Grid, control: Grid | None, column: str) -> "list[Number]
     return found
 
 
-def _number_of(effect: Any, label: str, note: str, grid: Grid) -> "Number":
-    from dreamreader.report import Number
-
+def _number_of(effect: Any, label: str, note: str, grid: Grid) -> Number:
     value = f"{100 * effect.value:.0f} %" if grid.goal is not None else f"{effect.value:.3g}"
     bounds = f"{effect.low:.2f} to {effect.high:.2f}"
     return Number(value, label, f"{note} ({bounds})" if note else bounds)
@@ -123,10 +117,8 @@ def by_seeds(grid: Grid) -> tuple[Grid, Grid] | None:
     return (halves[0], halves[1]) if varies else None
 
 
-def reproduction(grid: Grid) -> "list[Section]":
+def reproduction(grid: Grid) -> list[Section]:
     """How far two halves of the seeds give the same order of cells."""
-    from dreamreader.report import Section, Table
-
     halves = by_seeds(grid)
     if halves is None:
         return []
@@ -142,10 +134,8 @@ def reproduction(grid: Grid) -> "list[Section]":
     return [Section("Reproduction with other seeds", [table], lead)]
 
 
-def grid_sections(grids: Mapping[str, Grid], column: str) -> "list[Section]":
+def grid_sections(grids: Mapping[str, Grid], column: str) -> list[Section]:
     """Heat map and table of each grid of effects on a column."""
-    from dreamreader.report import Folded, Section, Table
-
     found = []
     for name, grid in grids.items():
         table = Table(
