@@ -39,8 +39,8 @@ class RayEngine:
         InvalidInput: Ray is not installed, or `workers` is not positive.
 
     Example:
-        >>> Harvest.from_file("spec.yaml").run("store", engine=RayEngine(4))  # doctest: +SKIP
-        >>> Experiment.from_file("steer.yaml").run("runs/steer", engine=RayEngine(4))  # doctest: +SKIP
+        >>> Harvest.from_file("spec.yaml").run("store", engine=engine)  # doctest: +SKIP
+        >>> Experiment.from_file("steer.yaml").run("runs/steer", engine=engine)  # doctest: +SKIP
     """
 
     workers: int | None = None
