@@ -17,7 +17,7 @@ import torch
 
 from dreamreader.ops import Instruction, Program, intervene_reference
 from tests import twin
-from tests.cases._compare import assert_close, same_bits
+from tests.cases._compare import assert_close, assert_seen, same_bits
 from tests.cases.intervention import (
     CASES,
     KINDS,
@@ -169,10 +169,12 @@ def check(case: Case, dtype: torch.dtype, intervention: Callable[..., int]) -> N
     same = intervene_reference(x, *tables)
     exact = intervene_reference(x.double(), *program.tables(torch.float64))
     out = torch.empty_like(x).fill_(torch.nan)
-    launches = intervention(x, out, *tables)
+    seen = torch.zeros(1, dtype=torch.int32)
+    launches = intervention(x, out, *tables, seen)
     assert launches == (1 if x.numel() else 0), case.name
     assert same_bits(x, before), case.name
     assert_close(out, same, exact)
+    assert_seen(x, out, (program.strength != 0).any(0).expand(x.shape[:2]), int(seen))
     idle = (program.strength == 0).all(0)
     assert same_bits(out[idle], before[idle]), case.name
     intervention(x, x, *tables)  # blocks and threads run in another order now

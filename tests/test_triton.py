@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dreamreader.errors import InvalidInput
 from dreamreader.ops import Instruction, Program, intervene_reference
-from tests.cases._compare import assert_close, same_bits
+from tests.cases._compare import assert_close, assert_seen, same_bits
 from tests.cases.intervention import CASES, KINDS, Case, direction, head, masked, subspace
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -73,9 +73,12 @@ def test_interpreter_agrees_with_the_reference(dtype: torch.dtype):
         same = intervene_reference(x, *tables)
         exact = intervene_reference(x.double(), *program.tables(torch.float64))
         out = torch.empty_like(x).fill_(torch.nan)
-        intervention(x, out, *tables)
+        seen = torch.zeros(3, dtype=torch.int32)
+        intervention(x, out, *tables, seen=seen, at=1)
         assert same_bits(x, before), case.name
         assert_close(out, same, exact)
+        assert_seen(x, out, (program.strength != 0).any(0).expand(x.shape[:2]), int(seen[1]))
+        assert seen[0] == seen[2] == 0
         idle = (program.strength == 0).all(0)
         assert same_bits(out[idle], before[idle]), case.name
         if number % 2:
@@ -212,8 +215,11 @@ def machine_code(case: Case, dtype: str, arch: int, copy: bool = False):
         "source_sizes": (("i64", "i64", "constexpr"),) * sources,
         "index_strides": (("i64", "i64"),) * sources,
         "ranges": (("i32", "i32"),) * len(steps),
+        "seen_ptr": "*i32",
+        "at": "i32",
         "STEPS": "constexpr",
         "COPY": "constexpr",
+        "SEEN": "constexpr",
         "BLOCK_T": "constexpr",
         "BLOCK_D": "constexpr",
     }
@@ -226,6 +232,7 @@ def machine_code(case: Case, dtype: str, arch: int, copy: bool = False):
         **{("source_sizes", n, 2): 1 for n in range(sources)},
         ("STEPS",): steps,
         ("COPY",): copy,
+        ("SEEN",): copy,
         ("BLOCK_T",): settings.block_t,
         ("BLOCK_D",): settings.block_d,
     }
