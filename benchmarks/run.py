@@ -80,7 +80,7 @@ GOALS = {
 
 
 def eager(kind: str, program: Program, dtype: torch.dtype) -> dict[str, Call]:
-    """The same change composed of torch functions, in place: less than the engine's function does."""
+    """The same change composed of torch functions, in place (the engine's function is not)."""
     vectors = program.vectors.to(dtype)
     if kind.startswith("masked_steer"):
         mask, v = (program.strength[0] != 0).unsqueeze(-1), vectors[0]
