@@ -3,6 +3,7 @@
 DREAMREADER_EXT=auto       C++, and CUDA where nvcc is found; without a C++ compiler, no extension
 DREAMREADER_EXT=off        no extension: everything runs on the references
 DREAMREADER_EXT=cpu, cuda  exactly this; anything missing is an error
+DREAMREADER_CUDA_ARCHS     machine code of these GPUs alone, as CMake spells them: 90a-real
 DEBUG=1                    without optimisation, with debug information
 """
 
@@ -77,6 +78,8 @@ class CMakeBuild(build_ext):
             "DREAMREADER_WITH_CUDA": "ON" if ext.kind == "cuda" else "OFF",
         }
         nvcc = find_nvcc()
+        if archs := os.environ.get("DREAMREADER_CUDA_ARCHS"):
+            options["DREAMREADER_CUDA_ARCHS"] = archs
         if ext.kind == "cuda" and nvcc:
             options["CMAKE_CUDA_COMPILER"] = shutil.which(nvcc) or nvcc
         flags = [f"-D{name}={value}" for name, value in options.items()]

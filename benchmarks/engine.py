@@ -30,10 +30,10 @@ CLOSE = 2e-3  # of pictures in [0, 1]: batches of another size round differently
 class Job:
     """One model, its prompts and everything that is timed."""
 
-    def __init__(self, model: str, pictures: int, steps: int):
+    def __init__(self, model: str, pictures: int, steps: int, device: str):
         from dreamreader import zoo
 
-        self.pipe = zoo.load_pipeline(model)
+        self.pipe = zoo.load_pipeline(model).to(device)
         self.reader = dr.Reader(self.pipe)
         colors, shapes = (
             ("red", "blue", "green", "yellow"),
@@ -118,7 +118,7 @@ def wrong(job: Job, cache: Any) -> list[str]:
     seen: dict[str, list[Tensor]] = {site: [] for site in job.sites}
 
     def keep(values: list[Tensor]):
-        return lambda module, inputs, output: values.append(output.detach().clone())
+        return lambda module, inputs, output: values.append(output.detach().to("cpu", copy=True))
 
     handles = [
         job.pipe.unet.get_submodule(site.removeprefix("unet.")).register_forward_hook(
@@ -145,7 +145,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         model = save_untrained(options.model, folder) if options.untrained else options.model
-        job = Job(model, options.pictures, options.steps)
+        job = Job(model, options.pictures, options.steps, options.device)
     found = problems(job)
     if found:
         print("no times, since these checks failed:", *found, sep="\n  ", file=sys.stderr)
@@ -192,6 +192,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--untrained", action="store_true", help="random weights; times are the same"
     )
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=7)

@@ -1,6 +1,7 @@
 """Times the operators of learned edits on a GPU, as gpu.py does: replays of captured graphs.
 
-    python benchmarks/gpu_edits.py [--rounds 30] [--write]
+    python benchmarks/gpu_edits.py [--rounds 30] [--output FILE]
+    python benchmarks/gpu_edits.py --check     # no times; on the CPU where there is no GPU
 
 `low_rank` in place stands beside a device copy of the same bytes and beside plain torch, its
 gradient beside autograd of plain torch, `guide` beside autograd of the same probe.
@@ -8,20 +9,21 @@ Nothing is timed unless it agrees with the reference.
 """
 
 import argparse
-import re
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from paired import RESULTS, environment, summary, write
+from paired import environment, summary, write
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from gpu import captured, seconds  # noqa: E402
+from gpu import DEVICE, captured, seconds  # noqa: E402
+from guide import ODD_ROWS, wrong_rows  # noqa: E402
 
 from dreamreader import _register  # noqa: E402
 from dreamreader.ops.guide import guide_reference  # noqa: E402
@@ -48,10 +50,10 @@ PROBES = [
 
 
 def there(value: Any) -> Any:
-    """The same arguments in GPU memory."""
+    """The same arguments in memory of the device."""
     if isinstance(value, (list, tuple)):
         return [there(each) for each in value]
-    return value.cuda() if isinstance(value, Tensor) else value
+    return value.to(DEVICE) if isinstance(value, Tensor) else value
 
 
 def doubled(value: Any) -> Any:
@@ -65,7 +67,7 @@ def doubled(value: Any) -> Any:
 def edit_calls(case: LowRank, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     """The edit, its gradient, and what they are compared with; the results are checked."""
     x, *tables = there(case.inputs(dtype))
-    grad, exact = case.gradient(dtype).cuda(), doubled([x, *tables])
+    grad, exact = case.gradient(dtype).to(DEVICE), doubled([x, *tables])
     same = low_rank_reference(x, *tables)
     assert_close(OPS.low_rank(x, *tables), same, low_rank_reference(*exact))
     found = OPS.low_rank_backward(grad, x, *tables, NEEDS)
@@ -98,8 +100,8 @@ def edit_calls(case: LowRank, dtype: torch.dtype) -> dict[str, Callable[[], Any]
 def guide_calls(case: Guide, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     """Guidance, and the same by autograd through the probe; the result is checked."""
     x, *arguments = there(case.inputs(dtype))
-    same, exact = guide_reference(x, *arguments), guide_reference(*doubled([x, *arguments]))
-    assert_close(OPS.guide(x, *arguments), same, exact)
+    rows = wrong_rows(OPS.guide(x, *arguments), guide_reference(*doubled([x, *arguments])))
+    assert float(rows.double().mean()) <= ODD_ROWS, f"{int(rows.sum())} rows are wrong"
     weights, biases, _, c, strength, *_ = arguments
 
     def by_autograd() -> Tensor:
@@ -137,36 +139,36 @@ def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    arguments = parse()
+    rows = []
+    for dtype in (getattr(torch, name) for name in arguments.dtypes):
+        for case in [*EDITS, *PROBES]:
+            if DEVICE == "cpu":  # the reference in float64 takes long
+                case = replace(case, shape=(1, 256, case.shape[-1]))
+            made = edit_calls if isinstance(case, LowRank) else guide_calls
+            calls = made(case, dtype)  # checks the results
+            if arguments.check:
+                print(case.name, dtype, "right on", DEVICE, flush=True)
+                continue
+            row = measure(calls, arguments.rounds)
+            rows.append({"case": case.name, "dtype": str(dtype)} | row)
+            print(case.name, dtype, row["microseconds"], flush=True)
+    if arguments.output and rows:
+        backends = {name: _register.active[name]["CUDA"].backend for name in ("low_rank_", "guide")}
+        result = {"environment": environment(), "backends": backends, "rows": rows}
+        print(write(result, arguments.output))
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--check", action="store_true", help="only check the results")
+    parser.add_argument("--output", type=Path, help="file to write")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("there is no CUDA device: nothing is measured")
-    backends = {name: _register.active[name]["CUDA"].backend for name in ("low_rank_", "guide")}
-    rows = []
-    for dtype in (getattr(torch, name) for name in arguments.dtypes):
-        made: list[tuple[str, Callable[[], Any]]] = [
-            *(
-                (case.name, lambda case=case, dtype=dtype: edit_calls(case, dtype))
-                for case in EDITS
-            ),
-            *(
-                (case.name, lambda case=case, dtype=dtype: guide_calls(case, dtype))
-                for case in PROBES
-            ),
-        ]
-        for name, calls in made:
-            row = measure(calls(), arguments.rounds)
-            rows.append({"case": name, "dtype": str(dtype)} | row)
-            print(name, dtype, row["microseconds"], flush=True)
-    if arguments.write:
-        device = torch.cuda.get_device_name()
-        where = environment() | {"gpu": device, "cuda": torch.version.cuda}
-        label = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-        result = {"environment": where, "backends": backends, "rows": rows}
-        print(write(result, RESULTS / f"edits-{label}.json"))
+    if DEVICE == "cpu" and not arguments.check:
+        sys.exit("there is no CUDA device: nothing is measured; --check runs on the CPU")
+    return arguments
 
 
 if __name__ == "__main__":

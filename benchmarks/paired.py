@@ -55,14 +55,35 @@ def summary(times: list[float], base: list[float] | None = None) -> dict[str, fl
 
 def environment() -> dict[str, Any]:
     """Device, versions and commit of a result."""
+    where = gpu() if torch.cuda.is_available() else {}
     return {
         "device": device(),
+        **where,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {
             name: metadata.version(name) for name in ("torch", "diffusers", "dreamreader")
         },
         "commit": _commit(),
+    }
+
+
+def gpu() -> dict[str, Any]:
+    """Name of the GPU, and what it reaches at best, for the figures of the same process.
+
+    Returns:
+        gpu, cuda, copy_gigabytes_per_second (of a copy of 2 GiB on the device, bytes read and
+        written) and gemm_teraflops (bfloat16, 8192 x 8192 x 8192, random values).
+    """
+    a = torch.randn(8192, 8192, device="cuda").bfloat16()
+    wide = torch.empty(1 << 30, dtype=torch.int16, device="cuda")
+    calls = {"copy": lambda: wide.clone(), "gemm": lambda: a @ a}
+    best = {name: min(_timed(call) for _ in range(12)) for name, call in calls.items()}
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "copy_gigabytes_per_second": round(2 * wide.numel() * 2 / best["copy"] / 1e9),
+        "gemm_teraflops": round(2 * 8192**3 / best["gemm"] / 1e12),
     }
 
 
@@ -87,6 +108,8 @@ def write(result: dict[str, Any], target: Path | str) -> Path:
 def _timed(call: Callable[[], Any]) -> float:
     begun = time.perf_counter()
     call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - begun
 
 

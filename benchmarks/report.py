@@ -46,6 +46,10 @@ def table() -> str:
     parts += [scale(each) for each in found("store-scale-*.json")]
     parts += [reft(each) for each in found("reft-*.json")]
     parts += [peers(each) for each in found("peers-*.json")]
+    parts += [gpu_ops(each) for each in found("gpu-ops*.json")]
+    parts += [gpu_edits(each) for each in found("gpu-edits*.json")]
+    parts += [engine(each) for each in found("gpu-engine*.json")]
+    parts += [harvest(each) for each in found("gpu-harvest*.json")]
     return "\n".join(parts) if parts else "No results yet.\n"
 
 
@@ -274,6 +278,42 @@ def peers(result: dict[str, Any]) -> str:
     return titled("Peers", result, head, lines)
 
 
+def gpu_ops(result: dict[str, Any]) -> str:
+    """The intervention program in place, beside a device copy of the same bytes."""
+    lines = []
+    for row in result["rows"]:
+        wanted = f" (goal {row['goal']:g}×)" if row.get("goal") else ""
+        lines.append(
+            (
+                f"{OPS.get(row['kind'], row['kind'])}, {row['dtype']}",
+                f"{row['microseconds']['fused']:.1f} µs",
+                times(row["fused_to_copy"]) + wanted,
+            )
+        )
+    shape = "×".join(str(size) for size in result["rows"][0]["shape"][-2:])
+    head = (f"Operator in place, {shape}, {result['backend']}", "time", "against a device copy")
+    return titled("Operators on a GPU", result, head, lines)
+
+
+def gpu_edits(result: dict[str, Any]) -> str:
+    """Learned edits and guidance, beside a device copy and beside plain torch."""
+    lines = []
+    for row in result["rows"]:
+        spent = row["microseconds"]
+        pairs = [("edit", "edit in torch"), ("with gradient", "with gradient in torch")]
+        for ours, plain in pairs if "edit" in spent else [("guide", "autograd")]:
+            lines.append(
+                (
+                    f"{row['case']}, {row['dtype'].removeprefix('torch.')}: {ours}",
+                    f"{spent[ours]:.1f} µs",
+                    times(row["to_copy"][ours]),
+                    f"{spent[plain] / spent[ours]:.2f}×",
+                )
+            )
+    head = ("Learned edit", "time", "against a device copy", "against plain torch")
+    return titled("Learned edits on a GPU", result, head, lines)
+
+
 def titled(name: str, result: dict[str, Any], head: tuple[str, ...], lines: list) -> str:
     """A table under the name of the benchmark and the machine it ran on."""
     where = result["environment"]
@@ -281,6 +321,9 @@ def titled(name: str, result: dict[str, Any], head: tuple[str, ...], lines: list
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     commit = where["commit"].rstrip("+")
     note = f"{where['device']}, {where['threads']} threads, torch {where['versions']['torch']}"
+    if "gpu" in where:
+        copy, gemm = where["copy_gigabytes_per_second"], where["gemm_teraflops"]
+        note = f"{where['gpu']}: copies {copy} GB/s, bfloat16 products {gemm} TFLOP/s; {note}"
     return f"**{name}** ({note}, commit {commit})\n\n{text}\n"
 
 

@@ -4,7 +4,6 @@
 the same pass. `in_place` is the same program in the memory of its input.
 
     python benchmarks/run.py [--rows 8192] [--width 1280] [--dtypes float32 bfloat16] [--rounds 30]
-    python benchmarks/run.py --device cuda     # beside a device copy of the same bytes, see gpu.py
 
 Every ratio is between calls of the same round. Inputs rotate, so that none is left in the cache by
 the call before. Nothing is printed or written unless every result passes the tests' tolerance rule.
@@ -206,7 +205,6 @@ def show(row: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--threads", type=int, default=2)
@@ -214,14 +212,10 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument(
-        "--write", action="store_true", help="write benchmarks/results/ops-<device>.json"
+        "--write", action="store_true", help="write benchmarks/results/ops-cpu.json"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.device == "cuda":
-        import gpu
-
-        return gpu.run(KINDS, arguments)
     shape = (1, arguments.rows, arguments.width)
     jobs = [
         (kind, cases.Case(kind, shape, KINDS[kind][0], KINDS[kind][1]), getattr(torch, dtype))

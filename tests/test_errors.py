@@ -42,7 +42,7 @@ def test_the_part_that_is_wrong_is_put_right(asked: str, best: str) -> None:
 
 
 def test_what_a_glob_comes_back_as_matches_something() -> None:
-    from dreamreader.engine.pattern import parse
+    from dreamreader.engine._pattern import parse
 
     asked = ["unet.**.atn2", "up_blocks.*.attn2", "unet.*.attn1", "foo.**.to_q", "unet.*.x.attn2"]
     for glob in asked:

@@ -85,9 +85,9 @@ def text_sites(reader: "Reader") -> list[str]:
 
 def _joins(site: Any) -> bool:
     """Whether the keys of an attention hold text beside or instead of the queries' own tokens."""
-    from dreamreader.engine.families import attention
+    from dreamreader.engine import attention_facts
 
-    facts = attention(site.tap.module)
+    facts = attention_facts(site.tap.module)
     joint = facts is not None and (facts.joint or facts.streams or "k.text" in facts.ports)
     return bool(joint) or bool(getattr(site.tap.module, "is_cross_attention", False))
 

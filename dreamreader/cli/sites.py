@@ -9,8 +9,7 @@ from dreamreader.cli.errors import told
 from dreamreader.cli.subject import MODEL_HELP, Device, Dtype
 
 if TYPE_CHECKING:
-    from dreamreader.engine import Reader
-    from dreamreader.engine.sites import Site
+    from dreamreader.engine import Reader, Site
 
 SMALL = 200_000_000  # parameters below which a step costs less than a second
 

@@ -409,7 +409,7 @@ def _firing(result: "Result") -> Section:
 
 def _counts(fired: Sequence[Any]) -> list[Any]:
     """Calls, steps and branches of some lines of a firing report."""
-    from dreamreader.engine.firing import ranges
+    from dreamreader.engine import ranges
 
     steps = {step for each in fired for step in each.steps}
     branches = {name for each in fired for name in each.branches}

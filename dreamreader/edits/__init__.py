@@ -9,7 +9,7 @@ from dreamreader.edits.patch import Patch
 from dreamreader.edits.probe_guidance import ProbeGuidance
 from dreamreader.edits.simple import Clamp, Scale
 from dreamreader.edits.steer import Steer
-from dreamreader.engine.selection import Box
+from dreamreader.engine import Box
 
 __all__ = [
     "Ablate",

@@ -11,9 +11,7 @@ from dreamreader.edits.base import ChannelEdit, check_finite, per_site, row_leng
 from dreamreader.edits.patch import source_table
 from dreamreader.edits.simple import check_direction
 from dreamreader.edits.steer import unit
-from dreamreader.engine.cache import Activation, Cache
-from dreamreader.engine.place import Place
-from dreamreader.engine.recorded import row_means
+from dreamreader.engine import Activation, Cache, EditContext, row_means
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.ops import Instruction
 
@@ -105,7 +103,7 @@ class Ablate(ChannelEdit):
             found.setdefault("seed", 1)  # what a row gets depends on its number
         return found
 
-    def instructions(self, place: Place) -> list[Instruction]:
+    def instructions(self, place: EditContext) -> list[Instruction]:
         strength = place.strength(self.strength, "strength")
         channels = place.channel_mask(self.heads, self.channels)
         if self.kind == "zero":
@@ -122,7 +120,7 @@ class Ablate(ChannelEdit):
         table, index = source_table(source, rows, place, f"Ablate ({self.kind})", strength)
         return [Instruction("patch", strength, source=table, index=index, channels=channels)]
 
-    def apply(self, x: Tensor, place: Place) -> Tensor:
+    def apply(self, x: Tensor, place: EditContext) -> Tensor:
         """x with normal noise; every row draws its own, from its seed, step and branch."""
         sigma = place.per_row(self.sigma, "sigma")
         share = place.per_row(self.strength, "strength")
@@ -140,7 +138,9 @@ class Ablate(ChannelEdit):
         channels = place.channel_mask(self.heads, self.channels)
         return y if channels is None else torch.where(channels.to(x.device), y, x)
 
-    def _drawn(self, x: Tensor, entry: int, place: Place, generator: torch.Generator) -> Tensor:
+    def _drawn(
+        self, x: Tensor, entry: int, place: EditContext, generator: torch.Generator
+    ) -> Tensor:
         """Normal numbers of one batch entry [tokens, width], none of them for its padding."""
         own = place.own
         if own is None or len(own) == 1 or bool((own[entry] >= 0).all()):
@@ -150,7 +150,7 @@ class Ablate(ChannelEdit):
         return found
 
     def _project(
-        self, place: Place, strength: Tensor, channels: Tensor | None
+        self, place: EditContext, strength: Tensor, channels: Tensor | None
     ) -> list[Instruction]:
         assert self.direction is not None
         value = per_site(self.direction, place.site, "Ablate: direction")
@@ -173,7 +173,7 @@ class Ablate(ChannelEdit):
         touched = (strength.detach() != 0).float()
         return [found, Instruction("renorm", touched, channels=channels)]
 
-    def _mean(self, place: Place) -> Any:
+    def _mean(self, place: EditContext) -> Any:
         if not isinstance(self.source, Activation | Cache):
             return self.source
         try:
@@ -184,7 +184,7 @@ class Ablate(ChannelEdit):
             ) from error
         return row_means(found)
 
-    def _donors(self, place: Place) -> list[int]:
+    def _donors(self, place: EditContext) -> list[int]:
         """For each row of the run another row of the source, by its own seed."""
         found = self.source if isinstance(self.source, Activation) else self.source[place.site]
         count = len(found.rows)

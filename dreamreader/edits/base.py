@@ -7,9 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dreamreader.engine.pattern import join, parse
-from dreamreader.engine.request import EditRequest
-from dreamreader.engine.selection import normalized
+from dreamreader.engine import EditRequest, join, normalized, parse
 from dreamreader.errors import InvalidInput, UnknownName
 
 T = TypeVar("T")

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dreamreader.engine.function import call
-from dreamreader.engine.place import Place
-from dreamreader.engine.request import EditRequest
+from dreamreader.engine import EditContext, EditRequest, apply_function
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,5 +33,5 @@ class Edit(EditRequest):
     def changes_with_step(self) -> bool:
         return True  # the function is told the step
 
-    def apply(self, x: Tensor, place: Place) -> Tensor:
-        return call(self.fn, x, place, "Edit")
+    def apply(self, x: Tensor, place: EditContext) -> Tensor:
+        return apply_function(self.fn, x, place, "Edit")

@@ -16,10 +16,7 @@ from dreamreader.edits.patch import Patch
 from dreamreader.edits.probe_guidance import ProbeGuidance
 from dreamreader.edits.simple import Clamp, Scale
 from dreamreader.edits.steer import Steer
-from dreamreader.engine.cache import Activation, Cache, Row
-from dreamreader.engine.clock_schedule import Instant
-from dreamreader.engine.request import EditRequest
-from dreamreader.engine.selection import Box
+from dreamreader.engine import Activation, Box, Cache, EditRequest, Row, StepInfo
 from dreamreader.errors import InvalidInput, UnknownName
 
 _KIND = "edits"
@@ -109,7 +106,7 @@ def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"{type(value).__name__} is no value that a file can hold")
 
 
-_VALUES = {each.__name__: each for each in (Activation, Box, Instant, Mlp, Row)}
+_VALUES = {each.__name__: each for each in (Activation, Box, StepInfo, Mlp, Row)}
 _CONTAINERS = {"tuple": tuple, "set": set, "frozenset": frozenset}
 
 

@@ -8,8 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.edits.base import check_finite, per_site, row_length
-from dreamreader.engine.place import Place
-from dreamreader.engine.request import EditRequest
+from dreamreader.engine import EditContext, EditRequest
 from dreamreader.errors import InvalidInput
 from dreamreader.ops.low_rank import low_rank
 
@@ -84,12 +83,12 @@ class LoReFT(EditRequest):
     def row_lengths(self) -> dict[str, int]:
         return row_length("alpha", self.alpha) | row_length("adapter", self.adapter)
 
-    def touched(self, place: Place) -> Tensor:
+    def touched(self, place: EditContext) -> Tensor:
         if isinstance(self.alpha, Tensor) and self.alpha.requires_grad:
             return place.selected  # the derivative at 0 is wanted
         return place.strength(self.alpha, "alpha")
 
-    def check(self, place: Place) -> None:
+    def check(self, place: EditContext) -> None:
         down = self._tables(place.site)[0]
         if down.shape[-1] != place.width:
             raise InvalidInput(
@@ -97,7 +96,7 @@ class LoReFT(EditRequest):
                 f"{place.width}"
             )
 
-    def apply(self, x: Tensor, place: Place) -> Tensor:
+    def apply(self, x: Tensor, place: EditContext) -> Tensor:
         tables = self._on(x, place.site)
         index = self._index(place, tables[0])
         down, up = (each.reshape(-1, *each.shape[-2:]) for each in (tables[0], tables[2]))
@@ -138,7 +137,7 @@ class LoReFT(EditRequest):
         if down.shape[-2] > down.shape[-1]:
             raise InvalidInput(f"{name}: rank {down.shape[-2]} is above the width {down.shape[-1]}")
 
-    def _index(self, place: Place, down: Tensor) -> Tensor:
+    def _index(self, place: EditContext, down: Tensor) -> Tensor:
         """int64 [batch]: which of the flattened tables belongs to each batch entry."""
         index = torch.zeros((), dtype=torch.int64)
         if self.adapter is not None:

@@ -8,8 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.edits.base import check_finite
-from dreamreader.engine.place import Place
-from dreamreader.engine.request import same
+from dreamreader.engine import EditContext, same
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.ops.guide import ACTIVATIONS, MAX_LAYERS, activated
 
@@ -143,7 +142,7 @@ class Mlp:
             check_finite("Mlp: noise", self.noise)
 
 
-def at_step(probe: Mlp | Sequence[Mlp], place: Place) -> Mlp:
+def at_step(probe: Mlp | Sequence[Mlp], place: EditContext) -> Mlp:
     """The perceptron that holds for the running step.
 
     Of several, the one whose `steps` has it; without `steps`, entry i holds for step i.

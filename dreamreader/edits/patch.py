@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.edits.base import ChannelEdit, check_finite, per_site, row_length
-from dreamreader.engine.cache import Activation, Cache
-from dreamreader.engine.clock_schedule import UNTIMED
-from dreamreader.engine.firing import ranges
-from dreamreader.engine.place import Place
+from dreamreader.engine import UNTIMED, Activation, Cache, EditContext, ranges
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.ops import Instruction
 
@@ -66,13 +63,13 @@ class Patch(ChannelEdit):
             found |= row_length("source", self.source) or {"source": 1}
         return found
 
-    def instructions(self, place: Place) -> list[Instruction]:
+    def instructions(self, place: EditContext) -> list[Instruction]:
         strength = place.strength(self.strength, "strength")
         channels = place.channel_mask(self.heads, self.channels)
         source, index = source_table(self.source, self.from_rows, place, "Patch", strength)
         return [Instruction("patch", strength, source=source, index=index, channels=channels)]
 
-    def apply(self, x: Tensor, place: Place) -> Tensor:
+    def apply(self, x: Tensor, place: EditContext) -> Tensor:
         rows = _row_numbers(self.source, place.rows, place, "Patch: source")
         donors = [number - place.first for number in rows]
         if not all(0 <= each < place.rows for each in donors):
@@ -97,7 +94,7 @@ class Patch(ChannelEdit):
 
 
 def source_table(
-    source: Any, from_rows: Any, place: Place, label: str, strength: Tensor
+    source: Any, from_rows: Any, place: EditContext, label: str, strength: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What the patch instruction reads: source [entries, width] and index [batch, tokens].
 
@@ -146,7 +143,7 @@ def source_table(
     return values.reshape(-1, width), index
 
 
-def _same_tokens(positions: Tensor, place: Place, label: str, strength: Tensor) -> Tensor:
+def _same_tokens(positions: Tensor, place: EditContext, label: str, strength: Tensor) -> Tensor:
     """[batch, tokens] for each token of the batch the column of the source that is the same token.
 
     Args:
@@ -173,7 +170,7 @@ def _same_tokens(positions: Tensor, place: Place, label: str, strength: Tensor) 
     return same.int().argmax(2)
 
 
-def _row_numbers(chosen: Any, count: int, place: Place, name: str) -> list[int]:
+def _row_numbers(chosen: Any, count: int, place: EditContext, name: str) -> list[int]:
     """For each row of the batch the number of the row it takes."""
     listed = [chosen] if isinstance(chosen, int) else [int(each) for each in chosen]
     if len(listed) == 1:
@@ -190,7 +187,7 @@ def _row_numbers(chosen: Any, count: int, place: Place, name: str) -> list[int]:
     return [each % limit for each in mine]
 
 
-def _of_tensor(value: Tensor, place: Place, label: str) -> Tensor:
+def _of_tensor(value: Tensor, place: EditContext, label: str) -> Tensor:
     if value.dim() == 1:
         return place.vectors(value, None, f"{label}: source").reshape(1, 1, 1, -1)
     if value.dim() == 2:
@@ -203,7 +200,7 @@ def _of_tensor(value: Tensor, place: Place, label: str) -> Tensor:
     )
 
 
-def _of_cache(source: Any, place: Place, label: str) -> tuple[Tensor, Tensor | None]:
+def _of_cache(source: Any, place: EditContext, label: str) -> tuple[Tensor, Tensor | None]:
     """Values and positions of a cache at the running step.
 
     Returns:
@@ -246,7 +243,7 @@ def _of_cache(source: Any, place: Place, label: str) -> tuple[Tensor, Tensor | N
     return (tensor[:, order].flatten(3) if tensor.dim() > 4 else tensor[:, order]), positions
 
 
-def _branches_on(place: Place) -> list[bool]:
+def _branches_on(place: EditContext) -> list[bool]:
     on = place.selected != 0
     if on.shape[0] == 1:
         return [True] * len(place.branches)

@@ -10,8 +10,7 @@ from torch import Tensor
 from dreamreader.edits.base import check_finite, per_site, row_length
 from dreamreader.edits.labels import coefficients, label_sets
 from dreamreader.edits.mlp import Mlp, at_step, mlps
-from dreamreader.engine.place import Place
-from dreamreader.engine.request import EditRequest
+from dreamreader.engine import EditContext, EditRequest
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.ops.guide import descend, guide
 
@@ -106,10 +105,10 @@ class ProbeGuidance(EditRequest):
             found |= row_length(name, getattr(self, name))
         return found
 
-    def touched(self, place: Place) -> Tensor:
+    def touched(self, place: EditContext) -> Tensor:
         return self._strength(place)
 
-    def check(self, place: Place) -> None:
+    def check(self, place: EditContext) -> None:
         """Refuse a probe for another width, and a row without labels that would be moved."""
         flat = self.pool == "flat"
         if flat and bool((place.selected != place.selected[:, :1]).any()):
@@ -135,7 +134,7 @@ class ProbeGuidance(EditRequest):
                     "nor avoid, though its alpha is not 0"
                 )
 
-    def apply(self, x: Tensor, place: Place) -> Tensor:
+    def apply(self, x: Tensor, place: EditContext) -> Tensor:
         strength = self._strength(place).to(x.device)  # [batch or 1, tokens or 1]
         if self.pool == "token":
             return self._moved(x, strength, place)
@@ -153,7 +152,7 @@ class ProbeGuidance(EditRequest):
         moved = (wide + share * change).to(x.dtype)
         return torch.where(strength.unsqueeze(-1) != 0, moved, x)
 
-    def _moved(self, x: Tensor, strength: Tensor, place: Place) -> Tensor:
+    def _moved(self, x: Tensor, strength: Tensor, place: EditContext) -> Tensor:
         """Every row of x [batch, rows, features] guided by the probe."""
         probe = self._probe(place)
         trust = torch.inf if self.trust is None else self.trust
@@ -175,7 +174,7 @@ class ProbeGuidance(EditRequest):
         )
 
     def _moved_by_autograd(
-        self, logits: Logits, x: Tensor, strength: Tensor, place: Place, trust: float
+        self, logits: Logits, x: Tensor, strength: Tensor, place: EditContext, trust: float
     ) -> Tensor:
         """The same for any function, which may look at several tokens: none of them is padding."""
         own = place.own
@@ -189,7 +188,13 @@ class ProbeGuidance(EditRequest):
         return y
 
     def _descended(
-        self, logits: Logits, x: Tensor, strength: Tensor, place: Place, trust: float, at: slice
+        self,
+        logits: Logits,
+        x: Tensor,
+        strength: Tensor,
+        place: EditContext,
+        trust: float,
+        at: slice,
     ) -> Tensor:
         """Some entries of the batch; the graph lives only here, unless x itself has one."""
         graph = torch.is_grad_enabled() and x.requires_grad
@@ -207,16 +212,16 @@ class ProbeGuidance(EditRequest):
         h = descend(h0, strength.unsqueeze(-1), self.gamma, self.iterations, trust, gradient)
         return torch.where(strength.unsqueeze(-1) != 0, h.to(x.dtype), x)
 
-    def _probe(self, place: Place) -> Mlp | Logits:
+    def _probe(self, place: EditContext) -> Mlp | Logits:
         probe = per_site(self.probe, place.site, "ProbeGuidance: probe")  # pyright: ignore
         return at_step(probe, place) if isinstance(probe, Mlp | Sequence) else probe
 
-    def _coefficients(self, place: Place, labels: Sequence[str], count: int) -> Tensor:
+    def _coefficients(self, place: EditContext, labels: Sequence[str], count: int) -> Tensor:
         """[batch, labels]: c of every entry of the batch."""
         c = coefficients(*self._sets(place), labels, count)
         return place.over_batch(c)
 
-    def _sets(self, place: Place) -> tuple[list[tuple], list[tuple]]:
+    def _sets(self, place: EditContext) -> tuple[list[tuple], list[tuple]]:
         """The labels to reach and to avoid of each row of this call."""
         found = []
         for name in ("target", "avoid"):
@@ -230,16 +235,16 @@ class ProbeGuidance(EditRequest):
             found.append(sets[place.first : place.first + place.rows])
         return found[0], found[1]
 
-    def _factor(self, place: Place) -> float:
+    def _factor(self, place: EditContext) -> float:
         if self.schedule is None:
             return 1.0
         return float(self.schedule[place.step_of(len(self.schedule), "schedule")])
 
-    def _amount(self, place: Place) -> Tensor:
+    def _amount(self, place: EditContext) -> Tensor:
         """alpha at the running step, [] or [batch]."""
         return place.per_row(self.alpha, "alpha") * self._factor(place)
 
-    def _strength(self, place: Place) -> Tensor:
+    def _strength(self, place: EditContext) -> Tensor:
         """The same times the selection; broadcasts to [batch, tokens]."""
         return place.strength(self.alpha, "alpha") * self._factor(place)
 
@@ -269,7 +274,7 @@ class ProbeGuidance(EditRequest):
             )
 
 
-def _check_logits(z: Any, h: Tensor, place: Place) -> None:
+def _check_logits(z: Any, h: Tensor, place: EditContext) -> None:
     if not isinstance(z, Tensor) or z.dim() < 2 or z.shape[0] != h.shape[0]:
         got = list(z.shape) if isinstance(z, Tensor) else type(z).__name__
         raise InvalidInput(

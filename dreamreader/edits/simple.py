@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dreamreader.edits.base import ChannelEdit, check_finite, per_site, row_length
 from dreamreader.edits.steer import unit
-from dreamreader.engine.place import Place
+from dreamreader.engine import EditContext
 from dreamreader.errors import InvalidInput
 from dreamreader.ops import Instruction
 
@@ -34,10 +34,14 @@ class Scale(ChannelEdit):
         check_finite("Scale: factor", self.factor)
         check_constant("Scale: factor", self.factor)
 
+    @property
+    def is_same_everywhere(self) -> bool:
+        return type(self) is Scale
+
     def row_lengths(self) -> dict[str, int]:
         return row_length("factor", self.factor)
 
-    def instructions(self, place: Place) -> list[Instruction]:
+    def instructions(self, place: EditContext) -> list[Instruction]:
         factor = place.per_row(self.factor, "factor")
         # A factor of 1 is no change at all, bit for bit: such rows get strength 0.
         share = (factor.detach() != 1).float()
@@ -79,11 +83,15 @@ class Clamp(ChannelEdit):
         if isinstance(self.direction, Tensor):
             check_direction("Clamp", self.direction)
 
+    @property
+    def is_same_everywhere(self) -> bool:
+        return type(self) is Clamp and not isinstance(self.direction, Mapping)
+
     def row_lengths(self) -> dict[str, int]:
         names = ("lo", "hi", "strength")
         return {k: v for name in names for k, v in row_length(name, getattr(self, name)).items()}
 
-    def instructions(self, place: Place) -> list[Instruction]:
+    def instructions(self, place: EditContext) -> list[Instruction]:
         strength = place.strength(self.strength, "strength")
         channels = place.channel_mask(self.heads, self.channels)
         lo = None if self.lo is None else place.per_row(self.lo, "lo")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.edits.base import ChannelEdit, check_finite, per_site, row_length
-from dreamreader.engine.place import Place
+from dreamreader.engine import EditContext
 from dreamreader.errors import InvalidInput
 from dreamreader.ops import Instruction
 
@@ -66,10 +66,14 @@ class Steer(ChannelEdit):
             for value in (given.values() if isinstance(given, Mapping) else [given])
         )
 
+    @property
+    def is_same_everywhere(self) -> bool:
+        return type(self) is Steer and isinstance(self.direction, Tensor) and self.gate is None
+
     def row_lengths(self) -> dict[str, int]:
         return row_length("alpha", self.alpha)
 
-    def instructions(self, place: Place) -> list[Instruction]:
+    def instructions(self, place: EditContext) -> list[Instruction]:
         vector = self._vector("direction", place)
         strength = place.strength(self.alpha, "alpha")
         channels = place.channel_mask(self.heads, self.channels)
@@ -79,7 +83,7 @@ class Steer(ChannelEdit):
             found.append(Instruction("renorm", touched, channels=channels))
         return found
 
-    def apply(self, x: Tensor, place: Place) -> Tensor:
+    def apply(self, x: Tensor, place: EditContext) -> Tensor:
         """x with the direction added as far as each token points along the gate."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # [batch, tokens, width]
         vector, gate = (
@@ -103,12 +107,12 @@ class Steer(ChannelEdit):
             still = still | (alpha == 0)
         return torch.where(still, x, y.to(x.dtype))
 
-    def _vector(self, name: str, place: Place) -> Tensor:
+    def _vector(self, name: str, place: EditContext) -> Tensor:
         """[m, width]: the direction or gate at a site and the running step."""
         value = per_site(getattr(self, name), place.site, f"Steer: {name}")
         return place.vectors(self._at_step(value, place, name), self.heads, name)
 
-    def _at_step(self, value: Tensor, place: Place, name: str) -> Tensor:
+    def _at_step(self, value: Tensor, place: EditContext, name: str) -> Tensor:
         """The vector of the running step, where there is one for each."""
         split = place.heads is not None and value.shape == (place.heads, place.width // place.heads)
         if value.dim() < 2 or split:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreamreader.engine import Reader, Watch
-from dreamreader.engine.request import Request
+from dreamreader.engine import Reader, Request, Watch
 
 _GLOB = set("*?[")
 

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dreamreader.engine import Cache, Reader, RunResult
-from dreamreader.engine.prompts import encoded
-from dreamreader.engine.subject import is_encoder_decoder
+from dreamreader.engine import Cache, Reader, RunResult, encoded, is_encoder_decoder
 from dreamreader.errors import DreamreaderError, InvalidInput
 from dreamreader.experiments.encode import encoded_once
 from dreamreader.experiments.row import Row, Unit, units

@@ -244,7 +244,7 @@ def _digest(outputs: Outputs, number: int) -> str:
 
 
 def _fired(line: Any) -> dict[str, Any]:
-    from dreamreader.engine.firing import ranges
+    from dreamreader.engine import ranges
 
     return {
         "request": line.request,

@@ -16,8 +16,7 @@ from dreamreader.ops.choose import choose, counts_of_budget, streams_of
 from dreamreader.store.layout import POOLED, STORED, Moment, SiteLayout, tensors_of
 
 if TYPE_CHECKING:
-    from dreamreader.engine.clock_schedule import Instant
-    from dreamreader.engine.stream import Kept
+    from dreamreader.engine import Selection, StepInfo
 
 OUTSIDE = Moment(-1, 0, np.nan, np.nan, np.nan)  # of what runs beside the denoising
 
@@ -93,7 +92,7 @@ class Collector:
     _offset: int = 0
     _at: int = -1
     _numbers: dict[tuple[int, int], int] = field(default_factory=dict)
-    _calls: "dict[Kept, _Call]" = field(default_factory=dict)
+    _calls: "dict[Selection, _Call]" = field(default_factory=dict)
     _alike: dict[tuple, int] = field(default_factory=dict)
     _choices: dict[int, _Choice] = field(default_factory=dict)
     _drawn: dict[tuple, Int64[Tensor, " entries"]] = field(default_factory=dict)
@@ -151,7 +150,7 @@ class Collector:
         site.rows += kept
         site.segments += len(flowing.branches)
 
-    def _call(self, number: int, kept: "Kept") -> _Call:
+    def _call(self, number: int, kept: "Selection") -> _Call:
         rows = torch.tensor(kept.rows, dtype=torch.int32) + self._offset
         branches = [self._branch(name) for name in kept.branches]
         alike = (
@@ -247,7 +246,7 @@ class Collector:
         self.taken[name] = Taken(layout, self.sink.site(layout))
         return self.taken[name]
 
-    def _moment(self, instant: "Instant | None") -> int:
+    def _moment(self, instant: "StepInfo | None") -> int:
         at = (-1, 0) if instant is None else (instant.step, instant.evaluation)
         number = self._numbers.get(at)
         if number is None:
@@ -261,7 +260,7 @@ class Collector:
         return self.branches.index(name)
 
 
-def _moment_of(instant: "Instant") -> Moment:
+def _moment_of(instant: "StepInfo") -> Moment:
     sigma = np.nan if instant.sigma is None else instant.sigma
     return Moment(instant.step, instant.evaluation, instant.timestep, sigma, instant.fraction)
 

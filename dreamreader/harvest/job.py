@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 
-from dreamreader.engine import Reader
-from dreamreader.engine.language import FORWARD
-from dreamreader.engine.subject import innermost
+from dreamreader.engine import FORWARD, Reader, innermost
 from dreamreader.errors import InvalidInput
 from dreamreader.harvest.capture import Collector, Sink
 from dreamreader.harvest.prompts import Prompts
@@ -72,7 +70,7 @@ class HarvestJob:
             return self.settings
         model = innermost(self.reader.subject)
         head = model.get_output_embeddings()  # pyright: ignore
-        homes = [name for name, module in self.reader._subject.modules().items() if module is head]
+        homes = [name for name, module in self.reader.modules.items() if module is head]
         read = any(site.startswith(home) for home in homes for site in self.sites)
         takes = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         return {**({"logits_to_keep": 1} if takes and not read else {}), **self.settings}

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from dreamreader.engine.selection import Box
+from dreamreader.engine import Box
 from dreamreader.specs import parts
 from dreamreader.specs.parts import Count, Part, Seed
 

@@ -6,17 +6,19 @@ scheduler's step puts them together. So guidance may be anything, also what is n
 predictions (`guidance_rescale`, normalised true guidance, truncation).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
-
-from dreamreader.engine import EditRequest, FiringReport, Reader
-from dreamreader.engine.clock import Clock
-from dreamreader.engine.step_caches import cache_hooks
-from dreamreader.engine.subject import Subject
-from dreamreader.engine.taps import pick, put
+from dreamreader.engine import (
+    EditRequest,
+    Evaluation,
+    FiringReport,
+    Reader,
+    cache_hooks,
+    pick,
+    put,
+)
 from dreamreader.errors import InvalidInput
 from dreamreader.localise.hspace_steps import MARK, split_steps
 from dreamreader.localise.hspace_twin import Twin
@@ -63,84 +65,49 @@ def asymmetric(
     Reference:
         Kwon, Jeong, Uh (2023), Diffusion Models Already Have a Semantic Latent Space (Asyrp).
     """
-    subject = reader._subject
-    if subject.kind != "pipeline" or getattr(subject.model, "scheduler", None) is None:
+    pipe = reader.subject
+    if reader.kind != "pipeline" or getattr(pipe, "scheduler", None) is None:
         raise InvalidInput(
-            f"asymmetric needs a diffusers pipeline with a scheduler, got {subject.name}"
+            f"asymmetric needs a diffusers pipeline with a scheduler, got {reader.name}"
         )
-    pipe = subject.model
+    _refuse_step_caches(reader)
     with ExitStack() as stack:
 
-        def follow() -> None:
+        def follow(call: Evaluation | None = None) -> None:
             """Take over the steps of the scheduler that the pipeline has now."""
+            given = [] if call is None else call.arguments.values()
+            if any(isinstance(each, Twin) for each in given):
+                raise InvalidInput(
+                    "the denoiser was given a prediction that did not go through the step of "
+                    "pipe.scheduler: the pipeline steps with something else"
+                )
             if not hasattr(pipe.scheduler.step, MARK):
                 stack.enter_context(split_steps(pipe.scheduler, boost))
 
         if hasattr(pipe.scheduler.step, MARK):
             raise InvalidInput("asymmetric is on for this pipeline already")
         follow()
-        for module in Clock(pipe).denoisers.values():
-            stack.enter_context(_Twice(subject, module, follow).hooked())
+        stack.enter_context(reader.replay(_twice, before=follow))
         report = FiringReport()
         if edits:
             report = stack.enter_context(reader.editing(edits))
         yield report
 
 
-class _Twice:
-    """Evaluates a denoiser a second time, without the reader's edits, where they did something."""
-
-    def __init__(self, subject: Subject, module: nn.Module, follow: Callable[[], None]):
-        self.subject = subject
-        self.module = module
-        self.follow = follow
-        self.given: tuple[Any, Any] = ((), {})
-        self.edited = 0
-        self.last: Any = None
-
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        names = [name for each in self.module.modules() for name in cache_hooks(each)]
-        if names:
-            raise InvalidInput(
-                "asymmetric evaluates the denoiser twice in a step, which step caches cannot tell "
-                f"apart; disable {', '.join(sorted(set(names)))}"
-            )
-        # Before every other hook: an edit of the denoiser's own input must not reach `given`.
-        first = self.module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
-        self.last = self.module.register_forward_hook(self._after)
-        try:
-            yield
-        finally:
-            first.remove()
-            self.last.remove()
-
-    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if any(isinstance(each, Twin) for each in (*args, *kwargs.values())):
-            raise InvalidInput(
-                "the denoiser was given a prediction that did not go through the step of "
-                "pipe.scheduler: the pipeline steps with something else"
-            )
-        self.follow()
-        hooks: Any = module._forward_hooks
-        hooks.move_to_end(self.last.id)  # after edits and recordings of the denoiser's own output
-        # Some denoisers use up lists and dictionaries that they are given (adapters' residuals).
-        self.given = (tuple(map(_copied, args)), {k: _copied(v) for k, v in kwargs.items()})
-        self.edited = self.subject.edited
-
-    def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        given, self.given = self.given, ((), {})
-        if self.subject.edited == self.edited:
-            return None
-        self.subject.paused = True
-        try:
-            # not the module's call: clock and trackers hear of one evaluation
-            plain = module.forward(*given[0], **given[1])
-        finally:
-            self.subject.paused = False
-        name = type(module).__name__
-        return put(output, None, Twin.of(pick(output, None, name), pick(plain, None, name)))
+def _twice(call: Evaluation, output: Any) -> Any:
+    """The output beside that without the reader's edits, where these did something."""
+    if not call.is_edited:
+        return None
+    name = type(call.module).__name__
+    plain = pick(call.again(edits=False), None, name)
+    return put(output, None, Twin.of(pick(output, None, name), plain))
 
 
-def _copied(value: Any) -> Any:
-    return type(value)(value) if type(value) in (list, dict) else value
+def _refuse_step_caches(reader: Reader) -> None:
+    inside = [each for denoiser in reader.denoisers.values() for each in denoiser.modules()]
+    names = {name for each in inside for name in cache_hooks(each)}
+    if names:
+        raise InvalidInput(
+            "asymmetric evaluates the denoiser twice in a step, which step caches cannot tell "
+            f"apart; disable {', '.join(sorted(names))}"
+        )

@@ -1,6 +1,5 @@
 """Scheduler steps that take the picture from one prediction and the direction from another."""
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dreamreader.engine import stepping
 from dreamreader.errors import InvalidInput
 from dreamreader.localise.hspace_twin import Twin
 
@@ -22,18 +22,13 @@ def split_steps(scheduler: Any, boost: float | None) -> Iterator[None]:
     Raises:
         InvalidInput: how its step splits into picture and direction is not known.
     """
-    shelf = vars(scheduler)
-    earlier, original = shelf.get("step"), scheduler.step
     split = _split_of(scheduler)
     if boost is not None and split is not _ddim:
         raise InvalidInput(
             f"asymmetric: boost draws noise as DDIM does with eta = 1; {_kind(scheduler)} cannot"
         )
-    signature = inspect.signature(original)
 
-    @functools.wraps(original)  # pipelines look at its parameters
-    def step(*args: Any, **kwargs: Any) -> Any:
-        call = signature.bind(*args, **kwargs)
+    def around(original: Callable[..., Any], call: inspect.BoundArguments) -> Any:
         given = call.arguments
         if boost is not None and float(given["timestep"]) <= boost:
             given["eta"] = 1.0
@@ -50,15 +45,9 @@ def split_steps(scheduler: Any, boost: float | None) -> Iterator[None]:
             output.pred_original_sample = after.to(output.pred_original_sample.dtype)
         return output if as_object else output.to_tuple()
 
-    setattr(step, MARK, True)
-    shelf["step"] = step
-    try:
+    with stepping(scheduler, around):
+        setattr(scheduler.step, MARK, True)
         yield
-    finally:
-        if shelf.get("step") is step:
-            del shelf["step"]
-            if earlier is not None:
-                shelf["step"] = earlier
 
 
 Split = tuple[Tensor | float, Tensor, Tensor]

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dreamreader.engine import Row, RunResult
-from dreamreader.engine.rows import plan_rows
+from dreamreader.engine import Row, RunResult, plan_rows
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.localise.interventions import ablate_edits
 from dreamreader.sweep.cells import Cell

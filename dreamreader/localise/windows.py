@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from dreamreader.engine import Cache, RunResult, Site
-from dreamreader.engine.pattern import join, parse
+from dreamreader.engine import Cache, RunResult, Site, join, parse
 from dreamreader.errors import InvalidInput
 from dreamreader.localise.interventions import patch_edits
 from dreamreader.sweep.axes import run_order

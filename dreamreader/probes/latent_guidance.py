@@ -1,25 +1,26 @@
 """Guidance of the latents by a probe on activations: classifier guidance through the denoiser."""
 
-import functools
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from dreamreader.engine import Reader
-from dreamreader.engine.clock import Clock, Moment
-from dreamreader.engine.selection import in_steps, normalized_steps
-from dreamreader.engine.sites import Site, find
-from dreamreader.engine.subject import is_compiled, unwrapped
-from dreamreader.engine.taps import Argument
+from dreamreader.engine import (
+    DenoiserCall,
+    Evaluation,
+    Reader,
+    Site,
+    in_steps,
+    normalized_steps,
+    stepping,
+)
 from dreamreader.errors import InvalidInput, NeverFired, UnknownName
 from dreamreader.probes.objectives import OBJECTIVES, climbed, wanted
-from dreamreader.probes.partial import checkpointed, value_at
 from dreamreader.probes.prediction import weight
 from dreamreader.probes.probe import Probe
 from dreamreader.probes.rows import pooled
@@ -122,11 +123,10 @@ class _Guide:
         site: str | None,
         checkpoint: bool,
     ):
-        self.subject, self.pipe = reader._subject, reader._subject.model
-        if self.subject.kind != "pipeline" or getattr(self.pipe, "scheduler", None) is None:
+        self.reader, self.pipe = reader, reader.subject
+        if reader.kind != "pipeline" or getattr(self.pipe, "scheduler", None) is None:
             raise InvalidInput(
-                "latent_guidance needs a diffusers pipeline with a scheduler, got "
-                f"{self.subject.name}"
+                f"latent_guidance needs a diffusers pipeline with a scheduler, got {reader.name}"
             )
         if objective not in OBJECTIVES:
             raise UnknownName("objective of latent_guidance", objective, OBJECTIVES)
@@ -136,45 +136,38 @@ class _Guide:
         self.reach, self.leave = wanted(probe, target, avoid)
         self.scale = [float(each) for each in (scale if hasattr(scale, "__len__") else [scale])]
         self.branch = branch or probe.branch or "cond"
-        self.clock = Clock(self.pipe)
         self.site = self._site(site or probe.site)
         self.steps: Any = None
         self.found = Guided()
-        self.given: tuple[Moment, tuple, dict[str, Any]] | None = None
-        self.change: tuple[Moment, Tensor] | None = None
+        self.change: tuple[DenoiserCall, Tensor] | None = None
         self.missed: list[str] = []
 
     def _site(self, name: str | None) -> Site:
         if name is None:
             raise InvalidInput("latent_guidance: the probe has no site of its own; give site=")
-        found = find(self.subject.modules(), name)
+        found = self.reader.sites(name)
         if len(found) > 1 or found[0].stream is not None or found[0].port == "probs":
             raise InvalidInput(f"latent_guidance: {name} is not one whole site of activations")
-        if found[0].component not in self.clock.denoisers:
-            known = ", ".join(self.clock.denoisers)
+        if found[0].component not in self.reader.denoisers:
+            known = ", ".join(self.reader.denoisers)
             raise InvalidInput(f"latent_guidance: {name} is not inside the denoiser ({known})")
         return found[0]
 
     def attach(self, stack: ExitStack) -> None:
-        module = self.clock.denoisers[self.site.component]
-        if is_compiled(module):  # hooks are not seen by code that is compiled already
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(self.clock)
-        stack.enter_context(_stepping(self.pipe.scheduler, self))
-        # After the clock's hooks, which say what is running, and before those that end the call.
-        for hook in (
-            module.register_forward_pre_hook(self._before, with_kwargs=True),
-            module.register_forward_hook(self._after),
-        ):
-            stack.callback(hook.remove)
+        stack.enter_context(stepping(self.pipe.scheduler, self._step))
+        stack.enter_context(self.reader.replay(self._after, denoiser=self.site.component))
+
+    def _step(self, step: Callable[..., Any], call: inspect.BoundArguments) -> Any:
+        call.arguments["model_output"] = self.changed(call.arguments["model_output"])
+        return step(*call.args, **call.kwargs)
 
     def seen(self) -> str:
         if self.found.skipped:
             return "; ".join(f"step {n}: {why}" for n, why in self.found.skipped.items())
         return self.missed[-1] if self.missed else "the denoiser did not run"
 
-    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        moment = self.clock.now()
+    def _after(self, call: Evaluation, output: Any) -> None:
+        moment = call.moment
         if self.change is not None and self.change[0].timestep != moment.timestep:
             raise InvalidInput(
                 f"latent_guidance: the pipeline did not step with the {_name(self.pipe.scheduler)} "
@@ -182,65 +175,37 @@ class _Guide:
             )
         if self.branch not in moment.branches:
             self.missed.append(f"branch {self.branch!r} of {', '.join(moment.branches)}")
-        elif not in_steps(self.steps, moment.step, self._total()):
-            self.missed.append(f"steps={self.steps!r} of {self._total()}")
-        else:
-            # Some denoisers use up lists and dictionaries that they are given.
-            copies = tuple(map(_copied, args)), {k: _copied(v) for k, v in kwargs.items()}
-            self.given = moment, *copies
+        elif not in_steps(self.steps, moment.step, call.total):
+            self.missed.append(f"steps={self.steps!r} of {call.total}")
+        elif any(self.scale):
+            self._guide(call, moment)
 
-    def _total(self) -> int | None:
-        schedule = self.clock.schedule
-        return schedule[-1].step + 1 if schedule else None
-
-    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        given, self.given = self.given, None
-        if given is None or not any(self.scale):
-            return
-        moment, args, kwargs = given
+    def _guide(self, call: Evaluation, moment: DenoiserCall) -> None:
+        """Take the gradient of each row, and keep the change for the scheduler's step."""
         w = weight(self.pipe.scheduler, moment)
         if w is None:
             self.found.skipped[moment.step] = "pure noise, where the change is not finite"
             return
-        denoiser = unwrapped(module)
-        saver = checkpointed(denoiser) if self.checkpoint else nullcontext()
-        self.subject.rehearsing = True
-        try:
-            with saver, torch.enable_grad():
-                value, grad = self._gradient(denoiser, args, kwargs, moment)
-        finally:
-            self.subject.rehearsing = False
-        self.found.value[moment.step] = value
+        batch = len(call.sample)
+        rows = batch // len(moment.branches)
+        first = moment.branches.index(self.branch) * rows
+        mine = slice(first, first + rows)
+
+        def objective(h: Tensor) -> Tensor:
+            if len(h) != batch:
+                raise InvalidInput(
+                    f"latent_guidance: {self.site.name} has {len(h)} entries for {batch} latents"
+                )
+            return self._value(h[mine], moment)  # [rows]
+
+        value, grad = call.gradient(self.site, objective, self.checkpoint)
+        grad = grad[mine].float()
+        self.found.value[moment.step] = value.float().cpu()
         self.found.gradient[moment.step] = grad.flatten(1).norm(dim=1).cpu()
         scale = self._per_row(torch.tensor(self.scale, device=grad.device), len(grad), "scale")
         self.change = moment, w * scale.reshape(-1, *[1] * (grad.dim() - 1)) * grad
 
-    def _gradient(
-        self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any], moment: Moment
-    ) -> tuple[Tensor, Tensor]:
-        """The objective of each row and its gradient with respect to the latents, float32."""
-        if torch.is_inference_mode_enabled():
-            raise InvalidInput("latent_guidance needs gradients, which inference_mode has not")
-        argument = Argument(denoiser, None)
-        sample = argument.get(args, kwargs)
-        if not isinstance(sample, Tensor):
-            raise InvalidInput(
-                f"latent_guidance: {argument.name} of {_name(denoiser)} is a {_name(sample)}, a "
-                "tensor is needed"
-            )
-        x = sample.detach().clone().requires_grad_()
-        h = value_at(self.site, denoiser, *argument.replaced(args, kwargs, x))
-        rows = len(sample) // len(moment.branches)
-        first = moment.branches.index(self.branch) * rows
-        if len(h) != len(sample):
-            raise InvalidInput(
-                f"latent_guidance: {self.site.name} has {len(h)} entries for {len(sample)} latents"
-            )
-        value = self._value(h[first : first + rows], moment)  # [rows]
-        (grad,) = torch.autograd.grad(value.sum(), x)
-        return value.detach().float().cpu(), grad[first : first + rows].float()
-
-    def _value(self, h: Float[Tensor, "rows tokens features"], moment: Moment) -> Tensor:
+    def _value(self, h: Float[Tensor, "rows tokens features"], moment: DenoiserCall) -> Tensor:
         probe = self.probe
         read = pooled(h.unsqueeze(1), probe.pool).squeeze(1)  # [rows, tokens or 1, features]
         fraction = moment.fraction if probe.hears_noise else None
@@ -272,33 +237,6 @@ class _Guide:
         still = torch.tensor(self.scale, device=change.device) == 0
         still = still.expand(len(change)).reshape(-1, *[1] * (change.dim() - 1))
         return torch.where(still, prediction, moved)
-
-
-@contextmanager
-def _stepping(scheduler: Any, guide: _Guide) -> Iterator[None]:
-    """Let this one scheduler object step with the guided prediction."""
-    shelf, original = vars(scheduler), scheduler.step
-    earlier = shelf.get("step")
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)  # pipelines look at its parameters
-    def step(*args: Any, **kwargs: Any) -> Any:
-        call = signature.bind(*args, **kwargs)
-        call.arguments["model_output"] = guide.changed(call.arguments["model_output"])
-        return original(*call.args, **call.kwargs)
-
-    shelf["step"] = step
-    try:
-        yield
-    finally:
-        if shelf.get("step") is step:
-            del shelf["step"]
-            if earlier is not None:
-                shelf["step"] = earlier
-
-
-def _copied(value: Any) -> Any:
-    return type(value)(value) if type(value) in (list, dict) else value
 
 
 def _name(value: object) -> str:

@@ -3,13 +3,13 @@
 import math
 from typing import Any
 
-from dreamreader.engine.clock import Moment
+from dreamreader.engine import DenoiserCall
 from dreamreader.errors import InvalidInput
 
 _KINDS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
-def weight(scheduler: Any, moment: Moment) -> float | None:
+def weight(scheduler: Any, moment: DenoiserCall) -> float | None:
     """w for which prediction + w grad is the prediction guided by grad, the gradient of log p(y|x).
 
     The score of x = alpha x_0 + sigma eps is -eps / sigma, so guidance is eps' = eps - sigma grad.

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.edits.mlp import Mlp
-from dreamreader.engine.request import same
+from dreamreader.engine import same
 from dreamreader.errors import InvalidInput
 from dreamreader.probes.card import Card
 from dreamreader.probes.labels import Task

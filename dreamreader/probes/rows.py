@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dreamreader.engine.cache import Activation
-from dreamreader.engine.recorded import of_tensor, one_branch, token_means
+from dreamreader.engine import Activation, of_tensor, one_branch, token_means
 from dreamreader.errors import InvalidInput, UnknownName
 
 Recorded = Activation | Mapping[str, Activation] | Mapping[str, Tensor] | Tensor

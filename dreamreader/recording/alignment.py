@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dreamreader.engine import Reader
-from dreamreader.engine.prompts import tokenize
-from dreamreader.engine.spelling import spell
+from dreamreader.engine import Reader, spell, tokenize
 from dreamreader.errors import InvalidInput
 
 ALIGNMENTS = ("index", "spans", "mean")

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamreader.engine import Reader, Record
-from dreamreader.engine.clock import Moment
-from dreamreader.engine.prompts import tokenize
+from dreamreader.engine import DenoiserCall, Reader, Record, tokenize
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.recording.alignment import (
     ALIGNMENTS,
@@ -40,7 +38,7 @@ class _Side:
 
     @property
     def is_language(self) -> bool:
-        return self.reader._subject.kind == "language"
+        return self.reader.kind == "language"
 
     def records(self, align: str, branch: str | None = None) -> list[Record]:
         reduce = mean_over_tokens if align == "mean" else None
@@ -190,7 +188,7 @@ def _of_calls(
             replayed(side.reader, own, latents, records, batch_size, memory, chosen[number])
         )
     _check_tokens((one, two), found, align)
-    times: list[tuple[Moment, ...]] = [
+    times: list[tuple[DenoiserCall, ...]] = [
         tuple(own.moments[n] for n in kept) for own, kept in zip(calls, chosen, strict=True)
     ]
     steps = tuple(each.step for each in times[0])

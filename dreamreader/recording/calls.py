@@ -7,10 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreamreader.engine import Reader
-from dreamreader.engine.clock import Clock, Moment
-from dreamreader.engine.taps import pick
-from dreamreader.engine.tracker import Parameters
+from dreamreader.engine import DenoiserCall, Evaluation, Reader, pick
 from dreamreader.errors import InvalidInput, UnknownName
 
 Path = tuple[str, ...]
@@ -34,7 +31,7 @@ class Calls:
     denoiser: nn.Module
     sample: str
     order: tuple[Path, ...]
-    moments: tuple[Moment, ...]
+    moments: tuple[DenoiserCall, ...]
     moving: dict[Path, Tensor]
     still: dict[Path, Tensor]
     listed: dict[Path, list[Any]]
@@ -94,15 +91,14 @@ def record_calls(
             embeddings of different lengths.
         UnknownName: the run has no such branch.
     """
-    if reader._subject.kind != "pipeline":
-        raise InvalidInput(f"calls of a denoiser need a pipeline, got {reader._subject.name}")
     listed = list(prompts)
     numbers = row_seeds(seeds, len(listed))
     asked: dict[str, Any] = {"output_type": "latent"} | arguments
     parts: list[_Batch] = []
     for start in range(0, len(listed), batch_size):
         chosen = slice(start, start + batch_size)
-        with Clock(reader.subject) as clock, CallRecorder(clock, branch) as recorder:
+        recorder = CallRecorder(branch)
+        with reader.replay(before=recorder.keep):
             reader.run(listed[chosen], seeds=numbers[chosen], **asked)
         parts.append(recorder.batch(len(listed[chosen])))
     return _joined(parts)
@@ -111,37 +107,24 @@ def record_calls(
 @dataclass(eq=False)
 class _Batch:
     denoiser: nn.Module
-    moments: list[Moment]
+    moments: list[DenoiserCall]
     arguments: list[dict[Path, Any]]
 
 
 class CallRecorder:
-    """Keeps the calls of a pipeline's denoisers."""
+    """Keeps the calls of a pipeline's denoisers in one branch."""
 
-    def __init__(self, clock: Clock, branch: str):
-        self.clock = clock
+    def __init__(self, branch: str):
         self.branch = branch
-        self.kept: list[tuple[nn.Module, Moment, dict[Path, Any]]] = []
+        self.kept: list[tuple[nn.Module, DenoiserCall, dict[Path, Any]]] = []
         self.branches: dict[str, None] = {}
-        self._handles: list[Any] = []
 
-    def __enter__(self) -> "CallRecorder":
-        for module in self.clock.denoisers.values():
-            parameters = Parameters(module)
-
-            def before(module: nn.Module, args: tuple, kwargs: dict, known=parameters) -> None:
-                moment = self.clock.now()
-                self.branches.update(dict.fromkeys(moment.branches))
-                if self.branch in moment.branches:
-                    flat = _flat(known.bind(args, kwargs))
-                    self.kept.append((module, moment, _of_branch(flat, moment, self.branch)))
-
-            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for each in self._handles:
-            each.remove()
+    def keep(self, call: Evaluation) -> None:
+        moment = call.moment
+        self.branches.update(dict.fromkeys(moment.branches))
+        if self.branch in moment.branches:
+            flat = _flat(call.arguments)
+            self.kept.append((call.module, moment, _of_branch(flat, moment, self.branch)))
 
     def batch(self, rows: int) -> _Batch:
         if not self.kept:
@@ -174,7 +157,7 @@ def _nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
     return found
 
 
-def _of_branch(flat: dict[Path, Any], moment: Moment, branch: str) -> dict[Path, Any]:
+def _of_branch(flat: dict[Path, Any], moment: DenoiserCall, branch: str) -> dict[Path, Any]:
     """The rows of one branch in every argument, tensors as copies."""
     sample = flat[(_sample_name(flat),)]
     batch = len(sample)

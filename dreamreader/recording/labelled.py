@@ -7,9 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from dreamreader.engine import Cache, Reader, Record
-from dreamreader.engine.reader import merged
-from dreamreader.engine.recorded import token_means
+from dreamreader.engine import Cache, Reader, Record, merged, token_means
 from dreamreader.errors import InvalidInput
 
 Draw = Callable[[list[str], list[int], Sequence[Any]], Cache]
@@ -100,7 +98,7 @@ def record_labelled(
     if pool not in POOLS:
         raise InvalidInput(f"pool is 'mean' or None, got {pool!r}")
     listed = [sites] if isinstance(sites, str) else list(sites)
-    if branch is None and reader._subject.kind == "pipeline":
+    if branch is None and reader.kind == "pipeline":
         branch = "cond"
     reduce = mean_over_tokens if pool == "mean" else None
     records = [

@@ -7,10 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamreader.engine import Reader, Record
-from dreamreader.engine.clock_schedule import Instant
-from dreamreader.engine.firing import ranges
-from dreamreader.engine.prompts import tokenize
+from dreamreader.engine import Reader, Record, StepInfo, ranges, tokenize
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.recording.buffer import MEMORY, ActivationBuffer
 from dreamreader.recording.calls import Calls, record_calls, row_seeds
@@ -41,7 +38,7 @@ class Pairs:
     steps: tuple[int, ...] | None
     counts: dict[str, Tensor] | None = None
     positions: tuple[Tensor, Tensor] | None = None
-    times: tuple[tuple[Instant, ...], tuple[Instant, ...]] | None = None
+    times: tuple[tuple[StepInfo, ...], tuple[StepInfo, ...]] | None = None
 
     def __post_init__(self):
         if not self.base or not self.teacher:
@@ -210,11 +207,7 @@ def in_denoiser(reader: Reader, names: Sequence[str]) -> bool:
     Raises:
         InvalidInput: only some of them are.
     """
-    from dreamreader.engine.clock import Clock
-
-    if reader._subject.kind != "pipeline":
-        return False
-    denoisers = set(Clock(reader.subject).denoisers)
+    denoisers = reader.denoisers
     inside = [name for name in names if name.split(".")[0].split(":")[0] in denoisers]
     if inside and len(inside) < len(names):
         outside = next(name for name in names if name not in inside)
@@ -264,7 +257,7 @@ def outside(
     """Activations of prompts outside a denoiser, by site [rows, 1, tokens, features]."""
     buffer = ActivationBuffer(len(prompts), memory, width)
     asked = dict(arguments)
-    if reader._subject.kind == "pipeline":
+    if reader.kind == "pipeline":
         asked |= {"num_inference_steps": 1, "output_type": "latent"}
     for chosen in torch.arange(len(prompts)).split(batch_size):
         part = slice(int(chosen[0]), int(chosen[-1]) + 1)
@@ -279,7 +272,7 @@ def _longest(
     reader: Reader, base: Sequence[str], teacher: Sequence[str], tokens: Any
 ) -> int | None:
     """Tokens of the longest prompt, where all are recorded and some prompts have fewer."""
-    if reader._subject.kind != "language" or tokens is not None:
+    if reader.kind != "language" or tokens is not None:
         return None
     counts = list(map(len, tokenize(reader, [*base, *teacher])[0]))
     return max(counts) if min(counts) < max(counts) else None

@@ -4,14 +4,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dreamreader.engine.clock import Moment
+from dreamreader.engine import DenoiserCall
 from dreamreader.errors import InvalidInput, UnknownName
 
 SCHEDULES = ("equal", "noise", "fraction")
 _EQUAL = 1e-3  # relative: tables of schedulers are rounded
 
 
-def noise_levels(scheduler: Any, moments: Sequence[Moment]) -> list[float]:
+def noise_levels(scheduler: Any, moments: Sequence[DenoiserCall]) -> list[float]:
     """The ratio of noise to signal in the denoiser's input at each call.
 
     Formula: sigma where the input is x + sigma noise (up to a factor), sigma / (1 - sigma) where it
@@ -41,8 +41,8 @@ def noise_levels(scheduler: Any, moments: Sequence[Moment]) -> list[float]:
 
 
 def match_calls(
-    source: Sequence[Moment],
-    target: Sequence[Moment],
+    source: Sequence[DenoiserCall],
+    target: Sequence[DenoiserCall],
     levels: tuple[Sequence[float], Sequence[float]] | None,
     schedule: str,
 ) -> list[tuple[int, int]]:
@@ -86,7 +86,9 @@ def match_calls(
 
 
 def _check_equal(
-    source: Sequence[Moment], target: Sequence[Moment], levels: Sequence[Sequence[float]]
+    source: Sequence[DenoiserCall],
+    target: Sequence[DenoiserCall],
+    levels: Sequence[Sequence[float]],
 ) -> None:
     hint = "choose how they belong together: schedule='noise' or 'fraction'"
     if len(source) != len(target):

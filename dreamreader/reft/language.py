@@ -7,11 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dreamreader.engine import Reader
-from dreamreader.engine.padding import position_arguments
-from dreamreader.engine.prompts import tokenize
-from dreamreader.engine.session import Session
-from dreamreader.engine.subject import input_device, is_encoder_decoder
+from dreamreader.engine import Reader, input_device, is_encoder_decoder, tokenize
 from dreamreader.errors import InvalidInput
 from dreamreader.reft.losses import Batch, ModelLoss
 from dreamreader.reft.model import Reft
@@ -82,7 +78,7 @@ _Text = tuple[list[int], list[int]]
 
 def _ids(reader: Reader, prompt: str, completion: str, end: bool) -> _Text:
     tokenizer = reader.tokenizer
-    if reader._subject.kind != "language" or tokenizer is None:
+    if reader.kind != "language" or tokenizer is None:
         raise InvalidInput("the loss of a language model needs one, with its tokenizer")
     if is_encoder_decoder(reader.subject):
         raise InvalidInput(f"{type(reader.subject).__name__}: the loss is that of decoders alone")
@@ -109,7 +105,7 @@ def _logits(loss: ModelLoss, reft: Reft | None, texts: Sequence[_Text]) -> tuple
         labels[row, before:stop] = ids[row, before:stop]
     device = input_device(model)
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    positions = position_arguments(reader, inputs)
+    positions = reader.position_arguments(inputs)
     with _edited(loss, reft, before):
         logits = model(**inputs, **positions, use_cache=False).logits
     return logits, labels.to(logits.device)
@@ -128,6 +124,5 @@ def _edited(loss: ModelLoss, reft: Reft | None, prompt: int):
             "positions"
         )
     edits = [*reft.edits(graph=True), *loss._watching]
-    reader = loss.reader
-    with Session(reader._subject, edits, prompt_length=prompt, tokenizer=reader.tokenizer):
+    with loss.reader.editing(edits, prompt_length=prompt):
         yield

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamreader.edits import Edit
-from dreamreader.engine import Reader
-from dreamreader.engine.request import EditRequest
+from dreamreader.engine import EditRequest, Reader
 from dreamreader.errors import InvalidInput
 from dreamreader.fitting import Objective
 from dreamreader.recording.pairs import Pairs
@@ -90,7 +89,7 @@ class ModelLoss(Loss):
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        parts = self.reader._subject.components().values()
+        parts = self.reader.components.values()
         learning = [p for part in parts for p in part.parameters() if p.requires_grad]
         try:
             for each in learning:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamreader.edits import LoReFT
-from dreamreader.engine import Reader
-from dreamreader.engine.pattern import join, parse
+from dreamreader.engine import Reader, join, parse
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.reft.adapter import Adapter
 from dreamreader.reft.widths import widths_of
@@ -105,7 +104,7 @@ class Reft(nn.Module):
             seed=seed,
             device=device,
         )
-        components = reader._subject.components().values()
+        components = reader.components.values()
         made.of = sum(each.numel() for part in components for each in part.parameters())
         return made
 
@@ -189,7 +188,7 @@ class Reft(nn.Module):
         """
         for site, adapter in self.adapters.items():
             reader.sites(site)
-            shape = reader._shapes.get(site)
+            shape = reader.shape_of(site)
             if shape is not None and shape[-1] != adapter.width:
                 raise InvalidInput(
                     f"{site}: the adapter is for width {adapter.width}, the site has {shape[-1]}"

@@ -117,14 +117,14 @@ def _site(reader: Reader, layer: int, component: str) -> str:
         raise InvalidInput(
             f"component {component!r} is not known; known are {', '.join(_PARTS)} and paths"
         )
-    modules = reader._subject.modules()
+    modules = reader.modules
     names, port = _PARTS[component]
     for block in _BLOCKS:
         for name in names.split("|"):
             path = f"{block}.{layer}" + (f".{name}" if name else "")
             if path in modules:
                 return path + port
-    raise InvalidInput(f"{reader._subject.name} has no layer {layer} with {component}")
+    raise InvalidInput(f"{reader.name} has no layer {layer} with {component}")
 
 
 def _parameters(path: Path, variant: str) -> dict[str, Tensor]:

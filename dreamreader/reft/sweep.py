@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dreamreader.edits import LoReFT
-from dreamreader.engine.request import same
+from dreamreader.engine import same
 from dreamreader.errors import InvalidInput
 from dreamreader.reft.model import Reft
 

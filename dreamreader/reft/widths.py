@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from dreamreader.engine import Reader
-from dreamreader.engine.request import Stream
+from dreamreader.engine import Reader, Stream
 from dreamreader.errors import InvalidInput
 
 
@@ -25,7 +24,7 @@ def widths_of(
     """
     listed = [sites] if isinstance(sites, str) else list(sites)
     names = list(dict.fromkeys(name for each in listed for name in reader.sites(each).names))
-    kind = reader._subject.kind
+    kind = reader.kind
     if kind == "module":
         raise InvalidInput(
             "Reft.for_sites runs the model to see the widths, and a plain module has no prompts: "

@@ -50,9 +50,9 @@ def rows_that_fit(batch: Batch, row_bytes: float) -> int:
     """
     if isinstance(batch.rows, int):
         return batch.rows
-    from dreamreader.engine.recorder import _available as available
+    from dreamreader.engine import available_memory
 
-    allowed = batch.memory * GIB if batch.memory is not None else available() / 2
+    allowed = batch.memory * GIB if batch.memory is not None else available_memory() / 2
     fitting = int(allowed // max(row_bytes, 1))
     if fitting < 1:
         raise InvalidInput(

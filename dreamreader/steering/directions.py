@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.edits import Ablate, Steer
-from dreamreader.engine.request import same
+from dreamreader.engine import same
 from dreamreader.errors import UnknownName
 from dreamreader.steering.evidence import Evidence
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader._tensor_files import load_described, save_described
-from dreamreader.engine.pattern import parse
+from dreamreader.engine import parse
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.steering.directions import Directions
 from dreamreader.steering.evidence import Evidence

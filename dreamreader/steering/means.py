@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dreamreader.engine.recorded import token_means
+from dreamreader.engine import token_means
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.steering.statistics import Statistics
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader._checked import read_table
-from dreamreader.engine.selection import in_steps, normalized_steps
+from dreamreader.engine import in_steps, normalized_steps
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.store.index import Index, current, read_index, sealed_units
 from dreamreader.store.layout import SiteLayout, unit_folder

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dreamreader.engine.pattern import parse
-from dreamreader.engine.selection import Box
+from dreamreader.engine import Box, parse
 from dreamreader.errors import InvalidInput, UnknownName
 
 Tokens = int | tuple[int, ...] | str | Box | None

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any
 
-from dreamreader.engine.pattern import parse
+from dreamreader.engine import parse
 from dreamreader.errors import InvalidInput
 from dreamreader.sweep.cells import ARROW, Cell
 

@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreamreader.engine import Record, Row, RunResult
-from dreamreader.engine.prompts import tokenize
-from dreamreader.engine.rows import plan_rows
+from dreamreader.engine import Record, Row, RunResult, plan_rows, tokenize
 from dreamreader.errors import InvalidInput
 from dreamreader.sweep.cells import Cell
 from dreamreader.sweep.grids import Values
@@ -180,7 +178,7 @@ def check_pairs(
             f"pairs: {len(sides[0])} clean prompts and {len(sides[1])} corrupted ones; each clean "
             "prompt needs its corrupted one"
         )
-    if reader._subject.kind != "language" or reader.tokenizer is None:
+    if reader.kind != "language" or reader.tokenizer is None:
         return
     if all(cell.tokens is not None for cell in cells):
         return

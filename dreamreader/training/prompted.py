@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dreamreader.engine import Activation, Record
-from dreamreader.engine.prompts import check_lengths
+from dreamreader.engine import Activation, Record, check_lengths
 from dreamreader.probes import Probe
 from dreamreader.probes.split import HELD_OUT, dealt, numbered
 from dreamreader.recording.labelled import mean_over_tokens

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dreamreader.engine.pattern import parse
+from dreamreader.engine import parse
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.probes import Probe, fit_batches
 from dreamreader.probes.labels import Task, encoded

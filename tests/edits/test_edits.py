@@ -173,7 +173,7 @@ def test_edits_of_one_site_compose_in_the_order_given() -> None:
 
 
 def test_several_edits_of_a_site_are_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dreamreader.engine import compile
+    from dreamreader.engine import _compile as compile
 
     passes: list[int] = []
 

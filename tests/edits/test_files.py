@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from dreamreader import edits
 from dreamreader.edits import Ablate, Box, Clamp, Edit, Patch, Scale, Steer
 from dreamreader.engine import Activation, Cache, Row
-from dreamreader.engine.clock_schedule import Instant
+from dreamreader.engine._clock_schedule import StepInfo
 from dreamreader.errors import InvalidInput
 
 V = torch.randn(4)
@@ -19,7 +19,7 @@ ACTIVATION = Activation(
     torch.randn(2, 1, 3, 4, dtype=torch.bfloat16),
     (Row(0, "a cat", 3), Row(1)),
     ("cond",),
-    (Instant(2, 801.0, None, 0.25, 0),),
+    (StepInfo(2, 801.0, None, 0.25, 0),),
     (1, 3),
 )
 ALL = [
@@ -44,7 +44,7 @@ ALL = [
             V.reshape(1, 1, 1, 4),
             (Row(0),),
             ("cond",),
-            (Instant(0, float("nan"), None, float("nan"), 0),),
+            (StepInfo(0, float("nan"), None, float("nan"), 0),),
         ),
     ),
 ]

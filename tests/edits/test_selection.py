@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dreamreader.edits import Ablate, Box, Steer
 from dreamreader.engine import Activation, Reader, Record
-from dreamreader.engine.words import word_positions
+from dreamreader.engine._words import word_positions
 from dreamreader.errors import ClockUnknown, InvalidInput, NeverFired, UnknownName
 
 SITE = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dreamreader.edits import Ablate
 from dreamreader.engine import Reader
-from dreamreader.engine.families import attention
+from dreamreader.engine._families import attention_facts
 from dreamreader.errors import ClockUnknown, InvalidInput, NeverFired
 
 Call = Callable[[], Any]
@@ -54,7 +54,7 @@ def attentions(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules that have the ports of an attention, or the name of one and none inside."""
     found = []
     for name, module in model.named_modules():
-        if attention(module) is not None:
+        if attention_facts(module) is not None:
             found.append((name, module))
         elif "Attention" in type(module).__name__:
             inside = (type(each).__name__ for each in module.modules() if each is not module)
@@ -74,7 +74,7 @@ def outcomes(
     reader, found = Reader(model), []
     for name, module in attentions(model):
         kind = type(module).__name__
-        facts = attention(module)
+        facts = attention_facts(module)
         if facts is None:
             found.append(Outcome(name, kind, "without ports"))
             continue

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-from dreamreader.engine.clock import Clock, Moment
+from dreamreader.engine._clock import Clock, DenoiserCall
 from dreamreader.errors import ClockUnknown
 
 from .. import tiny
 
-Said = Moment | ClockUnknown
+Said = DenoiserCall | ClockUnknown
 
 
 class Log:
@@ -36,12 +36,12 @@ class Log:
             handle.remove()
 
     @property
-    def moments(self) -> list[Moment]:
+    def moments(self) -> list[DenoiserCall]:
         """What was said, which may not contain an error."""
         for said in self.said:
             if isinstance(said, ClockUnknown):
                 raise said
-        return [said for said in self.said if isinstance(said, Moment)]
+        return [said for said in self.said if isinstance(said, DenoiserCall)]
 
 
 def call(name: str, pipe: Any, prompt: Any = "a red cat", **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dreamreader.edits import Steer
 from dreamreader.engine import Reader, Record
-from dreamreader.engine.axes import axes_of, describe_open
+from dreamreader.engine._axes import axes_of, describe_open
 from dreamreader.errors import ClockUnknown, InvalidInput, UnknownName
 
 MAP = ("rows", "features", "height", "width")

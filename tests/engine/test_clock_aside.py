@@ -6,10 +6,10 @@ import diffusers
 import pytest
 import torch
 
-from dreamreader.engine.clock import Clock
-from dreamreader.engine.now import Now
-from dreamreader.engine.subject import Subject
-from dreamreader.engine.tracker import PipelineTracker
+from dreamreader.engine._call_context import CallContext
+from dreamreader.engine._clock import Clock
+from dreamreader.engine._subject import Subject
+from dreamreader.engine._tracker import PipelineTracker
 from dreamreader.errors import ClockUnknown
 
 from .. import tiny
@@ -102,7 +102,7 @@ def test_a_scheduler_that_both_share() -> None:
 
 def test_what_the_tracker_says_of_them() -> None:
     pipe, other = two()
-    said: list[Now] = []
+    said: list[CallContext] = []
 
     def decode(pipe, turn, time, tensors):
         if turn == 0:

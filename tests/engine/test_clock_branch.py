@@ -4,9 +4,9 @@ import diffusers
 import pytest
 import torch
 
-from dreamreader.engine.clock import Clock
-from dreamreader.engine.clock_branch import Branches
-from dreamreader.engine.families.guidance import chunks_of, layout_of
+from dreamreader.engine._clock import Clock
+from dreamreader.engine._clock_branch import Branches
+from dreamreader.engine._families.guidance import chunks_of, layout_of
 from dreamreader.errors import ClockUnknown
 
 from .. import tiny

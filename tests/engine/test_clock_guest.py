@@ -7,8 +7,8 @@ import diffusers
 import pytest
 import torch
 
-from dreamreader.engine.clock import Clock, Moment
-from dreamreader.engine.clock_run import own_class
+from dreamreader.engine._clock import Clock, DenoiserCall
+from dreamreader.engine._clock_run import own_class
 from dreamreader.errors import ClockUnknown
 
 from .. import tiny
@@ -169,7 +169,7 @@ def test_a_run_within_a_run() -> None:
 
     said = logged("sd", pipe, num_inference_steps=3, callback_on_step_end=again)
     assert [isinstance(each, ClockUnknown) for each in said] == [False, True, True, False, False]
-    own = [each for each in said if isinstance(each, Moment)]
+    own = [each for each in said if isinstance(each, DenoiserCall)]
     assert [(m.step, len(m.branches)) for m in own] == [(0, 2), (1, 2), (2, 2)]
 
 

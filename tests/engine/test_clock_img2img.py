@@ -4,9 +4,9 @@ import diffusers
 import pytest
 import torch
 
-from dreamreader.engine.clock import Clock, Moment
-from dreamreader.engine.clock_schedule import Trajectory
-from dreamreader.engine.families.timestep import raw
+from dreamreader.engine._clock import Clock, DenoiserCall
+from dreamreader.engine._clock_schedule import Trajectory
+from dreamreader.engine._families.timestep import raw
 from dreamreader.errors import ClockUnknown
 
 from .. import tiny
@@ -33,13 +33,13 @@ def quick(name: str, scheduler: str, **config: object):
     return pipe
 
 
-def moments(name: str, pipe, **kwargs) -> list[Moment]:
+def moments(name: str, pipe, **kwargs) -> list[DenoiserCall]:
     with Clock(pipe) as clock, Log(clock) as log:
         call(name, pipe, **kwargs)
     return log.moments
 
 
-def numbers(said: list[Moment]) -> list[tuple]:
+def numbers(said: list[DenoiserCall]) -> list[tuple]:
     return [(each.step, each.evaluation, each.fraction, each.timestep) for each in said]
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreamreader.engine.clock import Clock, Moment
-from dreamreader.engine.subject import Subject
-from dreamreader.engine.tracker import PipelineTracker
+from dreamreader.engine._clock import Clock, DenoiserCall
+from dreamreader.engine._subject import Subject
+from dreamreader.engine._tracker import PipelineTracker
 from dreamreader.errors import ClockUnknown
 
 from .. import tiny
@@ -32,7 +32,7 @@ class Heard:
 
     done: int
     given: dict[str, Tensor]
-    said: Moment | ClockUnknown
+    said: DenoiserCall | ClockUnknown
     rows: int = field(init=False)
 
     def __post_init__(self):
@@ -55,7 +55,7 @@ def heard(pipe: Any, name: str, run: Callable[[], Any]) -> list[Heard]:
         for key, value in [*enumerate(args), *kwargs.items()]:
             _flatten(str(key), value, given)
         try:
-            said: Moment | ClockUnknown = clock.now()
+            said: DenoiserCall | ClockUnknown = clock.now()
         except ClockUnknown as error:
             said = error
         found.append(Heard(done[0], given, said))
@@ -97,7 +97,7 @@ def check(pipe: Any, name: str, run: Run, latents: set[str], extra: tuple[str, .
     negative = heard(pipe, name, lambda: run("a", "d"))
     assert base and len(base) == len(other) == len(negative)
     for one, two, three in zip(base, other, negative, strict=True):
-        assert isinstance(one.said, Moment), one.said
+        assert isinstance(one.said, DenoiserCall), one.said
         assert one.said.step == one.done and one.said.evaluation == 0
         names, size = one.said.branches, one.rows // len(one.said.branches)
         chunks = {n: set(range(size * at, size * (at + 1))) for at, n in enumerate(names)}

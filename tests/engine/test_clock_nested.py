@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import dreamreader as dr
-from dreamreader.engine.clock import Clock
-from dreamreader.engine.now import Now
-from dreamreader.engine.subject import Subject
-from dreamreader.engine.tracker import PipelineTracker
+from dreamreader.engine._call_context import CallContext
+from dreamreader.engine._clock import Clock
+from dreamreader.engine._subject import Subject
+from dreamreader.engine._tracker import PipelineTracker
 from dreamreader.errors import ClockUnknown
 
 from .. import tiny
@@ -58,7 +58,7 @@ def during_the_run(pipe, where: str, action: Callable[[], object]) -> Callable[[
     return module.register_forward_hook(hook).remove
 
 
-def running(tracker: PipelineTracker) -> Now:
+def running(tracker: PipelineTracker) -> CallContext:
     assert tracker.now is not None
     return tracker.now
 
@@ -110,7 +110,7 @@ def test_a_pipeline_within_the_run(where: str, who: str) -> None:
 
 def test_the_reason_names_the_other_pipeline() -> None:
     pipe, other = two()
-    said: list[Now] = []
+    said: list[CallContext] = []
     undo = during_the_run(
         pipe, "scheduler", lambda: call("sd", other, "a star", num_inference_steps=4)
     )

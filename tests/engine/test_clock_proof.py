@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dreamreader as dr
-from dreamreader.engine.clock import Clock
+from dreamreader.engine._clock import Clock
 from dreamreader.errors import ClockUnknown
 
 from .. import tiny
@@ -159,7 +159,7 @@ def test_values_are_compared_once_for_each_tensor(monkeypatch: pytest.MonkeyPatc
         return equal(*pair)
 
     pipe = tiny.pipeline("sd")
-    monkeypatch.setattr("dreamreader.engine.clock_proof.torch.equal", count)
+    monkeypatch.setattr("dreamreader.engine._clock_proof.torch.equal", count)
     counts = []
     for steps in (1, 8):
         compared.clear()

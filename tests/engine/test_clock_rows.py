@@ -6,10 +6,10 @@ import diffusers
 import pytest
 import torch
 
-from dreamreader.engine.clock_rows import prompts_of, rows_of
-from dreamreader.engine.families.guidance import _ONE_VIDEO
-from dreamreader.engine.subject import Subject
-from dreamreader.engine.tracker import PipelineTracker
+from dreamreader.engine._clock_rows import prompts_of, rows_of
+from dreamreader.engine._families.guidance import _ONE_VIDEO
+from dreamreader.engine._subject import Subject
+from dreamreader.engine._tracker import PipelineTracker
 
 from .. import tiny
 from .clock_log import call

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import dreamreader as dr
-from dreamreader.engine.families import blocks, guidance, places, timestep
-from dreamreader.engine.families.classes import entry_of
-from dreamreader.engine.families.text import text_sources
+from dreamreader.engine._families import blocks, guidance, places, timestep
+from dreamreader.engine._families.classes import entry_of
+from dreamreader.engine._families.text import text_sources
 from dreamreader.errors import ClockUnknown
 
 from .. import tiny

@@ -6,9 +6,9 @@ import diffusers
 import pytest
 import torch
 
-from dreamreader.engine.clock import Clock, Moment
-from dreamreader.engine.clock_schedule import Trajectory
-from dreamreader.engine.families.timestep import raw, rising, thousandth
+from dreamreader.engine._clock import Clock, DenoiserCall
+from dreamreader.engine._clock_schedule import Trajectory
+from dreamreader.engine._families.timestep import raw, rising, thousandth
 from dreamreader.errors import ClockUnknown
 
 from .. import tiny
@@ -180,7 +180,7 @@ def test_another_scheduler_in_charge_is_noticed() -> None:
         return tensors
 
     said = logged("sd", pipe, callback_on_step_end=go_back)
-    assert isinstance(said[0], Moment)
+    assert isinstance(said[0], DenoiserCall)
     for error in said[1:]:
         assert isinstance(error, ClockUnknown) and "not of the same run" in str(error)
 
@@ -251,7 +251,7 @@ def test_frames_at_different_steps_have_no_single_one(ar_step: int) -> None:
         if len(found) > 1:
             assert isinstance(said, ClockUnknown) and "it has no single step" in str(said)
         else:
-            assert isinstance(said, Moment) and said.step == order.index(found[0])
+            assert isinstance(said, DenoiserCall) and said.step == order.index(found[0])
 
 
 def test_a_given_first_frame_is_no_other_step() -> None:

@@ -15,7 +15,7 @@ from tiny import decoders
 from torch import Tensor, nn
 
 import dreamreader as dr
-from dreamreader.engine.ports import can_run
+from dreamreader.engine._ports import can_run
 from dreamreader.errors import ClockUnknown, DreamreaderError, InvalidInput
 
 USED = (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dreamreader as dr
 from dreamreader.engine import Record
-from dreamreader.engine.session import Session
+from dreamreader.engine._session import Session
 from dreamreader.errors import ClockUnknown
 
 SETTINGS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}

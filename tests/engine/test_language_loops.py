@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import dreamreader as dr
 from dreamreader.engine import Stream
-from dreamreader.engine.lm_tracker import LanguageTracker
+from dreamreader.engine._lm_tracker import LanguageTracker
 from dreamreader.errors import ClockUnknown
 
 from .test_language_calls import marks

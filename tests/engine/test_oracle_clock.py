@@ -11,7 +11,7 @@ from tests.oracle.cases import CASES, Case
 
 def _heard(case: Case) -> tuple[list[Call], torch.Tensor]:
     """What the clock says inside each denoiser call of a real run, and the run's latents."""
-    from dreamreader.engine.clock import Clock
+    from dreamreader.engine._clock import Clock
 
     pipe = case.pipe()
     component, path = case.attention

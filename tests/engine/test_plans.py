@@ -1,7 +1,10 @@
 """What a session works out once and uses again: plans of sites, memory of recordings."""
 
+from dataclasses import replace
+
 import tiny
 import torch
+from torch import nn
 
 from dreamreader.edits import Edit, Steer
 from dreamreader.engine import Reader, Record
@@ -44,3 +47,34 @@ def test_a_recording_holds_its_values_once() -> None:
     tensor = result.cache[SITE].tensor
     assert tensor.shape[:3] == (3, 2, 4) and tensor.is_contiguous()
     assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+class _BySite(Steer):
+    """Another direction at each site, which the class it is made of does not know of."""
+
+    def instructions(self, place):
+        number = float(place.site)
+        return [
+            replace(each, vectors=number * each.vectors) for each in super().instructions(place)
+        ]
+
+
+def test_only_edits_that_are_the_same_at_all_sites_share_their_programs() -> None:
+    net = nn.Sequential(*(nn.Identity() for _ in range(3)))
+    x, push = torch.zeros(1, 2, 4), torch.arange(1.0, 5.0)
+    steers = {
+        "one": Steer("*", push),
+        "mapped": Steer("*", {str(n): n * push for n in range(3)}),
+        "own": _BySite("*", push),
+        "wider": Steer("*", push, channels=[1]),
+    }
+    found = {}
+    for name, steer in steers.items():
+        with Reader(net).editing(steer) as firing, Reader(net).recording("*") as cache:
+            found[name] = net(x)
+        assert [each.calls for each in firing] == [1, 1, 1]
+        assert [len(cache[str(n)].rows) for n in range(3)] == [1, 1, 1]
+    whole = push.expand(1, 2, 4)
+    assert torch.equal(found["one"], 3 * whole)
+    assert torch.equal(found["mapped"], 3 * whole) and torch.equal(found["own"], 3 * whole)
+    assert torch.equal(found["wider"], 3 * whole * torch.tensor([0.0, 1.0, 0.0, 0.0]))

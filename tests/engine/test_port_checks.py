@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dreamreader.edits import Ablate
 from dreamreader.engine import Reader
-from dreamreader.engine.families import attention
+from dreamreader.engine._families import attention_facts
 from dreamreader.errors import InvalidInput, UnknownName
 
 IDS = torch.tensor([[5, 9, 3, 7, 11, 4]])
@@ -205,15 +205,15 @@ def test_names_alone_make_no_attention() -> None:
             self.num_heads, self.embed_dim = 4, 32
             self.c_attn, self.c_proj = nn.Linear(32, 96), nn.Linear(32, 32)
 
-    assert attention(GPTBigger()) is None
+    assert attention_facts(GPTBigger()) is None
 
     class Own(GPT2Attention):
         def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
             return self.c_proj(self.c_attn(hidden_states)[..., :32])
 
     config = decoders.config("GPT2LMHeadModel")
-    assert attention(Own(config)) is None
-    plain = attention(GPT2Attention(config))
+    assert attention_facts(Own(config)) is None
+    plain = attention_facts(GPT2Attention(config))
     assert plain is not None and sorted(plain.ports) == ["heads", "k", "q", "v"]
 
 

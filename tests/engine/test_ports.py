@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamreader.engine import Reader
-from dreamreader.engine.ports import ports_of
+from dreamreader.engine._ports import ports_of
 from dreamreader.errors import DreamreaderError, InvalidInput, UnknownName
 
 PROMPTS = ["a red cat", "a dog on a tree"]

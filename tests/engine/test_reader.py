@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dreamreader.edits import Steer
 from dreamreader.engine import Reader, SiteList
-from dreamreader.engine.pattern import Pattern, parse
-from dreamreader.engine.rows import plan_rows
+from dreamreader.engine._pattern import Pattern, parse
+from dreamreader.engine._rows import plan_rows
 from dreamreader.errors import InvalidInput, UnknownName
 
 SITE = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"

@@ -11,8 +11,7 @@ import torch
 
 from dreamreader.edits import Box, Scale, Steer
 from dreamreader.engine import Reader, Record
-from dreamreader.engine.request import Stream, Watch
-from dreamreader.engine.selection import (
+from dreamreader.engine._selection import (
     in_steps,
     mask_of,
     normalized,
@@ -20,6 +19,8 @@ from dreamreader.engine.selection import (
     normalized_values,
     numbers_of,
 )
+from dreamreader.engine._stream import Stream
+from dreamreader.engine._watch import Watch
 from dreamreader.errors import InvalidInput, NeverFired
 
 LAYER, HEADS = "transformer.h.1", "transformer.h.1.attn:heads"

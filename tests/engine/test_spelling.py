@@ -9,7 +9,7 @@ import tiny
 from tiny import text, tokenizers
 
 from dreamreader.engine import Reader, Record
-from dreamreader.engine.spelling import _by_decoding, _is_space, spell, word_positions
+from dreamreader.engine._spelling import _by_decoding, _is_space, spell, word_positions
 from dreamreader.errors import InvalidInput
 
 FOUND = [

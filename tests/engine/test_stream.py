@@ -451,7 +451,7 @@ def test_modules_behind_the_last_block_see_the_last_token_while_generating() -> 
 
 
 def test_bad_streams_say_why() -> None:
-    with pytest.raises(InvalidInput, match="Stream: keep must be a function, got list"):
+    with pytest.raises(InvalidInput, match="Stream: callback must be a function, got list"):
         Stream(SITE, [])  # pyright: ignore[reportArgumentType]
     with pytest.raises(InvalidInput, match=r"unet.\*\*:probs are attention prob.*use Watch or Rec"):
         Stream("unet.**:probs", print)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamreader.engine import Attention, Call, Reader, Record, Watch
-from dreamreader.engine.probs import FormedAttention, FusedAttention
+from dreamreader.engine._probs import FormedAttention, FusedAttention
 from dreamreader.errors import ClockUnknown, InvalidInput, NeverFired
 
 PROMPTS = ["a red cat", "a dog on a tree"]
@@ -283,7 +283,7 @@ def test_bad_watches_say_why() -> None:
         Watch("unet.mid_block", Sums())
     with pytest.raises(InvalidInput, match="tokens has no meaning"):
         Watch(SITE, Sums(), tokens=[1])
-    with pytest.raises(InvalidInput, match="saw must be a function, got int"):
+    with pytest.raises(InvalidInput, match="callback must be a function, got int"):
         Watch(SITE, 3)  # pyright: ignore[reportArgumentType]
 
 

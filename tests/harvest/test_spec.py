@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dreamreader.engine.selection import Box
+from dreamreader.engine._selection import Box
 from dreamreader.errors import InvalidInput
 from dreamreader.harvest import Harvest, Spec
 from dreamreader.specs.load import check_spec, load_spec

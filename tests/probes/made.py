@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from dreamreader.engine.cache import Activation, Row
-from dreamreader.engine.clock_schedule import Instant
+from dreamreader.engine import Activation, Row
+from dreamreader.engine._clock_schedule import StepInfo
 
 SITE = "unet.mid_block.attentions.0"
 
@@ -25,7 +25,7 @@ def activation(
 ) -> Activation:
     """An activation of [rows, (branch,) steps, tokens, features]."""
     steps = values.shape[2 if len(branches) > 1 else 1]
-    moments = tuple(Instant(n, 999.0 - n, 1.0, n / steps, 0) for n in range(steps))
+    moments = tuple(StepInfo(n, 999.0 - n, 1.0, n / steps, 0) for n in range(steps))
     rows = tuple(Row(n, prompts[n] if prompts else None) for n in range(len(values)))
     return Activation(SITE, values, rows, branches, moments)
 
@@ -50,7 +50,7 @@ def padded(rows: int) -> tuple[Activation, list[Tensor]]:
     for row, tokens in enumerate(each):
         values[row, 0, 4 - len(tokens) :] = tokens
         own[row, 0, 4 - len(tokens) :] = torch.arange(len(tokens))
-    moments = (Instant(0, float("nan"), None, float("nan"), 0),)
+    moments = (StepInfo(0, float("nan"), None, float("nan"), 0),)
     numbered = tuple(Row(n) for n in range(rows))
     found = Activation("model.layers.1", values, numbered, ("cond",), moments, positions=own)
     return found, each

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import dreamreader as dr
-from dreamreader.engine.clock import Moment
+from dreamreader.engine._clock import DenoiserCall
 from dreamreader.errors import InvalidInput, NeverFired, UnknownName
 from dreamreader.probes import Probe, fit, latent_guidance
 from dreamreader.probes.latent_guidance import _Guide
@@ -142,8 +142,8 @@ def test_the_change_is_the_gradient_through_the_whole_denoiser(
     assert torch.allclose(found.gradient[1], grad.flatten(1).norm(dim=1), rtol=1e-3)
 
 
-def _moment(sigma: float) -> Moment:
-    return Moment(1, 500.0, sigma, 0.5, 0, ("cond",))
+def _moment(sigma: float) -> DenoiserCall:
+    return DenoiserCall(1, 500.0, sigma, 0.5, 0, ("cond",))
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow"])

@@ -5,15 +5,17 @@ from typing import Any
 
 import pytest
 
-from dreamreader.engine.clock import Moment
+from dreamreader.engine._clock import DenoiserCall
 from dreamreader.errors import InvalidInput
 from dreamreader.recording.schedules import match_calls, noise_levels
 
 
-def moments(levels: list[float], evaluations: list[int] | None = None) -> list[Moment]:
+def moments(levels: list[float], evaluations: list[int] | None = None) -> list[DenoiserCall]:
     count = len(levels)
     return [
-        Moment(n, 0.0, each, n / count, 0 if evaluations is None else evaluations[n], ("cond",))
+        DenoiserCall(
+            n, 0.0, each, n / count, 0 if evaluations is None else evaluations[n], ("cond",)
+        )
         for n, each in enumerate(levels)
     ]
 
@@ -67,6 +69,6 @@ def test_noise_is_a_ratio_whatever_the_scheduler_calls_sigma(
     scheduler.set_timesteps(4)
     sigmas = [float(each) for each in scheduler.sigmas[:4]]
     assert noise_levels(scheduler, moments(sigmas)) == pytest.approx(list(map(convert, sigmas)))
-    unknown = [Moment(0, 0.0, None, 0.0, 0, ("cond",))]
+    unknown = [DenoiserCall(0, 0.0, None, 0.0, 0, ("cond",))]
     with pytest.raises(InvalidInput, match=f"the noise level of {name} at step 0 is not known"):
         noise_levels(scheduler, unknown)

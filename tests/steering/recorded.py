@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from dreamreader.engine.cache import Activation, Row
-from dreamreader.engine.clock_schedule import Instant
+from dreamreader.engine import Activation, Row
+from dreamreader.engine._clock_schedule import StepInfo
 
 SITE = "unet.mid_block.attentions.0"
 
@@ -15,7 +15,7 @@ def activation(
     """An activation of [rows, (branch,) steps, tokens, features] or with heads."""
     axis = 2 if len(branches) > 1 else 1
     numbers = tuple(range(tensor.shape[axis])) if steps is None else steps
-    moments = tuple(Instant(i, 999.0 - i, 1.0, i / 10, 0) for i in numbers)
+    moments = tuple(StepInfo(i, 999.0 - i, 1.0, i / 10, 0) for i in numbers)
     rows = tuple(Row(i) for i in range(tensor.shape[0]))
     heads = tensor.shape[-2] if tensor.ndim - len(branches) + 1 > 4 else None
     return Activation(SITE, tensor, rows, branches, moments, heads=heads)

@@ -117,9 +117,9 @@ def test_recorded_steps_keep_their_place_and_evaluations_of_a_step_are_averaged(
 def test_a_recording_outside_of_the_steps_gives_one_vector():
     from dataclasses import replace
 
-    from dreamreader.engine.clock_schedule import Instant
+    from dreamreader.engine._clock_schedule import StepInfo
 
-    untimed = (Instant(0, math.nan, None, math.nan, 0),)
+    untimed = (StepInfo(0, math.nan, None, math.nan, 0),)
     found = replace(activation(torch.randn(8, 1, 3, 5)), steps=untimed)
     assert fit(found, ["red", "blue"] * 4, "red", "blue")[SITE].shape == (5,)
     heads = activation(torch.randn(8, 2, 3, 4, 5))

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from dreamreader.engine import Cache
-from dreamreader.engine.recorded import row_means
+from dreamreader.engine import Cache, row_means
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.methods.base import Places, Table
 from dreamreader.experiments.methods.chunked import Chunked, others

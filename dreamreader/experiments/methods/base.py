@@ -12,8 +12,7 @@ from dreamreader.specs.parts import Count, Part
 from dreamreader.sweep import Cell, grid
 
 if TYPE_CHECKING:
-    from dreamreader.engine import RunResult
-    from dreamreader.engine.request import EditRequest
+    from dreamreader.engine import EditRequest, RunResult
     from dreamreader.experiments.job import Job
     from dreamreader.experiments.results import Results
     from dreamreader.report import Number, Section

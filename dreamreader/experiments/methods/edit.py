@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dreamreader import edits as kinds
-from dreamreader.engine.selection import Box
+from dreamreader.engine import Box
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.experiments.methods.base import Method, Table, counted
 from dreamreader.experiments.row import Row

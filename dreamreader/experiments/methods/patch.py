@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from dreamreader.engine.prompts import tokenize
+from dreamreader.engine import tokenize
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.methods.base import Places, Table, counted
 from dreamreader.experiments.methods.chunked import Chunked, others

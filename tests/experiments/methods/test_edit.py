@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from dreamreader.edits import Ablate, Clamp, Scale, Steer
-from dreamreader.engine.selection import Box
+from dreamreader.engine._selection import Box
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.row import Row
 

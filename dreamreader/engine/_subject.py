@@ -1,0 +1,206 @@
+"""The model or pipeline under study: its modules by the names that users know."""
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from dreamreader.errors import InvalidInput
+
+
+class Modules(dict[str, nn.Module]):
+    """Modules by path.
+
+    Attributes:
+        root: holds them all, where the subject is one module.
+        every: each module once, with the wrappers of `torch.compile`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root: nn.Module | None = None
+        self.every: dict[nn.Module, None] = {}
+
+
+class Subject:
+    """Modules of a diffusers pipeline, a transformers model or any `nn.Module`, by dotted path.
+
+    Paths start at the pipeline's component names or at the model's own attributes. The wrapper of
+    `torch.compile` is looked through. `modules()` reads the subject anew, since components may be
+    replaced, compiled or given adapters between runs.
+
+    Attributes:
+        kind: `pipeline`, `language` or `module`.
+        paused: the hooks of all sessions of this subject do nothing while it is true.
+        rehearsing: while it is true edits act, but nothing is recorded, watched or reported: the
+            subject is evaluated once more beside the run.
+        edited: how often edits have been applied so far.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.paused = False
+        self.rehearsing = False
+        self.edited = 0
+        components = getattr(model, "components", None)
+        if isinstance(components, dict):
+            self.kind = "pipeline"
+        elif isinstance(model, nn.Module):
+            is_language = hasattr(model, "generate") and hasattr(model, "config")
+            self.kind = "language" if is_language else "module"
+        else:
+            raise InvalidInput(
+                "a Reader wraps a diffusers pipeline, a transformers model or an nn.Module, got "
+                f"{type(model).__name__}"
+            )
+
+    @property
+    def name(self) -> str:
+        own = getattr(type(self.model), "_dreamreader_own_class", type(self.model))
+        return own.__name__
+
+    def components(self) -> dict[str, nn.Module]:
+        """The modules at the top: components of a pipeline, or the model under the empty name."""
+        return {name: unwrapped(each) for name, each in self._tops().items()}
+
+    def _tops(self) -> dict[str, nn.Module]:
+        if self.kind != "pipeline":
+            return {"": self.model}
+        components = self.model.components.items()
+        return {name: each for name, each in components if isinstance(each, nn.Module)}
+
+    def modules(self) -> Modules:
+        """Every module by path, the root of a plain model left out."""
+        found = Modules()
+        for top, given in self._tops().items():
+            component = unwrapped(given)
+            if component is not given:
+                found.every |= dict.fromkeys(parts(given))
+            if not top:
+                found.root = component
+            for path, module in named_parts(component, top):
+                found.every[module] = None
+                if name := _bare(path):
+                    found[name] = unwrapped(module)
+        return found
+
+
+def named_parts(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
+    """What `named_modules` gives, in its order; a block is entered in a third of its time."""
+    found, seen, waiting = [], set(), [(path, module)]
+    while waiting:
+        path, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        found.append((path, module))
+        prefix = f"{path}." if path else ""
+        inside = [
+            (prefix + name, each) for name, each in module._modules.items() if each is not None
+        ]
+        waiting += reversed(inside)
+    return found
+
+
+def parts(module: nn.Module) -> list[nn.Module]:
+    """What `modules` gives, in its order."""
+    found: dict[nn.Module, None] = {}
+    waiting = [module]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found[module] = None
+            if module._modules:
+                waiting += reversed([each for each in module._modules.values() if each is not None])
+    return list(found)
+
+
+def unwrapped(module: Any) -> Any:
+    """The module itself where `torch.compile` has wrapped it."""
+    while "_orig_mod" in getattr(module, "_modules", ()):  # to ask for what is missing is slow
+        module = module._orig_mod
+    return module
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The model below every wrapper: those of `torch.compile` and of PEFT's adapters."""
+    while True:
+        inner = unwrapped(model)
+        if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        if inner is model:
+            return inner
+        model = inner
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a language model reads the prompt with an encoder of its own.
+
+    The two halves of such a model have its config, but take no inputs of a decoder.
+    """
+    inner = innermost(model)
+    if not getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        return False
+    return _takes_decoder_inputs(type(inner))
+
+
+@lru_cache(maxsize=256)
+def _takes_decoder_inputs(kind: type) -> bool:
+    """Also below a subclass that hands its arguments on."""
+    forwards = [vars(each)["forward"] for each in kind.__mro__ if "forward" in vars(each)]
+    return any(name.startswith("decoder_") for each in forwards for name in names_of(each))
+
+
+def names_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the arguments that a function takes by position."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some callables have no signature
+        return ()
+    return tuple(each.name for each in parameters if each.kind <= each.POSITIONAL_OR_KEYWORD)
+
+
+def forward_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the arguments that a class of modules takes by position, itself left out."""
+    return _names_of_method(kind.forward)[1:]
+
+
+_names_of_method = lru_cache(maxsize=512)(names_of)  # of functions of classes, which stay anyway
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a language model's inputs have to be.
+
+    Under accelerate's offload the weights are elsewhere between calls: its hooks say where they go.
+
+    Raises:
+        InvalidInput: the weights are on no device.
+    """
+    inner: Any = innermost(model)
+    embeddings = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
+    for module in (model, inner, embeddings):
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            if (where := getattr(each, "execution_device", None)) is not None:
+                return torch.device(where)
+    weight = getattr(embeddings, "weight", None)
+    device: torch.device = weight.device if isinstance(weight, torch.Tensor) else inner.device
+    if device.type == "meta":
+        raise InvalidInput(f"{type(inner).__name__}: its weights are on the meta device: load them")
+    return device
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` runs this module, as a wrapper or in place."""
+    return (
+        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+    )
+
+
+def _bare(path: str) -> str:
+    if "_orig_mod" not in path:
+        return path
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
