@@ -117,7 +117,8 @@ def intervene_seen(
     """Applies a program and tells, from the same pass over memory, what it did to the values.
 
     To `seen[at]` are added CHANGED where a value is another one and, in half precision, OVERFLOWED
-    where the touched rows got a value that is not finite, NOT_FINITE where they had one before.
+    where the touched rows got a value that is not finite, NOT_FINITE where they had one before
+    (on a GPU also where the edit has removed it).
 
     Args:
         x: activation [rows, tokens, width] of any strides.
