@@ -1,5 +1,8 @@
 """Times the intervention program beside plain torch and beside touching the same memory.
 
+`fused` is what the engine calls: a result of its own, with what the edit did to the values told by
+the same pass. `in_place` is the same program in the memory of its input.
+
     python benchmarks/run.py [--rows 8192] [--width 1280] [--dtypes float32 bfloat16] [--rounds 30]
 
 Every ratio is between calls of the same round. Inputs rotate, so that none is left in the cache by
@@ -27,6 +30,7 @@ from dreamreader.ops import (  # noqa: E402
     intervene_,
     intervene_reference,
 )
+from dreamreader.ops.intervention import intervene_seen  # noqa: E402
 from tests.cases import intervention as cases  # noqa: E402
 from tests.cases._compare import assert_close  # noqa: E402
 
@@ -75,7 +79,7 @@ GOALS = {
 
 
 def eager(kind: str, program: Program, dtype: torch.dtype) -> dict[str, Call]:
-    """The same change composed of torch functions, in place."""
+    """The same change composed of torch functions, in place (the engine's function is not)."""
     vectors = program.vectors.to(dtype)
     if kind.startswith("masked_steer"):
         mask, v = (program.strength[0] != 0).unsqueeze(-1), vectors[0]
@@ -126,9 +130,11 @@ def measure(kind: str, case: cases.Case, dtype: torch.dtype, rounds: int) -> dic
     """Times and ratios of one kind."""
     program = case.program()
     inputs = [case.input(dtype) for _ in range(ROTATED)]
+    seen = torch.zeros(1, dtype=torch.int32)
     calls: dict[str, Call] = {
         "rewrite": lambda x: x.mul_(1.0),
-        "fused": lambda x: intervene_(x, program),
+        "fused": lambda x: intervene_seen(x, program, seen, 0),
+        "in_place": lambda x: intervene_(x, program),
         **eager(kind, program, dtype),
     }
     if len(program) > 1:
@@ -141,7 +147,7 @@ def measure(kind: str, case: cases.Case, dtype: torch.dtype, rounds: int) -> dic
         call()
     times, left_out = interleaved(timed, rounds, most=3 * rounds)
     moved = 2 * inputs[0].numel() * inputs[0].element_size()
-    others = [name for name in calls if name not in ("fused", "rewrite")]
+    others = [name for name in calls if name not in ("fused", "in_place", "rewrite")]
     return {
         "kind": kind,
         "dtype": str(dtype).removeprefix("torch."),
@@ -152,7 +158,9 @@ def measure(kind: str, case: cases.Case, dtype: torch.dtype, rounds: int) -> dic
         },
         "gigabytes_per_second": round(moved / summary(times["fused"])["median"] / 1e9, 1),
         "fused_to_rewrite": summary(times["fused"], times["rewrite"]),
+        "in_place_to_rewrite": summary(times["in_place"], times["rewrite"]),
         "speedup": {name: summary(times[name], times["fused"]) for name in others},
+        "in_place_speedup": {name: summary(times[name], times["in_place"]) for name in others},
         "noisy_rounds": left_out,
     }
 
@@ -189,6 +197,7 @@ def show(row: dict[str, Any]) -> None:
         f"{row['kind']:18} {row['dtype']:9} {row['milliseconds']['fused']:8.3f} ms "
         f"{row['gigabytes_per_second']:6.1f} GB/s "
         f"{row['fused_to_rewrite']['median']:5.2f}x rewrite  "
+        f"in place {row['in_place_to_rewrite']['median']:5.2f}x  "
         f"faster than {faster}  {verdict(row)}",
         flush=True,
     )

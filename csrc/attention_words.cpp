@@ -4,19 +4,13 @@
 #include <vector>
 
 #include "attention_words_cpu.h"
-#include "bind.h"
-#include "cpu.h"
-#include "scratch.h"
-#include "tensor_view.h"
-#include "threads.h"
+#include "op.h"
 #ifdef DREAMREADER_CUDA
 #include "cuda_device.h"
 #endif
 
 namespace dreamreader {
 namespace {
-
-namespace py = pybind11;
 
 DType dtype_of(const TensorView& tensor) {
   if (tensor.is(kDLFloat, 32)) return DType::f32;
@@ -103,14 +97,6 @@ bool nothing_to_do(const AttentionWords& call) {
   return call.batch * call.heads * call.queries * call.keys * call.words == 0;
 }
 
-const AttentionWordsKernels& kernels() {
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) return avx512::attention_words;
-  if (isa() == Isa::avx2) return avx2::attention_words;
-#endif
-  return portable::attention_words;
-}
-
 // The keys with a weight in one batch entry, and who owns the lists.
 struct Weighted {
   std::vector<int64_t> columns, offsets;
@@ -145,19 +131,6 @@ struct Weighted {
   }
 };
 
-struct Run {
-  const AttentionWordsJob* job;
-  AttentionWordsEngine engine;
-  int64_t floats;
-};
-
-// Scratch lasts as long as the piece of work: a call takes far longer than its allocation.
-void run_piece(void* context, int64_t first, int64_t last) {
-  const Run& run = *static_cast<const Run*>(context);
-  const Memory<float> scratch = allocate<float>(size_t(run.floats));
-  run.engine.run(*run.job, scratch.get(), first, last);
-}
-
 // Queries of one piece: few enough that their tiles stay in a core's cache and that every thread
 // has some; many enough that packing the keys of the head, once a piece, does not count.
 constexpr int64_t kPieceFloats = 64 << 10, kPieceQueries = 1024;
@@ -184,14 +157,19 @@ void attention_words_cpu(py::handle out, py::handle query, py::handle key, py::h
   for (int64_t b = 0; b < (job.weighted_stride ? call.batch : 1); ++b) lists.emplace_back(call, b);
   for (const Weighted& each : lists) weighted.push_back(each.view());
   job.weighted = weighted.data();
-  const AttentionWordsKernels& chosen = kernels();
+  const AttentionWordsKernels& chosen = attention_words_kernels();
   job.piece = piece_of(call, chosen.tile, threads);
-  const Run run{&job, chosen.engines[int(call.dtype)], chosen.scratch_floats(job)};
+  const auto run = chosen.engines[int(call.dtype)].run;
+  const size_t floats = size_t(chosen.scratch_floats(job));
   const int64_t items = call.batch * call.heads * ((call.queries + job.piece - 1) / job.piece);
   const bool serial =
       call.batch * call.heads * call.queries * call.keys * (call.width + 1) < kSerial;
   py::gil_scoped_release release;
-  parallel(items, 1, serial ? 1 : threads, &run_piece, const_cast<Run*>(&run));
+  share(items, 1, serial ? 1 : threads, [&](int64_t first, int64_t last) {
+    // It lasts as long as the piece of work: a call takes far longer than its allocation.
+    const Memory<float> scratch = allocate<float>(floats);
+    run(job, scratch.get(), first, last);
+  });
 }
 
 #ifdef DREAMREADER_CUDA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_words.h"
+#include "cpu.h"
 
 namespace dreamreader {
 
@@ -40,16 +41,6 @@ struct AttentionWordsKernels {
   int64_t (*scratch_floats)(const AttentionWordsJob& job);
 };
 
-namespace portable {
-extern const AttentionWordsKernels attention_words;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const AttentionWordsKernels attention_words;
-}
-namespace avx512 {
-extern const AttentionWordsKernels attention_words;
-}
-#endif
+DR_KERNELS(AttentionWordsKernels, attention_words)
 
 }  // namespace dreamreader

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "attention_words_cpu.h"
-#include "simd.h"
+#include "matmul_tile_simd.h"
 
 namespace dreamreader {
 namespace {
@@ -24,7 +24,7 @@ DR_INLINE float to_float(f16 x) {
 // How channels lie in the words of a tile and of the packed keys, and their product. One of type T
 // to a word, as a float:
 template <typename T>
-struct Singles {
+struct Singles : Products {
   using Element = T;
   static constexpr int kChannels = 1;
   DR_INLINE VF load(const T* row) { return load_lanes(row); }
@@ -32,13 +32,11 @@ struct Singles {
     return to_float(row[i * stride]);
   }
   DR_INLINE float turned(float k, float sign) { return k * sign; }
-  DR_INLINE VF multiply(VF sum, VF q, float k) { return sum + q * k; }
 };
 
 #if defined(__AVX512F__)
-// Two bfloat16 to a word, whose products AVX512_BF16 adds with half the instructions. Written as
-// assembly, since it is chosen when the processor has it.
-struct Pairs {
+// Two bfloat16 to a word.
+struct Pairs : PairProducts {
   using Element = bf16;
   static constexpr int kChannels = 2;
   DR_INLINE VF load(const bf16* row) { return load_vector<VF>(row); }
@@ -49,11 +47,6 @@ struct Pairs {
   DR_INLINE float turned(float k, float sign) {
     const uint32_t bits = bits_as<uint32_t>(k);
     return bits_as<float>(sign == 0 ? 0u : bits ^ (sign < 0 ? 0x80008000u : 0u));
-  }
-  DR_INLINE VF multiply(VF sum, VF q, float k) {
-    const VF both = VF{} + k;
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(q), "v"(both));
-    return sum;
   }
 };
 #endif
@@ -121,18 +114,10 @@ DR_INLINE void pack_keys(float* packed, const typename Form::Element* keys, cons
 // scores [N, kTile] of N keys.
 template <typename Form, int N>
 void score_block(const float* q, const float* packed, int64_t words, float* scores) {
-  VF sums[N][2];
-#pragma GCC unroll 16
-  for (int j = 0; j < N; ++j) sums[j][0] = sums[j][1] = VF{};
-  for (int64_t i = 0; i < words; ++i) {
-    const VF low = load_vector<VF>(q + i * kTile), high = load_vector<VF>(q + i * kTile + kLanes);
-#pragma GCC unroll 16
-    for (int j = 0; j < N; ++j) {
-      const float k = packed[i * N + j];
-      sums[j][0] = Form::multiply(sums[j][0], low, k);
-      sums[j][1] = Form::multiply(sums[j][1], high, k);
-    }
-  }
+  VF sums[N][2] = {};
+  add_products<Form>(
+      sums, 0, words, 1, [&](int64_t i, int j) { return packed[i * N + j]; },
+      [&](int64_t i, int half) { return load_vector<VF>(q + i * kTile + half * kLanes); });
 #pragma GCC unroll 16
   for (int j = 0; j < N; ++j) {
     store_vector(scores + j * kTile, sums[j][0]);

@@ -4,9 +4,8 @@
 #include <bit>
 #include <vector>
 
-#include "bind.h"
+#include "op.h"
 #include "permutation.h"
-#include "tensor_view.h"
 
 namespace dreamreader {
 namespace {
@@ -67,8 +66,6 @@ void counts_of_budget(int64_t budget, int64_t calls, int64_t call, const int64_t
 }
 
 namespace {
-
-namespace py = pybind11;
 
 // The elements of a dense integer tensor in CPU memory.
 template <typename T>

@@ -21,17 +21,12 @@
 #include <string_view>
 #include <vector>
 
-#include "bind.h"
 #include "bus_error.h"
-#include "cpu.h"
+#include "op.h"
 #include "permutation.h"
-#include "tensor_view.h"
-#include "threads.h"
 
 namespace dreamreader {
 namespace {
-
-namespace py = pybind11;
 
 constexpr int64_t kHeader = 8192;  // bytes before the values; layout.py says where all is
 constexpr int64_t kKeyBytes = 16;
@@ -39,22 +34,6 @@ constexpr int64_t kTokenAt = 12;  // byte of a key where its token is
 constexpr int64_t kPage = 4096;
 constexpr int64_t kLine = 64;
 constexpr int64_t kCached = 1 << 20;  // bytes of a batch that stay in caches until they are used
-
-const GatherKernels& kernels() {
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) return avx512::gather;
-  if (isa() == Isa::avx2) return avx2::gather;
-#endif
-  return portable::gather;
-}
-
-template <typename F>
-void share(int64_t items, int64_t grain, int threads, const F& work) {
-  const auto call = [](void* of, int64_t first, int64_t last) {
-    (*static_cast<const F*>(of))(first, last);
-  };
-  parallel(items, grain, threads, call, const_cast<F*>(&work));
-}
 
 // What is wrong with the store, for the error that Python words.
 struct Problem {
@@ -437,7 +416,7 @@ class Gather {
         if (!rows_.empty()) pick(found_[size_t(at)]);
         parts[at - begin] = parts_of(found_[size_t(at)], out + at * out_bytes);
       }
-      const int64_t wrong = kernels().run(format, parts, end - begin);
+      const int64_t wrong = gather_kernels().run(format, parts, end - begin);
       if (wrong >= 0) {
         std::lock_guard<std::mutex> lock(reporting);
         first_wrong = std::min(first_wrong, begin + wrong);
@@ -466,7 +445,7 @@ class Gather {
     share(int64_t(found_.size()), kGatherRows, threads, [&](int64_t begin, int64_t end) {
       int64_t places[kGatherRows];
       if (seed) {
-        kernels().permute(permutation, position + begin, end - begin, places);
+        gather_kernels().permute(permutation, position + begin, end - begin, places);
       } else {
         std::iota(places, places + (end - begin), position + begin);
       }

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "cpu.h"
 #include "dtype.h"
 #include "pack.h"
 #include "permutation.h"
@@ -46,16 +47,6 @@ struct GatherKernels {
   void (*permute)(const Permutation& permutation, int64_t first, int64_t count, int64_t* out);
 };
 
-namespace portable {
-extern const GatherKernels gather;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const GatherKernels gather;
-}
-namespace avx512 {
-extern const GatherKernels gather;
-}
-#endif
+DR_KERNELS(GatherKernels, gather)
 
 }  // namespace dreamreader

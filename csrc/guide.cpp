@@ -8,24 +8,11 @@
 #include <atomic>
 #include <vector>
 
-#include "bind.h"
-#include "cpu.h"
-#include "scratch.h"
-#include "tensor_view.h"
-#include "threads.h"
+#include "op.h"
+
 
 namespace dreamreader {
 namespace {
-
-namespace py = pybind11;
-
-const GuideKernels& kernels() {
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) return avx512::guide;
-  if (isa() == Isa::avx2) return avx2::guide;
-#endif
-  return portable::guide;
-}
 
 const float* data_of(const TensorView& t) { return reinterpret_cast<const float*>(t.data()); }
 
@@ -91,22 +78,12 @@ void add_matrix(GuideJob& job, Tables& tables, GuideMatrices which, const Tensor
 }
 
 void pack_all(const GuideJob& job, const GuideKernels& chosen, int threads) {
-  struct Packing {
-    const GuideMatrix* matrix;
-    const GuideKernels* kernels;
-  };
   for (const GuideMatrix& matrix : job.matrices) {
     if (!matrix.packed) continue;
-    Packing packing{&matrix, &chosen};
     const int64_t panels = (matrix.columns + chosen.panel - 1) / chosen.panel;
     const int64_t grain = std::max<int64_t>(1, (1 << 16) / (chosen.panel * matrix.depth + 1));
-    parallel(
-        panels, grain, threads,
-        [](void* context, int64_t first, int64_t last) {
-          const Packing& packing = *static_cast<const Packing*>(context);
-          packing.kernels->pack(*packing.matrix, first, last);
-        },
-        &packing);
+    share(panels, grain, threads,
+          [&](int64_t first, int64_t last) { chosen.pack(matrix, first, last); });
   }
 }
 
@@ -119,24 +96,6 @@ int64_t block_of(const GuideJob& job, int64_t tile, int threads) {
   const int64_t most =
       std::min({fair + tile - 1, kScratchFloats / guide_scratch(job), kGuideBlock});
   return std::max<int64_t>(most / tile, 1) * tile;
-}
-
-struct Run {
-  const GuideJob* job;
-  void (*run)(const GuideJob& job, float* scratch, int64_t first, int64_t last);
-  std::atomic<int64_t> next{0};
-};
-
-// One worker: takes blocks until there are no more, so that its scratch memory is made once.
-void work(void* context, int64_t, int64_t) {
-  Run& run = *static_cast<Run*>(context);
-  const GuideJob& job = *run.job;
-  const Memory<float> scratch = allocate<float>(size_t(job.block * guide_scratch(job)));
-  for (;;) {
-    const int64_t first = run.next.fetch_add(job.block, std::memory_order_relaxed);
-    if (first >= job.count) return;
-    run.run(job, scratch.get(), first, std::min(first + job.block, job.count));
-  }
 }
 
 void check(const std::vector<TensorView>& weights, const std::vector<TensorView>& biases,
@@ -238,15 +197,21 @@ void guide_cpu(py::handle x, py::handle out, const std::vector<py::object>& weig
   job.activation = GuideActivation(activation);
   job.gamma = gamma;
   job.trust = trust;
-  const GuideKernels& chosen = kernels();
+  const GuideKernels& chosen = guide_kernels();
   fill_tables(job, tables, w, b, g, c, chosen.panel);
   const int team = job.count * job.width * job.hidden < kSerial ? 1 : std::max(threads, 1);
   job.block = block_of(job, chosen.tile, team);
-  Run run{&job, chosen.run[int(dtype)]};
+  const auto run = chosen.run[int(dtype)];
   py::gil_scoped_release release;
   pack_all(job, chosen, team);
   const int64_t blocks = (job.count + job.block - 1) / job.block;
-  parallel(std::min<int64_t>(team, blocks), 1, team, &work, &run);
+  std::atomic<int64_t> next{0};
+  // A worker takes blocks until there are no more, so that its scratch memory is made once.
+  share(std::min<int64_t>(team, blocks), 1, team, [&](int64_t, int64_t) {
+    const Memory<float> scratch = allocate<float>(size_t(job.block * guide_scratch(job)));
+    for (int64_t first; (first = next.fetch_add(job.block, std::memory_order_relaxed)) < job.count;)
+      run(job, scratch.get(), first, std::min(first + job.block, job.count));
+  });
 }
 
 Bind bind_guide([](py::module_& m) { m.def("guide_cpu", &guide_cpu); });

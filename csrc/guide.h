@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "cpu.h"
+
 namespace dreamreader {
 
 enum class GuideActivation { relu, gelu, silu };
@@ -54,16 +56,6 @@ struct GuideKernels {
   void (*run[3])(const GuideJob& job, float* scratch, int64_t first, int64_t last);
 };
 
-namespace portable {
-extern const GuideKernels guide;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const GuideKernels guide;
-}
-namespace avx512 {
-extern const GuideKernels guide;
-}
-#endif
+DR_KERNELS(GuideKernels, guide)
 
 }  // namespace dreamreader

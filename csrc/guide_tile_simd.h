@@ -2,7 +2,7 @@
 #pragma once
 
 #include "guide.h"
-#include "simd.h"
+#include "matmul_tile_simd.h"
 
 namespace dreamreader {
 namespace {
@@ -16,21 +16,13 @@ constexpr int64_t kDepth = 256;  // products summed before the sum is added to a
 template <bool kMinus>
 DR_INLINE void multiply_tile(const float* a, int64_t lda, const float* b, int64_t depth, float* c,
                              int64_t ldc) {
-  VF sums[kRows][2];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = VF{};
+  VF sums[kRows][2] = {};
   const float* three[kRows / 3];  // addresses of every third row: the others are within reach
 #pragma GCC unroll 4
   for (int r = 0; r < kRows / 3; ++r) three[r] = a + 3 * r * lda;
-  for (int64_t i = 0; i < depth; ++i, b += kPanel) {
-    const VF low = load_vector<VF>(b), high = load_vector<VF>(b + kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const float factor = three[r / 3][r % 3 * lda + i];
-      sums[r][0] += low * factor;
-      sums[r][1] += high * factor;
-    }
-  }
+  add_products(
+      sums, 0, depth, 1, [&](int64_t i, int r) { return three[r / 3][r % 3 * lda + i]; },
+      [&](int64_t i, int half) { return load_vector<VF>(b + i * kPanel + half * kLanes); });
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2

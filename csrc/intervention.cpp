@@ -2,20 +2,15 @@
 // instruction set and threads. At the foot its bindings, for CUDA too.
 #include <string_view>
 
-#include "bind.h"
-#include "cpu.h"
 #include "intervention_cpu.h"
-#include "scratch.h"
-#include "tensor_view.h"
-#include "threads.h"
+#include "low_rank_cpu.h"
+#include "op.h"
 #ifdef DREAMREADER_CUDA
 #include "cuda_device.h"
 #endif
 
 namespace dreamreader {
 namespace {
-
-namespace py = pybind11;
 
 Activation activation_of(const TensorView& x) {
   require(x.dims() == 3, "intervene: x must have three dimensions");
@@ -83,16 +78,6 @@ Source source_of(const TensorView& data, const TensorView& index, const Activati
           index.stride(0), index.stride(1)};
 }
 
-bool dense(const TensorView& t) {
-  int64_t stride = 1;
-  for (int i = t.dims() - 1; i >= 0; --i) {
-    if (t.size(i) == 0) return true;
-    if (t.size(i) > 1 && t.stride(i) != stride) return false;
-    stride *= t.size(i);
-  }
-  return true;
-}
-
 template <typename W>
 Program<W> program_of(std::string_view code, const Tables& t, const py::sequence& patches,
                       const Activation& x, DLDevice device) {
@@ -147,25 +132,6 @@ void check_pair(const TensorView& x, const TensorView& out, const Activation& in
       "intervene: the result has elements that share memory (an expanded tensor); clone it first");
 }
 
-const InterventionKernels& kernels() {
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) return avx512::intervention;
-  if (isa() == Isa::avx2) return avx2::intervention;
-#endif
-  return portable::intervention;
-}
-
-struct Call {
-  InterventionJob job;
-  InterventionEngine engine;
-  size_t scratch_bytes;
-};
-
-void run_piece(void* context, int64_t first, int64_t last) {
-  const Call& call = *static_cast<const Call*>(context);
-  call.engine.run(call.job, scratch(call.scratch_bytes), first, last);
-}
-
 // A piece of work is worth a thread from about 16 KiB of activation on. Few pieces, since each
 // begins with rows that were not prefetched, but enough of them that a slow thread holds up none.
 constexpr int64_t kPieceBytes = 128 << 10;
@@ -177,8 +143,14 @@ struct Division {
   int64_t tokens, scratch;
 };
 
+// x, sums, components and packed rows of the subspace engine.
+int64_t subspace_scratch(int64_t vectors, int64_t width) {
+  return kSubspaceBlock * (low_rank_pitch(width) + width / 2 + 4 * vectors + 128) + kLowRankSums * vectors;
+}
+
 template <typename W>
 Division divide(const Activation& in, const Activation& out, const Program<W>& p) {
+  const InterventionKernels& kernels = intervention_kernels();
   bool subspace = false, sums = false;
   for (int i = 0; i < p.count; ++i) {
     const Step& step = p.steps[i];
@@ -187,39 +159,60 @@ Division divide(const Activation& in, const Activation& out, const Program<W>& p
   }
   const bool single = in.width == 1;
   if (!subspace && (in.stride_channel == 1 || single) && (out.stride_channel == 1 || single))
-    return {kernels().rows, 1, in.width};
+    return {kernels.rows, 1, in.width};
   if (!sums && in.stride_token == 1 && out.stride_token == 1)
-    return {kernels().planes, kPlaneTokens, kPlaneTokens * p.count};
+    return {kernels.planes, kPlaneTokens, kPlaneTokens * p.count};
+  const Step& only = p.steps[0];
+  if (p.count == 1 && only.kind == kProject && only.mask < 0)
+    return {kernels.subspace, 1, subspace_scratch(only.count, only.end - only.begin)};
   const int64_t lanes = kLaneBytes / int64_t(sizeof(W));
-  return {kernels().columns, lanes, in.width * lanes};
+  return {kernels.columns, lanes, in.width * lanes};
+}
+
+// What the pieces of a call on the subspace engine share.
+template <typename W>
+Memory<char> prepare(InterventionJob& job, const Program<W>& p) {
+  const InterventionKernels& kernels = intervention_kernels();
+  const Step& step = p.steps[0];
+  constexpr int kDouble = sizeof(W) == 8;
+  const int64_t bytes = kernels.prepared_bytes[kDouble](step.count, step.end - step.begin);
+  Memory<char> memory = allocate<char>(size_t(bytes));
+  job.prepared = memory.get();
+  job.amx = isa() == Isa::amx && job.in.dtype == DType::bf16;
+  kernels.prepare[kDouble](job);
+  return memory;
 }
 
 template <typename W>
 void run_cpu(const Activation& in, const Activation& out, const Program<W>& p, int threads,
              int32_t* seen) {
   if (in.rows * in.tokens * in.width == 0) return;
-  Call call{{in, out, &p, in.width, 0, seen}, {}, 0};
+  InterventionJob job{in, out, &p, in.width, 0, nullptr, false, seen};
   for (int i = 0; i < p.count; ++i) {
-    call.job.begin = std::min<int64_t>(call.job.begin, p.steps[i].begin);
-    call.job.end = std::max<int64_t>(call.job.end, p.steps[i].end);
+    job.begin = std::min<int64_t>(job.begin, p.steps[i].begin);
+    job.end = std::max<int64_t>(job.end, p.steps[i].end);
   }
   if (p.count == 0) {
     if (in.data == out.data) return;
-    call.job.begin = 0;
+    job.begin = 0;
   }
   const Division division = divide(in, out, p);
+  Memory<char> prepared;
+  if (division.engines == intervention_kernels().subspace) prepared = prepare(job, p);
   const int64_t items = in.rows * ((in.tokens + division.tokens - 1) / division.tokens);
-  call.engine = division.engines[int(in.dtype)];
-  call.scratch_bytes = size_t(division.scratch) * sizeof(W);
+  const auto run = division.engines[int(in.dtype)].run;
+  const size_t scratch_bytes = size_t(division.scratch) * sizeof(W);
   const int64_t element = in.dtype == DType::f64 ? 8 : (in.dtype == DType::f32 ? 4 : 2);
   const int64_t bytes = in.width * std::min(division.tokens, in.tokens) * element;  // of one item
   const int64_t least = std::max<int64_t>(1, kPieceBytes / bytes);
   const int64_t grain = std::max(least, items / (int64_t{kPiecesPerThread} * threads));
   if (items <= least) {
-    run_piece(&call, 0, items);
+    run(job, scratch(scratch_bytes), 0, items);
   } else {
     py::gil_scoped_release release;
-    parallel(items, grain, threads, &run_piece, &call);
+    share(items, grain, threads, [&](int64_t first, int64_t last) {
+      run(job, scratch(scratch_bytes), first, last);
+    });
   }
 }
 
@@ -244,23 +237,27 @@ void intervene_quietly(py::handle x, py::handle out, std::string_view code, py::
   intervene_cpu(x, out, code, strength, vectors, limits, masks, patches, threads, nullptr);
 }
 
+// Where bits of Seen are added: seen[at], beside x.
+int32_t* place_of(const TensorView& seen, int64_t at, const TensorView& x) {
+  require(seen.dims() == 1 && seen.is(kDLInt, 32) && seen.device().type == x.device().type &&
+              seen.device().id == x.device().id && 0 <= at && at < seen.size(0),
+          "intervene: what was seen needs a place in an int32 vector on the device of x");
+  return reinterpret_cast<int32_t*>(seen.data()) + at * seen.stride(0);
+}
+
 // The same into memory of its own; adds bits of Seen to seen[at].
 void intervene_seen(py::handle x, py::handle out, std::string_view code, py::handle strength,
                     py::handle vectors, py::handle limits, py::handle masks,
                     const py::sequence& patches, int threads, py::handle seen, int64_t at) {
-  const TensorView found(seen);
-  require(found.dims() == 1 && found.is(kDLInt, 32) && found.device().type == kDLCPU && 0 <= at &&
-              at < found.size(0),
-          "intervene: what was seen needs a place in an int32 vector");
-  auto* place = reinterpret_cast<int32_t*>(found.data()) + at * found.stride(0);
-  intervene_cpu(x, out, code, strength, vectors, limits, masks, patches, threads, place);
+  intervene_cpu(x, out, code, strength, vectors, limits, masks, patches, threads,
+                place_of(TensorView(seen), at, TensorView(x)));
 }
 
 #ifdef DREAMREADER_CUDA
 
 void intervene_cuda(py::handle x, py::handle out, std::string_view code, py::handle strength,
                     py::handle vectors, py::handle limits, py::handle masks,
-                    const py::sequence& patches) {
+                    const py::sequence& patches, int32_t* seen) {
   const TensorView in(x), to(out);
   const Tables tables{TensorView(strength), TensorView(vectors), TensorView(limits),
                       TensorView(masks)};
@@ -271,7 +268,7 @@ void intervene_cuda(py::handle x, py::handle out, std::string_view code, py::han
   const OnDevice on(in.device().id);
   const auto stream = static_cast<cudaStream_t>(in.stream());
   const auto launch = [&](const auto& program) {
-    check_cuda(launch_intervention(from, result, program, stream), "intervene_cuda");
+    check_cuda(launch_intervention(from, result, program, stream, seen), "intervene_cuda");
   };
   if (from.dtype == DType::f64)
     launch(program_of<double>(code, tables, patches, from, in.device()));
@@ -285,7 +282,18 @@ Bind bind_intervention([](py::module_& m) {
   m.def("intervene_cpu", &intervene_quietly);
   m.def("intervene_seen_cpu", &intervene_seen);
 #ifdef DREAMREADER_CUDA
-  m.def("intervene_cuda", &intervene_cuda);
+  m.def("intervene_cuda", [](py::handle x, py::handle out, std::string_view code,
+                             py::handle strength, py::handle vectors, py::handle limits,
+                             py::handle masks, const py::sequence& patches) {
+    intervene_cuda(x, out, code, strength, vectors, limits, masks, patches, nullptr);
+  });
+  m.def("intervene_seen_cuda", [](py::handle x, py::handle out, std::string_view code,
+                                  py::handle strength, py::handle vectors, py::handle limits,
+                                  py::handle masks, const py::sequence& patches, py::handle seen,
+                                  int64_t at) {
+    intervene_cuda(x, out, code, strength, vectors, limits, masks, patches,
+                   place_of(TensorView(seen), at, TensorView(x)));
+  });
 #endif
 });
 

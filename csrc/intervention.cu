@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(kThreads)
     tile.load();
     tile.run();
   }
-  if (work || job.copy) tile.store();
+  const uint32_t seen = work || job.copy ? tile.store() : 0;
+  if (job.seen) tile.tell(seen);
 }
 
 // How a problem is cut into groups.
@@ -170,12 +171,13 @@ Activation simplest(Activation x) {
 }
 
 template <typename W>
-Job<W> job_of(const Activation& in, const Activation& out, const Program<W>& program) {
+Job<W> job_of(const Activation& in, const Activation& out, const Program<W>& program, int32_t* seen) {
   Job<W> job = {};
   job.in = simplest(in);
   job.out = simplest(out);
   job.program = program;
   job.copy = in.data != out.data;
+  job.seen = seen;
   for (int p = 0; p < program.count; ++p) {
     const int32_t kind = program.steps[p].kind;
     job.sums = job.sums || kind == kClampComponent || kind == kProject || kind == kRenorm;
@@ -191,8 +193,8 @@ bool nothing_to_do(const Job<W>& job) {
 }  // namespace
 
 cudaError_t launch_intervention(const Activation& in, const Activation& out, const Program<float>& program,
-                                cudaStream_t stream) {
-  const Job<float> job = job_of(in, out, program);
+                                cudaStream_t stream, int32_t* seen) {
+  const Job<float> job = job_of(in, out, program, seen);
   if (nothing_to_do(job)) return cudaSuccess;
   switch (in.dtype) {
     case DType::f16:
@@ -208,8 +210,8 @@ cudaError_t launch_intervention(const Activation& in, const Activation& out, con
 }
 
 cudaError_t launch_intervention(const Activation& in, const Activation& out, const Program<double>& program,
-                                cudaStream_t stream) {
-  const Job<double> job = job_of(in, out, program);
+                                cudaStream_t stream, int32_t* seen) {
+  const Job<double> job = job_of(in, out, program, seen);
   if (in.dtype != DType::f64) return cudaErrorInvalidValue;
   if (nothing_to_do(job)) return cudaSuccess;
   return launch_typed<double>(job, stream);

@@ -70,6 +70,13 @@ struct Program {
   Source sources[kMaxSources];
 };
 
+// What a program did, told by the pass that did it. Only of results in memory of their own.
+enum Seen : int32_t {
+  kChanged = 1,     // a value is another one
+  kOverflowed = 2,  // half precision: what was written has a value that is not finite
+  kNotFinite = 4,   // and what was read there had one already
+};
+
 template <typename W>
 DR_HD W strength_of(const Program<W>& p, int step, int64_t row, int64_t token) {
   return p.strength[step * p.strength_step + row * p.strength_row + token * p.strength_token];
@@ -134,11 +141,14 @@ namespace dreamreader {
 
 // Runs the program from in to out (in place when their data agree) on the stream of the current
 // device, asynchronously. Program<float> for f16, bf16 and f32 activations, Program<double> for
-// f64. Out of place, untouched rows and channels are copied.
+// f64. Out of place, untouched rows and channels are copied, and bits of Seen are added to *seen on the
+// device unless it is null.
 cudaError_t launch_intervention(const Activation& in, const Activation& out,
-                                const Program<float>& program, cudaStream_t stream);
+                                const Program<float>& program, cudaStream_t stream,
+                                int32_t* seen = nullptr);
 cudaError_t launch_intervention(const Activation& in, const Activation& out,
-                                const Program<double>& program, cudaStream_t stream);
+                                const Program<double>& program, cudaStream_t stream,
+                                int32_t* seen = nullptr);
 
 }  // namespace dreamreader
 #endif

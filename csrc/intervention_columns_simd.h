@@ -15,7 +15,7 @@ constexpr int kLanes = int(kLaneBytes / sizeof(W));
 
 // Vectors of a subspace that are worked on together: as many as the registers of AVX-512 hold.
 // Elsewhere fewer, but not one at a time, since y is rounded once per tile.
-constexpr int kTile = DR_VECTOR_BYTES == 64 ? 8 : 4;
+constexpr int kTogether = DR_VECTOR_BYTES == 64 ? 8 : 4;
 
 // Channels that are summed apart: one long sum of a lane would round once per channel.
 constexpr int64_t kSummed = 16;
@@ -146,7 +146,7 @@ struct Group {
       to[c * job.out.stride_channel] = from[c * job.in.stride_channel];
   }
 
-  // totals[k] = sum over the channels of a step of y v_k, for `count` vectors v_k (at most kTile)
+  // totals[k] = sum over the channels of a step of y v_k, for `count` vectors v_k (at most kTogether)
   // of `width` values.
   template <int count>
   void dots(const Step& step, const W* v, Column<W>* totals) const {
@@ -220,12 +220,12 @@ struct Group {
     const int64_t width = job.in.width;
     Column<W> c[kMaxSubspace];
     int k = 0;
-    for (; k + kTile <= step.count; k += kTile) dots<kTile>(step, v + k * width, c + k);
+    for (; k + kTogether <= step.count; k += kTogether) dots<kTogether>(step, v + k * width, c + k);
     for (; k < step.count; ++k) dots<1>(step, v + k * width, c + k);
     for (k = 0; k < step.count; ++k)
       for (int l = 0; l < kLanes<W>; ++l)
         c[k].set(l, component_removed(c[k].get(l), step.one_sided, s.get(l)));
-    for (k = 0; k + kTile <= step.count; k += kTile) remove<kTile>(step, s, v + k * width, c + k);
+    for (k = 0; k + kTogether <= step.count; k += kTogether) remove<kTogether>(step, s, v + k * width, c + k);
     for (; k < step.count; ++k) remove<1>(step, s, v + k * width, c + k);
   }
 

@@ -1,6 +1,7 @@
 // What the CPU kernel of the intervention program offers for each instruction set.
 #pragma once
 
+#include "cpu.h"
 #include "intervention.h"
 
 namespace dreamreader {
@@ -11,14 +12,9 @@ struct InterventionJob {
   Activation in, out;
   const void* program;
   int64_t begin, end;  // channels that any step touches
+  void* prepared;      // subspace engine: what its pieces share
+  bool amx;            // whether the processor has it and may use it
   int32_t* seen;       // where bits of Seen are added, from several threads; or null
-};
-
-// What a program did, told by the pass that did it. Only of results in memory of their own.
-enum Seen : int32_t {
-  kChanged = 1,      // a value is another one
-  kOverflowed = 2,   // half precision: what was written has a value that is not finite
-  kNotFinite = 4,    // and what was read there had one already
 };
 
 // Works on items first .. last - 1; scratch holds scratch_bytes(job).
@@ -31,24 +27,19 @@ constexpr int64_t kLaneBytes =
 
 constexpr int64_t kPlaneTokens = 512;  // one run of tokens of the plane engine
 
+constexpr int64_t kSubspaceBlock = 32;  // rows that the subspace engine works on together
+
 // rows: an item is one row; channels must be dense and no step may project out more than one
 // vector. columns: an item is one group of kLaneBytes / sizeof(W) tokens of one batch row; any
 // strides, any step. planes: an item is one run of tokens of one batch row; tokens must be dense,
-// and steps one of steer, scale, clamp and fill.
+// and steps one of steer, scale, clamp and fill. subspace: an item is one row; any strides, one
+// projection without a mask.
 struct InterventionKernels {
-  InterventionEngine rows[4], columns[4], planes[4];  // by DType
+  InterventionEngine rows[4], columns[4], planes[4], subspace[4];  // by DType
+  int64_t (*prepared_bytes[2])(int64_t vectors, int64_t width);    // f32, f64
+  void (*prepare[2])(const InterventionJob& job);
 };
 
-namespace portable {
-extern const InterventionKernels intervention;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const InterventionKernels intervention;
-}
-namespace avx512 {
-extern const InterventionKernels intervention;
-}
-#endif
+DR_KERNELS(InterventionKernels, intervention)
 
 }  // namespace dreamreader

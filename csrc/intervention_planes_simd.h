@@ -89,6 +89,23 @@ struct Run {
     }
   }
 
+  // Writes y where some step touches the token; the others keep their bits.
+  static void merge(const T* from, T* to, const Bits* mask, const Block<W>& y, int64_t n,
+                    Witness<T>& witness) {
+    Bits old[kBlock<W>] = {}, fresh[kBlock<W>];
+    __builtin_memcpy(old, from, std::size_t(n) * sizeof(T));
+    store(reinterpret_cast<T*>(fresh), y, kBlock<W>);
+    for (int64_t j = 0; j < kBlock<W>; ++j)
+      fresh[j] = Bits((fresh[j] & mask[j]) | (old[j] & Bits(~mask[j])));
+    __builtin_memcpy(to, fresh, std::size_t(n) * sizeof(T));
+    if (!witness.seen) return;
+    for (int64_t j = 0; j < kBlock<W>; ++j) {  // of the others nothing is told
+      old[j] &= mask[j];
+      fresh[j] &= mask[j];
+    }
+    witness.look(reinterpret_cast<T*>(old), reinterpret_cast<T*>(fresh), n);
+  }
+
   void channel(int64_t c, Witness<T>& witness) const {
     int steps[kMaxSteps];
     const int found = of_channel(c, steps);
@@ -113,16 +130,7 @@ struct Run {
         if (witness.seen) witness.look(from + d, to + d, n);
         continue;
       }
-      Bits old[kBlock<W>], fresh[kBlock<W>];  // what no step touches keeps its bits
-      __builtin_memcpy(old, from + d, std::size_t(n) * sizeof(T));
-      store(reinterpret_cast<T*>(fresh), y, kBlock<W>);
-      for (int64_t j = 0; j < n; ++j) {
-        const Bits mask = work[d + j];
-        fresh[j] = Bits((fresh[j] & mask) | (old[j] & Bits(~mask)));
-      }
-      __builtin_memcpy(to + d, fresh, std::size_t(n) * sizeof(T));
-      for (int64_t j = 0; witness.seen && j < n; ++j)
-        if (work[d + j]) witness.look(from + d + j, to + d + j, 1);
+      merge(from + d, to + d, work + d, y, n, witness);
     }
   }
 };

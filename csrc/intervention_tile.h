@@ -37,6 +37,7 @@ struct Job {
   uint32_t blocks;     // groups along the tokens
   uint32_t groups;     // rows * blocks
   int32_t group_bytes; // shared memory of one group
+  int32_t* seen;       // out of place: where bits of Seen are added, or null
 };
 
 template <typename W, typename T>
@@ -255,8 +256,32 @@ struct Tile {
     read(needed, [&](int j, int i, W value) { z(j, i) = value; });
   }
 
-  // Writes what the steps touched; out of place also copies the rest.
-  __device__ __forceinline__ void store() {
+  // Bits of Seen of one element; the difference of two infinities is NaN.
+  __device__ __forceinline__ static uint32_t seen_of(T before, T after) {
+    const W was = widen<W>(before), is = widen<W>(after);
+    uint32_t bits = was != is ? kChanged : 0;
+    if constexpr (sizeof(T) == 2) {
+      bits |= is - is != W(0) ? kOverflowed : 0;
+      bits |= was - was != W(0) ? kNotFinite : 0;
+    }
+    return bits;
+  }
+
+  // Adds the bits of all threads; every thread of a warp must call it.
+  __device__ __forceinline__ void tell(uint32_t bits) const {
+    uint32_t all = 0;
+#pragma unroll
+    for (uint32_t bit = kChanged; bit <= kNotFinite; bit *= 2) {
+      all |= __any_sync(kAllLanes, (bits & bit) != 0) ? bit : 0;
+    }
+    // Most warps find what another has told already.
+    const int32_t known = *static_cast<const volatile int32_t*>(job.seen);
+    if (lane % kWarp == 0 && (all & ~uint32_t(known)) != 0) atomicOr(job.seen, int32_t(all));
+  }
+
+  // Writes what the steps touched; out of place also copies the rest. Returns bits of Seen.
+  __device__ __forceinline__ uint32_t store() {
+    uint32_t seen = 0;
     constexpr uint32_t kAll = (1u << kRun) - 1;
 #pragma unroll
     for (int j = 0; j < kTokens; j += kTokenRun) {
@@ -271,10 +296,13 @@ struct Tile {
         }
         const bool fill = job.copy && exists(j) && (inside >> i & 1u);  // runs exist as a whole
         Pack<T, kRun> pack = {};
-        if (fill && written != kAll) pack.load(from);
+        if (fill && (written != kAll || job.seen)) pack.load(from);
 #pragma unroll
         for (int k = 0; k < kRun; ++k) {
-          if (written >> k & 1u) pack.values[k] = narrow<T>(z(j + k / kChannelRun, i + k % kChannelRun));
+          if (!(written >> k & 1u)) continue;
+          const T after = narrow<T>(z(j + k / kChannelRun, i + k % kChannelRun));
+          if (job.seen) seen |= seen_of(pack.values[k], after);
+          pack.values[k] = after;
         }
         if (written == kAll || fill) {
           pack.store(to);
@@ -289,6 +317,7 @@ struct Tile {
         to += hop * job.out.stride_channel;
       }
     }
+    return seen;
   }
 
   // Sums values over the channels of the group, for each token; leaves them in `values` and in `into`

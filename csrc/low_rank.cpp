@@ -8,41 +8,17 @@
 #include <utility>
 #include <vector>
 
-#include "bind.h"
-#include "cpu.h"
 #include "low_rank_cpu.h"
-#include "scratch.h"
-#include "tensor_view.h"
-#include "threads.h"
+#include "op.h"
 
 namespace dreamreader {
 namespace {
-
-namespace py = pybind11;
 
 constexpr int64_t kBlockBytes = 256 << 10;   // of the rows of one tensor that are worked on together
 constexpr int64_t kPieceBytes = 256 << 10;   // of a piece of the forward pass, at least
 constexpr int64_t kPieceRows = 128;          // of a piece that has sums of its own, at least
 constexpr int64_t kPieces = 64;              // with sums of their own, about, at most
 constexpr int64_t kSumBytes = 64 << 20;      // of all these sums, about, at most
-
-const LowRankKernels& kernels() {
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) return avx512::low_rank;
-  if (isa() == Isa::avx2) return avx2::low_rank;
-#endif
-  return portable::low_rank;
-}
-
-bool dense(const TensorView& t) {
-  int64_t stride = 1;
-  for (int i = t.dims() - 1; i >= 0; --i) {
-    if (t.size(i) == 0) return true;
-    if (t.size(i) > 1 && t.stride(i) != stride) return false;
-    stride *= t.size(i);
-  }
-  return true;
-}
 
 LowRankRows rows_of(const TensorView& x) {
   return {x.data(), float_type(x, "low_rank"), x.stride(0), x.stride(1),
@@ -141,7 +117,6 @@ void expect_writes(const TensorView& out) {
 struct Call {
   LowRankJob job;
   void (*run)(const LowRankJob&, void*, int64_t, int64_t);
-  size_t scratch_bytes;
 };
 
 template <typename W>
@@ -152,14 +127,10 @@ void run(Call& call, const LowRank<W>& p, const std::vector<int64_t>& order,
   call.job.program = &p;
   call.job.order = order.data();
   call.job.pieces = pieces.data();
-  call.scratch_bytes = size_t(low_rank_scratch(call.job.block, p.width, p.rank)) * sizeof(W);
-  parallel(
-      int64_t(pieces.size()), 1, threads,
-      [](void* context, int64_t first, int64_t last) {
-        const Call& call = *static_cast<const Call*>(context);
-        call.run(call.job, scratch(call.scratch_bytes), first, last);
-      },
-      &call);
+  const size_t bytes = size_t(low_rank_scratch(call.job.block, p.width, p.rank)) * sizeof(W);
+  share(int64_t(pieces.size()), 1, threads, [&](int64_t first, int64_t last) {
+    call.run(call.job, scratch(bytes), first, last);
+  });
 }
 
 template <typename W>
@@ -173,7 +144,7 @@ void forward(const TensorView& x, const TensorView& out, const Tables& tables, i
   Call call{};
   call.job.x = rows_of(x);
   call.job.out = rows_of(out);
-  call.run = kernels().forward[int(call.job.x.dtype)];
+  call.run = low_rank_kernels().forward[int(call.job.x.dtype)];
   py::gil_scoped_release release;
   run(call, p, order, pieces, 1, threads);
 }
@@ -243,12 +214,11 @@ struct Adding {
     }
   }
 
-  static void run(void* context, int64_t first, int64_t last) {
-    const Adding& adding = *static_cast<const Adding*>(context);
-    const int64_t width = adding.p.width;
-    adding.add(&LowRankPiece::d_down, first * width, last * width);
-    adding.add(&LowRankPiece::d_up, first * width, last * width);
-    adding.add(&LowRankPiece::d_bias, first, last);
+  void operator()(int64_t first, int64_t last) const {
+    const int64_t width = p.width;
+    add(&LowRankPiece::d_down, first * width, last * width);
+    add(&LowRankPiece::d_up, first * width, last * width);
+    add(&LowRankPiece::d_bias, first, last);
   }
 };
 
@@ -276,13 +246,12 @@ void backward(Call& call, const TensorView& x, const Tables& tables, const Sums<
   std::vector<LowRankPiece> pieces = pieces_of(p, order, rows);
   std::unique_ptr<W[]> rest;
   place_sums(p, to, pieces, rest);
-  call.run = kernels().backward[int(call.job.x.dtype)];
+  call.run = low_rank_kernels().backward[int(call.job.x.dtype)];
   py::gil_scoped_release release;
   clear_unused(p, to, pieces);
   if (pieces.empty()) return;
   run(call, p, order, pieces, 2, threads);
-  Adding<W> adding{p, pieces};
-  if (pieces.size() > 1) parallel(p.rank, 1, threads, &Adding<W>::run, &adding);
+  if (pieces.size() > 1) share(p.rank, 1, threads, Adding<W>{p, pieces});
 }
 
 // A gradient of a table, null where it is empty because nobody asked for it.

@@ -43,7 +43,7 @@ __device__ __forceinline__ float* coefficients_of(char* shared, const Cut& cut) 
 }
 
 template <typename T, int kRows, bool kWide>
-__device__ __forceinline__ Tile<T, kRows, kWide> tile_of(const Job& job, char* shared) {
+__device__ __forceinline__ LowRankTile<T, kRows, kWide> tile_of(const Job& job, char* shared) {
   TileRows& rows = *reinterpret_cast<TileRows*>(shared);
   return {job.p, job.cut, rows, shared + round_up(int64_t{sizeof(TileRows)}, 16)};
 }

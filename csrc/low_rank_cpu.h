@@ -2,6 +2,7 @@
 // divided.
 #pragma once
 
+#include "cpu.h"
 #include "low_rank.h"
 
 namespace dreamreader {
@@ -33,10 +34,12 @@ DR_HD int64_t low_rank_pitch(int64_t width) {
   return (width + kLowRankTile - 1) / kLowRankTile * kLowRankTile;
 }
 
+constexpr int64_t kLowRankSums = 128;  // lanes of eight rows
+
 // Values of scratch: two blocks of rows, the tables and their sums, three blocks of ranks, and the
-// sums of four rows in lanes.
+// sums of eight rows in lanes.
 DR_HD int64_t low_rank_scratch(int64_t block, int64_t width, int64_t rank) {
-  return (2 * block + 4 * rank) * low_rank_pitch(width) + 64 * rank + 3 * block * rank;
+  return (2 * block + 4 * rank) * low_rank_pitch(width) + kLowRankSums * rank + 3 * block * rank;
 }
 
 // Work on pieces first .. last - 1; by DType.
@@ -45,16 +48,6 @@ struct LowRankKernels {
   void (*backward[4])(const LowRankJob& job, void* scratch, int64_t first, int64_t last);
 };
 
-namespace portable {
-extern const LowRankKernels low_rank;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const LowRankKernels low_rank;
-}
-namespace avx512 {
-extern const LowRankKernels low_rank;
-}
-#endif
+DR_KERNELS(LowRankKernels, low_rank)
 
 }  // namespace dreamreader

@@ -4,24 +4,12 @@
 
 #include <string>
 
-#include "bind.h"
+#include "op.h"
+
 #include "cuda_device.h"
-#include "tensor_view.h"
 
 namespace dreamreader {
 namespace {
-
-namespace py = pybind11;
-
-bool dense(const TensorView& t) {
-  int64_t stride = 1;
-  for (int i = t.dims() - 1; i >= 0; --i) {
-    if (t.size(i) == 0) return true;
-    if (t.size(i) > 1 && t.stride(i) != stride) return false;
-    stride *= t.size(i);
-  }
-  return true;
-}
 
 void require_there(const TensorView& t, DLDevice device) {
   require(t.device().type == kDLCUDA && t.device().id == device.id,

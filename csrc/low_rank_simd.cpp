@@ -35,7 +35,7 @@ struct Worker {
     d_down = panel(p.rank);
     d_up = panel(p.rank);
     sums = next;
-    z = sums + 64 * p.rank;
+    z = sums + kLowRankSums * p.rank;
     a = z + job.block * p.rank;
     heard = a + job.block * p.rank;
     bias = p.bias + piece.adapter * p.rank;

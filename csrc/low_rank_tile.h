@@ -120,7 +120,7 @@ struct TileRows {
 };
 
 template <typename T, int kRows, bool kWide>
-struct Tile {
+struct LowRankTile {
   static constexpr int kGroup = kRows < 8 ? kRows : 8;    // rows of `project`
   static constexpr int kSpread = kRows < 16 ? kRows : 16;  // rows of `spread`
   static constexpr int kRun = 16 / int(sizeof(T));
@@ -131,7 +131,7 @@ struct Tile {
   T* tile;  // [rows][pitch], 0 beyond the width as far as the last quad goes
   int thread, lane, warp, width, rank;
 
-  __device__ __forceinline__ Tile(const LowRank<float>& p, const Cut& cut, TileRows& rows, char* tile)
+  __device__ __forceinline__ LowRankTile(const LowRank<float>& p, const Cut& cut, TileRows& rows, char* tile)
       : p(p), cut(cut), rows(rows), tile(reinterpret_cast<T*>(tile)), thread(int(threadIdx.x)),
         lane(thread % kWarp), warp(thread / kWarp), width(int(p.width)), rank(int(p.rank)) {}
 

@@ -7,13 +7,12 @@
 #pragma once
 
 #include "low_rank_cpu.h"
-#include "simd.h"
+#include "matmul_tile_simd.h"
 
 namespace dreamreader {
 namespace {
 
 // Accumulators fill about half of the registers: 4 x 4 vectors of AVX-512, else 4 x 2.
-constexpr int kTileRows = 4;
 constexpr int kTileVectors = DR_VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int64_t kTile = kLowRankTile;
 constexpr int64_t kDotsTiles = 4;  // tiles of a row that are read for all ranks at once
@@ -74,57 +73,53 @@ struct Panel {
   W* at(int64_t row, int64_t d) const { return data + d * rows + row * kTile; }  // d: of a tile
 };
 
-// sums[i][k] += lanes of <row i, table k>, channels from .. to - 1, for kRanks tables from the
+// Rows and tables whose products stay in registers: a table is read once for all these rows, since
+// it comes from the second cache.
+constexpr int kDotRows = DR_VECTOR_BYTES == 64 ? 8 : 4;
+constexpr int kDotTables = 2;
+
+// sums[i][k] += lanes of <row i, table k>, channels from .. to - 1, for kTables tables from the
 // first on.
-template <typename W, int kRanks>
-DR_INLINE void dots_tile(const Panel<W>& x, const int64_t (&rows)[kTileRows],
+template <typename W, int kTables>
+DR_INLINE void dots_tile(const Panel<W>& x, const int64_t (&rows)[kDotRows],
                          const Panel<W>& tables, int64_t first, int64_t width, int64_t from,
                          int64_t to, W* sums, int64_t rank) {
-  using V = VectorOf<W>;
-  V acc[kTileRows][kRanks] = {};
+  VectorOf<W> acc[kTables][kDotRows] = {};
   for (int64_t d = from; d < to; d += kTile) {
-    const W* row[kTileRows];
-#pragma GCC unroll 4
-    for (int i = 0; i < kTileRows; ++i) row[i] = x.at(rows[i], d);
+    const W* row[kDotRows];
+#pragma GCC unroll 8
+    for (int i = 0; i < kDotRows; ++i) row[i] = x.at(rows[i], d);
     const W* table = tables.at(first, d);
-    const int64_t n = tile_width<W>(width, d);
-    for (int64_t c = 0; c < n; c += kWidth<W>) {
-      V value[kTileRows];
-#pragma GCC unroll 4
-      for (int i = 0; i < kTileRows; ++i) value[i] = load_lanes(row[i] + c);
-#pragma GCC unroll 4
-      for (int k = 0; k < kRanks; ++k) {
-        const V a = load_lanes(table + k * kTile + c);
-#pragma GCC unroll 4
-        for (int i = 0; i < kTileRows; ++i) acc[i][k] += value[i] * a;
-      }
-    }
+    add_products(
+        acc, 0, tile_width<W>(width, d), kWidth<W>,
+        [&](int64_t c, int k) { return load_lanes(table + k * kTile + c); },
+        [&](int64_t c, int i) { return load_lanes(row[i] + c); });
   }
+#pragma GCC unroll 8
+  for (int i = 0; i < kDotRows; ++i)
 #pragma GCC unroll 4
-  for (int i = 0; i < kTileRows; ++i)
-#pragma GCC unroll 4
-    for (int k = 0; k < kRanks; ++k) {
+    for (int k = 0; k < kTables; ++k) {
       W* sum = sums + (i * rank + first + k) * kWidth<W>;
-      store_lanes(sum, load_lanes(sum) + acc[i][k]);
+      store_lanes(sum, load_lanes(sum) + acc[k][i]);
     }
 }
 
-// z[i, k] = <row i, table k> for `count` rows and all tables. Rows are taken by fours; those beyond
-// the last repeat it. sums: kTileRows * rank vectors.
+// z[i, k] = <row i, table k> for `count` rows and all tables. Rows are taken kDotRows at a time;
+// those beyond the last repeat it. sums: kDotRows * rank vectors.
 template <typename W>
 static void dots(const Panel<W>& x, int64_t count, const Panel<W>& tables, int64_t width, W* sums,
                  W* z) {
   const int64_t rank = tables.rows;
-  for (int64_t first = 0; first < count; first += kTileRows) {
-    const int64_t left = count - first < kTileRows ? count - first : int64_t(kTileRows);
-    int64_t rows[kTileRows];
-    for (int i = 0; i < kTileRows; ++i) rows[i] = first + (i < left ? i : left - 1);
-    __builtin_memset(sums, 0, std::size_t(kTileRows * rank) * DR_VECTOR_BYTES);
+  for (int64_t first = 0; first < count; first += kDotRows) {
+    const int64_t left = count - first < kDotRows ? count - first : int64_t(kDotRows);
+    int64_t rows[kDotRows];
+    for (int i = 0; i < kDotRows; ++i) rows[i] = first + (i < left ? i : left - 1);
+    __builtin_memset(sums, 0, std::size_t(kDotRows * rank) * DR_VECTOR_BYTES);
     for (int64_t from = 0; from < width; from += kDotsTiles * kTile) {
       const int64_t end = from + kDotsTiles * kTile, to = width < end ? width : end;
       int64_t k = 0;
-      for (; k + kTileVectors <= rank; k += kTileVectors)
-        dots_tile<W, kTileVectors>(x, rows, tables, k, width, from, to, sums, rank);
+      for (; k + kDotTables <= rank; k += kDotTables)
+        dots_tile<W, kDotTables>(x, rows, tables, k, width, from, to, sums, rank);
       for (; k < rank; ++k) dots_tile<W, 1>(x, rows, tables, k, width, from, to, sums, rank);
     }
     lane_sums(sums, left * rank, z + first * rank);
@@ -209,30 +204,20 @@ DR_INLINE void mix_tile(const W* coef, int64_t row_step, int64_t k_step, int64_t
                         const Into& into, int64_t row, int64_t dense, int64_t n) {
   using V = VectorOf<W>;
   constexpr int64_t kStep = kTileVectors * kWidth<W>;
+  const auto coefficient = [&](int64_t k, int i) { return coef[i * row_step + k * k_step]; };
   int64_t c = 0;
   for (; c + kStep <= dense; c += kStep) {
     V acc[kRows][kTileVectors] = {};
-    for (int64_t k = 0; k < count; ++k) {
-      V value[kTileVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v) value[v] = load_lanes(b + k * kTile + c + v * kWidth<W>);
-#pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) {
-        const V factor = coef[i * row_step + k * k_step] - V{};
-#pragma GCC unroll 4
-        for (int v = 0; v < kTileVectors; ++v) acc[i][v] += factor * value[v];
-      }
-    }
+    add_products(acc, 0, count, 1, coefficient, [&](int64_t k, int v) {
+      return load_lanes(b + k * kTile + c + v * kWidth<W>);
+    });
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) into.put(row + i, c, acc[i]);
   }
   for (; c < n; c += kWidth<W>) {
     V acc[kRows][1] = {};
-    for (int64_t k = 0; k < count; ++k) {
-      const V value = load_lanes(b + k * kTile + c);
-#pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) acc[i][0] += coef[i * row_step + k * k_step] * value;
-    }
+    add_products(acc, 0, count, 1, coefficient,
+                 [&](int64_t k, int) { return load_lanes(b + k * kTile + c); });
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) into.put(row + i, c, acc[i]);
   }

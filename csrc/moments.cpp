@@ -4,27 +4,14 @@
 
 #include <algorithm>
 #include <memory>
-#include <utility>
 
-#include "bind.h"
-#include "cpu.h"
-#include "tensor_view.h"
-#include "threads.h"
+#include "op.h"
+
 
 namespace dreamreader {
 namespace {
 
-namespace py = pybind11;
-
 int element_of(const TensorView& x) { return int(float_type(x, "moments")); }
-
-const MomentsKernels& kernels() {
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) return avx512::moments;
-  if (isa() == Isa::avx2) return avx2::moments;
-#endif
-  return portable::moments;
-}
 
 // Depends on the shape alone. A piece of less than 64 blocks is not worth its own sums.
 void divide(MomentsJob& job) {
@@ -65,24 +52,16 @@ void run_cpu(MomentsJob job, int element, int64_t* seen, int threads) {
       job.square = squares.get();
     }
   }
-  using Call = std::pair<const MomentsJob*, int>;
-  Call call{&job, element};
-  parallel(
-      job.pieces * job.tiles, 1, threads,
-      [](void* context, int64_t first, int64_t last) {
-        const Call& call = *static_cast<const Call*>(context);
-        kernels().run[call.second](*call.first, first, last);
-      },
-      &call);
+  const auto run = moments_kernels().run[element];
+  share(job.pieces * job.tiles, 1, threads,
+        [&](int64_t first, int64_t last) { run(job, first, last); });
   if (job.pieces == 1) return;
   add_up(totals.get(), job.pieces, total, size);
   if (square) add_up(squares.get(), job.pieces, square, size);
 }
 
 bool dense_doubles(const TensorView& t, int64_t features) {
-  return t.dims() == 2 && t.size(1) == features && t.is(kDLFloat, 64) &&
-         (t.size(0) <= 1 || features == 0 || t.stride(0) == features) &&
-         (features <= 1 || t.stride(1) == 1);
+  return t.dims() == 2 && t.size(1) == features && t.is(kDLFloat, 64) && dense(t);
 }
 
 void moments_cpu(py::handle x, py::handle labels, py::handle shift, py::handle seen,

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cpu.h"
+
 namespace dreamreader {
 
 struct MomentsJob {
@@ -32,16 +34,6 @@ struct MomentsKernels {
   void (*run[4])(const MomentsJob& job, int64_t first, int64_t last);
 };
 
-namespace portable {
-extern const MomentsKernels moments;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const MomentsKernels moments;
-}
-namespace avx512 {
-extern const MomentsKernels moments;
-}
-#endif
+DR_KERNELS(MomentsKernels, moments)
 
 }  // namespace dreamreader

@@ -2,11 +2,8 @@
 // the bindings, for CUDA too.
 #include <algorithm>
 
-#include "bind.h"
-#include "cpu.h"
+#include "op.h"
 #include "pack_cpu.h"
-#include "tensor_view.h"
-#include "threads.h"
 #ifdef DREAMREADER_CUDA
 #include "cuda_device.h"
 #include "pack_cuda.h"
@@ -17,14 +14,6 @@ namespace dreamreader {
 constexpr int64_t kPackPiece = 64 << 10;   // elements of one piece of work, about
 constexpr int64_t kPackSerial = 64 << 10;  // elements below which no other thread is woken
 
-static const PackKernels& kernels() {
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) return avx512::pack;
-  if (isa() == Isa::avx2) return avx2::pack;
-#endif
-  return portable::pack;
-}
-
 void pack_cpu(const PackJob& job, int threads) {
   if (job.rows <= 0) return;
   const int64_t places = job.groups ? job.groups[job.rows] - job.groups[0] : job.rows;
@@ -32,25 +21,17 @@ void pack_cpu(const PackJob& job, int threads) {
   const int64_t rows = kPackPiece * job.rows / std::max<int64_t>(elements, 1);
   const int64_t grain = job.x_stride[2] == 1 ? std::max<int64_t>(rows, 1)
                                              : std::max(rows / kPackTile, int64_t{1}) * kPackTile;
-  parallel(
-      job.rows, grain, elements < kPackSerial ? 1 : threads,
-      [](void* context, int64_t first, int64_t last) {
-        const PackJob& job = *static_cast<const PackJob*>(context);
-        kernels().run[int(job.source)](job, first, last);
-      },
-      const_cast<PackJob*>(&job));
+  const auto run = pack_kernels().run[int(job.source)];
+  share(job.rows, grain, elements < kPackSerial ? 1 : threads,
+        [&](int64_t first, int64_t last) { run(job, first, last); });
 }
 
 namespace {
 
-namespace py = pybind11;
-
 // Whether a tensor of this element type, [rows] or [rows, width], lies in memory without gaps.
 bool dense(const TensorView& t, uint8_t code, int bits, int64_t rows, int64_t width) {
-  if (!t.is(code, bits) || t.dims() != (width < 0 ? 1 : 2) || t.size(0) != rows) return false;
-  if (width < 0) return rows <= 1 || t.stride(0) == 1;
-  return t.size(1) == width && (width <= 1 || rows == 0 || t.stride(1) == 1) &&
-         (rows <= 1 || width == 0 || t.stride(0) == width);
+  return t.is(code, bits) && t.dims() == (width < 0 ? 1 : 2) && t.size(0) == rows &&
+         (width < 0 || t.size(1) == width) && dense(t);
 }
 
 void strides_of(const TensorView& x, int64_t* strides) {

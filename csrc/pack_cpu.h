@@ -1,6 +1,7 @@
 // CPU kernels of the packing, one set per instruction set.
 #pragma once
 
+#include "cpu.h"
 #include "pack.h"
 
 namespace dreamreader {
@@ -12,16 +13,6 @@ struct PackKernels {
   void (*run[4])(const PackJob& job, int64_t first, int64_t last);
 };
 
-namespace portable {
-extern const PackKernels pack;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const PackKernels pack;
-}
-namespace avx512 {
-extern const PackKernels pack;
-}
-#endif
+DR_KERNELS(PackKernels, pack)
 
 }  // namespace dreamreader

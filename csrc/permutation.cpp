@@ -1,17 +1,14 @@
 // Where many indices go under a permutation.
 #include "permutation.h"
 
-#include "bind.h"
-#include "tensor_view.h"
+#include "op.h"
+
 
 namespace dreamreader {
 namespace {
 
-namespace py = pybind11;
-
 bool dense_int64(const TensorView& t) {
-  return t.dims() == 1 && t.is(kDLInt, 64) && t.device().type == kDLCPU &&
-         (t.size(0) <= 1 || t.stride(0) == 1);
+  return t.dims() == 1 && t.is(kDLInt, 64) && t.device().type == kDLCPU && dense(t);
 }
 
 void permuted_cpu(py::handle indices, py::handle out, int64_t n, uint64_t seed) {

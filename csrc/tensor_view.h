@@ -100,6 +100,17 @@ class TensorView {
   DLTensor tensor_{};
 };
 
+// Whether the elements lie in memory one after the other.
+inline bool dense(const TensorView& t) {
+  int64_t stride = 1;
+  for (int i = t.dims() - 1; i >= 0; --i) {
+    if (t.size(i) == 0) return true;
+    if (t.size(i) > 1 && t.stride(i) != stride) return false;
+    stride *= t.size(i);
+  }
+  return true;
+}
+
 // The element type of numbers that kernels compute with; `where` names the operator in the error.
 inline DType float_type(const TensorView& x, const char* where) {
   if (x.is(kDLFloat, 32)) return DType::f32;

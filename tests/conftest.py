@@ -33,7 +33,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_alloc, "empty_like", lambda x: fill(empty_like(x)))
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The native kernels of one instruction set, for as long as the test runs."""
     module = native()[0]

@@ -28,6 +28,9 @@ _RENORM = tl.constexpr(KINDS.index("renorm"))
 
 _REDUCING = ("clamp_component", "project", "renorm")
 
+# As in dreamreader/ops/intervention.py.
+_CHANGED, _OVERFLOWED, _NOT_FINITE = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
+
 # Fields of one entry of STEPS, in the order of `Step`.
 _KIND = tl.constexpr(0)
 _ONE_SIDED = tl.constexpr(1)
@@ -94,6 +97,19 @@ def _ratio(before, now):
 
 
 @triton.jit
+def _seen(before, after, touched, HALF: tl.constexpr):
+    """Bits of what was done to the touched values, as `intervene_seen` gives them."""
+    changed = touched & (before != after)
+    bits = tl.max(tl.max(changed.to(tl.int32), axis=1), axis=0) * _CHANGED
+    if HALF:
+        overflowed = touched & (after - after != 0)
+        not_finite = touched & (before - before != 0)
+        bits += tl.max(tl.max(overflowed.to(tl.int32), axis=1), axis=0) * _OVERFLOWED
+        bits += tl.max(tl.max(not_finite.to(tl.int32), axis=1), axis=0) * _NOT_FINITE
+    return bits
+
+
+@triton.jit(do_not_specialize=["at"])
 def _intervention_kernel(
     x_ptr,  # [B, T, D]
     out_ptr,  # [B, T, D], may be x
@@ -112,8 +128,11 @@ def _intervention_kernel(
     source_sizes,  # (entries, entry stride, channel stride) of each source
     index_strides,  # (row, token) of each index
     ranges,  # (begin, end) of each step
+    seen_ptr,  # int32
+    at,
     STEPS: tl.constexpr,
     COPY: tl.constexpr,
+    SEEN: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -216,7 +235,14 @@ def _intervention_kernel(
             ratio = _ratio(before, _norm(tl.where(chosen, z, 0.0)))
             z = tl.where(on, z * tl.where(s == 1, ratio, 1 + s * (ratio - 1)), z)
 
-    tl.store(target_tile, z.to(out_ptr.dtype.element_ty), mask=touched)
+    y = z.to(out_ptr.dtype.element_ty)
+    if SEEN:
+        before = tl.load(tile, mask=touched, other=0.0)
+        half: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth == 16
+        bits = _seen(before.to(work), y.to(work), touched, half)
+        if bits != 0:
+            tl.atomic_or(seen_ptr + at, bits)
+    tl.store(target_tile, y, mask=touched)
     if COPY:
         rest = inside & ~touched
         tl.store(target_tile, tl.load(tile, mask=rest, other=0.0), mask=rest)
@@ -294,12 +320,16 @@ def intervention(
     limits: Tensor,
     masks: Tensor,
     patches: Sequence[Tensor],
+    seen: Tensor | None = None,
+    at: int = 0,
 ) -> None:
     """Applies a packed program to x [B, T, D] and writes out [B, T, D], which may be x itself.
 
     Args:
         x, out: any strides.
         code, strength, vectors, limits, masks, patches: see `dreamreader.ops.intervene_reference`.
+        seen, at: int32, and where in it to add what `dreamreader.ops.intervention.intervene_seen`
+            tells; only where `out` is other memory than x.
 
     Raises:
         InvalidInput: a table is not contiguous.
@@ -333,8 +363,11 @@ def intervention(
         tuple((len(each), *each.stride()) for each in sources),
         tuple(each.stride() for each in indices),
         ranges,
+        masks if seen is None else seen,
+        at,
         STEPS=shapes,
         COPY=out is not x,
+        SEEN=seen is not None,
         BLOCK_T=chosen.block_t,
         BLOCK_D=chosen.block_d,
         num_warps=chosen.warps,

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu.h"
+
 namespace dreamreader {
 
 // Bytes of each row: those of row r begin at data + r stride.
@@ -16,17 +18,7 @@ struct Crc32cKernel {
   void (*run)(const RowBytes* parts, int count, int64_t rows, uint32_t* out);
 };
 
-namespace portable {
-extern const Crc32cKernel crc32c;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const Crc32cKernel crc32c;
-}
-namespace avx512 {
-extern const Crc32cKernel crc32c;
-}
-#endif
+DR_KERNELS(Crc32cKernel, crc32c)
 
 void crc32c_rows(const RowBytes* parts, int count, int64_t rows, uint32_t* out);
 

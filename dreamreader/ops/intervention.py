@@ -117,7 +117,8 @@ def intervene_seen(
     """Applies a program and tells, from the same pass over memory, what it did to the values.
 
     To `seen[at]` are added CHANGED where a value is another one and, in half precision, OVERFLOWED
-    where the touched rows got a value that is not finite, NOT_FINITE where they had one before.
+    where the touched rows got a value that is not finite, NOT_FINITE where they had one before
+    (on a GPU also where the edit has removed it).
 
     Args:
         x: activation [rows, tokens, width] of any strides.
@@ -287,15 +288,16 @@ def _cpu_seen(x: Tensor, number: int, seen: Tensor, at: int, compare: bool = Tru
 
 
 def _cuda_seen(x: Tensor, number: int, seen: Tensor, at: int, compare: bool = True) -> Tensor:
-    y = _cuda(x, *live(number).tables(x.dtype))
-    look(x, y, seen, at, compare)
-    return y
+    out = _alloc.empty_like(x)
+    _native.intervene_seen_cuda(x, out, *live(number).tables(x.dtype), seen, at)
+    return out
 
 
 def _triton_seen(x: Tensor, number: int, seen: Tensor, at: int, compare: bool = True) -> Tensor:
-    y = _triton(x, *live(number).tables(x.dtype))
-    look(x, y, seen, at, compare)
-    return y
+    out = _alloc.empty_like(x)
+    tables = live(number).tables(x.dtype)
+    import_module(_TRITON).intervention(x, out, *tables, seen=seen, at=at)
+    return out
 
 
 def _triton(x: Tensor, *tables) -> Tensor:
@@ -391,7 +393,7 @@ _intervene_seen = register(
     reference=_reference_seen,
     fake=_fake_seen,
     cpu=Kernel("intervene_seen_cpu", _cpu_seen),
-    cuda=Kernel("intervene_cuda", _cuda_seen),
+    cuda=Kernel("intervene_seen_cuda", _cuda_seen),
     triton=Kernel(_TRITON, _triton_seen),
 )
 _direct = active["intervene_seen"]["CPU"].backend == "native"

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from dreamreader.ops.intervention import CHANGED, NOT_FINITE, OVERFLOWED
+
 # In float64 nothing more exact is at hand; sums in another order differ by some ulps.
 DOUBLE_ULPS = 64
 
@@ -35,6 +37,15 @@ def assert_close(got: Tensor, same: Tensor, exact: Tensor, ulps: int = 1) -> Non
         ulps = DOUBLE_ULPS if got.dtype == torch.float64 else ulps
         bound = 2 * allowed.max().item() + ulps * ulp(largest, got.dtype)
         assert error.max().item() <= bound, f"error {error.max().item():.3g} above {bound:.3g}"
+
+
+def assert_seen(x: Tensor, y: Tensor, touched: Tensor, bits: int) -> None:
+    """That `bits` say of the touched rows what the results themselves say."""
+    assert bool(bits & CHANGED) == bool((x != y)[touched].any())
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    assert bool(bits & OVERFLOWED) == (half and not y[touched].isfinite().all())
+    if half and x[touched].isfinite().all():
+        assert not bits & NOT_FINITE
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

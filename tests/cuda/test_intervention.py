@@ -8,6 +8,7 @@ import torch
 
 from dreamreader.ops import Instruction, Program, intervene_reference
 from dreamreader.ops._types import FLOATS
+from tests.cases._compare import assert_seen
 from tests.cases.intervention import PROGRAMS, Case, wide_too
 from tests.ops.harness import named, needs_gpu, to_device
 from tests.twin import intervention as twin
@@ -35,6 +36,16 @@ def test_twin_keeps_to_its_memory(intervention: Callable[..., int]):
             intervention(x, x, *case.program().tables(x.dtype))
             assert torch.isfinite(x).all() and (x - expected).abs().max() < 0.1, name
             assert wide.isnan().sum() == wide.numel() - x.numel(), name
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_twin_tells_in_its_pass_what_an_edit_does(intervention: Callable[..., int], dtype):
+    for case in wide_too(dtype)[:: 1 if dtype == torch.bfloat16 else 3]:
+        program, x = case.program(), case.input(dtype)
+        out, seen = torch.empty_like(x), torch.zeros(1, dtype=torch.int32)
+        intervention(x, out, *program.tables(dtype), seen)
+        assert_seen(x, out, (program.strength != 0).any(0).expand(x.shape[:2]), int(seen))
 
 
 @needs_compiler

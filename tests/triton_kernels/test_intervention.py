@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dreamreader.errors import InvalidInput
 from dreamreader.ops import Instruction, Program
-from tests.cases.intervention import KINDS, Case, direction, head, masked, subspace
+from tests.cases._compare import assert_seen
+from tests.cases.intervention import CASES, KINDS, Case, direction, head, masked, subspace
 from tests.triton_kernels.harness import compile_ahead, compiled, interpreted, within_limits
 
 
@@ -35,6 +36,19 @@ def traffic(monkeypatch: pytest.MonkeyPatch, x: Tensor, call) -> tuple[int, int]
         monkeypatch.setattr(InterpreterBuilder, name, counted)
     call()
     return counts["create_masked_load"], counts["create_masked_store"]
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_what_an_edit_does_is_told_in_its_pass(dtype: torch.dtype):
+    from dreamreader.triton_kernels.intervention import intervention
+
+    for case in CASES[::4]:
+        program, x = case.program(), case.input(dtype)
+        out, seen = torch.empty_like(x), torch.zeros(3, dtype=torch.int32)
+        intervention(x, out, *program.tables(dtype), seen=seen, at=1)
+        assert_seen(x, out, (program.strength != 0).any(0).expand(x.shape[:2]), int(seen[1]))
+        assert seen[0] == seen[2] == 0, case.name
 
 
 HALF = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
@@ -143,8 +157,11 @@ def machine_code(case: Case, dtype: str, arch: int, copy: bool = False):
         "source_sizes": (("i64", "i64", "constexpr"),) * sources,
         "index_strides": (("i64", "i64"),) * sources,
         "ranges": (("i32", "i32"),) * len(steps),
+        "seen_ptr": "*i32",
+        "at": "i32",
         "STEPS": "constexpr",
         "COPY": "constexpr",
+        "SEEN": "constexpr",
         "BLOCK_T": "constexpr",
         "BLOCK_D": "constexpr",
     }
@@ -154,6 +171,7 @@ def machine_code(case: Case, dtype: str, arch: int, copy: bool = False):
         **{("source_sizes", n, 2): 1 for n in range(sources)},
         ("STEPS",): steps,
         ("COPY",): copy,
+        ("SEEN",): copy,
         ("BLOCK_T",): settings.block_t,
         ("BLOCK_D",): settings.block_d,
     }

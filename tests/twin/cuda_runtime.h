@@ -237,6 +237,11 @@ inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long v
   *to += value;
   return before;
 }
+inline int32_t atomicOr(int32_t* to, int32_t value) {
+  const int32_t before = *to;
+  *to |= value;
+  return before;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline void __syncwarp() { twin::wait(twin::Wait::warp); }
 inline void __syncthreads() { twin::wait(twin::Wait::block); }

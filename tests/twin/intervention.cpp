@@ -24,6 +24,7 @@ struct Call {
   const uint8_t* masks;
   int64_t sources;
   int64_t source_fields[dreamreader::kMaxSources][8];  // data, dtype, entries, 2 strides, index, 2 strides
+  int32_t* seen;
 };
 
 template <typename W>
@@ -47,7 +48,7 @@ cudaError_t run(const Call& c) {
   const auto side = [&](void* data, const int64_t* s) {
     return Activation{data, DType(c.dtype), c.rows, c.tokens, c.width, s[0], s[1], s[2]};
   };
-  return launch_intervention(side(c.x, c.x_strides), side(c.out, c.out_strides), p, nullptr);
+  return launch_intervention(side(c.x, c.x_strides), side(c.out, c.out_strides), p, nullptr, c.seen);
 }
 
 // Returns the CUDA error, or -1 with a message where the twin found something; counts the launches.

@@ -28,6 +28,7 @@ class Call(ctypes.Structure):
         ("masks", ctypes.c_void_p),
         ("sources", ctypes.c_int64),
         ("source_fields", (ctypes.c_int64 * 8) * 8),
+        ("seen", ctypes.c_void_p),
     ]
 
 
@@ -36,7 +37,7 @@ def build() -> Callable[..., int]:
     launch = compiled("intervention")
 
     def intervention(
-        x: Tensor, out: Tensor, code: str, strength, vectors, limits, masks, patches
+        x: Tensor, out: Tensor, code: str, strength, vectors, limits, masks, patches, seen=None
     ) -> int:
         steps = (ctypes.c_int32 * (9 * 32))(*(field for step in decode(code) for field in step))
         call = Call(
@@ -54,6 +55,7 @@ def build() -> Callable[..., int]:
             limits=limits.data_ptr(),
             masks=masks.data_ptr(),
             sources=len(patches) // 2,
+            seen=None if seen is None else seen.data_ptr(),
         )
         for number, (source, index) in enumerate(zip(patches[::2], patches[1::2], strict=True)):
             call.source_fields[number][:] = (
