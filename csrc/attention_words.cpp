@@ -176,8 +176,7 @@ void attention_words_cpu(py::handle out, py::handle query, py::handle key, py::h
 
 void attention_words_cuda(py::handle out, py::handle query, py::handle key, py::handle weights,
                           py::handle mask, bool causal, double scale) {
-  const AttentionWords call =
-      call_of(out, query, key, weights, mask, causal, scale, kDLCUDA);
+  const AttentionWords call = call_of(out, query, key, weights, mask, causal, scale, kDLCUDA);
   if (nothing_to_do(call)) return;
   const TensorView q(query);
   const OnDevice on(q.device().id);

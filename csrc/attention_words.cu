@@ -1,4 +1,5 @@
-// CUDA kernel of the attention maps of words: one launch, scores in registers, see attention_words.h.
+// CUDA kernel of the attention maps of words: one launch, scores in registers, see
+// attention_words.h.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -19,9 +20,9 @@ constexpr int kRows = 8;     // queries of a thread
 constexpr int kColumns = 5;  // keys of a thread: 80 a tile, so that 77 text tokens fit
 constexpr int kQueries = kThreads / kAcross * kRows;
 constexpr int kKeys = kAcross * kColumns;
-constexpr int kSlab = 32;       // channels in shared memory at a time
-constexpr int kWindow = 1024;   // keys that are searched for weights at a time
-constexpr int kWords = 32;      // words whose sums are held while keys come in several tiles
+constexpr int kSlab = 32;      // channels in shared memory at a time
+constexpr int kWindow = 1024;  // keys that are searched for weights at a time
+constexpr int kWords = 32;     // words whose sums are held while keys come in several tiles
 constexpr int kQueryPitch = kQueries + 4;  // 16-byte reads of queries
 constexpr int kKeyPitch = kKeys + 1;       // the slab is written along channels without conflicts
 constexpr int kWarp = 32;
@@ -53,11 +54,14 @@ struct Tile {
   float scores[kRows][kColumns];
   float most[kRows], sum[kRows];  // running maximum; sum of the thread's own keys, at last of all
 
-  __device__ __forceinline__ Tile(const AttentionWords& call, Shared& shared, int64_t head, int tile)
+  __device__ __forceinline__ Tile(const AttentionWords& call, Shared& shared, int64_t head,
+                                  int tile)
       : call(call), shared(shared), first_query(tile * kQueries) {
     const int64_t b = head / call.heads, h = head % call.heads;
-    queries = static_cast<const T*>(call.query) + b * call.query_strides[0] + h * call.query_strides[1];
-    keys = static_cast<const T*>(call.key) + b * call.key_strides[0] + h / call.groups * call.key_strides[1];
+    queries =
+        static_cast<const T*>(call.query) + b * call.query_strides[0] + h * call.query_strides[1];
+    keys = static_cast<const T*>(call.key) + b * call.key_strides[0] +
+           h / call.groups * call.key_strides[1];
     weights = call.weights + b * call.weight_strides[0];
     out = call.out + b * call.out_strides[0] + h * call.out_strides[1];
     mask_at = b * call.mask_strides[0] + h * call.mask_strides[1];
@@ -76,7 +80,8 @@ struct Tile {
 
   __device__ __forceinline__ bool added_mask() const { return call.mask_type > MaskType::boolean; }
 
-  // Key number `place` of the tile, or -1 beyond its end. Listed tiles hold columns, others begin at `first`.
+  // Key number `place` of the tile, or -1 beyond its end. Listed tiles hold columns, others begin
+  // at `first`.
   __device__ __forceinline__ int column(bool listed, int first, int n, int place) const {
     if (place >= n) return -1;
     return listed ? shared.columns[first + place] : first + place;
@@ -89,13 +94,16 @@ struct Tile {
     for (int i = int(threadIdx.x) / kSlab; i < kQueries; i += kThreads / kSlab) {
       float q = 0.0f;
       if (inside && i < count)
-        q = to_float(queries[(first_query + i) * call.query_strides[2] + (begin + channel) * call.query_strides[3]]);
+        q = to_float(queries[(first_query + i) * call.query_strides[2] +
+                             (begin + channel) * call.query_strides[3]]);
       shared.query[channel * kQueryPitch + i] = q;
     }
     for (int i = int(threadIdx.x) / kSlab; i < kKeys; i += kThreads / kSlab) {
       const int64_t j = column(listed, first, n, i);
       float k = 0.0f;
-      if (inside && j >= 0) k = sign * to_float(keys[j * call.key_strides[2] + (begin + channel) * call.key_strides[3]]);
+      if (inside && j >= 0)
+        k = sign *
+            to_float(keys[j * call.key_strides[2] + (begin + channel) * call.key_strides[3]]);
       shared.key[channel * kKeyPitch + i] = k;
     }
   }
@@ -115,7 +123,8 @@ struct Tile {
         float q[kRows], k[kColumns];
 #pragma unroll
         for (int i = 0; i < kRows; i += 4) {
-          const float4 four = *reinterpret_cast<const float4*>(&shared.query[c * kQueryPitch + row + i]);
+          const float4 four =
+              *reinterpret_cast<const float4*>(&shared.query[c * kQueryPitch + row + i]);
           q[i] = four.x, q[i + 1] = four.y, q[i + 2] = four.z, q[i + 3] = four.w;
         }
 #pragma unroll
@@ -143,16 +152,20 @@ struct Tile {
 
   __device__ __forceinline__ float masked(float score, int query, int key) const {
     const int64_t at = mask_at + query * call.mask_strides[2] + key * call.mask_strides[3];
-    if (call.mask_type == MaskType::boolean) return static_cast<const uint8_t*>(call.mask)[at] ? score : -INFINITY;
+    if (call.mask_type == MaskType::boolean)
+      return static_cast<const uint8_t*>(call.mask)[at] ? score : -INFINITY;
     if (call.mask_type == MaskType::none) return score;
-    const float added = call.mask_type == MaskType::f32    ? static_cast<const float*>(call.mask)[at]
-                        : call.mask_type == MaskType::bf16 ? to_float(static_cast<const __nv_bfloat16*>(call.mask)[at])
-                                                           : to_float(static_cast<const __half*>(call.mask)[at]);
+    const float added = call.mask_type == MaskType::f32 ? static_cast<const float*>(call.mask)[at]
+                        : call.mask_type == MaskType::bf16
+                            ? to_float(static_cast<const __nv_bfloat16*>(call.mask)[at])
+                            : to_float(static_cast<const __half*>(call.mask)[at]);
     return fmaf(score, magnitude, added);
   }
 
   // About factor * most as a whole number, and 0 where nothing was allowed.
-  __device__ __forceinline__ float shift(int i) const { return most[i] == -INFINITY ? 0.0f : rintf(most[i] * factor); }
+  __device__ __forceinline__ float shift(int i) const {
+    return most[i] == -INFINITY ? 0.0f : rintf(most[i] * factor);
+  }
 
   // Takes the scores in; leaves 2^(factor score - shift) in their place.
   __device__ __forceinline__ void take() {
@@ -162,7 +175,8 @@ struct Tile {
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) now = fmaxf(now, scores[i][j]);
 #pragma unroll
-      for (int far = 1; far < kAcross; far *= 2) now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, far));
+      for (int far = 1; far < kAcross; far *= 2)
+        now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, far));
       const float before = most[i] == -INFINITY ? -INFINITY : shift(i);
       most[i] = now;
       sum[i] *= exp2f(before - shift(i));
@@ -174,8 +188,9 @@ struct Tile {
       for (int j = 0; j < kColumns; ++j) sum[i] += scores[i][j];
   }
 
-  // The fraction of the exponent is taken from the score itself, so that it is rounded below 0.5, whatever the
-  // exponent. (Beyond 2^24 there is no fraction, but the sum of the whole numbers is rounded: hence the bounds.)
+  // The fraction of the exponent is taken from the score itself, so that it is rounded below 0.5,
+  // whatever the exponent. (Beyond 2^24 there is no fraction, but the sum of the whole numbers is
+  // rounded: hence the bounds.)
   __device__ __forceinline__ void weigh() {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -199,7 +214,8 @@ struct Tile {
     }
   }
 
-  // Adds weights of the words begin .. end - 1 e / sum, for the keys of the tile: to out, or to shared.sums.
+  // Adds weights of the words begin .. end - 1 e / sum, for the keys of the tile: to out, or to
+  // shared.sums.
   __device__ __forceinline__ void add(bool listed, int first, int n, int64_t begin, int64_t end) {
     int64_t key[kColumns];
 #pragma unroll
@@ -210,19 +226,22 @@ struct Tile {
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         const float weight =
-            key[j] < 0 ? 0.0f : weights[w * call.weight_strides[1] + key[j] * call.weight_strides[2]];
+            key[j] < 0 ? 0.0f
+                       : weights[w * call.weight_strides[1] + key[j] * call.weight_strides[2]];
         if (weight == 0.0f) continue;
         some = true;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) added[i] = fmaf(weight, scores[i][j], added[i]);
       }
       if (!__any_sync(kAllLanes, some)) continue;  // a warp holds every key of the tile
-      float mine = 0.0f;  // of the query that this thread writes
+      float mine = 0.0f;                           // of the query that this thread writes
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-        for (int far = 1; far < kAcross; far *= 2) added[i] += __shfl_xor_sync(kAllLanes, added[i], far);
-        const float share = added[i] * sum[i];  // before the choice: indexed by lane, sum would leave its registers
+        for (int far = 1; far < kAcross; far *= 2)
+          added[i] += __shfl_xor_sync(kAllLanes, added[i], far);
+        const float share =
+            added[i] * sum[i];  // before the choice: indexed by lane, sum would leave its registers
         mine = lane == i ? share : mine;
       }
       if (lane < kRows && row + lane < count) {
@@ -234,7 +253,8 @@ struct Tile {
     }
   }
 
-  // The keys among first .. first + kWindow - 1 that have a weight in the words, in order, to shared.columns.
+  // The keys among first .. first + kWindow - 1 that have a weight in the words, in order, to
+  // shared.columns.
   __device__ __forceinline__ int find_weights(int first, int64_t begin, int64_t end) {
     __syncthreads();
     const int place = int(threadIdx.x) % kWarp;
@@ -251,7 +271,8 @@ struct Tile {
     for (int group = 0; group < kWindow / kWarp; ++group) {
       const uint32_t found = shared.found[group];
       if (group % (kThreads / kWarp) == int(threadIdx.x) / kWarp && (found >> place & 1u))
-        shared.columns[before + __popc(found & ((1u << place) - 1u))] = first + group * kWarp + place;
+        shared.columns[before + __popc(found & ((1u << place) - 1u))] =
+            first + group * kWarp + place;
       before += __popc(found);
     }
     __syncthreads();
@@ -266,7 +287,8 @@ struct Tile {
       take();
     }
     finish();
-    if (keys_seen <= kKeys) return add(false, 0, keys_seen, 0, call.words);  // of the scores that are still there
+    if (keys_seen <= kKeys)
+      return add(false, 0, keys_seen, 0, call.words);  // of the scores that are still there
     for (int64_t w = 0; w < call.words; w += kWords)
       add_words(w, w + kWords < call.words ? w + kWords : call.words, keys_seen);
   }
@@ -285,7 +307,8 @@ struct Tile {
     }
     __syncthreads();
     const int i = int(threadIdx.x) % kQueries;
-    for (int64_t w = begin + int(threadIdx.x) / kQueries; w < end && i < count; w += kThreads / kQueries)
+    for (int64_t w = begin + int(threadIdx.x) / kQueries; w < end && i < count;
+         w += kThreads / kQueries)
       out[w * call.out_strides[2] + (first_query + i) * call.out_strides[3]] +=
           shared.sums[int(w - begin) * kQueries + i];
     __syncthreads();
@@ -293,17 +316,20 @@ struct Tile {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) attention_words_kernel(const __grid_constant__ AttentionWords call) {
+__global__ void __launch_bounds__(kThreads, 2)
+    attention_words_kernel(const __grid_constant__ AttentionWords call) {
   extern __shared__ __align__(16) char shared[];
   const int64_t tiles = (call.queries + kQueries - 1) / kQueries;
-  Tile<T> tile(call, *reinterpret_cast<Shared*>(shared), blockIdx.x / tiles, int(blockIdx.x % tiles));
+  Tile<T> tile(call, *reinterpret_cast<Shared*>(shared), blockIdx.x / tiles,
+               int(blockIdx.x % tiles));
   tile.run();
 }
 
 template <typename T>
 cudaError_t launch(const AttentionWords& call, cudaStream_t stream) {
   const int64_t blocks = (call.queries + kQueries - 1) / kQueries * call.heads * call.batch;
-  if (blocks > INT32_MAX || call.keys > INT32_MAX / 2 || call.queries > INT32_MAX / 2 || call.width > INT32_MAX / 2)
+  if (blocks > INT32_MAX || call.keys > INT32_MAX / 2 || call.queries > INT32_MAX / 2 ||
+      call.width > INT32_MAX / 2)
     return cudaErrorNotSupported;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));

@@ -48,8 +48,8 @@ struct Piece {
         h(h),
         begin(begin),
         end(begin + job.piece < call.queries ? begin + job.piece : call.queries) {
-    queries = static_cast<const T*>(call.query) + b * call.query_strides[0] +
-              h * call.query_strides[1];
+    queries =
+        static_cast<const T*>(call.query) + b * call.query_strides[0] + h * call.query_strides[1];
     keys = static_cast<const T*>(call.key) + b * call.key_strides[0] +
            h / call.groups * call.key_strides[1];
     factor = (added_mask() ? 1.0f : magnitude()) * kLog2E;

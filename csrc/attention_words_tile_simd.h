@@ -9,7 +9,7 @@ namespace dreamreader {
 namespace {
 
 constexpr int kLanes = kWidth<float>;
-constexpr int kTile = 2 * kLanes;  // queries
+constexpr int kTile = 2 * kLanes;                      // queries
 constexpr int kKeys = DR_VECTOR_BYTES == 64 ? 12 : 6;  // accumulators stay in 32 or 16 registers
 
 DR_INLINE float to_float(float x) { return x; }
@@ -186,8 +186,8 @@ DR_INLINE void take(Running& running, float* scores, int64_t n, float factor) {
     now[half] = larger(most, other);
     shift[half] = shift_of(now[half], each);
     const VF was = earlier == -__builtin_inff() ? earlier : shift_of(earlier, each);
-    before[half] = load_vector<VF>(running.sum + half * kLanes) *
-                   exp2_lanes(was, VF{} + 1.0f, shift[half]);
+    before[half] =
+        load_vector<VF>(running.sum + half * kLanes) * exp2_lanes(was, VF{} + 1.0f, shift[half]);
   }
   VF chunk[2] = {};
   for (int64_t begin = 0; begin < n; begin += kGroup) {

@@ -13,8 +13,8 @@ namespace {
 
 const uintptr_t page_bytes = uintptr_t(sysconf(_SC_PAGESIZE));
 
-// A thread that reads has it already: a signal handler may not allocate it. (Not in the static block,
-// which has no room for a module with the CUDA runtime.)
+// A thread that reads has it already: a signal handler may not allocate it. (Not in the static
+// block, which has no room for a module with the CUDA runtime.)
 thread_local MappedMemory* reading = nullptr;
 
 std::atomic_flag installing;
@@ -25,8 +25,8 @@ void on_bus_error(int number, siginfo_t* info, void*) {
   const int error = errno;
   const uintptr_t page = uintptr_t(info->si_addr) / page_bytes * page_bytes;
   if (info->si_code > 0 && reading && reading->miss(info->si_addr) &&
-      mmap(reinterpret_cast<void*>(page), page_bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED,
-           -1, 0) != MAP_FAILED) {
+      mmap(reinterpret_cast<void*>(page), page_bytes, PROT_READ,
+           MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED) {
     errno = error;
     return;
   }

@@ -133,8 +133,7 @@ void counts_of_budget_cpu(int64_t budget, int64_t calls, int64_t call, py::handl
   require(calls >= 1 && call >= 0 && call < calls, "counts_of_budget: call must be below calls");
   counts_of_budget(budget, calls, call,
                    integers<int64_t>(streams, 1, images, "counts_of_budget: streams: int64"),
-                   images,
-                   integers<int32_t>(counts, 1, images, "counts_of_budget: counts: int32"));
+                   images, integers<int32_t>(counts, 1, images, "counts_of_budget: counts: int32"));
 }
 
 Bind bind_choose([](py::module_& m) {

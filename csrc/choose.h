@@ -27,8 +27,8 @@ int64_t chosen_rows(const ChooseJob& job);
 // kept by the thread between calls.
 void choose(const ChooseJob& job, int32_t* places, int32_t* keys);
 
-// counts[i] = rows that image i keeps in call number `call` of `calls`, of `budget` in all: an equal
-// share, and one of those left over in calls that the image's permutation picks.
+// counts[i] = rows that image i keeps in call number `call` of `calls`, of `budget` in all: an
+// equal share, and one of those left over in calls that the image's permutation picks.
 void counts_of_budget(int64_t budget, int64_t calls, int64_t call, const int64_t* streams,
                       int64_t images, int32_t* counts);
 

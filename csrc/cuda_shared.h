@@ -1,5 +1,5 @@
-// How much shared memory a block may have, which differs between devices (of capability 7.5: 64 KiB,
-// 8.0: 163, 8.6 and 8.9: 99, 9.0 and 10.0: 227).
+// How much shared memory a block may have, which differs between devices (of capability 7.5: 64
+// KiB, 8.0: 163, 8.6 and 8.9: 99, 9.0 and 10.0: 227).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,7 +14,8 @@ constexpr int64_t kSharedUnasked = 48 << 10;  // every device gives this without
 inline int64_t shared_limit() {
   int device = 0, bytes = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+          cudaSuccess)
     return kSharedUnasked;
   return bytes > kSharedUnasked ? bytes : kSharedUnasked;
 }

@@ -517,7 +517,7 @@ class Gather {
   std::unique_ptr<Mappings> mappings_;
   std::vector<Found> found_;
   std::vector<bool> asked_;  // by file
-  bool cold_ = true;  // whether the last rows came from the disk
+  bool cold_ = true;         // whether the last rows came from the disk
   std::mutex busy_;
 };
 

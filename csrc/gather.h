@@ -21,9 +21,9 @@ namespace dreamreader {
 // Where one row is, and where it goes.
 struct GatherRow {
   const char* values;
-  const char* key;        // 16 bytes
-  const char* scale;      // 4 bytes, for f8 and i8
-  const char* checksum;   // 4 bytes
+  const char* key;       // 16 bytes
+  const char* scale;     // 4 bytes, for f8 and i8
+  const char* checksum;  // 4 bytes
   char* out;
 };
 

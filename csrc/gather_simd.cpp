@@ -82,8 +82,7 @@ struct Copied {
 template <typename S, typename O, bool kNormal>
 struct Converted {
   using Source = S;
-  DR_INLINE void run(const GatherFormat& format, const GatherRow* rows, int64_t d,
-                            int64_t n) {
+  DR_INLINE void run(const GatherFormat& format, const GatherRow* rows, int64_t d, int64_t n) {
     Block<float> mean{}, scale{};
     if constexpr (kNormal) {
       mean = load<float>(format.mean + d, n);
@@ -102,8 +101,7 @@ struct Converted {
       }
       if constexpr (kNormal) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kVectors; ++i)
-          block.v[i] = (block.v[i] - mean.v[i]) * scale.v[i];
+        for (int i = 0; i < kVectors; ++i) block.v[i] = (block.v[i] - mean.v[i]) * scale.v[i];
       }
       O* y = reinterpret_cast<O*>(rows[r].out) + d;
       if (n >= kBlock<float> && format.streamed) {

@@ -10,7 +10,6 @@
 
 #include "op.h"
 
-
 namespace dreamreader {
 namespace {
 
@@ -70,8 +69,8 @@ void add_matrix(GuideJob& job, Tables& tables, GuideMatrices which, const Tensor
                 bool turned, int64_t panel) {
   GuideMatrix& matrix = job.matrices[which];
   const int rows = turned ? 1 : 0, columns = 1 - rows;
-  matrix = {data_of(from), from.size(rows), from.size(columns), from.stride(rows),
-            from.stride(columns), nullptr};
+  matrix = {data_of(from),     from.size(rows),      from.size(columns),
+            from.stride(rows), from.stride(columns), nullptr};
   const int64_t panels = (matrix.columns + panel - 1) / panel;
   tables.packed.push_back(allocate<float>(size_t(panels * panel * matrix.depth)));
   matrix.packed = tables.packed.back().get();
@@ -126,8 +125,8 @@ void check(const std::vector<TensorView>& weights, const std::vector<TensorView>
 }
 
 void fill_tables(GuideJob& job, Tables& tables, const std::vector<TensorView>& weights,
-                 const std::vector<TensorView>& biases, const TensorView& gram,
-                 const TensorView& c, int64_t panel) {
+                 const std::vector<TensorView>& biases, const TensorView& gram, const TensorView& c,
+                 int64_t panel) {
   job.layers = int(weights.size());
   job.hidden = weights[0].size(0);
   job.second = job.layers == 3 ? weights[1].size(0) : 0;
@@ -145,8 +144,7 @@ void fill_tables(GuideJob& job, Tables& tables, const std::vector<TensorView>& w
   if (gram.size(0)) add_matrix(job, tables, kGram, gram, false, panel);
   if (job.layers == 3) {
     const TensorView& second = biases[1];
-    tables.second_bias =
-        padded(data_of(second), 1, 0, job.second, second.stride(0), job.ld_second);
+    tables.second_bias = padded(data_of(second), 1, 0, job.second, second.stride(0), job.ld_second);
     add_matrix(job, tables, kForth, weights[1], true, panel);
     add_matrix(job, tables, kBack, weights[1], false, panel);
   }

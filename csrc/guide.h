@@ -36,9 +36,9 @@ struct GuideJob {
   int layers, iterations;
   GuideActivation activation;
   double gamma, trust;
-  int64_t hidden, second;         // sizes of the first layer and, of three, the second
-  int64_t ld_row, ld, ld_second;  // rows of the block, of its hidden layers
-  const float *bias, *second_bias;    // [batch, ld], [ld_second]
+  int64_t hidden, second;           // sizes of the first layer and, of three, the second
+  int64_t ld_row, ld, ld_second;    // rows of the block, of its hidden layers
+  const float *bias, *second_bias;  // [batch, ld], [ld_second]
   const float* head;  // [batch, ld_head]: c W_last for the last hidden layer; of one layer c itself
   int64_t ld_head;
   // down W1' [width, hidden], up W1, gram G, forth W2' [hidden, second], back W2

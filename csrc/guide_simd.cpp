@@ -13,9 +13,9 @@ struct GuideBlock {
   const int64_t* numbers;
   const float* strength;
   int64_t count, rows;  // in use, and with those that fill the last tile
-  float *x;             // [rows, ld_row], first h, then y
+  float* x;             // [rows, ld_row], first h, then y
   float *a, *p, *e, *v, *slope;
-  float *next;  // [rows, ld_second]
+  float* next;  // [rows, ld_second]
 
   GuideBlock(const GuideJob& job, float* scratch, int64_t first, int64_t last)
       : job(job), numbers(job.rows + first), strength(job.strength + first), count(last - first) {
@@ -150,8 +150,7 @@ struct GuideBlock {
       const float* head = job.head + entry(r) * job.ld_head;
       float* at = next + r * job.ld_second;
       for (int64_t j = 0; j < job.second; j += kLanes)
-        store_vector(at + j,
-                     load_vector<VF>(head + j) * kActivated(load_vector<VF>(at + j)).slope);
+        store_vector(at + j, load_vector<VF>(head + j) * kActivated(load_vector<VF>(at + j)).slope);
     }
     clear(v);
     product(v, job.ld, next, job.ld_second, kBack);
@@ -201,8 +200,7 @@ struct GuideBlock {
     double gamma = 1;
     for (int t = 0; t < job.iterations; ++t, gamma *= job.gamma) {
       step<kActivated>(gamma);
-      if (held || (job.layers > 1 && t + 1 < job.iterations))
-        product(p, job.ld, v, job.ld, kGram);
+      if (held || (job.layers > 1 && t + 1 < job.iterations)) product(p, job.ld, v, job.ld, kGram);
       if (held) hold(squares);
     }
     multiply<true>(e, job.ld, job.matrices[kUp], rows, x, job.ld_row);

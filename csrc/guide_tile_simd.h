@@ -8,7 +8,7 @@ namespace dreamreader {
 namespace {
 
 constexpr int kLanes = kWidth<float>;
-constexpr int kPanel = 2 * kLanes;                    // columns
+constexpr int kPanel = 2 * kLanes;                     // columns
 constexpr int kRows = DR_VECTOR_BYTES == 64 ? 12 : 6;  // accumulators stay in 32 or 16 registers
 constexpr int64_t kDepth = 256;  // products summed before the sum is added to a larger one
 
@@ -44,8 +44,8 @@ __attribute__((noinline)) void multiply(const float* a, int64_t lda, const Guide
     for (int64_t i = 0; i < matrix.depth; i += kDepth) {
       const int64_t depth = matrix.depth - i < kDepth ? matrix.depth - i : kDepth;
       for (int64_t r = 0; r < rows; r += kRows)
-        multiply_tile<kMinus>(a + r * lda + i, lda, panel + i * kPanel, depth,
-                              c + r * ldc + column, ldc);
+        multiply_tile<kMinus>(a + r * lda + i, lda, panel + i * kPanel, depth, c + r * ldc + column,
+                              ldc);
     }
   }
 }

@@ -14,8 +14,10 @@ namespace {
 
 Activation activation_of(const TensorView& x) {
   require(x.dims() == 3, "intervene: x must have three dimensions");
-  return {x.data(),  float_type(x, "intervene"), x.size(0),   x.size(1),
-          x.size(2), x.stride(0), x.stride(1), x.stride(2)};
+  return {x.data(),    float_type(x, "intervene"),
+          x.size(0),   x.size(1),
+          x.size(2),   x.stride(0),
+          x.stride(1), x.stride(2)};
 }
 
 // Reads the text of ops/program.py: fields joined by ',', steps by ';'.
@@ -73,8 +75,9 @@ Source source_of(const TensorView& data, const TensorView& index, const Activati
   require(index.dims() == 2 && index.size(0) == x.rows && index.size(1) == x.tokens &&
               index.is(kDLInt, 64),
           "intervene: a patch index must be int64 [rows, tokens]");
-  return {data.data(),     float_type(data, "intervene"), data.size(0),
-          data.stride(0),  data.stride(1), reinterpret_cast<const int64_t*>(index.data()),
+  return {data.data(),     float_type(data, "intervene"),
+          data.size(0),    data.stride(0),
+          data.stride(1),  reinterpret_cast<const int64_t*>(index.data()),
           index.stride(0), index.stride(1)};
 }
 
@@ -145,7 +148,8 @@ struct Division {
 
 // x, sums, components and packed rows of the subspace engine.
 int64_t subspace_scratch(int64_t vectors, int64_t width) {
-  return kSubspaceBlock * (low_rank_pitch(width) + width / 2 + 4 * vectors + 128) + kLowRankSums * vectors;
+  return kSubspaceBlock * (low_rank_pitch(width) + width / 2 + 4 * vectors + 128) +
+         kLowRankSums * vectors;
 }
 
 template <typename W>
@@ -210,9 +214,8 @@ void run_cpu(const Activation& in, const Activation& out, const Program<W>& p, i
     run(job, scratch(scratch_bytes), 0, items);
   } else {
     py::gil_scoped_release release;
-    share(items, grain, threads, [&](int64_t first, int64_t last) {
-      run(job, scratch(scratch_bytes), first, last);
-    });
+    share(items, grain, threads,
+          [&](int64_t first, int64_t last) { run(job, scratch(scratch_bytes), first, last); });
   }
 }
 
@@ -226,9 +229,11 @@ void intervene_cpu(py::handle x, py::handle out, std::string_view code, py::hand
   check_pair(in, to, from, result);
   require(in.device().type == kDLCPU, "intervene_cpu: x is not in CPU memory");
   if (from.dtype == DType::f64)
-    run_cpu(from, result, program_of<double>(code, tables, patches, from, in.device()), threads, seen);
+    run_cpu(from, result, program_of<double>(code, tables, patches, from, in.device()), threads,
+            seen);
   else
-    run_cpu(from, result, program_of<float>(code, tables, patches, from, in.device()), threads, seen);
+    run_cpu(from, result, program_of<float>(code, tables, patches, from, in.device()), threads,
+            seen);
 }
 
 void intervene_quietly(py::handle x, py::handle out, std::string_view code, py::handle strength,
@@ -282,18 +287,18 @@ Bind bind_intervention([](py::module_& m) {
   m.def("intervene_cpu", &intervene_quietly);
   m.def("intervene_seen_cpu", &intervene_seen);
 #ifdef DREAMREADER_CUDA
-  m.def("intervene_cuda", [](py::handle x, py::handle out, std::string_view code,
-                             py::handle strength, py::handle vectors, py::handle limits,
-                             py::handle masks, const py::sequence& patches) {
-    intervene_cuda(x, out, code, strength, vectors, limits, masks, patches, nullptr);
-  });
-  m.def("intervene_seen_cuda", [](py::handle x, py::handle out, std::string_view code,
-                                  py::handle strength, py::handle vectors, py::handle limits,
-                                  py::handle masks, const py::sequence& patches, py::handle seen,
-                                  int64_t at) {
-    intervene_cuda(x, out, code, strength, vectors, limits, masks, patches,
-                   place_of(TensorView(seen), at, TensorView(x)));
-  });
+  m.def("intervene_cuda",
+        [](py::handle x, py::handle out, std::string_view code, py::handle strength,
+           py::handle vectors, py::handle limits, py::handle masks, const py::sequence& patches) {
+          intervene_cuda(x, out, code, strength, vectors, limits, masks, patches, nullptr);
+        });
+  m.def("intervene_seen_cuda",
+        [](py::handle x, py::handle out, std::string_view code, py::handle strength,
+           py::handle vectors, py::handle limits, py::handle masks, const py::sequence& patches,
+           py::handle seen, int64_t at) {
+          intervene_cuda(x, out, code, strength, vectors, limits, masks, patches,
+                         place_of(TensorView(seen), at, TensorView(x)));
+        });
 #endif
 });
 

@@ -1,24 +1,25 @@
-// CUDA launch of the intervention program: one launch, one pass over memory, see intervention_tile.h.
-#include "intervention_tile.h"
-
+// CUDA launch of the intervention program: one launch, one pass over memory, see
+// intervention_tile.h.
 #include <algorithm>
 
 #include "cuda_shared.h"
+#include "intervention_tile.h"
 
 namespace dreamreader {
 namespace {
 
 constexpr int64_t kMaxGridY = 65535;
-constexpr int kWarpsPerBlock = 4;         // where a warp is a whole group
+constexpr int kWarpsPerBlock = 4;  // where a warp is a whole group
 
-template <typename T, typename W, int kTokens, int kChannels, int kTokenRun, int kChannelRun, bool kShared, int kThreads>
+template <typename T, typename W, int kTokens, int kChannels, int kTokenRun, int kChannelRun,
+          bool kShared, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     intervention_kernel(const __grid_constant__ Job<W> job) {
   extern __shared__ __align__(16) char shared[];
   const uint32_t group = blockIdx.x * blockDim.y + threadIdx.y;
   if (group >= job.groups) return;  // only where a warp is a group, so no block barrier follows
-  Tile<T, W, kTokens, kChannels, kTokenRun, kChannelRun, kShared> tile(job, group,
-                                                                       shared + threadIdx.y * job.group_bytes);
+  Tile<T, W, kTokens, kChannels, kTokenRun, kChannelRun, kShared> tile(
+      job, group, shared + threadIdx.y * job.group_bytes);
   bool work = tile.scan();
   // Threads beside each other may hold different tokens; barriers need all of them or none.
   if (job.sums && job.across > 1) {
@@ -41,15 +42,18 @@ struct Cut {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Cut for up to `threads` threads of `tokens_each` x `channels_each` elements. `wanted` threads along the tokens make the
-// accesses wide where tokens are contiguous; rows that need many threads leave fewer.
-Cut cut_for(const Activation& x, bool sums, int64_t tokens_each, int64_t channels_each, int64_t wanted,
-            int64_t threads) {
+// Cut for up to `threads` threads of `tokens_each` x `channels_each` elements. `wanted` threads
+// along the tokens make the accesses wide where tokens are contiguous; rows that need many threads
+// leave fewer.
+Cut cut_for(const Activation& x, bool sums, int64_t tokens_each, int64_t channels_each,
+            int64_t wanted, int64_t threads) {
   Cut cut;
   const int64_t per_row = divide_up(x.width, channels_each);
-  const int64_t slots = sums ? per_row : std::min<int64_t>(per_row, std::max<int64_t>(256 / wanted, 1));
+  const int64_t slots =
+      sums ? per_row : std::min<int64_t>(per_row, std::max<int64_t>(256 / wanted, 1));
   cut.fits = slots <= threads;
-  while (cut.across < wanted && cut.across * 2 * slots <= threads && cut.across * tokens_each < x.tokens) {
+  while (cut.across < wanted && cut.across * 2 * slots <= threads &&
+         cut.across * tokens_each < x.tokens) {
     cut.across *= 2;
   }
   const int64_t lanes = divide_up(cut.across * slots, kWarp) * kWarp;
@@ -64,7 +68,8 @@ int64_t bytes_of(const Job<W>& job, const Cut& cut) {
   int64_t bytes = Shape::kHeld * lanes * int64_t{sizeof(W)};
   if (job.sums) {
     int64_t most = 1;  // vectors of one step
-    for (int p = 0; p < job.program.count; ++p) most = std::max<int64_t>(most, job.program.steps[p].count);
+    for (int p = 0; p < job.program.count; ++p)
+      most = std::max<int64_t>(most, job.program.steps[p].count);
     const int64_t warps = lanes > kWarp ? lanes / kWarp : 0;
     const int64_t sums = warps * Shape::kSums + Shape::sums_kept(most);
     bytes += divide_up(sums * cut.across * int64_t{sizeof(W)}, 16) * 16;
@@ -74,7 +79,8 @@ int64_t bytes_of(const Job<W>& job, const Cut& cut) {
 
 // The cut for as many threads as a block of this device has shared memory for, up to `threads`.
 template <typename Shape, typename W>
-Cut cut_within(const Job<W>& job, int64_t tokens_each, int64_t channels_each, int64_t wanted, int64_t threads) {
+Cut cut_within(const Job<W>& job, int64_t tokens_each, int64_t channels_each, int64_t wanted,
+               int64_t threads) {
   Cut cut = cut_for(job.in, job.sums, tokens_each, channels_each, wanted, threads);
   if (!cut.fits || bytes_of<Shape>(job, cut) <= kSharedUnasked) return cut;
   const int64_t limit = shared_limit();
@@ -85,17 +91,20 @@ Cut cut_within(const Job<W>& job, int64_t tokens_each, int64_t channels_each, in
   return cut;
 }
 
-template <typename T, typename W, int kTokens, int kChannels, int kTokenRun, int kChannelRun, bool kShared, int kThreads>
+template <typename T, typename W, int kTokens, int kChannels, int kTokenRun, int kChannelRun,
+          bool kShared, int kThreads>
 cudaError_t launch(Job<W> job, const Cut& cut, cudaStream_t stream) {
   using Shape = Tile<T, W, kTokens, kChannels, kTokenRun, kChannelRun, kShared>;
-  const auto kernel = intervention_kernel<T, W, kTokens, kChannels, kTokenRun, kChannelRun, kShared, kThreads>;
+  const auto kernel =
+      intervention_kernel<T, W, kTokens, kChannels, kTokenRun, kChannelRun, kShared, kThreads>;
   const Activation& x = job.in;
   const int64_t lanes = cut.across * cut.slots;
   const int64_t blocks = divide_up(x.tokens, cut.across * kTokens);
   const int64_t groups = x.rows * blocks;
   const int64_t grid_y = divide_up(x.width, cut.slots * kChannels);
   // Tokens and channels are counted in 32 bits, with room for the last block; addresses in 64.
-  if (groups > INT32_MAX || grid_y > kMaxGridY || x.tokens > INT32_MAX / 2 || x.width > INT32_MAX / 2) {
+  if (groups > INT32_MAX || grid_y > kMaxGridY || x.tokens > INT32_MAX / 2 ||
+      x.width > INT32_MAX / 2) {
     return cudaErrorNotSupported;
   }
   job.across = int32_t(cut.across);
@@ -121,20 +130,27 @@ cudaError_t launch(Job<W> job, const Cut& cut, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, kernel, job);
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % sizeof(uint4) == 0; }
+bool aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % sizeof(uint4) == 0;
+}
 
-// Whether x moves in runs of `run` elements along an axis of stride 1 and this extent, the other two being given.
-bool runs(const Activation& x, int64_t stride, int64_t extent, int64_t other, int64_t another, int64_t run) {
-  return stride == 1 && extent % run == 0 && other % run == 0 && another % run == 0 && aligned(x.data);
+// Whether x moves in runs of `run` elements along an axis of stride 1 and this extent, the other
+// two being given.
+bool runs(const Activation& x, int64_t stride, int64_t extent, int64_t other, int64_t another,
+          int64_t run) {
+  return stride == 1 && extent % run == 0 && other % run == 0 && another % run == 0 &&
+         aligned(x.data);
 }
 
 // Launches the tile of this shape if a row fits into it; `wanted` as in cut_for.
-template <typename T, typename W, int kTokens, int kChannels, int kTokenRun, int kChannelRun, bool kShared, int kThreads>
+template <typename T, typename W, int kTokens, int kChannels, int kTokenRun, int kChannelRun,
+          bool kShared, int kThreads>
 bool launched(const Job<W>& job, int64_t wanted, cudaStream_t stream, cudaError_t& error) {
   using Shape = Tile<T, W, kTokens, kChannels, kTokenRun, kChannelRun, kShared>;
   const Cut cut = cut_within<Shape>(job, kTokens, kChannels, wanted, kThreads);
   if (!cut.fits) return false;
-  error = launch<T, W, kTokens, kChannels, kTokenRun, kChannelRun, kShared, kThreads>(job, cut, stream);
+  error =
+      launch<T, W, kTokens, kChannels, kTokenRun, kChannelRun, kShared, kThreads>(job, cut, stream);
   return true;
 }
 
@@ -143,8 +159,9 @@ cudaError_t launch_typed(const Job<W>& job, cudaStream_t stream) {
   constexpr int kRun = int(sizeof(uint4) / sizeof(T));
   const Activation &x = job.in, &y = job.out;
   cudaError_t error = cudaErrorNotSupported;  // rows that no block holds
-  int most = 1;  // vectors of one step
-  for (int p = 0; p < job.program.count; ++p) most = std::max(most, int(job.program.steps[p].count));
+  int most = 1;                               // vectors of one step
+  for (int p = 0; p < job.program.count; ++p)
+    most = std::max(most, int(job.program.steps[p].count));
   if constexpr (std::is_same_v<W, float>) {
     const bool channels = runs(x, x.stride_channel, x.width, x.stride_row, x.stride_token, kRun) &&
                           runs(y, y.stride_channel, y.width, y.stride_row, y.stride_token, kRun) &&
@@ -152,10 +169,13 @@ cudaError_t launch_typed(const Job<W>& job, cudaStream_t stream) {
     const bool tokens = runs(x, x.stride_token, x.tokens, x.stride_row, x.stride_channel, kRun) &&
                         runs(y, y.stride_token, y.tokens, y.stride_row, y.stride_channel, kRun);
     // Four rows share each read of the subspace.
-    if (channels && most > 1 && launched<T, W, 4, 8, 1, kRun, false, 512>(job, 1, stream, error)) return error;
-    if (channels && most == 1 && launched<T, W, 1, 16, 1, kRun, false, 896>(job, 1, stream, error)) return error;
+    if (channels && most > 1 && launched<T, W, 4, 8, 1, kRun, false, 512>(job, 1, stream, error))
+      return error;
+    if (channels && most == 1 && launched<T, W, 1, 16, 1, kRun, false, 896>(job, 1, stream, error))
+      return error;
     // 640 threads hold 16 tokens, a 32-byte sector, of 1280 channels.
-    if (tokens && launched<T, W, kRun, 32 / kRun, kRun, 1, false, 640>(job, 8, stream, error)) return error;
+    if (tokens && launched<T, W, kRun, 32 / kRun, kRun, 1, false, 640>(job, 8, stream, error))
+      return error;
   }
   constexpr int kThreads = std::is_same_v<W, double> ? 512 : 1024;
   const bool along_tokens = x.stride_token < x.stride_channel;
@@ -171,7 +191,8 @@ Activation simplest(Activation x) {
 }
 
 template <typename W>
-Job<W> job_of(const Activation& in, const Activation& out, const Program<W>& program, int32_t* seen) {
+Job<W> job_of(const Activation& in, const Activation& out, const Program<W>& program,
+              int32_t* seen) {
   Job<W> job = {};
   job.in = simplest(in);
   job.out = simplest(out);
@@ -192,8 +213,8 @@ bool nothing_to_do(const Job<W>& job) {
 
 }  // namespace
 
-cudaError_t launch_intervention(const Activation& in, const Activation& out, const Program<float>& program,
-                                cudaStream_t stream, int32_t* seen) {
+cudaError_t launch_intervention(const Activation& in, const Activation& out,
+                                const Program<float>& program, cudaStream_t stream, int32_t* seen) {
   const Job<float> job = job_of(in, out, program, seen);
   if (nothing_to_do(job)) return cudaSuccess;
   switch (in.dtype) {
@@ -209,8 +230,9 @@ cudaError_t launch_intervention(const Activation& in, const Activation& out, con
   return cudaErrorInvalidValue;
 }
 
-cudaError_t launch_intervention(const Activation& in, const Activation& out, const Program<double>& program,
-                                cudaStream_t stream, int32_t* seen) {
+cudaError_t launch_intervention(const Activation& in, const Activation& out,
+                                const Program<double>& program, cudaStream_t stream,
+                                int32_t* seen) {
   const Job<double> job = job_of(in, out, program, seen);
   if (in.dtype != DType::f64) return cudaErrorInvalidValue;
   if (nothing_to_do(job)) return cudaSuccess;

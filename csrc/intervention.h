@@ -141,8 +141,8 @@ namespace dreamreader {
 
 // Runs the program from in to out (in place when their data agree) on the stream of the current
 // device, asynchronously. Program<float> for f16, bf16 and f32 activations, Program<double> for
-// f64. Out of place, untouched rows and channels are copied, and bits of Seen are added to *seen on the
-// device unless it is null.
+// f64. Out of place, untouched rows and channels are copied, and bits of Seen are added to *seen on
+// the device unless it is null.
 cudaError_t launch_intervention(const Activation& in, const Activation& out,
                                 const Program<float>& program, cudaStream_t stream,
                                 int32_t* seen = nullptr);

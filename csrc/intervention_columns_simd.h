@@ -146,8 +146,8 @@ struct Group {
       to[c * job.out.stride_channel] = from[c * job.in.stride_channel];
   }
 
-  // totals[k] = sum over the channels of a step of y v_k, for `count` vectors v_k (at most kTogether)
-  // of `width` values.
+  // totals[k] = sum over the channels of a step of y v_k, for `count` vectors v_k (at most
+  // kTogether) of `width` values.
   template <int count>
   void dots(const Step& step, const W* v, Column<W>* totals) const {
     const uint8_t* mask = mask_of(step);
@@ -225,7 +225,8 @@ struct Group {
     for (k = 0; k < step.count; ++k)
       for (int l = 0; l < kLanes<W>; ++l)
         c[k].set(l, component_removed(c[k].get(l), step.one_sided, s.get(l)));
-    for (k = 0; k + kTogether <= step.count; k += kTogether) remove<kTogether>(step, s, v + k * width, c + k);
+    for (k = 0; k + kTogether <= step.count; k += kTogether)
+      remove<kTogether>(step, s, v + k * width, c + k);
     for (; k < step.count; ++k) remove<1>(step, s, v + k * width, c + k);
   }
 

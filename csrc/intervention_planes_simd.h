@@ -143,8 +143,10 @@ static void run_planes(const InterventionJob& job, void* scratch, int64_t first,
   const int64_t runs = (job.in.tokens + kPlaneTokens - 1) / kPlaneTokens;
   for (int64_t item = first; item < last; ++item) {
     const int64_t token = item % runs * kPlaneTokens, left = job.in.tokens - token;
-    Run<T> run{job,   p, static_cast<W*>(scratch),           item / runs,
-               token, left < kPlaneTokens ? left : kPlaneTokens, {},          {}, {}, {}};
+    Run<T> run{job,         p,     static_cast<W*>(scratch),
+               item / runs, token, left < kPlaneTokens ? left : kPlaneTokens,
+               {},          {},    {},
+               {}};
     run.prepare();
     for (int64_t c = 0; c < job.in.width; ++c) run.channel(c, witness);
   }

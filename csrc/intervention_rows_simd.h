@@ -549,8 +549,7 @@ static void run_rows(const InterventionJob& job, void* scratch, int64_t first, i
     at = next;
     next = after(next);
     row.run(next.item < last ? row.address(next) : nullptr);
-    if (job.seen)
-      witness.look(row.in + job.begin, row.out + job.begin, job.end - job.begin);
+    if (job.seen) witness.look(row.in + job.begin, row.out + job.begin, job.end - job.begin);
     copy_channels(row.in, row.out, 0, job.begin);
     copy_channels(row.in, row.out, job.end, width);
   }

@@ -37,9 +37,8 @@ struct SubspaceTables {
   // From V [count, pitch].
   void fill(const W* v, int64_t pitch, bool amx) const {
     for (int64_t k = 0; k < count; ++k)
-      each_block(panel, k, 0, width, [&](int64_t c, int64_t n, W* to) {
-        gather_block(v + k * pitch + c, 1, n, to);
-      });
+      each_block(panel, k, 0, width,
+                 [&](int64_t c, int64_t n, W* to) { gather_block(v + k * pitch + c, 1, n, to); });
 #if defined(__AVX512F__)
     if constexpr (__is_same(W, float))
       if (amx) fill_amx(v, pitch);
@@ -84,8 +83,8 @@ struct SubspaceBlock {
   const LowRankRows in, out;  // the channels of the step
   Witness<T> witness;
   Panel<W> x;
-  W *sums, *z;  // z: [rows, vectors], or of AMX [rows, columns]
-  bf16* packed;   // of AMX: [rows, 3 vectors], then the rows themselves
+  W *sums, *z;   // z: [rows, vectors], or of AMX [rows, columns]
+  bf16* packed;  // of AMX: [rows, 3 vectors], then the rows themselves
   int64_t count = 0;
   Place places[kSubspaceBlock];
   W strength[kSubspaceBlock];
@@ -115,8 +114,7 @@ struct SubspaceBlock {
     if (from.data == to.data) return;
     const T* source = static_cast<const T*>(from.data) + at.entry * from.stride_row +
                       at.token * from.stride_token;
-    T* target =
-        static_cast<T*>(to.data) + at.entry * to.stride_row + at.token * to.stride_token;
+    T* target = static_cast<T*>(to.data) + at.entry * to.stride_row + at.token * to.stride_token;
     if (from.stride_channel == 1 && to.stride_channel == 1)
       return copy_channels(source, target, begin, end);
     for (int64_t c = begin; c < end; ++c)
@@ -135,8 +133,8 @@ struct SubspaceBlock {
       strength[count++] = s;
     }
     ahead.count = 0;
-    for (Cursor next = at; in.stride_channel == 1 && next.item < last &&
-                           ahead.count < kSubspaceBlock;
+    for (Cursor next = at;
+         in.stride_channel == 1 && next.item < last && ahead.count < kSubspaceBlock;
          next.advance(job.in.tokens))
       ahead.rows[ahead.count++] =
           reinterpret_cast<const char*>(row_at<T>(in, {next.row, next.token}));
@@ -187,15 +185,14 @@ struct SubspaceBlock {
   void run_amx() {
     const int64_t pitch = tables.whole + 32;
     bf16 *coefficients = packed, *own = packed + kSubspaceBlock * tables.depth;
-    __builtin_memset(coefficients, 0,
-                     std::size_t(kSubspaceBlock * tables.depth) * sizeof(bf16));
+    __builtin_memset(coefficients, 0, std::size_t(kSubspaceBlock * tables.depth) * sizeof(bf16));
     for (int64_t i = 0; i < kSubspaceBlock; ++i) {
       const int64_t n = i < count ? tables.width : 0;
       if (n) __builtin_memcpy(own + i * pitch, row_at<T>(in, places[i]), std::size_t(n) * 2);
       __builtin_memset(own + i * pitch + n, 0, std::size_t(tables.whole - n) * 2);
     }
     amx_multiply(own, pitch, tables.down, tables.whole, tables.columns,
-                 [&](int64_t c, const float(&part)[kAmxRows][kAmxColumns]) {
+                 [&](int64_t c, const float (&part)[kAmxRows][kAmxColumns]) {
                    for (int64_t i = 0; i < count; ++i)
                      __builtin_memcpy(z + i * tables.columns + c, part[i], sizeof(part[i]));
                  });
@@ -203,7 +200,7 @@ struct SubspaceBlock {
     ahead.tile(0, tables.width * int64_t(sizeof(T)));
     for (int64_t i = 0; i < count; ++i) done[i] = split(i, coefficients + i * tables.depth);
     amx_multiply(coefficients, tables.depth, tables.up, tables.depth, tables.whole,
-                 [&](int64_t c, const float(&part)[kAmxRows][kAmxColumns]) {
+                 [&](int64_t c, const float (&part)[kAmxRows][kAmxColumns]) {
                    for (int64_t i = 0; i < count; ++i)
                      if (done[i]) subtract(own + i * pitch + c, part[i], i, c);
                  });

@@ -1,15 +1,17 @@
 // The intervention program on the GPU: one tile of x in the registers of a group of threads.
 //
-// A group (a warp, or a whole block) owns `across * kTokens` consecutive tokens of one row of the batch and
-// `slots * kChannels` channels. A thread holds kTokens x kChannels elements of it:
+// A group (a warp, or a whole block) owns `across * kTokens` consecutive tokens of one row of the
+// batch and `slots * kChannels` channels. A thread holds kTokens x kChannels elements of it:
 //
 //   token(j)   = first_token + (lane % across) * kTokens + j
-//   channel(i) = first_channel + i / kChannelRun * hop + i % kChannelRun,  hop = slots * kChannelRun
+//   channel(i) = first_channel + i / kChannelRun * hop + i % kChannelRun,  hop = slots *
+//   kChannelRun
 //
-// Runs of kTokenRun tokens or kChannelRun channels are contiguous in memory and move as one 16-byte access; at most
-// one of the two is above 1. Programs with a sum over channels have all channels of a row in one group. Sums go over
-// lanes by a butterfly and over warps in a fixed order, so results repeat bit for bit. kShared keeps the elements in
-// shared memory and the loops short: for shapes that have no runs, and for rows too wide for registers.
+// Runs of kTokenRun tokens or kChannelRun channels are contiguous in memory and move as one 16-byte
+// access; at most one of the two is above 1. Programs with a sum over channels have all channels of
+// a row in one group. Sums go over lanes by a butterfly and over warps in a fixed order, so results
+// repeat bit for bit. kShared keeps the elements in shared memory and the loops short: for shapes
+// that have no runs, and for rows too wide for registers.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -31,13 +33,13 @@ template <typename W>
 struct Job {
   Activation in, out;
   Program<W> program;
-  bool copy;           // out of place: elements that no step touches are copied
-  bool sums;           // some step sums over channels
-  int32_t across;      // threads of a group along the tokens, a power of two up to 32
-  uint32_t blocks;     // groups along the tokens
-  uint32_t groups;     // rows * blocks
-  int32_t group_bytes; // shared memory of one group
-  int32_t* seen;       // out of place: where bits of Seen are added, or null
+  bool copy;            // out of place: elements that no step touches are copied
+  bool sums;            // some step sums over channels
+  int32_t across;       // threads of a group along the tokens, a power of two up to 32
+  uint32_t blocks;      // groups along the tokens
+  uint32_t groups;      // rows * blocks
+  int32_t group_bytes;  // shared memory of one group
+  int32_t* seen;        // out of place: where bits of Seen are added, or null
 };
 
 template <typename W, typename T>
@@ -62,8 +64,9 @@ __device__ __forceinline__ T narrow(W value) {
   }
 }
 
-// The value itself, as far as the compiler knows another one each time: it then computes addresses where they are
-// used, instead of once before the loop over the steps, where they do not fit into registers.
+// The value itself, as far as the compiler knows another one each time: it then computes addresses
+// where they are used, instead of once before the loop over the steps, where they do not fit into
+// registers.
 __device__ __forceinline__ int32_t afresh(int32_t value) {
 #ifdef __CUDA_ARCH__
   asm volatile("" : "+r"(value));
@@ -97,15 +100,20 @@ struct Pack {
   }
 };
 
-template <typename T, typename W, int kTokens, int kChannels, int kTokenRun, int kChannelRun, bool kShared>
+template <typename T, typename W, int kTokens, int kChannels, int kTokenRun, int kChannelRun,
+          bool kShared>
 struct Tile {
   static_assert(kTokenRun == 1 || kChannelRun == 1);
-  static_assert(kTokens % kTokenRun == 0 && kChannels % kChannelRun == 0 && kTokens * kChannels <= 32);
+  static_assert(kTokens % kTokenRun == 0 && kChannels % kChannelRun == 0 &&
+                kTokens * kChannels <= 32);
   static constexpr int kRun = kTokenRun * kChannelRun;
-  static constexpr int kTogether = kTokens > 4 ? 1 : kTokens > 1 ? 2 : 4;  // vectors of a subspace in one reduction
-  static constexpr int kSums = kTokens * kTogether;                         // the widest reduction
-  static constexpr int kHeld = kShared ? kTokens * kChannels : 0;           // elements of a thread in shared memory
-  static constexpr bool kSubspaces = kTokens > 1 || kShared;                // one row alone leaves them to others
+  static constexpr int kTogether = kTokens > 4   ? 1
+                                   : kTokens > 1 ? 2
+                                                 : 4;  // vectors of a subspace in one reduction
+  static constexpr int kSums = kTokens * kTogether;    // the widest reduction
+  static constexpr int kHeld =
+      kShared ? kTokens * kChannels : 0;  // elements of a thread in shared memory
+  static constexpr bool kSubspaces = kTokens > 1 || kShared;  // one row alone leaves them to others
   static constexpr uint32_t kRunBits = (1u << kChannelRun) - 1;
   static constexpr int kUnroll = kShared ? 2 : kChannels;  // registers have no index at run time
 
@@ -144,10 +152,13 @@ struct Tile {
   }
 
   __device__ __forceinline__ W& z(int j, int i) {
-    return kShared ? shared_elements[(j * kChannels + i) * lanes + lane] : elements[kShared ? 0 : j * kChannels + i];
+    return kShared ? shared_elements[(j * kChannels + i) * lanes + lane]
+                   : elements[kShared ? 0 : j * kChannels + i];
   }
 
-  __device__ __forceinline__ static bool has(uint32_t bits, int j, int i) { return bits >> (j * kChannels + i) & 1u; }
+  __device__ __forceinline__ static bool has(uint32_t bits, int j, int i) {
+    return bits >> (j * kChannels + i) & 1u;
+  }
 
   // Bit i: begin <= channel(i) < end.
   __device__ __forceinline__ uint32_t in_range(int32_t begin, int32_t end) const {
@@ -156,7 +167,8 @@ struct Tile {
 #pragma unroll(kUnroll)
     for (int i = 0; i < kChannels; i += kChannelRun, c += hop) {
 #pragma unroll
-      for (int k = 0; k < kChannelRun; ++k) bits |= uint32_t(c + k >= begin && c + k < end) << (i + k);
+      for (int k = 0; k < kChannelRun; ++k)
+        bits |= uint32_t(c + k >= begin && c + k < end) << (i + k);
     }
     return bits;
   }
@@ -186,12 +198,13 @@ struct Tile {
 
   // Where token j of channel(0) is.
   __device__ __forceinline__ T* at(const Activation& x, int j) const {
-    return static_cast<T*>(x.data) + row * x.stride_row + int64_t{first_token + j} * x.stride_token +
-           afresh(first_channel) * x.stride_channel;
+    return static_cast<T*>(x.data) + row * x.stride_row +
+           int64_t{first_token + j} * x.stride_token + afresh(first_channel) * x.stride_channel;
   }
 
-  // What the strengths say about this thread's elements, without reading x. Backwards, an exact overwrite does not
-  // depend on x, a sum depends on all that it covers. Returns whether any token of this thread has work.
+  // What the strengths say about this thread's elements, without reading x. Backwards, an exact
+  // overwrite does not depend on x, a sum depends on all that it covers. Returns whether any token
+  // of this thread has work.
   __device__ __forceinline__ bool scan() {
     bool work = false;
     touched = needed = 0;  // also without work: threads beside this one may have some
@@ -210,7 +223,8 @@ struct Tile {
     for (int p = program.count - 1; p >= 0; --p) {
       const Step& step = program.steps[p];
       const bool overwrites = step.kind == kFill || step.kind == kPatch;
-      const bool sums = step.kind == kClampComponent || step.kind == kProject || step.kind == kRenorm;
+      const bool sums =
+          step.kind == kClampComponent || step.kind == kProject || step.kind == kRenorm;
       if (!overwrites && !sums) continue;
       const uint32_t bits = chosen(step);
 #pragma unroll
@@ -320,8 +334,8 @@ struct Tile {
     return seen;
   }
 
-  // Sums values over the channels of the group, for each token; leaves them in `values` and in `into`
-  // [kCount][across]. Every thread of the group must call it.
+  // Sums values over the channels of the group, for each token; leaves them in `values` and in
+  // `into` [kCount][across]. Every thread of the group must call it.
   template <int kCount>
   __device__ __forceinline__ void sum(W (&values)[kCount], W* into) const {
     static_assert(kCount <= kSums);
@@ -342,7 +356,8 @@ struct Tile {
     const int all = kCount * across;
     if (in_warp < across) {
 #pragma unroll
-      for (int n = 0; n < kCount; ++n) partial[lane / kWarp * all + n * across + in_warp] = values[n];
+      for (int n = 0; n < kCount; ++n)
+        partial[lane / kWarp * all + n * across + in_warp] = values[n];
     }
     __syncthreads();
     for (int k = lane; k < all; k += lanes) {
@@ -404,7 +419,8 @@ struct Tile {
         s[j] = strength(p, j);
         on = on || s[j] != W(0);
       }
-      // With one thread along the tokens all threads agree on this, otherwise sums must not be left out.
+      // With one thread along the tokens all threads agree on this, otherwise sums must not be left
+      // out.
       if (!on && (across == 1 || !job.sums)) continue;
       apply(step, s, chosen(step));
     }
@@ -429,7 +445,8 @@ struct Tile {
         each(s, bits, [&](int j, int i) { z(j, i) *= scale_factor(lo, s[j]); });
         break;
       case kClamp:  // x + s (clamp(x, lo, hi) - x)
-        each(s, bits, [&](int j, int i) { z(j, i) = blend(z(j, i), clamp_value(z(j, i), lo, hi), s[j]); });
+        each(s, bits,
+             [&](int j, int i) { z(j, i) = blend(z(j, i), clamp_value(z(j, i), lo, hi), s[j]); });
         break;
       case kFill:  // x + s (v - x)
         with_vector(step.vector, bits, [&](int i, W v) {
@@ -459,7 +476,8 @@ struct Tile {
   }
 
   // x + s (clamp(c, lo, hi) - c) v and x - s c v with c = <x, v>
-  __device__ __forceinline__ void along_one(const Step& step, const W (&s)[kTokens], uint32_t bits, W lo, W hi) {
+  __device__ __forceinline__ void along_one(const Step& step, const W (&s)[kTokens], uint32_t bits,
+                                            W lo, W hi) {
     W c[kTokens] = {};
     with_vector(step.vector, bits, [&](int i, W v) {
 #pragma unroll
@@ -480,7 +498,8 @@ struct Tile {
   }
 
   // x - s V'V x: all components of the row as it is, then their removal in one
-  __device__ __forceinline__ void along_subspace(const Step& step, const W (&s)[kTokens], uint32_t bits) {
+  __device__ __forceinline__ void along_subspace(const Step& step, const W (&s)[kTokens],
+                                                 uint32_t bits) {
     for (int m = 0; m < step.count; m += kTogether) {
       W c[kTogether * kTokens] = {};
 #pragma unroll
@@ -498,8 +517,8 @@ struct Tile {
 #pragma unroll(kUnroll)
     for (int i = 0; i < kChannels; i += kPart) {
       if ((bits >> i & ((1u << kPart) - 1)) == 0) continue;
-      const W* v = program.vectors + step.vector * job.in.width + afresh(first_channel) + i / kChannelRun * hop +
-                   i % kChannelRun;
+      const W* v = program.vectors + step.vector * job.in.width + afresh(first_channel) +
+                   i / kChannelRun * hop + i % kChannelRun;
       W removed[kTokens * kPart] = {};
 #pragma unroll 1
       for (int m = 0; m < step.count; ++m, v += job.in.width) {
@@ -539,10 +558,12 @@ struct Tile {
   }
 
   template <typename S>
-  __device__ __forceinline__ void patch_from(const Source& source, const W (&s)[kTokens], uint32_t bits) {
+  __device__ __forceinline__ void patch_from(const Source& source, const W (&s)[kTokens],
+                                             uint32_t bits) {
     // A source in the dtype of x, dense and aligned, is read like x.
     constexpr bool kSame = std::is_same_v<S, T> && kChannelRun > 1;
-    const bool packed = kSame && source.stride_channel == 1 && source.stride_entry % kChannelRun == 0 &&
+    const bool packed = kSame && source.stride_channel == 1 &&
+                        source.stride_entry % kChannelRun == 0 &&
                         reinterpret_cast<uintptr_t>(source.data) % sizeof(uint4) == 0;
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) {

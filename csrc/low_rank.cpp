@@ -14,11 +14,11 @@
 namespace dreamreader {
 namespace {
 
-constexpr int64_t kBlockBytes = 256 << 10;   // of the rows of one tensor that are worked on together
-constexpr int64_t kPieceBytes = 256 << 10;   // of a piece of the forward pass, at least
-constexpr int64_t kPieceRows = 128;          // of a piece that has sums of its own, at least
-constexpr int64_t kPieces = 64;              // with sums of their own, about, at most
-constexpr int64_t kSumBytes = 64 << 20;      // of all these sums, about, at most
+constexpr int64_t kBlockBytes = 256 << 10;  // of the rows of one tensor that are worked on together
+constexpr int64_t kPieceBytes = 256 << 10;  // of a piece of the forward pass, at least
+constexpr int64_t kPieceRows = 128;         // of a piece that has sums of its own, at least
+constexpr int64_t kPieces = 64;             // with sums of their own, about, at most
+constexpr int64_t kSumBytes = 64 << 20;     // of all these sums, about, at most
 
 LowRankRows rows_of(const TensorView& x) {
   return {x.data(), float_type(x, "low_rank"), x.stride(0), x.stride(1),
@@ -46,11 +46,12 @@ struct Tables {
 template <typename W>
 LowRank<W> program_of(const TensorView& x, const Tables& t) {
   constexpr int kBits = 8 * sizeof(W);
-  require(t.down.dims() == 3 && t.down.size(2) == x.size(2) && t.down.is(kDLFloat, kBits) &&
-              dense(t.down) && t.up.dims() == 3 && t.up.size(0) == t.down.size(0) &&
-              t.up.size(1) == t.down.size(1) && t.up.size(2) == x.size(2) &&
-              t.up.is(kDLFloat, kBits) && dense(t.up),
-          "low_rank: down and up must be dense [adapters, rank, width] in the arithmetic type of x");
+  require(
+      t.down.dims() == 3 && t.down.size(2) == x.size(2) && t.down.is(kDLFloat, kBits) &&
+          dense(t.down) && t.up.dims() == 3 && t.up.size(0) == t.down.size(0) &&
+          t.up.size(1) == t.down.size(1) && t.up.size(2) == x.size(2) && t.up.is(kDLFloat, kBits) &&
+          dense(t.up),
+      "low_rank: down and up must be dense [adapters, rank, width] in the arithmetic type of x");
   require(t.down.size(1) >= 1 && t.down.size(1) <= kMaxRank, "low_rank: rank out of range");
   require(t.bias.dims() == 2 && t.bias.size(0) == t.down.size(0) &&
               t.bias.size(1) == t.down.size(1) && t.bias.is(kDLFloat, kBits) && dense(t.bias),
@@ -63,10 +64,19 @@ LowRank<W> program_of(const TensorView& x, const Tables& t) {
   for (const TensorView* each : {&x, &t.down, &t.bias, &t.up, &t.strength, &t.index})
     require(each->device().type == kDLCPU, "low_rank_cpu: a tensor is not in CPU memory");
   const auto values = [](const TensorView& t) { return reinterpret_cast<const W*>(t.data()); };
-  return {x.size(0), x.size(1), x.size(2), t.down.size(1), t.down.size(0),
-          values(t.down), values(t.bias), values(t.up),
-          values(t.strength), t.strength.stride(0), t.strength.stride(1),
-          reinterpret_cast<const int64_t*>(t.index.data()), t.index.stride(0)};
+  return {x.size(0),
+          x.size(1),
+          x.size(2),
+          t.down.size(1),
+          t.down.size(0),
+          values(t.down),
+          values(t.bias),
+          values(t.up),
+          values(t.strength),
+          t.strength.stride(0),
+          t.strength.stride(1),
+          reinterpret_cast<const int64_t*>(t.index.data()),
+          t.index.stride(0)};
 }
 
 // Entries ordered by adapter.
@@ -102,8 +112,8 @@ std::vector<LowRankPiece> pieces_of(const LowRank<W>& p, const std::vector<int64
   return pieces;
 }
 
-// Asks for huge pages where the result lies: the first touch of 64 MiB in pages of 4 KiB takes longer
-// than the edit itself.
+// Asks for huge pages where the result lies: the first touch of 64 MiB in pages of 4 KiB takes
+// longer than the edit itself.
 void expect_writes(const TensorView& out) {
   constexpr int64_t kPage = 2 << 20;
   int64_t bytes = out.is(kDLFloat, 64) ? 8 : (out.is(kDLFloat, 32) ? 4 : 2);
@@ -128,9 +138,8 @@ void run(Call& call, const LowRank<W>& p, const std::vector<int64_t>& order,
   call.job.order = order.data();
   call.job.pieces = pieces.data();
   const size_t bytes = size_t(low_rank_scratch(call.job.block, p.width, p.rank)) * sizeof(W);
-  share(int64_t(pieces.size()), 1, threads, [&](int64_t first, int64_t last) {
-    call.run(call.job, scratch(bytes), first, last);
-  });
+  share(int64_t(pieces.size()), 1, threads,
+        [&](int64_t first, int64_t last) { call.run(call.job, scratch(bytes), first, last); });
 }
 
 template <typename W>

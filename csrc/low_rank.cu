@@ -1,21 +1,20 @@
 // CUDA kernels of the low-rank edit and its gradient, see low_rank.h and low_rank_tile.h. The edit
-// reads and writes its rows once. The gradient does so too and leaves d and s z of every row behind;
-// a second kernel forms the sums of d x' and s z g' over the rows of each adapter, a third adds up
-// the parts of the rows.
-#include "low_rank_tile.h"
-
+// reads and writes its rows once. The gradient does so too and leaves d and s z of every row
+// behind; a second kernel forms the sums of d x' and s z g' over the rows of each adapter, a third
+// adds up the parts of the rows.
 #include <algorithm>
 
 #include "cuda_shared.h"
 #include "low_rank_cuda.h"
+#include "low_rank_tile.h"
 
 namespace dreamreader {
 namespace {
 
 constexpr int64_t kSharedTwice = 100 << 10;  // leaves room for a second block
 constexpr int64_t kSharedOnce = 160 << 10;   // both where a device gives a block as much
-constexpr int64_t kFewRank = 16;             // above, the traffic of the tables outweighs a second block
-constexpr int64_t kFill = 264;               // tiles that fill a GPU
+constexpr int64_t kFewRank = 16;  // above, the traffic of the tables outweighs a second block
+constexpr int64_t kFill = 264;    // tiles that fill a GPU
 
 struct Job {
   LowRank<float> p;
@@ -30,11 +29,14 @@ struct Job {
   float *d, *heard;  // [rows, rank]: d and s z
 };
 
-__host__ __device__ constexpr int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+__host__ __device__ constexpr int64_t round_up(int64_t value, int64_t to) {
+  return (value + to - 1) / to * to;
+}
 
 template <typename T>
 __host__ __device__ int64_t tile_bytes(const Cut& cut) {
-  return round_up(int64_t{sizeof(TileRows)}, 16) + int64_t{cut.rows} * cut.pitch * int64_t{sizeof(T)};
+  return round_up(int64_t{sizeof(TileRows)}, 16) +
+         int64_t{cut.rows} * cut.pitch * int64_t{sizeof(T)};
 }
 
 template <typename T>
@@ -136,21 +138,23 @@ constexpr int kWarps = kThreads / kWarp;
 
 struct Sums {
   LowRank<float> p;
-  LowRankRows rows[2];         // x, g
+  LowRankRows rows[2];  // x, g
   bool runs[2];
   const float* coefficients[2];  // d, s z: [rows, rank]
-  float *tables[2], *bias;     // dA, dU and db, of the first part
-  int64_t part;                // floats from one part to the next
-  int32_t sides[2];            // which of the two are wanted, in order
+  float *tables[2], *bias;       // dA, dU and db, of the first part
+  int64_t part;                  // floats from one part to the next
+  int32_t sides[2];              // which of the two are wanted, in order
   int32_t windows, groups, parts;
 };
 
 template <typename T>
-__device__ __forceinline__ Quad<T> channels_at(const T* from, const LowRankRows& x, bool runs, int c, int width) {
+__device__ __forceinline__ Quad<T> channels_at(const T* from, const LowRankRows& x, bool runs,
+                                               int c, int width) {
   if (runs) return quad_at(from);
   Quad<T> quad;
 #pragma unroll
-  for (int e = 0; e < kQuad; ++e) quad.at[e] = c + e < width ? from[e * x.stride_channel] : narrow<T>(0.0f);
+  for (int e = 0; e < kQuad; ++e)
+    quad.at[e] = c + e < width ? from[e * x.stride_channel] : narrow<T>(0.0f);
   return quad;
 }
 
@@ -164,7 +168,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) low_rank_sums_kernel(const __grid_constant__ Sums job) {
   constexpr int kAhead = 8 / int(sizeof(T));  // rows whose loads are on their way at once
   extern __shared__ __align__(16) char shared[];
-  Quad<float>* held = reinterpret_cast<Quad<float>*>(shared);                   // [warps][kHeld][32]
+  Quad<float>* held = reinterpret_cast<Quad<float>*>(shared);                  // [warps][kHeld][32]
   float* held_bias = reinterpret_cast<float*>(held + kWarps * kHeld * kWarp);  // [warps][kHeld]
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const int width = int(job.p.width), rank = int(job.p.rank);
@@ -179,17 +183,21 @@ __global__ void __launch_bounds__(kThreads) low_rank_sums_kernel(const __grid_co
 
   Quad<float> sums[kHeld] = {};
   float bias[kHeld] = {};
-  for (int64_t at = total * blockIdx.y / job.parts + warp / job.groups; at < end; at += every * kAhead) {
+  for (int64_t at = total * blockIdx.y / job.parts + warp / job.groups; at < end;
+       at += every * kAhead) {
     Quad<T> rows[kAhead];
     float d[kAhead][kHeld];
 #pragma unroll
     for (int n = 0; n < kAhead; ++n) {
       const int64_t row = at + n * every, entry = row / job.p.tokens, token = row % job.p.tokens;
-      const bool on = row < end && adapter_of(job.p, entry) == adapter && strength_of(job.p, entry, token) != 0;
-      const T* from = static_cast<const T*>(x.data) + row_offset(x, entry, token) + c * x.stride_channel;
+      const bool on =
+          row < end && adapter_of(job.p, entry) == adapter && strength_of(job.p, entry, token) != 0;
+      const T* from =
+          static_cast<const T*>(x.data) + row_offset(x, entry, token) + c * x.stride_channel;
       for (int e = 0; e < kQuad; ++e) rows[n].at[e] = narrow<T>(0.0f);
       if (on && c < width) rows[n] = channels_at(from, x, job.runs[side], c, width);
-      coefficients_at(job.coefficients[side] + row * rank + first_rank, on ? rank - first_rank : 0, d[n]);
+      coefficients_at(job.coefficients[side] + row * rank + first_rank, on ? rank - first_rank : 0,
+                      d[n]);
     }
 #pragma unroll
     for (int n = 0; n < kAhead; ++n)
@@ -227,11 +235,13 @@ __global__ void __launch_bounds__(kThreads) low_rank_sums_kernel(const __grid_co
 
 // Adds up the parts: [down | bias | up] of each.
 __global__ void __launch_bounds__(kThreads)
-    low_rank_parts_kernel(const float* parts, int64_t part, int32_t count, float* down, int64_t downs, float* bias,
-                          int64_t biases, float* up) {
+    low_rank_parts_kernel(const float* parts, int64_t part, int32_t count, float* down,
+                          int64_t downs, float* bias, int64_t biases, float* up) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= part) return;
-  float* to = i < downs ? down + i : i < downs + biases ? bias + (i - downs) : up + (i - downs - biases);
+  float* to = i < downs            ? down + i
+              : i < downs + biases ? bias + (i - downs)
+                                   : up + (i - downs - biases);
   if (!(i < downs ? down : i < downs + biases ? bias : up)) return;
   float sum = 0.0f;
   for (int n = 0; n < count; ++n) sum += parts[n * part + i];
@@ -239,10 +249,12 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename K, typename... A>
-cudaError_t launch(K kernel, int64_t across, int64_t down, int64_t bytes, cudaStream_t stream, A... arguments) {
+cudaError_t launch(K kernel, int64_t across, int64_t down, int64_t bytes, cudaStream_t stream,
+                   A... arguments) {
   if (across > INT32_MAX || down > 65535) return cudaErrorNotSupported;
   if (bytes > kSharedUnasked) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};
@@ -260,8 +272,8 @@ int64_t bytes_of(const LowRank<float>& p, const Cut& cut, int64_t coefficients) 
   return tile_bytes<T>(cut) + coefficients * p.rank * cut.rows * int64_t{sizeof(float)};
 }
 
-// `coefficients`: how many of [rank][rows] lie beside the tile. `fits`: whether a block of this device
-// has room for the fewest rows.
+// `coefficients`: how many of [rank][rows] lie beside the tile. `fits`: whether a block of this
+// device has room for the fewest rows.
 template <typename T>
 Cut cut_for(const LowRank<float>& p, int64_t coefficients) {
   const int64_t limit = shared_limit();
@@ -272,7 +284,8 @@ Cut cut_for(const LowRank<float>& p, int64_t coefficients) {
   cut.pitch = int32_t((round_up(p.width * int64_t{sizeof(T)}, 128) + 16) / int64_t{sizeof(T)});
   const auto largest = [&](int64_t bytes) {
     cut.rows = kMaxRows;
-    while (cut.rows > 4 && bytes_of<T>(p, cut, coefficients) > std::min(bytes, limit)) cut.rows /= 2;
+    while (cut.rows > 4 && bytes_of<T>(p, cut, coefficients) > std::min(bytes, limit))
+      cut.rows /= 2;
     cut.fits = bytes_of<T>(p, cut, coefficients) <= limit;
   };
   largest(p.rank <= kFewRank ? kSharedTwice : kSharedOnce);
@@ -289,13 +302,18 @@ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 template <typename T>
 bool in_runs(const LowRank<float>& p, const LowRankRows& x) {
   constexpr int64_t kRun = 16 / int64_t{sizeof(T)};
-  return x.stride_channel == 1 && p.width % kRun == 0 && (p.entries == 1 || x.stride_entry % kRun == 0) &&
+  return x.stride_channel == 1 && p.width % kRun == 0 &&
+         (p.entries == 1 || x.stride_entry % kRun == 0) &&
          (p.tokens == 1 || x.stride_token % kRun == 0) && aligned(x.data);
 }
 
-bool wide(const LowRank<float>& p) { return p.width % kQuad == 0 && aligned(p.down) && aligned(p.up); }
+bool wide(const LowRank<float>& p) {
+  return p.width % kQuad == 0 && aligned(p.down) && aligned(p.up);
+}
 
-bool supported(const LowRank<float>& p) { return p.rank <= kMaxCudaRank && p.width <= kMaxCudaWidth; }
+bool supported(const LowRank<float>& p) {
+  return p.rank <= kMaxCudaRank && p.width <= kMaxCudaWidth;
+}
 
 // Calls launch(T, number of rows that kernels are made for, whether tables are wide).
 template <typename Launch>
@@ -324,7 +342,8 @@ cudaError_t by_type(DType dtype, const Launch& launch) {
 }
 
 template <typename T>
-cudaError_t edit(const LowRank<float>& p, const LowRankRows& x, const LowRankRows& y, cudaStream_t stream) {
+cudaError_t edit(const LowRank<float>& p, const LowRankRows& x, const LowRankRows& y,
+                 cudaStream_t stream) {
   Job job = {};
   job.p = p;
   job.cut = cut_for<T>(p, 1);
@@ -335,7 +354,8 @@ cudaError_t edit(const LowRank<float>& p, const LowRankRows& x, const LowRankRow
   job.y_runs = in_runs<T>(p, y);
   job.all = x.data != y.data;
   return by_rows(p, job.cut, [&](auto rows, auto is_wide) {
-    return launch(low_rank_kernel<T, rows(), is_wide()>, job.cut.tiles, 1, bytes_of<T>(p, job.cut, 1), stream, job);
+    return launch(low_rank_kernel<T, rows(), is_wide()>, job.cut.tiles, 1,
+                  bytes_of<T>(p, job.cut, 1), stream, job);
   });
 }
 
@@ -348,7 +368,8 @@ int64_t parts_of(const LowRank<float>& p) {
 }
 
 template <typename T>
-cudaError_t sum_rows(const Job& rows, const LowRankGradients& out, float* workspace, cudaStream_t stream) {
+cudaError_t sum_rows(const Job& rows, const LowRankGradients& out, float* workspace,
+                     cudaStream_t stream) {
   const LowRank<float>& p = rows.p;
   const int64_t downs = p.adapters * p.rank * p.width, biases = p.adapters * p.rank;
   Sums job = {};
@@ -376,7 +397,8 @@ cudaError_t sum_rows(const Job& rows, const LowRankGradients& out, float* worksp
   const cudaError_t error = launch(low_rank_sums_kernel<T>, blocks, job.parts, bytes, stream, job);
   if (error != cudaSuccess || direct) return error;
   return launch(low_rank_parts_kernel, divide_up(job.part, kThreads), 1, 0, stream,
-                static_cast<const float*>(workspace), job.part, job.parts, out.down, downs, out.bias, biases, out.up);
+                static_cast<const float*>(workspace), job.part, job.parts, out.down, downs,
+                out.bias, biases, out.up);
 }
 
 template <typename T>
@@ -409,7 +431,8 @@ cudaError_t gradient(const LowRank<float>& p, const LowRankRows& grad, const Low
 
 }  // namespace
 
-cudaError_t launch_low_rank(const LowRank<float>& p, const LowRankRows& x, const LowRankRows& y, cudaStream_t stream) {
+cudaError_t launch_low_rank(const LowRank<float>& p, const LowRankRows& x, const LowRankRows& y,
+                            cudaStream_t stream) {
   if (!supported(p)) return cudaErrorNotSupported;
   if (p.entries * p.tokens * p.width == 0) return cudaSuccess;
   return by_type(x.dtype, [&](auto type) { return edit<decltype(type)>(p, x, y, stream); });
@@ -420,11 +443,14 @@ int64_t low_rank_workspace(const LowRank<float>& p) {
   return 2 * p.entries * p.tokens * p.rank + (parts > 1 ? parts * part_floats(p) : 0);
 }
 
-cudaError_t launch_low_rank_backward(const LowRank<float>& p, const LowRankRows& grad, const LowRankRows& x,
-                                     const LowRankGradients& out, float* workspace, cudaStream_t stream) {
+cudaError_t launch_low_rank_backward(const LowRank<float>& p, const LowRankRows& grad,
+                                     const LowRankRows& x, const LowRankGradients& out,
+                                     float* workspace, cudaStream_t stream) {
   if (!supported(p)) return cudaErrorNotSupported;
   if (p.entries * p.tokens * p.width == 0) return cudaSuccess;
-  return by_type(x.dtype, [&](auto type) { return gradient<decltype(type)>(p, grad, x, out, workspace, stream); });
+  return by_type(x.dtype, [&](auto type) {
+    return gradient<decltype(type)>(p, grad, x, out, workspace, stream);
+  });
 }
 
 }  // namespace dreamreader

@@ -4,9 +4,8 @@
 
 #include <string>
 
-#include "op.h"
-
 #include "cuda_device.h"
+#include "op.h"
 
 namespace dreamreader {
 namespace {
@@ -36,8 +35,8 @@ float* dense_floats(const TensorView& t, DLDevice device, int64_t a, int64_t b, 
   const bool fits = t.is(kDLFloat, 32) && t.dims() == (c < 0 ? 2 : 3) && t.size(0) == a &&
                     t.size(1) == b && (c < 0 || t.size(2) == c) && dense(t);
   if (!fits) {
-    const std::string wanted = std::to_string(a) + ", " + std::to_string(b) +
-                               (c < 0 ? "" : ", " + std::to_string(c));
+    const std::string wanted =
+        std::to_string(a) + ", " + std::to_string(b) + (c < 0 ? "" : ", " + std::to_string(c));
     throw std::invalid_argument("low_rank_cuda: expected dense float32 [" + wanted + "], got " +
                                 t.describe());
   }
@@ -78,8 +77,7 @@ void low_rank_cuda(py::handle x, py::handle out, py::handle down, py::handle bia
   const LowRank<float> p = program_of(in, down, bias, up, strength, index);
   const LowRankRows from = rows_of(in, in, false), to = rows_of(TensorView(out), in, true);
   const OnDevice on(in.device().id);
-  check_cuda(launch_low_rank(p, from, to, static_cast<cudaStream_t>(in.stream())),
-             "low_rank_cuda");
+  check_cuda(launch_low_rank(p, from, to, static_cast<cudaStream_t>(in.stream())), "low_rank_cuda");
 }
 
 // Floats of workspace for these sizes.

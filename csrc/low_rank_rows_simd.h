@@ -27,7 +27,8 @@ DR_INLINE void gather_block(const T* from, int64_t stride, int64_t n, W* to) {
   T part[kBlock<W>];
   for (int64_t i = 0; i < n; ++i) part[i] = from[i * stride];
   const Block<W> block = load<W>(part, n);
-  for (int i = 0; i < kVectors && i * kWidth<W> < n; ++i) store_lanes(to + i * kWidth<W>, block.v[i]);
+  for (int i = 0; i < kVectors && i * kWidth<W> < n; ++i)
+    store_lanes(to + i * kWidth<W>, block.v[i]);
 }
 
 template <typename T, typename W>
@@ -40,9 +41,11 @@ DR_INLINE void scatter_block(const W* from, int64_t n, T* to, int64_t stride) {
 // Channels d .. of one row, block by block: run(channel, channels of the block, its place in the
 // panel).
 template <typename W, typename Run>
-DR_INLINE void each_block(const Panel<W>& panel, int64_t row, int64_t begin, int64_t width, Run run) {
+DR_INLINE void each_block(const Panel<W>& panel, int64_t row, int64_t begin, int64_t width,
+                          Run run) {
   for (int64_t c = begin; c < width;) {
-    const int64_t in_tile = c % kTile, left = width - c < kTile - in_tile ? width - c : kTile - in_tile;
+    const int64_t in_tile = c % kTile,
+                  left = width - c < kTile - in_tile ? width - c : kTile - in_tile;
     const int64_t n = left < kBlock<W> ? left : int64_t(kBlock<W>);
     run(c, n, panel.at(row, c - in_tile) + in_tile);
     c += n;
@@ -120,8 +123,7 @@ template <typename T, typename W>
 DR_INLINE void scatter(const LowRankRows& rows, const Place* places, int64_t count, int64_t width,
                        const Panel<W>& panel) {
   if constexpr (__is_same(W, float)) {
-    if (rows.stride_token == 1)
-      return move_runs<true, T>(rows, places, count, width, panel);
+    if (rows.stride_token == 1) return move_runs<true, T>(rows, places, count, width, panel);
   }
   for (int64_t i = 0; i < count; ++i) {
     T* row = row_at<T>(rows, places[i]);

@@ -51,8 +51,7 @@ struct Worker {
   }
 
   void clear(const Panel<W>& panel) {
-    __builtin_memset(panel.data, 0,
-                     std::size_t(panel.rows * low_rank_pitch(p.width)) * sizeof(W));
+    __builtin_memset(panel.data, 0, std::size_t(panel.rows * low_rank_pitch(p.width)) * sizeof(W));
   }
 
   void give(const Panel<W>& panel, void* tables) {
@@ -102,8 +101,8 @@ struct Worker {
   }
 
   // One tile of result = base + combinations of the tables by the coefficients [count, rank].
-  void write(const W* coef, const Panel<W>& tables, const Panel<W>& base, T* const* rows,
-             int64_t d, int64_t n) {
+  void write(const W* coef, const Panel<W>& tables, const Panel<W>& base, T* const* rows, int64_t d,
+             int64_t n) {
     const int64_t exist = p.width - d < n ? p.width - d : n;
     if (job.out.stride_channel == 1)
       mix(count, coef, p.rank, 1, p.rank, tables.at(0, d),

@@ -121,7 +121,7 @@ struct TileRows {
 
 template <typename T, int kRows, bool kWide>
 struct LowRankTile {
-  static constexpr int kGroup = kRows < 8 ? kRows : 8;    // rows of `project`
+  static constexpr int kGroup = kRows < 8 ? kRows : 8;     // rows of `project`
   static constexpr int kSpread = kRows < 16 ? kRows : 16;  // rows of `spread`
   static constexpr int kRun = 16 / int(sizeof(T));
 
@@ -131,9 +131,17 @@ struct LowRankTile {
   T* tile;  // [rows][pitch], 0 beyond the width as far as the last quad goes
   int thread, lane, warp, width, rank;
 
-  __device__ __forceinline__ LowRankTile(const LowRank<float>& p, const Cut& cut, TileRows& rows, char* tile)
-      : p(p), cut(cut), rows(rows), tile(reinterpret_cast<T*>(tile)), thread(int(threadIdx.x)),
-        lane(thread % kWarp), warp(thread / kWarp), width(int(p.width)), rank(int(p.rank)) {}
+  __device__ __forceinline__ LowRankTile(const LowRank<float>& p, const Cut& cut, TileRows& rows,
+                                         char* tile)
+      : p(p),
+        cut(cut),
+        rows(rows),
+        tile(reinterpret_cast<T*>(tile)),
+        thread(int(threadIdx.x)),
+        lane(thread % kWarp),
+        warp(thread / kWarp),
+        width(int(p.width)),
+        rank(int(p.rank)) {}
 
   // Finds the rows of tile `number` and returns their adapter, -1 where there is none.
   __device__ __forceinline__ int64_t find(int64_t number) {
@@ -201,7 +209,8 @@ struct LowRankTile {
     });
   }
 
-  __device__ __forceinline__ void project(const float* table, const float* bias, float* coefficients) {
+  __device__ __forceinline__ void project(const float* table, const float* bias,
+                                          float* coefficients) {
     const int groups = cut.rows / kGroup, tasks = groups * ((rank + kRanks - 1) / kRanks);
     for (int task = warp; task < tasks; task += kThreads / kWarp) {
       // Warps beside each other share ranks, so that tables come from the L1 cache but once.

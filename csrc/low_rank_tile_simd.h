@@ -27,8 +27,8 @@ DR_INLINE int64_t tile_width(int64_t width, int64_t d) {
   return (n + kWidth<W> - 1) / kWidth<W> * kWidth<W>;
 }
 
-// Sums of the lanes of `count` vectors. (From shuffles in a loop GCC 12 makes code that builds their
-// index vectors each time.)
+// Sums of the lanes of `count` vectors. (From shuffles in a loop GCC 12 makes code that builds
+// their index vectors each time.)
 template <typename W>
 DR_INLINE void lane_sums(const W* vectors, int64_t count, W* sums) {
   for (int64_t i = 0; i < count; ++i) {
@@ -81,9 +81,9 @@ constexpr int kDotTables = 2;
 // sums[i][k] += lanes of <row i, table k>, channels from .. to - 1, for kTables tables from the
 // first on.
 template <typename W, int kTables>
-DR_INLINE void dots_tile(const Panel<W>& x, const int64_t (&rows)[kDotRows],
-                         const Panel<W>& tables, int64_t first, int64_t width, int64_t from,
-                         int64_t to, W* sums, int64_t rank) {
+DR_INLINE void dots_tile(const Panel<W>& x, const int64_t (&rows)[kDotRows], const Panel<W>& tables,
+                         int64_t first, int64_t width, int64_t from, int64_t to, W* sums,
+                         int64_t rank) {
   VectorOf<W> acc[kTables][kDotRows] = {};
   for (int64_t d = from; d < to; d += kTile) {
     const W* row[kDotRows];
@@ -126,8 +126,8 @@ static void dots(const Panel<W>& x, int64_t count, const Panel<W>& tables, int64
   }
 }
 
-// Rows that the next block will read, fetched into the second cache a little with every result: while
-// the rows of this block are combined, memory would otherwise wait.
+// Rows that the next block will read, fetched into the second cache a little with every result:
+// while the rows of this block are combined, memory would otherwise wait.
 struct Ahead {
   const char* rows[2 * kLowRankBlock];
   int64_t count = 0;
@@ -159,7 +159,8 @@ struct IntoPanel {
   Ahead& ahead;
 
   template <int n>
-  inline __attribute__((always_inline)) void put(int64_t row, int64_t c, const VectorOf<W> (&v)[n]) const {
+  inline __attribute__((always_inline)) void put(int64_t row, int64_t c,
+                                                 const VectorOf<W> (&v)[n]) const {
     ahead.step();
     W* p = tile + row * kTile + c;
 #pragma GCC unroll 4
@@ -178,7 +179,8 @@ struct IntoRows {
   Ahead& ahead;
 
   template <int n>
-  inline __attribute__((always_inline)) void put(int64_t row, int64_t c, const VectorOf<W> (&v)[n]) const {
+  inline __attribute__((always_inline)) void put(int64_t row, int64_t c,
+                                                 const VectorOf<W> (&v)[n]) const {
     ahead.step();
     const W* p = tile + row * kTile + c;
     T* to = rows[row] + d + c;
@@ -208,9 +210,8 @@ DR_INLINE void mix_tile(const W* coef, int64_t row_step, int64_t k_step, int64_t
   int64_t c = 0;
   for (; c + kStep <= dense; c += kStep) {
     V acc[kRows][kTileVectors] = {};
-    add_products(acc, 0, count, 1, coefficient, [&](int64_t k, int v) {
-      return load_lanes(b + k * kTile + c + v * kWidth<W>);
-    });
+    add_products(acc, 0, count, 1, coefficient,
+                 [&](int64_t k, int v) { return load_lanes(b + k * kTile + c + v * kWidth<W>); });
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) into.put(row + i, c, acc[i]);
   }

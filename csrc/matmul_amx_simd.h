@@ -10,9 +10,9 @@
 namespace dreamreader {
 namespace {
 
-constexpr int64_t kAmxRows = 32;     // two tiles of rows by two tiles of columns at a time
+constexpr int64_t kAmxRows = 32;  // two tiles of rows by two tiles of columns at a time
 constexpr int64_t kAmxColumns = 32;
-constexpr int64_t kAmxDepth = 32;    // bfloat16 in a row of a tile
+constexpr int64_t kAmxDepth = 32;  // bfloat16 in a row of a tile
 
 DR_INLINE int64_t amx_whole(int64_t n) { return (n + 31) / 32 * 32; }
 
@@ -76,8 +76,7 @@ DR_INLINE void amx_multiply(const bf16* a, int64_t pitch, const bf16* packed, in
                             int64_t columns, Put put) {
   alignas(64) float part[kAmxRows][kAmxColumns];
   for (int64_t c = 0; c < columns; c += kAmxColumns) {
-    asm volatile(
-        "tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n tilezero %%tmm3" : : :);
+    asm volatile("tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n tilezero %%tmm3" : : :);
     for (int64_t k = 0; k < depth; k += kAmxDepth, packed += 1024) {
       const bf16 *upper = a + k, *lower = upper + 16 * pitch;
       asm volatile(
@@ -86,8 +85,7 @@ DR_INLINE void amx_multiply(const bf16* a, int64_t pitch, const bf16* packed, in
           "tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n tileloadd (%1,%5,1), %%tmm5\n"
           "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n tdpbf16ps %%tmm7, %%tmm5, %%tmm3"
           :
-          : "r"(upper), "r"(lower), "r"(packed), "r"(packed + 512), "r"(int64_t{64}),
-            "r"(2 * pitch)
+          : "r"(upper), "r"(lower), "r"(packed), "r"(packed + 512), "r"(int64_t{64}), "r"(2 * pitch)
           : "memory");
     }
     asm volatile(

@@ -7,7 +7,6 @@
 
 #include "op.h"
 
-
 namespace dreamreader {
 namespace {
 

@@ -1,5 +1,5 @@
-// CPU side of the packing: choice of instruction set and threads, from tensors to a job. At the foot
-// the bindings, for CUDA too.
+// CPU side of the packing: choice of instruction set and threads, from tensors to a job. At the
+// foot the bindings, for CUDA too.
 #include <algorithm>
 
 #include "op.h"
@@ -100,7 +100,7 @@ PackJob job_of(py::handle out, py::handle scales, py::handle not_finite, py::han
 
 void check_places(const PackJob& job, int64_t count, int64_t entries, int64_t tokens) {
   for (int64_t i = 0; i < count; ++i) {
-    const int32_t *at = job.places + 2 * i;
+    const int32_t* at = job.places + 2 * i;
     require(0 <= at[0] && at[0] < entries && 0 <= at[1] && at[1] < tokens,
             "pack: a place is outside x");
   }

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kRowThreads = 128;
-constexpr int kTileRows = 16;     // of 2 bytes each, tokens next to one another fill a sector
+constexpr int kTileRows = 16;  // of 2 bytes each, tokens next to one another fill a sector
 constexpr int kTileThreads = 512;
 constexpr int kTileAcross = kTileThreads / kTileRows;
 constexpr int kTileFeatures = 4 * kTileAcross;
@@ -68,11 +68,13 @@ struct Values {
       }
     }
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) at[i] = (mean ? at[i] / W(end - begin) : at[i]) + W(0);  // zeros are +0
+    for (int i = 0; i < kRun; ++i)
+      at[i] = (mean ? at[i] / W(end - begin) : at[i]) + W(0);  // zeros are +0
   }
 
  private:
-  __device__ __forceinline__ void difference(const PackJob& job, int64_t place, int64_t d, W (&to)[kRun]) {
+  __device__ __forceinline__ void difference(const PackJob& job, int64_t place, int64_t d,
+                                             W (&to)[kRun]) {
     const int64_t entry = job.places[2 * place], token = job.places[2 * place + 1];
     load(job.x, job.x_stride, entry, token, d, to);
     if (job.minus == nullptr) return;
@@ -82,9 +84,11 @@ struct Values {
     for (int i = 0; i < kRun; ++i) to[i] -= taken[i];
   }
 
-  static __device__ __forceinline__ void load(const void* data, const int64_t* stride, int64_t entry, int64_t token,
-                                              int64_t d, W (&to)[kRun]) {
-    const T* from = static_cast<const T*>(data) + entry * stride[0] + token * stride[1] + d * stride[2];
+  static __device__ __forceinline__ void load(const void* data, const int64_t* stride,
+                                              int64_t entry, int64_t token, int64_t d,
+                                              W (&to)[kRun]) {
+    const T* from =
+        static_cast<const T*>(data) + entry * stride[0] + token * stride[1] + d * stride[2];
     const Run<T, kRun> run = *reinterpret_cast<const Run<T, kRun>*>(from);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) to[i] = widened(run.at[i]);
@@ -110,7 +114,8 @@ struct Seen {
 };
 
 template <typename S, int kRun>
-__device__ __forceinline__ void write(const PackJob& job, int64_t element, const Run<S, kRun>& run) {
+__device__ __forceinline__ void write(const PackJob& job, int64_t element,
+                                      const Run<S, kRun>& run) {
   S* to = static_cast<S*>(job.out) + element;
   if (reinterpret_cast<uintptr_t>(to) % alignof(Run<S, kRun>) == 0) {
     *reinterpret_cast<Run<S, kRun>*>(to) = run;
@@ -122,7 +127,8 @@ __device__ __forceinline__ void write(const PackJob& job, int64_t element, const
 
 // Rounds kRun values and writes them from this element of out on.
 template <int kRun, typename W>
-__device__ __forceinline__ void put(const PackJob& job, int64_t element, const W (&values)[kRun], W scale) {
+__device__ __forceinline__ void put(const PackJob& job, int64_t element, const W (&values)[kRun],
+                                    W scale) {
   if (job.stored == Stored::f32) {
     Run<float, kRun> run;
 #pragma unroll
@@ -150,7 +156,8 @@ __device__ __forceinline__ void put(const PackJob& job, int64_t element, const W
 }
 
 __device__ __forceinline__ void count(const PackJob& job) {
-  if (job.not_finite != nullptr) atomicAdd(reinterpret_cast<unsigned long long*>(job.not_finite), 1ull);
+  if (job.not_finite != nullptr)
+    atomicAdd(reinterpret_cast<unsigned long long*>(job.not_finite), 1ull);
 }
 
 template <typename T, int kRun>
@@ -179,7 +186,8 @@ __global__ void __launch_bounds__(kRowThreads) pack_row_kernel(const PackJob job
   if (threadIdx.x % kWarp == 0) largest[threadIdx.x / kWarp] = seen.finite;
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < kRowThreads / kWarp; ++i) seen.finite = largest[i] > seen.finite ? largest[i] : seen.finite;
+  for (int i = 0; i < kRowThreads / kWarp; ++i)
+    seen.finite = largest[i] > seen.finite ? largest[i] : seen.finite;
   const float scale = scale_of(job.stored, seen.finite);
   if (threadIdx.x == 0) job.scales[row] = scale;
   for (int64_t d = int64_t(threadIdx.x) * kRun; d < job.features; d += kRowThreads * kRun)
@@ -224,7 +232,8 @@ __global__ void __launch_bounds__(kTileThreads) pack_tile_kernel(const PackJob j
         const int row = i / kTileFeatures, feature = i % kTileFeatures;
         if (first + row >= job.rows || d + feature >= job.features) continue;
         const W value[1] = {tile.values[feature][row]};
-        put<1>(job, (first + row) * job.features + d + feature, value, scaled ? W(tile.scales[row]) : W(1));
+        put<1>(job, (first + row) * job.features + d + feature, value,
+               scaled ? W(tile.scales[row]) : W(1));
       }
       __syncthreads();
     }
@@ -233,7 +242,8 @@ __global__ void __launch_bounds__(kTileThreads) pack_tile_kernel(const PackJob j
     __syncthreads();
     if (threadIdx.x < kTileRows) {
       W most = 0;
-      for (int i = 0; i < kTileAcross; ++i) most = tile.largest[i][lane] > most ? tile.largest[i][lane] : most;
+      for (int i = 0; i < kTileAcross; ++i)
+        most = tile.largest[i][lane] > most ? tile.largest[i][lane] : most;
       tile.scales[lane] = scale_of(job.stored, most);
       if (inside) job.scales[first + lane] = tile.scales[lane];
     }
@@ -246,12 +256,12 @@ __global__ void __launch_bounds__(kTileThreads) pack_tile_kernel(const PackJob j
 
 // Whether every run of a row begins at a multiple of 16 bytes.
 bool runs(const PackJob& job, const void* data, const int64_t* stride, int64_t run) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && job.features % run == 0 && stride[0] % run == 0 &&
-         stride[1] % run == 0;
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && job.features % run == 0 &&
+         stride[0] % run == 0 && stride[1] % run == 0;
 }
 
-cudaError_t launch(void (*kernel)(PackJob), const PackJob& job, int64_t blocks, int threads, size_t bytes,
-                   cudaStream_t stream) {
+cudaError_t launch(void (*kernel)(PackJob), const PackJob& job, int64_t blocks, int threads,
+                   size_t bytes, cudaStream_t stream) {
   if (blocks > INT32_MAX) return cudaErrorNotSupported;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));

@@ -6,7 +6,8 @@
 
 namespace dreamreader {
 
-constexpr int64_t kPackTile = 64;  // places that are read together where features are apart in memory
+constexpr int64_t kPackTile =
+    64;  // places that are read together where features are apart in memory
 
 // Packs the rows first .. last - 1; by element type of x: f16, bf16, f32, f64.
 struct PackKernels {

@@ -12,8 +12,7 @@ template <typename Source>
 class Packer {
  public:
   using W = typename Source::W;
-  explicit Packer(const PackJob& job)
-      : job_(job), storing_(storing<W>(job.stored)), source_(job) {}
+  explicit Packer(const PackJob& job) : job_(job), storing_(storing<W>(job.stored)), source_(job) {}
 
   void run(int64_t first, int64_t last) {
     int64_t odd = 0;

@@ -3,7 +3,6 @@
 
 #include "op.h"
 
-
 namespace dreamreader {
 namespace {
 

@@ -1,5 +1,5 @@
-// Whether the build has code for a device: asked of a kernel that does nothing, since all kernels are
-// compiled for the same devices.
+// Whether the build has code for a device: asked of a kernel that does nothing, since all kernels
+// are compiled for the same devices.
 #include "probe.h"
 
 namespace dreamreader {

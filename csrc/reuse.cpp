@@ -1,6 +1,6 @@
-// Memory for large results that is used again: a result of 32 MiB and more gets fresh pages from the
-// C library each time, and to touch them takes longer than to compute it. Blocks go back when the
-// storage of their tensor is freed, by whatever thread, and never before.
+// Memory for large results that is used again: a result of 32 MiB and more gets fresh pages from
+// the C library each time, and to touch them takes longer than to compute it. Blocks go back when
+// the storage of their tensor is freed, by whatever thread, and never before.
 #include <sys/mman.h>
 
 #include <cstdint>
@@ -102,7 +102,8 @@ py::capsule reused(int64_t bytes) {
   auto lent = std::make_unique<Lent>();
   lent->memory = pool().take(bytes);
   lent->shape = bytes;
-  lent->managed.tensor = {lent->memory.data, {kDLCPU, 0}, 1, {kDLUInt, 8, 1}, &lent->shape, nullptr, 0};
+  lent->managed.tensor = {lent->memory.data, {kDLCPU, 0}, 1, {kDLUInt, 8, 1},
+                          &lent->shape,      nullptr,     0};
   lent->managed.manager = lent.get();
   lent->managed.deleter = &release;
   const auto drop = [](PyObject* capsule) {  // nobody took it

@@ -197,8 +197,13 @@ DR_INLINE void store_lanes(f16* p, VF v) {
 
 // 2^r for |r| <= 0.5, within 1 ulp: 2e-9 from the polynomial, the rest from rounding.
 DR_INLINE VF exp2_polynomial(VF r) {
-  constexpr float c[] = {0x1.41fbb4p-13f, 0x1.5f3e56p-10f, 0x1.3b2d4ep-7f, 0x1.c6aee8p-5f,
-                         0x1.ebfbdcp-3f,  0x1.62e430p-1f,  1.0f};
+  constexpr float c[] = {0x1.41fbb4p-13f,
+                         0x1.5f3e56p-10f,
+                         0x1.3b2d4ep-7f,
+                         0x1.c6aee8p-5f,
+                         0x1.ebfbdcp-3f,
+                         0x1.62e430p-1f,
+                         1.0f};
   VF y = VF{} + c[0];
 #pragma GCC unroll 8
   for (int i = 1; i < 7; ++i) y = y * r + c[i];
@@ -316,8 +321,7 @@ template <typename T, typename W>
 DR_INLINE void store(T* p, const Block<W>& block, int64_t n) {
   if (__builtin_expect(n >= kBlock<W>, 1)) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kVectors; i += 2)
-      store_pair(p + i * kWidth<W>, block.v[i], block.v[i + 1]);
+    for (int i = 0; i < kVectors; i += 2) store_pair(p + i * kWidth<W>, block.v[i], block.v[i + 1]);
     return;
   }
   T part[kBlock<W>];

@@ -78,10 +78,14 @@ class TensorView {
 
   // As torch calls it.
   std::string type() const {
-    static constexpr const char* kinds[] = {
-        "int",           "uint",          "float",         "an opaque type", "bfloat",
-        "complex",       "bool",          "float8_e3m4",   "float8_e4m3",    "float8_e4m3b11fnuz",
-        "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"};
+    static constexpr const char* kinds[] = {"int",           "uint",
+                                            "float",         "an opaque type",
+                                            "bfloat",        "complex",
+                                            "bool",          "float8_e3m4",
+                                            "float8_e4m3",   "float8_e4m3b11fnuz",
+                                            "float8_e4m3fn", "float8_e4m3fnuz",
+                                            "float8_e5m2",   "float8_e5m2fnuz",
+                                            "float8_e8m0fnu"};
     const DLDataType& own = tensor_.dtype;
     if (own.code >= std::size(kinds)) return "DLPack type " + std::to_string(own.code);
     const bool sized = own.code <= kDLBool - 1 && own.code != 3;

@@ -1,6 +1,4 @@
 // What Python sees of the checksums and of the writer.
-#include "bind.h"
-
 #include <pybind11/stl.h>
 #include <unistd.h>
 
@@ -8,6 +6,7 @@
 #include <map>
 #include <mutex>
 
+#include "bind.h"
 #include "crc32c.h"
 #include "refusal.h"
 #include "tensor_view.h"
@@ -61,7 +60,8 @@ class ShardWriter {
       : process_(getpid()), host_(pack_threads) {
     require(ring_bytes > 0 && slab_bytes > 0 && threads > 0,
             "writer: ring_bytes, slab_bytes and threads must be positive");
-    writer_ = std::make_unique<Writer>(Options{ring_bytes, slab_bytes, threads, leave_out, wait_micro});
+    writer_ =
+        std::make_unique<Writer>(Options{ring_bytes, slab_bytes, threads, leave_out, wait_micro});
   }
   ~ShardWriter() { close(); }
 
@@ -203,8 +203,7 @@ class ShardWriter {
     require(int64_t(header.size()) == kHeader, "writer: a header of another length");
     run([&](Writer& writer) {
       writer.shape(site);
-      writer.finish(site, header, moments,
-                    {tail[0], tail[1], tail[2], tail[3], tail[4], tail[5]});
+      writer.finish(site, header, moments, {tail[0], tail[1], tail[2], tail[3], tail[4], tail[5]});
     });
   }
   void wait() {
@@ -236,8 +235,8 @@ class ShardWriter {
  private:
   static void check_places(const PackJob& job, int64_t count, int64_t entries, int64_t tokens) {
     for (int64_t i = 0; i < count; ++i)
-      require(job.places[2 * i] >= 0 && job.places[2 * i] < entries &&
-                  job.places[2 * i + 1] >= 0 && job.places[2 * i + 1] < tokens,
+      require(job.places[2 * i] >= 0 && job.places[2 * i] < entries && job.places[2 * i + 1] >= 0 &&
+                  job.places[2 * i + 1] < tokens,
               "writer: a place is outside x");
     if (!job.groups) {
       require(count == job.rows, "writer: as many places as keys are needed without a pool");
@@ -286,7 +285,8 @@ Bind bind_capture([](py::module_& m) {
   m.def("crc32c", &crc32c);
   py::class_<ShardWriter>(m, "ShardWriter")
       .def(py::init<int64_t, int64_t, int, int, bool, int64_t>(), py::arg("ring_bytes"),
-           py::arg("slab_bytes"), py::arg("threads"), py::arg("pack_threads"), py::arg("leave_out"), py::arg("wait_micro") = 0)
+           py::arg("slab_bytes"), py::arg("threads"), py::arg("pack_threads"), py::arg("leave_out"),
+           py::arg("wait_micro") = 0)
       .def("close", &ShardWriter::close)
       .def("site", &ShardWriter::site)
       .def("begin", &ShardWriter::begin)

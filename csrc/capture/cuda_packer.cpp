@@ -173,8 +173,9 @@ int64_t* CudaPacker::counter_at(int number) {
     const int held = std::max(kCounters, 2 * counters_held_);
     char* found = allocate(held * int64_t(sizeof(int64_t)));
     check(cudaMemsetAsync(found, 0, size_t(held) * sizeof(int64_t), stream_));
-    if (counters_held_) move(found, reinterpret_cast<const char*>(counters_),
-                             counters_held_ * int64_t(sizeof(int64_t)));
+    if (counters_held_)
+      move(found, reinterpret_cast<const char*>(counters_),
+           counters_held_ * int64_t(sizeof(int64_t)));
     counters_ = reinterpret_cast<int64_t*>(found);
     counters_held_ = held;
   }

@@ -11,7 +11,7 @@ namespace dreamreader {
 namespace {
 
 constexpr int64_t kMostRows = INT32_MAX;  // of a shard, whose segments count them
-constexpr int64_t kLeast = 64 << 10;  // a slab of less is not worth its write
+constexpr int64_t kLeast = 64 << 10;      // a slab of less is not worth its write
 
 int64_t row_memory(const SiteShape& shape) {  // with its scale, its key and its checksum
   return shape.row_bytes + (shape.scaled ? 4 : 0) + 4 * kKey + 4;
@@ -270,14 +270,17 @@ bool Writer::send_fullest() {
 void Writer::send(Site& site) {
   const int64_t bytes = site.carried + site.in_slab * site.shape.row_bytes;
   const int64_t whole = bytes / kBlock * kBlock;
-  const Task task{&site, site.packer, site.slab, site.carried, site.in_slab, site.rows - site.in_slab,
-                  site.capacity, whole, kHeader + site.sent, false};
+  const Task task{&site,         site.packer,  site.slab,
+                  site.carried,  site.in_slab, site.rows - site.in_slab,
+                  site.capacity, whole,        kHeader + site.sent,
+                  false};
   char* slab = ring_.slab(site.slab);
   Packer& packer = *site.packer;
   packer.send(site.slab, slab, bytes);
   if (site.shape.scaled)
     packer.send(site.slab, Areas(slab, site.shape, site.capacity).scales, 4 * site.in_slab);
-  if (bytes > whole) packer.move(packer.carry(site.number), packer.twin(slab + whole), bytes - whole);
+  if (bytes > whole)
+    packer.move(packer.carry(site.number), packer.twin(slab + whole), bytes - whole);
   site.carried = bytes - whole;
   site.sent += whole;
   site.slab = -1;
@@ -359,7 +362,8 @@ void Writer::write(const Task& task) {
       {areas.keys, 4 * kKey, 4 * kKey},
       {areas.scales, 4, 4},
   };
-  crc32c_rows(parts, site.shape.scaled ? 3 : 2, task.rows, reinterpret_cast<uint32_t*>(areas.checksums));
+  crc32c_rows(parts, site.shape.scaled ? 3 : 2, task.rows,
+              reinterpret_cast<uint32_t*>(areas.checksums));
   {
     const std::lock_guard lock(lock_);
     const size_t first = size_t(task.first), end = size_t(task.first + task.rows);
@@ -432,8 +436,7 @@ void Writer::end_file(const Task& task) {
   part(site.tail.keys, site.keys.data(), 4 * int64_t(site.keys.size()));
   part(site.tail.scales, site.scales.data(), 4 * int64_t(site.scales.size()));
   part(site.tail.checksums, site.checksums.data(), 4 * int64_t(site.checksums.size()));
-  part(site.tail.segments, site.segments.data(),
-       int64_t(site.segments.size() * sizeof(Segment)));
+  part(site.tail.segments, site.segments.data(), int64_t(site.segments.size() * sizeof(Segment)));
   part(site.tail.moments, site.moments.data(), int64_t(site.moments.size()));
   stream.zeros_until(site.tail.bytes);
   stream.send();

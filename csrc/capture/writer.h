@@ -58,7 +58,7 @@ struct Site {
   // Of the unit that is written:
   Packer* packer = nullptr;  // null where there was no row
   File file;
-  int slab = -1;  // the open one
+  int slab = -1;                                   // the open one
   int64_t carried = 0, in_slab = 0, capacity = 0;  // bytes, rows, rows
   int64_t rows = 0, sent = 0;                      // rows packed; bytes of values on their way
   std::vector<Segment> segments;
@@ -149,7 +149,7 @@ class Writer {
   std::vector<int> free_;
   std::vector<Task> tasks_;  // a ring of its own: as many places as there are slabs
   size_t first_task_ = 0, task_count_ = 0;
-  int in_flight_ = 0;  // slabs at the threads
+  int in_flight_ = 0;           // slabs at the threads
   std::exception_ptr failure_;  // the first of the threads
   bool begun_ = false, discarding_ = false, stopping_ = false;
   int64_t written_ = 0, waits_ = 0, early_ = 0;

@@ -1,7 +1,7 @@
 // The CUDA source of the attention maps of words, compiled for the CPU, behind one C function.
-#include <cstdio>
-
 #include "../../csrc/attention_words.cu"
+
+#include <cstdio>
 
 namespace dreamreader {
 namespace {

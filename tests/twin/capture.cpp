@@ -1,6 +1,10 @@
-// The writer with rows that are packed on a GPU, whose streams are threads here: its files must be those of rows that
-// are packed in host memory, and after the first unit it may not allocate nor wait for a stream. Packing itself is
-// plain: float32 in, float32 or int8 out.
+// The writer with rows that are packed on a GPU, whose streams are threads here: its files must be
+// those of rows that are packed in host memory, and after the first unit it may not allocate nor
+// wait for a stream. Packing itself is plain: float32 in, float32 or int8 out.
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
@@ -9,18 +13,15 @@
 
 #include "../../csrc/capture/crc32c.cpp"
 #include "../../csrc/capture/cuda_packer.cpp"
-#include <fcntl.h>
-#include <unistd.h>
 
-#include <atomic>
-
-// A file system that refuses O_DIRECT at the first write, to two threads at once: the second hears of it when the
-// first has given O_DIRECT up already.
+// A file system that refuses O_DIRECT at the first write, to two threads at once: the second hears
+// of it when the first has given O_DIRECT up already.
 std::atomic<int> refused{-1};  // how many writes were; -1: it is like any other
 ssize_t write_at(int file, const void* from, size_t bytes, off_t at) {
   if (refused < 0 || !(fcntl(file, F_GETFL) & O_DIRECT)) return pwrite(file, from, bytes, at);
   const bool first = refused++ == 0;
-  for (int wait = 0; wait < 5000 && (first ? refused < 2 : fcntl(file, F_GETFL) & O_DIRECT); ++wait) usleep(1000);
+  for (int wait = 0; wait < 5000 && (first ? refused < 2 : fcntl(file, F_GETFL) & O_DIRECT); ++wait)
+    usleep(1000);
   if (!first) usleep(50'000);
   errno = EINVAL;
   return -1;
@@ -41,14 +42,15 @@ Isa isa() { return Isa::portable; }
 
 void pack_cpu(const PackJob& job, int) {
   for (int64_t r = 0; r < job.rows; ++r) {
-    const int64_t first = job.groups ? job.groups[r] : r, last = job.groups ? job.groups[r + 1] : r + 1;
+    const int64_t first = job.groups ? job.groups[r] : r,
+                  last = job.groups ? job.groups[r + 1] : r + 1;
     bool finite = true;
     float values[512], most = 0;
     for (int64_t d = 0; d < job.features; ++d) {
       float v = 0;
       for (int64_t p = first; p < last; ++p)
-        v += static_cast<const float*>(
-            job.x)[job.places[2 * p] * job.x_stride[0] + job.places[2 * p + 1] * job.x_stride[1] + d];
+        v += static_cast<const float*>(job.x)[job.places[2 * p] * job.x_stride[0] +
+                                              job.places[2 * p + 1] * job.x_stride[1] + d];
       values[d] = v;
       finite = finite && std::isfinite(v);
       if (std::isfinite(v)) most = std::fmax(most, std::fabs(v));
@@ -58,7 +60,8 @@ void pack_cpu(const PackJob& job, int) {
     for (int64_t d = 0; d < job.features; ++d) {
       const int64_t at = r * job.features + d;
       if (job.scales)
-        static_cast<int8_t*>(job.out)[at] = int8_t(std::fmin(127, std::fmax(-127, 127 * values[d] / most)));
+        static_cast<int8_t*>(job.out)[at] =
+            int8_t(std::fmin(127, std::fmax(-127, 127 * values[d] / most)));
       else
         static_cast<float*>(job.out)[at] = values[d];
     }
@@ -83,13 +86,15 @@ struct Input {
 };
 
 // 16 entries of 64 tokens; a row of the third site is the sum of `pooled` places.
-Input input(int site, int64_t features, int64_t rows, int pooled, int32_t moment, std::mt19937& random) {
+Input input(int site, int64_t features, int64_t rows, int pooled, int32_t moment,
+            std::mt19937& random) {
   Input in{site, {}, {}, {}, {}, features};
   for (int64_t i = 0; i < 16 * 64 * features; ++i) in.x.push_back(float(random() % 2001) - 1000);
   in.x[features * (random() % (16 * 64))] = INFINITY;
   for (int64_t r = 0; r < rows; ++r) {
     in.groups.push_back(int32_t(r) * pooled);
-    for (int p = 0; p < pooled; ++p) in.places.insert(in.places.end(), {int32_t(random() % 16), int32_t(random() % 64)});
+    for (int p = 0; p < pooled; ++p)
+      in.places.insert(in.places.end(), {int32_t(random() % 16), int32_t(random() % 64)});
     in.keys.insert(in.keys.end(), {int32_t(r % 4), moment, int32_t(r / 40 % 2), int32_t(r)});
   }
   in.groups.push_back(int32_t(rows) * pooled);
@@ -116,8 +121,9 @@ Tail tail_of(const Writer& writer, int site) {
 }
 
 // Two units; returns the rows that are not finite.
-std::vector<std::vector<int64_t>> fill(Writer& writer, Packer& packer, const std::vector<Input>& inputs,
-                                       const fs::path& folder, cudaStream_t* streams) {
+std::vector<std::vector<int64_t>> fill(Writer& writer, Packer& packer,
+                                       const std::vector<Input>& inputs, const fs::path& folder,
+                                       cudaStream_t* streams) {
   std::vector<std::vector<int64_t>> found;
   for (int unit = 0; unit < 2; ++unit) {
     const fs::path own = folder / std::to_string(unit);
@@ -187,7 +193,8 @@ void check_refusal(const std::string& path) {
   expect(content(path) == std::string(2 * bytes, 'b'), "the file that refused O_DIRECT");
 }
 
-// However early the memory of the GPU ends: an error that leaves nothing behind, so that the next attempt succeeds.
+// However early the memory of the GPU ends: an error that leaves nothing behind, so that the next
+// attempt succeeds.
 void check_no_memory(const fs::path& folder) {
   Writer writer({1 << 18, 4 << 20, 1, false, 0});
   writer.site({"rows", 4, 16, Stored::f32, Pool::none, false});
@@ -198,8 +205,10 @@ void check_no_memory(const fs::path& folder) {
       CudaPacker packer(0, writer.ring());
       break;
     } catch (const std::bad_alloc& error) {
-      expect(std::string(error.what()).starts_with("writer: "), "an allocation failed without a reason");
-      expect(twin::held == 0 && !twin::registered, "a constructor that failed left something behind");
+      expect(std::string(error.what()).starts_with("writer: "),
+             "an allocation failed without a reason");
+      expect(twin::held == 0 && !twin::registered,
+             "a constructor that failed left something behind");
     }
   }
   expect(failures > 10, "too few allocations failed");
@@ -221,7 +230,8 @@ void check_most_rows(const fs::path& folder) {
   } catch (const std::invalid_argument& error) {
     said = error.what();
   }
-  expect(said.starts_with("writer: many would have more than 2147483647 rows"), "too many rows were not refused");
+  expect(said.starts_with("writer: many would have more than 2147483647 rows"),
+         "too many rows were not refused");
 }
 
 int main(int, char** arguments) {
@@ -234,7 +244,8 @@ int main(int, char** arguments) {
   for (int n = 0; n < 12; ++n) {
     inputs.push_back(input(0, 333, 60 + n, 1, n / 4, random));
     inputs.push_back(input(1, 77, 200 + n, 1, n / 4, random));
-    inputs.push_back(input(2, 3, 64, 3000, n / 4, random));  // more places than a part of the stage holds
+    inputs.push_back(
+        input(2, 3, 64, 3000, n / 4, random));  // more places than a part of the stage holds
   }
   // No ring is full meanwhile, so the stage has to hold these back.
   for (int n = 0; n < 8; ++n) inputs.push_back(input(2, 3, 64, 3000, 2, random));
@@ -251,12 +262,26 @@ int main(int, char** arguments) {
       packer = std::make_unique<CudaPacker>(0, writer.ring());
     else
       packer = std::make_unique<HostPacker>(1);
-    counts[gpu] = fill(writer, *packer, inputs, folder / (gpu ? "gpu" : "host"), gpu ? streams : nullptr);
+    counts[gpu] =
+        fill(writer, *packer, inputs, folder / (gpu ? "gpu" : "host"), gpu ? streams : nullptr);
     expect(writer.counts().waits > 0, "the ring was never full");
     if (gpu) {  // a unit that is dropped while its rows are on their way
       writer.begin((folder / "gpu").string());
-      writer.put(0, PackJob{inputs[0].x.data(), nullptr, DType::f32, {64 * 333, 333, 1}, {}, inputs[0].places.data(),
-                            nullptr, Pool::none, 60, 333, Stored::f32, nullptr, nullptr, nullptr},
+      writer.put(0,
+                 PackJob{inputs[0].x.data(),
+                         nullptr,
+                         DType::f32,
+                         {64 * 333, 333, 1},
+                         {},
+                         inputs[0].places.data(),
+                         nullptr,
+                         Pool::none,
+                         60,
+                         333,
+                         Stored::f32,
+                         nullptr,
+                         nullptr,
+                         nullptr},
                  60, inputs[0].keys.data(), *packer);
       writer.abandon();
       for (cudaStream_t each : streams) cudaStreamSynchronize(each);
@@ -265,7 +290,8 @@ int main(int, char** arguments) {
   expect(counts[0] == counts[1], "rows that are not finite were counted differently");
   for (const char* unit : {"0", "1"})
     for (const char* name : {"rows", "scaled", "pooled"}) {
-      const std::string host = content(folder / "host" / unit / name), gpu = content(folder / "gpu" / unit / name);
+      const std::string host = content(folder / "host" / unit / name),
+                        gpu = content(folder / "gpu" / unit / name);
       expect(host.size() > kHeader && host == gpu, name);
     }
   return failed;

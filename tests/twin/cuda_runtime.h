@@ -1,6 +1,7 @@
-// Enough of CUDA to run a kernel on the CPU: every thread of a block is a fiber, barriers and warp primitives switch
-// between them. Stricter than a GPU: a barrier that not all threads reach, a 16-byte access that is not aligned and an
-// impossible launch are reported; shared memory starts as garbage; threads and blocks run in shuffled order.
+// Enough of CUDA to run a kernel on the CPU: every thread of a block is a fiber, barriers and warp
+// primitives switch between them. Stricter than a GPU: a barrier that not all threads reach, a
+// 16-byte access that is not aligned and an impossible launch are reported; shared memory starts as
+// garbage; threads and blocks run in shuffled order.
 #pragma once
 
 #include <ucontext.h>
@@ -131,7 +132,8 @@ inline void run_block(dim3 block) {
       swapcontext(&scheduler, &fiber.context);
       moved = true;
     }
-    for (int w = 0; w < live; w += kWarp) moved = release(w, std::min(w + kWarp, live), false) || moved;
+    for (int w = 0; w < live; w += kWarp)
+      moved = release(w, std::min(w + kWarp, live), false) || moved;
     moved = release(0, live, true) || moved;
     for (int i = 0; i < live; ++i) finished = finished && fibers[i]->done;
     if (finished) return;
@@ -162,7 +164,9 @@ inline uint64_t ballot(int value, int first, int last, Wait what) {
   return result;
 }
 
-inline int any(int value, int first, int last, Wait what) { return ballot(value, first, last, what) != 0; }
+inline int any(int value, int first, int last, Wait what) {
+  return ballot(value, first, last, what) != 0;
+}
 
 // Allocates nothing: one block runs at a time.
 inline char* shared_memory();
@@ -172,8 +176,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, void (*kernel)(P...), A&&..
   const dim3 grid = config.gridDim, block = config.blockDim;
   const unsigned threads = block.x * block.y * block.z;
   ++launches;
-  if (threads == 0 || threads > 1024 || grid.x == 0 || grid.x > 0x7fffffffu || grid.y == 0 || grid.y > 65535 ||
-      config.dynamicSmemBytes > shared_allowed) {
+  if (threads == 0 || threads > 1024 || grid.x == 0 || grid.x > 0x7fffffffu || grid.y == 0 ||
+      grid.y > 65535 || config.dynamicSmemBytes > shared_allowed) {
     fail("a launch that no GPU takes");
     return cudaErrorInvalidConfiguration;
   }
@@ -204,7 +208,8 @@ struct uint4 {
     return *this;
   }
   static void check(const void* at) {
-    if (reinterpret_cast<uintptr_t>(at) % 16 != 0 && !on_stack(at)) twin::fail("a 16-byte access that is not aligned");
+    if (reinterpret_cast<uintptr_t>(at) % 16 != 0 && !on_stack(at))
+      twin::fail("a 16-byte access that is not aligned");
   }
   static bool on_stack(const void* at) {
     const char* stack = twin::fibers[twin::current]->stack.get();
@@ -230,7 +235,8 @@ inline int __any_sync(unsigned mask, int value) {
 }
 inline unsigned __ballot_sync(unsigned mask, int value) {
   if (mask != 0xffffffffu) twin::fail("a warp primitive without all lanes");
-  return unsigned(twin::ballot(value, twin::warp_begin(), twin::warp_begin() + twin::kWarp, twin::Wait::vote));
+  return unsigned(
+      twin::ballot(value, twin::warp_begin(), twin::warp_begin() + twin::kWarp, twin::Wait::vote));
 }
 inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {
   const unsigned long long before = *to;
@@ -245,10 +251,14 @@ inline int32_t atomicOr(int32_t* to, int32_t value) {
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline void __syncwarp() { twin::wait(twin::Wait::warp); }
 inline void __syncthreads() { twin::wait(twin::Wait::block); }
-inline int __syncthreads_or(int value) { return twin::any(value, 0, twin::live, twin::Wait::block); }
+inline int __syncthreads_or(int value) {
+  return twin::any(value, 0, twin::live, twin::Wait::block);
+}
 
 // Lets the twin be a device whose blocks have so many bytes of shared memory.
-extern "C" __attribute__((used)) inline void limit_shared(int64_t bytes) { twin::shared_limit = size_t(bytes); }
+extern "C" __attribute__((used)) inline void limit_shared(int64_t bytes) {
+  twin::shared_limit = size_t(bytes);
+}
 
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
@@ -263,6 +273,7 @@ cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int bytes) {
 }
 
 template <typename... P, typename... A>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...),
+                               A&&... arguments) {
   return twin::launch(*config, kernel, std::forward<A>(arguments)...);
 }

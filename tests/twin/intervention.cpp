@@ -1,7 +1,7 @@
 // The CUDA source of the intervention program, compiled for the CPU, behind one C function.
-#include <cstdio>
-
 #include "../../csrc/intervention.cu"
+
+#include <cstdio>
 
 namespace dreamreader {
 namespace {
@@ -23,7 +23,8 @@ struct Call {
   const void *vectors, *limits;
   const uint8_t* masks;
   int64_t sources;
-  int64_t source_fields[dreamreader::kMaxSources][8];  // data, dtype, entries, 2 strides, index, 2 strides
+  int64_t source_fields[dreamreader::kMaxSources]
+                       [8];  // data, dtype, entries, 2 strides, index, 2 strides
   int32_t* seen;
 };
 
@@ -42,13 +43,14 @@ cudaError_t run(const Call& c) {
   p.masks = c.masks;
   for (int i = 0; i < c.sources; ++i) {
     const int64_t* f = c.source_fields[i];
-    p.sources[i] = {reinterpret_cast<const void*>(f[0]), DType(f[1]), f[2], f[3], f[4],
-                    reinterpret_cast<const int64_t*>(f[5]), f[6], f[7]};
+    p.sources[i] = {reinterpret_cast<const void*>(f[0]),    DType(f[1]), f[2], f[3], f[4],
+                    reinterpret_cast<const int64_t*>(f[5]), f[6],        f[7]};
   }
   const auto side = [&](void* data, const int64_t* s) {
     return Activation{data, DType(c.dtype), c.rows, c.tokens, c.width, s[0], s[1], s[2]};
   };
-  return launch_intervention(side(c.x, c.x_strides), side(c.out, c.out_strides), p, nullptr, c.seen);
+  return launch_intervention(side(c.x, c.x_strides), side(c.out, c.out_strides), p, nullptr,
+                             c.seen);
 }
 
 // Returns the CUDA error, or -1 with a message where the twin found something; counts the launches.
@@ -56,8 +58,9 @@ extern "C" int intervention(const Call* call, int64_t* launches, char* message, 
   static_assert(sizeof(dreamreader::Step) == 9 * sizeof(int32_t));
   twin::error.clear();
   twin::launches = 0;
-  const cudaError_t error =
-      dreamreader::DType(call->dtype) == dreamreader::DType::f64 ? run<double>(*call) : run<float>(*call);
+  const cudaError_t error = dreamreader::DType(call->dtype) == dreamreader::DType::f64
+                                ? run<double>(*call)
+                                : run<float>(*call);
   *launches = twin::launches;
   std::snprintf(message, size, "%s", twin::error.c_str());
   return twin::error.empty() ? int(error) : -1;

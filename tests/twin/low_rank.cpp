@@ -1,7 +1,8 @@
-// The CUDA source of the low-rank edit and its gradient, compiled for the CPU, behind one C function.
-#include <cstdio>
-
+// The CUDA source of the low-rank edit and its gradient, compiled for the CPU, behind one C
+// function.
 #include "../../csrc/low_rank.cu"
+
+#include <cstdio>
 
 namespace dreamreader {
 namespace {
@@ -25,11 +26,24 @@ struct Call {
 };
 
 dreamreader::LowRank<float> arguments_of(const Call& c) {
-  return {c.sizes[0], c.sizes[1], c.sizes[2], c.sizes[3], c.sizes[4], c.down, c.bias, c.up, c.strength,
-          c.strength_strides[0], c.strength_strides[1], c.index, c.index_stride};
+  return {c.sizes[0],
+          c.sizes[1],
+          c.sizes[2],
+          c.sizes[3],
+          c.sizes[4],
+          c.down,
+          c.bias,
+          c.up,
+          c.strength,
+          c.strength_strides[0],
+          c.strength_strides[1],
+          c.index,
+          c.index_stride};
 }
 
-extern "C" int64_t workspace(const Call* c) { return dreamreader::low_rank_workspace(arguments_of(*c)); }
+extern "C" int64_t workspace(const Call* c) {
+  return dreamreader::low_rank_workspace(arguments_of(*c));
+}
 
 // Returns the CUDA error, or -1 with a message where the twin found something; counts the launches.
 extern "C" int low_rank(const Call* c, int64_t* launches, char* message, size_t size) {
@@ -44,7 +58,8 @@ extern "C" int low_rank(const Call* c, int64_t* launches, char* message, size_t 
   cudaError_t error;
   if (c->grad) {
     const LowRankGradients gradients = {out, c->d_down, c->d_bias, c->d_up, c->d_strength};
-    error = launch_low_rank_backward(p, rows(c->grad, c->grad_strides), x, gradients, c->workspace, nullptr);
+    error = launch_low_rank_backward(p, rows(c->grad, c->grad_strides), x, gradients, c->workspace,
+                                     nullptr);
   } else {
     error = launch_low_rank(p, x, out, nullptr);
   }

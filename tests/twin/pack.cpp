@@ -1,7 +1,7 @@
 // The CUDA source of the packing, compiled for the CPU, behind one C function.
-#include <cstdio>
-
 #include "../../csrc/pack.cu"
+
+#include <cstdio>
 
 namespace dreamreader {
 namespace {

@@ -1,5 +1,5 @@
-// Streams, events and copies of CUDA on threads of the CPU: enough to run what orders the work of a GPU.
-// Everything on a stream happens late, at its own pace; memory of the GPU starts as garbage.
+// Streams, events and copies of CUDA on threads of the CPU: enough to run what orders the work of a
+// GPU. Everything on a stream happens late, at its own pace; memory of the GPU starts as garbage.
 #pragma once
 
 #include <chrono>
@@ -25,7 +25,11 @@ enum cudaError_t {
   cudaErrorHostMemoryAlreadyRegistered = 712,
   cudaErrorNotSupported = 801
 };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
+enum cudaMemcpyKind {
+  cudaMemcpyHostToDevice = 1,
+  cudaMemcpyDeviceToHost = 2,
+  cudaMemcpyDeviceToDevice = 3
+};
 constexpr unsigned cudaEventDisableTiming = 2, cudaStreamNonBlocking = 1;
 constexpr unsigned cudaHostRegisterDefault = 0, cudaHostAllocDefault = 0;
 
@@ -34,8 +38,8 @@ namespace twin {
 inline std::mutex lock;
 inline std::condition_variable moved;
 inline int64_t allocations = 0, waits = 0, ended = 0;
-inline int64_t held = 0;      // allocations, events and streams that were not given back
-inline int64_t left = -1;     // allocations until there is no memory; -1: never
+inline int64_t held = 0;   // allocations, events and streams that were not given back
+inline int64_t left = -1;  // allocations until there is no memory; -1: never
 inline void* registered = nullptr;
 
 struct Event {
@@ -107,7 +111,9 @@ inline cudaError_t cudaMalloc(void** found, size_t bytes) {
   std::memset(*found, 0xa5, bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaHostAlloc(void** found, size_t bytes, unsigned) { return cudaMalloc(found, bytes); }
+inline cudaError_t cudaHostAlloc(void** found, size_t bytes, unsigned) {
+  return cudaMalloc(found, bytes);
+}
 inline cudaError_t cudaFree(void* memory) { return --twin::held, std::free(memory), cudaSuccess; }
 inline cudaError_t cudaFreeHost(void* memory) { return cudaFree(memory); }
 inline cudaError_t cudaHostRegister(void* memory, size_t, unsigned) {
@@ -120,7 +126,9 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   ++twin::held;
   return *stream = new twin::Stream(400), cudaSuccess;
 }
-inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return --twin::held, delete stream, cudaSuccess; }
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  return --twin::held, delete stream, cudaSuccess;
+}
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   if (twin::left == 0) return cudaErrorMemoryAllocation;
   if (twin::left > 0) --twin::left;
@@ -128,7 +136,9 @@ inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   ++twin::held;
   return *event = new twin::Event, cudaSuccess;
 }
-inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return --twin::held, delete event, cudaSuccess; }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  return --twin::held, delete event, cudaSuccess;
+}
 
 inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   int64_t number;
@@ -170,9 +180,12 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   twin::moved.wait(guard, [=] { return stream->queue.empty() && !stream->busy; });
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }  // the test waits for its streams
+inline cudaError_t cudaDeviceSynchronize() {
+  return cudaSuccess;
+}  // the test waits for its streams
 
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+                                   cudaStream_t stream) {
   stream->add([=] { std::memcpy(to, from, bytes); });
   return cudaSuccess;
 }
