@@ -90,5 +90,5 @@ def test_a_language_model_is_left_alone(language) -> None:
 
 
 def test_experiments_encode_once(experiment, seen, tmp_path) -> None:
-    experiment(seeds=4, batch={"rows": 12}).run(tmp_path / "run")
+    experiment(seeds={"count": 4}, batch={"rows": 12}).run(tmp_path / "run")
     assert seen == [2, 1] * 2  # two batches of twelve rows, of two prompts

@@ -254,7 +254,7 @@ def test_rows_without_a_fingerprint_are_not_gone_on_from(experiment, tmp_path: P
     with pytest.raises(
         InvalidInput, match="run has files, but no fingerprint.json that says of what"
     ):
-        experiment(seeds=2).run(out)
+        experiment(seeds={"count": 2}).run(out)
 
 
 def test_a_plan_without_a_fingerprint_is_made_anew(experiment, tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from dreamreader.experiments import load_results
 
 
 def test_results_are_means_over_rows(experiment, tmp_path) -> None:
-    results = experiment(metrics=["pixel_distance", "detector"], seeds=2).run(tmp_path / "run")
+    results = experiment(metrics=["pixel_distance", "detector"], seeds={"count": 2}).run(
+        tmp_path / "run"
+    )
     assert results.conditions == ["unedited", "edited"]
     assert len(results.rows) == 2 * 2 * 3 and len(results.of("edited", factor=0.5)) == 4
     values = [row["pixel_distance"] for row in results.of("edited", factor=0.5)]

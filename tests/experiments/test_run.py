@@ -149,7 +149,7 @@ def test_batches_keep_their_rows_whatever_the_memory(experiment, tmp_path, monke
 def test_metrics_get_the_exact_outputs_of_the_base_row(experiment, tmp_path) -> None:
     """Across batches, and also where they come from the run folder."""
     gap = Gap()
-    results = experiment(metrics=[gap], seeds=2, batch={"rows": 3}).run(tmp_path / "run")
+    results = experiment(metrics=[gap], seeds={"count": 2}, batch={"rows": 3}).run(tmp_path / "run")
     assert len({row["unit"] for row in results.rows}) == 4
     for row in results.rows:
         base = row["row"] if row["base"] is None else row["base"]
@@ -168,7 +168,7 @@ def test_metrics_get_the_exact_outputs_of_the_base_row(experiment, tmp_path) -> 
         part = table.slice(rows[0]["row"], len(rows))
         write_table(folder / "rows" / f"batch-{unit:06d}.parquet", part)
     (folder / "rows.parquet").unlink()
-    later = experiment(metrics=[again], seeds=2, batch={"rows": 3}).run(folder)
+    later = experiment(metrics=[again], seeds={"count": 2}, batch={"rows": 3}).run(folder)
     assert sorted(again.own) == [9, 10, 11] and later.rows == results.rows
     for number in again.own:
         base = gap.own[results.rows[number]["base"]]
