@@ -65,7 +65,8 @@ class _PieceBlock:
         self._given = x.shape
         self._device = x.device if request.device is None else request.device
         self._dtype = request.dtype or x.dtype
-        self._shape = self._to = None  # one piece is a copy as it is
+        self._shape: tuple[int, ...] = ()
+        self._to: Tensor | None = None  # one piece is a copy as it is
         if len(held.branches) > 1 or self.moments > 1:
             self._shape = (len(held.branches), self.rows, *x.shape[1:])
             shape = (self.rows, len(held.branches), self.moments, *x.shape[1:])
@@ -76,7 +77,7 @@ class _PieceBlock:
     def memory(self) -> Tensor:
         """[rows, branches, moments, ...]."""
         assert self._to is not None
-        if self._shape is None:
+        if not self._shape:
             return self._to.unsqueeze(1).unsqueeze(1)
         return self._to.transpose(0, 1)
 
