@@ -7,6 +7,7 @@ in a notebook, nothing where nobody looks), False is silent, a function is calle
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -38,7 +39,8 @@ ProgressCallback = Callable[[ProgressEvent], Any]
 Progress = bool | ProgressCallback
 """What a function takes as `progress`."""
 
-_open = 0  # functions under way that have settled what is shown: those inside show nothing more
+# whether a function under way has settled what is shown: those inside show nothing more
+_settled: ContextVar[bool] = ContextVar("settled", default=False)
 
 
 def silent(event: ProgressEvent) -> None:
@@ -58,13 +60,12 @@ def show_progress(progress: Progress) -> Iterator[ProgressCallback]:
         >>> with show_progress(False) as report:
         ...     report(ProgressEvent("rows", 3, 10))
     """
-    global _open
     if not isinstance(progress, bool) and not callable(progress):
         raise InvalidInput(
             f"progress={progress!r}: give True, False, or a function that takes a ProgressEvent"
         )
-    shown = _display() if progress is True and not _open else None
-    _open += 1
+    shown = _display() if progress is True and not _settled.get() else None
+    token = _settled.set(True)
     try:
         if shown is not None:
             with shown as report:
@@ -72,7 +73,7 @@ def show_progress(progress: Progress) -> Iterator[ProgressCallback]:
         else:
             yield silent if isinstance(progress, bool) else progress
     finally:
-        _open -= 1
+        _settled.reset(token)
 
 
 def track(items: Sequence[T], stage: str, report: ProgressCallback) -> Iterator[T]:
