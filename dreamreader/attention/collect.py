@@ -120,7 +120,7 @@ class WordMap:
             left = ", ".join(self._skipped)
             why = f"skip_factor={self._skip} leaves out {left}" if left else "nothing ran"
             raise NeverFired(f"word maps: {why}")
-        return _joined(self._done)
+        return _join_rows(self._done)
 
     def _saw(self, attention: Attention, call: Call) -> None:
         if not call.has_words and not self._chosen:
@@ -274,7 +274,7 @@ def word_maps(
     return replace(found.result(), images=result.images, firing=result.firing)
 
 
-def _joined(parts: list[WordMaps]) -> WordMaps:
+def _join_rows(parts: list[WordMaps]) -> WordMaps:
     """The rows of all runs."""
     first = parts[0]
     for each in parts:

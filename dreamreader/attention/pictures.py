@@ -16,7 +16,7 @@ from dreamreader.attention.scores import resize
 _CELL = "padding:2px 6px;text-align:center;font-size:90%"
 
 
-def coloured(heat: Float[Tensor, "h w"]) -> Float[Tensor, "h w 3"]:
+def apply_colours(heat: Float[Tensor, "h w"]) -> Float[Tensor, "h w 3"]:
     """The colours of a map, from black at 0 over purple and orange to white at its maximum.
 
     Formula: l + a (cos p v + sin p w), where the lightness l is the share of the maximum,
@@ -43,7 +43,7 @@ def overlay(image: Any, heat: Float[Tensor, "h w"], strength: float) -> Any:
     pixels = pixels.view(picture.height, picture.width, 3) / 255
     heat = resize(heat.float(), (picture.height, picture.width))
     share = (strength * heat / heat.amax().clamp(min=1e-12))[..., None]
-    mixed = pixels * (1 - share) + coloured(heat) * share
+    mixed = pixels * (1 - share) + apply_colours(heat) * share
     return Image.fromarray((mixed * 255).round().byte().numpy())
 
 
@@ -53,7 +53,7 @@ def draw(heat: Float[Tensor, "h w"], image: Any = None) -> Any:
 
     if image is not None:
         return overlay(image, heat, 0.7)
-    drawn = Image.fromarray((coloured(heat) * 255).round().byte().numpy())
+    drawn = Image.fromarray((apply_colours(heat) * 255).round().byte().numpy())
     return drawn.resize((96, 96 * heat.shape[0] // heat.shape[1]), Image.Resampling.BICUBIC)
 
 

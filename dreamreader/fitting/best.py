@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 def values_of(module: nn.Module) -> dict[str, Tensor]:
     """Copies of parameters and buffers."""
-    return {name: each.detach().clone() for name, each in _named(module).items()}
+    return {name: each.detach().clone() for name, each in _name_tensors(module).items()}
 
 
 @torch.no_grad()
 def put_values(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Sets parameters and buffers to what `values_of` gave."""
-    for name, each in _named(module).items():
+    for name, each in _name_tensors(module).items():
         each.copy_(values[name])
 
 
-def _named(module: nn.Module) -> dict[str, Tensor]:
+def _name_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
@@ -53,7 +53,7 @@ class Best:
             better = own < self.losses
             self.losses = torch.where(better, own, self.losses)
             self.at[better] = at
-        for name, now in _named(self.module).items():
+        for name, now in _name_tensors(self.module).items():
             if better.dim() == 0:
                 if bool(better):
                     self.values[name].copy_(now.detach())

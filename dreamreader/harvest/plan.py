@@ -63,7 +63,7 @@ class HarvestPlan:
             return "\n".join(lines)
         share = self.samples / found.samples
         rows = sum(each.rows for each in found.taken)
-        kinds = _grouped(found.taken, found.samples)
+        kinds = _group_sites(found.taken, found.samples)
         lines += [
             f"sites     {len(found.taken):,}",
             *(f"          {line}" for line in kinds[:12]),
@@ -105,7 +105,7 @@ def make_plan(
         batch = 1
     if batch is None:
         batch = rows_that_fit(spec.batch, _row_bytes(job))
-    found = estimated(job, batch) if estimates or unit is None else None
+    found = estimate_units(job, batch) if estimates or unit is None else None
     if unit is None:
         assert found is not None
         fitting = int(spec.store.shard_mb * MIB // max(found.bytes, 1))
@@ -114,7 +114,7 @@ def make_plan(
     return HarvestPlan(job.samples, unit, batch, found)
 
 
-def estimated(job: HarvestJob, batch: int) -> Estimate:
+def estimate_units(job: HarvestJob, batch: int) -> Estimate:
     """Runs the first samples, to count their rows and bytes, and the time that they take."""
     count = min(job.samples, _TIMED_TEXTS if job.is_language else min(batch, _TIMED))
     collector = job.collector(Counter())
@@ -142,7 +142,7 @@ def _row_bytes(job: HarvestJob) -> float:
     return found * max(1.0, job.spec.max_tokens / max(length, 1))
 
 
-def _grouped(taken: tuple[Taken, ...], samples: int) -> list[str]:
+def _group_sites(taken: tuple[Taken, ...], samples: int) -> list[str]:
     """Sites of one width and dtype, with equally many rows, in one line."""
     groups: dict[tuple[int, str, int], list[str]] = {}
     for each in taken:

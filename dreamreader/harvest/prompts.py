@@ -43,7 +43,7 @@ class Prompts:
         self.file = None if data.file is None else Path(data.file)
         self.kinds: dict[str, str] = {}
         self._largest: dict[str, int] = {}
-        self._listed = [] if self.file else _listed(data)
+        self._listed = [] if self.file else _list_prompts(data)
         self._numbers: list[int] = []
         self._places: list[Place] = []
         self._rows: FileRows | None = None
@@ -204,7 +204,7 @@ def _hash(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
-def _listed(data: Data) -> list[Item]:
+def _list_prompts(data: Data) -> list[Item]:
     """Prompts that are in memory anyway."""
     if data.scenes is not None:
         return list(scene_items(data.scenes))

@@ -36,7 +36,7 @@ class Twin(Tensor):
                 "edited and the unedited one cannot be kept apart; asymmetric does not support it"
             )
         results = (func(*_one(args, side), **_one(kwargs, side)) for side in ("edited", "plain"))
-        return _paired(*results, func=func)
+        return _pair(*results, func=func)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Twin(edited={self.edited!r}, plain={self.plain!r})"
@@ -53,12 +53,12 @@ def _one(value: Any, side: str) -> Any:
     return value
 
 
-def _paired(edited: Any, plain: Any, func: Any) -> Any:
+def _pair(edited: Any, plain: Any, func: Any) -> Any:
     if isinstance(edited, Tensor):
         return Twin.of(edited, plain)
     if isinstance(edited, tuple | list) and not isinstance(edited, torch.Size):
         pairs = zip(edited, plain, strict=True)
-        return type(edited)([_paired(a, b, func) for a, b in pairs])
+        return type(edited)([_pair(a, b, func) for a, b in pairs])
     if (edited == plain) is not True:
         raise InvalidInput(
             f"the pipeline reads a value of the prediction ({_name(func)}) that differs between "

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput
-from dreamreader.metrics.base import Outputs, needed
+from dreamreader.metrics.base import Outputs, require_field
 
 
 def answer_logits(metric: str, got: Outputs, column: str) -> Float[Tensor, " n"]:
@@ -19,7 +19,7 @@ def answer_logits(metric: str, got: Outputs, column: str) -> Float[Tensor, " n"]
     Raises:
         InvalidInput: answers are missing or are not one token; names them.
     """
-    logits = needed(metric, "logits", got)
+    logits = require_field(metric, "logits", got)
     ids = answer_ids(metric, got, column, logits.shape[1])
     rows = torch.arange(len(ids))
     return logits.detach().to("cpu", torch.float64)[rows, torch.tensor(ids, dtype=torch.long)]
@@ -35,7 +35,7 @@ def answer_ids(metric: str, got: Outputs, column: str, vocabulary: int) -> list[
             known[answer] = _tokens(metric, got, answer)
     wrong = [each for each, tokens in known.items() if len(tokens) != 1]
     if wrong:
-        listed = ", ".join(_described(got, each, known[each]) for each in wrong)
+        listed = ", ".join(_describe(got, each, known[each]) for each in wrong)
         raise InvalidInput(f"{metric}: each {column} must be one token; {listed}")
     found = [known[answer][0] for answer in got.column(column)]
     beyond = [each for each in found if not 0 <= each < vocabulary]
@@ -55,7 +55,7 @@ def _tokens(metric: str, got: Outputs, answer: Any) -> list[int]:
     return got.tokenizer.encode(answer, add_special_tokens=False)
 
 
-def _described(got: Outputs, answer: str, tokens: list[int]) -> str:
+def _describe(got: Outputs, answer: str, tokens: list[int]) -> str:
     spaced = f" {answer}"
     hint = ""
     if not answer.startswith(" "):

@@ -74,7 +74,7 @@ class Metric(Protocol):
     def measure(self, got: Outputs, reference: Outputs | None) -> dict[str, Column]: ...
 
 
-def needed(metric: str, name: str, outputs: Outputs | None) -> Any:
+def require_field(metric: str, name: str, outputs: Outputs | None) -> Any:
     """A field that a metric cannot do without, of the outputs or the reference.
 
     Raises:
@@ -95,7 +95,7 @@ def pairs(metric: str, name: str, got: Outputs, reference: Outputs | None) -> tu
     Raises:
         InvalidInput: one lacks it, or shapes differ.
     """
-    a, b = needed(metric, name, got), needed(metric, name, reference)
+    a, b = require_field(metric, name, got), require_field(metric, name, reference)
     if isinstance(a, Tensor) and a.shape != b.shape:
         raise InvalidInput(
             f"{metric}: {name} are {list(a.shape)}, those of the reference {list(b.shape)}"

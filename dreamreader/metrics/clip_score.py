@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput, first_line
-from dreamreader.metrics.base import Column, Outputs, needed
+from dreamreader.metrics.base import Column, Outputs, require_field
 
 _BATCH = 32
 
@@ -45,7 +45,7 @@ class ClipScore:
             )
 
     def measure(self, got: Outputs, reference: Outputs | None = None) -> dict[str, Column]:
-        images, texts = needed(self.name, "images", got), got.column(self.text)
+        images, texts = require_field(self.name, "images", got), got.column(self.text)
         for row, each in enumerate(texts):
             if not isinstance(each, str):
                 raise InvalidInput(f"clip_score: row {row} has no text in the column {self.text!r}")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.metrics.base import Column, Outputs, needed
+from dreamreader.metrics.base import Column, Outputs, require_field
 from dreamreader.zoo import scenes
 from dreamreader.zoo.detector import Reading, detect
 
@@ -65,14 +65,14 @@ class Detector:
         return self.kept
 
     def measure(self, got: Outputs, reference: Outputs | None) -> dict[str, Column]:
-        found = [attributes(each) for each in detect(needed(self.name, "images", got))]
+        found = [attributes(each) for each in detect(require_field(self.name, "images", got))]
         columns: dict[str, Column] = {
             name: [each[name] for each in found] for name in (*VALUES, "frame", "objects")
         }
         targets = got.column(self.target)
-        columns["turned"] = [_turned(each, t) for each, t in zip(found, targets, strict=True)]
+        columns["turned"] = [_turn(each, t) for each, t in zip(found, targets, strict=True)]
         if self.kept:
-            before = detect(needed(self.name, "images", reference))
+            before = detect(require_field(self.name, "images", reference))
             pairs = list(zip(found, map(attributes, before), strict=True))
             columns["others_kept"] = [
                 same_attributes(a, b, _others(t)) for (a, b), t in zip(pairs, targets, strict=True)
@@ -95,19 +95,19 @@ def attributes(reading: Reading) -> dict[str, Any]:
     }
 
 
-def _turned(found: dict[str, Any], target: Any) -> bool | None:
+def _turn(found: dict[str, Any], target: Any) -> bool | None:
     if target is None:
         return None
-    return all(found[name] == value for name, value in wanted(target).items())
+    return all(found[name] == value for name, value in target_values(target).items())
 
 
 def _others(target: Any) -> tuple[str, ...]:
     """The attributes that a target does not name."""
-    named = {} if target is None else wanted(target)
+    named = {} if target is None else target_values(target)
     return tuple(name for name in (*VALUES, "frame", "objects") if name not in named)
 
 
-def wanted(target: Any) -> dict[str, Any]:
+def target_values(target: Any) -> dict[str, Any]:
     """Attributes and values that a target such as "blue + white" names.
 
     Raises:

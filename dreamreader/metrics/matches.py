@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dreamreader.errors import InvalidInput
-from dreamreader.metrics.base import Column, Outputs, needed
+from dreamreader.metrics.base import Column, Outputs, require_field
 
 
 @dataclass(frozen=True)
@@ -34,5 +34,5 @@ class Matches:
             ) from error
 
     def measure(self, got: Outputs, reference: Outputs | None = None) -> dict[str, Column]:
-        found = needed(self.name, "text", got)
+        found = require_field(self.name, "text", got)
         return {self.name: [re.search(self.pattern, each) is not None for each in found]}

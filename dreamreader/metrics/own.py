@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput
-from dreamreader.metrics.base import Column, Outputs, needed
+from dreamreader.metrics.base import Column, Outputs, require_field
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class FunctionMetric:
         given = [got, reference] if self.compares else [got]
         for outputs in given:
             for each in sorted(self.needs):
-                needed(self.name, each, outputs)
+                require_field(self.name, each, outputs)
         found = self.fn(*given)
         columns = found if isinstance(found, Mapping) else {self.name: found}
         return {

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dreamreader.metrics.base import Column, Outputs, needed
+from dreamreader.metrics.base import Column, Outputs, require_field
 
 
 @dataclass(frozen=True)
@@ -23,4 +23,4 @@ class Perplexity:
     compares: ClassVar[bool] = False
 
     def measure(self, got: Outputs, reference: Outputs | None = None) -> dict[str, Column]:
-        return {self.name: needed(self.name, "surprisal", got).double().exp().tolist()}
+        return {self.name: require_field(self.name, "surprisal", got).double().exp().tolist()}

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from dreamreader.metrics.answers import answer_logits
-from dreamreader.metrics.base import Column, Outputs, needed
+from dreamreader.metrics.base import Column, Outputs, require_field
 
 
 @dataclass(frozen=True)
@@ -25,5 +25,5 @@ class Probability:
 
     def measure(self, got: Outputs, reference: Outputs | None = None) -> dict[str, Column]:
         chosen = answer_logits(self.name, got, self.answer)
-        logits = needed(self.name, "logits", got).detach().to("cpu", torch.float64)
+        logits = require_field(self.name, "logits", got).detach().to("cpu", torch.float64)
         return {self.name: (chosen - logits.logsumexp(1)).exp().tolist()}

@@ -74,7 +74,7 @@ def register(
 
 def names() -> list[str]:
     """All metrics that `build` knows, in order."""
-    return sorted({*_BUILT_IN, *_OWN, *_installed()})
+    return sorted({*_BUILT_IN, *_OWN, *_is_installed()})
 
 
 def build(spec: str | Mapping[str, Any]) -> Metric:
@@ -91,7 +91,7 @@ def build(spec: str | Mapping[str, Any]) -> Metric:
         >>> build({"noise_distance": {"steps": [0, 1]}}).needs
         frozenset({'noise'})
     """
-    name, options = _parsed(spec)
+    name, options = _parse(spec)
     factory = _factory(name)
     known = inspect.signature(factory).parameters
     takes_any = any(each.kind is each.VAR_KEYWORD for each in known.values())
@@ -118,7 +118,7 @@ def build(spec: str | Mapping[str, Any]) -> Metric:
     return metric
 
 
-def _parsed(spec: Any) -> tuple[str, dict[str, Any]]:
+def _parse(spec: Any) -> tuple[str, dict[str, Any]]:
     if isinstance(spec, str):
         return spec, {}
     if isinstance(spec, Mapping) and len(spec) == 1:
@@ -133,11 +133,11 @@ def _factory(name: str) -> Factory:
         return getattr(import_module(f"dreamreader.metrics.{name}"), _BUILT_IN[name])
     if name in _OWN:
         return _OWN[name]
-    installed = _installed()
+    installed = _is_installed()
     if name in installed:
         return installed[name].load()
     raise UnknownName("metric", name, names())
 
 
-def _installed() -> dict[str, metadata.EntryPoint]:
+def _is_installed() -> dict[str, metadata.EntryPoint]:
     return {each.name: each for each in metadata.entry_points(group=GROUP)}

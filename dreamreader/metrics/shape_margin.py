@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.metrics.base import Column, Outputs, needed
+from dreamreader.metrics.base import Column, Outputs, require_field
 from dreamreader.zoo import scenes
 from dreamreader.zoo.detector import detect, shape_overlaps
 
@@ -31,12 +31,12 @@ class ShapeMargin:
     def __post_init__(self) -> None:
         for each in (self.source, self.target):
             if each is not None:
-                _known(each)
+                _shape_values(each)
         if self.source is not None and self.source == self.target:
             raise InvalidInput(f"shape_margin: source and target are both {self.source}")
 
     def measure(self, got: Outputs, reference: Outputs | None) -> dict[str, Column]:
-        readings = detect(needed(self.name, "images", got))
+        readings = detect(require_field(self.name, "images", got))
         sides = [self._shapes(got, name) for name in ("source", "target")]
         column: Column = []
         for reading, source, target in zip(readings, *sides, strict=True):
@@ -57,10 +57,10 @@ class ShapeMargin:
                 f"shape_margin: the rows have no column {name!r} with a shape; give the option "
                 f"{name}"
             )
-        return [None if each is None else _known(each) for each in found]
+        return [None if each is None else _shape_values(each) for each in found]
 
 
-def _known(shape: str) -> str:
+def _shape_values(shape: str) -> str:
     if shape not in scenes.SHAPES:
         raise UnknownName("shape", str(shape), scenes.SHAPES)
     return shape

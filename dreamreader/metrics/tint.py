@@ -35,7 +35,7 @@ class Tint:
     def __post_init__(self) -> None:
         for each in (self.source, self.target):
             if each is not None:
-                _known(each)
+                _color_values(each)
         if self.source is not None and self.source == self.target:
             raise InvalidInput(f"tint: source and target are both {self.source}")
 
@@ -59,7 +59,7 @@ class Tint:
             raise InvalidInput(
                 f"tint: the rows have no column {name!r} with a colour; give the option {name}"
             )
-        return [None if each is None else _known(each) for each in found]
+        return [None if each is None else _color_values(each) for each in found]
 
 
 def tint(
@@ -70,14 +70,14 @@ def tint(
     Raises:
         UnknownName: there is no such colour.
     """
-    a, b = (torch.tensor(scenes.COLORS[_known(name)]) / 255 for name in (source, target))
+    a, b = (torch.tensor(scenes.COLORS[_color_values(name)]) / 255 for name in (source, target))
     pixels = images.detach().float().cpu()
     weight = masks.float().cpu()
     color = (pixels * weight[:, None]).sum((2, 3)) / weight.sum((1, 2)).clamp(min=1)[:, None]
     return (color - a) @ (b - a) / (b - a).square().sum()
 
 
-def _known(color: str) -> str:
+def _color_values(color: str) -> str:
     if color not in scenes.COLORS:
         raise UnknownName("colour", str(color), scenes.COLORS)
     return color

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dreamreader.probes.scores import measured
+from dreamreader.probes.scores import score_attributes
 from dreamreader.probes.train import Problem, TrainedMlps, train
 
 WIDTH = 128
@@ -35,16 +35,18 @@ def controls(problem: Problem, trained: TrainedMlps) -> dict[str, Any]:
     changed = problem.changed(design=replace(problem.design, hidden=other))
     sizes = {(hidden or (0,))[0]: trained, (other or (0,))[0]: train(changed)}
     return {
-        "shuffled_labels": measured(train(shuffled(problem, seed)).held_out, task, loss),
-        "random_feature": measured(train(problem.changed(x=drawn)).held_out, task, loss),
+        "shuffled_labels": score_attributes(
+            train(shuffle_targets(problem, seed)).held_out, task, loss
+        ),
+        "random_feature": score_attributes(train(problem.changed(x=drawn)).held_out, task, loss),
         "capacity_sweep": {
-            str(width): measured(found.held_out, task, loss)
+            str(width): score_attributes(found.held_out, task, loss)
             for width, found in sorted(sizes.items())
         },
     }
 
 
-def shuffled(problem: Problem, seed: int) -> Problem:
+def shuffle_targets(problem: Problem, seed: int) -> Problem:
     """The problem with the targets of whole groups dealt anew, within each part of the split.
 
     The first row of a group stands for it: a group has one label in most data, and rows of a

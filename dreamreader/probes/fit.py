@@ -10,13 +10,20 @@ from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.fitting import Recipe
 from dreamreader.probes.card import Card
 from dreamreader.probes.controls import controls as measured_controls
-from dreamreader.probes.labels import Targets, encoded
-from dreamreader.probes.objective import ProbeObjective, check_counts, counted, objective
+from dreamreader.probes.labels import Targets, encode_labels
+from dreamreader.probes.objective import ProbeObjective, check_counts, count_rows, objective
 from dreamreader.probes.probe import Probe
 from dreamreader.probes.rows import ProbeRows, Recorded, rows_of
 from dreamreader.probes.scores import scores, temperatures
-from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION, dealt, numbered
-from dreamreader.probes.train import Design, Problem, TrainedMlps, described, recipe_of, train
+from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION, dealt, number_groups
+from dreamreader.probes.train import (
+    Design,
+    Problem,
+    TrainedMlps,
+    describe_training,
+    recipe_of,
+    train,
+)
 
 PER_STEP = ("each", "shared", "noise")
 PARTS = {"train": TRAIN, "validation": VALIDATION, "held_out": HELD_OUT}
@@ -103,12 +110,12 @@ def fit(
     design = Design(tuple(hidden), activation, jitter)
     recipe = recipe_of(epochs, patience, lr, batch_size, seed)
     rows = rows_of(recorded, pool)
-    labelled, targets = encoded(labels, task, classes, len(rows.values))
+    labelled, targets = encode_labels(labels, task, classes, len(rows.values))
     belonging = rows.prompts if groups is None and rows.prompts is not None else groups
     count = len(rows.values)
-    group = numbered(range(count) if belonging is None else belonging, count)
+    group = number_groups(range(count) if belonging is None else belonging, count)
     part = dealt(group, targets, holdout, seed)
-    counts = counted(labelled, targets[part == TRAIN])
+    counts = count_rows(labelled, targets[part == TRAIN])
     check_counts(labelled, counts)
     goal = objective(labelled, loss, class_weights, counts)
     problem = _problem(rows, targets, part, group, per_step, goal, design, recipe)
@@ -123,10 +130,10 @@ def fit(
         "rows": {name: int((part == each).sum()) for name, each in PARTS.items()},
         "groups": {name: len(group[part == each].unique()) for name, each in PARTS.items()},
         "counts": dict(zip(labelled.labels, counts.tolist(), strict=False)),
-        "training": {**described(design, recipe), "loss": goal.loss, "holdout": holdout},
+        "training": {**describe_training(design, recipe), "loss": goal.loss, "holdout": holdout},
         "controls": measured_controls(problem, trained) if controls else {},
     }
-    return assembled(goal, trained, known)
+    return assemble_probe(goal, trained, known)
 
 
 def _problem(
@@ -170,7 +177,7 @@ def _problem(
     return Problem(x, targets, fraction, part, group, goal, noisy, design, recipe, own)
 
 
-def assembled(goal: ProbeObjective, trained: TrainedMlps, known: Mapping[str, Any]) -> Probe:
+def assemble_probe(goal: ProbeObjective, trained: TrainedMlps, known: Mapping[str, Any]) -> Probe:
     """The probe of what was trained, calibrated by its validation rows, with its card.
 
     Args:

@@ -50,7 +50,7 @@ Targets = Int[Tensor, "rows attributes"] | Float[Tensor, "rows outputs"]
 """Numbers of classes within their attribute, or flags or numbers of the outputs."""
 
 
-def encoded(
+def encode_labels(
     labels: Any, kind: str, classes: Any = None, rows: int | None = None
 ) -> tuple[Task, Targets]:
     """The task and the targets of labelled rows.

@@ -20,10 +20,10 @@ from dreamreader.engine import (
     stepping,
 )
 from dreamreader.errors import InvalidInput, NeverFired, UnknownName
-from dreamreader.probes.objectives import OBJECTIVES, climbed, wanted
+from dreamreader.probes.objectives import OBJECTIVES, label_targets, objective_values
 from dreamreader.probes.prediction import weight
 from dreamreader.probes.probe import Probe
-from dreamreader.probes.rows import pooled
+from dreamreader.probes.rows import pool_values
 
 
 @dataclass
@@ -133,7 +133,7 @@ class _LatentGuide:
         if probe.task.kind == "regress" and objective == "probability":
             raise InvalidInput("latent_guidance: a regression has no probabilities; use 'logits'")
         self.probe, self.objective, self.checkpoint = probe, objective, checkpoint
-        self.reach, self.leave = wanted(probe, target, avoid)
+        self.reach, self.leave = label_targets(probe, target, avoid)
         self.scale = [float(each) for each in (scale if hasattr(scale, "__len__") else [scale])]
         self.branch = branch or probe.branch or "cond"
         self.site = self._site(site or probe.site)
@@ -207,11 +207,11 @@ class _LatentGuide:
 
     def _value(self, h: Float[Tensor, "rows tokens features"], moment: DenoiserCall) -> Tensor:
         probe = self.probe
-        read = pooled(h.unsqueeze(1), probe.pool).squeeze(1)  # [rows, tokens or 1, features]
+        read = pool_values(h.unsqueeze(1), probe.pool).squeeze(1)  # [rows, tokens or 1, features]
         fraction = moment.fraction if probe.noise_conditioned else None
         logits = probe.logits(read, step=moment.step, fraction=fraction)
         reach, leave = (self._per_row(e, len(h), "labels") for e in (self.reach, self.leave))
-        return climbed(probe, moment.step, logits, reach, leave, self.objective)
+        return objective_values(probe, moment.step, logits, reach, leave, self.objective)
 
     @staticmethod
     def _per_row(values: Tensor, rows: int, what: str) -> Tensor:

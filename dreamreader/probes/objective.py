@@ -95,7 +95,7 @@ def objective(
     return ProbeObjective(task, fixed.get(task.kind, loss), weights)
 
 
-def counted(task: Task, targets: Targets) -> Tensor:
+def count_rows(task: Task, targets: Targets) -> Tensor:
     """Rows of each output and of all, [outputs + 1]; of regression rows alone count."""
     n = torch.tensor([len(targets)])
     if task.kind == "regress":

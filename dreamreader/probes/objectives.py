@@ -14,7 +14,7 @@ from dreamreader.probes.probe import Probe
 OBJECTIVES = ("probability", "logits")
 
 
-def wanted(
+def label_targets(
     probe: Probe, target: object, avoid: object
 ) -> tuple[Float[Tensor, "rows outputs"], Float[Tensor, "rows outputs"]]:
     """Which labels rows are to reach and to leave, 0 or 1; one row where all have the same.
@@ -37,7 +37,7 @@ def wanted(
     return (c < 0).float(), (c > 0).float()
 
 
-def climbed(
+def objective_values(
     probe: Probe,
     step: int,
     logits: Float[Tensor, "rows *tokens outputs"],

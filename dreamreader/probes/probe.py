@@ -153,12 +153,12 @@ class Probe(Artifact, kind="probe"):
         if self.task.kind == "regress":
             return found
         if self.task.kind == "multilabel":
-            return _named(found.tolist(), self._set)
+            return _name_entries(found.tolist(), self._set)
         predicted = {}
         for attribute, part in self.task.parts.items():
             own, names = found[..., part], self.task.classes[attribute]
             likeliest = torch.where(own.isnan().any(-1), len(names), own.argmax(-1))
-            predicted[attribute] = _named(likeliest.tolist(), (*names, None).__getitem__)
+            predicted[attribute] = _name_entries(likeliest.tolist(), (*names, None).__getitem__)
         return predicted[""] if list(predicted) == [""] else predicted
 
     def guidance(
@@ -301,10 +301,10 @@ def load(path: str | os.PathLike[str]) -> Probe:
     return Probe.load(path)
 
 
-def _named(values: Any, name: Any) -> Any:
+def _name_entries(values: Any, name: Any) -> Any:
     """A nest of lists with its innermost entries named."""
     if isinstance(values, list) and not (values and isinstance(values[0], float)):
-        return [_named(each, name) for each in values]
+        return [_name_entries(each, name) for each in values]
     return name(values)
 
 

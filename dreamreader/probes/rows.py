@@ -76,7 +76,7 @@ def rows_of(recorded: Recorded, pool: str) -> ProbeRows:
             f"the first is row {int(wrong[0])}"
         )
     if rows.real is None or pool == "token":
-        return replace(rows, values=pooled(rows.values, pool))
+        return replace(rows, values=pool_values(rows.values, pool))
     if pool == "mean":
         assert isinstance(found, Activation)
         means = token_means(label, found)[:, _first_evaluations(found)]
@@ -88,7 +88,7 @@ def rows_of(recorded: Recorded, pool: str) -> ProbeRows:
     )
 
 
-def pooled(
+def pool_values(
     values: Float[Tensor, "rows steps tokens features"], pool: str
 ) -> Float[Tensor, "rows steps pooled features"]:
     """Values without padding as a probe with this pool reads them, in float32."""

@@ -33,7 +33,7 @@ def temperatures(
     for n in range(count):
         own = held.slot == n
         for a, part in enumerate(task.parts.values()):
-            targets = claimed(_of(held.targets[own], a, part, task), part, loss)
+            targets = claimed_classes(_of(held.targets[own], a, part, task), part, loss)
             found[n, a] = temperature(held.logits[own][:, part], targets)
     return found
 
@@ -70,7 +70,7 @@ def scores(
         names = task.classes[attribute]
         only, own = Task(task.kind, {attribute: names}), by_row[:, a : a + 1]
         tables = [probabilities(logits, only, loss, t) for t in (torch.ones_like(own), own)]
-        right, claims = _right(logits, targets), claimed(targets, part, loss)
+        right, claims = _right(logits, targets), claimed_classes(targets, part, loss)
         found[attribute] = {
             "accuracy": interval(right, held.group).as_dict(),
             "by_step": [float(right[held.slot == n].mean()) for n in range(len(temperature))],
@@ -94,7 +94,7 @@ def fit_of(held: Held, task: Task) -> dict[str, Any]:
     }
 
 
-def measured(held: Held, task: Task, loss: str) -> dict[str, dict[str, Any]]:
+def score_attributes(held: Held, task: Task, loss: str) -> dict[str, dict[str, Any]]:
     """By attribute: accuracy and AUROC as `scores` has them, or what is told of a regression."""
     if task.kind == "regress":
         return {"": fit_of(held, task)}
@@ -136,7 +136,7 @@ def auroc(
     return sum(found) / len(found) if found else None
 
 
-def claimed(targets: Tensor, part: slice, loss: str) -> Tensor:
+def claimed_classes(targets: Tensor, part: slice, loss: str) -> Tensor:
     """What the probabilities of an attribute speak of: its class, or each label on its own.
 
     Sigmoids need not add up to 1: each says how sure its own label is, also of classes.

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dreamreader.errors import InvalidInput
 from dreamreader.ops import moments
-from dreamreader.probes.labels import Targets, Task, encoded
-from dreamreader.probes.objective import counted
+from dreamreader.probes.labels import Targets, Task, encode_labels
+from dreamreader.probes.objective import count_rows
 
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 
@@ -66,7 +66,7 @@ class LabelledSource:
         """
         for batch in self.batches(epoch) if callable(self.batches) else self.batches:
             x, labels, fraction, step = self._read(batch)
-            self.labelled, targets = encoded(labels, self.task, self.classes, len(x))
+            self.labelled, targets = encode_labels(labels, self.task, self.classes, len(x))
             targets = targets.to(x.device)
             if self.per_step != "each":
                 yield LabelledPart(x, targets, fraction, 0)
@@ -116,7 +116,7 @@ class Survey:
     counts: Tensor
 
 
-def surveyed(source: LabelledSource) -> Survey:
+def survey_rows(source: LabelledSource) -> Survey:
     """Reads all rows to train on once.
 
     Raises:
@@ -128,7 +128,7 @@ def surveyed(source: LabelledSource) -> Survey:
         sums.setdefault(part.slot, _RowSums()).add(part.x, source.name)
         targets.add(part.targets.float(), source.name)
         assert source.labelled is not None
-        counts = counts + counted(source.labelled, part.targets)
+        counts = counts + count_rows(source.labelled, part.targets)
     if not sums:
         raise InvalidInput(f"{source.name}: there are no rows")
     each = [sums[slot].moments() for slot in range(len(sums))]

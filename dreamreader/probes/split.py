@@ -12,7 +12,7 @@ from dreamreader.errors import InvalidInput
 TRAIN, VALIDATION, HELD_OUT = 0, 1, 2
 
 
-def numbered(groups: Sequence[Hashable], rows: int) -> Int[Tensor, " rows"]:
+def number_groups(groups: Sequence[Hashable], rows: int) -> Int[Tensor, " rows"]:
     """The number of each row's group, from 0 in the order in which they come.
 
     Raises:

@@ -10,17 +10,17 @@ from torch import Tensor
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.fitting import Recipe
 from dreamreader.probes.controls import WIDTH, random_rows
-from dreamreader.probes.fit import PER_STEP, assembled
+from dreamreader.probes.fit import PER_STEP, assemble_probe
 from dreamreader.probes.net import StackedMlps
 from dreamreader.probes.objective import ProbeObjective, check_counts, objective
 from dreamreader.probes.probe import Probe
-from dreamreader.probes.scores import Held, measured
-from dreamreader.probes.source import Batches, LabelledPart, LabelledSource, Survey, surveyed
+from dreamreader.probes.scores import Held, score_attributes
+from dreamreader.probes.source import Batches, LabelledPart, LabelledSource, Survey, survey_rows
 from dreamreader.probes.train import (
     Design,
     TrainedMlps,
     TrainingRows,
-    described,
+    describe_training,
     epochs_of,
     recipe_of,
     train_nets,
@@ -93,7 +93,7 @@ def fit_batches(
             (batches, validation, held_out), ("batches", "validation", "held_out"), strict=True
         )
     ]
-    survey = surveyed(sources[0])
+    survey = survey_rows(sources[0])
     labelled = sources[0].labelled
     assert labelled is not None
     check_counts(labelled, survey.counts)
@@ -112,10 +112,10 @@ def fit_batches(
         "rows": counts,
         "groups": counts,
         "counts": dict(zip(labelled.labels, survey.counts.tolist(), strict=False)),
-        "training": {**described(design, recipe), "loss": goal.loss},
+        "training": {**describe_training(design, recipe), "loss": goal.loss},
         "controls": run.controls(design, trained) if controls else {},
     }
-    return assembled(goal, trained, known)
+    return assemble_probe(goal, trained, known)
 
 
 class _StreamedFit:
@@ -139,10 +139,12 @@ class _StreamedFit:
         found = {(hidden or (0,))[0]: trained}
         found[(other or (0,))[0]] = self.trained(replace(design, hidden=other))
         return {
-            "shuffled_labels": measured(self.trained(design, _shuffled).held_out, task, loss),
-            "random_feature": measured(self.trained(design, _random).held_out, task, loss),
+            "shuffled_labels": score_attributes(
+                self.trained(design, _shuffle).held_out, task, loss
+            ),
+            "random_feature": score_attributes(self.trained(design, _random).held_out, task, loss),
             "capacity_sweep": {
-                str(width): measured(each.held_out, task, loss)
+                str(width): score_attributes(each.held_out, task, loss)
                 for width, each in sorted(found.items())
             },
         }
@@ -278,7 +280,7 @@ class _StreamedProbe:
         return self.net.folded(*means, labels, steps, self.middle, self.spread)[0]
 
 
-def _shuffled(part: LabelledPart, draw: torch.Generator) -> LabelledPart:
+def _shuffle(part: LabelledPart, draw: torch.Generator) -> LabelledPart:
     order = torch.randperm(len(part.x), generator=draw).to(part.targets.device)
     return replace(part, targets=part.targets[order])
 

@@ -53,7 +53,7 @@ def recipe_of(epochs: int, patience: int, lr: float, batch_size: int, seed: int)
     return Recipe(seed=seed, **given, **fixed)  # pyright: ignore[reportArgumentType]
 
 
-def described(design: Design, recipe: Recipe) -> dict[str, Any]:
+def describe_training(design: Design, recipe: Recipe) -> dict[str, Any]:
     """What a card says of a training."""
     names = ("epochs", "patience", "lr", "batch_size", "seed")
     return {
@@ -117,7 +117,7 @@ def train(problem: Problem) -> TrainedMlps:
     validated; its best state is kept, the untrained one never.
     """
     design, rows, proof = problem.design, problem.rows(TRAIN), problem.rows(VALIDATION)
-    x, mean, scale = standardised(problem.x, rows)
+    x, mean, scale = standardise(problem.x, rows)
     targets, middle, spread = problem.targets, 0.0, 1.0
     if problem.objective.task.kind == "regress":
         middle, spread = spread_of(targets[rows])
@@ -129,12 +129,12 @@ def train(problem: Problem) -> TrainedMlps:
     generator = torch.Generator().manual_seed(seed)
     rms = scale.square().mean(-1, keepdim=True).sqrt()
     noise = (design.jitter * rms / scale).unsqueeze(1)  # [count, 1, features]
-    proven = _jittered(x[:, proof], noise, generator)
+    proven = _add_jitter(x[:, proof], noise, generator)
 
     def batches(epoch: int) -> Iterator[TrainingRows]:
         order = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
         for batch in order.split(problem.recipe.batch_size):
-            seen = _jittered(x[:, batch], noise, generator)
+            seen = _add_jitter(x[:, batch], noise, generator)
             yield TrainingRows(seen, targets[batch], problem.fraction[batch])
 
     def validate() -> Tensor:
@@ -144,7 +144,7 @@ def train(problem: Problem) -> TrainedMlps:
     history = train_nets(net, problem.objective, batches, problem.recipe, validate)
     mlps = net.folded(mean, scale, labels, problem.steps, middle, spread)
     held = [
-        _held(problem, each, net(x[:, each], problem.fraction[each]).detach() * spread + middle)
+        _hold_out(problem, each, net(x[:, each], problem.fraction[each]).detach() * spread + middle)
         for each in (proof, problem.rows(HELD_OUT))
     ]
     return TrainedMlps(mlps, held[0], held[1], epochs_of(history))
@@ -200,14 +200,14 @@ def epochs_of(history: History) -> tuple[int, ...]:
     return tuple(ends.index(each) for each in history.slots)
 
 
-def _jittered(x: Tensor, noise: Tensor, generator: torch.Generator) -> Tensor:
+def _add_jitter(x: Tensor, noise: Tensor, generator: torch.Generator) -> Tensor:
     """Standardised inputs with noise of a deviation for each feature."""
     if not bool((noise != 0).any()):
         return x
     return x + noise * torch.randn(x.shape, generator=generator).to(x)
 
 
-def _held(problem: Problem, rows: Tensor, logits: Float[Tensor, "count rows outputs"]) -> Held:
+def _hold_out(problem: Problem, rows: Tensor, logits: Float[Tensor, "count rows outputs"]) -> Held:
     count = len(logits)
     targets, group = problem.targets[rows].cpu(), problem.group[rows].cpu()
     slot = torch.arange(count).repeat_interleave(len(rows))
@@ -215,7 +215,7 @@ def _held(problem: Problem, rows: Tensor, logits: Float[Tensor, "count rows outp
     return Held(logits.flatten(0, 1).cpu(), *repeated, slot)
 
 
-def standardised(
+def standardise(
     x: Float[Tensor, "count rows features"], rows: Int[Tensor, " n"]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x with mean 0 and deviation 1 over some rows; mean and deviation [count, features].

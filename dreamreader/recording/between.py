@@ -21,7 +21,7 @@ from dreamreader.recording.alignment import (
 from dreamreader.recording.buffer import MEMORY, ActivationBuffer
 from dreamreader.recording.calls import Calls, record_calls, row_seeds
 from dreamreader.recording.labelled import mean_over_tokens
-from dreamreader.recording.pairs import Pairs, check_pairs, in_denoiser, outside, replayed
+from dreamreader.recording.pairs import Pairs, check_pairs, in_denoiser, outside, replay_calls
 from dreamreader.recording.schedules import SCHEDULES, match_calls, noise_levels
 
 TRAJECTORIES = ("own", "source", "target")
@@ -142,7 +142,7 @@ def record_between(
         return Pairs(found[0].values, found[1].values, None)
     counts = torch.tensor([len(each) for each in pieces])
     values = [
-        _gathered(side, buffer, [[each[number] for each in row] for row in pieces], span, memory)
+        _gather(side, buffer, [[each[number] for each in row] for row in pieces], span, memory)
         for number, (side, buffer) in enumerate(zip((one, two), found, strict=True))
     ]
     named = {site: counts for each in values for site in each}
@@ -185,7 +185,7 @@ def _of_calls(
         latents = calls[along].latents[:, chosen[along]].to(own.latents)
         records = side.records(align)
         found.append(
-            replayed(side.reader, own, latents, records, batch_size, memory, chosen[number])
+            replay_calls(side.reader, own, latents, records, batch_size, memory, chosen[number])
         )
     _check_tokens((one, two), found, align)
     times: list[tuple[DenoiserCall, ...]] = [
@@ -235,7 +235,7 @@ def _pieces(one: _Side, two: _Side, align: str) -> list[Pieces] | None:
     return found
 
 
-def _gathered(
+def _gather(
     side: _Side,
     buffer: ActivationBuffer,
     rows: Sequence[Sequence[list[int]]],

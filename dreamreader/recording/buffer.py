@@ -55,7 +55,7 @@ class ActivationBuffer:
         if not self.values:
             bytes_ = sum(each[0].numel() * each.element_size() for each in found.values())
             make = _in_file if 2 * bytes_ * self.count > self.memory else torch.empty
-            self.values = {site: _made(make, self.count, each) for site, each in found.items()}
+            self.values = {site: _allocate(make, self.count, each) for site, each in found.items()}
         for site, value in found.items():
             if value.shape[1:] != self.values[site].shape[1:]:
                 raise InvalidInput(
@@ -80,7 +80,7 @@ class ActivationBuffer:
         return out
 
 
-def _made(make: Callable[..., Tensor], count: int, like: Tensor) -> Tensor:
+def _allocate(make: Callable[..., Tensor], count: int, like: Tensor) -> Tensor:
     return make((count, *like.shape[1:]), dtype=like.dtype)
 
 

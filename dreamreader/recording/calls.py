@@ -64,7 +64,7 @@ class Calls:
         found |= {path: [value[n] for n in rows.tolist()] for path, value in self.listed.items()}
         if latents is not None:
             found[(self.sample,)] = latents
-        arguments = _nested({path: found[path] for path in self.order})
+        arguments = _nest({path: found[path] for path in self.order})
         return pick(self.denoiser(**arguments), None, type(self.denoiser).__name__)
 
 
@@ -101,7 +101,7 @@ def record_calls(
         with reader.replay(before=recorder.keep):
             reader.run(listed[chosen], seeds=numbers[chosen], **asked)
         parts.append(recorder.batch(len(listed[chosen])))
-    return _joined(parts)
+    return _join(parts)
 
 
 @dataclass(eq=False)
@@ -147,7 +147,7 @@ def _flat(arguments: Mapping[str, Any], above: Path = ()) -> dict[Path, Any]:
     return found
 
 
-def _nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
+def _nest(flat: Mapping[Path, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path, value in flat.items():
         at = found
@@ -189,7 +189,7 @@ class _PerRow:
     value: Any
 
 
-def _joined(parts: list[_CallBatch]) -> Calls:
+def _join(parts: list[_CallBatch]) -> Calls:
     first = parts[0]
     moving: dict[Path, Tensor] = {}
     still: dict[Path, Tensor] = {}

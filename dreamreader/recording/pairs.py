@@ -180,7 +180,7 @@ def pairs_of_calls(
     latents = {"base": (base, base), "teacher": (teacher, teacher), "own": (base, teacher)}
     records = [Record(site, tokens=tokens) for site in sites]
     first, second = (
-        replayed(reader, calls, along.latents, records, batch_size, memory).values
+        replay_calls(reader, calls, along.latents, records, batch_size, memory).values
         for calls, along in zip((base, teacher), latents[trajectory], strict=True)
     )
     found = Pairs(first, second, tuple(each.step for each in base.moments))
@@ -217,7 +217,7 @@ def in_denoiser(reader: Reader, names: Sequence[str]) -> bool:
     return bool(inside)
 
 
-def replayed(
+def replay_calls(
     reader: Reader,
     calls: Calls,
     latents: Tensor,

@@ -103,7 +103,7 @@ class Denoising(ModelLoss):
         noise = torch.randn(x_0.shape, generator=batch.generator).to(x_0)
         levels = [self.calls.moments[each].sigma for each in batch.moments.tolist()]
         s = torch.tensor(levels).to(x_0).reshape(-1, *[1] * (x_0.dim() - 1))
-        x_t, target = noised(x_0, noise, s, self.kind)
+        x_t, target = add_noise(x_0, noise, s, self.kind)
         at = self.calls.steps(batch.moments) if reft.steps is not None else None
         edits = [*reft.edits(graph=True, at=at), *self._watching]
         with self.reader.editing(edits):
@@ -113,7 +113,7 @@ class Denoising(ModelLoss):
         return {"denoising": (found.float() - target).square().mean()}
 
 
-def noised(x_0: Tensor, noise: Tensor, s: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def add_noise(x_0: Tensor, noise: Tensor, s: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """x_t and what the denoiser should say of it, at noise levels s; see `Denoising`."""
     if kind == "flow":
         return (1 - s) * x_0 + s * noise, noise - x_0

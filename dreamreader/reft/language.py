@@ -106,13 +106,13 @@ def _logits(loss: ModelLoss, reft: Reft | None, texts: Sequence[_Text]) -> tuple
     device = input_device(model)
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     positions = reader.position_arguments(inputs)
-    with _edited(loss, reft, before):
+    with _run_edited(loss, reft, before):
         logits = model(**inputs, **positions, use_cache=False).logits
     return logits, labels.to(logits.device)
 
 
 @contextmanager
-def _edited(loss: ModelLoss, reft: Reft | None, prompt: int):
+def _run_edited(loss: ModelLoss, reft: Reft | None, prompt: int):
     if reft is None:
         yield
         return

@@ -53,7 +53,9 @@ class Reft(nn.Module, Artifact, kind="reft"):
         if not widths:
             raise InvalidInput("Reft: there are no sites")
         ranks = (
-            {_named(site): each for site, each in rank.items()} if isinstance(rank, Mapping) else {}
+            {_name_sites(site): each for site, each in rank.items()}
+            if isinstance(rank, Mapping)
+            else {}
         )
         generator = torch.Generator().manual_seed(seed)
         self.tokens = tokens
@@ -62,7 +64,7 @@ class Reft(nn.Module, Artifact, kind="reft"):
         self.of = 0
         self._adapters = nn.ModuleList()
         for site, width in widths.items():
-            name = _named(site)
+            name = _name_sites(site)
             if ranks and name not in ranks:
                 raise UnknownName("rank for site", name, ranks)
             one: Any = ranks[name] if ranks else rank
@@ -173,7 +175,7 @@ class Reft(nn.Module, Artifact, kind="reft"):
         content = {
             "variant": self.variant,
             "steps": self.steps,
-            "tokens": _packed(self.tokens),
+            "tokens": _pack_tokens(self.tokens),
             "model_parameters": self.of,
             "sites": [{"site": a.site, "width": a.width, "rank": a.rank} for a in adapters],
         }
@@ -200,7 +202,7 @@ class Reft(nn.Module, Artifact, kind="reft"):
             {each["site"]: each["rank"] for each in sites},
             content["variant"],
             steps=content["steps"],
-            tokens=_unpacked(content["tokens"]),
+            tokens=_unpack_tokens(content["tokens"]),
         )
         reft.of = content["model_parameters"]
         for number, adapter in enumerate(reft.adapters.values()):
@@ -231,7 +233,7 @@ class Reft(nn.Module, Artifact, kind="reft"):
                 )
 
 
-def _packed(tokens: object) -> object:
+def _pack_tokens(tokens: object) -> object:
     """JSON of a selection of tokens."""
     if tokens is None or isinstance(tokens, int | str):
         return tokens
@@ -242,10 +244,10 @@ def _packed(tokens: object) -> object:
     raise InvalidInput(f"tokens={tokens!r} cannot be saved; give numbers, a slice or a word")
 
 
-def _unpacked(tokens: object) -> object:
+def _unpack_tokens(tokens: object) -> object:
     return slice(*tokens["slice"]) if isinstance(tokens, dict) else tokens
 
 
-def _named(site: str) -> str:
+def _name_sites(site: str) -> str:
     pattern = parse(site)
     return join(pattern.path, pattern.port, pattern.stream)

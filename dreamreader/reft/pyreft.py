@@ -70,10 +70,10 @@ def from_pyreft(folder: str | os.PathLike[str], reader: Reader, *, tokens: Any =
             raise InvalidInput(f"{home}: two interventions are at {site}, one can be read")
         path = home / f"intkey_{_key(layer, component, unit, number)}.bin"
         found[site] = _parameters(path, variant)
-    return _made(found, variant, tokens, reader)
+    return _make(found, variant, tokens, reader)
 
 
-def _made(
+def _make(
     found: Mapping[str, dict[str, Tensor]], variant: str, tokens: Any, reader: Reader
 ) -> Reft:
     widths = {site: each["weight"].shape[-1] for site, each in found.items()}

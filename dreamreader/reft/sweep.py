@@ -55,7 +55,7 @@ def sweep(
     made = []
     for edits in zip(*singles, strict=True):
         rank = max(each.down.shape[-2] for each in edits)
-        filled = [_filled(each, rank) for each in edits]
+        filled = [_fill_rank(each, rank) for each in edits]
         down, bias, up = (torch.stack(tables) for tables in zip(*filled, strict=True))
         first = edits[0]
         common: Any = {"branch": first.branch, "steps": first.steps, "rows": first.rows}
@@ -64,7 +64,7 @@ def sweep(
     return made
 
 
-def _filled(edit: LoReFT, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def _fill_rank(edit: LoReFT, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """down, bias and up of an edit with zero rows up to a rank."""
     down, bias, up = edit.down, edit.bias, edit.up
     assert isinstance(down, Tensor) and isinstance(bias, Tensor) and isinstance(up, Tensor)

@@ -135,7 +135,7 @@ def check_generate(pipeline: Mapping[str, Any]) -> dict[str, Any]:
     try:
         GenerateCall.model_validate(dict(pipeline))
     except ValidationError as error:
-        raise _refused(error, pipeline) from None
+        raise _refuse(error, pipeline) from None
     return dict(pipeline)
 
 
@@ -165,7 +165,7 @@ def check_call(pipeline: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         try:
             TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
-            raise _refused(error, given, name) from None
+            raise _refuse(error, given, name) from None
     return dict(given)
 
 
@@ -200,7 +200,7 @@ def _plain_types(hint: Any) -> tuple[Any, ...]:
     return (_STRICT[hint],) if hint in _STRICT else ()
 
 
-def _refused(
+def _refuse(
     error: ValidationError, given: Mapping[str, Any], name: str | None = None
 ) -> InvalidInput:
     first = error.errors()[0]

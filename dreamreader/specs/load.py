@@ -59,7 +59,7 @@ def read_content(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Lines]:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{file}: no UTF-8 text ({error.reason})") from error
-    return _parsed(text, str(file))
+    return _parse(text, str(file))
 
 
 def spec_of(
@@ -114,13 +114,13 @@ def check_spec(
     try:
         spec = model.model_validate(content)
     except ValidationError as error:
-        raise InvalidInput(_explained(error, model, where or {}, source)) from None
+        raise InvalidInput(_explain(error, model, where or {}, source)) from None
     if folder is not None:
-        spec = _anchored(spec, folder)
+        spec = _anchor_files(spec, folder)
     return spec
 
 
-def _parsed(text: str, name: str) -> tuple[dict[str, Any], Lines]:
+def _parse(text: str, name: str) -> tuple[dict[str, Any], Lines]:
     content, root = parse_yaml(text, name)
     if not isinstance(content, dict):
         raise InvalidInput(f"{name}: a spec is a mapping, got {type(content).__name__}")
@@ -147,7 +147,7 @@ def _walk(node: Any, key: tuple[str | int, ...], lines: Lines, name: str) -> Non
             _walk(item, (*key, number), lines, name)
 
 
-def _explained(
+def _explain(
     error: ValidationError, model: type[BaseModel], where: Mapping[Any, str], source: str
 ) -> str:
     schema = model.model_json_schema()
@@ -167,7 +167,7 @@ def _explained(
 
 def _message(error: Mapping[str, Any], key: tuple[str | int, ...], schema: dict[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
-        known = _known(schema, error["loc"][:-1])
+        known = _list_fields(schema, error["loc"][:-1])
         near = nearest(str(key[-1]), known) or known[:8]
         return f"unknown field; nearest: {', '.join(near)}"
     if error["type"] == "union_tag_not_found":
@@ -195,13 +195,13 @@ def _without_tags(loc: tuple[str | int, ...], schema: dict[str, Any]) -> tuple[s
     for part in loc:
         if part == "[key]":  # what pydantic puts behind a key that is wrong itself
             continue
-        node = _resolved(node, schema)
+        node = _resolve(node, schema)
         if isinstance(part, str) and part in node.get("discriminator", {}).get("mapping", {}):
             node = {"$ref": node["discriminator"]["mapping"][part]}
             continue
         if isinstance(part, int):
             kept.append(part)
-            node = _resolved(_choice(node, "items", schema), schema).get("items", {})
+            node = _resolve(_choice(node, "items", schema), schema).get("items", {})
             continue
         inner = _choice(node, part, schema).get("properties", {})
         if part in inner or not _is_branch(part, node):
@@ -216,11 +216,11 @@ def _is_branch(part: str, node: dict[str, Any]) -> bool:
     return "anyOf" in node and (plain or not part.islower() or not part.isidentifier())
 
 
-def _known(schema: dict[str, Any], loc: tuple[str | int, ...]) -> list[str]:
+def _list_fields(schema: dict[str, Any], loc: tuple[str | int, ...]) -> list[str]:
     """Names of the fields at a place of the schema."""
     node: Any = schema
     for part in loc:
-        node = _resolved(node, schema)
+        node = _resolve(node, schema)
         mapping = node.get("discriminator", {}).get("mapping", {})
         if part in mapping:
             node = {"$ref": mapping[part]}
@@ -229,26 +229,26 @@ def _known(schema: dict[str, Any], loc: tuple[str | int, ...]) -> list[str]:
         else:
             inner = _choice(node, part, schema).get("properties", {})
             node = inner.get(part, node)
-    return list(_choice(_resolved(node, schema), "properties", schema).get("properties", {}))
+    return list(_choice(_resolve(node, schema), "properties", schema).get("properties", {}))
 
 
 def _choice(node: dict[str, Any], wanted: str, schema: dict[str, Any]) -> dict[str, Any]:
     """The alternative of a union that has the wanted property (or `items`, `properties`)."""
-    node = _resolved(node, schema)
-    options = [_resolved(each, schema) for each in node.get("anyOf", [])] or [node]
+    node = _resolve(node, schema)
+    options = [_resolve(each, schema) for each in node.get("anyOf", [])] or [node]
     for each in options:
         if wanted in each or wanted in each.get("properties", {}):
             return each
     return next((each for each in options if "properties" in each), node)
 
 
-def _resolved(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+def _resolve(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     while "$ref" in node:
         node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
     return node
 
 
-def _anchored(spec: S, folder: Path) -> S:
+def _anchor_files(spec: S, folder: Path) -> S:
     """The spec with every `file` as an absolute path: of the data, and within the method."""
 
     def anchored(part: Any) -> Any:

@@ -41,7 +41,7 @@ def apply_override(model: type[BaseModel], content: dict[str, Any], text: str) -
             place[step] = {}
             changed.append(tuple(path))
         elif not isinstance(there, dict | list):
-            place[step] = _expanded(model, path, there, below, text)
+            place[step] = _expand(model, path, there, below, text)
         place = place[step]
     step = _step(place, last, text)
     try:
@@ -60,7 +60,7 @@ def _step(place: Any, part: str, text: str) -> str | int:
     return int(part)
 
 
-def _expanded(
+def _expand(
     model: type[BaseModel], path: list[str | int], value: Any, below: str, text: str
 ) -> dict[str, Any]:
     """The mapping that a plain value stands for."""

@@ -27,7 +27,7 @@ def benjamini_hochberg(p_values: ArrayLike) -> NDArray[np.float64]:
         scaled = p * len(p) / np.arange(1, len(p) + 1)
         return np.minimum.accumulate(scaled[::-1])[::-1]
 
-    return _adjusted("benjamini_hochberg", p_values, steps)
+    return _adjust("benjamini_hochberg", p_values, steps)
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
@@ -46,12 +46,10 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     Reference:
         Holm (1979), A simple sequentially rejective multiple test procedure.
     """
-    return _adjusted(
-        "holm", p_values, lambda p: np.maximum.accumulate(p * np.arange(len(p), 0, -1))
-    )
+    return _adjust("holm", p_values, lambda p: np.maximum.accumulate(p * np.arange(len(p), 0, -1)))
 
 
-def _adjusted(label: str, p_values: ArrayLike, rule) -> NDArray[np.float64]:
+def _adjust(label: str, p_values: ArrayLike, rule) -> NDArray[np.float64]:
     given = np.asarray(p_values, dtype=np.float64)
     if given.ndim != 1:
         raise InvalidInput(f"{label}: p-values must be [m], got {list(given.shape)}")

@@ -52,7 +52,7 @@ def wilson(hits: int | Sequence[bool], n: int | None = None, confidence: float =
         hits, n = sum(outcomes), len(outcomes)
     if n is None or not 0 <= hits <= n:
         raise InvalidInput(f"wilson: {hits} successes of {n} observations")
-    z = NormalDist().inv_cdf(0.5 + _checked(confidence) / 2)
+    z = NormalDist().inv_cdf(0.5 + _check(confidence) / 2)
     if n == 0:
         return Interval(0.0, 0.0, 1.0, 0)
     share, spread = hits / n, z * z / n
@@ -94,12 +94,12 @@ def bootstrap(
     rng = np.random.default_rng(seed)
     draws = rng.integers(0, len(data), size=(resamples, len(data)))
     found = np.array([measure(data[rows]) for rows in draws])
-    tail = (1 - _checked(confidence)) / 2
+    tail = (1 - _check(confidence)) / 2
     low, high = np.nanquantile(found, [tail, 1 - tail])
     return Interval(float(measure(data)), float(low), float(high), len(data))
 
 
-def _checked(confidence: float) -> float:
+def _check(confidence: float) -> float:
     if not 0 < confidence < 1:
         raise InvalidInput(f"confidence must lie between 0 and 1, got {confidence}")
     return confidence

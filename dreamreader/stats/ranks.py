@@ -32,7 +32,7 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
         >>> spearman([1, 2, 3], [10, 30, 20])
         0.5
     """
-    x, y = (ranks(side) for side in _paired("spearman", a, b))
+    x, y = (ranks(side) for side in _pair("spearman", a, b))
     x, y = x - x.mean(), y - y.mean()
     scale = np.sqrt((x @ x) * (y @ y))
     return float(x @ y / scale) if scale else float("nan")
@@ -54,14 +54,14 @@ def kendall(a: ArrayLike, b: ArrayLike) -> float:
         >>> round(kendall([1, 2, 3], [10, 30, 20]), 4)
         0.3333
     """
-    x, y = _paired("kendall", a, b)
+    x, y = _pair("kendall", a, b)
     first, second = np.triu_indices(len(x), 1)
     dx, dy = np.sign(x[first] - x[second]), np.sign(y[first] - y[second])
     scale = np.sqrt(np.abs(dx).sum() * np.abs(dy).sum())
     return float(dx @ dy / scale) if scale else float("nan")
 
 
-def _paired(label: str, a: ArrayLike, b: ArrayLike) -> tuple[NDArray, NDArray]:
+def _pair(label: str, a: ArrayLike, b: ArrayLike) -> tuple[NDArray, NDArray]:
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape or len(x) < 2:
         raise InvalidInput(

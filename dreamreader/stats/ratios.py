@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dreamreader.errors import InvalidInput
-from dreamreader.stats.intervals import Interval, _checked
+from dreamreader.stats.intervals import Interval, _check
 
 
 def ratio_of_means(
@@ -47,7 +47,7 @@ def ratio_of_means(
         )
     if not (np.isfinite(over).all() and np.isfinite(under).all()):
         raise InvalidInput("ratio_of_means: values must be finite")
-    tail = (1 - _checked(confidence)) / 2
+    tail = (1 - _check(confidence)) / 2
     whole = float(under.sum())
     if whole == 0:
         nan = float("nan")

@@ -55,11 +55,11 @@ def fit_site(
     whole = FitData(found, s, t, pairs)
     vectors = _vectors(method, whole, options)  # [steps, features]
     halves = [
-        _tried(method, FitData(found, s[n : n + 1], t[n : n + 1], pairs, (n,)), options)
+        _try_fit(method, FitData(found, s[n : n + 1], t[n : n + 1], pairs, (n,)), options)
         for n in (0, 1)
     ]
     # Both halves have the labels in the same proportion: taken as labels, they are shuffled ones.
-    shuffled = _tried(method, FitData(found, (s[0], t[0]), (s[1], t[1]), pairs), options)
+    shuffled = _try_fit(method, FitData(found, (s[0], t[0]), (s[1], t[1]), pairs), options)
     separated = _aucs(data, [vectors.cpu(), shuffled, random_like(vectors, seed).cpu()])
     evidence = Evidence(
         steps=data.steps,
@@ -71,7 +71,7 @@ def fit_site(
         auc_shuffled=separated[1],
         auc_random=separated[2],
     )
-    return _laid_out(_scaled(vectors, norm, data.tokens).float().cpu(), data.steps), evidence
+    return _laid_out(_scale(vectors, norm, data.tokens).float().cpu(), data.steps), evidence
 
 
 def _vectors(method: str, data: FitData, options: FitOptions) -> Float[Tensor, "steps features"]:
@@ -80,7 +80,7 @@ def _vectors(method: str, data: FitData, options: FitOptions) -> Float[Tensor, "
     return torch.stack([METHODS[method](data, step, options) for step in steps])
 
 
-def _tried(method: str, data: FitData, options: FitOptions) -> Float[Tensor, "steps features"]:
+def _try_fit(method: str, data: FitData, options: FitOptions) -> Float[Tensor, "steps features"]:
     """The vectors, or NaN where half of the rows do not suffice for them."""
     assert data.statistics.shape is not None
     nothing = torch.full(data.statistics.shape, math.nan, dtype=torch.float64)
@@ -102,7 +102,7 @@ def _aucs(data: SiteData, directions: list[Tensor]) -> list[tuple[float, ...]]:
     ]
 
 
-def _scaled(vectors: Tensor, norm: str, tokens: int | None) -> Tensor:
+def _scale(vectors: Tensor, norm: str, tokens: int | None) -> Tensor:
     """A vector without length keeps none."""
     if norm == "none":
         return vectors

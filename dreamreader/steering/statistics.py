@@ -88,7 +88,7 @@ class Statistics:
         if not bool(found.mean.isfinite().all()):
             raise InvalidInput("values are not finite")
         self._shape = (rows.shape[1], rows.shape[2])
-        self._sums = _joined(self._sums, found)
+        self._sums = _join(self._sums, found)
         if self.keep == "rows":
             self._rows.append((rows.to("cpu", kept_type(rows)), labels.cpu()))
 
@@ -106,7 +106,7 @@ class Statistics:
                 f"{self.keep} {list(self.shape or ())}"
             )
         self._shape = other.shape
-        self._sums = _joined(self._sums, other._sums)
+        self._sums = _join(self._sums, other._sums)
         self._rows += other._rows
 
     def count(self, labels: Sequence[int]) -> int:
@@ -236,12 +236,12 @@ def _products(rows: Tensor, labels: Tensor, means: Tensor) -> Tensor:
     return torch.stack([each.transpose(1, 2) @ each for each in found])
 
 
-def _joined(a: _MomentSums, b: _MomentSums) -> _MomentSums:
+def _join(a: _MomentSums, b: _MomentSums) -> _MomentSums:
     """The sums of both, with all labels of both."""
     labels = max(len(a.counts), len(b.counts))
     if not labels or not len(a.counts):
         return b
-    a, b = _padded(a, labels), _padded(b, labels)
+    a, b = _pad(a, labels), _pad(b, labels)
     counts = a.counts + b.counts
     n, n_b = (each[:, None, None].double() for each in (counts.clamp(min=1), b.counts))
     both = a.counts[:, None, None] * n_b / n
@@ -255,7 +255,7 @@ def _joined(a: _MomentSums, b: _MomentSums) -> _MomentSums:
     return _MomentSums(counts, mean, step - (mean - a.mean), square, products)
 
 
-def _padded(sums: _MomentSums, labels: int) -> _MomentSums:
+def _pad(sums: _MomentSums, labels: int) -> _MomentSums:
     """With labels without rows at the end."""
     more = labels - len(sums.counts)
     return _MomentSums(

@@ -103,7 +103,7 @@ class StoreDataset(IterableDataset):
         if pin_memory and not torch.cuda.is_available():
             raise InvalidInput("StoreDataset: pin_memory=True needs a CUDA device")
         store = store if isinstance(store, Store) else Store(store)
-        self._picked = _picked(store, site, steps, branch, tokens)
+        self._picked = _pick(store, site, steps, branch, tokens)
         self.site = self._picked.segments.site
         self.dtype = _dtype(self.site, dtype, normalise is not None)
         self.order = BatchOrder(self._picked.total, batch_size, rank, world, drop_last)
@@ -267,7 +267,7 @@ class StoreDataset(IterableDataset):
         return math.sqrt(self.site.width) / norm
 
 
-def _picked(store: Store, site: str, steps: Any, branch: Any, tokens: TOKENS | None) -> Picked:
+def _pick(store: Store, site: str, steps: Any, branch: Any, tokens: TOKENS | None) -> Picked:
     segments = store.segments(site, steps, branch)
     wanted = None if tokens is None else tokens_of(tokens)
     if wanted is not None and segments.site.pool != "none":

@@ -75,14 +75,14 @@ def _fill(folders: Sequence[Path], part: Path, link: bool, report: ProgressCallb
                     link,
                 )
             report(ProgressEvent("units", number + 1, total))
-        jobs += [_renumbered(job, units, done) for job in manifest.jobs]
+        jobs += [_renumber(job, units, done) for job in manifest.jobs]
         complete = complete and manifest.complete
         done += len(units)
     Manifest(tuple(jobs), complete).write(part)
     write_index(part)
 
 
-def _renumbered(job: Job, units: Sequence[int], start: int) -> Job:
+def _renumber(job: Job, units: Sequence[int], start: int) -> Job:
     """The job with the numbers that its sealed units have now."""
     before = sum(unit < job.units[0] for unit in units)
     own = sum(job.units[0] <= unit < job.units[1] for unit in units)

@@ -104,7 +104,7 @@ class RowBlock:
         columns = {"unit": pa.array(np.full(len(self), self.unit, np.int32))}
         columns["sample"] = pa.array(sample)
         for name in samples.column_names:
-            columns[name] = _taken(samples[name].combine_chunks(), columns["sample"])
+            columns[name] = _take(samples[name].combine_chunks(), columns["sample"])
         return pa.table(columns | self.times())
 
     def times(self) -> "dict[str, pa.Array]":
@@ -161,7 +161,7 @@ def _places(first: Int[np.ndarray, " n"], rows: Int[np.ndarray, " n"]) -> Int[np
     return np.arange(rows.sum()) + np.repeat(first - before, rows)
 
 
-def _taken(column: "pa.Array", sample: "pa.Array") -> "pa.Array":
+def _take(column: "pa.Array", sample: "pa.Array") -> "pa.Array":
     """The column's value for each row; text once for each sample, as prompts can be long."""
     import pyarrow as pa
 

@@ -206,7 +206,7 @@ class _SiteSums:
             part = _StatisticsPart(
                 int(found.rows[number]), found.total[number], found.square[number]
             )
-            part.norm, part.norms = float(own.sum()), _binned(own)
+            part.norm, part.norms = float(own.sum()), _bin(own)
             if part.rows:
                 self.parts[key] = self.parts[key] + part if key in self.parts else part
         if self.product is not None:
@@ -244,7 +244,7 @@ def _labels(block: RowBlock) -> tuple[list[Key], np.ndarray]:
     return [(int(step), names[number]) for step, number in pairs], labels.reshape(-1)
 
 
-def _binned(norms: np.ndarray) -> Counter[int]:
+def _bin(norms: np.ndarray) -> Counter[int]:
     bins = np.floor(np.log2(np.maximum(norms, 5e-324)) * _BINS).astype(np.int64)
     return Counter(
         dict(zip(*(x.tolist() for x in np.unique(bins, return_counts=True)), strict=True))

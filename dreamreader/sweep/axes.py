@@ -61,7 +61,7 @@ def grid(
     found = {site.name: site for each in patterns for site in reader.sites(each)}
     if not found:
         raise InvalidInput("the grid is empty: no sites are given")
-    places = _grouped(reader, sorted(found, key=run_order), group)
+    places = _group(reader, sorted(found, key=run_order), group)
     times = _windows(windows, steps)
     selections = _selections(tokens, positions)
     cells = []
@@ -100,7 +100,7 @@ def run_order(site: str) -> int:
     return order.index(parts[1]) if len(parts) > 1 and parts[1] in order else 0
 
 
-def _grouped(reader: "Reader", sites: list[str], group: Group) -> dict[str, list[str]]:
+def _group(reader: "Reader", sites: list[str], group: Group) -> dict[str, list[str]]:
     if isinstance(group, Mapping):
         globs = {k: [v] if isinstance(v, str) else list(v) for k, v in group.items()}
         named = {k: {n for p in v for n in reader.sites(p).names} for k, v in globs.items()}

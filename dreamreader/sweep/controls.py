@@ -66,12 +66,12 @@ def random_cells(
     drawn = []
     for number in range(count):
         rng = random.Random(f"{seed} {number}")
-        places = _drawn(found, widths, rng)
-        drawn.append([_moved(cell, places, set(found)) for cell in cells])
+        places = _draw_site(found, widths, rng)
+        drawn.append([_move(cell, places, set(found)) for cell in cells])
     return drawn
 
 
-def _drawn(found: list[str], widths: Mapping[str, int], rng: random.Random) -> dict[str, str]:
+def _draw_site(found: list[str], widths: Mapping[str, int], rng: random.Random) -> dict[str, str]:
     """For each site another one of its width: outside `found` first, and each once."""
     places: dict[str, str] = {}
     for width in dict.fromkeys(widths[site] for site in found):
@@ -91,7 +91,7 @@ def _drawn(found: list[str], widths: Mapping[str, int], rng: random.Random) -> d
     return places
 
 
-def _moved(cell: Cell, places: Mapping[str, str], found: set[str]) -> Cell:
+def _move(cell: Cell, places: Mapping[str, str], found: set[str]) -> Cell:
     sites = tuple(places[site] for site in cell.sites)
     shared = sum(site in found for site in sites)
     note = f"random; {shared} of {len(sites)} sites were found too" if shared else "random"

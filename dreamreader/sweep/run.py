@@ -58,7 +58,7 @@ class SweepJob:
             record=list(record),
             seeds=list(self.seeds) * repeats,
             batch_size=self.batch_size,
-            **_repeated(self.arguments, len(self), repeats),
+            **_repeat_arguments(self.arguments, len(self), repeats),
         )
         result = replace(result, rows=self.rows * repeats)
         return result, _values(self.metric(result), len(self) * repeats)
@@ -165,14 +165,14 @@ def records_of(cells: Sequence[Cell]) -> list[Record]:
         for site in cell.sites:
             steps[site] = _union(steps.get(site, set()), window)
             branches[site] = _union(branches.get(site, set()), wanted)
-    return [Record(site, steps=steps[site], branch=_ordered(branches[site])) for site in steps]
+    return [Record(site, steps=steps[site], branch=_order(branches[site])) for site in steps]
 
 
 def _union(seen: set[Any] | None, more: set[Any] | None) -> set[Any] | None:
     return None if seen is None or more is None else seen | more
 
 
-def _ordered(names: set[str] | None) -> tuple[str, ...] | None:
+def _order(names: set[str] | None) -> tuple[str, ...] | None:
     return None if names is None else tuple(sorted(names))
 
 
@@ -212,7 +212,7 @@ def check_pairs(
             )
 
 
-def _repeated(arguments: Mapping[str, Any], count: int, repeats: int) -> dict[str, Any]:
+def _repeat_arguments(arguments: Mapping[str, Any], count: int, repeats: int) -> dict[str, Any]:
     """Arguments with one entry for each row, repeated with the rows."""
     found = {}
     for name, value in arguments.items():

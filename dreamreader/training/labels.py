@@ -40,7 +40,7 @@ def check_detected(named: Named) -> None:
             raise UnknownName("attribute of the detector", name, (*VALUES, "frame"))
 
 
-def detected(named: Named, images: Any) -> Values:
+def detect_labels(named: Named, images: Any) -> Values:
     """What the detector reads from pictures [rows, 3, 64, 64]; None without an object."""
     from dreamreader.metrics.detector import attributes
     from dreamreader.zoo.detector import detect

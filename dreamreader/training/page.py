@@ -5,7 +5,7 @@ from collections.abc import Sequence
 POINTS = 24  # of a curve
 
 
-def thinned(values: Sequence[float]) -> tuple[list[float], list[float]]:
+def thin_curve(values: Sequence[float]) -> tuple[list[float], list[float]]:
     """Means of equal windows, with the number of the last value of each."""
     count = min(POINTS, len(values))
     ends = [round((n + 1) * len(values) / count) for n in range(count)]

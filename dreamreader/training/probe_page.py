@@ -98,20 +98,20 @@ def _site(card: Card, notes: Notes) -> Section:
 
 def _by_step(card: Card, attribute: str, found: Notes) -> Curves:
     line = Series("held out", [float(each) for each in card.steps], found["by_step"])
-    return Curves(_titled("accuracy by step", attribute), [line], "step")
+    return Curves(_title("accuracy by step", attribute), [line], "step")
 
 
 def _reliability(attribute: str, bins: Sequence[tuple[float, float, int]]) -> Curves:
     sure, right, _ = zip(*bins, strict=True)
     ends = [min(sure), max(sure)]
     lines = [Series("probe", sure, right, tone=1), Series("as sure as right", ends, ends, tone=2)]
-    return Curves(_titled("right, by confidence", attribute), lines, "confidence")
+    return Curves(_title("right, by confidence", attribute), lines, "confidence")
 
 
 def _confusion(attribute: str, names: Sequence[str], table: Sequence[Sequence[int]]) -> HeatMap:
     shares = [[n / max(sum(row), 1) for n in row] for row in table]
-    return HeatMap(_titled("told, by truth", attribute), shares, names, names, corner="truth")
+    return HeatMap(_title("told, by truth", attribute), shares, names, names, corner="truth")
 
 
-def _titled(title: str, attribute: str) -> str:
+def _title(title: str, attribute: str) -> str:
     return f"{attribute}: {title}" if attribute else title

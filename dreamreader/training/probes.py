@@ -132,7 +132,7 @@ class ProbeJob(SpecJob[ProbeSpec]):
         sites, name = folder.need(RESULT)["sites"], cls.of_folder(folder.path).spec.name
         return [
             f"{name}: {len(sites)} probes",
-            *(f"  {s}: {_reached(Probe.load(folder.path / probe_name(s)))}" for s in sites),
+            *(f"  {s}: {_describe_scores(Probe.load(folder.path / probe_name(s)))}" for s in sites),
             f"report: {(folder.path / REPORT).resolve()}",
         ]
 
@@ -159,7 +159,7 @@ def _is_trained(folder: TrainingFolder, site: str) -> bool:
     return Probe.load(file).card.as_dict() == notes["card"]
 
 
-def _reached(probe: Probe) -> str:
+def _describe_scores(probe: Probe) -> str:
     kind = "R2" if probe.task.kind == "regress" else "accuracy"
     shown = "{:.3f}" if kind == "R2" else "{:.1%}"
     return ", ".join(

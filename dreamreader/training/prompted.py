@@ -13,12 +13,18 @@ from torch import Tensor
 from dreamreader._progress import ProgressCallback, ProgressEvent, silent
 from dreamreader.engine import Activation, Reader, Record, check_lengths
 from dreamreader.probes import Probe, fit
-from dreamreader.probes.split import HELD_OUT, dealt, numbered
+from dreamreader.probes.split import HELD_OUT, dealt, number_groups
 from dreamreader.recording.labelled import mean_over_tokens
 from dreamreader.specs.batch import activation_bytes, duration, rows_that_fit
 from dreamreader.specs.data import read_items
 from dreamreader.specs.subject import call_settings, is_language, opened, padded, steps_of
-from dreamreader.training.labels import Values, complete_rows, detected, from_detector, of_columns
+from dreamreader.training.labels import (
+    Values,
+    complete_rows,
+    detect_labels,
+    from_detector,
+    of_columns,
+)
 from dreamreader.training.reliability import Predictions, reliability, targets_of
 from dreamreader.training.specs import ProbeSpec
 
@@ -180,13 +186,13 @@ class Prompted:
             return dict(found.cache.items()), self.columns
         images = found.images
         images = images if isinstance(images, Tensor) else torch.stack(list(images))
-        return dict(found.cache.items()), detected(self.spec.labels, images)
+        return dict(found.cache.items()), detect_labels(self.spec.labels, images)
 
     def _held_out(self, probe: Probe, found: Activation, labels: Any) -> Predictions:
         """Probabilities and targets of the rows that `fit` holds out."""
         targets = targets_of(probe, labels)
         prompts = [row.prompt for row in found.rows]
-        group = numbered(prompts, len(prompts))
+        group = number_groups(prompts, len(prompts))
         probe_training = self.spec.probe
         part = dealt(group, targets, probe_training.holdout, probe_training.seed)
         apart = (part == HELD_OUT).nonzero().flatten().tolist()

@@ -10,7 +10,7 @@ from dreamreader.jobs.folder import FINGERPRINT
 from dreamreader.jobs.page import job_report
 from dreamreader.report import Charts, Curves, Number, Section, Series, Table
 from dreamreader.training.folder import HISTORY, RESULT, TrainingFolder
-from dreamreader.training.page import thinned
+from dreamreader.training.page import thin_curve
 from dreamreader.training.specs import ReftSpec
 
 
@@ -63,7 +63,7 @@ def _lead(result: Mapping[str, Any]) -> str:
 
 
 def _curves(lines: Sequence[Mapping[str, Any]]) -> Curves:
-    series = [Series("training", *thinned([each["loss"] for each in lines]), tone=1)]
+    series = [Series("training", *thin_curve([each["loss"] for each in lines]), tone=1)]
     validated = [each for each in lines if each["validation"] is not None]
     if validated:
         x, y = ([float(each[name]) for each in validated] for name in ("step", "validation"))

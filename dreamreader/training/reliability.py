@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.probes import Probe
-from dreamreader.probes.labels import Targets, encoded
-from dreamreader.probes.scores import claimed
+from dreamreader.probes.labels import Targets, encode_labels
+from dreamreader.probes.scores import claimed_classes
 
 BINS = 10
 
@@ -24,7 +24,7 @@ def targets_of(probe: Probe, labels: Any) -> Targets:
     """Labels as numbers of the probe's classes, or flags."""
     task = probe.task
     single = task.classes.get("") if list(task.classes) == [""] else task.classes
-    return encoded(labels, task.kind, None if task.kind == "regress" else single)[1]
+    return encode_labels(labels, task.kind, None if task.kind == "regress" else single)[1]
 
 
 def reliability(probe: Probe, held: Iterable[Predictions]) -> Bins:
@@ -37,7 +37,7 @@ def reliability(probe: Probe, held: Iterable[Predictions]) -> Bins:
             own = probabilities[:, part]
             flags = probe.task.kind == "multilabel"
             right_ones = targets[:, part] if flags else targets[:, number]
-            right_ones = claimed(right_ones, part, probe.loss)
+            right_ones = claimed_classes(right_ones, part, probe.loss)
             table = sums.setdefault(attribute, torch.zeros(3, BINS, dtype=torch.float64))
             _add(table, own, right_ones)
     return {

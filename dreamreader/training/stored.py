@@ -14,8 +14,8 @@ from dreamreader._progress import ProgressCallback, ProgressEvent, silent
 from dreamreader.engine import parse
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.probes import Probe, fit_batches
-from dreamreader.probes.labels import Task, encoded
-from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION, dealt, numbered
+from dreamreader.probes.labels import Task, encode_labels
+from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION, dealt, number_groups
 from dreamreader.store.batch import Batch
 from dreamreader.store.dataset import StoreDataset
 from dreamreader.store.store import Store
@@ -159,9 +159,9 @@ class LabelledSamples:
         values = of_columns(spec.labels, lines)
         kept, labels = complete_rows(values, spec.probe.task)
         self.task: Task
-        self.task, targets = encoded(labels, spec.probe.task)
+        self.task, targets = encode_labels(labels, spec.probe.task)
         known = [lines[n].get("prompt", lines[n].get("id")) for n in kept]
-        group = numbered(known, len(kept))
+        group = number_groups(known, len(kept))
         part = dealt(group, targets, spec.probe.holdout, spec.probe.seed)
         self.rows = {"all": len(lines), "labelled": len(kept)}
         self.classes: Any = {name: list(each) for name, each in self.task.classes.items()}

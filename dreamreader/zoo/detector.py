@@ -70,7 +70,7 @@ def detect(images: Float[Tensor, "n 3 h w"] | list[Image.Image]) -> list[Reading
     counts = torch.stack([(back == i).flatten(1).sum(1) for i in range(len(names))], 1)
     chosen = counts.argmax(1)
     palette = _palette(scenes.BACKGROUNDS)[chosen]  # [n, 3]
-    framed = _framed(pixels)
+    framed = _has_frame(pixels)
     distance = (pixels - palette[:, :, None, None]).norm(dim=1)
     mask = distance > FOREGROUND * 3**0.5
     zone = torch.zeros_like(mask)
@@ -121,7 +121,7 @@ def shape_overlaps(coverage: Float[Tensor, "h w"]) -> dict[str, float]:
         coverage: 1 inside the object, 0 outside, such as `Found.mask.float()`; not all 0.
     """
     names, templates = _templates()
-    mine = _normalised(coverage)
+    mine = _normalise(coverage)
     shared, whole = torch.minimum(templates, mine), torch.maximum(templates, mine)
     overlaps = (shared.sum((1, 2)) / whole.sum((1, 2))).tolist()
     return {
@@ -137,7 +137,7 @@ def _shape(coverage: Tensor) -> str | None:
     return best if overlaps[best] >= MIN_OVERLAP else None
 
 
-def _normalised(coverage: Tensor) -> Tensor:
+def _normalise(coverage: Tensor) -> Tensor:
     """Coverage [32, 32] around the centroid, over 2.3 times the root of the area."""
     area = coverage.sum()
     at = torch.arange(scenes.SIZE_PX) + 0.5
@@ -159,11 +159,11 @@ def _templates() -> tuple[list[str], Tensor]:
         sharp = torch.from_numpy(np.asarray(canvas.reduce(scenes.SUPERSAMPLE)).copy()) / 255
         blurred = torch.nn.functional.avg_pool2d(sharp[None, None], 3, stride=1, padding=1)[0, 0]
         names += [name, name]
-        found += [_normalised(sharp), _normalised(blurred)]
+        found += [_normalise(sharp), _normalise(blurred)]
     return names, torch.stack(found)
 
 
-def _framed(pixels: Tensor) -> Tensor:
+def _has_frame(pixels: Tensor) -> Tensor:
     border = torch.ones(scenes.SIZE_PX, scenes.SIZE_PX, dtype=torch.bool)
     width = scenes.FRAME_PX - 1  # the innermost ring is half mixed with the picture
     border[width:-width, width:-width] = False

@@ -43,7 +43,7 @@ def build_tokenizer() -> Any:
     pieces = dict.fromkeys(letters + [c + "</w>" for c in letters])
     merges: list[tuple[str, str]] = []
     for word in vocabulary():
-        parts = _merged([*word[:-1], word[-1] + "</w>"], merges)
+        parts = _merge_parts([*word[:-1], word[-1] + "</w>"], merges)
         while len(parts) > 1:  # earlier words keep their token: their own merges come first
             merges.append((parts[0], parts[1]))
             parts[:2] = ["".join(parts[:2])]
@@ -54,7 +54,7 @@ def build_tokenizer() -> Any:
     return build(vocab=vocabulary_ids, merges=merges, model_max_length=CAPTION_TOKENS)
 
 
-def _merged(parts: list[str], merges: list[tuple[str, str]]) -> list[str]:
+def _merge_parts(parts: list[str], merges: list[tuple[str, str]]) -> list[str]:
     """The parts of a word after the merges, applied in their order as byte-pair encoding does."""
     rank = {pair: place for place, pair in enumerate(merges)}
     while pairs := [p for p in itertools.pairwise(parts) if p in rank]:

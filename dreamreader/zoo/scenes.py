@@ -127,9 +127,9 @@ def sample_scene(rng: random.Random, objects: int | None = None) -> Scene:
         objects = 2 if rng.random() < TWO_OBJECTS else 1
     found = tuple(_sample_object(rng) for _ in range(objects))
     if objects == 2:
-        found = tuple(_placed(rng, obj) for obj in found)
+        found = tuple(_place_evenly(rng, obj) for obj in found)
         while not _apart(*found):
-            found = tuple(_placed(rng, obj) for obj in found)
+            found = tuple(_place_evenly(rng, obj) for obj in found)
     said = rng.random() < SAID["background"]
     background = (
         rng.choice(list(BACKGROUNDS)) if said else _usual(rng, UNSAID["background"], BACKGROUNDS)
@@ -196,7 +196,7 @@ def _sample_object(rng: random.Random) -> Obj:
     return Obj(shape, color, size, *place.split(), said=said)
 
 
-def _placed(rng: random.Random, obj: Obj) -> Obj:
+def _place_evenly(rng: random.Random, obj: Obj) -> Obj:
     """The object with an even place, said in the caption: two objects are told apart by place."""
     return replace(
         obj, row=rng.choice(list(ROWS)), column=rng.choice(list(COLUMNS)), said=obj.said | {"place"}

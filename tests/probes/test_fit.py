@@ -8,7 +8,7 @@ from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.probes import Probe, fit
 from dreamreader.probes.fit import PARTS
 from dreamreader.probes.rows import rows_of
-from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION, dealt, numbered
+from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION, dealt, number_groups
 
 QUICK = {"controls": False, "epochs": 40, "lr": 1e-2}
 
@@ -237,7 +237,7 @@ def test_the_first_evaluation_of_a_step_stands_for_it():
 
 
 def test_groups_are_never_split():
-    group = numbered([n // 5 for n in range(100)], 100)
+    group = number_groups([n // 5 for n in range(100)], 100)
     targets = (group % 4).unsqueeze(1)
     part = dealt(group, targets, 5, 0)
     for each in range(20):
@@ -374,13 +374,13 @@ def test_padding_is_no_row_and_no_part_of_a_mean():
 
 def _problem_rows(found, y):
     from dreamreader.probes.fit import _problem
-    from dreamreader.probes.labels import encoded
-    from dreamreader.probes.objective import counted, objective
+    from dreamreader.probes.labels import encode_labels
+    from dreamreader.probes.objective import count_rows, objective
     from dreamreader.probes.train import Design, recipe_of
 
-    told, targets = encoded(y, "classify", None, len(y))
+    told, targets = encode_labels(y, "classify", None, len(y))
     group = torch.arange(len(y))
     part = dealt(group, targets, 5, 0)
-    goal = objective(told, "softmax", None, counted(told, targets))
+    goal = objective(told, "softmax", None, count_rows(told, targets))
     how = Design((), "relu"), recipe_of(1, 1, 1e-3, 64, 0)
     return _problem(rows_of(found, "token"), targets, part, group, "shared", goal, *how)

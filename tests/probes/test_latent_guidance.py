@@ -289,7 +289,7 @@ def test_edits_take_part_and_recordings_hear_of_one_evaluation():
 
 
 def test_objectives_by_hand():
-    from dreamreader.probes.objectives import climbed, wanted
+    from dreamreader.probes.objectives import label_targets, objective_values
 
     classes = {"color": ("r", "g", "b"), "odd": ("n", "y")}
     rows, y = torch.randn(60, 4), torch.arange(60)
@@ -302,16 +302,22 @@ def test_objectives_by_hand():
             (each / t).softmax(-1) if loss == "softmax" else (each / t).sigmoid()
             for each, t in zip((z[0, :3], z[0, 3:]), heat, strict=True)
         ])  # fmt: skip
-        found = climbed(probe, 0, z, *wanted(probe, {"color=r", "odd=y"}, None), "probability")
+        found = objective_values(
+            probe, 0, z, *label_targets(probe, {"color=r", "odd=y"}, None), "probability"
+        )
         assert float(found) == pytest.approx(float(torch.log(p[0]) + torch.log(p[4])), rel=1e-5)
-        found = climbed(probe, 0, z, *wanted(probe, None, {"color=r", "color=b"}), "probability")
+        found = objective_values(
+            probe, 0, z, *label_targets(probe, None, {"color=r", "color=b"}), "probability"
+        )
         truth = torch.log(p[1]) if loss == "softmax" else torch.log((1 - p[0]) * (1 - p[2]))
         assert float(found) == pytest.approx(float(truth), rel=1e-5)
-        sides = wanted(probe, {"color=r", "odd=y"}, {"color=g"})
-        assert float(climbed(probe, 0, z, *sides, "logits")) == pytest.approx(0.3 - 2.0)
-    sides = wanted(probe, ["color=r", None], [None, "odd=n"])
+        sides = label_targets(probe, {"color=r", "odd=y"}, {"color=g"})
+        assert float(objective_values(probe, 0, z, *sides, "logits")) == pytest.approx(0.3 - 2.0)
+    sides = label_targets(probe, ["color=r", None], [None, "odd=n"])
     tokens = torch.stack([z, 2 * z], 1).expand(2, 2, 5)
-    assert climbed(probe, 0, tokens, *sides, "logits").tolist() == pytest.approx([1.5, -0.45])
+    assert objective_values(probe, 0, tokens, *sides, "logits").tolist() == pytest.approx(
+        [1.5, -0.45]
+    )
 
 
 def test_what_cannot_be_right_says_so():

@@ -8,7 +8,7 @@ from probes.made import blobs, shifting
 
 from dreamreader.errors import InvalidInput
 from dreamreader.probes import Probe, fit_batches
-from dreamreader.probes.source import LabelledSource, surveyed
+from dreamreader.probes.source import LabelledSource, survey_rows
 
 NAMES = ("a", "b", "c")
 QUICK = {"classes": NAMES, "hidden": (8,), "controls": False, "lr": 1e-2, "epochs": 8}
@@ -50,7 +50,7 @@ def test_names_attributes_and_half_precision():
 
 def test_one_pass_tells_mean_and_deviation():
     parts = [(x + 1e4, y) for x, y in batches(0, 5)]
-    found = surveyed(LabelledSource(parts, "batches", "classify", NAMES, "shared"))
+    found = survey_rows(LabelledSource(parts, "batches", "classify", NAMES, "shared"))
     whole = torch.cat([x for x, _ in parts]).double()
     assert torch.allclose(found.mean[0], whole.mean(0).float(), rtol=1e-6)
     assert torch.allclose(found.scale[0], whole.std(0, correction=0).float(), rtol=1e-3)
