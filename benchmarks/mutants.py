@@ -58,6 +58,8 @@ SIZE = 256  # of buffers, caches and chunks, where one more is as good
 # What every test imports, once for all of them.
 PRELOADED = ["torch", "diffusers", "transformers", "pytest", "numpy", "pyarrow", "safetensors"]
 
+PRELOADED_ALREADY = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -216,16 +218,16 @@ def run_pytest(there: Path, arguments: Sequence[str], times: Path | None) -> Non
 
     os.setsid()  # so that what the tests start can be killed with them
     os.chdir(there)
-    silence = os.open(os.devnull, os.O_RDWR)
+    log = os.open("pytest.log", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     for stream in range(3):
-        os.dup2(silence, stream)
+        os.dup2(log, stream)
     os.environ["PYTHONPATH"] = str(there)
     sys.path = [
         str(there),
         *(each for each in sys.path if ROOT not in (Path(each), *Path(each).parents)),
     ]
     status = pytest.main(
-        ["-q", "-x", "-p", "no:cacheprovider", *arguments],
+        ["-q", "-x", "-p", "no:cacheprovider", *PRELOADED_ALREADY, *arguments],
         plugins=[] if times is None else [Times(times)],
     )
     os._exit(int(status))
