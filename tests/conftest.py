@@ -1,11 +1,14 @@
 """Fixtures for all tests."""
 
 import os
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
 
 # Triton warns while this is unset, and its default is about to change.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import numpy
 import pytest
 import torch
 
@@ -17,6 +20,22 @@ from dreamreader._register import native
 def seeded() -> None:
     """Every test starts from the same random numbers."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def reseeded() -> Callable[[Callable[[], Any]], tuple[Any, Any]]:
+    """Calls a function twice, after different global seeds, which must not matter to it."""
+
+    def call(function: Callable[[], Any]) -> tuple[Any, Any]:
+        found = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            numpy.random.seed(seed)
+            random.seed(seed)
+            found.append(function())
+        return found[0], found[1]
+
+    return call
 
 
 @pytest.fixture

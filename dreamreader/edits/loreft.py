@@ -162,7 +162,7 @@ class LoReFT(EditRequest):
             return moved[key]
         down, bias, up = self._tables(site)
         found = down.to(x.device, wide), bias.to(x.device, wide), up.to(x.device, wide)
-        if not any(each.requires_grad for each in found):
+        if not any(each.requires_grad for each in (down, bias, up)):  # found may have no graph
             moved[key] = found
         return found
 

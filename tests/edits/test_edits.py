@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import diffusers
 import pytest
 import tiny
 import torch
@@ -57,9 +58,12 @@ BY_HAND: list[tuple[str, Any, Callable[[Tensor], Tensor]]] = [
     (
         "steer, norm kept",
         Steer(SITE, V, 3.0, norm_match=True),
-        lambda x: (
-            (x + 3 * V) * x.norm(dim=-1, keepdim=True) / (x + 3 * V).norm(dim=-1, keepdim=True)
-        ),
+        lambda x: _like(x + 3 * V, x),
+    ),
+    (
+        "steer back, norm kept",
+        Steer(SITE, V, -3.0, norm_match=True),
+        lambda x: _like(x - 3 * V, x),
     ),
     ("scale", Scale(SITE, -1.5), lambda x: -1.5 * x),
     ("clamp", Clamp(SITE, -0.1, 0.2), lambda x: x.clamp(-0.1, 0.2)),
@@ -78,6 +82,11 @@ BY_HAND: list[tuple[str, Any, Callable[[Tensor], Tensor]]] = [
         lambda x: x - (x @ unit(V))[..., None] * unit(V),
     ),
     (
+        "project beyond, norm kept",
+        Ablate(SITE, "project", direction=V, strength=-0.5, norm_match=True),
+        lambda x: _like(x + 0.5 * (x @ unit(V))[..., None] * unit(V), x),
+    ),
+    (
         "project one side",
         Ablate(SITE, "project", direction=V, one_sided=True),
         lambda x: x - (x @ unit(V)).clamp(min=0)[..., None] * unit(V),
@@ -92,6 +101,11 @@ BY_HAND: list[tuple[str, Any, Callable[[Tensor], Tensor]]] = [
     ("function", Edit(SITE, lambda x: x.flip(1) * 2), lambda x: x.flip(2) * 2),
     ("channels", Scale(SITE, 0.0, channels=[0, 5]), lambda x: _channels(x, [0, 5])),
 ]
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    """y with the norms of x."""
+    return y * x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True)
 
 
 def _channels(x: Tensor, off: list[int]) -> Tensor:
@@ -135,6 +149,27 @@ def test_patching_a_run_into_itself_is_bit_equal() -> None:
     cache = plain().cache
     for edit in (Patch(SITE, cache), Patch(f"{SITE}:heads", cache), Patch(SITE, cache[SITE])):
         assert torch.equal(run(edit).images, plain().images)
+
+
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [("sd", SITE), ("lumina2", "transformer.noise_refiner.0")],
+    ids=["two evaluations of a step", "one call for each branch"],
+)
+def test_each_call_of_a_run_takes_its_own_value_of_a_cache(name: str, site: str) -> None:
+    pipe = tiny.pipeline(name)
+    if name == "sd":
+        pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    subject, kw = Reader(pipe), {**tiny.arguments(name, 3), "output_type": "latent"}
+    if name == "lumina2":
+        kw["negative_prompt"] = "a tree"
+    source = subject.run("a red cat", record=site, seeds=1, **kw).cache
+    patched = subject.run("a red dog", Patch(site, source), record=site, seeds=2, **kw).cache
+    own = subject.run("a red dog", record=site, seeds=2, **kw).cache
+    wanted = source[site].tensor.flatten(0, 2).unique(dim=0)
+    assert len(wanted) == source[site].tensor.shape[1] * source[site].tensor.shape[2]
+    assert torch.equal(patched[site].tensor, source[site].tensor)
+    assert not torch.equal(own[site].tensor, source[site].tensor)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +315,18 @@ def test_resampling_takes_another_row_whatever_the_batch() -> None:
     assert all(donor != row for row, donor in enumerate(donors))
     split = run(edit, record=SITE, batch_size=1).cache[SITE].tensor[:, :, 0]
     torch.testing.assert_close(split, after, rtol=1e-5, atol=1e-6)
+
+
+def test_resampling_never_takes_the_row_itself() -> None:
+    subject, x = Reader(torch.nn.Sequential(torch.nn.Linear(4, 4))), torch.randn(3, 5, 4)
+    with subject.recording("0") as cache:
+        before = subject.subject(x)
+    donors = set()
+    for seed in range(20):
+        with subject.editing(Ablate("0", "resample", source=cache, seed=seed)):
+            after = subject.subject(x)
+        donors |= {(r, d) for r in range(3) for d in range(3) if torch.equal(after[r], before[d])}
+    assert donors == {(r, d) for r in range(3) for d in range(3) if r != d}
 
 
 def test_noise_of_a_row_does_not_depend_on_the_batch() -> None:

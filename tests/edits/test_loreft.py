@@ -257,3 +257,35 @@ def test_an_edit_whose_module_never_runs_says_so():
         reader().editing(LoReFT(SITE, DOWN, BIAS, UP)),
     ):
         pass
+
+
+def test_tables_that_learn_are_never_kept_in_another_dtype():
+    layer = torch.nn.Linear(4, 4)
+    subject, x = Reader(torch.nn.Sequential(layer)), torch.randn(2, 5, 4)
+    given = [torch.randn(*shape, dtype=torch.bfloat16) for shape in ((2, 4), (2,), (2, 4))]
+    down, bias, up = (each.requires_grad_() for each in given)
+    edit = LoReFT("0", down, bias, up)
+    with torch.no_grad(), subject.editing(edit):
+        subject.subject(x)
+    with torch.no_grad():
+        up += 1
+    with subject.editing(edit):
+        found = subject.subject(x)
+    wide = [each.detach().float() for each in given]
+    torch.testing.assert_close(found, by_hand(layer(x), *wide))
+    found.sum().backward()
+    assert all(each.grad is not None for each in given)
+
+
+def test_tables_are_those_of_each_precision():
+    narrow = torch.nn.Linear(WIDTH, WIDTH)
+    x = torch.randn(2, 5, WIDTH)
+    tables = [each.double() / 3 for each in (DOWN, BIAS, UP)]
+    edit = LoReFT("0", *tables)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        subject = Reader(torch.nn.Sequential(narrow.to(dtype)))
+        with subject.editing(edit):
+            found = subject.subject(x.to(dtype))
+        assert found.dtype == dtype
+        wanted = by_hand(narrow(x.to(dtype)), *(each.to(dtype) for each in tables))
+        torch.testing.assert_close(found, wanted)

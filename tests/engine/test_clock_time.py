@@ -380,3 +380,24 @@ class TestTrajectory:
         with pytest.raises(ClockUnknown, match="not of the same run"):
             trajectory.settle()
         trajectory.settle()  # told once
+
+    @pytest.mark.parametrize("back", [1, 2])
+    def test_a_scheduler_that_goes_back_behind_the_start_of_the_run(self, back: int) -> None:
+        scheduler = diffusers.EulerDiscreteScheduler()
+        scheduler.set_timesteps(5)
+        trajectory = Trajectory(scheduler, raw, None)
+        scheduler._step_index = 3
+        assert trajectory.locate(scheduler.timesteps[3], 1e-6) == 3
+        scheduler._step_index = 3 - back
+        text = f"went back to entry {3 - back}; the run began at entry 3"
+        with pytest.raises(ClockUnknown, match=text):
+            trajectory.locate(scheduler.timesteps[3 - back], 1e-6)
+
+    def test_a_run_that_begins_at_a_repeated_timestep_begins_where_its_scheduler_does(self) -> None:
+        scheduler = diffusers.EulerDiscreteScheduler()
+        scheduler.set_timesteps(4)
+        scheduler.timesteps[1] = scheduler.timesteps[0]
+        begins = scheduler.index_for_timestep(scheduler.timesteps[0])
+        assert begins == 1  # the second of the two, by its own rule
+        for first in (scheduler.timesteps[0], scheduler.timesteps[0].clone()):
+            assert Trajectory(scheduler, raw, None).locate(first, 1e-6) == begins

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dreamreader.edits import Scale
 from dreamreader.engine import Reader
 from dreamreader.engine._ports import ports_of
 from dreamreader.errors import DreamreaderError, InvalidInput, UnknownName
@@ -313,3 +314,16 @@ def test_fused_projections_give_the_same_ports() -> None:
     after = reader.run("a cat", record=ports, seeds=0, output_type="latent", **kw).cache
     for port in ports:
         torch.testing.assert_close(after[port].tensor, before[port].tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_an_edit_of_a_share_leaves_the_result_of_the_projection_alone() -> None:
+    model, tokenizer = tiny.language_model("gpt2")
+    reader, seen = Reader(model, tokenizer), []
+    attention = model.transformer.h[0].attn
+    handle = attention.c_attn.register_forward_hook(lambda m, a, y: seen.append((y, y.clone())))
+    try:
+        with reader.editing(Scale("transformer.h.0.attn:q", 3.0)):
+            model(**tokenizer("a red cat", return_tensors="pt"))
+    finally:
+        handle.remove()
+    assert len(seen) == 1 and torch.equal(*seen[0])

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from dreamreader.edits import Steer
-from dreamreader.engine import Reader, SiteList
+from dreamreader.engine import FiringReport, Reader, SiteList
+from dreamreader.engine._firing import Firing
 from dreamreader.engine._pattern import Pattern, parse
 from dreamreader.engine._rows import plan_rows
-from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.errors import InvalidInput, NeverFired, UnknownName
 
 SITE = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
 V = torch.ones(32)
@@ -249,3 +251,35 @@ def test_the_subject_is_bit_equal_afterwards() -> None:
     after = pipe.transformer.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert (type(pipe), set(vars(pipe.transformer))) == own
+
+
+def test_one_of_several_sites_that_are_named_never_runs() -> None:
+    net = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4), "b": torch.nn.Linear(4, 4)})
+    reader, x = Reader(net), torch.ones(1, 2, 4)
+    for request in (Steer(["a", "b"], torch.ones(4)), Steer(["b", "a"], torch.ones(4))):
+        with pytest.raises(NeverFired, match="never fired at b: "), reader.editing(request):
+            net["a"](x)
+    with pytest.raises(NeverFired, match="never fired at b: "), reader.recording(["a", "b"]):
+        net["a"](x)
+    with reader.editing(Steer("*", torch.ones(4))):  # of a pattern one is enough
+        net["a"](x)
+
+
+def test_a_merged_report_adds_everything_up() -> None:
+    def report(steps: list[int], skipped: list[int], row: int, note: str) -> FiringReport:
+        line = Firing(
+            "Steer(a)", "edit", "a", 0, len(steps), Counter(steps), Counter(cond=2), {row},
+            passed_over=1, missed=2, not_computed=Counter(skipped), notes=[note, "both"],
+        )  # fmt: skip
+        return FiringReport([line], ["whole", note])
+
+    merged = report([0, 1], [2], 0, "one")
+    merged.merge(report([1], [2, 3], 1, "two"))
+    merged.merge(FiringReport([Firing("Steer(b)", "edit", "b", 1, calls=4)]))
+    (line,) = merged.of("a")
+    assert (line.calls, line.passed_over, line.missed, line.rows) == (3, 2, 4, {0, 1})
+    assert line.steps == {0: 1, 1: 2} and line.branches == {"cond": 4}
+    assert line.not_computed == {2: 2, 3: 1}
+    assert line.notes == ["one", "both", "two"] and merged.notes == ["whole", "one", "two"]
+    assert "not computed at steps 2-3 (step cache)" in repr(merged)
+    assert [each.calls for each in merged.of("b")] == [4]

@@ -335,3 +335,14 @@ def test_a_window_that_is_empty_is_no_schedule_that_is_empty_on_purpose(steps: A
     edit = Scale("unet.mid_block", 0.5, steps=steps)
     with pytest.raises(NeverFired):
         reader.run("a red circle", edits=edit, seeds=0, num_inference_steps=2)
+
+
+def test_the_grids_of_a_unet_round_up_where_a_side_is_odd() -> None:
+    pipe = tiny.pipeline("sd")
+    middle = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
+    outer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    latents = torch.randn(1, 4, 9, 13)
+    with Reader(pipe).recording([outer, middle]) as cache:
+        pipe("a red cat", latents=latents, output_type="latent", **tiny.arguments("sd", 1))
+    for site, grid in ((outer, (9, 13)), (middle, (5, 7))):
+        assert cache[site].hw == grid and cache[site].tensor.shape[-2] == grid[0] * grid[1]

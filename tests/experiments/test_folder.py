@@ -68,6 +68,16 @@ def test_a_batch_that_is_half_there_is_named_and_not_read(folder: RunFolder) -> 
         folder.merge(UNITS)
 
 
+def test_a_whole_batch_of_other_rows_is_refused(tmp_path: Path) -> None:
+    folder, units = begun(tmp_path / "run"), [RowBatch(0, 0, 2), RowBatch(1, 2, 4)]
+    for unit in units:
+        folder.write_unit(unit, [{"row": n} for n in range(unit.start, unit.stop)], [], [])
+    first, second = (folder.path / "rows" / f"batch-00000{n}.parquet" for n in (0, 1))
+    shutil.copyfile(first, second)
+    with pytest.raises(InvalidInput, match="batch-000001.parquet does not hold rows 2 .. 3; del"):
+        folder.merge(units)
+
+
 def test_any_flipped_bit_in_the_rows_is_noticed(folder: RunFolder) -> None:
     folder.merge(UNITS)
     whole = folder.rows_file.read_bytes()

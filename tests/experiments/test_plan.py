@@ -144,10 +144,10 @@ def test_ten_million_rows_are_refused_before_anything_runs(
     experiment, calls, tmp_path, changes, text
 ) -> None:
     made = experiment(**changes)
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(InvalidInput, match=text):
         made.run(tmp_path / "run")
-    assert time.perf_counter() - began < 2 and calls == []
+    assert time.process_time() - began < 2 and calls == []
     assert "rows" not in made.job.__dict__ and not (tmp_path / "run" / "plan.json").exists()
 
 

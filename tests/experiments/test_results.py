@@ -6,6 +6,8 @@ import pytest
 
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.experiments import load_results
+from dreamreader.experiments.folder import RunFolder
+from dreamreader.experiments.results import Results
 
 
 def test_results_are_means_over_rows(experiment, tmp_path) -> None:
@@ -42,3 +44,15 @@ def test_results_without_numbers(experiment, tmp_path) -> None:
 def test_a_folder_without_results(tmp_path) -> None:
     with pytest.raises(InvalidInput, match="nothing is no run folder"):
         load_results(tmp_path / "nothing")
+
+
+def test_the_mean_of_truth_values_has_the_interval_of_a_share(tmp_path) -> None:
+    rows = [{"condition": "a", "hit": n < 3, "size": float(n)} for n in range(10)]
+    results = Results(RunFolder(tmp_path), None, rows, ["hit", "size"])
+    found, n, z = results.mean("a", "hit"), 10, 1.959964
+    share, width = 0.3, z * math.sqrt(0.3 * 0.7 / n + z * z / (4 * n * n))
+    low, high = ((share + z * z / (2 * n) + s * width) / (1 + z * z / n) for s in (-1, 1))
+    assert (found.value, found.low, found.high) == pytest.approx((share, low, high), abs=1e-6)
+    size = results.mean("a", "size")
+    assert size.value == 4.5 and 2.5 < size.low < 3.5 and 5.5 < size.high < 6.5
+    assert results.mean("a", "hit", size=0.0).low > 0.2  # one of one: a bootstrap would be sure

@@ -93,8 +93,13 @@ def test_streams_differ_in_every_part():
     assert len(np.unique(np.stack(streams))) == 7000
 
 
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=NEEDS_NATIVE), "reference"])
 @pytest.mark.parametrize(("budget", "calls"), [(5, 3), (100, 7), (3, 20), (0, 4), (8, 1), (40, 40)])
-def test_a_budget_is_spent_exactly(budget: int, calls: int):
+def test_a_budget_is_spent_exactly(
+    budget: int, calls: int, backend: str, monkeypatch: pytest.MonkeyPatch
+):
+    if backend == "reference":
+        monkeypatch.setattr(sys.modules[choose.__module__], "_native", None)
     streams = torch.from_numpy(streams_of(0, np.arange(50)))
     each = torch.stack([counts_of_budget(budget, calls, call, streams) for call in range(calls)])
     assert each.dtype == torch.int32 and (each.sum(0) == budget).all()

@@ -81,18 +81,19 @@ def test_editing_one_row_leaves_the_others_bit_equal(feature_map: bool, count: i
     assert not torch.equal(bits(x)[touched], before[touched])
 
 
+@pytest.mark.parametrize("chosen", [[8, 9, 30, 77], [8, 9, 11, 12]], ids=["gaps", "one gap"])
 @pytest.mark.parametrize("kind", range(7))
-def test_channels_outside_the_mask_are_bit_equal(kind: int):
+def test_channels_outside_the_mask_are_bit_equal(kind: int, chosen: list[int]):
     x = special(torch.float32)
     channels = torch.zeros(WIDTH, dtype=torch.bool)
-    channels[[8, 9, 30, 77]] = True
+    channels[chosen] = True
     v = torch.where(channels, torch.randn(WIDTH), 0)
     each = every_kind(1.0)[kind]
     vectors = v / v.norm() if each.vectors is not None else None
-    chosen = Instruction(
+    masked = Instruction(
         each.kind, 1.0, vectors, each.lo, each.hi, each.source, each.index, channels
     )
-    out = intervene(x, program(chosen))
+    out = intervene(x, program(masked))
     assert torch.equal(bits(out)[..., ~channels], bits(x)[..., ~channels])
     # NaN outside the mask is not part of <x, v> either.
     assert out[..., channels].isfinite().all()
@@ -218,12 +219,13 @@ def test_in_place_bumps_the_version_so_that_autograd_notices():
 def test_with_strengths_shares_the_tables():
     v = torch.randn(WIDTH)
     first = program(Instruction("steer", 1.0, vectors=v))
-    second = first.with_strengths([torch.full((ROWS, 1), 2.0)])
-    assert second.vectors is first.vectors
     x = torch.randn(ROWS, TOKENS, WIDTH)
-    assert torch.equal(
-        intervene(x, second), intervene(x, program(Instruction("steer", 2.0, vectors=v)))
-    )
+    for strength in (1.0, 2.0, 5.0):  # the first program runs before the second is made, and after
+        alone = intervene(x, program(Instruction("steer", strength, vectors=v)))
+        second = first.with_strengths([torch.full((ROWS, 1), strength)])
+        assert second.vectors is first.vectors
+        assert torch.equal(intervene(x, second), alone)
+        assert torch.equal(intervene(x, first), x + v)
     with pytest.raises(InvalidInput, match="has 1 instructions, got 2 strengths"):
         first.with_strengths([1.0, 2.0])
 

@@ -1,11 +1,15 @@
 """Temperature, calibration error and Brier score on tables worked out by hand."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from probes.made import blobs
 
 from dreamreader.errors import InvalidInput
 from dreamreader.probes import brier, expected_calibration_error, fit, temperature
+from dreamreader.probes.controls import random_rows
 from dreamreader.probes.scores import auroc
 
 
@@ -114,3 +118,16 @@ def test_what_cannot_be_right_says_so():
         expected_calibration_error(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
     with pytest.raises(InvalidInput, match="bins must be at least 1, got 0"):
         expected_calibration_error(two, torch.tensor([0, 1, 1]), bins=0)
+
+
+def test_controls_depend_on_the_seed_that_is_given_alone(reseeded: Callable):
+    x, y = blobs(rows=60, apart=1.0)
+
+    def controls(seed: int) -> dict[str, Any]:
+        return fit(x, y, hidden=(), epochs=1, lr=1e-2, seed=seed).card.controls
+
+    found, again = reseeded(lambda: controls(3))
+    assert found == again
+    assert found["random_feature"] != controls(4)["random_feature"]
+    rows, again = reseeded(lambda: random_rows(x, 5))
+    assert torch.equal(rows, again) and not torch.equal(rows, random_rows(x, 6))

@@ -106,13 +106,23 @@ def test_gradients_reach_all_parameters_and_none_of_the_model(
     reft = made(loss, init="pyreft")
     model = language() if isinstance(getattr(loss, "main", loss), LanguageLoss) else pipeline()
     weights = [p for part in model._subject.components().values() for p in part.parameters()]
-    learning = [each.requires_grad for each in weights]
-    with loss.ready():
-        torch.stack(list(loss.terms(reft, FIRST).values())).sum().backward()
+    before = [each.requires_grad for each in weights]
+    learning = [number % 3 > 0 for number in range(len(weights))]
+    try:
+        for each, learns in zip(weights, learning, strict=True):
+            each.requires_grad_(learns)
+        with loss.ready():
+            torch.stack(list(loss.terms(reft, FIRST).values())).sum().backward()
+        assert [each.requires_grad for each in weights] == learning
+        with pytest.raises(KeyboardInterrupt), loss.ready():
+            raise KeyboardInterrupt
+        assert [each.requires_grad for each in weights] == learning
+    finally:
+        for each, learns in zip(weights, before, strict=True):
+            each.requires_grad_(learns)
     for name, each in reft.named_parameters():
         assert each.grad is not None and float(each.grad.abs().max()) > 0, name
     assert all(each.grad is None for each in weights)
-    assert [each.requires_grad for each in weights] == learning
 
 
 def test_activations_by_hand():

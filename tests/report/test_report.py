@@ -11,6 +11,7 @@ from PIL import Image
 from dreamreader.errors import InvalidInput
 from dreamreader.report import (
     Charts,
+    Code,
     Curves,
     Facts,
     Folded,
@@ -66,6 +67,7 @@ def full_report(text: str = "plain") -> Report:
     curves = Curves(text, [line, Series("other", [1], [0.3])], x_label=text)
     blocks = [
         Text(text),
+        Code(text),
         Numbers([Number(text, text, text, "good")]),
         Gallery([(text, [picture, picture]), ("b", [picture, picture])], [text, "two"], text),
         curves,

@@ -66,7 +66,9 @@ def test_scenes_are_different_captions_that_training_shows() -> None:
 
 def test_scenes_as_pairs_differ_in_what_is_asked_for() -> None:
     pair = {"source": {"color": "red"}, "target": {"color": "blue"}, "unsaid": ["size"]}
-    for item in of(scenes={"count": 10, **pair}):
+    for item in of(scenes={"count": 60, **pair}):
+        shown = item.columns["target_color"], item.columns["target_shape"]
+        assert shown not in scenes.HELD_OUT_PAIRS
         assert item.target == item.prompt.replace("red", "blue") != item.prompt
         assert item.columns["source"] == "red" and item.columns["target"] == "blue"
         assert item.columns["source_size"] not in item.prompt.split()

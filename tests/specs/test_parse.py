@@ -51,11 +51,11 @@ def test_plain_values() -> None:
     ],
 )
 def test_yaml_that_is_refused(text: str, said: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(InvalidInput) as error:
         parse_yaml(text, "f")
     assert str(error.value).startswith(said)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

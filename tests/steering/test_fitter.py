@@ -1,6 +1,7 @@
 """What is fitted and what is kept out, pairs and groups, steps, evidence, and wrong inputs."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -270,3 +271,10 @@ def test_float64_rows_far_from_zero_are_kept_as_they_are(method):
         found.append(fitter.fit("a", "b", method)["0"])
     near, far = (each / each.norm() for each in found)
     torch.testing.assert_close(far, near, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [range(4096), range(4096, 70_000)], ids=["first", "later"])
+def test_the_split_follows_its_own_seed(rows: range, reseeded: Callable):
+    one, again = reseeded(lambda: RowSplit(10, 50, seed=1).of(np.array(rows)))
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, RowSplit(10, 50, seed=2).of(np.array(rows)))

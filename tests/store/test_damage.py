@@ -1,20 +1,25 @@
 """Every reader of a store names damage, where it is, before it gives a wrong row."""
 
+import json
 import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
-from dreamreader.errors import DreamreaderError
+from dreamreader.errors import DreamreaderError, InvalidInput
 from dreamreader.store import Store, StoreDataset
 from dreamreader.store.export import export
 from dreamreader.store.index import write_index
+from dreamreader.store.layout import HEADER, SiteLayout, header_of
 from dreamreader.store.manifest import Job, Manifest
 from dreamreader.store.merge import merge
+from dreamreader.store.shard import open_shard
 from dreamreader.store.stats import stats
+from dreamreader.store.unit import begin_unit, read_unit, seal_unit
 from dreamreader.store.verify import verify
 
 SITE = "block.out"
@@ -122,3 +127,40 @@ def test_verify_finds_what_readers_refuse(store: Path, tmp_path: Path) -> None:
             assert not verify(damaged).holds, name
         except DreamreaderError as error:
             assert name.name == "manifest.json", error
+
+
+def test_bytes_behind_the_end_of_a_shard_are_noticed(store: Path) -> None:
+    file = store / "shards/000001/block.out.safetensors"
+    size = file.stat().st_size
+    with file.open("ab") as behind:
+        behind.write(b"\0")
+    text = f"block.out.safetensors has {size + 1:,} bytes, was written with {size:,}"
+    with pytest.raises(InvalidInput, match=text):
+        open_shard(file)
+    assert not verify(store).holds
+
+
+def test_a_unit_that_cannot_appear_is_an_error_and_is_kept(written: Callable[..., Path]) -> None:
+    folder = written(units=1)
+    unit, samples = read_unit(folder / "shards/000000"), pa.table({"id": ["a"]})
+    part = begin_unit(folder / "shards", 1)
+    (folder / "shards/000001").write_text("in the way")
+    with pytest.raises(InvalidInput, match="cannot be written"):
+        seal_unit(part, 1, unit.run, list(unit.shards.values()), samples)
+    assert (part / "unit.json").is_file()
+    (folder / "shards/000001").unlink()
+    assert seal_unit(part, 1, unit.run, [], samples).is_dir() and not part.exists()
+
+
+def test_a_header_may_be_exactly_full() -> None:
+    site = SiteLayout("s", 4, torch.float32, torch.float32)
+
+    def header(length: int) -> bytes:
+        return header_of(site, 3, 1, 1, ["x" * length], "0" * 64)
+
+    room = len(header(1)) - len(header(1).rstrip(b" "))
+    full = header(1 + room)
+    assert len(full) == HEADER and full.endswith(b"}}") and int.from_bytes(full[:8], "little")
+    json.loads(full[8:])
+    with pytest.raises(InvalidInput, match=f"need {HEADER - 7} bytes, the header of a shard has"):
+        header(2 + room)

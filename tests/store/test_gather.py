@@ -270,7 +270,7 @@ def test_other_errors_of_the_bus_go_where_they_went(tmp_path: Path, how: str) ->
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert (done.returncode, done.stdout) == (-signal.SIGBUS, "before\n")
     assert "Fatal Python error: Bus error" in done.stderr  # the other handler

@@ -1,11 +1,10 @@
 """The native writer: the files of the reference, byte for byte, whatever is written."""
 
 import ctypes
-import time
+import os
 import tracemalloc
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -157,14 +156,24 @@ def test_threads_write_while_python_is_held(native_writer):
     """The lock of Python is held all the time in which the slabs are written."""
     writer = native_writer(slow=15_000, threads=1, ring_bytes=1 << 19)
     site = writer.site(WIDE)
-    writer.begin(0)
-    writer.put(site, *rows_of(WIDE, 110))
-    file = next(writer.shards.glob(".*/*.safetensors"))
-    before = file.stat().st_size
-    ctypes.PyDLL(None).usleep(400_000)
-    after = file.stat().st_size
-    whole = 110 * WIDE.row_bytes - writer.info["slab_bytes"]  # the last slab is still open
-    assert before < whole < after
+    library = ctypes.PyDLL(None)  # its calls do not give the lock away
+    library.lseek.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_int]
+    library.lseek.restype = ctypes.c_long
+    while True:
+        writer.begin(0)
+        writer.put(site, *rows_of(WIDE, 110))
+        whole = 110 * WIDE.row_bytes - writer.info["slab_bytes"]  # the last slab is still open
+        with next(writer.shards.glob(".*/*.safetensors")).open("rb") as file:
+            number = file.fileno()
+            size = before = library.lseek(number, 0, os.SEEK_END)
+            turns = 0
+            while size <= whole and turns < 3000:
+                library.usleep(20_000)
+                size, turns = library.lseek(number, 0, os.SEEK_END), turns + 1
+        if before < whole:  # else the threads had ended before we looked
+            break
+        writer.abandon()
+    assert whole < size
 
 
 def test_after_the_first_unit_nothing_is_allocated(native_writer):
@@ -257,9 +266,15 @@ def test_a_closed_unit_is_done_in_time(native_writer):
     """Dropping a unit does not wait until what is in memory is written."""
     writer = native_writer(slow=50_000, threads=1, ring_bytes=1 << 20)
     site = writer.site(WIDE)
-    writer.begin(0)
-    writer.put(site, *rows_of(WIDE, 200))
-    begun = time.perf_counter()
-    writer.abandon()
-    assert time.perf_counter() - begun < 0.3
-    assert np.isclose(writer.info["written"], 0)
+    whole = 200 * WIDE.row_bytes - writer.info["slab_bytes"]  # the last slab is still open
+    left = []
+    for _ in range(5):  # on a busy machine all may be written before the unit is dropped
+        writer.begin(0)
+        writer.put(site, *rows_of(WIDE, 200))
+        with next(writer.shards.glob(".*/*.safetensors")).open("rb") as file:
+            writer.abandon()
+            left.append(whole - os.fstat(file.fileno()).st_size)
+        assert writer.info["written"] == 0
+        if left[-1] > 0:
+            break
+    assert left[-1] > 0

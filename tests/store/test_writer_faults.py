@@ -270,23 +270,26 @@ def test_a_fork_has_no_writer_and_leaves_ours_alone(native_writer, tmp_path: Pat
 def test_a_fork_during_a_call_does_not_wait_for_it(native_writer):
     writer = native_writer(slow=500_000)
     site = writer.site(WIDE)
-    writer.begin(0)
-    writer.put(site, *rows_of(WIDE, 4))
-    sealing = threading.Thread(target=writer.seal, args=(SAMPLES, MOMENTS, ["cond", "uncond"]))
-    sealing.start()
-    time.sleep(0.1)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(5)
-        try:
-            writer._core.used()
-        except RuntimeError as error:
-            os._exit(0 if "open a writer in it" in str(error) else 1)
-        finally:
-            os._exit(2)
-    assert sealing.is_alive()
-    sealing.join()
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    during, number = False, 0
+    while not during:  # on a busy machine the call may be over before the fork
+        writer.begin(number)
+        writer.put(site, *rows_of(WIDE, 4))
+        sealing = threading.Thread(target=writer.seal, args=(SAMPLES, MOMENTS, ["cond", "uncond"]))
+        sealing.start()
+        time.sleep(0.1)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            try:
+                writer._core.used()
+            except RuntimeError as error:
+                os._exit(0 if "open a writer in it" in str(error) else 1)
+            finally:
+                os._exit(2)
+        during = sealing.is_alive()
+        sealing.join()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        number += 1
 
 
 def test_calls_of_several_threads_come_one_after_the_other(native_writer):

@@ -56,6 +56,32 @@ def test_a_blob_that_is_no_shape_is_not_forced_into_one():
     assert reading.objects[0].color == "red"
 
 
+def on_white(color: tuple[int, int, int], box: tuple[int, int, int, int]) -> Image.Image:
+    picture = Image.new("RGB", (64, 64), scenes.BACKGROUNDS["white"])
+    picture.paste(color, box)
+    return picture
+
+
+@pytest.mark.parametrize(("darker", "objects"), [(48, 0), (54, 1)])
+def test_an_object_differs_by_a_fifth_in_every_channel(darker: int, objects: int):
+    (reading,) = detect([on_white((245 - darker,) * 3, (20, 20, 40, 40))])
+    assert len(reading.objects) == objects
+
+
+def test_specks_are_no_objects():
+    speck = on_white(scenes.COLORS["red"], (30, 30, 36, 34))
+    smaller = speck.copy()
+    smaller.putpixel((30, 30), scenes.BACKGROUNDS["white"])
+    assert [len(each.objects) for each in detect([speck, smaller])] == [1, 0]
+
+
+@pytest.mark.parametrize(("side", "size"), [(21, "small"), (22, "large")])
+def test_the_longer_side_decides_the_size(side: int, size: str):
+    for box in ((20, 20, 20 + side, 38), (20, 20, 38, 20 + side)):
+        (reading,) = detect([on_white(scenes.COLORS["red"], box)])
+        assert [each.size for each in reading.objects] == [size]
+
+
 def test_masks_cover_the_object():
     scene = scenes.Scene((scenes.Obj("square", "blue", "large", "middle", "center"),), "white")
     (reading,) = detect([scenes.render(scene)])
