@@ -208,9 +208,7 @@ def test_the_state_of_other_rows_is_refused(store: Path) -> None:
     )
     with pytest.raises(InvalidInput, match="the state has chosen="):
         one.load_state_dict(two.state_dict())
-    one, two = (
-        StoreDataset(store, HEADS, batch_size=9, tokens=each) for each in ([0, 1], [2, 3])
-    )
+    one, two = (StoreDataset(store, HEADS, batch_size=9, tokens=each) for each in ([0, 1], [2, 3]))
     assert one.rows == two.rows
     with pytest.raises(InvalidInput, match="the state has chosen="):
         one.load_state_dict(two.state_dict())
