@@ -4,7 +4,8 @@
 
 A fault is a swapped comparison or operator, a constant off by one, a condition turned round, a
 statement or an argument left out. The tests run once with coverage, so that a fault first meets
-those that reach its line, the quick ones in front; what they let through meets all the others.
+those that reach its line, the quick ones in front; what they let through meets the others too,
+as many as --seconds allow.
 Faults are planted in copies of the checkout, and the choice follows --seed. Some survivors change
 nothing that could be seen: read each before you write a test. Exit status 1 where fewer than
 --goal are caught. Needs pytest-cov.
@@ -25,6 +26,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -317,13 +319,16 @@ class Bench:
         ordered = sorted(self.times, key=self.times.__getitem__)
         return [n for n in ordered if n in names], [n for n in ordered if n not in names]
 
-    def try_fault(self, there: Path, fault: Fault) -> str:
-        """What became of a fault: "caught", "too slow" or "SURVIVED"."""
+    def try_fault(self, there: Path, fault: Fault, others: float) -> str:
+        """What becomes of a fault: "caught", "too slow" or "SURVIVED"."""
         target = there / fault.file
         before = target.read_text()
         target.write_text(fault.source)
         try:
-            for tests in filter(None, self.chosen(fault)):
+            reaching, rest = self.chosen(fault)
+            spent = accumulate(map(self.times.__getitem__, rest))
+            rest = [test for test, at in zip(rest, spent, strict=True) if at <= others]
+            for tests in filter(None, (reaching, rest)):
                 seconds = 60 + 5 * sum(map(self.times.__getitem__, tests))
                 status = self.pytest(there, self.listed(there, tests), seconds=seconds)
                 if status != 0:
@@ -348,7 +353,7 @@ def main() -> int:
             there = bench.copy(f"copy-{number}")
             for fault in faults[: options.faults][number :: options.processes]:
                 if time.monotonic() - begun < 60 * options.minutes:
-                    results.append(bench.try_fault(there, fault))
+                    results.append(bench.try_fault(there, fault, options.seconds))
                     print(f"{results[-1]:8} {fault}", flush=True)
 
         with ThreadPoolExecutor(options.processes) as pool:
@@ -368,6 +373,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tests", nargs="+", required=True, help="folders or files of tests")
     parser.add_argument("--faults", type=int, default=60, help="how many are planted (60)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of faults (0)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of tests elsewhere (60)")
     parser.add_argument("--minutes", type=float, default=60.0, help="no new fault after (60)")
     parser.add_argument("--processes", type=int, default=1, help="faults tried at once (1)")
     parser.add_argument("--goal", type=float, default=0.9, help="share that is caught (0.9)")

@@ -199,6 +199,14 @@ def test_each_row_has_its_own_strength() -> None:
     torch.testing.assert_close(after, expected)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_values_for_each_row_say_how_many_there_are(count: int) -> None:
+    wanted = {"alpha": count} if count > 1 else {}
+    for alpha in ([0.5] * count, (0.5,) * count, torch.full((count,), 0.5)):
+        assert Steer(SITE, V, alpha).row_lengths() == wanted
+    assert Steer(SITE, V, torch.tensor(0.5)).row_lengths() == {}
+
+
 def test_edits_of_one_site_compose_in_the_order_given() -> None:
     steer, scale = Steer(SITE, V, 2.0), Scale(SITE, 3.0)
     before, one = values(steer, scale)

@@ -1,6 +1,6 @@
 """Probes trained on batches that are read several times over."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -35,6 +35,14 @@ def test_it_trains_in_inference_mode_too():
     wanted = fit_batches(batches(0), batches(1), batches(2), **QUICK)
     with torch.inference_mode():
         assert fit_batches(batches(0), batches(1), batches(2), **QUICK) == wanted
+
+
+def test_controls_depend_on_the_seed_that_is_given_alone(reseeded: Callable):
+    parts = [batches(n, 2, apart=1.0) for n in range(3)]
+    one, again = reseeded(
+        lambda: fit_batches(*parts, **QUICK | {"controls": True, "epochs": 1, "hidden": ()})
+    )
+    assert one.card.controls == again.card.controls
 
 
 def test_names_attributes_and_half_precision():

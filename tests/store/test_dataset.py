@@ -208,6 +208,10 @@ def test_the_state_of_other_rows_is_refused(store: Path) -> None:
     )
     with pytest.raises(InvalidInput, match="the state has chosen="):
         one.load_state_dict(two.state_dict())
+    one, two = (StoreDataset(store, HEADS, batch_size=9, tokens=each) for each in ([0, 1], [2, 3]))
+    assert one.rows == two.rows
+    with pytest.raises(InvalidInput, match="the state has chosen="):
+        one.load_state_dict(two.state_dict())
     with pytest.raises(InvalidInput, match="the state has seed=0, here it is 1"):
         StoreDataset(store, HEADS, batch_size=9, seed=1).load_state_dict(state)
 
@@ -397,10 +401,21 @@ def test_states_that_nobody_wrote(written, change, said) -> None:
         ({"seed": 1.5}, "seed is an integer"),
         ({"seed": True}, "seed is an integer"),
         ({"epoch": -1}, "epoch is an integer from 0"),
+        ({"batch_size": 0}, "batch_size is an integer from 1"),
+        ({"prefetch": -1}, "prefetch is an integer from 0"),
+        ({"rank": -1}, "rank is an integer from 0"),
+        ({"world": 0}, "world is an integer from 1"),
         ({"tokens": True}, "tokens: a number, a slice, a range or several numbers, got True"),
         ({"tokens": [0, 1.5]}, "tokens: a number, a slice, a range or several numbers"),
     ],
 )
 def test_numbers_that_are_none(written, given, said) -> None:
     with pytest.raises(InvalidInput, match=said):
-        StoreDataset(written(), "block.out", batch_size=4, **given)
+        StoreDataset(written(), "block.out", **({"batch_size": 4} | given))
+
+
+def test_an_epoch_that_is_none(store: Path) -> None:
+    dataset = StoreDataset(store, HEADS, batch_size=4)
+    for epoch in (-1, True):
+        with pytest.raises(InvalidInput, match=f"epoch is an integer from 0 .*, got {epoch}"):
+            dataset.set_epoch(epoch)
