@@ -125,6 +125,7 @@ def axes_of(
     lengths: Iterable[int] = (),
     turned: bool | None = None,
     rows: int | None = None,
+    turning: dict[nn.Module, bool] | None = None,
 ) -> Axes | None:
     """Names of the dimensions of a value of this shape at a module; None where they stay open.
 
@@ -134,12 +135,13 @@ def axes_of(
         turned: whether two middle dimensions of a projection were transposed since; None where
             that is unknown.
         rows: sequences in that call.
+        turning: keeps what a walk through a model found, for the other sites of the same call.
     """
     known = set(lengths)
     if len(shape) < 3:
         return ("rows", "features")[: len(shape)]
     if len(shape) == 3:
-        return _of_three(shape, module, around, known, rows)
+        return _of_three(shape, module, around, known, rows, {} if turning is None else turning)
     if len(shape) > 5:
         return None
     root = _of_root(module, shape)
@@ -186,6 +188,7 @@ def _of_three(
     around: Sequence[nn.Module],
     lengths: set[int],
     rows: int | None,
+    turning: dict[nn.Module, bool],
 ) -> Axes | None:
     """Three dimensions: features last, unless a layer, the lengths or the sizes say first."""
     holders = [module, *around]
@@ -202,7 +205,7 @@ def _of_three(
             return None
     if side == "first":
         return ("rows", "features", "tokens")
-    if tokens_first is None and _may_be_turned(holders, shape, rows):
+    if tokens_first is None and _may_be_turned(holders, shape, rows, turning):
         return None
     return ("rows", "tokens", "features")
 
@@ -246,7 +249,12 @@ def _is_batch_first(module: nn.Module) -> bool:
     return bool(getattr(module, "batch_first", False))
 
 
-def _may_be_turned(modules: Sequence[nn.Module], shape: Sequence[int], rows: int | None) -> bool:
+def _may_be_turned(
+    modules: Sequence[nn.Module],
+    shape: Sequence[int],
+    rows: int | None,
+    turning: dict[nn.Module, bool],
+) -> bool:
     """Whether tokens may come before rows, as sizes and the code around a module say nothing."""
     if rows is not None and (shape[0] != shape[1] or shape[0] < 2):
         return False  # the number of rows tells
@@ -260,7 +268,11 @@ def _may_be_turned(modules: Sequence[nn.Module], shape: Sequence[int], rows: int
         outermost = module
     if outermost is None:
         return False
-    return any(isinstance(e, _SEQUENCE) and not _is_batch_first(e) for e in parts(outermost))
+    if outermost not in turning:
+        turning[outermost] = any(
+            isinstance(each, _SEQUENCE) and not _is_batch_first(each) for each in parts(outermost)
+        )
+    return turning[outermost]
 
 
 def _is_rows_first(modules: Sequence[nn.Module]) -> bool:

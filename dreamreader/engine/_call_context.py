@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamreader.engine._clock_schedule import StepInfo
 from dreamreader.engine._families.places import StreamLayout
@@ -28,6 +28,7 @@ class CallContext:
         tokens: which entries are which row's own tokens in a language model, or why that is
             unknown; None elsewhere, where every entry is a token.
         encoder_states: what the encoder gave to the running decoder.
+        turning: models in which some layer has its tokens first, and others; see `axes_of`.
     """
 
     component: str
@@ -39,6 +40,7 @@ class CallContext:
     layout: StreamLayout | None = None
     tokens: TokenLayout | ClockUnknown | None = None
     encoder_states: Tensor | None = None
+    turning: dict[nn.Module, bool] = field(default_factory=dict)
     stamp: tuple = field(init=False)
 
     def __post_init__(self):

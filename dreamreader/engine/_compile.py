@@ -9,7 +9,7 @@ from torch import Tensor
 from dreamreader.engine._call_context import CallContext
 from dreamreader.engine._edit_context import EditContext
 from dreamreader.engine._edit_request import EditRequest
-from dreamreader.engine._notes import Notes
+from dreamreader.engine._notes import HALF, Notes
 from dreamreader.ops import Instruction, Program, intervene
 from dreamreader.ops.intervention import intervene_seen
 
@@ -79,8 +79,11 @@ class Compiled:
         for stage in self.stages:
             if stage.program is not None:
                 compare = not notes.knows(stage.numbers)  # reads, so before there is a new place
-                table, at = notes.place(now, stage.numbers, x)
-                y = intervene_seen(x, stage.program, table, at, compare)
+                if compare or x.dtype in HALF:
+                    table, at = notes.place(now, stage.numbers, x)
+                    y = intervene_seen(x, stage.program, table, at, compare)
+                else:  # it has changed values, and cannot overflow: nothing is left to learn
+                    y = intervene(x, stage.program)
             else:
                 y = stage.run(x)
                 notes.look(now, stage.numbers, x, y)

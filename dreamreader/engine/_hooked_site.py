@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from dreamreader.engine._call_context import CallContext
 from dreamreader.engine._compile import ActiveEdit, Compiled, compile_edits
@@ -70,7 +69,7 @@ class HookedSite:
         self.notes = Notes()
         self.shape: tuple[int, ...] | None = None
         self._plans: dict[Any, SitePlan] = {}
-        self._latest: tuple[Any, ...] = (None,) * 7
+        self._latest: tuple[Any, SitePlan] = (None, _IDLE)
         self._shared_plans: dict[Any, SitePlan] = {}
 
     def visit(self, value: Tensor, given: Any = None, minus: Tensor | None = None) -> Tensor | None:
@@ -127,25 +126,18 @@ class HookedSite:
         call = getattr(shared, self._kind_of_call)
         run = now.run if self._follows_prompt else None
         shape, dtype, device = value.shape, value.dtype, value.device
-        grad = torch.is_grad_enabled()  # a program without gradients has none
-        latest = self._latest
-        if (
-            latest[0] == call
-            and latest[2] == shape
-            and latest[1] == run
-            and latest[3] == dtype
-            and latest[4] == device
-            and latest[5] == grad
-        ):
-            return now, latest[6]
+        grad = is_grad_enabled()  # a program without gradients has none
+        known, plan = self._latest
         key = (call, run, shape, dtype, device, grad)
+        if key == known:
+            return now, plan
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plan(now, value, given)
             if plan.has_graph:
                 return now, plan
             self._plans[key] = plan
-        self._latest = (*key, plan)
+        self._latest = (key, plan)
         return now, plan
 
     def pass_over(self) -> None:
@@ -170,7 +162,7 @@ class HookedSite:
     def release(self) -> None:
         """Let go of everything that is not a result."""
         self._plans.clear()
-        self._latest = (None,) * 7
+        self._latest = (None, _IDLE)
         self._shared_plans.clear()
         self.fired.clear()
         self.skipped.clear()
@@ -189,7 +181,7 @@ class HookedSite:
         run = now.run if self._follows_prompt else None
         numbers = tuple(n for n, _ in active) + tuple(each.number for each in wanted)
         key = (numbers, time, run, self._any_time(), value.shape, value.dtype, value.device)
-        key = (*key, torch.is_grad_enabled())
+        key = (*key, is_grad_enabled())
         found = self._shared_plans.get(key)
         if found is None:
             found = self._made(now, value, view, active, wanted, numbers, key)

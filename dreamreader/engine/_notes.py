@@ -8,7 +8,7 @@ from dreamreader.ops.intervention import CHANGED, NOT_FINITE, OVERFLOWED, look
 
 _ROOM = 256  # visits in one table
 _NO_TABLE = torch.empty(0, dtype=torch.int32)
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Notes:
@@ -44,7 +44,7 @@ class Notes:
     def look(self, now: CallContext | None, numbers: tuple[int, ...], x: Tensor, y: Tensor) -> None:
         """Compare what something else than a program gave."""
         compare = not self.knows(numbers)
-        if compare or y.dtype in _HALF:
+        if compare or y.dtype in HALF:
             look(x, y, *self.place(now, numbers, y), compare)
 
     def knows(self, numbers: tuple[int, ...]) -> bool:

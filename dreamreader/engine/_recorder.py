@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,10 +94,14 @@ class _PieceBlock:
     def write(self, x: Tensor) -> None:
         """Copies x [branches * rows, ...] to the next place."""
         if self._to is None:
-            form = torch.contiguous_format
-            self._to = x.to(self._device, self._dtype, copy=True, memory_format=form)
+            self._to = _copy(x, self._device, self._dtype)
         else:
             self._to.select(2, self.used).copy_(x.view(self._shape))
+        self.used += 1
+
+    def take(self, x: Tensor) -> None:
+        """Let x itself, a copy of our own, be the only piece."""
+        self._to = x
         self.used += 1
 
     def piece(self, number: int) -> Tensor:
@@ -129,25 +134,65 @@ class Recorder:
         self.name = name
         self.number = number
         self._memory = memory
-        self._parts: dict[int, _RecordedRun] = {}
+        # A run is what was filed of it, or its only value so far with its selection and call.
+        self._parts: dict[int, _RecordedRun | tuple[Tensor, Selection, CallContext]] = {}
         self._announced = False
 
     def keep(self, x: Tensor, held: Selection, now: CallContext, moments: int) -> None:
         """Copy the kept part of x [batch, tokens, features] (or [batch, tokens, heads, d])."""
         if x.requires_grad:
             x = x.detach()
-        x = held.gather(x)
+        if held.picked is not None or held.columns is not None:
+            x = held.gather(x)
         if held.heads and x.dim() == 3:
             x = x.unflatten(-1, (held.heads, -1))
         if self.request.reduce is not None:
             x = self._reduced(x, held.positions(now))
-        self._file(x, held, now, moments)
+        if moments < 2 and now.run not in self._parts and len(held.branches) == 1:
+            self._parts[now.run] = (self._copied(x, moments), held, now)
+        else:
+            self._file(x, held, now, moments)
+
+    def _copied(self, x: Tensor, moments: int) -> Tensor:
+        """A copy in memory of our own: later changes in place must not show."""
+        request = self.request
+        size = x.nbytes if request.dtype is None else x.numel() * request.dtype.itemsize
+        self._count(size, moments)
+        return _copy(x, request.device, request.dtype)
+
+    def _count(self, size: int, moments: int) -> None:
+        if not self._announced:
+            self._announced = True
+            self._memory.expect(size, moments, self.name)
+        self._memory.add(size, self.name)
 
     def _file(self, x: Tensor, held: Selection, now: CallContext, moments: int) -> None:
-        instant = now.instant if isinstance(now.instant, StepInfo) else UNTIMED
-        part = self._parts.get(now.run)
+        part = self._opened(now.run, held)
+        filed = self._place(part, held, now)
+        block = self._block(part, x, held, moments)
+        filed.append((held.branches, block, block.used))
+        block.write(x)
+
+    def _opened(self, run: int, held: Selection | None = None) -> _RecordedRun:
+        """A run by its number; its first value is filed once there is another, or at the end."""
+        part = self._parts.get(run)
+        if isinstance(part, _RecordedRun):
+            return part
         if part is None:
-            part = self._parts[now.run] = _RecordedRun(held.rows)
+            assert held is not None
+            opened = self._parts[run] = _RecordedRun(held.rows)
+            return opened
+        x, held, now = part
+        opened = self._parts[run] = _RecordedRun(held.rows)
+        block = _PieceBlock(x, held, 1, self.request, x.nbytes)
+        block.take(x)
+        opened.blocks.append(block)
+        self._place(opened, held, now).append((held.branches, block, 0))
+        return opened
+
+    def _place(self, part: _RecordedRun, held: Selection, now: CallContext) -> list[_Filed]:
+        """Where the value of a call is filed; refuses a second one of the same moment."""
+        instant = now.instant if isinstance(now.instant, StepInfo) else UNTIMED
         key = (instant.step, instant.evaluation)
         filed = part.pieces.get(key)
         if filed is None:
@@ -160,11 +205,8 @@ class Recorder:
         if held.map is not None:
             part.calls = part.calls or {}
             part.calls[key] = (now, held)
-        # A copy into memory of our own: later changes in place must not show.
-        block = self._block(part, x, held, moments)
-        filed.append((held.branches, block, block.used))
-        block.write(x)
         part.held = held
+        return filed
 
     def _require_new(self, before: list[_Filed], held: Selection, now: CallContext) -> None:
         """Refuse a call at a moment and in branches of which there are values already."""
@@ -185,10 +227,7 @@ class Recorder:
         """Where the next piece goes: a block with room for all the moments that are to come."""
         if not part.blocks or not part.blocks[-1].fits(x, held):
             size = x.numel() * (self.request.dtype or x.dtype).itemsize
-            if not self._announced:
-                self._announced = True
-                self._memory.expect(size, moments, self.name)
-            self._memory.add(size, self.name)
+            self._count(size, moments)
             part.blocks.append(_PieceBlock(x, held, moments, self.request, size))
         else:
             self._memory.add(part.blocks[-1].piece_bytes, self.name)
@@ -234,7 +273,7 @@ class Recorder:
         """
         if not self._parts:
             return None
-        runs, self._parts = self._parts, {}
+        runs, self._parts = {run: self._opened(run) for run in self._parts}, {}
         names = self._names(list(runs.values()))
         found = []
         for run, part in runs.items():
@@ -341,6 +380,14 @@ class Recorder:
             "language model, the prompt with steps=0 and what it generates with steps=slice(1, "
             "None)"
         )
+
+
+def _copy(x: Tensor, device: Any, dtype: torch.dtype | None) -> Tensor:
+    """In memory of its own, row by row."""
+    form = torch.contiguous_format
+    if device is None and dtype is None:
+        return x.clone(memory_format=form)
+    return x.to(device or x.device, dtype or x.dtype, copy=True, memory_format=form)
 
 
 def _sizes(piece: Tensor) -> str:

@@ -23,7 +23,7 @@ from dreamreader.engine._session_state import SessionState
 from dreamreader.engine._sites import Site, find
 from dreamreader.engine._step_caches import cache_hooks, caches_batch
 from dreamreader.engine._stream import Stream, Streamer
-from dreamreader.engine._subject import Modules, Subject, is_compiled
+from dreamreader.engine._subject import Modules, Subject, carriers, is_compiled
 from dreamreader.engine._tracker import ModuleTracker, PipelineTracker
 from dreamreader.engine._watch import Watch, Watcher
 from dreamreader.engine._words import Words
@@ -82,21 +82,22 @@ class Session(AbstractContextManager):
         points = self._resolve(modules)
         shared = self._shared
         with ExitStack() as stack:
-            if any(map(is_compiled, modules.every)):
+            marked = carriers(modules.every)
+            if any(map(is_compiled, marked)):
                 # Hooks are not seen by code that is compiled already: run the modules as they are.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
                 self.report.notes.append(
                     "compiled modules ran uncompiled while hooks were attached"
                 )
             if self.edits:
-                stack.enter_context(recompute_as_before(shared, modules.every))
+                stack.enter_context(recompute_as_before(shared, marked))
             stack.enter_context(shared.tracker)
             taps = [
                 (run.site.name, run.site.tap.module, run.site.tap.side)
                 for run in self._runs.values()
             ]
             shared.step_caches.watch(taps, stack)
-            hooked = [each for each in modules.values() if "_diffusers_hook" in vars(each)]
+            hooked = [each for each in marked if each is not modules.root]
             caches = sorted({name for each in hooked for name in cache_hooks(each)})
             if caches:
                 self.report.notes.append(f"step caches are on: {', '.join(caches)}")

@@ -41,7 +41,8 @@ class SessionState:
         self.prompts = prompts
         self.seeds = None if seeds is None else tuple(seeds)
         self.words = words
-        self._is_here = Owner().here
+        owner = Owner()
+        self.thread, self._is_here = owner.ident, owner.here
         self.seen_elsewhere = False
         self.step_caches = StepCaches()
         self.requests: list[tuple[str, Request]] = []

@@ -123,7 +123,8 @@ def _axes(
     lengths, batch = tokens.lengths if known else (), None if now is None else now.batch
     rows = tokens.rows if known else batch
     turned = _is_turned(value, given, module) if value.dim() == 4 else None
-    found = axes_of(value.shape, module, site.around, lengths, turned, rows)
+    turning = None if now is None else now.turning
+    found = axes_of(value.shape, module, site.around, lengths, turned, rows, turning)
     if found is None:
         raise InvalidInput(describe_open(site.name, module, value.shape, site.around))
     return found

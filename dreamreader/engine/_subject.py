@@ -1,8 +1,10 @@
 """The model or pipeline under study: its modules by the names that users know."""
 
 import inspect
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,8 +31,8 @@ class Subject:
     """Modules of a diffusers pipeline, a transformers model or any `nn.Module`, by dotted path.
 
     Paths start at the pipeline's component names or at the model's own attributes. The wrapper of
-    `torch.compile` is looked through. `modules()` reads the subject anew, since components may be
-    replaced, compiled or given adapters between runs.
+    `torch.compile` is looked through. `modules()` says what there is at each call, since components
+    may be replaced, compiled or given adapters between runs; it walks where anything has changed.
 
     Attributes:
         kind: `pipeline`, `language` or `module`.
@@ -45,6 +47,7 @@ class Subject:
         self.paused = False
         self.rehearsing = False
         self.edited = 0
+        self._tree: _Tree | None = None
         components = getattr(model, "components", None)
         if isinstance(components, dict):
             self.kind = "pipeline"
@@ -74,8 +77,17 @@ class Subject:
 
     def modules(self) -> Modules:
         """Every module by path, the root of a plain model left out."""
+        tops = self._tops()
+        found = None if self._tree is None else self._tree.modules(tops)
+        if found is None:
+            found = self._walked(tops)
+            self._tree = _Tree(tops, found)
+        return found
+
+    @staticmethod
+    def _walked(tops: dict[str, nn.Module]) -> Modules:
         found = Modules()
-        for top, given in self._tops().items():
+        for top, given in tops.items():
             component = unwrapped(given)
             if component is not given:
                 found.every |= dict.fromkeys(parts(given))
@@ -86,6 +98,55 @@ class Subject:
                 if name := _bare(path):
                     found[name] = unwrapped(module)
         return found
+
+
+class _Tree:
+    """What a walk found, without keeping any module alive: it holds while no module has others."""
+
+    def __init__(self, tops: dict[str, nn.Module], found: Modules):
+        every = list(found.every)
+        number = {each: at for at, each in enumerate(every)}
+        self._tops = {name: id(each) for name, each in tops.items()}
+        self._refs = [weakref.ref(each) for each in every]
+        self._inside = _inside(every)
+        self._paths = {path: number[each] for path, each in found.items()}
+        self._root = None if found.root is None else number[found.root]
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # a copy of the subject walks its own modules
+
+    def modules(self, tops: dict[str, nn.Module]) -> Modules | None:
+        """The modules by path; None where a walk would find others."""
+        every = [ref() for ref in self._refs]
+        if None in every or {name: id(each) for name, each in tops.items()} != self._tops:
+            return None
+        if _inside(every) != self._inside:  # pyright: ignore[reportArgumentType]
+            return None
+        found = Modules()
+        found.update(zip(self._paths, map(every.__getitem__, self._paths.values()), strict=True))  # pyright: ignore
+        found.every = dict.fromkeys(every)  # pyright: ignore[reportAttributeAccessIssue]
+        found.root = None if self._root is None else every[self._root]
+        return found
+
+
+def _inside(modules: list[nn.Module]) -> tuple[list[int], list[str], list[int]]:
+    """How many modules each holds, their names, and which objects they are."""
+    held = [each._modules for each in modules]
+    names = chain.from_iterable([each.keys() for each in held])
+    values = chain.from_iterable([each.values() for each in held])
+    return list(map(len, held)), list(names), list(map(id, values))
+
+
+def carriers(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those with a mark of torch.compile, a hook of diffusers or gradient checkpointing."""
+    return [
+        each
+        for each in modules
+        if "_diffusers_hook" in (own := vars(each))
+        or "_compiled_call_impl" in own
+        or "_gradient_checkpointing_func" in own
+        or "_orig_mod" in each._modules
+    ]
 
 
 def named_parts(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:

@@ -19,14 +19,14 @@ class Owner:
     autograd, which run recomputation under gradient checkpointing.
     """
 
-    __slots__ = ("_ident",)
+    __slots__ = ("ident",)
 
     def __init__(self) -> None:
-        self._ident = threading.get_ident()
+        self.ident = threading.get_ident()
 
     def here(self) -> bool:
         """Whether the running thread is one of these."""
-        return _get_ident() == self._ident or _is_of_torch()
+        return _get_ident() == self.ident or _is_of_torch()
 
     def only(self, function: Callable[..., None]) -> Callable[..., None]:
         """The function, doing nothing where another thread calls it."""

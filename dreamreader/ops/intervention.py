@@ -62,6 +62,8 @@ def intervene(
     """
     if x.shape != program.shape or x.device != program.device or x.dtype not in FLOATS:
         raise _mismatch("intervene", x, program)
+    if _passes_dispatcher(x, program):
+        return _cpu(x, *program.tables(x.dtype))
     return _intervene(x, *program.tables(x.dtype))
 
 
@@ -145,21 +147,28 @@ def intervene_seen(
     """
     if x.shape != program.shape or x.device != program.device or x.dtype not in FLOATS:
         raise _mismatch("intervene_seen", x, program)
+    if _passes_dispatcher(x, program):
+        out = _alloc.empty_like(x)
+        _native.intervene_seen_cpu(x, out, *program.tables(x.dtype), _threads(), seen, at)
+        return out
     followed = _is_grad_enabled() and (x.requires_grad or program.requires_grad)
     if followed or _is_compiling() or forward_ad._current_level >= 0 or _in_torch_func():
         y = _intervene(x, *program.tables(x.dtype))
         look(x, y, seen, at, compare)
         return y
-    if _direct and _is_plain(x):  # past the dispatcher, which takes longer than a small edit
-        return _cpu_seen(x, program.number, seen, at, compare)
     return _intervene_seen(x, program.number, seen, at, compare)
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether nothing would be done to a call with x between the dispatcher and the CPU kernel."""
+def _passes_dispatcher(x: Tensor, program: Program) -> bool:
+    """Whether the dispatcher, which takes longer than a small edit, would only call the kernel."""
     return (
-        type(x) is Tensor
+        _direct
+        and not _is_compiling()
+        and type(x) is Tensor
         and x.is_cpu
+        and not (_is_grad_enabled() and (x.requires_grad or program.requires_grad))
+        and forward_ad._current_level < 0
+        and not _in_torch_func()
         and not x.is_neg()
         and not _len_dispatch_stack()
         and not _len_function_stack()
@@ -396,7 +405,7 @@ _intervene_seen = register(
     cuda=Kernel("intervene_seen_cuda", _cuda_seen),
     triton=Kernel(_TRITON, _triton_seen),
 )
-_direct = active["intervene_seen"]["CPU"].backend == "native"
+_direct = all(active[each]["CPU"].backend == "native" for each in ("intervene", "intervene_seen"))
 
 __all__ = [
     "CHANGED",
