@@ -20,7 +20,7 @@ Activation activation_of(const TensorView& x) {
           x.stride(1), x.stride(2)};
 }
 
-// Reads the text of ops/program.py: fields joined by ',', steps by ';'.
+// Reads the text of ops/intervention_program.py: fields joined by ',', steps by ';'.
 int parse_steps(std::string_view code, Step* steps) {
   constexpr int kFields = sizeof(Step) / sizeof(int32_t);
   int count = 0, field = 0;
@@ -152,20 +152,39 @@ int64_t subspace_scratch(int64_t vectors, int64_t width) {
          kLowRankSums * vectors;
 }
 
+// Long runs are fast, and every thread has some.
+int64_t run_tokens(const Activation& in, int threads) {
+  const int64_t share = in.rows * in.tokens / (int64_t{2} * threads);
+  return std::clamp((share + 63) / 64 * 64, int64_t{128}, kPlaneTokens);
+}
+
+// Results of which nothing stays in the caches, in whole lines of memory.
+constexpr int64_t kStreamBytes = 16 << 20;
+
+bool streams(const Activation& out, int64_t element) {
+  uintptr_t places = reinterpret_cast<uintptr_t>(out.data);
+  for (int64_t stride : {out.stride_row, out.stride_token, out.stride_channel})
+    if (stride != 1) places |= uintptr_t(stride * element);
+  return out.rows * out.tokens * out.width * element >= kStreamBytes && places % 64 == 0;
+}
+
 template <typename W>
-Division divide(const Activation& in, const Activation& out, const Program<W>& p) {
+Division divide(const Activation& in, const Activation& out, const Program<W>& p, int threads) {
   const InterventionKernels& kernels = intervention_kernels();
-  bool subspace = false, sums = false;
+  bool subspace = false, other = false;
+  int components = 0;
   for (int i = 0; i < p.count; ++i) {
     const Step& step = p.steps[i];
     subspace |= step.count > 1;
-    sums |= step.kind != kSteer && step.kind != kScale && step.kind != kClamp && step.kind != kFill;
+    other |= step.kind == kPatch || step.kind == kRenorm;
+    components += step.kind == kProject || step.kind == kClampComponent;
   }
   const bool single = in.width == 1;
   if (!subspace && (in.stride_channel == 1 || single) && (out.stride_channel == 1 || single))
-    return {kernels.rows, 1, in.width};
-  if (!sums && in.stride_token == 1 && out.stride_token == 1)
-    return {kernels.planes, kPlaneTokens, kPlaneTokens * p.count};
+    return {kernels.rows, 1, 3 * in.width};
+  // Each component reads the whole again.
+  if (!subspace && !other && components <= 2 && in.stride_token == 1 && out.stride_token == 1)
+    return {kernels.planes, run_tokens(in, threads), kPlaneTokens * p.count};
   const Step& only = p.steps[0];
   if (p.count == 1 && only.kind == kProject && only.mask < 0)
     return {kernels.subspace, 1, subspace_scratch(only.count, only.end - only.begin)};
@@ -191,7 +210,7 @@ template <typename W>
 void run_cpu(const Activation& in, const Activation& out, const Program<W>& p, int threads,
              int32_t* seen) {
   if (in.rows * in.tokens * in.width == 0) return;
-  InterventionJob job{in, out, &p, in.width, 0, nullptr, false, seen};
+  InterventionJob job{in, out, &p, in.width, 0, nullptr, false, false, 0, seen};
   for (int i = 0; i < p.count; ++i) {
     job.begin = std::min<int64_t>(job.begin, p.steps[i].begin);
     job.end = std::max<int64_t>(job.end, p.steps[i].end);
@@ -200,13 +219,15 @@ void run_cpu(const Activation& in, const Activation& out, const Program<W>& p, i
     if (in.data == out.data) return;
     job.begin = 0;
   }
-  const Division division = divide(in, out, p);
+  const Division division = divide(in, out, p, threads);
+  job.run = division.tokens;
   Memory<char> prepared;
   if (division.engines == intervention_kernels().subspace) prepared = prepare(job, p);
   const int64_t items = in.rows * ((in.tokens + division.tokens - 1) / division.tokens);
   const auto run = division.engines[int(in.dtype)].run;
   const size_t scratch_bytes = size_t(division.scratch) * sizeof(W);
   const int64_t element = in.dtype == DType::f64 ? 8 : (in.dtype == DType::f32 ? 4 : 2);
+  job.stream = streams(out, element);
   const int64_t bytes = in.width * std::min(division.tokens, in.tokens) * element;  // of one item
   const int64_t least = std::max<int64_t>(1, kPieceBytes / bytes);
   const int64_t grain = std::max(least, items / (int64_t{kPiecesPerThread} * threads));

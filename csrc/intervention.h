@@ -22,13 +22,13 @@
 
 namespace dreamreader {
 
-constexpr int kMaxSteps = 32;  // the limits of dreamreader/ops/program.py
+constexpr int kMaxSteps = 32;  // the limits of dreamreader/ops/intervention_program.py
 constexpr int kMaxSources = 8;
 constexpr int kMaxSubspace = 64;
 
 enum Kind : int32_t { kSteer, kScale, kClamp, kClampComponent, kProject, kFill, kPatch, kRenorm };
 
-// One step as ops/program.py packs it; -1 where a table is not used.
+// One step as ops/intervention_program.py packs it; -1 where a table is not used.
 struct Step {
   int32_t kind;
   int32_t one_sided;   // project: remove positive components only

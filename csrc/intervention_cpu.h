@@ -14,6 +14,8 @@ struct InterventionJob {
   int64_t begin, end;  // channels that any step touches
   void* prepared;      // subspace engine: what its pieces share
   bool amx;            // whether the processor has it and may use it
+  bool stream;         // row and plane engine: results are too large for the caches
+  int64_t run;         // plane engine: tokens of an item, at most kPlaneTokens
   int32_t* seen;       // where bits of Seen are added, from several threads; or null
 };
 
@@ -25,15 +27,15 @@ struct InterventionEngine {
 constexpr int64_t kLaneBytes =
     128;  // one group of tokens of the column engine: 32 floats or 16 doubles
 
-constexpr int64_t kPlaneTokens = 512;  // one run of tokens of the plane engine
+constexpr int64_t kPlaneTokens = 1024;  // one run of tokens of the plane engine, at most
 
 constexpr int64_t kSubspaceBlock = 32;  // rows that the subspace engine works on together
 
 // rows: an item is one row; channels must be dense and no step may project out more than one
 // vector. columns: an item is one group of kLaneBytes / sizeof(W) tokens of one batch row; any
 // strides, any step. planes: an item is one run of tokens of one batch row; tokens must be dense,
-// and steps one of steer, scale, clamp and fill. subspace: an item is one row; any strides, one
-// projection without a mask.
+// and steps one of steer, scale, clamp, fill, clamp_component and project of one vector. subspace:
+// an item is one row; any strides, one projection without a mask.
 struct InterventionKernels {
   InterventionEngine rows[4], columns[4], planes[4], subspace[4];  // by DType
   int64_t (*prepared_bytes[2])(int64_t vectors, int64_t width);    // f32, f64

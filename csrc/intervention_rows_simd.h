@@ -294,12 +294,16 @@ struct Row {
 
   const InterventionJob& job;
   const Program<W>& p;
-  W* memory;  // a row of W for element types that are not W
+  W* memory;      // a row of W for element types that are not W
+  T* result;      // a row of results, where they go past the caches
+  T* filled;      // a row of the values of a fill, rounded
+  int fill = -1;  // the step that they belong to
 
   int64_t b = 0, t = 0;
   const T* in = nullptr;
   T* out = nullptr;
-  W* scratch = nullptr;  // the row in W once a sweep has stored it; `out` itself where T is W
+  T* made = nullptr;     // where the results are before they are in `out`, or `out` itself
+  W* scratch = nullptr;  // the row in W once a sweep has stored it; `made` itself where T is W
   Origin from = kInput;
   int count = 0;    // pending actions, by step number
   int entries = 0;  // norms on entry that the next sweep has to add up
@@ -311,6 +315,8 @@ struct Row {
   Row(const InterventionJob& job, const Program<W>& p, void* memory)
       : job(job), p(p), memory(static_cast<W*>(memory)) {
     const int64_t width = job.in.width;
+    result = reinterpret_cast<T*>(this->memory + width);
+    filled = result + width;
     for (int i = 0; i < p.count; ++i) {
       const Step& step = p.steps[i];
       Action<W>& a = actions[i];
@@ -342,8 +348,9 @@ struct Row {
     t = at.token;
     in = static_cast<const T*>(job.in.data) + b * job.in.stride_row + t * job.in.stride_token;
     out = static_cast<T*>(job.out.data) + b * job.out.stride_row + t * job.out.stride_token;
+    made = job.stream && job.in.data != job.out.data ? result : out;
     if constexpr (sizeof(T) == sizeof(W))
-      scratch = out;
+      scratch = made;
     else
       scratch = memory;
     from = kInput;
@@ -387,10 +394,25 @@ struct Row {
     return sum(inside.total);
   }
 
-  // Applies what is pending and writes the result.
+  // Applies what is pending and leaves the result in `made`.
   void finish(const char* next) {
     const void* now = from == kInput ? static_cast<const void*>(in) : scratch;
-    if (count || now != out) pass(out, nullptr, false, next);
+    if (from == kNothing && count == 1 && actions[pending[0]].act == kSet)
+      finish_fill(pending[0]);
+    else if (count || now != made)
+      pass(made, nullptr, false, next);
+  }
+
+  // A fill has the same result in every row.
+  void finish_fill(int number) {
+    made = filled;
+    if (fill == number) return;
+    fill = number;
+    const W* v = actions[number].v;
+    for (int64_t d = job.begin, n; d < job.end; d += n) {
+      n = job.end - d < kBlock<W> ? job.end - d : int64_t(kBlock<W>);
+      store(filled + d, load<W>(v + d, n), n);
+    }
   }
 
   void advance(int number, W s, int renorm);
@@ -510,6 +532,13 @@ struct Witness {
     if (bits) __atomic_fetch_or(seen, bits, __ATOMIC_RELAXED);
   }
 
+  // Whether the results leave anything to say, or need a look at what they came from.
+  bool asks(const T* out, int64_t n) const {
+    if constexpr (sizeof(T) == 2)
+      if (!all_finite(out, n)) return true;
+    return !(bits & kChanged);
+  }
+
   // n values that follow each other, before and after; both are still in the cache.
   void look(const T* in, const T* out, int64_t n) {
     if (!(bits & kChanged) && differ(in, out, n)) bits |= kChanged;
@@ -520,9 +549,13 @@ struct Witness {
 };
 
 template <typename T>
-static void copy_channels(const T* in, T* out, int64_t begin, int64_t end) {
-  if (in != out && end > begin)
-    __builtin_memcpy(out + begin, in + begin, std::size_t(end - begin) * sizeof(T));
+static void copy_channels(const T* in, T* out, int64_t begin, int64_t end, bool stream = false) {
+  if (in == out || end <= begin) return;
+  const std::size_t bytes = std::size_t(end - begin) * sizeof(T);
+  if (stream)
+    copy_past_caches(out + begin, in + begin, bytes);
+  else
+    __builtin_memcpy(out + begin, in + begin, bytes);
 }
 
 template <typename T>
@@ -540,19 +573,21 @@ static void run_rows(const InterventionJob& job, void* scratch, int64_t first, i
   for (;;) {
     for (; job.in.data != job.out.data && copied.item < at.item; copied.advance(tokens)) {
       row.place(copied);
-      copy_channels(row.in, row.out, 0, width);
+      copy_channels(row.in, row.out, 0, width, job.stream);
     }
-    if (at.item == last) return;
+    if (at.item == last) break;
     row.place(at);
     copied = at;
     copied.advance(tokens);
     at = next;
     next = after(next);
     row.run(next.item < last ? row.address(next) : nullptr);
-    if (job.seen) witness.look(row.in + job.begin, row.out + job.begin, job.end - job.begin);
+    if (job.seen) witness.look(row.in + job.begin, row.made + job.begin, job.end - job.begin);
+    copy_channels(row.made, row.out, job.begin, job.end, job.stream);
     copy_channels(row.in, row.out, 0, job.begin);
     copy_channels(row.in, row.out, job.end, width);
   }
+  if (job.stream) end_past_caches();
 }
 
 }  // namespace

@@ -95,6 +95,38 @@ DR_INLINE To bits_as(From from) {
   return to;
 }
 
+// Copies to lines of memory that are not read first and do not stay in a cache. Others see them
+// once end_past_caches() has returned.
+#if defined(__AVX2__)
+DR_INLINE void copy_past_caches(void* to, const void* from, std::size_t bytes) {
+  char* t = static_cast<char*>(to);
+  const char* f = static_cast<const char*>(from);
+  const std::size_t head = -reinterpret_cast<uintptr_t>(t) & 63;
+  if (bytes > head) {
+    __builtin_memcpy(t, f, head);
+    t += head;
+    f += head;
+    bytes -= head;
+    for (; bytes >= 64; bytes -= 64, t += 64, f += 64) {
+#if defined(__AVX512F__)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(t), _mm512_loadu_si512(f));
+#else
+      const __m256i* v = reinterpret_cast<const __m256i*>(f);
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(t), _mm256_loadu_si256(v));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(t) + 1, _mm256_loadu_si256(v + 1));
+#endif
+    }
+  }
+  __builtin_memcpy(t, f, bytes);
+}
+DR_INLINE void end_past_caches() { _mm_sfence(); }
+#else
+DR_INLINE void copy_past_caches(void* to, const void* from, std::size_t bytes) {
+  __builtin_memcpy(to, from, bytes);
+}
+DR_INLINE void end_past_caches() {}
+#endif
+
 typedef float VF __attribute__((vector_size(DR_VECTOR_BYTES)));
 typedef uint32_t VU __attribute__((vector_size(DR_VECTOR_BYTES)));
 typedef uint16_t VH __attribute__((vector_size(DR_VECTOR_BYTES / 2)));

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput
-from dreamreader.ops.program import KINDS, decode
+from dreamreader.ops.intervention_program import KINDS, decode
 
 _STEER = tl.constexpr(KINDS.index("steer"))
 _SCALE = tl.constexpr(KINDS.index("scale"))

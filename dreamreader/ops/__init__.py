@@ -11,12 +11,12 @@ from dreamreader.ops.choose import (
 )
 from dreamreader.ops.guide import guide, guide_reference, probe_gradient
 from dreamreader.ops.intervention import intervene, intervene_, intervene_reference
+from dreamreader.ops.intervention_program import Instruction, Program
 from dreamreader.ops.low_rank import low_rank, low_rank_, low_rank_reference
 from dreamreader.ops.moments import Sums, moments, moments_reference
 from dreamreader.ops.orthonormal import orthonormal
 from dreamreader.ops.pack import pack, pack_reference
 from dreamreader.ops.permutation import permuted, permuted_reference
-from dreamreader.ops.program import Instruction, Program
 
 __all__ = [
     "Chosen",

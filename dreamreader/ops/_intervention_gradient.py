@@ -29,7 +29,7 @@ from dreamreader.ops._intervention_steps import (
     vectors_of,
 )
 from dreamreader.ops._norm import row_norm
-from dreamreader.ops.program import KINDS, Step, decode
+from dreamreader.ops.intervention_program import KINDS, Step, decode
 
 
 class Flow(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dreamreader.ops._norm import row_norm
-from dreamreader.ops.program import KINDS, Step
+from dreamreader.ops.intervention_program import KINDS, Step
 
 
 def apply_step(

@@ -27,7 +27,7 @@ from dreamreader.errors import InvalidInput
 from dreamreader.ops._intervention_gradient import backward, setup_context, twice
 from dreamreader.ops._intervention_steps import apply_step
 from dreamreader.ops._types import FLOATS, NEEDED
-from dreamreader.ops.program import KINDS, Program, decode, live
+from dreamreader.ops.intervention_program import KINDS, Program, decode, live
 
 TABLES = "str code, Tensor strength, Tensor vectors, Tensor limits, Tensor masks, Tensor[] patches"
 

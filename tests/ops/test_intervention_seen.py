@@ -19,7 +19,7 @@ from dreamreader.ops.intervention import (
     intervene_seen,
     look,
 )
-from tests.cases.intervention import CASES, Case, lay_out
+from tests.cases.intervention import CASES, KINDS, Case, lay_out
 
 HALVES = [torch.bfloat16, torch.float16]
 LAYOUTS = ["dense", "nchw", "unaligned", "every_second", "swapped"]
@@ -221,3 +221,24 @@ def test_a_session_finds_the_one_overflow_among_many(as_function: bool):
             for number in range(600):
                 model(big if number == overflow else small)
         assert report[0].notes == notes
+
+
+@pytest.mark.parametrize("layout", ["dense", "nchw"])
+@pytest.mark.parametrize("kind", ["steer", "fill", "zero", "overwrite_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_too_large_for_the_caches_are_the_same(dtype: torch.dtype, kind: str, layout: str):
+    """From 16 MiB on they are written past them; those of the parts here are not."""
+    width = 1040 * 4 // dtype.itemsize
+    case = Case(kind, (2, 2048, width), KINDS[kind], layout)
+    x, program = case.input(dtype), case.program()
+    code, strength, vectors, limits, *others = program.tables(dtype)
+    whole, seen = seen_of(x, program)
+    assert seen == CHANGED
+    for row in range(2):
+        for tokens in (slice(0, 500), slice(500, 2048)):
+            cut = (slice(row, row + 1), tokens)
+            tables = (strength[:, *cut], vectors, limits.new_empty(0, 2, 1), *others)
+            part = torch.ops.dreamreader.intervene(x[cut], code, *tables)
+            assert torch.equal(whole[cut], part)
+    torch.ops.dreamreader.intervene_(x, *program.tables(dtype))
+    assert torch.equal(x, whole)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from dreamreader.ops.program import decode
+from dreamreader.ops.intervention_program import decode
 from tests.twin import DTYPES, compiled
 
 
