@@ -1,12 +1,14 @@
 """The demo's report: what was found first, then how, then what it rests on."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from dreamreader.demo.result import CONDITIONS, DemoResult, settings, share
 from dreamreader.experiments import Results
 from dreamreader.experiments.page import firing_sections
 from dreamreader.experiments.pages.base import COLUMNS
+from dreamreader.experiments.pages.grids import grid_sections
 from dreamreader.experiments.results import Found
 from dreamreader.jobs.page import fingerprint_section
 from dreamreader.report import (
@@ -52,7 +54,10 @@ def build(result: DemoResult) -> Report:
         ],
         footer=[
             ("fingerprint", result.jobs["test"]["fingerprint"][:16]),
-            ("edit", f"{best.cell.name}, {best.cell.time}, strength {best.strength:g}, text branch"),
+            (
+                "edit",
+                f"{best.cell.name}, {best.cell.time}, strength {best.strength:g}, text branch",
+            ),
             ("run", f"{result.pictures} pictures in {result.seconds:.0f} s"),
         ],
     )
@@ -93,7 +98,7 @@ def _pictures(result: DemoResult) -> Section:
         f"All {len(test.of('edited'))} held-out rows, share of pictures (95 % interval)",
     )
     caption = (
-        f"The first {count} of {len(test.of('edited'))} held-out rows, one seed of each prompt, not "
+        f"The first {count} of {len(test.of('edited'))} held-out rows with the first seed, not "
         "picked. A column has one prompt and one seed. Below each picture: the colour that the "
         "detector reads."
     )
@@ -136,8 +141,9 @@ def _reading(result: DemoResult) -> Section:
         [heat],
         lead=(
             f"{_fitted(result)} scenes and seeds, each drawn in {colors} colours with the same "
-            f"noise; the mean over the tokens of the text branch was recorded at {len(shares)} sites "
-            f"and all {steps} steps. Colours that say nothing would explain {100 * chance:.0f} %."
+            f"noise; the mean over the tokens of the text branch was recorded at {len(shares)} "
+            f"sites and all {steps} steps. Colours that say nothing would explain "
+            f"{100 * chance:.0f} %."
         ),
     )
 
@@ -182,8 +188,8 @@ def _steering(result: DemoResult) -> Section:
             Charts(_sweep_maps(result)),
             Text(
                 f"In brackets: shape and place kept in less than {100 * plan.keep:.0f} %. The best "
-                f"{len(more)} of these settings were drawn on more scenes, {len(best.rows)} pictures "
-                f"of each in all. Chosen: {best.cell.name}, {best.cell.time}, strength "
+                f"{len(more)} of these settings were drawn on more scenes, {len(best.rows)} "
+                f"pictures of each in all. Chosen: {best.cell.name}, {best.cell.time}, strength "
                 f"{best.strength:g}, whose smaller share, of turned and of kept pictures, is the "
                 "largest. Bands are 95 % Wilson intervals."
             ),
@@ -208,7 +214,9 @@ def _sweep_maps(result: DemoResult) -> list[HeatMap]:
     maps = []
     for window in windows:
         rows = [[cells[window, place, at] for at in strengths] for place in places]
-        turned, kept = ([[share(c, key) for c in line] for line in rows] for key in ("turned", "kept"))
+        turned, kept = (
+            [[share(c, key) for c in line] for line in rows] for key in ("turned", "kept")
+        )
         maps.append(
             HeatMap(
                 f"Turned {result.plan.target}, percent of {len(rows[0][0])}: {window}",
@@ -231,7 +239,9 @@ def _removal(result: DemoResult) -> Section:
         [[name, *_shares(rows, keys)] for name, rows in found.items()],
         f"{len(found['no edit'])} held-out rows, share of pictures (95 % interval)",
     )
-    lines = [(name, _line_of(result.removal, rows[:COLUMNS], result)) for name, rows in found.items()]
+    lines = [
+        (name, _line_of(result.removal, rows[:COLUMNS], result)) for name, rows in found.items()
+    ]
     return Section(
         f"Taking {source} out",
         [table, Gallery(lines, caption="Same prompts and noise in each column.", cell=104)],
@@ -244,32 +254,24 @@ def _removal(result: DemoResult) -> Section:
 
 def _patching(result: DemoResult) -> Section:
     plan, results, grid = result.plan, result.patching, result.grid
-    heat = grid.heat_map(
-        f"Share of the way from {plan.source} to {plan.target} that a patch restores, percent"
-    )
+    title = f"Share of the way from {plan.source} to {plan.target} that a patch restores, percent"
+    heat = grid.heat_map(title, alpha=1)  # a few pairs bring no cell below a bound
+    heat = replace(heat, rows=list(dict.fromkeys(cell.name for cell in grid.cells)))
     drawn = [row for row in results.of("patched") if row["item"] == results.rows[0]["item"]]
     lines = [
-        (place, [_picture(results, row) for row in drawn if row["cell_place"] == place])
-        for place in dict.fromkeys(row["cell_place"] for row in drawn)
+        (name, [_picture(results, row) for row in drawn if results.cell(row).name == name])
+        for name in heat.rows
     ]
     ends = [_picture(results, results.of(name)[0]) for name in ("clean", "corrupted")]
-    table = Table(
-        ["site", "steps", "restored, %", "95 % interval"],
-        [
-            [c.name, c.time, f"{100 * e.value:.0f}", f"{100 * e.low:.0f} to {100 * e.high:.0f}"]
-            for c, e in zip(grid.cells, grid.effects, strict=True)
-        ],
-        "Bootstrap over pairs",
-    )
+    every = grid_sections({"patched": grid}, "tint")[0].blocks[1]
     columns = list(dict.fromkeys(row["cell_steps"] for row in drawn))
     pictures = [
         Gallery([("", ends)], [f"clean ({plan.target})", f"corrupted ({plan.source})"], cell=104),
         Gallery(lines, columns, "Rows: site. Columns: steps."),
-        table,
     ]
     return Section(
         "Where and when the colour enters",
-        [heat, Folded("Pictures of the first pair, and intervals", pictures)],
+        [heat, Folded("Pictures of the first pair", pictures), every],
         lead=(
             f"Cross-attention outputs of a run that says {plan.target} replace those of a run that "
             f"says {plan.source}, with the same noise, at one site and in one window of steps. "

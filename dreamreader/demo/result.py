@@ -1,4 +1,4 @@
-"""Everything that the demo found: its jobs' results, as lines for the terminal and plain numbers."""
+"""Everything that the demo found, as values, as lines for the terminal, and as plain numbers."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ _TRUTH = {
     "kept": lambda row: row["shape_kept"] and row["place_kept"],
     "rest": lambda row: row["rest_kept"],
 }
-"""`turned`: the main object has the target colour; `source`: the source colour; `kept`: its shape and
-place are those of the unedited picture; `rest`: size, background, frame and number of objects too."""
+"""`turned`: the main object has the target colour; `source`: the source colour; `kept`: its shape
+and place are those of the unedited picture; `rest`: size, background, frame and object count."""
 
 
 def share(rows: Iterable[Found], key: str) -> Interval:

@@ -97,7 +97,9 @@ def run_demo(
         time.perf_counter() - start,
     )  # fmt: skip
     selection = {"steps": range(*best.cell.steps or ()), "branch": "cond"}
-    edit = Directions.load(files["direction"]).only(*best.cell.sites).steer(best.strength, **selection)
+    edit = (
+        Directions.load(files["direction"]).only(*best.cell.sites).steer(best.strength, **selection)
+    )
     save(chain.out / "edits" / f"{plan.source}-to-{plan.target}.safetensors", edit)
     write_atomic(chain.out / "results.json", json.dumps(result.as_dict(), indent=1, allow_nan=True))
     page.build(result).write(chain.out / "report.html")

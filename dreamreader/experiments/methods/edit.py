@@ -215,7 +215,9 @@ class EditMethod(Method):
 
     def rows(self, job: Job) -> list[Row]:
         columns = map(self._column_values, self.sweep)
-        points = zip(*columns, strict=True) if self.combine == "zip" else itertools.product(*columns)
+        points = (
+            zip(*columns, strict=True) if self.combine == "zip" else itertools.product(*columns)
+        )
         table = RowTable()
         for item in job.items:
             for seed in job.seeds:
