@@ -62,11 +62,12 @@ class DemoPlan:
         """A few pictures of everything: to see that it works, not to believe its numbers."""
         return replace(self, changes=_SMALL, finalists=2)
 
-    def spec(self, name: str, **method: Any) -> Any:
+    def spec(self, name: str, chosen: Mapping[str, Any] | None = None) -> Any:
         """The spec of one job.
 
         Args:
-            name: of its file. method: fields of its method, as the earlier jobs have chosen them.
+            name: of its file.
+            chosen: fields of its method by dotted key, as the earlier jobs have chosen them.
         """
         file = SPECS / f"{name}.yaml"
         content, _ = read_content(file)
@@ -77,6 +78,6 @@ class DemoPlan:
         content["seeds"]["start"] += _SEEDS * self.seed
         for change in (*self.changes.get("all", ()), *self.changes.get(name, ())):
             apply_override(model, content, change)
-        for key, value in method.items():
+        for key, value in (chosen or {}).items():
             apply_override(model, content, f"method.{key}={json.dumps(value)}")
         return check_spec(model, content, source=str(file))

@@ -74,32 +74,30 @@ def run_demo(
         chain = _Chain(reader, plan, Path(out), report)
         means = _record(chain)
         files = _directions(means, plan, chain.out / "directions", places["all blocks"])
-        along = {"directions": {"file": files["direction"]}}
-        sweep = chain.run("sweep", plan.spec("sweep", group=places, **along))
+        along = {"directions.file": files["direction"]}
+        sweep = chain.run("sweep", plan.spec("sweep", {**along, "group": places}))
         chosen = sorted(settings(sweep), key=lambda each: each.rank, reverse=True)[: plan.finalists]
         refined = chain.run("refine", _refine(plan, chosen, files["direction"]))
         finalists = _drawn_again(chosen, refined)
         best = max(finalists, key=lambda each: each.rank)
         at = {
-            "group": {best.cell.name: places[best.cell.name]},
-            "sites": places[best.cell.name],
+            "group": {best.cell.name: best.cell.sites},
+            "sites": best.cell.sites,
             "windows": [best.cell.steps],
             **along,
         }
-        test = chain.run("test", plan.spec("test", strengths=[best.strength], **at))
+        test = chain.run("test", plan.spec("test", {**at, "strengths": [best.strength]}))
         others = [each for each in sweep.spec.method.strengths if each != best.strength]
-        dose = chain.run("dose", plan.spec("dose", strengths=others, **at))
+        dose = chain.run("dose", plan.spec("dose", {**at, "strengths": others}))
         contrast = {"edits.0.direction.file": files["contrast"]}
-        removal = chain.run("remove", plan.spec("remove", **contrast))
-        patching = chain.run("patch", plan.spec("patch", group=places))
+        removal = chain.run("remove", plan.spec("remove", contrast))
+        patching = chain.run("patch", plan.spec("patch", {"group": places}))
     result = DemoResult(
         plan, means, sweep, refined, finalists, best, test, dose, removal, patching, chain.jobs,
         time.perf_counter() - start,
     )  # fmt: skip
-    selection = {"steps": range(*best.cell.steps or ()), "branch": "cond"}
-    edit = (
-        Directions.load(files["direction"]).only(*best.cell.sites).steer(best.strength, **selection)
-    )
+    directions = Directions.load(files["direction"]).only(*best.cell.sites)
+    edit = directions.steer(best.strength, steps=best.cell.window, branch="cond")
     save(chain.out / "edits" / f"{plan.source}-to-{plan.target}.safetensors", edit)
     write_atomic(chain.out / "results.json", json.dumps(result.as_dict(), indent=1, allow_nan=True))
     page.build(result).write(chain.out / "report.html")
@@ -176,7 +174,7 @@ def _refine(plan: DemoPlan, chosen: Sequence[Setting], file: str) -> Any:
         "window": [each.cell.steps for each in chosen],
         "alpha": [each.strength for each in chosen],
     }
-    return plan.spec("refine", sweep=axes, **{"edits.0.direction.file": file})
+    return plan.spec("refine", {"sweep": axes, "edits.0.direction.file": file})
 
 
 def _drawn_again(chosen: Sequence[Setting], refined: Results) -> list[Setting]:
