@@ -47,8 +47,14 @@ def demo(
     subject = {"model": model, "device": device, "dtype": dtype}
     plan = DemoPlan(source=source, target=target, seed=seed, subject=subject)
     reader = load(model, device, dtype)
-    with terminal_display(console(stderr=True)) as display:
-        result = run_demo(reader, plan.small() if small else plan, out, display)
+    try:
+        with terminal_display(console(stderr=True)) as display:
+            result = run_demo(reader, plan.small() if small else plan, out, display)
+    except KeyboardInterrupt:
+        console(stderr=True).print(
+            "the same command goes on after the last pictures that are there"
+        )
+        raise
     console().print(result.summary())
     report = (out / "report.html").resolve()
     console().print(f"report: {report}")
