@@ -32,6 +32,17 @@ class DirectionsFile(Part):
 
     file: str = Field(description="Written by `Directions.save`, with every site of the cells.")
 
+    def load(self) -> Directions:
+        """What is in it.
+
+        Raises:
+            InvalidInput: it is missing, damaged, or of another kind.
+        """
+        try:
+            return Directions.load(self.file)
+        except OSError as error:
+            raise InvalidInput(f"method.directions: {error}") from error
+
 
 class SteerMethod(Method, SweptPlaces):
     """Fits a direction from pairs of prompts at every site, and adds it to the prompts of `data`.
@@ -87,7 +98,7 @@ class SteerMethod(Method, SweptPlaces):
 
     def inputs(self, job: Job) -> dict[str, Any]:
         if self.directions is not None:
-            return {"directions": dict(Directions.load(self.directions.file))}
+            return {"directions": dict(self.directions.load())}
         pairs = [[item.prompt, item.target] for item in self._fit_items()]
         return {"fit": hashlib.sha256(repr(pairs).encode()).hexdigest()}
 
@@ -118,7 +129,7 @@ class SteerMethod(Method, SweptPlaces):
         missing = [name for name, file in files.items() if not file.is_file()]
         fitted: dict[str, Directions] = {}
         if missing and self.directions is not None:
-            fitted["edited"] = Directions.load(self.directions.file)
+            fitted["edited"] = self.directions.load()
         elif missing:
             fitted = self._fit(job, missing)
         found: dict[str, Directions] = {}

@@ -172,7 +172,7 @@ def test_what_steering_needs(experiment, tmp_path) -> None:
     given = {"fit": None, "directions": {"file": "d.safetensors"}}
     with pytest.raises(InvalidInput, match="have no labels to shuffle; leave shuffled_labels out"):
         experiment(method=steer(**given))
-    with pytest.raises(InvalidInput, match="d.safetensors"):
+    with pytest.raises(InvalidInput, match="method.directions: .*d.safetensors"):
         experiment(method=steer(**given, controls=[])).run(tmp_path / "run")
 
 
