@@ -256,11 +256,12 @@ def _patching(result: DemoResult) -> Section:
     plan, results, grid = result.plan, result.patching, result.grid
     title = f"Share of the way from {plan.source} to {plan.target} that a patch restores, percent"
     heat = grid.heat_map(title, alpha=1)  # a few pairs bring no cell below a bound
-    heat = replace(heat, rows=list(dict.fromkeys(cell.name for cell in grid.cells)))
+    places = list(dict.fromkeys(cell.name for cell in grid.cells))
+    heat = replace(heat, rows=places, caption="")
     drawn = [row for row in results.of("patched") if row["item"] == results.rows[0]["item"]]
     lines = [
         (name, [_picture(results, row) for row in drawn if results.cell(row).name == name])
-        for name in heat.rows
+        for name in places
     ]
     ends = [_picture(results, results.of(name)[0]) for name in ("clean", "corrupted")]
     every = grid_sections({"patched": grid}, "tint")[0].blocks[1]
