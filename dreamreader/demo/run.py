@@ -131,7 +131,7 @@ def _record(chain: _Chain) -> LabelMeans:
         for item in read_items(spec.data)
     ]
     rows = len(prompts) * len(spec.seed_list)
-    spec = spec.model_copy(update={"data": Data(prompts=prompts)})
+    spec = spec.model_copy(update={"data": Data.model_validate({"prompts": prompts})})
     return label_means(chain.run("record", spec, rows), "color")
 
 

@@ -47,8 +47,10 @@ class LabelMeans:
                 recorded, the steps differ from those added before, or a value is not finite.
         """
         for site, activation in cache.items():
-            plain = isinstance(activation, Tensor)  # [rows, steps, features]
-            values = activation.double() if plain else token_means(site, activation)
+            if isinstance(activation, Tensor):
+                values = activation.double()
+            else:
+                values = token_means(site, activation)  # [rows, steps, features]
             if len(labels) != len(values):
                 raise InvalidInput(f"{site}: {len(labels)} labels for {len(values)} rows")
             names = list(dict.fromkeys([*self._labels.get(site, []), *labels]))

@@ -202,7 +202,7 @@ def test_a_stopped_demo_goes_on_to_the_same_numbers(finished, tmp_path):
     assert written and all(f.stat().st_mtime_ns == at for f, at in written.items())
     assert again.jobs == result.jobs
     assert (tmp_path / "results.json").read_bytes() == (out / "results.json").read_bytes()
-    with pytest.raises(InvalidInput, match="record holds another run"):
+    with pytest.raises(InvalidInput, match="record holds another harvest: settings.spec"):
         run_demo(Reader(untrained()), Plan(seed=1, changes=CHANGES), tmp_path)
 
 
