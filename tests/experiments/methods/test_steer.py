@@ -183,10 +183,11 @@ def test_directions_of_a_file_do_what_fitted_ones_do(experiment, tmp_path) -> No
     given = {"fit": None, "directions": {"file": str(file)}, "controls": controls}
     again = experiment(method=steer(**given)).run(tmp_path / "again")
     assert [row["digest"] for row in again.rows] == [row["digest"] for row in fitted.rows]
-    bare = tmp_path / "bare.safetensors"
+    bare = tmp_path / "bare" / file.name
+    bare.parent.mkdir()
     Directions({SITE: torch.ones(96)}, "red", "blue", "mean", "none").save(bare)
     other = experiment(method=steer(**{**given, "directions": {"file": str(bare)}}))
     with pytest.raises(InvalidInput, match="holds another run: settings.inputs.directions"):
         other.run(tmp_path / "again")
-    other.run(tmp_path / "bare")  # without evidence
-    assert "AUC" not in (tmp_path / "bare" / "report.html").read_text()
+    other.run(tmp_path / "other")  # without evidence
+    assert "AUC" not in (tmp_path / "other" / "report.html").read_text()
