@@ -13,7 +13,7 @@ from dreamreader.cli.subject import Device, Dtype
 @report_errors
 def demo(
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for report.html, results.json and edits.")
+        Path, typer.Option("--out", "-o", help="Folder of the report, edits and jobs.")
     ] = Path("dreamreader-demo"),
     model: Annotated[
         str, typer.Option("--model", "-m", help="Embedded model or pipeline folder of its world.")
@@ -30,20 +30,31 @@ def demo(
 ) -> None:
     """Turn red into blue inside a model, measure it against controls, and write a report.
 
+    A demo that was stopped goes on with the same command. Its folder has a job for each part, for
+    show, verify and diff.
+
     \b
     Examples:
       dreamreader demo
       dreamreader demo --from green --to purple --out green-to-purple --open
     """
-    from dreamreader.cli.progress import console, progress
+    from dreamreader._progress import terminal_display
+    from dreamreader.cli.progress import console
     from dreamreader.demo import DemoPlan, run_demo
     from dreamreader.zoo import load
 
     check_folder(out)
-    plan = DemoPlan(source=source, target=target, seed=seed)
+    subject = {"model": model, "device": device, "dtype": dtype}
+    plan = DemoPlan(source=source, target=target, seed=seed, subject=subject)
     reader = load(model, device, dtype)
-    with progress() as bar:
-        result = run_demo(reader, plan.small() if small else plan, out, bar)
+    try:
+        with terminal_display(console(stderr=True)) as display:
+            result = run_demo(reader, plan.small() if small else plan, out, display)
+    except KeyboardInterrupt:
+        console(stderr=True).print(
+            "the same command goes on after the last pictures that are there"
+        )
+        raise
     console().print(result.summary())
     report = (out / "report.html").resolve()
     console().print(f"report: {report}")

@@ -1,45 +1,55 @@
-"""Everything that the demo is free to choose, in one value that the fingerprint covers."""
+"""What the demo is free to choose; everything else is in the spec files beside this module."""
 
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.zoo import SETTINGS, scenes
+from dreamreader.jobs.kinds import job_type
+from dreamreader.specs.load import check_spec, read_content
+from dreamreader.specs.overrides import apply_override
+from dreamreader.zoo import scenes
 
-WINDOWS = {"all steps": (0.0, 1.0), "first half": (0.0, 0.5), "second half": (0.5, 1.0)}
-"""Step windows and their share of the steps; the sweep crosses them with sites and strengths."""
+SPECS = Path(__file__).parent / "specs"
+_SEEDS = 100_000  # between the noise of one seed of the demo and the next
+
+Changes = Mapping[str, Sequence[str]]
+
+_SMALL: Changes = {
+    "all": ["pipeline.num_inference_steps=8"],
+    "record": ["data.scenes.count=1"],
+    "sweep": ["method.windows=[[0,8],[0,4],[4,8]]", "method.strengths=[1,2]", "data.limit=2"],
+    "refine": ["data.limit=2"],
+    "test": ["data.limit=2"],
+    "dose": ["data.limit=2"],
+    "remove": ["data.limit=2"],
+    "patch": ["method.windows=[[0,4],[4,8],[0,8]]", "data.limit=1"],
+}
 
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """Sizes and settings of the demo.
+    """Colours, seed and subject of the demo, and changes to its specs.
 
     Attributes:
         source, target: the colour that prompts name, and the one to steer to.
-        fit: scenes recorded in every colour. choose, refine, test, patch: rows of the other sets.
-        finalists: settings of the sweep that are also drawn on the `refine` rows before the choice.
-        curve: test rows that are drawn at every strength; `test` are drawn at the chosen one.
-        strengths: multiples of the mean difference.
-        windows: number of equal step windows of the patching heat map.
+        seed: draws scenes and noise.
+        subject: of the specs; the reader that runs is given apart.
+        changes: overrides of spec files by their name, such as `{"test": ["data.limit=4"]}`; those
+            of `all` are of every spec.
+        finalists: settings of the sweep that are drawn on more scenes before the choice.
         keep: share of kept shapes and places below which the page sets a cell in brackets.
-        batch: rows per call of the pipeline.
     """
 
     source: str = "red"
     target: str = "blue"
     seed: int = 0
-    steps: int = int(SETTINGS["num_inference_steps"])
-    guidance: float = float(SETTINGS["guidance_scale"])
-    fit: int = 8
-    choose: int = 3
-    refine: int = 9
+    subject: str | Mapping[str, str] = "shapes-unet"
+    changes: Changes = field(default_factory=dict)
     finalists: int = 5
-    test: int = 40
-    patch: int = 3
-    curve: int = 10
-    strengths: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0)
-    windows: int = 4
     keep: float = 0.8
-    batch: int = 48
 
     def __post_init__(self):
         for color in (self.source, self.target):
@@ -47,31 +57,27 @@ class DemoPlan:
                 raise UnknownName("colour", color, scenes.COLORS)
         if self.source == self.target:
             raise InvalidInput(f"source and target colour are both {self.source}")
-        if self.steps < self.windows:
-            raise InvalidInput(f"{self.windows} step windows need as many steps, got {self.steps}")
 
     def small(self) -> "DemoPlan":
         """A few pictures of everything: to see that it works, not to believe its numbers."""
-        return replace(
-            self,
-            steps=8,
-            fit=2,
-            choose=2,
-            refine=2,
-            finalists=2,
-            test=4,
-            patch=1,
-            curve=2,
-            strengths=(1.0, 2.0),
-            windows=2,
-        )
+        return replace(self, changes=_SMALL, finalists=2)
 
-    def window(self, name: str) -> range:
-        """The steps of a named window."""
-        start, stop = WINDOWS[name]
-        return range(round(start * self.steps), round(stop * self.steps))
+    def spec(self, name: str, chosen: Mapping[str, Any] | None = None) -> Any:
+        """The spec of one job.
 
-    @property
-    def patch_windows(self) -> list[range]:
-        edges = [round(i * self.steps / self.windows) for i in range(self.windows + 1)]
-        return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        Args:
+            name: of its file.
+            chosen: fields of its method by dotted key, as the earlier jobs have chosen them.
+        """
+        file = SPECS / f"{name}.yaml"
+        content, _ = read_content(file)
+        model = job_type(content.get("kind", "experiment")).model
+        colors = {"source": {"color": self.source}, "target": {"color": self.target}}
+        content["subject"] = self.subject
+        content["data"]["scenes"] |= {"seed": self.seed, **colors}
+        content["seeds"]["start"] += _SEEDS * self.seed
+        for change in (*self.changes.get("all", ()), *self.changes.get(name, ())):
+            apply_override(model, content, change)
+        for key, value in (chosen or {}).items():
+            apply_override(model, content, f"method.{key}={json.dumps(value)}")
+        return check_spec(model, content, source=str(file))

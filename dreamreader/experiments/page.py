@@ -33,7 +33,7 @@ def build(results: Results) -> Report:
             _overview(results),
             *page.sections(),
             *_pictures(results, page.pictured_setting()),
-            *_firing(results.folder.firing()),
+            *firing_sections(results.folder.firing()),
         ],
     )
 
@@ -79,7 +79,7 @@ def _pictures(results: Results, wanted: Mapping[str, Any]) -> list[Section]:
     return [Section("Pictures", [each], lead) for each in gallery(results, lines)]
 
 
-def _firing(units: Sequence[Sequence[Mapping[str, Any]]]) -> list[Section]:
+def firing_sections(units: Sequence[Sequence[Mapping[str, Any]]]) -> list[Section]:
     """One line for every edit, over all batches and sites."""
     if not any(units):
         return []

@@ -180,11 +180,15 @@ def scene_items(wanted: Scenes) -> Iterator[Item]:
     pairs = [(each, {**each, **(wanted.target or {})}) for each in every]
     pairs = [pair for pair in pairs if not any(_held_out(each) for each in pair)]
     random.Random(wanted.seed).shuffle(pairs)
-    if wanted.count > len(pairs):
-        raise InvalidInput(f"data.scenes: {wanted.count} are asked for, there are {len(pairs)}")
+    stop = wanted.skip + wanted.count
+    if stop > len(pairs):
+        behind = f" behind the first {wanted.skip}" if wanted.skip else ""
+        raise InvalidInput(
+            f"data.scenes: {wanted.count} are asked for{behind}, there are {len(pairs)}"
+        )
     said = frozenset({"color", "size", "place"}) - set(wanted.unsaid)
     background = "background" not in wanted.unsaid
-    for number, (source, target) in enumerate(pairs[: wanted.count]):
+    for number, (source, target) in enumerate(pairs[wanted.skip : stop]):
         captions = [_scene(each, said, background).caption() for each in (source, target)]
         columns = {f"source_{k}": v for k, v in source.items()}
         if wanted.target is None:

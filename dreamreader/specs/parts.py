@@ -106,6 +106,9 @@ class Scenes(Part):
 
     count: Count
     seed: int = 0
+    skip: int = Field(
+        0, ge=0, description="Leave out the first so many: sets of one seed that share no scene."
+    )
     source: dict[str, str] = Field(
         default_factory=dict, description="Attributes that every caption has, e.g. color: red."
     )

@@ -34,11 +34,12 @@ class LabelMeans:
         self._found: dict[str, Statistics] = {}
         self._labels: dict[str, list[str]] = {}  # their numbers in the statistics of the site
 
-    def add(self, cache: "Mapping[str, Activation]", labels: Sequence[str]) -> None:
+    def add(self, cache: "Mapping[str, Activation | Tensor]", labels: Sequence[str]) -> None:
         """Adds the rows of a cache.
 
         Args:
-            cache: activations of one branch, [rows, steps, tokens, features] or with heads apart.
+            cache: activations of one branch, [rows, steps, tokens, features] or with heads apart;
+                or means over tokens as tensors [rows, steps, features].
             labels: one for each row.
 
         Raises:
@@ -46,7 +47,10 @@ class LabelMeans:
                 recorded, the steps differ from those added before, or a value is not finite.
         """
         for site, activation in cache.items():
-            values = token_means(site, activation)  # [rows, steps, features]
+            if isinstance(activation, Tensor):
+                values = activation.double()
+            else:
+                values = token_means(site, activation)  # [rows, steps, features]
             if len(labels) != len(values):
                 raise InvalidInput(f"{site}: {len(labels)} labels for {len(values)} rows")
             names = list(dict.fromkeys([*self._labels.get(site, []), *labels]))

@@ -1,95 +1,84 @@
+"""The demo as a chain of jobs, on an untrained model: what is run, written and said."""
+
 import json
 import re
 
-import numpy as np
 import pytest
 import torch
 from tiny.embedded import untrained
 
 from dreamreader.demo import Plan, run_demo
-from dreamreader.demo.data import split
-from dreamreader.demo.measure import Outcome, judge
-from dreamreader.demo.steer import Point, choose
+from dreamreader.demo.plan import SPECS
+from dreamreader.demo.result import Setting, share
+from dreamreader.demo.run import find_places, label_means
+from dreamreader.edits import load
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.experiments import load_results
+from dreamreader.jobs.kinds import job_type, list_jobs
+from dreamreader.specs.data import read_items
+from dreamreader.steering import Directions, LabelMeans
+from dreamreader.store import Store
+from dreamreader.sweep import Cell
 from dreamreader.zoo import scenes
-from dreamreader.zoo.detector import detect
 
-TINY = Plan(
-    steps=4,
-    fit=1,
-    choose=1,
-    refine=1,
-    finalists=2,
-    test=2,
-    patch=1,
-    curve=1,
-    strengths=(1.0, 4.0),
-    windows=2,
-    batch=8,
-)
+JOBS = ["record", "sweep", "refine", "test", "dose", "remove", "patch"]
+ONE = ["data.limit=1"]
+CHANGES = {
+    "all": ["pipeline.num_inference_steps=4"],
+    "record": ["data.scenes.count=1"],
+    "sweep": ["method.windows=[[0,4],[2,4]]", "method.strengths=[1,4]", *ONE],
+    "patch": ["method.windows=[[0,2],[0,4]]", *ONE],
+    **dict.fromkeys(["refine", "test", "dose", "remove"], ONE),
+}
+TINY = Plan(changes=CHANGES, finalists=2)
 
 
-def outcome(turned: float, kept: float, n: int = 10) -> Outcome:
-    def of(share: float) -> list[bool]:
-        return [i < share * n for i in range(n)]
-
-    return Outcome(of(turned), of(0), of(kept), of(kept))
-
-
-def picture(color: str, shape: str = "circle", row: str = "top") -> torch.Tensor:
-    scene = scenes.Scene((scenes.Obj(shape, color, "large", row, "left"),), "white")
-    return torch.from_numpy(np.array(scenes.render(scene))).permute(2, 0, 1) / 255
-
-
-def test_sets_are_disjoint_and_repeatable():
-    plan = Plan()
-    parts = split(plan)
-    sets = (parts.fit, parts.choose, parts.refine, parts.test, parts.patch)
-    rows = [row for each in sets for row in each]
-    assert [len(each) for each in sets] == [
-        plan.fit, plan.choose, plan.refine, plan.test, plan.patch,
-    ]  # fmt: skip
-    assert len({row.seed for row in rows}) == len(rows)
-    assert len({row.prompt("red") for row in rows}) == len(rows)
-    assert split(plan) == parts and split(Plan(seed=1)) != parts
-    assert not {(c, row.scene.objects[0].shape) for row in rows for c in ("red", "blue")} & (
-        scenes.HELD_OUT_PAIRS
-    )
-
-
-def test_prompts_of_a_pair_differ_in_one_word():
-    for row in split(Plan()).fit:
-        red, blue = row.prompt("red").split(), row.prompt("blue").split()
-        assert [(a, b) for a, b in zip(red, blue, strict=True) if a != b] == [("red", "blue")]
-
-
-def test_judge_reads_color_and_place():
-    before = detect(torch.stack([picture("red")] * 4))
-    after = [
-        picture("blue"),
-        picture("red"),
-        picture("blue", row="bottom"),
-        picture("blue", "star"),
+def rows(turned: int, kept: int) -> list[dict[str, bool]]:
+    """Ten rows, so many of which are turned and kept."""
+    return [
+        {"turned": n < turned, "shape_kept": n < kept, "place_kept": True, "rest_kept": True}
+        for n in range(10)
     ]
-    found = judge(torch.stack(after), before, "red", "blue")
-    assert found.turned == [True, False, True, True] and found.source == [False, True, False, False]
-    assert found.kept == [True, True, False, False]
-    blank = judge(torch.full((1, 3, 64, 64), 0.96), before[:1], "red", "blue")
-    assert (blank.turned, blank.kept, blank.rest) == ([False], [False], [False])
 
 
-def test_choice_is_as_good_as_its_worse_half():
-    points = [
-        Point("a", "all steps", 8.0, outcome(1.0, 0.5)),
-        Point("b", "all steps", 4.0, outcome(0.8, 0.9)),
-        Point("b", "all steps", 2.0, outcome(0.8, 0.9)),
-        Point("c", "all steps", 2.0, outcome(0.8, 0.8)),
-        Point("d", "all steps", 1.0, outcome(0.4, 1.0)),
-    ]
-    assert choose(points) is points[2]
-    assert choose(points[::-1]) is points[2]
-    assert choose(points[:1]) is points[0]
+@pytest.mark.parametrize("plan", [Plan(), Plan(source="green", target="purple", seed=3)])
+def test_specs_share_no_scene_and_no_seed(plan):
+    specs = {name: plan.spec(name) for name in ("record", "sweep", "refine", "test", "patch")}
+    assert sorted(f"{name}.yaml" for name in JOBS) == sorted(f.name for f in SPECS.iterdir())
+    prompts = [item.prompt for spec in specs.values() for item in read_items(spec.data)]
+    seeds = [seed for spec in specs.values() for seed in spec.seed_list]
+    assert len(prompts) == len(set(prompts)) == 39 and len(seeds) == len(set(seeds)) == 7
+    shown = {(plan.source, s) for s in scenes.SHAPES} | {(plan.target, s) for s in scenes.SHAPES}
+    for color, shape in shown & scenes.HELD_OUT_PAIRS:
+        assert not any(f" {shape} " in prompt for prompt in prompts), color
+    test = read_items(plan.spec("test").data)
+    for name in ("dose", "remove"):
+        assert read_items(plan.spec(name).data) == test[:10]
+
+
+def test_pairs_differ_in_one_word():
+    for item in read_items(Plan().spec("test").data):
+        pair = zip(item.prompt.split(), item.target.split(), strict=True)
+        assert [(a, b) for a, b in pair if a != b] == [("red", "blue")]
+
+
+def test_another_seed_draws_other_scenes_and_noise():
+    first, other = (Plan(seed=seed).spec("test") for seed in (0, 1))
+    assert read_items(first.data) != read_items(other.data)
+    assert not set(first.seed_list) & set(other.seed_list)
+    assert Plan().small().spec("test").data.limit == 2
+
+
+def test_a_setting_is_as_good_as_its_worse_half():
+    def at(strength: float, turned: int, kept: int) -> Setting:
+        return Setting(Cell("a", ()), strength, rows(turned, kept))
+
+    best = at(2.0, 8, 9)
+    others = [at(8.0, 10, 5), at(4.0, 8, 9), at(2.0, 8, 8), at(1.0, 4, 10)]
+    assert max([*others, best], key=lambda each: each.rank) is best
+    assert max([best, *others], key=lambda each: each.rank) is best
+    assert share(rows(3, 9), "turned").value == 0.3 and share(rows(3, 9), "kept").value == 0.9
 
 
 def test_plan_refuses_what_the_world_does_not_have():
@@ -97,10 +86,9 @@ def test_plan_refuses_what_the_world_does_not_have():
         Plan(target="purpel")
     with pytest.raises(InvalidInput, match="both red"):
         Plan(target="red")
-    with pytest.raises(InvalidInput, match="the demo needs 1[0-9]{3} scenes, there are 216"):
-        split(Plan(test=1000))
-    assert [list(w) for w in TINY.patch_windows] == [[0, 1], [2, 3]]
-    assert list(TINY.window("second half")) == [2, 3]
+    many = Plan(changes={"patch": ["data.scenes.count=1000"]}).spec("patch").data
+    with pytest.raises(InvalidInput, match="1000 are asked for behind the first 36, there are"):
+        read_items(many)
 
 
 @pytest.fixture(scope="module")
@@ -114,96 +102,119 @@ def finished(tmp_path_factory):
     return result, out
 
 
-def test_demo_writes_report_results_and_edit(finished):
+def test_demo_writes_report_results_edit_and_a_folder_for_each_job(finished):
     result, out = finished
-    names = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
-    assert names == ["edits/red-to-blue.safetensors", "report.html", "results.json"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [*JOBS, "directions", "edits", "report.html", "results.json"]
+    )
+    states = {name: state for name, _, _, state in list_jobs(out)}
+    assert states == dict.fromkeys(JOBS, "complete")
     found = json.loads((out / "results.json").read_text())
-    assert found["fingerprint"]["digest"] == result.fingerprint.digest
-    places = len(result.places)
-    assert len(found["sweep"]) == places * 3 * 2 and len(found["patching"]) == places * 3
-    assert found["test"]["direction"]["turned"]["n"] == 2
+    assert list(found["jobs"]) == JOBS and found["pictures"] == result.pictures
+    for name in JOBS[1:]:
+        folder = load_results(out / name).folder
+        assert found["jobs"][name]["fingerprint"] == folder.run
+    assert len(found["sweep"]) == 6 * 2 * 2 and len(found["patching"]) == 6 * 2
+    assert found["test"]["edited"]["turned"]["n"] == 2
     assert [point["turned"]["n"] for point in found["finalists"]] == [2, 2]
-    assert found["pictures"] == result.pictures
-    assert len(found["explained"]) == 3 * len(result.places[-1].sites)
-    assert all(len(line) == TINY.steps for line in found["explained"].values())
+    assert [point["strength"] for point in found["curve"]["edited"]] == [0, 1, 4]
+    assert [each["turned"]["n"] for each in found["removal"].values()] == [1, 1, 1]
+    assert len(found["explained"]) == 21 and {len(v) for v in found["explained"].values()} == {4}
 
 
 def test_report_says_what_was_found(finished):
     result, out = finished
     text = (out / "report.html").read_text()
-    for heading in (
-        "Pictures",
-        "Where the colour can be read",
-        "Strength, site and step window",
-        "Taking red out",
-        "What fired",
-    ):
-        assert f">{heading}</h2>" in text
-    assert result.fingerprint.digest in text and result.confirmed.rows[0].prompt("red") in text
-    assert text.count('class="plot"') == 2 and text.count('class="heat"') == 5
+    headings = re.findall(r"<h2[^>]*>([^<]*)</h2>", text)
+    assert headings == [
+        "Pictures", "Where the colour can be read", "Strength, site and step window",
+        "Taking red out", "Where and when the colour enters", "What fired", "Fingerprint",
+    ]  # fmt: skip
+    assert result.jobs["test"]["fingerprint"][:16] in text
+    assert result.test.of("edited")[0]["prompt"] in text
+    assert text.count('class="plot"') == 2 and text.count('class="heat"') == 4
     assert re.findall(r'alt=""', text) == [] and len(re.findall("<img ", text)) > 20
+    assert "red to blue on 2 held-out rows, at " in result.summary()
 
 
-def test_random_control_has_the_norm_of_the_direction(finished):
-    result, _ = finished
-    from dreamreader.demo.directions import controls, difference
-
-    real = difference(result.means, result.places[-1], "red", "blue")
-    random = controls(real, 1)
-    assert real and all(v.shape[0] == TINY.steps for v in real.values())
-    for site, v in real.items():
-        assert torch.allclose(random[site].norm(dim=1), v.norm(dim=1), rtol=1e-4)
-        cosine = torch.cosine_similarity(random[site], v).abs()
-        assert float(cosine.max()) < 0.5
+def test_directions_are_differences_of_the_recorded_means(finished):
+    result, out = finished
+    reader, store = Reader(untrained()), Store(out / "record")
+    site = find_places(reader)["all blocks"][0]
+    found, means = store.read(site), {}
+    for color in ("red", "blue", "green"):
+        chosen = [n for n, each in enumerate(found.keys["color"].to_pylist()) if each == color]
+        steps = torch.tensor(found.keys["step"].to_pylist())[chosen]
+        values = found.values[chosen].double()
+        means[color] = torch.stack([values[steps == step].mean(0) for step in range(4)])
+    again: LabelMeans = label_means(store, "color")
+    for color, mean in means.items():
+        assert torch.allclose(again.mean(site, color), mean, rtol=1e-12)
+    saved = Directions.load(out / "directions" / "direction.safetensors")
+    assert torch.allclose(saved[site], (means["blue"] - means["red"]).float(), atol=1e-7)
+    drawn = found.keys.select(["prompt", "seed"]).to_pylist()
+    assert len({(each["prompt"], each["seed"]) for each in drawn}) == 2 * len(scenes.COLORS)
 
 
 def test_every_edit_fired_where_it_should(finished):
-    result, _ = finished
-    titles = [title for title, _ in result.fired]
-    assert titles == [
-        *(f"steer {place.name}" for place in result.places),
-        *["refine"] * TINY.finalists,
-        "test, direction", "test, random", "remove, projected out", "remove, random projected out",
-        *(f"patch {place.name}" for place in result.places),
-    ]  # fmt: skip
-    for _, report in result.fired:
-        assert report.warnings == []
-        for each in report:
-            assert each.calls and set(each.branches) == {"cond"}
+    _, out = finished
+    for name in JOBS[1:]:
+        lines = [line for batch in load_results(out / name).folder.firing() for line in batch]
+        worked = [line for line in lines if line["calls"] > line["passed_over"]]
+        assert worked and {tuple(line["branches"]) for line in worked} == {("cond",)}
+        assert all(line["calls"] and not line["notes"] for line in lines)
 
 
 def test_patching_everything_everywhere_gives_nearly_the_clean_run(finished):
     """All that the prompt says reaches the UNet through the cross-attention outputs."""
     result, _ = finished
     found = result.patching
-    assert found.windows[-1] == "all" and found.places[-1] == "all blocks"
-    assert torch.allclose(found.patched[-1][-1], found.clean[0], atol=1e-3)
-    assert not torch.allclose(found.corrupted[0], found.clean[0], atol=1e-2)
-    assert not torch.allclose(found.patched[-1][0], found.clean[0], atol=1e-3)
+    (patched,) = found.of("patched", cell_place="all blocks · cond", cell_steps="steps 0–3")
+    images = [
+        torch.tensor(list(found.image(row).tobytes())).float()
+        for row in (patched, found.of("clean")[0], found.of("corrupted")[0])
+    ]
+    assert (images[0] - images[1]).abs().max() <= 1 and not torch.equal(images[1], images[2])
 
 
 def test_saved_edit_loads_equal(finished):
-    from dreamreader.edits import load
-
     result, out = finished
     (edit,) = load(out / "edits" / "red-to-blue.safetensors")
-    assert tuple(edit.sites) == tuple(result.best_place.sites) and edit.branch == "cond"
-    assert list(edit.alpha) == [result.best.strength]
+    assert tuple(edit.sites) == result.best.cell.sites and edit.branch == "cond"
+    assert edit.alpha == result.best.strength and list(edit.steps) == list(result.best.cell.window)
 
 
-def test_same_plan_same_digest_and_numbers(finished, tmp_path):
-    result, _ = finished
+def test_a_stopped_demo_goes_on_to_the_same_numbers(finished, tmp_path):
+    result, out = finished
+
+    class Stopped(Exception):
+        pass
+
+    def stop(event):
+        if event.stage == "sweep" and event.done:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run_demo(Reader(untrained()), TINY, tmp_path, stop)
+    assert dict((name, state) for name, _, _, state in list_jobs(tmp_path))["record"] == "complete"
+    written = {f: f.stat().st_mtime_ns for f in (tmp_path / "record").rglob("*.safetensors")}
     again = run_demo(Reader(untrained()), TINY, tmp_path)
-    assert again.fingerprint.digest == result.fingerprint.digest
-    assert again.as_dict()["test"] == result.as_dict()["test"]
+    assert written and all(f.stat().st_mtime_ns == at for f, at in written.items())
+    assert again.jobs == result.jobs
+    assert (tmp_path / "results.json").read_bytes() == (out / "results.json").read_bytes()
+    with pytest.raises(InvalidInput, match="record holds another harvest: settings.spec"):
+        run_demo(Reader(untrained()), Plan(seed=1, changes=CHANGES), tmp_path)
+
+
+def test_a_job_of_the_demo_is_like_any_other(finished):
+    _, out = finished
+    kind = job_type("experiment")
+    spec = kind.of_folder(out / "test").spec
+    assert spec.method.kind == "steer" and spec.subject.model == "shapes-unet"
 
 
 def test_a_pipeline_without_a_unet_is_refused(tmp_path):
     from torch import nn
-
-    class Other:
-        components = {"transformer": nn.Linear(1, 1)}
 
     with pytest.raises(InvalidInput, match="needs a pipeline with a UNet .* got Linear"):
         run_demo(Reader(nn.Linear(1, 1)), TINY, tmp_path)

@@ -88,6 +88,12 @@ def test_unknown_scenes(wanted: dict[str, Any], text: str) -> None:
         of(scenes={"count": 1, **wanted})
 
 
+def test_sets_of_one_draw_share_no_scene() -> None:
+    whole = of(scenes={"count": 7, "seed": 3})
+    parts = [*of(scenes={"count": 4, "seed": 3}), *of(scenes={"count": 3, "seed": 3, "skip": 4})]
+    assert [each.prompt for each in parts] == [each.prompt for each in whole]
+
+
 def test_more_scenes_than_there_are() -> None:
     with pytest.raises(InvalidInput, match=r"data.scenes: 10000000 are asked for, there are \d+"):
         of(scenes={"count": 10_000_000})

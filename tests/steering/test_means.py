@@ -22,6 +22,14 @@ def test_difference_is_the_difference_of_the_means_whatever_the_batches():
     assert whole.sites == [SITE] and whole.labels == ["blue", "red"]
 
 
+def test_tensors_are_means_over_tokens():
+    x = torch.randn(2, 3, 5, 4)
+    recorded, plain = LabelMeans(), LabelMeans()
+    recorded.add({SITE: activation(x)}, ["a", "b"])
+    plain.add({SITE: x.double().mean(2)}, ["a", "b"])
+    assert torch.equal(plain.difference(SITE, "a", "b"), recorded.difference(SITE, "a", "b"))
+
+
 def test_half_precision_is_summed_in_double():
     x = torch.full((4096, 1, 1, 2), 0.1, dtype=torch.bfloat16)
     means = LabelMeans()

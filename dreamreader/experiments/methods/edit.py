@@ -111,6 +111,7 @@ class AblateSpec(EditSpec):
     sigma: Number = 1.0
     strength: Number = 1.0
     one_sided: bool = False
+    per_step: bool = Field(False, description="The direction has one entry for each step.")
 
     def make(self, values: Mapping[str, Any], rows: Sequence[int], job: Job) -> Any:
         site = self.at(values)
@@ -122,6 +123,7 @@ class AblateSpec(EditSpec):
             sigma=fill_number(self.sigma, values),
             strength=fill_number(self.strength, values),
             one_sided=self.one_sided,
+            per_step=self.per_step,
             **self.common(values, rows),
         )
 
@@ -155,7 +157,7 @@ AnyEdit = Annotated[SteerSpec | AblateSpec | ScaleSpec | ClampSpec, Field(discri
 
 
 class EditMethod(Method):
-    """Runs edits as they are written, at every combination of the swept values.
+    """Runs edits as they are written, at every combination of the swept values (or see `combine`).
 
     `$name` in an edit stands for the value of the axis `name` of `sweep`.
     """
@@ -164,6 +166,9 @@ class EditMethod(Method):
     edits: list[AnyEdit] = Field(min_length=1)
     sweep: dict[str, list[Any]] = Field(
         default_factory=dict, description="Named values; all combinations are run."
+    )
+    combine: Literal["product", "zip"] = Field(
+        "product", description="zip: the first value of every axis, then the second of every axis."
     )
 
     @model_validator(mode="after")
@@ -184,12 +189,19 @@ class EditMethod(Method):
                 raise ValueError(f"sweep.{name}: every row has a column {name}, rename the axis")
             if not values:
                 raise ValueError(f"sweep.{name} is empty")
-            if len(set(map(str, values))) < len(values):
+            if self.combine == "product" and len(set(map(str, values))) < len(values):
                 raise ValueError(f"sweep.{name} has a value twice")
+        lengths = {name: len(values) for name, values in self.sweep.items()}
+        if self.combine == "zip" and len(set(lengths.values())) > 1:
+            raise ValueError(f"combine: zip needs axes of one length, got {lengths}")
+        points = list(zip(*(map(str, values) for values in self.sweep.values()), strict=False))
+        if self.combine == "zip" and len(set(points)) < len(points):
+            raise ValueError("sweep has a combination twice")
         return self
 
     def check(self, job: Job) -> None:
         axes = {name: len(values) for name, values in self.sweep.items()}
+        axes = dict(list(axes.items())[:1]) if self.combine == "zip" else axes
         check_size(prompts=len(job.items), seeds=len(job.seeds), **axes)
 
     def inputs(self, job: Job) -> dict[str, Any]:
@@ -202,7 +214,10 @@ class EditMethod(Method):
         return found
 
     def rows(self, job: Job) -> list[Row]:
-        points = list(itertools.product(*map(self._column_values, self.sweep)))
+        columns = map(self._column_values, self.sweep)
+        points = (
+            zip(*columns, strict=True) if self.combine == "zip" else itertools.product(*columns)
+        )
         table = RowTable()
         for item in job.items:
             for seed in job.seeds:

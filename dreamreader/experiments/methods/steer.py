@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dreamreader import edits as kinds
 from dreamreader._files import explained
@@ -19,12 +19,29 @@ from dreamreader.experiments.methods.base import RowTable, SweptPlaces, alphas
 from dreamreader.experiments.row import Row
 from dreamreader.recording.labelled import mean_over_tokens
 from dreamreader.specs.data import Item, pairs_only, read_items
-from dreamreader.specs.parts import AnySeeds, Data, Seeds, listed_seeds
+from dreamreader.specs.parts import AnySeeds, Data, Part, Seeds, listed_seeds
 from dreamreader.steering import Directions, Fitter
 from dreamreader.steering.methods import NEEDS
 
 CONTROLS = ("random_direction", "shuffled_labels", "target_prompt")
 _FILES = {"edited": "directions", "shuffled_labels": "directions-shuffled"}
+
+
+class DirectionsFile(Part):
+    """Directions that were fitted before."""
+
+    file: str = Field(description="Written by `Directions.save`, with every site of the cells.")
+
+    def load(self) -> Directions:
+        """What is in it.
+
+        Raises:
+            InvalidInput: it is missing, damaged, or of another kind.
+        """
+        try:
+            return Directions.load(self.file)
+        except OSError as error:
+            raise InvalidInput(f"method.directions: {error}") from error
 
 
 class SteerMethod(Method, SweptPlaces):
@@ -35,9 +52,12 @@ class SteerMethod(Method, SweptPlaces):
     """
 
     kind: Literal["steer"] = "steer"
-    fit: Data = Field(description="Pairs that the directions are fitted from.")
+    fit: Data | None = Field(None, description="Pairs that the directions are fitted from.")
     fit_seeds: AnySeeds = Field(
         default_factory=lambda: Seeds(start=100_000), description="Seeds of the pairs."
+    )
+    directions: DirectionsFile | None = Field(
+        None, description="Directions of a file, instead of fit."
     )
     direction: Literal["mean", "caa", "pca", "lda", "logistic"] = Field(
         "mean", description="How a direction follows from the pairs, see `dreamreader.steering`."
@@ -56,6 +76,17 @@ class SteerMethod(Method, SweptPlaces):
         default_factory=lambda: list(CONTROLS)
     )
 
+    @model_validator(mode="after")
+    def _one_source(self) -> "SteerMethod":
+        if (self.fit is None) == (self.directions is None):
+            raise ValueError("give one of fit and directions")
+        if self.directions is not None and "shuffled_labels" in self.controls:
+            raise ValueError(
+                "controls: directions of a file have no labels to shuffle; leave shuffled_labels "
+                "out of controls"
+            )
+        return self
+
     @property
     def swept(self) -> list[str]:
         """Conditions that are run at every cell and strength."""
@@ -66,6 +97,8 @@ class SteerMethod(Method, SweptPlaces):
         self.check_cells(job, **axes)
 
     def inputs(self, job: Job) -> dict[str, Any]:
+        if self.directions is not None:
+            return {"directions": dict(self.directions.load())}
         pairs = [[item.prompt, item.target] for item in self._fit_items()]
         return {"fit": hashlib.sha256(repr(pairs).encode()).hexdigest()}
 
@@ -94,7 +127,11 @@ class SteerMethod(Method, SweptPlaces):
             if name in self.swept
         }
         missing = [name for name, file in files.items() if not file.is_file()]
-        fitted = self._fit(job, missing) if missing else {}
+        fitted: dict[str, Directions] = {}
+        if missing and self.directions is not None:
+            fitted["edited"] = self.directions.load()
+        elif missing:
+            fitted = self._fit(job, missing)
         found: dict[str, Directions] = {}
         for name, file in files.items():
             if name in missing:
@@ -148,6 +185,7 @@ class SteerMethod(Method, SweptPlaces):
         }
 
     def _fit_items(self) -> list[Item]:
+        assert self.fit is not None
         items = read_items(self.fit, "method.fit")
         pairs_only(items, "method.fit")
         return items

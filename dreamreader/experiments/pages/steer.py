@@ -36,7 +36,7 @@ class SteerPage(MethodPage):
             Section("Strength", [curves(results, "strength", lines)], lead),
             Section("Sites and windows", [self._heat_map()]),
             *([Section(title, pictures)] if pictures else []),
-            self._evidence(),
+            *self._evidence(),
         ]
 
     def summary(self) -> list[str]:
@@ -78,8 +78,10 @@ class SteerPage(MethodPage):
             notes=[[format_interval(each) for each in line] for line in means],
         )
 
-    def _evidence(self) -> Section:
+    def _evidence(self) -> list[Section]:
         directions = Directions.load(self.method.directions_file(self.results.folder.path))
+        if not directions.evidence:
+            return []
         rows = []
         for site, each in directions.evidence.items():
             spans = [_span(v) for v in (each.auc, each.auc_shuffled, each.auc_random)]
@@ -90,7 +92,7 @@ class SteerPage(MethodPage):
             "Lowest to highest over the steps. AUC: how often a target row that had no part in the "
             "fit lies further along the direction than a source row; 0.5 is chance.",
         )
-        return Section("Directions", [table], f"{directions.method}, norm {directions.norm}.")
+        return [Section("Directions", [table], f"{directions.method}, norm {directions.norm}.")]
 
 
 def _span(values: tuple[float, ...]) -> str:

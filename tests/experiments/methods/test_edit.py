@@ -131,3 +131,39 @@ def test_edits_that_cannot_be(experiment, tmp_path, edit, text) -> None:
     sweep = {"a": ["x"]} if "alpha" in edit else {}
     with pytest.raises(InvalidInput, match=text):
         experiment(method=method(whole, **sweep)).run(tmp_path / "run")
+
+
+def test_axes_that_go_together(experiment) -> None:
+    edit = {"kind": "scale", "site": "$site", "factor": "$factor"}
+    sites = [[MIDDLE], ["unet.mid_block", MIDDLE], [MIDDLE]]
+    together = {**method(edit, site=sites, factor=[2.0, 2.0, 0.5]), "combine": "zip"}
+    made = experiment(method=together)
+    found, rows = edits_of(made)
+    assert [(e.sites, e.factor, e.rows) for e in found] == [
+        ((MIDDLE,), 2.0, [2, 3]),
+        (("unet.mid_block", MIDDLE), 2.0, [4, 5]),
+        ((MIDDLE,), 0.5, [6, 7]),
+    ]
+    assert len(rows) == 8
+
+
+@pytest.mark.parametrize(
+    "axes, text",
+    [
+        ({"site": [MIDDLE], "factor": [1.0, 2.0]}, "zip needs axes of one length, got {'site': 1"),
+        ({"site": [MIDDLE] * 2, "factor": [1.0, 1.0]}, "sweep has a combination twice"),
+    ],
+)
+def test_axes_that_cannot_go_together(experiment, axes, text) -> None:
+    edit = {"kind": "scale", "site": "$site", "factor": "$factor"}
+    with pytest.raises(InvalidInput, match=text):
+        experiment(method={**method(edit, **axes), "combine": "zip"})
+
+
+def test_a_direction_for_each_step_is_projected_out(experiment, tmp_path) -> None:
+    path = tmp_path / "d.safetensors"
+    vectors = torch.randn(2, 96)
+    save_file({MIDDLE: vectors}, path)
+    edit = {"kind": "ablate", "ablation": "project", "site": MIDDLE, "per_step": True}
+    found, _ = edits_of(experiment(method=method({**edit, "direction": {"file": str(path)}})))
+    assert found[0].per_step and torch.equal(found[0].direction[MIDDLE], vectors)

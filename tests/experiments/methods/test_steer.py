@@ -167,3 +167,27 @@ def test_what_steering_needs(experiment, tmp_path) -> None:
         experiment(method=steer(fit={"prompts": ["a"]})).run(tmp_path / "run")
     with pytest.raises(InvalidInput, match="is steered at different tokens"):
         experiment(method=steer(tokens=[0, 1])).run(tmp_path / "run")
+    with pytest.raises(InvalidInput, match="give one of fit and directions"):
+        experiment(method=steer(fit=None))
+    given = {"fit": None, "directions": {"file": "d.safetensors"}}
+    with pytest.raises(InvalidInput, match="have no labels to shuffle; leave shuffled_labels out"):
+        experiment(method=steer(**given))
+    with pytest.raises(InvalidInput, match="method.directions: .*d.safetensors"):
+        experiment(method=steer(**given, controls=[])).run(tmp_path / "run")
+
+
+def test_directions_of_a_file_do_what_fitted_ones_do(experiment, tmp_path) -> None:
+    controls = ["random_direction"]
+    fitted = experiment(method=steer(controls=controls)).run(tmp_path / "fitted")
+    file = fitted.spec.method.directions_file(tmp_path / "fitted")
+    given = {"fit": None, "directions": {"file": str(file)}, "controls": controls}
+    again = experiment(method=steer(**given)).run(tmp_path / "again")
+    assert [row["digest"] for row in again.rows] == [row["digest"] for row in fitted.rows]
+    bare = tmp_path / "bare" / file.name
+    bare.parent.mkdir()
+    Directions({SITE: torch.ones(96)}, "red", "blue", "mean", "none").save(bare)
+    other = experiment(method=steer(**{**given, "directions": {"file": str(bare)}}))
+    with pytest.raises(InvalidInput, match="holds another run: settings.inputs.directions"):
+        other.run(tmp_path / "again")
+    other.run(tmp_path / "other")  # without evidence
+    assert "AUC" not in (tmp_path / "other" / "report.html").read_text()
