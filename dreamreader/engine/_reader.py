@@ -356,7 +356,8 @@ class Reader:
             The clock of the pipeline, which knows its schedule.
 
         Raises:
-            InvalidInput: the subject is no pipeline, or has no such denoiser.
+            InvalidInput: the subject is no pipeline, or has no such denoiser; or a call was asked
+                for something after it was over.
 
         Example:
             >>> times = []

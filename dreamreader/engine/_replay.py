@@ -43,6 +43,7 @@ class Evaluation:
         self._subject = subject
         self._clock = clock
         self._edited = subject.edited
+        self._is_over = False
 
     @cached_property
     def moment(self) -> DenoiserCall:
@@ -50,7 +51,9 @@ class Evaluation:
 
         Raises:
             ClockUnknown: they cannot be known.
+            InvalidInput: the call is over, and they were not asked for while it ran.
         """
+        self._need_running("moment")
         return self._clock.now()
 
     @property
@@ -82,7 +85,12 @@ class Evaluation:
 
     @property
     def is_edited(self) -> bool:
-        """Whether an edit of this reader has been applied since the call began."""
+        """Whether an edit of this reader has been applied since the call began.
+
+        Raises:
+            InvalidInput: the call is over.
+        """
+        self._need_running("is_edited")
         return self._subject.edited != self._edited
 
     def again(self, edits: bool = True) -> Any:
@@ -91,7 +99,11 @@ class Evaluation:
         Args:
             edits: whether those of the reader act on modules inside. On the denoiser's own input
                 and output they never do.
+
+        Raises:
+            InvalidInput: the call is over, and with it the edits that acted on it.
         """
+        self._need_running("again()")
         with self._beside(edits):
             # not the module's call: clock and trackers hear of one evaluation
             return self.module.forward(*self.args, **self.kwargs)
@@ -118,8 +130,9 @@ class Evaluation:
 
         Raises:
             InvalidInput: inference mode is on, the denoiser's first argument is no tensor, it does
-                not reach the site, or it has no gradient checkpointing.
+                not reach the site, it has no gradient checkpointing, or the call is over.
         """
+        self._need_running("gradient()")
         if torch.is_inference_mode_enabled():
             raise InvalidInput(f"{site.name}: needs gradients, which inference_mode has not")
         denoiser, sample = unwrapped(self.module), self.sample
@@ -130,6 +143,13 @@ class Evaluation:
             value = objective(_value_at(site, denoiser, args, kwargs))
             (grad,) = torch.autograd.grad(value.sum(), x)
         return value.detach(), grad
+
+    def _need_running(self, name: str) -> None:
+        if self._is_over:
+            raise InvalidInput(
+                f"{name} of a call of {self.component} that is over: ask for it in before(call) or "
+                "after(call, output), while the edits and the time of the call are there"
+            )
 
     @contextmanager
     def _beside(self, edits: bool) -> Iterator[None]:
@@ -154,6 +174,9 @@ def replaying(
     """See `Reader.replay`."""
     if subject.kind != "pipeline":
         raise InvalidInput(f"calls of a denoiser need a pipeline, got {subject.name}")
+    for name, given in (("before", before), ("after", after)):
+        if given is not None and not callable(given):
+            raise InvalidInput(f"replay: {name} takes a function of the call, got {given!r}")
     clock = Clock(subject.model)
     if denoiser is not None and denoiser not in clock.denoisers:
         known = ", ".join(clock.denoisers) or "none"
@@ -190,7 +213,10 @@ def _handed_on(
 
     def end(module: nn.Module, args: tuple, output: Any) -> Any:
         call = running.pop()
-        return None if after is None else after(call, output)
+        try:
+            return None if after is None else after(call, output)
+        finally:
+            call._is_over = True
 
     # The first of all hooks, as edits of the denoiser's input come later; then, where the clock
     # knows what is running, the caller's.

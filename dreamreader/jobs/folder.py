@@ -24,6 +24,10 @@ from dreamreader.jobs.differences import Difference, differences, first_differen
 from dreamreader.jobs.fingerprint import Fingerprint
 
 FINGERPRINT, PLAN, SPEC = "fingerprint.json", "plan.json", "spec.yaml"
+IDENTITIES = (
+    FINGERPRINT,
+    "manifest.json",
+)  # one of them says what a folder is of; stores: the last
 _RUN = "# of the run "
 _SAID = "what was run, for you to read; change a copy"
 
@@ -111,6 +115,19 @@ class JobFolder:
     def locked(self) -> AbstractContextManager[None]:
         """Keeps a second process out; see `locked`."""
         return locked(self.path)
+
+    def check_alone(self) -> None:
+        """Refuses a folder of a kind of job that keeps its files in another way.
+
+        Raises:
+            InvalidInput: a store in place of a run folder, or the other way round.
+        """
+        for name in IDENTITIES:
+            if name != self.identity and (self.path / name).is_file():
+                raise InvalidInput(
+                    f"{self.path} holds {name}, which is of another kind of job than a "
+                    f"{self.noun}. Give another folder, or delete this one"
+                )
 
     def begin(self, spec: BaseModel, taken: Fingerprint, plan: Mapping[str, Any]) -> None:
         """Says what the folder is of, or checks that it is of the same.

@@ -108,11 +108,13 @@ def list_jobs(path: str | os.PathLike[str]) -> list[tuple[str, str, str, str]]:
     Raises:
         InvalidInput: there is no such folder.
     """
+    from dreamreader.jobs.folder import IDENTITIES
+
     folder, found = Path(path), []
     if not folder.is_dir():
         raise InvalidInput(f"{folder}: no such folder")
     for each in sorted(folder.iterdir()):
-        if not any((each / name).is_file() for name in ("fingerprint.json", "manifest.json")):
+        if not any((each / name).is_file() for name in IDENTITIES):
             continue
         try:
             kind = kind_of_folder(each)

@@ -198,3 +198,25 @@ def test_errors_say_what_was_looked_at(place, arguments, text, tmp_path: Path, m
     found = run(*(each.format(place=place) for each in arguments))
     assert found.exit_code == 2, found.output
     assert text in found.stderr and "Traceback" not in found.output
+
+
+@pytest.mark.parametrize(
+    "kind, other, holds",
+    [
+        ("harvest", "experiment", "holds fingerprint.json, which is of another kind of job than a"),
+        ("reft", "harvest", "holds manifest.json, which is of another kind of job than a training"),
+        (
+            "experiment",
+            "harvest",
+            "holds manifest.json, which is of another kind of job than a run",
+        ),
+    ],
+)
+def test_a_folder_of_another_kind_is_refused_and_left_as_it_is(
+    place: Path, kind: str, other: str, holds: str
+):
+    folder = place / "runs" / other
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    found = run("run", place / f"{kind}.yaml", "-o", folder)
+    assert found.exit_code == 2 and holds in " ".join(found.output.split())
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before

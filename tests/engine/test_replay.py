@@ -51,6 +51,26 @@ def test_a_call_made_again_gives_what_it_gave_and_what_it_gives_without_edits(
     assert not reader.subject.unet._forward_hooks and not reader.subject.unet._forward_pre_hooks
 
 
+def test_a_call_that_is_over_gives_nothing_that_would_be_of_another_time(reader: Reader) -> None:
+    calls: list[Evaluation] = []
+    [site] = reader.sites(SITE)
+    with reader.replay(before=calls.append):
+        reader.run("a cat", edits=Scale(SITE, 3.0), **SETTINGS)
+    first = calls[0]
+    for ask in (
+        first.again,
+        lambda: first.gradient(site, Tensor.sum),
+        lambda: first.moment,
+        lambda: first.is_edited,
+    ):
+        with pytest.raises(InvalidInput, match="of a call of unet that is over: ask for it in"):
+            ask()
+    wrong: Any = 3
+    with pytest.raises(InvalidInput, match="replay: after takes a function of the call, got 3"):
+        with reader.replay(wrong):
+            pass
+
+
 def test_arguments_are_those_before_an_edit_of_the_input(reader: Reader) -> None:
     given, edited = [], []
     edit = Scale("unet:in", 0.0, steps=[0])
