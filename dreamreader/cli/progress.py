@@ -12,7 +12,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-PIPE_WIDTH = 200  # columns where the output is no terminal, so that no name is broken
+PIPE_WIDTH = 2000  # columns where the output is no terminal, so that no line is broken
 
 
 def console(stderr: bool = False) -> Console:

@@ -34,7 +34,8 @@ def load_results(path: str | os.PathLike[str]) -> Results:
         InvalidInput: it is no complete run, or damaged.
 
     Example:
-        >>> load_results("runs/red-to-blue").mean("edited", "color_kept")
+        >>> results = load_results("runs/red-to-blue")
+        >>> tint = results.mean("patched", "tint")
     """
     folder = RunFolder(Path(path))
     rows, measured = folder.table()

@@ -28,6 +28,7 @@ class Results:
         metrics: columns that metrics, or the method, measured.
 
     Example:
+        >>> from dreamreader.experiments import load_results
         >>> results = load_results("runs/red-to-blue")
         >>> tint = results.mean("patched", "tint")
     """

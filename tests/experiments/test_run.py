@@ -135,7 +135,7 @@ def test_batches_keep_their_rows_whatever_the_memory(experiment, tmp_path, monke
 
     row = probe(experiment().job)
     free = {"bytes": 2 * 3.5 * row}
-    monkeypatch.setattr("dreamreader.engine._recorder._available", lambda: free["bytes"])
+    monkeypatch.setattr("dreamreader.engine._recorder.available_memory", lambda: free["bytes"])
     auto = {"batch": {"rows": "auto"}}
     with pytest.raises(KeyboardInterrupt):
         experiment(metrics=[Stopping()], **auto).run(tmp_path / "run")
@@ -229,7 +229,7 @@ def test_a_folder_of_another_run_is_refused_with_the_first_difference(experiment
     folder = tmp_path / "run"
     before = experiment().run(folder)
     for changes, text in (
-        ({"seeds": 2}, "settings.spec.seeds.count was 1, is 2"),
+        ({"seeds": {"count": 2}}, "settings.spec.seeds.count was 1, is 2"),
         ({"data": {"prompts": ["a red circle", "a star"]}}, "settings.spec.data.prompts was "),
         ({"batch": {"rows": 3}}, "settings.spec.batch.rows was 4, is 3"),
         ({"pipeline": {"num_inference_steps": 3}}, "pipeline.num_inference_steps was 2, is 3"),

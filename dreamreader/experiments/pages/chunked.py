@@ -85,7 +85,8 @@ def effects(results: Results, condition: str) -> Grid:
         results: of the methods patch, windows or ablate. condition: such as `patched`.
 
     Example:
-        >>> effects(load_results("runs/where-colour-enters"), "patched").top(3)
+        >>> from dreamreader.experiments import load_results
+        >>> found = effects(load_results("runs/where-colour-enters"), "patched").top(3)
     """
     kind = AblatePage if results.spec.method.kind == "ablate" else PatchingPage
     return kind(results).grid(condition)
