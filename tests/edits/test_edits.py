@@ -220,12 +220,15 @@ def test_several_edits_of_a_site_are_one_pass(monkeypatch: pytest.MonkeyPatch) -
 
     passes: list[int] = []
 
-    def counted(x: Tensor, program: Any, *rest: Any) -> Tensor:
-        passes.append(len(program))
-        return intervene(x, program, *rest)
+    def counted(intervene: Any) -> Any:
+        def call(x: Tensor, program: Any, *rest: Any) -> Tensor:
+            passes.append(len(program))
+            return intervene(x, program, *rest)
 
-    intervene = compile.intervene_seen
-    monkeypatch.setattr(compile, "intervene_seen", counted)
+        return call
+
+    for name in ("intervene", "intervene_seen"):
+        monkeypatch.setattr(compile, name, counted(getattr(compile, name)))
     edits = [Steer(SITE, V, 2.0), Scale(SITE, 3.0), Ablate(SITE, "project", direction=V)]
     run(*edits)
     # the first call also runs each edit alone, to see whether it changes anything
