@@ -97,16 +97,18 @@ def _ratio(before, now):
 
 
 @triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
 def _seen(before, after, touched, HALF: tl.constexpr):
     """Bits of what was done to the touched values, as `intervene_seen` gives them."""
-    changed = touched & (before != after)
-    bits = tl.max(tl.max(changed.to(tl.int32), axis=1), axis=0) * _CHANGED
+    bits = tl.where(before != after, _CHANGED, 0)
     if HALF:
-        overflowed = touched & (after - after != 0)
-        not_finite = touched & (before - before != 0)
-        bits += tl.max(tl.max(overflowed.to(tl.int32), axis=1), axis=0) * _OVERFLOWED
-        bits += tl.max(tl.max(not_finite.to(tl.int32), axis=1), axis=0) * _NOT_FINITE
-    return bits
+        bits |= tl.where(after - after != 0, _OVERFLOWED, 0)
+        bits |= tl.where(before - before != 0, _NOT_FINITE, 0)
+    return tl.reduce(tl.reduce(tl.where(touched, bits, 0), 1, _either), 0, _either)
 
 
 @triton.jit(do_not_specialize=["at"])
@@ -236,13 +238,13 @@ def _intervention_kernel(
             z = tl.where(on, z * tl.where(s == 1, ratio, 1 + s * (ratio - 1)), z)
 
     y = z.to(out_ptr.dtype.element_ty)
-    if SEEN:
+    tl.store(target_tile, y, mask=touched)
+    if SEEN:  # out is other memory than x
         before = tl.load(tile, mask=touched, other=0.0)
         half: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth == 16
-        bits = _seen(before.to(work), y.to(work), touched, half)
+        bits = _seen(before, y, touched, half)
         if bits != 0:
             tl.atomic_or(seen_ptr + at, bits)
-    tl.store(target_tile, y, mask=touched)
     if COPY:
         rest = inside & ~touched
         tl.store(target_tile, tl.load(tile, mask=rest, other=0.0), mask=rest)
@@ -261,10 +263,13 @@ class Settings(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def launch_settings(code: str, tokens: int, width: int, *, along_tokens: bool) -> Settings:
+def launch_settings(
+    code: str, tokens: int, width: int, *, along_tokens: bool, seen: bool = False
+) -> Settings:
     """The tile of one program instance, for a packed code and the extents of x.
 
-    `along_tokens`: tokens, not channels, are contiguous in memory.
+    `along_tokens`: tokens, not channels, are contiguous in memory. `seen`: values are compared
+    with those before, which takes registers.
     """
     steps = decode(code)
     subspace = any(step.size > 1 for step in steps)
@@ -275,7 +280,9 @@ def launch_settings(code: str, tokens: int, width: int, *, along_tokens: bool) -
         # of subspaces up to 8192 channels.
         if along_tokens:
             block_t = max(
-                min(16, 8192 // block_d), min(8, (8192 if subspace else 16384) // block_d), 1
+                min(16, 8192 // block_d),
+                min(8, (8192 if subspace or seen else 16384) // block_d),
+                1,
             )
         else:
             block_t = max(min(4 if subspace else 1, 8192 // block_d), 2048 // block_d, 1)
@@ -287,7 +294,9 @@ def launch_settings(code: str, tokens: int, width: int, *, along_tokens: bool) -
         block_t = 2048 // block_d
     block_t = min(max(block_t, 1), triton.next_power_of_2(tokens))
     elements = block_t * block_d
-    return Settings(block_t, block_d, max(4, min(16 if along_tokens else 32, elements // 512)))
+    return Settings(
+        block_t, block_d, max(4, min(16 if along_tokens and not seen else 32, elements // 512))
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -342,7 +351,8 @@ def intervention(
     if x.numel() == 0:
         return
     shapes, ranges = constants(code, width)
-    chosen = launch_settings(code, tokens, width, along_tokens=x.stride(1) < x.stride(2))
+    along = x.stride(1) < x.stride(2)
+    chosen = launch_settings(code, tokens, width, along_tokens=along, seen=seen is not None)
     grid = (rows * triton.cdiv(tokens, chosen.block_t), triton.cdiv(width, chosen.block_d))
     sources, indices = tuple(patches[::2]), tuple(patches[1::2])
     _intervention_kernel[grid](

@@ -135,7 +135,7 @@ def machine_code(case: Case, dtype: str, arch: int, copy: bool = False):
     program, (_, tokens, width) = case.program(), case.shape
     nchw = case.layout == "nchw"
     steps, _ = module.constants(program.code, width)
-    settings = module.launch_settings(program.code, tokens, width, along_tokens=nchw)
+    settings = module.launch_settings(program.code, tokens, width, along_tokens=nchw, seen=copy)
     sources = len(program.patches) // 2
     strides = ("i64", "constexpr", "i64") if nchw else ("i64", "i64", "constexpr")
     unit = 1 if nchw else 2
