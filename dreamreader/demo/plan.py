@@ -19,8 +19,8 @@ Changes = Mapping[str, Sequence[str]]
 
 _SMALL: Changes = {
     "all": ["pipeline.num_inference_steps=8"],
-    "record": ["data.scenes.count=1"],
-    "sweep": ["method.windows=[[0,8],[0,4],[4,8]]", "method.strengths=[1,2]", "data.limit=2"],
+    "record": ["data.scenes.count=2", "seeds.count=1"],
+    "sweep": ["method.windows=[[0,8],[0,4],[4,8]]", "method.strengths=[2,4]", "data.limit=2"],
     "refine": ["data.limit=2"],
     "test": ["data.limit=2"],
     "dose": ["data.limit=2"],
