@@ -34,7 +34,6 @@ from tests.training.jobs import REFT
 ray = pytest.importorskip("ray", reason="needs the extra [ray]")
 PROMPTS = [f"a {c} {s}" for c in ("red", "blue") for s in ("circle", "square", "star")]
 COUNT = len(PROMPTS)
-CORES = 2  # of the cluster
 
 # Python reads it at the start of every worker: what the file CONTROL names happens once.
 CUSTOMIZE = """
@@ -100,11 +99,11 @@ def steering(**changes: Any) -> Experiment:
 
 
 @pytest.fixture
-def workers(request: pytest.FixtureRequest) -> Iterator[int]:
-    """How many; sums may depend on the threads that share them: as many here as a worker has."""
+def one_thread() -> Iterator[None]:
+    """Sums may depend on the threads that share them: as many here as a worker has."""
     before = torch.get_num_threads()
-    torch.set_num_threads(CORES // request.param)
-    yield request.param
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(before)
 
 
@@ -126,7 +125,7 @@ def control(tmp_path_factory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def cluster(control: Path) -> Iterator[None]:
     options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
-    ray.init(address="local", num_cpus=CORES, object_store_memory=80 * 2**20, **options)
+    ray.init(address="local", num_cpus=2, object_store_memory=80 * 2**20, **options)
     yield
     ray.shutdown()
 
@@ -173,12 +172,11 @@ def test_a_job_whose_workers_all_die_says_so(tmp_path: Path, cluster, control: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1], indirect=True)
-def test_a_killed_worker_changes_nothing(tmp_path: Path, cluster, workers: int, kill_at):
+def test_a_killed_worker_changes_nothing(tmp_path: Path, cluster, one_thread, kill_at):
     seen: list[ProgressEvent] = []
     whole = units().run(tmp_path / "local")
     killed = kill_at("000003")
-    store = units().run(tmp_path / "ray", engine=RayEngine(workers), progress=seen.append)
+    store = units().run(tmp_path / "ray", engine=RayEngine(2), progress=seen.append)
     assert len(killed) == 1
     assert [each.done for each in seen] == list(range(COUNT + 1))
     last = seen[-1].numbers
@@ -190,14 +188,13 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path, cluster, workers: int, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [2], indirect=True)
 def test_an_experiment_is_equal_to_the_bit_whoever_is_killed(
-    tmp_path: Path, cluster, workers: int, kill_at
+    tmp_path: Path, cluster, one_thread, kill_at
 ):
     steering().run(tmp_path / "local")
     killed = kill_at("batch-000001.parquet")
     seen: list[ProgressEvent] = []
-    results = steering().run(tmp_path / "ray", engine=RayEngine(workers), progress=seen.append)
+    results = steering().run(tmp_path / "ray", engine=RayEngine(2), progress=seen.append)
     assert len(killed) == 1 and seen[-1].numbers["lost"] == 1
     assert seen[-1].done == seen[-1].total == len(results.rows) == 16
     names = [f for f in (tmp_path / "local").rglob("*") if f.is_file() and f.name != ".lock"]
@@ -209,9 +206,8 @@ def test_an_experiment_is_equal_to_the_bit_whoever_is_killed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1], indirect=True)
 def test_the_command_goes_on_with_a_running_cluster_and_without(
-    tmp_path: Path, cluster, workers: int
+    tmp_path: Path, cluster, one_thread
 ):
     whole = units().run(tmp_path / "whole")
     unit, folder = whole.nbytes / COUNT / 1e9, tmp_path / "store"
@@ -221,8 +217,15 @@ def test_the_command_goes_on_with_a_running_cluster_and_without(
     spec = tmp_path / "spec.json"
     spec.write_text(units().spec.model_dump_json())
     address = ray.get_runtime_context().gcs_address
-    limit = ["--limit-gb", str(5.5 * unit)]
-    options = [*limit, "--engine", "ray", f"--workers={workers}", "--address", address]
+    options = [
+        "--limit-gb",
+        str(5.5 * unit),
+        "--engine",
+        "ray",
+        "--workers=2",
+        "--address",
+        address,
+    ]
     command = [sys.executable, "-m", "dreamreader", "harvest", spec, "-o", folder, *options]
     said = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "6 samples (2 are there) in 6 units of 1" in said.stderr
