@@ -192,7 +192,7 @@ def test_a_full_disk_loses_nothing(experiment, tmp_path, kind, size) -> None:
     changes = {} if METHODS[kind] is None else {"method": METHODS[kind]}
     made = experiment(**changes)
     assert made.job.items  # opened before the disk is full
-    text = "run(/artifacts)?: a file would exceed the size limit; what was finished is kept. Make room"
+    text = "run(/artifacts)?: a file would exceed the size limit; what was finished is kept. Make"
     with no_file_above(size), pytest.raises(InvalidInput, match=text):
         made.run(tmp_path / "run")
     assert not list((tmp_path / "run").rglob("*.part"))
