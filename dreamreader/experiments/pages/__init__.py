@@ -3,32 +3,29 @@
 Pages know methods; methods know no pages.
 """
 
+from importlib import import_module
+
 from dreamreader.experiments.pages.base import MethodPage
-from dreamreader.experiments.pages.chunked import AblatePage, PatchingPage
-from dreamreader.experiments.pages.edit import EditPage
-from dreamreader.experiments.pages.guide import GuidePage
-from dreamreader.experiments.pages.heatmap import HeatMapPage
-from dreamreader.experiments.pages.lens import LensPage
-from dreamreader.experiments.pages.reft import ReftPage
-from dreamreader.experiments.pages.steer import SteerPage
 from dreamreader.experiments.results import Results
 
-PAGES: dict[str, type[MethodPage]] = {
-    "ablate": AblatePage,
-    "edit": EditPage,
-    "guide": GuidePage,
-    "heatmap": HeatMapPage,
-    "lens": LensPage,
-    "patch": PatchingPage,
-    "reft": ReftPage,
-    "steer": SteerPage,
-    "windows": PatchingPage,
+PAGES = {
+    "ablate": "chunked.AblatePage",
+    "edit": "edit.EditPage",
+    "guide": "guide.GuidePage",
+    "heatmap": "heatmap.HeatMapPage",
+    "lens": "lens.LensPage",
+    "patch": "chunked.PatchingPage",
+    "reft": "reft.ReftPage",
+    "steer": "steer.SteerPage",
+    "windows": "chunked.PatchingPage",
 }
+"""Module and class of the page of each kind of method."""
 
 
 def page_of(results: Results) -> MethodPage:
     """The page of the method of a run."""
-    return PAGES[results.spec.method.kind](results)
+    module, _, name = PAGES[results.spec.method.kind].partition(".")
+    return getattr(import_module(f"{__name__}.{module}"), name)(results)
 
 
 __all__ = ["MethodPage", "page_of"]
