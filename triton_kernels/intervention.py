@@ -242,7 +242,7 @@ def _intervention_kernel(
     if SEEN:  # out is other memory than x
         before = tl.load(tile, mask=touched, other=0.0)
         half: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth == 16
-        bits = _seen(before, y, touched, half)
+        bits = _seen(before.to(work), y.to(work), touched, half)
         if bits != 0:
             tl.atomic_or(seen_ptr + at, bits)
     if COPY:

@@ -145,7 +145,7 @@ def test_runs_lists_name_kind_fingerprint_and_state(place: Path, tmp_path: Path)
     (tmp_path / "runs" / "probes" / "fingerprint.json").write_text("{}")
     found = run("runs", tmp_path / "runs")
     assert found.exit_code == 0, found.output
-    lines = {line.split()[0]: line.split(maxsplit=3) for line in found.stdout.splitlines()}
+    lines = {line.split()[0]: line.rstrip().split(maxsplit=3) for line in found.stdout.splitlines()}
     assert lines.keys() == {"name", *KINDS}
     assert lines["experiment"][1] == "experiment" and lines["experiment"][3] == "complete"
     assert lines["harvest"][2] == manifest["jobs"][0]["run"][:12]

@@ -199,7 +199,7 @@ def test_a_plan_does_not_bind_the_run(experiment, tmp_path, monkeypatch) -> None
     made = experiment(**fields)
     row = probe(made.job)
     free = {"bytes": 2 * 1.5 * row}
-    monkeypatch.setattr("dreamreader.engine._recorder.available_memory", lambda: free["bytes"])
+    monkeypatch.setattr("dreamreader.engine.available_memory", lambda: free["bytes"])
     assert made.plan().batch == 1
     free["bytes"] = 2 * 4.5 * row
     rows = made.run(tmp_path / "a").rows

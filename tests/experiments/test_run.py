@@ -135,7 +135,7 @@ def test_batches_keep_their_rows_whatever_the_memory(experiment, tmp_path, monke
 
     row = probe(experiment().job)
     free = {"bytes": 2 * 3.5 * row}
-    monkeypatch.setattr("dreamreader.engine._recorder.available_memory", lambda: free["bytes"])
+    monkeypatch.setattr("dreamreader.engine.available_memory", lambda: free["bytes"])
     auto = {"batch": {"rows": "auto"}}
     with pytest.raises(KeyboardInterrupt):
         experiment(metrics=[Stopping()], **auto).run(tmp_path / "run")

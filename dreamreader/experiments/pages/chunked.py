@@ -86,7 +86,7 @@ def effects(results: Results, condition: str) -> Grid:
 
     Example:
         >>> from dreamreader.experiments import load_results
-        >>> found = effects(load_results("runs/where-colour-enters"), "patched").top(3)
+        >>> found = effects(load_results("runs/red-to-blue"), "patched").top(3)
     """
     kind = AblatePage if results.spec.method.kind == "ablate" else PatchingPage
     return kind(results).grid(condition)
