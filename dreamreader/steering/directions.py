@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -127,7 +127,7 @@ class Directions(Mapping[str, Tensor], Artifact, kind="directions"):
         return dict(self.vectors), content
 
     @classmethod
-    def of_file(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Self:
+    def of_file(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> "Directions":
         vectors = {site: tensors[site] for site in content["sites"]}
         for site, each in vectors.items():
             if each.dim() not in (1, 2):
