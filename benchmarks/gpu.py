@@ -186,13 +186,24 @@ def show(kind: str, row: dict[str, Any]) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__, ["float32", "bfloat16"])
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--width", type=int, default=1280)
+    return checked(parser)
+
+
+def parser_of(doc: str | None, dtypes: list[str]) -> argparse.ArgumentParser:
+    """The options that benchmarks of a GPU share."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", default=dtypes)
     parser.add_argument("--check", action="store_true", help="only check the results")
     parser.add_argument("--output", type=Path, help="file to write")
+    return parser
+
+
+def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options given; ends where a GPU is missing that they need."""
     arguments = parser.parse_args()
     if DEVICE == "cpu" and not arguments.check:
         sys.exit("there is no CUDA device: nothing is measured; --check runs on the CPU")

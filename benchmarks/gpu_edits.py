@@ -8,7 +8,6 @@ gradient beside autograd of plain torch, `guide` beside autograd of the same pro
 Nothing is timed unless it agrees with the reference.
 """
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from gpu import DEVICE, captured, seconds  # noqa: E402
+from gpu import DEVICE, captured, checked, parser_of, seconds  # noqa: E402
 from guide import ODD_ROWS, wrong_rows  # noqa: E402
 
 from dreamreader import _register  # noqa: E402
@@ -139,7 +138,7 @@ def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    arguments = parse()
+    arguments = checked(parser_of(__doc__, ["bfloat16", "float32"]))
     rows = []
     for dtype in (getattr(torch, name) for name in arguments.dtypes):
         for case in [*EDITS, *PROBES]:
@@ -157,18 +156,6 @@ def main() -> None:
         backends = {name: _register.active[name]["CUDA"].backend for name in ("low_rank_", "guide")}
         result = {"environment": environment(), "backends": backends, "rows": rows}
         print(write(result, arguments.output))
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--check", action="store_true", help="only check the results")
-    parser.add_argument("--output", type=Path, help="file to write")
-    arguments = parser.parse_args()
-    if DEVICE == "cpu" and not arguments.check:
-        sys.exit("there is no CUDA device: nothing is measured; --check runs on the CPU")
-    return arguments
 
 
 if __name__ == "__main__":
