@@ -1,12 +1,9 @@
 // CUDA kernel of the attention maps of words: one launch, scores in registers, see
 // attention_words.h.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cmath>
 
 #include "attention_words.h"
+#include "cuda_tile.h"
 
 namespace dreamreader {
 namespace {
@@ -25,8 +22,6 @@ constexpr int kWindow = 1024;  // keys that are searched for weights at a time
 constexpr int kWords = 32;     // words whose sums are held while keys come in several tiles
 constexpr int kQueryPitch = kQueries + 4;  // 16-byte reads of queries
 constexpr int kKeyPitch = kKeys + 1;       // the slab is written along channels without conflicts
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct Shared {
   float query[kSlab * kQueryPitch];
@@ -35,10 +30,6 @@ struct Shared {
   uint32_t found[kWindow / kWarp];
   float sums[kWords * kQueries];
 };
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 template <typename T>
 struct Tile {
@@ -94,8 +85,8 @@ struct Tile {
     for (int i = int(threadIdx.x) / kSlab; i < kQueries; i += kThreads / kSlab) {
       float q = 0.0f;
       if (inside && i < count)
-        q = to_float(queries[(first_query + i) * call.query_strides[2] +
-                             (begin + channel) * call.query_strides[3]]);
+        q = widen<float>(queries[(first_query + i) * call.query_strides[2] +
+                                 (begin + channel) * call.query_strides[3]]);
       shared.query[channel * kQueryPitch + i] = q;
     }
     for (int i = int(threadIdx.x) / kSlab; i < kKeys; i += kThreads / kSlab) {
@@ -103,7 +94,7 @@ struct Tile {
       float k = 0.0f;
       if (inside && j >= 0)
         k = sign *
-            to_float(keys[j * call.key_strides[2] + (begin + channel) * call.key_strides[3]]);
+            widen<float>(keys[j * call.key_strides[2] + (begin + channel) * call.key_strides[3]]);
       shared.key[channel * kKeyPitch + i] = k;
     }
   }
@@ -157,8 +148,8 @@ struct Tile {
     if (call.mask_type == MaskType::none) return score;
     const float added = call.mask_type == MaskType::f32 ? static_cast<const float*>(call.mask)[at]
                         : call.mask_type == MaskType::bf16
-                            ? to_float(static_cast<const __nv_bfloat16*>(call.mask)[at])
-                            : to_float(static_cast<const __half*>(call.mask)[at]);
+                            ? widen<float>(static_cast<const __nv_bfloat16*>(call.mask)[at])
+                            : widen<float>(static_cast<const __half*>(call.mask)[at]);
     return fmaf(score, magnitude, added);
   }
 

@@ -4,8 +4,8 @@
 // batch and `slots * kChannels` channels. A thread holds kTokens x kChannels elements of it:
 //
 //   token(j)   = first_token + (lane % across) * kTokens + j
-//   channel(i) = first_channel + i / kChannelRun * hop + i % kChannelRun,  hop = slots *
-//   kChannelRun
+//   channel(i) = first_channel + i / kChannelRun * hop + i % kChannelRun
+//   hop        = slots * kChannelRun
 //
 // Runs of kTokenRun tokens or kChannelRun channels are contiguous in memory and move as one 16-byte
 // access; at most one of the two is above 1. Programs with a sum over channels have all channels of
@@ -14,20 +14,14 @@
 // that have no runs, and for rows too wide for registers.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cmath>
 #include <cstring>
 #include <type_traits>
 
+#include "cuda_tile.h"
 #include "intervention.h"
 
 namespace dreamreader {
-
-constexpr int kWarp = 32;
-constexpr uint32_t kAllLanes = 0xffffffffu;
 
 template <typename W>
 struct Job {
@@ -41,28 +35,6 @@ struct Job {
   int32_t group_bytes;  // shared memory of one group
   int32_t* seen;        // out of place: where bits of Seen are added, or null
 };
-
-template <typename W, typename T>
-__device__ __forceinline__ W widen(T value) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return W(__bfloat162float(value));
-  } else if constexpr (std::is_same_v<T, __half>) {
-    return W(__half2float(value));
-  } else {
-    return W(value);
-  }
-}
-
-template <typename T, typename W>
-__device__ __forceinline__ T narrow(W value) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16_rn(value);
-  } else if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(value);
-  } else {
-    return value;
-  }
-}
 
 // The value itself, as far as the compiler knows another one each time: it then computes addresses
 // where they are used, instead of once before the loop over the steps, where they do not fit into

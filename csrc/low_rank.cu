@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kThreads) low_rank_sums_kernel(const __grid_co
       for (int j = 0; j < kHeld; ++j) {
 #pragma unroll
         for (int e = 0; e < kQuad; ++e)
-          sums[j].at[e] = fmaf(d[n][j], widen(rows[n].at[e]), sums[j].at[e]);
+          sums[j].at[e] = fmaf(d[n][j], widen<float>(rows[n].at[e]), sums[j].at[e]);
         bias[j] += d[n][j];
       }
   }

@@ -8,38 +8,17 @@
 // `spread` a thread owns four channels. Tables come from the L2 cache.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cmath>
-#include <type_traits>
 
+#include "cuda_tile.h"
 #include "low_rank.h"
 
 namespace dreamreader {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kThreads = 256;
 constexpr int kRanks = 4;
 constexpr int kQuad = 4;
 constexpr int kMaxRows = 32;  // of a tile
-
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename T>
-__device__ __forceinline__ T narrow(float x) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return x;
-  } else if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(x);
-  } else {
-    return __float2bfloat16_rn(x);
-  }
-}
 
 // Four neighbours, which move at once.
 template <typename T>
@@ -230,7 +209,7 @@ struct LowRankTile {
           for (int e = 0; e < kQuad; ++e)
 #pragma unroll
             for (int j = 0; j < kRanks; ++j)
-              sums[i * kRanks + j] = fmaf(widen(x.at[e]), a[j].at[e], sums[i * kRanks + j]);
+              sums[i * kRanks + j] = fmaf(widen<float>(x.at[e]), a[j].at[e], sums[i * kRanks + j]);
         }
       }
       sum_over_lanes<kGroup * kRanks>(sums, lane);
@@ -265,7 +244,7 @@ struct LowRankTile {
           Quad<T> x = *at;
 #pragma unroll
           for (int e = 0; e < kQuad; ++e)
-            x.at[e] = narrow<T>(fmaf(rows.strength[first + i], sums[i][e], widen(x.at[e])));
+            x.at[e] = narrow<T>(fmaf(rows.strength[first + i], sums[i][e], widen<float>(x.at[e])));
           *at = x;
         }
       }

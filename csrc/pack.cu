@@ -1,25 +1,20 @@
 // CUDA kernels of the packing, see pack.h. Where features lie next to one another, a block owns a
 // row; elsewhere tokens do so in most layouts, and a block turns a tile of rows in shared memory.
 // With a scale, values are formed twice: the second look finds them in the cache.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cstdint>
 
+#include "cuda_tile.h"
 #include "pack_bits.h"
 #include "pack_cuda.h"
 
 namespace dreamreader {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kRowThreads = 128;
 constexpr int kTileRows = 16;  // of 2 bytes each, tokens next to one another fill a sector
 constexpr int kTileThreads = 512;
 constexpr int kTileAcross = kTileThreads / kTileRows;
 constexpr int kTileFeatures = 4 * kTileAcross;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <typename T>
 struct Work {
@@ -29,11 +24,6 @@ template <>
 struct Work<double> {
   using type = double;
 };
-
-__device__ __forceinline__ double widened(double x) { return x; }
-__device__ __forceinline__ float widened(float x) { return x; }
-__device__ __forceinline__ float widened(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 template <typename T, int kRun>
 struct alignas(sizeof(T) * kRun < 16 ? sizeof(T) * kRun : 16) Run {
@@ -91,7 +81,7 @@ struct Values {
         static_cast<const T*>(data) + entry * stride[0] + token * stride[1] + d * stride[2];
     const Run<T, kRun> run = *reinterpret_cast<const Run<T, kRun>*>(from);
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) to[i] = widened(run.at[i]);
+    for (int i = 0; i < kRun; ++i) to[i] = widen<W>(run.at[i]);
   }
 
   __device__ __forceinline__ void judge(const W (&values)[kRun]) {
