@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def show_adapter(file: Path) -> None:
     """Prints the sites, shapes and parameters of trained adapters."""
-    from dreamreader.cli.progress import console, table
+    from dreamreader.cli.console import console, table
     from dreamreader.reft import Reft
     from dreamreader.training.folder import ADAPTER
 
@@ -41,7 +41,7 @@ def show_probe_file(file: Path) -> None:
 
 def show_probe(probe: "Probe") -> None:
     """Prints the card of a probe: what it was trained on, what it and its controls reach."""
-    from dreamreader.cli.progress import console, table
+    from dreamreader.cli.console import console, table
 
     card = probe.card
     facts = table("", "")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamreader._progress import ProgressCallback, ProgressEvent, silent
+from dreamreader._progress import ProgressCallback, ProgressEvent, part_of, silent
 from dreamreader.engine import Activation, Reader, Record, check_lengths
 from dreamreader.probes import Probe, fit
 from dreamreader.probes.split import HELD_OUT, dealt, number_groups
@@ -123,7 +123,8 @@ class Prompted:
             few |= {"num_inference_steps": min(2, steps), "output_type": "latent"}
         prompts = self.prompts[:2]
         began = time.perf_counter()
-        self.reader.run(prompts, record=self._records(self.sites), seeds=self.seeds[:2], **few)
+        own = {"seeds": self.seeds[:2], "progress": False}
+        self.reader.run(prompts, record=self._records(self.sites), **own, **few)
         once = (time.perf_counter() - began) / len(prompts) / (min(2, steps) if steps else 1)
         seconds = once * len(self.prompts) * (steps or 1)
         lines = [f"sites   {len(self.sites)}", *(f"        {each}" for each in self.sites[:12])]
@@ -162,26 +163,15 @@ class Prompted:
         self, sites: Sequence[str], batch: int, report: ProgressCallback
     ) -> tuple[dict[str, Activation], Values]:
         """The activations of all rows, and their labels."""
-        rows, steps = len(self.prompts), steps_of(self.reader, self.settings)
-        ticks = 0
-
-        def tick(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-            nonlocal ticks
-            ticks += 1
-            report(ProgressEvent("recording", min(rows, ticks * batch // (steps or 1)), rows))
-            return given
-
-        hears: dict[str, Any] = {} if steps is None else {"callback_on_step_end": tick}
         with torch.inference_mode():
             found = self.reader.run(
                 self.prompts,
                 record=self._records(sites),
                 seeds=self.seeds,
                 batch_size=batch,
+                progress=part_of(report, 0, len(self.prompts), "recording"),
                 **self.settings,
-                **hears,
             )
-        report(ProgressEvent("recording", rows, rows))
         if not from_detector(self.spec.labels):
             return dict(found.cache.items()), self.columns
         images = found.images
@@ -210,5 +200,5 @@ class Prompted:
             changes["num_inference_steps"] = 1
         prompt = self.items[0].prompt
         return activation_bytes(
-            self.reader.subject, lambda: self.reader.run(prompt, seeds=0, **changes)
+            self.reader.subject, lambda: self.reader.run(prompt, seeds=0, progress=False, **changes)
         )
