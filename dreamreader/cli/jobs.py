@@ -318,16 +318,22 @@ def verify_folder(kind: "type[SpecJob[Any]]", folder: Path, rows: int = 8, seed:
 
 
 def show_file(path: Path) -> None:
-    """Prints what a file of a training holds: a probe, or else adapters."""
+    """Prints what a file of a training holds: a probe, or adapters."""
+    from dreamreader.artifacts import load
     from dreamreader.cli.trained import show_adapter, show_probe
     from dreamreader.probes import Probe
+    from dreamreader.reft import Reft
 
-    try:
-        probe = Probe.load(path)
-    except (InvalidInput, FileNotFoundError):
-        show_adapter(path)  # it says what is wrong with a file that is neither
-        return
-    show_probe(probe)
+    found = load(path)
+    if isinstance(found, Probe):
+        show_probe(found)
+    elif isinstance(found, Reft):
+        show_adapter(found)
+    else:
+        raise InvalidInput(
+            f"{path} holds {found.artifact_kind}; shown are probes and adapters (reft), and "
+            "dreamreader.load_artifact reads all kinds"
+        )
 
 
 def engine_of(name: str, workers: int | None, address: str | None) -> Any:
