@@ -13,7 +13,9 @@ from torch import Tensor
 from dreamreader._progress import ProgressCallback, ProgressEvent, part_of, silent
 from dreamreader.engine import Activation, Reader, Record, check_lengths
 from dreamreader.probes import Probe, fit
-from dreamreader.probes.split import HELD_OUT, dealt, number_groups
+from dreamreader.probes.labels import encode_labels
+from dreamreader.probes.objective import check_counts, count_rows
+from dreamreader.probes.split import HELD_OUT, TRAIN, dealt, number_groups
 from dreamreader.recording.labelled import mean_over_tokens
 from dreamreader.specs.batch import activation_bytes, duration, rows_that_fit
 from dreamreader.specs.data import read_items
@@ -83,6 +85,23 @@ class Prompted:
         if is_language(self.reader):
             return found
         return found | {"output_type": "pt" if from_detector(self.spec.labels) else "latent"}
+
+    def check(self) -> None:
+        """Refuses sites and labels that cannot be trained on, before anything is run.
+
+        Raises:
+            UnknownName, InvalidInput: no such site; labels of one class, or too few rows to hold
+                some out. Labels that are read from pictures are known later.
+        """
+        self.sites  # noqa: B018
+        if from_detector(self.spec.labels):
+            return
+        probe = self.spec.probe
+        kept, labels = complete_rows(self.columns, probe.task)
+        task, targets = encode_labels(labels, probe.task)
+        prompts = [self.prompts[n] for n in kept]
+        part = dealt(number_groups(prompts, len(kept)), targets, probe.holdout, probe.seed)
+        check_counts(task, count_rows(task, targets[part == TRAIN]))
 
     def identity(self) -> dict[str, Any]:
         """What tells these rows from others."""
