@@ -9,7 +9,13 @@ from torch import Tensor
 
 from dreamreader._progress import ProgressCallback, ProgressEvent
 from dreamreader.engine._cache import Cache
-from dreamreader.engine._decoding import Decoding, check, explain_errors, plan_decoding
+from dreamreader.engine._decoding import (
+    Decoding,
+    check,
+    check_length,
+    explain_errors,
+    plan_decoding,
+)
 from dreamreader.engine._firing import FiringReport
 from dreamreader.engine._padding import decoder_start, position_arguments
 from dreamreader.engine._prompts import TextReader, padded, tokenize
@@ -50,6 +56,7 @@ def run_language(
         inputs |= {name: arguments.pop(name)} if name in arguments else {}
     _check_rows(inputs, len(plan))
     check(arguments)
+    check_length(model, inputs["input_ids"].shape[1], arguments)
     forward = not arguments.keys() - FORWARD
     decoding = None if forward else plan_decoding(model, arguments, len(plan))
     fixed = position_arguments(subject, inputs, generates=not forward)
