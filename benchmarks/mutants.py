@@ -278,7 +278,8 @@ class Bench:
     def reach(self) -> None:
         """Finds the tests that reach each line, and the seconds of each test."""
         there, times = self.copy("reach"), self.folder / "times.json"
-        coverage = [f"--cov={self.package}", "--cov-context=test", "--cov-report="]
+        folder = self.package if (ROOT / self.package).is_dir() else Path(self.package).parent
+        coverage = [f"--cov={folder}", "--cov-context=test", "--cov-report="]
         status = self.pytest(there, *self.tests, *coverage, seconds=3600, times=times)
         if status != 0:
             sys.exit(f"the tests fail without a fault (exit status {status})")

@@ -37,6 +37,14 @@ def test_equal_inputs_give_equal_digests_and_every_part_changes_it(module):
     assert len({base.digest, *(other.digest for other in others)}) == len(others) + 1
 
 
+def test_the_order_of_a_configuration_changes_no_digest(module):
+    digests = []
+    for config in ({"a": 1, "b": 2}, {"b": 2, "a": 1}, {"a": 1, "b": 3}):
+        module.config = config
+        digests.append(fingerprint(module, {}, seeds=[0]).digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_machine_is_beside_the_hash(module):
     base = fingerprint(module, {}, seeds=[0])
     moved = dataclasses.replace(base, machine={"processor": "another"})
