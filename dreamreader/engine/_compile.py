@@ -1,6 +1,6 @@
 """From the edits active at a site to programs: one pass over memory where possible."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from dreamreader.engine._edit_context import EditContext
 from dreamreader.engine._edit_request import EditRequest
 from dreamreader.engine._notes import HALF, Notes
 from dreamreader.ops import Instruction, Program, intervene
-from dreamreader.ops.intervention import intervene_seen
+from dreamreader.ops.intervention import intervene_seen, intervention_of
 
 _MOST = 32  # instructions of one program
 _PATCHES = 8
@@ -94,6 +94,21 @@ class Compiled:
                         x = intervene_seen(x, each.program, *notes.place(None, each.numbers, x))
             x = y
         return x
+
+    def repeated(self, x: Tensor, notes: Notes) -> Callable[[Tensor, CallContext], Tensor]:
+        """`run_noted` for values of the shape, dtype and device of x: its choices are made once."""
+        stage = self.stages[0]
+        if len(self.stages) > 1 or stage.program is None or stage.program.requires_grad:
+            return lambda x, now: self.run_noted(x, now, notes)
+        numbers, changed = stage.numbers, notes.known_changed
+        plain = intervention_of(stage.program, x)
+        if x.dtype in HALF:
+            return lambda x, now: self.run_noted(x, now, notes)
+
+        def run(x: Tensor, now: CallContext) -> Tensor:
+            return plain(x) if changed.issuperset(numbers) else self.run_noted(x, now, notes)
+
+        return run
 
 
 def compile_edits(active: Sequence[ActiveEdit], shape: tuple[int, int, int]) -> Compiled:

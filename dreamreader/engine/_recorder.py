@@ -109,6 +109,7 @@ class _PieceBlock:
         return self.memory.select(2, number)
 
 
+Keeper = Callable[[Tensor, CallContext], None]
 _Filed = tuple[tuple[str, ...], _PieceBlock, int]  # branches, where their values are
 
 _NEVER = (UNTIMED.step, UNTIMED.evaluation)
@@ -152,6 +153,36 @@ class Recorder:
             self._parts[now.run] = (self._copied(x, moments), held, now)
         else:
             self._file(x, held, now, moments)
+
+    def keeper(self, x: Tensor, held: Selection, moments: int) -> Keeper:
+        """`keep` for values of the shape, dtype and device of x: its choices are made once."""
+
+        def keep(x: Tensor, now: CallContext) -> None:
+            self.keep(x, held, now, moments)
+
+        request, name, memory = self.request, self.name, self._memory
+        whole = held.picked is None and held.columns is None and request.reduce is None
+        opens = held.heads and x.dim() == 3
+        if not whole or opens or moments > 1 or len(held.branches) != 1:
+            return keep
+        device, dtype = request.device, request.dtype or x.dtype
+        here = device is None or x.device == torch.device(device)
+        size = x.numel() * dtype.itemsize
+        is_clone = here and dtype == x.dtype
+
+        def copy(x: Tensor, now: CallContext) -> None:
+            run, parts = now.run, self._parts
+            if run in parts or not self._announced or x.requires_grad:
+                return keep(x, now)
+            memory.held += size
+            if memory.held > memory.limit:
+                memory.add(0, name)
+            if is_clone and x.is_contiguous():
+                parts[run] = (x.clone(), held, now)
+            else:
+                parts[run] = (_copy(x, device, dtype), held, now)
+
+        return copy
 
     def _copied(self, x: Tensor, moments: int) -> Tensor:
         """A copy in memory of our own: later changes in place must not show."""

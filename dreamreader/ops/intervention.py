@@ -12,7 +12,7 @@ s = 1 gives clamp, fill and patch their target exactly, and fill and patch then 
 are computed in float32 (float64 for float64) and rounded once, at the end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -157,6 +157,36 @@ def intervene_seen(
         look(x, y, seen, at, compare)
         return y
     return _intervene_seen(x, program.number, seen, at, compare)
+
+
+def intervention_of(program: Program, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """`intervene` with a program, for values of the shape, dtype and device of x and no others.
+
+    The caller sees to that, and to it that no table of the program requires grad.
+    """
+    tables = program.tables(x.dtype)
+    if not (_direct and x.is_cpu):
+        return lambda x: _intervene(x, *tables)
+    kernel, empty_like = _native.intervene_cpu, _alloc.empty_like
+
+    def run(x: Tensor) -> Tensor:
+        if (
+            type(x) is not Tensor
+            or forward_ad._current_level >= 0
+            or x.requires_grad
+            or x.is_neg()
+            or _len_dispatch_stack()
+            or _len_function_stack()
+            or _in_torch_func()
+            or _tracing_state() is not None
+            or _is_compiling()
+        ):
+            return intervene(x, program)
+        out = empty_like(x)
+        kernel(x, out, *tables, _threads())
+        return out
+
+    return run
 
 
 def _passes_dispatcher(x: Tensor, program: Program) -> bool:
