@@ -96,19 +96,26 @@ class Compiled:
         return x
 
     def repeated(self, x: Tensor, notes: Notes) -> Callable[[Tensor, CallContext], Tensor]:
-        """`run_noted` for values of the shape, dtype and device of x: its choices are made once."""
-        stage = self.stages[0]
-        if len(self.stages) > 1 or stage.program is None or stage.program.requires_grad:
-            return lambda x, now: self.run_noted(x, now, notes)
-        numbers, changed = stage.numbers, notes.known_changed
-        plain = intervention_of(stage.program, x)
-        if x.dtype in HALF:
-            return lambda x, now: self.run_noted(x, now, notes)
+        """`run_noted` for values of the form of x: its choices are made once."""
+
+        def general(x: Tensor, now: CallContext) -> Tensor:
+            return self.run_noted(x, now, notes)
+
+        stage, changed = self.stages[0], notes.known_changed
+        numbers, program = stage.numbers, stage.program
+        if len(self.stages) > 1 or program is None or program.requires_grad:
+            return general
+        apply = intervention_of(program, x)
 
         def run(x: Tensor, now: CallContext) -> Tensor:
-            return plain(x) if changed.issuperset(numbers) else self.run_noted(x, now, notes)
+            return apply(x) if changed.issuperset(numbers) else general(x, now)
 
-        return run
+        def run_half(x: Tensor, now: CallContext) -> Tensor:
+            if not changed.issuperset(numbers):
+                return general(x, now)
+            return apply(x, *notes.place(now, numbers, x))
+
+        return run_half if x.dtype in HALF else run
 
 
 def compile_edits(active: Sequence[ActiveEdit], shape: tuple[int, int, int]) -> Compiled:

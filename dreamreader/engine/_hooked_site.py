@@ -6,12 +6,12 @@ from functools import cached_property
 from threading import get_ident
 from typing import Any
 
-import torch
 from torch import Tensor, is_grad_enabled, nn
 
 from dreamreader.engine._call_context import CallContext
 from dreamreader.engine._compile import ActiveEdit, Compiled, compile_edits
 from dreamreader.engine._edit_request import EditRequest
+from dreamreader.engine._form import form_of
 from dreamreader.engine._notes import Notes
 from dreamreader.engine._placement import Placement
 from dreamreader.engine._probs import Attention
@@ -60,24 +60,26 @@ _Act = Callable[[Tensor, CallContext], Tensor | None]
 
 @dataclass(slots=True, eq=False)
 class _KnownVisit:
-    """A kind of visit that was seen before: the key of its plan taken apart, and what it asks for.
+    """A kind of visit that was seen before.
 
-    `call` is -1, which no call has, until there is an `act`: what is done without further checks.
+    Attributes:
+        key: what it has in common. plan: what is done then.
+        call, run, grad: from the key; -1, which no call has, until there is an `act`.
+        has_form: tells whether values are like those before.
+        act: what is done with such values, without further checks.
     """
 
     key: tuple[Any, ...]
     plan: SitePlan
     call: int = -1
     run: int | None = None
-    shape: tuple[int, ...] = ()
-    dtype: torch.dtype | None = None
-    device: torch.device | None = None
     grad: bool = False
+    has_form: Callable[[Tensor], bool] | None = None
     act: _Act | None = None
 
-    def allow(self, act: _Act) -> None:
-        self.call, self.run, self.shape, self.dtype, self.device, self.grad = self.key
-        self.act = act
+    def allow(self, form: Callable[[Tensor], bool], act: _Act) -> None:
+        self.call, self.run, *_, self.grad = self.key
+        self.has_form, self.act = form, act
 
 
 _NONE = _KnownVisit((), _IDLE)
@@ -132,12 +134,10 @@ class HookedSite:
             if (
                 now is shared.latest
                 and numbers[kind] == latest.call
-                and output.shape == latest.shape
-                and output.dtype is latest.dtype
-                and output.device == latest.device
                 and is_grad_enabled() is latest.grad
                 and (latest.run is None or latest.run == now.run)
                 and not subject.rehearsing
+                and latest.has_form(output)
             ):
                 return latest.act(output, now)
             return visit(output, args[0] if args else None)
@@ -225,8 +225,8 @@ class HookedSite:
                     self._latest = self._known[key] = _KnownVisit(key, plan)
                 return now, plan
             self._latest = known
-        if self._repeats and known.act is None:
-            known.allow(self._repeated(known.plan, value))
+        if self._repeats and (known.has_form is None or not known.has_form(value)):
+            known.allow(form_of(value), self._repeated(known.plan, value))
         return now, known.plan
 
     def pass_over(self) -> None:
@@ -376,7 +376,9 @@ class HookedSite:
         return compile_edits(works, tuple(x.shape))  # pyright: ignore
 
 
-def _record(plan: SitePlan, keepers: list[Keeper], fired: list[tuple[CallContext, SitePlan]]) -> _Act:
+def _record(
+    plan: SitePlan, keepers: list[Keeper], fired: list[tuple[CallContext, SitePlan]]
+) -> _Act:
     keep = keepers[0] if keepers else None  # none where all are missed
 
     def record(x: Tensor, now: CallContext) -> None:

@@ -155,7 +155,7 @@ class Recorder:
             self._file(x, held, now, moments)
 
     def keeper(self, x: Tensor, held: Selection, moments: int) -> Keeper:
-        """`keep` for values of the shape, dtype and device of x: its choices are made once."""
+        """`keep` for values of the form of x: its choices are made once."""
 
         def keep(x: Tensor, now: CallContext) -> None:
             self.keep(x, held, now, moments)
@@ -168,7 +168,7 @@ class Recorder:
         device, dtype = request.device, request.dtype or x.dtype
         here = device is None or x.device == torch.device(device)
         size = x.numel() * dtype.itemsize
-        is_clone = here and dtype == x.dtype
+        is_clone = here and dtype == x.dtype and x.is_contiguous()
 
         def copy(x: Tensor, now: CallContext) -> None:
             run, parts = now.run, self._parts
@@ -177,7 +177,7 @@ class Recorder:
             memory.held += size
             if memory.held > memory.limit:
                 memory.add(0, name)
-            if is_clone and x.is_contiguous():
+            if is_clone:
                 parts[run] = (x.clone(), held, now)
             else:
                 parts[run] = (_copy(x, device, dtype), held, now)

@@ -159,34 +159,27 @@ def intervene_seen(
     return _intervene_seen(x, program.number, seen, at, compare)
 
 
-def intervention_of(program: Program, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """`intervene` with a program, for values of the shape, dtype and device of x and no others.
+def intervention_of(program: Program, x: Tensor) -> Callable[..., Tensor]:
+    """`intervene` with a program for values of the form of x, its tables taken apart once.
 
-    The caller sees to that, and to it that no table of the program requires grad.
+    The function takes the values, and where it shall tell what it did also `seen` and `at`, as
+    `intervene_seen` without `compare`. No table of the program may require grad.
     """
     tables = program.tables(x.dtype)
-    if not (_direct and x.is_cpu):
-        return lambda x: _intervene(x, *tables)
-    kernel, empty_like = _native.intervene_cpu, _alloc.empty_like
+    prepared: Any = None
+    if _direct and _prepare and x.is_cpu and type(x) is Tensor and not program.patches:
+        prepared = _prepare(x, tables[0], tables[1:5], _alloc.empty_like_of(x), _MODES)
 
-    def run(x: Tensor) -> Tensor:
-        if (
-            type(x) is not Tensor
-            or forward_ad._current_level >= 0
-            or x.requires_grad
-            or x.is_neg()
-            or _len_dispatch_stack()
-            or _len_function_stack()
-            or _in_torch_func()
-            or _tracing_state() is not None
-            or _is_compiling()
-        ):
-            return intervene(x, program)
-        out = empty_like(x)
-        kernel(x, out, *tables, _threads())
-        return out
+    def general(x: Tensor, *place: Any) -> Tensor:
+        return intervene_seen(x, program, *place, False) if place else intervene(x, program)
 
-    return run
+    def run(x: Tensor, *place: Any) -> Tensor:
+        if x.requires_grad or forward_ad._current_level >= 0:
+            return general(x, *place)
+        y = prepared(x, _threads(), *place)
+        return general(x, *place) if y is None else y
+
+    return general if prepared is None else run
 
 
 def _passes_dispatcher(x: Tensor, program: Program) -> bool:
@@ -382,6 +375,7 @@ def _mismatch(name: str, x: Tensor, program: Program) -> InvalidInput:
 
 
 _native: Any = native()[0]
+_prepare: Any = getattr(_native, "prepare_intervention", None)
 _is_compiling = torch.compiler.is_compiling
 _threads = torch.get_num_threads
 _is_grad_enabled = torch.is_grad_enabled
@@ -389,6 +383,7 @@ _len_dispatch_stack = torch._C._len_torch_dispatch_stack
 _len_function_stack = torch._C._len_torch_function_stack
 _tracing_state = torch._C._get_tracing_state
 _in_torch_func: Any = vars(torch._C)["_functorch"].peek_interpreter_stack
+_MODES = (_is_compiling, _len_dispatch_stack, _len_function_stack, _tracing_state, _in_torch_func)
 _increment_version = torch.autograd.graph.increment_version
 _TRITON = "dreamreader.triton_kernels.intervention"
 
