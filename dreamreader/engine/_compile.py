@@ -68,6 +68,7 @@ class Compiled:
         self.numbers = frozenset(each.number for each in self.hits)
         programs = [each.program for each in self.stages if each.program is not None]
         self.has_graph = any(each.requires_grad for each in programs)
+        self.has_function = len(programs) < len(self.stages)
 
     def run(self, x: Tensor) -> Tensor:
         for stage in self.stages:
@@ -103,7 +104,7 @@ class Compiled:
 
         stage, changed = self.stages[0], notes.known_changed
         numbers, program = stage.numbers, stage.program
-        if len(self.stages) > 1 or program is None or program.requires_grad:
+        if len(self.stages) > 1 or program is None or self.has_graph:
             return general
         apply = intervention_of(program, x)
 

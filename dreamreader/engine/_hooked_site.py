@@ -64,14 +64,14 @@ class _KnownVisit:
 
     Attributes:
         key: what it has in common. plan: what is done then.
-        call, run, grad: from the key; -1, which no call has, until there is an `act`.
+        call, run, grad: from the key; no call until there is an `act`.
         has_form: tells whether values are like those before.
         act: what is done with such values, without further checks.
     """
 
     key: tuple[Any, ...]
     plan: SitePlan
-    call: int = -1
+    call: int | None = None
     run: int | None = None
     grad: bool = False
     has_form: Callable[[Tensor], bool] | None = None
@@ -181,7 +181,8 @@ class HookedSite:
         view = plan.view
         if view is None:
             return _do_nothing
-        if plan.streamed or plan.watched or not view.is_plain:
+        is_function = plan.edits is not None and plan.edits.has_function
+        if plan.streamed or plan.watched or is_function or not view.is_plain:
             return lambda x, now: self._act(now, plan, x)
         keep = [recorder.keeper(value, held, moments) for recorder, held, moments in plan.recorded]
         if plan.edits is not None:
@@ -215,9 +216,8 @@ class HookedSite:
         run = now.run if traits.follows_prompt else None
         grad = is_grad_enabled()  # a program without gradients has none
         key = (call, run, value.shape, value.dtype, value.device, grad)
-        if key == self._latest.key:
-            known = self._latest
-        else:
+        known = self._latest
+        if key != known.key:
             known = self._known.get(key)
             if known is None:
                 plan = self._plan(now, value, given)

@@ -120,10 +120,13 @@ class _Tree:
 
     def modules(self, tops: dict[str, nn.Module]) -> Modules | None:
         """The modules by path; None where a walk would find others."""
-        every = [ref() for ref in self._refs]
-        if None in every or {name: id(each) for name, each in tops.items()} != self._tops:
+        if {name: id(each) for name, each in tops.items()} != self._tops:
             return None
-        held = [each._modules for each in every]  # pyright: ignore[reportOptionalMemberAccess]
+        every: list[Any] = [ref() for ref in self._refs]
+        try:
+            held = [each._modules for each in every]
+        except AttributeError:  # one is gone, and None has none
+            return None
         if list(map(len, held)) != self._sizes:
             return None
         if _inside([held[at] for at in self._holders]) != self._inside:

@@ -167,7 +167,7 @@ def intervention_of(program: Program, x: Tensor) -> Callable[..., Tensor]:
     """
     tables = program.tables(x.dtype)
     prepared: Any = None
-    if _direct and _prepare and x.is_cpu and type(x) is Tensor and not program.patches:
+    if _prepare and not program.patches and _passes_dispatcher(x, program):
         prepared = _prepare(x, tables[0], tables[1:5], _alloc.empty_like_of(x), _MODES)
 
     def general(x: Tensor, *place: Any) -> Tensor:
@@ -383,7 +383,7 @@ _len_dispatch_stack = torch._C._len_torch_dispatch_stack
 _len_function_stack = torch._C._len_torch_function_stack
 _tracing_state = torch._C._get_tracing_state
 _in_torch_func: Any = vars(torch._C)["_functorch"].peek_interpreter_stack
-_MODES = (_is_compiling, _len_dispatch_stack, _len_function_stack, _tracing_state, _in_torch_func)
+_MODES = (_len_dispatch_stack, _len_function_stack, _tracing_state, _in_torch_func)
 _increment_version = torch.autograd.graph.increment_version
 _TRITON = "dreamreader.triton_kernels.intervention"
 
