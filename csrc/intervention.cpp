@@ -348,8 +348,7 @@ constexpr const char* kPrepared = "dreamreader.prepared_intervention";
 
 // (x, threads) or (x, threads, seen, at); see PreparedIntervention::run. None where that is null.
 PyObject* run_prepared(PyObject* self, PyObject* const* given, Py_ssize_t count) {
-  const auto* prepared =
-      static_cast<PreparedIntervention*>(PyCapsule_GetPointer(self, kPrepared));
+  const auto* prepared = static_cast<PreparedIntervention*>(PyCapsule_GetPointer(self, kPrepared));
   try {
     require(count == 2 || count == 4, "intervene: x, threads and maybe seen, at are expected");
     const int threads = py::cast<int>(py::handle(given[1]));
@@ -365,9 +364,9 @@ PyObject* run_prepared(PyObject* self, PyObject* const* given, Py_ssize_t count)
   return nullptr;
 }
 
-PyMethodDef run_prepared_method{"run_prepared",
-                                reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run_prepared)),
-                                METH_FASTCALL, "Applies a prepared program to a tensor."};
+PyMethodDef run_prepared_method{
+    "run_prepared", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run_prepared)),
+    METH_FASTCALL, "Applies a prepared program to a tensor."};
 
 // A plain function of Python's own interface: a call through pybind11 takes longer than the edit.
 py::object prepare_intervention(py::handle like, std::string_view code, py::tuple tables,

@@ -58,6 +58,14 @@ _Reading = Recorder | Watcher | Streamer
 _Act = Callable[[Tensor, CallContext], Tensor | None]
 
 
+def _do_nothing(x: Tensor, now: CallContext) -> None:
+    return None
+
+
+def _never(x: Tensor) -> bool:
+    return False
+
+
 @dataclass(slots=True, eq=False)
 class _KnownVisit:
     """A kind of visit that was seen before.
@@ -74,8 +82,8 @@ class _KnownVisit:
     call: int | None = None
     run: int | None = None
     grad: bool = False
-    has_form: Callable[[Tensor], bool] | None = None
-    act: _Act | None = None
+    has_form: Callable[[Tensor], bool] = _never
+    act: _Act = _do_nothing
 
     def allow(self, form: Callable[[Tensor], bool], act: _Act) -> None:
         self.call, self.run, *_, self.grad = self.key
@@ -132,7 +140,8 @@ class HookedSite:
                 return general(module, args, output)
             now, latest = tracker.now, self._latest
             if (
-                now is shared.latest
+                now is not None
+                and now is shared.latest
                 and numbers[kind] == latest.call
                 and is_grad_enabled() is latest.grad
                 and (latest.run is None or latest.run == now.run)
@@ -225,7 +234,7 @@ class HookedSite:
                     self._latest = self._known[key] = _KnownVisit(key, plan)
                 return now, plan
             self._latest = known
-        if self._repeats and (known.has_form is None or not known.has_form(value)):
+        if self._repeats and not known.has_form(value):
             known.allow(form_of(value), self._repeated(known.plan, value))
         return now, known.plan
 
@@ -410,10 +419,6 @@ def _edit(
         return y
 
     return edit
-
-
-def _do_nothing(x: Tensor, now: CallContext) -> None:
-    return None
 
 
 def _less(x: Tensor, minus: Tensor | None) -> Tensor:

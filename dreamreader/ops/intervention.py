@@ -171,7 +171,9 @@ def intervention_of(program: Program, x: Tensor) -> Callable[..., Tensor]:
         prepared = _prepare(x, tables[0], tables[1:5], _alloc.empty_like_of(x), _MODES)
 
     def general(x: Tensor, *place: Any) -> Tensor:
-        return intervene_seen(x, program, *place, False) if place else intervene(x, program)
+        if place:
+            return intervene_seen(x, program, place[0], place[1], compare=False)
+        return intervene(x, program)
 
     def run(x: Tensor, *place: Any) -> Tensor:
         if x.requires_grad or forward_ad._current_level >= 0:
