@@ -295,11 +295,13 @@ class PreparedIntervention {
                        TensorView(tables_[3])};
     require(x.device().type == kDLCPU, "prepare_intervention: x is not in CPU memory");
     type_ = py::type::of(like);
-    like_ = activation_of(x);
+    const auto form = activation_of(x);
+    dtype_ = form.dtype;
+    rows_ = form.rows, tokens_ = form.tokens, width_ = form.width;
     const auto prepare = [&](auto work) {
-      program_ = program_of<decltype(work)>(code, views, py::tuple(), like_, x.device());
+      program_ = program_of<decltype(work)>(code, views, py::tuple(), form, x.device());
     };
-    like_.dtype == DType::f64 ? prepare(double()) : prepare(float());
+    dtype_ == DType::f64 ? prepare(double()) : prepare(float());
   }
 
   // The edited values; null where x is another kind of tensor, or where torch follows what is done.
@@ -307,13 +309,13 @@ class PreparedIntervention {
     if (!py::type::of(x).is(type_) || is_followed(x)) return {};
     const TensorView in(x);
     if (in.dims() != 3 || in.device().type != kDLCPU) return {};
-    const Activation from = activation_of(in);
-    if (from.dtype != like_.dtype || from.rows != like_.rows || from.tokens != like_.tokens ||
-        from.width != like_.width)
+    const auto from = activation_of(in);
+    if (from.dtype != dtype_ || from.rows != rows_ || from.tokens != tokens_ ||
+        from.width != width_)
       return {};
     py::object out = empty_like_(x);
     const TensorView to(out);
-    const Activation result = activation_of(to);
+    const auto result = activation_of(to);
     check_pair(in, to, from, result);
     int32_t* place = seen ? place_of(TensorView(seen), at, in) : nullptr;
     std::visit([&](const auto& program) { run_cpu(from, result, program, threads, place); },
@@ -340,7 +342,8 @@ class PreparedIntervention {
   py::object empty_like_;
   py::tuple guards_;
   py::object type_;
-  Activation like_;
+  DType dtype_;
+  int64_t rows_, tokens_, width_;
   std::variant<Program<float>, Program<double>> program_;
 };
 
