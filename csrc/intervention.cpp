@@ -297,7 +297,7 @@ class PreparedIntervention {
     type_ = py::type::of(like);
     const auto form = activation_of(x);
     dtype_ = form.dtype;
-    rows_ = form.rows, tokens_ = form.tokens, width_ = form.width;
+    for (int i = 0; i < 3; ++i) sizes_[i] = x.size(i);
     const auto prepare = [&](auto work) {
       program_ = program_of<decltype(work)>(code, views, py::tuple(), form, x.device());
     };
@@ -310,9 +310,9 @@ class PreparedIntervention {
     const TensorView in(x);
     if (in.dims() != 3 || in.device().type != kDLCPU) return {};
     const auto from = activation_of(in);
-    if (from.dtype != dtype_ || from.rows != rows_ || from.tokens != tokens_ ||
-        from.width != width_)
-      return {};
+    if (from.dtype != dtype_) return {};
+    for (int i = 0; i < 3; ++i)
+      if (in.size(i) != sizes_[i]) return {};
     py::object out = empty_like_(x);
     const TensorView to(out);
     const auto result = activation_of(to);
@@ -343,7 +343,7 @@ class PreparedIntervention {
   py::tuple guards_;
   py::object type_;
   DType dtype_;
-  int64_t rows_, tokens_, width_;
+  int64_t sizes_[3];
   std::variant<Program<float>, Program<double>> program_;
 };
 
