@@ -1,6 +1,9 @@
 // CPU side of the intervention program: from tensors to a job, and the choice of engine,
 // instruction set and threads. At the foot its bindings, for CUDA too.
+#include <memory>
 #include <string_view>
+#include <utility>
+#include <variant>
 
 #include "intervention_cpu.h"
 #include "low_rank_cpu.h"
@@ -279,6 +282,108 @@ void intervene_seen(py::handle x, py::handle out, std::string_view code, py::han
                 place_of(TensorView(seen), at, TensorView(x)));
 }
 
+// A program whose tables are taken apart once, for an edit that is made again at every call of a
+// model. Sources of patches may be the caller's own tensors, whose memory can be exchanged, so a
+// program with patches is not prepared.
+class PreparedIntervention {
+ public:
+  PreparedIntervention(py::handle like, std::string_view code, py::tuple tables,
+                       py::object empty_like, py::tuple guards)
+      : tables_(std::move(tables)), empty_like_(std::move(empty_like)), guards_(std::move(guards)) {
+    const TensorView x(like);
+    const Tables views{TensorView(tables_[0]), TensorView(tables_[1]), TensorView(tables_[2]),
+                       TensorView(tables_[3])};
+    require(x.device().type == kDLCPU, "prepare_intervention: x is not in CPU memory");
+    type_ = py::type::of(like);
+    const auto form = activation_of(x);
+    dtype_ = form.dtype;
+    for (int i = 0; i < 3; ++i) sizes_[i] = x.size(i);
+    const auto prepare = [&](auto work) {
+      program_ = program_of<decltype(work)>(code, views, py::tuple(), form, x.device());
+    };
+    dtype_ == DType::f64 ? prepare(double()) : prepare(float());
+  }
+
+  // The edited values; null where x is another kind of tensor, or where torch follows what is done.
+  py::object run(py::handle x, int threads, py::handle seen, int64_t at) const {
+    if (!py::type::of(x).is(type_) || is_followed(x)) return {};
+    const TensorView in(x);
+    if (in.dims() != 3 || in.device().type != kDLCPU) return {};
+    const auto from = activation_of(in);
+    if (from.dtype != dtype_) return {};
+    for (int i = 0; i < 3; ++i)
+      if (in.size(i) != sizes_[i]) return {};
+    py::object out = empty_like_(x);
+    const TensorView to(out);
+    const auto result = activation_of(to);
+    check_pair(in, to, from, result);
+    int32_t* place = seen ? place_of(TensorView(seen), at, in) : nullptr;
+    std::visit([&](const auto& program) { run_cpu(from, result, program, threads, place); },
+               program_);
+    return out;
+  }
+
+ private:
+  // Whether a mode of torch is on, by functions that give nothing or 0 where none is; or whether
+  // the values are negated lazily.
+  bool is_followed(py::handle x) const {
+    static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+    for (const py::handle guard : guards_)
+      if (is_true(PyObject_CallNoArgs(guard.ptr()))) return true;
+    return is_true(PyObject_CallMethodNoArgs(x.ptr(), is_neg));
+  }
+
+  static bool is_true(PyObject* answer) {
+    if (!answer) throw py::error_already_set();
+    return bool(py::bool_(py::reinterpret_steal<py::object>(answer)));
+  }
+
+  py::tuple tables_;
+  py::object empty_like_;
+  py::tuple guards_;
+  py::object type_;
+  DType dtype_;
+  int64_t sizes_[3];
+  std::variant<Program<float>, Program<double>> program_;
+};
+
+constexpr const char* kPrepared = "dreamreader.prepared_intervention";
+
+// (x, threads) or (x, threads, seen, at); see PreparedIntervention::run. None where that is null.
+PyObject* run_prepared(PyObject* self, PyObject* const* given, Py_ssize_t count) {
+  const auto* prepared = static_cast<PreparedIntervention*>(PyCapsule_GetPointer(self, kPrepared));
+  try {
+    require(count == 2 || count == 4, "intervene: x, threads and maybe seen, at are expected");
+    const int threads = py::cast<int>(py::handle(given[1]));
+    const bool notes = count == 4;
+    py::object out = prepared->run(given[0], threads, notes ? given[2] : nullptr,
+                                   notes ? py::cast<int64_t>(py::handle(given[3])) : 0);
+    return out ? out.release().ptr() : py::none().release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  }
+  return nullptr;
+}
+
+PyMethodDef run_prepared_method{
+    "run_prepared", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run_prepared)),
+    METH_FASTCALL, "Applies a prepared program to a tensor."};
+
+// A plain function of Python's own interface: a call through pybind11 takes longer than the edit.
+py::object prepare_intervention(py::handle like, std::string_view code, py::tuple tables,
+                                py::object empty_like, py::tuple guards) {
+  auto prepared = std::make_unique<PreparedIntervention>(like, code, std::move(tables),
+                                                         std::move(empty_like), std::move(guards));
+  const py::capsule self(prepared.release(), kPrepared, [](PyObject* capsule) {
+    delete static_cast<PreparedIntervention*>(PyCapsule_GetPointer(capsule, kPrepared));
+  });
+  PyObject* function = PyCFunction_New(&run_prepared_method, self.ptr());
+  if (!function) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(function);
+}
+
 #ifdef DREAMREADER_CUDA
 
 void intervene_cuda(py::handle x, py::handle out, std::string_view code, py::handle strength,
@@ -307,6 +412,7 @@ void intervene_cuda(py::handle x, py::handle out, std::string_view code, py::han
 Bind bind_intervention([](py::module_& m) {
   m.def("intervene_cpu", &intervene_quietly);
   m.def("intervene_seen_cpu", &intervene_seen);
+  m.def("prepare_intervention", &prepare_intervention);
 #ifdef DREAMREADER_CUDA
   m.def("intervene_cuda",
         [](py::handle x, py::handle out, std::string_view code, py::handle strength,

@@ -57,6 +57,7 @@ class TensorView {
     return tensor_.strides ? tensor_.strides[dim] : dense_stride(dim);
   }
   DLDevice device() const { return tensor_.device; }
+  DLDataType dtype() const { return tensor_.dtype; }
   bool is(uint8_t code, int bits) const {
     return tensor_.dtype.code == code && tensor_.dtype.bits == bits && tensor_.dtype.lanes == 1;
   }

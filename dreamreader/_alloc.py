@@ -1,6 +1,6 @@
 """The only places where operators allocate, so that tests can poison what a kernel leaves out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,3 +29,9 @@ def empty_like(x: Tensor) -> Tensor:
     strides = x.stride() if x.is_contiguous() else torch.empty_like(x, device="meta").stride()
     memory = torch.from_dlpack(_reused(x.nbytes)).untyped_storage()
     return torch.empty(0, dtype=x.dtype).set_(memory, 0, x.shape, strides)
+
+
+def empty_like_of(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """`empty_like` for tensors of the form of x: torch's own where it comes to that."""
+    large = _reused is not None and x.is_cpu and x.nbytes >= _LARGE
+    return empty_like if large else torch.empty_like

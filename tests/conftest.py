@@ -56,6 +56,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     empty, empty_like = _alloc.empty, _alloc.empty_like
     monkeypatch.setattr(_alloc, "empty", lambda *args, **kw: fill(empty(*args, **kw)))
     monkeypatch.setattr(_alloc, "empty_like", lambda x: fill(empty_like(x)))
+    monkeypatch.setattr(_alloc, "empty_like_of", lambda x: lambda x: fill(empty_like(x)))
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512", "amx"])

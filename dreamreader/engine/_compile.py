@@ -1,6 +1,6 @@
 """From the edits active at a site to programs: one pass over memory where possible."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from dreamreader.engine._edit_context import EditContext
 from dreamreader.engine._edit_request import EditRequest
 from dreamreader.engine._notes import HALF, Notes
 from dreamreader.ops import Instruction, Program, intervene
-from dreamreader.ops.intervention import intervene_seen
+from dreamreader.ops.intervention import intervene_seen, intervention_of
 
 _MOST = 32  # instructions of one program
 _PATCHES = 8
@@ -68,6 +68,7 @@ class Compiled:
         self.numbers = frozenset(each.number for each in self.hits)
         programs = [each.program for each in self.stages if each.program is not None]
         self.has_graph = any(each.requires_grad for each in programs)
+        self.has_function = len(programs) < len(self.stages)
 
     def run(self, x: Tensor) -> Tensor:
         for stage in self.stages:
@@ -94,6 +95,28 @@ class Compiled:
                         x = intervene_seen(x, each.program, *notes.place(None, each.numbers, x))
             x = y
         return x
+
+    def repeated(self, x: Tensor, notes: Notes) -> Callable[[Tensor, CallContext], Tensor]:
+        """`run_noted` for values of the form of x: its choices are made once."""
+
+        def general(x: Tensor, now: CallContext) -> Tensor:
+            return self.run_noted(x, now, notes)
+
+        stage, changed = self.stages[0], notes.known_changed
+        numbers, program = stage.numbers, stage.program
+        if len(self.stages) > 1 or program is None or self.has_graph:
+            return general
+        apply = intervention_of(program, x)
+
+        def run(x: Tensor, now: CallContext) -> Tensor:
+            return apply(x) if changed.issuperset(numbers) else general(x, now)
+
+        def run_half(x: Tensor, now: CallContext) -> Tensor:
+            if not changed.issuperset(numbers):
+                return general(x, now)
+            return apply(x, *notes.place(now, numbers, x))
+
+        return run_half if x.dtype in HALF else run
 
 
 def compile_edits(active: Sequence[ActiveEdit], shape: tuple[int, int, int]) -> Compiled:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,14 +63,7 @@ class HookPoint:
         hooked = self.sites[0]
         if len(self.sites) > 1 or hooked.site.tap.side != "out" or self.shared.step_caches.are_on:
             return self.after
-        shared, subject, visit, general = self.shared, self.shared.subject, hooked.visit, self.after
-
-        def after(module: nn.Module, args: tuple, output: Any) -> Any:
-            if type(output) is not Tensor or subject.paused or get_ident() != shared.thread:
-                return general(module, args, output)
-            return visit(output, args[0] if args else None)
-
-        return after
+        return hooked.hook(self.after)
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if not self.shared.ours():

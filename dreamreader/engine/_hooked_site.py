@@ -1,24 +1,28 @@
 """The edits and readings of one site: what to do in each kind of call, and doing it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from threading import get_ident
 from typing import Any
 
-from torch import Tensor, is_grad_enabled
+from torch import Tensor, is_grad_enabled, nn
 
 from dreamreader.engine._call_context import CallContext
 from dreamreader.engine._compile import ActiveEdit, Compiled, compile_edits
 from dreamreader.engine._edit_request import EditRequest
+from dreamreader.engine._form import form_of
 from dreamreader.engine._notes import Notes
 from dreamreader.engine._placement import Placement
 from dreamreader.engine._probs import Attention
-from dreamreader.engine._recorder import Recorder
+from dreamreader.engine._recorder import Keeper, Recorder
 from dreamreader.engine._request import Request
 from dreamreader.engine._resolved import Selection
-from dreamreader.engine._session_state import SessionState
+from dreamreader.engine._session_state import SessionState, Traits
 from dreamreader.engine._site_view import SiteView
 from dreamreader.engine._sites import Site
 from dreamreader.engine._stream import Streamer
+from dreamreader.engine._subject import Subject
 from dreamreader.engine._watch import AttentionCall, Watcher
 from dreamreader.errors import InvalidInput
 
@@ -51,6 +55,42 @@ class SitePlan:
 
 _IDLE = SitePlan(None, None, [], [], [], frozenset(), frozenset(), ())
 _Reading = Recorder | Watcher | Streamer
+_Act = Callable[[Tensor, CallContext], Tensor | None]
+
+
+def _do_nothing(x: Tensor, now: CallContext) -> None:
+    return None
+
+
+def _never(x: Tensor) -> bool:
+    return False
+
+
+@dataclass(slots=True, eq=False)
+class _KnownVisit:
+    """A kind of visit that was seen before.
+
+    Attributes:
+        key: what it has in common. plan: what is done then.
+        call, run, grad: from the key; no call until there is an `act`.
+        has_form: tells whether values are like those before.
+        act: what is done with such values, without further checks.
+    """
+
+    key: tuple[Any, ...]
+    plan: SitePlan
+    call: int | None = None
+    run: int | None = None
+    grad: bool = False
+    has_form: Callable[[Tensor], bool] = _never
+    act: _Act = _do_nothing
+
+    def allow(self, form: Callable[[Tensor], bool], act: _Act) -> None:
+        self.call, self.run, *_, self.grad = self.key
+        self.has_form, self.act = form, act
+
+
+_NONE = _KnownVisit((), _IDLE)
 
 
 class HookedSite:
@@ -66,10 +106,11 @@ class HookedSite:
         self.streamers: list[Streamer] = []
         self.fired: list[tuple[CallContext, SitePlan]] = []
         self.skipped: list[tuple[CallContext, tuple[int, ...]]] = []
-        self.notes = Notes()
+        self.notes = Notes(shared.tables)
         self.shape: tuple[int, ...] | None = None
-        self._plans: dict[Any, SitePlan] = {}
-        self._latest: tuple[Any, SitePlan] = (None, _IDLE)
+        self._known: dict[Any, _KnownVisit] = {}
+        self._latest = _NONE
+        self._repeats = False
         self._shared_plans: dict[Any, SitePlan] = {}
 
     def visit(self, value: Tensor, given: Any = None, minus: Tensor | None = None) -> Tensor | None:
@@ -79,15 +120,49 @@ class HookedSite:
         apart, so that nothing is computed for them. `given` is what the module was called with.
         """
         now, plan = self._planned(value, given)
+        if self.shared.subject.rehearsing:
+            return self._rehearse(plan, value, minus)
+        return self._act(now, plan, value, minus)
+
+    def hook(self, general: Callable[..., Any]) -> Callable[[nn.Module, tuple, Any], Any]:
+        """A forward hook for a site that is the result of a module, with little in its way.
+
+        A visit that is like the latest one takes nothing but the comparisons that tell so; any
+        other goes to `visit`, or to `general` where it may be no visit at all.
+        """
+        shared, visit = self.shared, self.visit
+        subject, tracker, thread = shared.subject, shared.tracker, shared.thread
+        numbers, kind = shared.numbers, self._traits.kind
+        self._repeats = True
+
+        def after(module: nn.Module, args: tuple, output: Any) -> Any:
+            if type(output) is not Tensor or subject.paused or get_ident() != thread:
+                return general(module, args, output)
+            now, latest = tracker.now, self._latest
+            if (
+                now is not None
+                and now is shared.latest
+                and numbers[kind] == latest.call
+                and is_grad_enabled() is latest.grad
+                and (latest.run is None or latest.run == now.run)
+                and not subject.rehearsing
+                and latest.has_form(output)
+            ):
+                return latest.act(output, now)
+            return visit(output, args[0] if args else None)
+
+        return after
+
+    def _act(
+        self, now: CallContext, plan: SitePlan, value: Tensor, minus: Tensor | None = None
+    ) -> Tensor | None:
+        """Do at a visit what its plan says."""
         view = plan.view
         if view is None:
             return None
         plain = view.is_plain
         x, y = value if plain else view.read(value), None
         off = None if minus is None else view.read(minus)
-        if self.shared.subject.rehearsing:
-            y = None if plan.edits is None else plan.edits.run(_less(x, off))
-            return None if y is None else view.back(y, value)
         self.fired.append((now, plan))
         seen = x if off is None or (plan.edits is None and not plan.recorded) else x - off
         if plan.edits is not None:
@@ -101,6 +176,28 @@ class HookedSite:
             else:
                 streamer.hand_on(y, None, kept, now)
         return y if plain or y is None else view.back(y, value)
+
+    def _rehearse(self, plan: SitePlan, value: Tensor, minus: Tensor | None) -> Tensor | None:
+        """Edit alone: nothing is recorded, streamed or reported."""
+        view = plan.view
+        if view is None or plan.edits is None:
+            return None
+        off = None if minus is None else view.read(minus)
+        return view.back(plan.edits.run(_less(view.read(value), off)), value)
+
+    def _repeated(self, plan: SitePlan, value: Tensor) -> _Act:
+        """What `_act` does with a plan and values like these, its choices made."""
+        view = plan.view
+        if view is None:
+            return _do_nothing
+        is_function = plan.edits is not None and plan.edits.has_function
+        if plan.streamed or plan.watched or is_function or not view.is_plain:
+            return lambda x, now: self._act(now, plan, x)
+        keep = [recorder.keeper(value, held, moments) for recorder, held, moments in plan.recorded]
+        if plan.edits is not None:
+            run = plan.edits.repeated(value, self.notes)
+            return _edit(plan, run, keep, self.fired, self.shared.subject)
+        return _record(plan, keep, self.fired)
 
     def visit_attention(self, attention: Attention) -> None:
         """Record and watch an attention; probabilities are formed for recordings alone."""
@@ -123,22 +220,23 @@ class HookedSite:
         now = shared.tracker.now
         if now is None or now is not shared.latest:
             now = shared.current(self.site)
-        call = getattr(shared, self._kind_of_call)
-        run = now.run if self._follows_prompt else None
-        shape, dtype, device = value.shape, value.dtype, value.device
+        traits = self._traits
+        call = shared.numbers[traits.kind]
+        run = now.run if traits.follows_prompt else None
         grad = is_grad_enabled()  # a program without gradients has none
-        known, plan = self._latest
-        key = (call, run, shape, dtype, device, grad)
-        if key == known:
-            return now, plan
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plan(now, value, given)
-            if plan.has_graph:
+        key = (call, run, value.shape, value.dtype, value.device, grad)
+        known = self._latest
+        if key != known.key:
+            known = self._known.get(key)
+            if known is None:
+                plan = self._plan(now, value, given)
+                if not plan.has_graph:
+                    self._latest = self._known[key] = _KnownVisit(key, plan)
                 return now, plan
-            self._plans[key] = plan
-        self._latest = (key, plan)
-        return now, plan
+            self._latest = known
+        if self._repeats and not known.has_form(value):
+            known.allow(form_of(value), self._repeated(known.plan, value))
+        return now, known.plan
 
     def pass_over(self) -> None:
         """A step cache skipped the site: nothing is edited or recorded, but it is reported."""
@@ -152,6 +250,8 @@ class HookedSite:
         """The edits and the readings whose selection holds in this call."""
         if now.phase == "aside":  # a callback's own call: it is not the run
             return [], []
+        if self._traits.always:
+            return self.edits, self._readings()
         name, is_active = self.site.name, self.shared.is_active
         edits = [(n, each) for n, each in self.edits if is_active(each, now, name)]
         return edits, [each for each in self._readings() if is_active(each.request, now, name)]
@@ -161,12 +261,12 @@ class HookedSite:
 
     def release(self) -> None:
         """Let go of everything that is not a result."""
-        self._plans.clear()
-        self._latest = (None, _IDLE)
+        self._known.clear()
+        self._latest = _NONE
         self._shared_plans.clear()
         self.fired.clear()
         self.skipped.clear()
-        self.notes = Notes()
+        self.notes = Notes({})
 
     def _plan(self, now: CallContext, value: Tensor, given: Any) -> SitePlan:
         active, wanted = self._at_work(now)
@@ -177,10 +277,12 @@ class HookedSite:
         self.shape = view.canonical
         # Steps with the same requests at work share a plan, unless an edit differs from step to
         # step.
-        time = now.stamp[1] if any(n in self._moving for n, _ in active) else None
-        run = now.run if self._follows_prompt else None
+        traits = self._traits
+        time = now.stamp[1] if any(n in traits.moving for n, _ in active) else None
+        run = now.run if traits.follows_prompt else None
         numbers = tuple(n for n, _ in active) + tuple(each.number for each in wanted)
-        key = (numbers, time, run, self._any_time(), value.shape, value.dtype, value.device)
+        any_time = self.shared.numbers[traits.any_time]
+        key = (numbers, time, run, any_time, value.shape, value.dtype, value.device)
         key = (*key, is_grad_enabled())
         found = self._shared_plans.get(key)
         if found is None:
@@ -253,46 +355,23 @@ class HookedSite:
         return found
 
     def _view(self, now: CallContext, value: Tensor, given: Any) -> SiteView:
-        layouts = {each.layout for each in self._requests() if each.layout is not None}
+        layouts = self._traits.layouts
         if len(layouts) > 1:
             raise InvalidInput(
                 f"{self.site.name}: its requests name different layouts: {', '.join(layouts)}"
             )
-        layout = next(iter(layouts), None)
+        layout = layouts[0] if layouts else None
         return SiteView.of(self.site, now, value, given, layout)
 
     @cached_property
-    def _moving(self) -> frozenset[int]:
-        """Edits that themselves, not only their selection, differ from step to step."""
-        return frozenset(n for n, each in self.edits if each.changes_with_step)
-
-    @cached_property
-    def _timeless(self) -> bool:
-        """Whether every step has the same plan."""
-        return not self._moving and not any(each.needs_time for each in self._requests())
-
-    def _any_time(self) -> int:
-        """What stands for the calls that differ in nothing but the time."""
-        return self.shared.timeless if self._selects_tokens else self.shared.placeless
-
-    @cached_property
-    def _kind_of_call(self) -> str:
-        """Which number of the session stands for the calls of one plan."""
-        if not self._timeless:
-            return "serial"
-        return "timeless" if self._selects_tokens else "placeless"
-
-    @cached_property
-    def _selects_tokens(self) -> bool:
-        return any(each.tokens is not None for each in self._requests())
-
-    @cached_property
-    def _follows_prompt(self) -> bool:
-        """Whether a plan holds for one run only: the place of a word changes with the prompt."""
-        return any(isinstance(each.tokens, str | tuple) for each in self._requests())
-
-    def _requests(self) -> list[Request]:
-        return [*(each for _, each in self.edits), *(each.request for each in self._readings())]
+    def _traits(self) -> Traits:
+        """What its requests have in common; sites with the same requests share it."""
+        requests: dict[int, Request] = dict(self.edits)
+        requests |= {each.number: each.request for each in self._readings()}
+        numbers, known = tuple(requests), self.shared.traits
+        if numbers not in known:
+            known[numbers] = Traits.of(requests, self.edits)
+        return known[numbers]
 
     def _compiled(self, works: list[ActiveEdit], x: Tensor) -> Compiled:
         if not x.is_floating_point():
@@ -304,6 +383,42 @@ class HookedSite:
                 f"{self.site.name}: probs can be recorded, not edited; edit q, k or heads"
             )
         return compile_edits(works, tuple(x.shape))  # pyright: ignore
+
+
+def _record(
+    plan: SitePlan, keepers: list[Keeper], fired: list[tuple[CallContext, SitePlan]]
+) -> _Act:
+    keep = keepers[0] if keepers else None  # none where all are missed
+
+    def record(x: Tensor, now: CallContext) -> None:
+        fired.append((now, plan))
+        if keep is not None:
+            keep(x, now)
+
+    def record_all(x: Tensor, now: CallContext) -> None:
+        fired.append((now, plan))
+        for each in keepers:
+            each(x, now)
+
+    return record if len(keepers) < 2 else record_all
+
+
+def _edit(
+    plan: SitePlan,
+    run: Callable[[Tensor, CallContext], Tensor],
+    keepers: list[Keeper],
+    fired: list[tuple[CallContext, SitePlan]],
+    subject: Subject,
+) -> _Act:
+    def edit(x: Tensor, now: CallContext) -> Tensor:
+        fired.append((now, plan))
+        subject.edited += 1
+        y = run(x, now)
+        for keep in keepers:
+            keep(y, now)
+        return y
+
+    return edit
 
 
 def _less(x: Tensor, minus: Tensor | None) -> Tensor:

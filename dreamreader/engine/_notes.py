@@ -7,39 +7,54 @@ from dreamreader.engine._call_context import CallContext
 from dreamreader.ops.intervention import CHANGED, NOT_FINITE, OVERFLOWED, look
 
 _ROOM = 256  # visits in one table
-_NO_TABLE = torch.empty(0, dtype=torch.int32)
 HALF = (torch.float16, torch.bfloat16)
+
+
+class NoteTable:
+    """Places on one device for what edits do, one for each visit; read all at once."""
+
+    __slots__ = ("values", "used", "_read")
+
+    def __init__(self, device: torch.device):
+        with torch.inference_mode(False):  # a block may begin inside and end outside of it
+            self.values = torch.zeros(_ROOM, dtype=torch.int32, device=device)
+        self.used = 0
+        self._read: list[int] = []
+
+    def bits(self, at: int) -> int:
+        """What was written at a place; waits for the device where it was not read since."""
+        if at >= len(self._read):
+            self._read = self.values[: self.used].tolist()
+        return self._read[at]
 
 
 class Notes:
     """Whether the edits of one site changed or overflowed anything; read when it is asked for.
 
-    Each visit has a place in a table on the device of the values, so that no visit waits for one.
+    Args:
+        tables: in use by device; the sites of a session share them.
     """
 
-    def __init__(self) -> None:
-        self._changed: set[int] = set()
+    def __init__(self, tables: dict[torch.device, NoteTable]) -> None:
+        self.known_changed: set[int] = set()  # numbers of edits
         self._overflowed: list[CallContext] = []
-        self._device: torch.device | None = None  # of the table in use
-        self._table = _NO_TABLE
-        self._at = 0  # next place there
-        self._open: list[tuple[CallContext | None, tuple[int, ...], Tensor, int]] = []
+        self._tables = tables
+        self._open: list[tuple[CallContext | None, tuple[int, ...], NoteTable, int]] = []
 
     def place(
         self, now: CallContext | None, numbers: tuple[int, ...], x: Tensor
     ) -> tuple[Tensor, int]:
         """A place for what the edits `numbers` do to x; `now` None: overflow is of no concern."""
         device = x.device
-        if self._at == _ROOM:
+        table = self._tables.get(device)
+        if table is None or table.used == _ROOM:
+            table = self._tables[device] = NoteTable(device)
+        if len(self._open) == _ROOM:
             self._read()  # so that what is open stays small, however long a block is
-        if device != self._device or self._at == _ROOM:
-            self._device, self._at = device, 0
-            with torch.inference_mode(False):  # a block may begin inside and end outside of it
-                self._table = torch.zeros(_ROOM, dtype=torch.int32, device=device)
-        at = self._at
-        self._at = at + 1
-        self._open.append((now, numbers, self._table, at))
-        return self._table, at
+        at = table.used
+        table.used = at + 1
+        self._open.append((now, numbers, table, at))
+        return table.values, at
 
     def look(self, now: CallContext | None, numbers: tuple[int, ...], x: Tensor, y: Tensor) -> None:
         """Compare what something else than a program gave."""
@@ -49,15 +64,15 @@ class Notes:
 
     def knows(self, numbers: tuple[int, ...]) -> bool:
         """Whether each of these edits has changed a value so far; waits while that is unknown."""
-        if self._changed.issuperset(numbers):
+        if self.known_changed.issuperset(numbers):
             return True
         self._read()
-        return self._changed.issuperset(numbers)
+        return self.known_changed.issuperset(numbers)
 
     def changed(self) -> set[int]:
         """Numbers of the edits that changed a value."""
         self._read()
-        return self._changed
+        return self.known_changed
 
     def overflowed(self) -> list[CallContext]:
         """The calls in which an edit made values infinite or NaN that were not."""
@@ -65,11 +80,10 @@ class Notes:
         return self._overflowed
 
     def _read(self) -> None:
-        tables: dict[int, list[int]] = {}
         for now, numbers, table, at in self._open:
-            bits = tables.get(id(table)) or tables.setdefault(id(table), table.tolist())
-            if bits[at] & CHANGED and len(numbers) == 1:
-                self._changed.update(numbers)
-            if now is not None and bits[at] & (OVERFLOWED | NOT_FINITE) == OVERFLOWED:
+            bits = table.bits(at)
+            if bits & CHANGED and len(numbers) == 1:
+                self.known_changed.update(numbers)
+            if now is not None and bits & (OVERFLOWED | NOT_FINITE) == OVERFLOWED:
                 self._overflowed.append(now)
         self._open.clear()

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-from dreamreader.engine._call_context import CallContext
 from dreamreader.engine._clock_schedule import StepInfo
 from dreamreader.engine._firing import Firing, FiringReport, ranges
 from dreamreader.engine._hooked_site import HookedSite, SitePlan
@@ -24,8 +23,12 @@ def fill(
     """Turn what the sites noted into the lines of the report."""
     lines = {(each.number, each.site): each for each in report.firings}
     for name, run in runs.items():
+        visits: dict[tuple[SitePlan, int | None], int] = {}  # of equal ones, which are many
         for now, plan in run.fired:
-            _count(lines, name, now, plan)
+            key = (plan, now.instant.step if isinstance(now.instant, StepInfo) else None)
+            visits[key] = visits.get(key, 0) + 1
+        for (plan, step), times in visits.items():
+            _count(lines, name, step, plan, times)
         for now, numbers in run.skipped:
             for number in numbers:
                 step = now.instant.step if isinstance(now.instant, StepInfo) else 0
@@ -113,27 +116,30 @@ def _why_missed(request: Request, line: Firing, run: HookedSite) -> str:
 
 
 def _count(
-    lines: dict[tuple[int, str], Firing], name: str, now: CallContext, plan: SitePlan
+    lines: dict[tuple[int, str], Firing], name: str, step: int | None, plan: SitePlan, times: int
 ) -> None:
-    step = now.instant.step if isinstance(now.instant, StepInfo) else None
+    """Add visits of one step with one plan."""
     hits = {each.number: each for each in plan.edits.hits} if plan.edits else {}
     for number in plan.active:
         line = lines[number, name]
         if number in plan.missed:
-            line.missed += 1
+            line.missed += times
             continue
-        line.calls += 1
+        line.calls += times
         if step is not None:
-            line.steps[step] += 1
+            line.steps[step] += times
         if number in plan.passed:
-            line.passed_over += 1
+            line.passed_over += times
         elif number in hits:
-            line.branches.update(hits[number].branches)
-            line.rows.update(hits[number].rows)
+            _touch(line, hits[number].branches, hits[number].rows, times)
     for each, held, *_ in [*plan.recorded, *plan.watched, *plan.streamed]:
-        line = lines[each.number, name]
-        line.branches.update(held.branches)
-        line.rows.update(held.rows)
+        _touch(lines[each.number, name], held.branches, held.rows, times)
+
+
+def _touch(line: Firing, branches: Sequence[str], rows: Sequence[int], times: int) -> None:
+    for branch in branches:
+        line.branches[branch] += times
+    line.rows.update(rows)
 
 
 def _note_unchanged(lines: dict[tuple[int, str], Firing], name: str, run: HookedSite) -> None:

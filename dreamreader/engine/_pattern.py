@@ -44,6 +44,11 @@ def parse(text: str) -> Pattern:
     """
     if not isinstance(text, str):
         raise InvalidInput(f"a site is a string such as 'unet.mid_block:out', got {text!r}")
+    return _parse(text)
+
+
+@lru_cache(maxsize=4096)
+def _parse(text: str) -> Pattern:
     path, _, rest = text.partition(":")
     if not path or any(not part for part in path.split(".")):
         raise InvalidInput(f"site {text!r}: the path has an empty part")

@@ -54,7 +54,7 @@ class _PieceBlock:
 
     __slots__ = (
         *("branches", "moments", "piece_bytes", "rows", "used"),
-        *("_device", "_dtype", "_given", "_shape", "_to"),
+        *("_device", "_dtype", "_given", "_places", "_shape", "_to"),
     )
 
     def __init__(self, x: Tensor, held: Selection, moments: int, request: Record, piece_bytes: int):
@@ -73,6 +73,9 @@ class _PieceBlock:
             shape = (self.rows, len(held.branches), self.moments, *x.shape[1:])
             empty = torch.empty(shape, dtype=self._dtype, device=self._device)
             self._to = empty.transpose(0, 1)
+            # In pieces from the start: to cut one out at each call takes as long as its copy.
+            one = len(held.branches) == 1
+            self._places = self._to[0].unbind(1) if one else self._to.unbind(2)
 
     @property
     def memory(self) -> Tensor:
@@ -96,7 +99,8 @@ class _PieceBlock:
         if self._to is None:
             self._to = _copy(x, self._device, self._dtype)
         else:
-            self._to.select(2, self.used).copy_(x.view(self._shape))
+            place = self._places[self.used]
+            place.copy_(x if place.shape == x.shape else x.view(self._shape))
         self.used += 1
 
     def take(self, x: Tensor) -> None:
@@ -109,6 +113,7 @@ class _PieceBlock:
         return self.memory.select(2, number)
 
 
+Keeper = Callable[[Tensor, CallContext], None]
 _Filed = tuple[tuple[str, ...], _PieceBlock, int]  # branches, where their values are
 
 _NEVER = (UNTIMED.step, UNTIMED.evaluation)
@@ -152,6 +157,44 @@ class Recorder:
             self._parts[now.run] = (self._copied(x, moments), held, now)
         else:
             self._file(x, held, now, moments)
+
+    def keeper(self, x: Tensor, held: Selection, moments: int) -> Keeper:
+        """`keep` for values of the form of x: its choices are made once."""
+
+        def keep(x: Tensor, now: CallContext) -> None:
+            self.keep(x, held, now, moments)
+
+        request, name, memory = self.request, self.name, self._memory
+        whole = held.picked is None and held.columns is None and request.reduce is None
+        opens = held.heads and x.dim() == 3
+        if not whole or opens or not self._announced:
+            return keep
+        if moments > 1 or len(held.branches) != 1:
+
+            def file(x: Tensor, now: CallContext) -> None:
+                self._file(x.detach() if x.requires_grad else x, held, now, moments)
+
+            return file
+        device, dtype = request.device, request.dtype or x.dtype
+        here = device is None or x.device == torch.device(device)
+        size = x.numel() * dtype.itemsize
+        is_clone = here and dtype == x.dtype and x.is_contiguous()
+
+        parts = self._parts
+
+        def copy(x: Tensor, now: CallContext) -> None:
+            run = now.run
+            if run in parts or x.requires_grad:
+                return keep(x, now)
+            memory.held += size
+            if memory.held > memory.limit:
+                memory.add(0, name)
+            if is_clone:
+                parts[run] = (x.clone(), held, now)
+            else:
+                parts[run] = (_copy(x, device, dtype), held, now)
+
+        return copy
 
     def _copied(self, x: Tensor, moments: int) -> Tensor:
         """A copy in memory of our own: later changes in place must not show."""

@@ -98,9 +98,8 @@ class Request:
 
     @property
     def needs_time(self) -> bool:
-        return any(
-            each is not None for each in (self.steps, self.timesteps, self.sigmas, self.fraction)
-        )
+        has_none = self.steps is None and self.timesteps is None
+        return not (has_none and self.sigmas is None and self.fraction is None)
 
     @property
     def is_empty(self) -> bool:

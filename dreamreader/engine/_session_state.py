@@ -1,8 +1,8 @@
 """What the hooks of one session have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from dreamreader.engine._call_context import CallContext
 from dreamreader.engine._clock_schedule import StepInfo
 from dreamreader.engine._edit_context import RowSet
 from dreamreader.engine._lm_tracker import LanguageTracker
+from dreamreader.engine._notes import NoteTable
 from dreamreader.engine._probs import ProbsMode
 from dreamreader.engine._request import Request
 from dreamreader.engine._sites import Site
@@ -21,6 +22,42 @@ from dreamreader.engine._threads import Owner
 from dreamreader.engine._tracker import Tracker
 from dreamreader.engine._words import Words
 from dreamreader.errors import ClockUnknown, InvalidInput, NeverFired
+
+SERIAL, TIMELESS, PLACELESS = range(3)
+
+
+class Traits(NamedTuple):
+    """What the requests of a site have in common.
+
+    Attributes:
+        moving: edits that themselves, not only their selection, differ from step to step.
+        kind: which of the session's numbers stands for the calls of one plan.
+        any_time: the same, whatever the step.
+        always: they are at work in every call.
+        follows_prompt: a plan holds for one run only: the place of a word changes with the prompt.
+        layouts: dimensions that they name.
+    """
+
+    moving: frozenset[int]
+    kind: int
+    any_time: int
+    always: bool
+    follows_prompt: bool
+    layouts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, requests: Mapping[int, Request], edits: Iterable[tuple[int, Any]]) -> "Traits":
+        """Those of requests by their numbers, and of the edits among them."""
+        all_of = requests.values()
+        moving = frozenset(n for n, each in edits if each.changes_with_step)
+        tokens = [each.tokens for each in all_of if each.tokens is not None]
+        any_time = TIMELESS if tokens else PLACELESS
+        timed = any(each.needs_time for each in all_of)
+        always = not timed and all(each.branch is None for each in all_of)
+        follows_prompt = any(isinstance(each, str | tuple) for each in tokens)
+        layouts = dict.fromkeys(each.layout for each in all_of if each.layout is not None)
+        kind = SERIAL if timed or moving else any_time
+        return cls(moving, kind, any_time, always, follows_prompt, tuple(layouts))
 
 
 class SessionState:
@@ -50,13 +87,13 @@ class SessionState:
         self.steps_seen: dict[int, None] = {}
         self.drops_branch = False
         self.programs: dict[tuple, Any] = {}  # of edits that are the same at many sites
-        self.serial = -1
-        self.timeless = -1
-        self.placeless = -1
+        self.traits: dict[tuple[int, ...], Traits] = {}  # by the numbers of a site's requests
+        self.tables: dict[torch.device, NoteTable] = {}
+        self.numbers = [-1, -1, -1]  # of the latest call: its kind, at any time, at any place too
         self._serials: dict[tuple, int] = {}
         self.prompts_of: dict[int, Sequence[str] | None] = {}
         self.again: CallContext | None = None  # of a checkpointed part that is computed again
-        self.latest: CallContext | None = None  # what `serial`, `timeless` and `placeless` are of
+        self.latest: CallContext | None = None  # whose `numbers` these are
         self._checked_run = -1
 
     @cached_property
@@ -75,8 +112,8 @@ class SessionState:
     def current(self, site: Site) -> CallContext:
         """What is running.
 
-        `serial` stands for its kind of call, `timeless` for it at any time, `placeless` for it at
-        any time and decoding position.
+        Of `numbers`, that at SERIAL stands for its kind of call, at TIMELESS for it at any time, at
+        PLACELESS for it at any time and decoding position.
         """
         now = self.tracker.now or self.again
         if now is None:
@@ -84,9 +121,9 @@ class SessionState:
         if now is not self.latest:
             self.latest = now
             self.prompts_of.setdefault(now.run, self.tracker.prompts)
-            self.serial = self._serials.setdefault(now.stamp, len(self._serials))
-            self.timeless = self._serials.setdefault(now.shape_key, len(self._serials))
-            self.placeless = self._serials.setdefault(now.placeless_key, len(self._serials))
+            known = self._serials
+            for kind, key in enumerate((now.stamp, now.shape_key, now.placeless_key)):
+                self.numbers[kind] = known.setdefault(key, len(known))
             if isinstance(now.branches, tuple):
                 self.branches_seen.update(dict.fromkeys(now.branches))
             if isinstance(now.instant, StepInfo):

@@ -18,7 +18,7 @@ from dreamreader.engine._token_layout import (
     TokenLayout,
     TokenMap,
 )
-from dreamreader.engine._view import View
+from dreamreader.engine._view import View, view_of
 from dreamreader.errors import ClockUnknown, InvalidInput
 
 
@@ -69,7 +69,7 @@ class SiteView:
         else:
             flat = tokens.opened(value.shape[0]) if tokens and value.dim() == 2 else None
             flat = None if flat is not None and _is_routed(site) else flat
-            view = View(_axes(site, now, value, layout, given), value.shape, flat)
+            view = view_of(_axes(site, now, value, layout, given), value.shape, flat)
         found = cls(site, view, None)
         x = found.outline(value)
         found.canonical = tuple(x.shape)

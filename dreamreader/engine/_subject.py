@@ -108,7 +108,10 @@ class _Tree:
         number = {each: at for at, each in enumerate(every)}
         self._tops = {name: id(each) for name, each in tops.items()}
         self._refs = [weakref.ref(each) for each in every]
-        self._inside = _inside(every)
+        held = [each._modules for each in every]
+        self._sizes = list(map(len, held))
+        self._holders = [at for at, size in enumerate(self._sizes) if size]
+        self._inside = _inside([held[at] for at in self._holders])
         self._paths = {path: number[each] for path, each in found.items()}
         self._root = None if found.root is None else number[found.root]
 
@@ -117,10 +120,16 @@ class _Tree:
 
     def modules(self, tops: dict[str, nn.Module]) -> Modules | None:
         """The modules by path; None where a walk would find others."""
-        every = [ref() for ref in self._refs]
-        if None in every or {name: id(each) for name, each in tops.items()} != self._tops:
+        if {name: id(each) for name, each in tops.items()} != self._tops:
             return None
-        if _inside(every) != self._inside:  # pyright: ignore[reportArgumentType]
+        every: list[Any] = [ref() for ref in self._refs]
+        try:
+            held = [each._modules for each in every]
+        except AttributeError:  # one is gone, and None has none
+            return None
+        if list(map(len, held)) != self._sizes:
+            return None
+        if _inside([held[at] for at in self._holders]) != self._inside:
             return None
         found = Modules()
         found.update(zip(self._paths, map(every.__getitem__, self._paths.values()), strict=True))  # pyright: ignore
@@ -129,12 +138,10 @@ class _Tree:
         return found
 
 
-def _inside(modules: list[nn.Module]) -> tuple[list[int], list[str], list[int]]:
-    """How many modules each holds, their names, and which objects they are."""
-    held = [each._modules for each in modules]
-    names = chain.from_iterable([each.keys() for each in held])
+def _inside(held: list[dict[str, nn.Module | None]]) -> tuple[list[str], list[int]]:
+    """What the modules of these dictionaries are called, and which objects they are."""
     values = chain.from_iterable([each.values() for each in held])
-    return list(map(len, held)), list(names), list(map(id, values))
+    return list(chain.from_iterable(held)), list(map(id, values))
 
 
 def carriers(modules: Iterable[nn.Module]) -> list[nn.Module]:
@@ -142,7 +149,7 @@ def carriers(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return [
         each
         for each in modules
-        if "_diffusers_hook" in (own := vars(each))
+        if "_diffusers_hook" in (own := each.__dict__)
         or "_compiled_call_impl" in own
         or "_gradient_checkpointing_func" in own
         or "_orig_mod" in each._modules

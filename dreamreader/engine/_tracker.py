@@ -264,21 +264,19 @@ def _watched(module: nn.Module, began, ended) -> Iterator[None]:
     """
     owner = Owner()
     began, ended = owner.only(began), owner.only(ended)
-    first = module.register_forward_pre_hook(
-        lambda _, args, kwargs: began(args, kwargs), with_kwargs=True
-    )
     last = module.register_forward_hook(lambda _, __, output: ended(output), always_call=True)
 
-    def keep_last(*_: object) -> None:
+    def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        began(args, kwargs)
         # The subject's own outputs are a site too: `ended` has to run after every hook on them.
         hooks: Any = module._forward_hooks  # an ordered dictionary, whatever its annotation says
         hooks.move_to_end(last.id)
 
-    second = module.register_forward_pre_hook(keep_last)
+    first = module.register_forward_pre_hook(before, with_kwargs=True)
     try:
         yield
     finally:
-        for handle in (first, second, last):
+        for handle in (first, last):
             handle.remove()
 
 

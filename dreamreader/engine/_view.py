@@ -1,6 +1,7 @@
 """A value seen as [rows, tokens, features] without a copy where its strides allow it, and back."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -69,3 +70,6 @@ class View:
             y = y.unflatten(-1, (self.heads, -1))
         inverse = sorted(range(len(self._order)), key=self._order.__getitem__)
         return y.permute(inverse)
+
+
+view_of = lru_cache(maxsize=1024)(View)  # the first visits of many sites ask for the same

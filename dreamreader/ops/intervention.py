@@ -12,7 +12,7 @@ s = 1 gives clamp, fill and patch their target exactly, and fill and patch then 
 are computed in float32 (float64 for float64) and rounded once, at the end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -157,6 +157,31 @@ def intervene_seen(
         look(x, y, seen, at, compare)
         return y
     return _intervene_seen(x, program.number, seen, at, compare)
+
+
+def intervention_of(program: Program, x: Tensor) -> Callable[..., Tensor]:
+    """`intervene` with a program for values of the form of x, its tables taken apart once.
+
+    The function takes the values, and where it shall tell what it did also `seen` and `at`, as
+    `intervene_seen` without `compare`. No table of the program may require grad.
+    """
+    tables = program.tables(x.dtype)
+    prepared: Any = None
+    if _prepare and not program.patches and _passes_dispatcher(x, program):
+        prepared = _prepare(x, tables[0], tables[1:5], _alloc.empty_like_of(x), _MODES)
+
+    def general(x: Tensor, *place: Any) -> Tensor:
+        if place:
+            return intervene_seen(x, program, place[0], place[1], compare=False)
+        return intervene(x, program)
+
+    def run(x: Tensor, *place: Any) -> Tensor:
+        if x.requires_grad or forward_ad._current_level >= 0:
+            return general(x, *place)
+        y = prepared(x, _threads(), *place)
+        return general(x, *place) if y is None else y
+
+    return general if prepared is None else run
 
 
 def _passes_dispatcher(x: Tensor, program: Program) -> bool:
@@ -352,6 +377,7 @@ def _mismatch(name: str, x: Tensor, program: Program) -> InvalidInput:
 
 
 _native: Any = native()[0]
+_prepare: Any = getattr(_native, "prepare_intervention", None)
 _is_compiling = torch.compiler.is_compiling
 _threads = torch.get_num_threads
 _is_grad_enabled = torch.is_grad_enabled
@@ -359,6 +385,7 @@ _len_dispatch_stack = torch._C._len_torch_dispatch_stack
 _len_function_stack = torch._C._len_torch_function_stack
 _tracing_state = torch._C._get_tracing_state
 _in_torch_func: Any = vars(torch._C)["_functorch"].peek_interpreter_stack
+_MODES = (_len_dispatch_stack, _len_function_stack, _tracing_state, _in_torch_func)
 _increment_version = torch.autograd.graph.increment_version
 _TRITON = "dreamreader.triton_kernels.intervention"
 
