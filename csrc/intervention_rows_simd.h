@@ -81,10 +81,8 @@ static __attribute__((noinline)) Block<W> load_source(const Action<W>& a, int64_
 // Points an action at an entry of a source, -1 for none.
 template <typename W>
 DR_INLINE void aim(Action<W>& a, const Source& source, int64_t entry) {
-  const int64_t bytes = source.dtype == DType::f64 ? 8 : (source.dtype == DType::f32 ? 4 : 2);
-  a.source = entry < 0
-                 ? nullptr
-                 : static_cast<const char*>(source.data) + entry * source.stride_entry * bytes;
+  const char* data = static_cast<const char*>(source.data);
+  a.source = entry < 0 ? nullptr : data + entry * source.stride_entry * size_of(source.dtype);
   a.dtype = source.dtype;
   a.source_stride = source.stride_channel;
 }
@@ -338,16 +336,14 @@ struct Row {
   }
 
   const char* address(const Cursor& at) const {
-    const T* data = static_cast<const T*>(job.in.data);
-    return reinterpret_cast<const char*>(data + at.row * job.in.stride_row +
-                                         at.token * job.in.stride_token + job.begin);
+    return reinterpret_cast<const char*>(row_at<T>(job.in, at.row, at.token) + job.begin);
   }
 
   void place(const Cursor& at) {
     b = at.row;
     t = at.token;
-    in = static_cast<const T*>(job.in.data) + b * job.in.stride_row + t * job.in.stride_token;
-    out = static_cast<T*>(job.out.data) + b * job.out.stride_row + t * job.out.stride_token;
+    in = row_at<T>(job.in, b, t);
+    out = row_at<T>(job.out, b, t);
     made = job.stream && job.in.data != job.out.data ? result : out;
     if constexpr (sizeof(T) == sizeof(W))
       scratch = made;
@@ -426,8 +422,8 @@ void Row<T>::advance(int number, W s, int renorm) {
   Action<W>& a = actions[number];
   a.s = s;
   if (step.limit >= 0) {
-    a.lo = limit_of(p, step, 0, b, job.in.rows);
-    a.hi = limit_of(p, step, 1, b, job.in.rows);
+    a.lo = limit_of(p, step, 0, b, job.in.entries);
+    a.hi = limit_of(p, step, 1, b, job.in.entries);
   }
   switch (step.kind) {
     case kSteer:

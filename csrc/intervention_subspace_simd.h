@@ -80,7 +80,7 @@ struct SubspaceBlock {
   const Program<W>& p;
   const Step& step;
   const SubspaceTables<W> tables;
-  const LowRankRows in, out;  // the channels of the step
+  const StridedRows in, out;  // the channels of the step
   Witness<T> witness;
   Panel<W> x;
   W *sums, *z;   // z: [rows, vectors], or of AMX [rows, columns]
@@ -104,17 +104,19 @@ struct SubspaceBlock {
     packed = reinterpret_cast<bf16*>(z + kSubspaceBlock * tables.columns);
   }
 
-  LowRankRows rows_of(const Activation& a) const {
-    return {static_cast<T*>(a.data) + step.begin * a.stride_channel, a.dtype, a.stride_row,
-            a.stride_token, tables.width == 1 ? 1 : a.stride_channel};
+  StridedRows rows_of(const StridedRows& a) const {
+    StridedRows rows = a;
+    rows.data = row_at<T>(a, 0, 0) + step.begin * a.stride_channel;
+    rows.width = tables.width;
+    if (rows.width == 1) rows.stride_channel = 1;
+    return rows;
   }
 
   void copy(Place at, int64_t begin, int64_t end) const {
-    const Activation &from = job.in, &to = job.out;
+    const StridedRows &from = job.in, &to = job.out;
     if (from.data == to.data) return;
-    const T* source = static_cast<const T*>(from.data) + at.entry * from.stride_row +
-                      at.token * from.stride_token;
-    T* target = static_cast<T*>(to.data) + at.entry * to.stride_row + at.token * to.stride_token;
+    const T* source = row_at<T>(from, at);
+    T* target = row_at<T>(to, at);
     if (from.stride_channel == 1 && to.stride_channel == 1)
       return copy_channels(source, target, begin, end);
     for (int64_t c = begin; c < end; ++c)
