@@ -4,7 +4,7 @@
 // then a loop or two over it.
 #pragma once
 
-#include "intervention_rows_simd.h"
+#include "intervention_simple_simd.h"
 
 namespace dreamreader {
 namespace {

@@ -14,7 +14,7 @@ struct InterventionJob {
   int64_t begin, end;  // channels that any step touches
   void* prepared;      // subspace engine: what its pieces share
   bool amx;            // whether the processor has it and may use it
-  bool stream;         // row and plane engine: results are too large for the caches
+  bool stream;         // results are too large for the caches
   int64_t run;         // plane engine: tokens of an item, at most kPlaneTokens
   int32_t* seen;       // where bits of Seen are added, from several threads; or null
 };
@@ -28,7 +28,7 @@ constexpr int64_t kLaneBytes =
 
 constexpr int64_t kPlaneTokens = 1024;  // one run of tokens of the plane engine, at most
 
-constexpr int64_t kSubspaceBlock = 32;  // rows that the subspace engine works on together
+constexpr int64_t kSubspaceBlock = 64;  // rows that the subspace engine works on together
 
 // rows: an item is one row; channels must be dense and no step may project out more than one
 // vector. columns: an item is one group of kLaneBytes / sizeof(W) tokens of one batch row; any

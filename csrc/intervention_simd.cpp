@@ -6,7 +6,7 @@ namespace dreamreader::DR_ISA {
 
 extern const InterventionKernels intervention;
 const InterventionKernels intervention = {
-    DR_BY_TYPE(run_rows),
+    DR_BY_TYPE(run_dense),
     DR_BY_TYPE(run_columns),
     DR_BY_TYPE(run_planes),
     DR_BY_TYPE(run_subspace),
