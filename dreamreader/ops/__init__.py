@@ -17,11 +17,13 @@ from dreamreader.ops.moments import Sums, moments, moments_reference
 from dreamreader.ops.orthonormal import orthonormal
 from dreamreader.ops.pack import pack, pack_reference
 from dreamreader.ops.permutation import permuted, permuted_reference
+from dreamreader.ops.sparse_rows import SparseRows
 
 __all__ = [
     "Chosen",
     "Instruction",
     "Program",
+    "SparseRows",
     "Sums",
     "attention_words_",
     "attention_words_reference_",
