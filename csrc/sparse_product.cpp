@@ -44,23 +44,21 @@ SparseEntries entries_of(const TensorView& row_ptr, const TensorView& columns, i
   return found;
 }
 
-SparseMatrix matrix_of(const TensorView& x) {
-  require(x.dims() == 2 && x.device().type == kDLCPU && (x.size(1) <= 1 || x.stride(1) == 1),
+StridedRows matrix_of(const TensorView& x) {
+  const StridedRows found = rows_of(x, "sparse product");
+  require(x.dims() == 2 && x.device().type == kDLCPU && found.stride_channel == 1,
           "sparse product: a matrix must be [rows, d] with dense rows");
-  return {x.data(), x.size(0), x.size(1), x.stride(0)};
+  return found;
 }
-
-int element_of(const TensorView& x) { return int(float_type(x, "sparse product")); }
-int64_t bytes_of(int element) { return element == int(DType::f64) ? 8 : element < 2 ? 2 : 4; }
 
 // Whether `x` is of the arithmetic type of an element type.
-bool is_wide(const TensorView& x, int element) {
-  return x.is(kDLFloat, element == int(DType::f64) ? 64 : 32);
+bool is_wide(const TensorView& x, DType type) {
+  return x.is(kDLFloat, type == DType::f64 ? 64 : 32);
 }
 
-const void* values_of(const TensorView& values, const SparseEntries& entries, int element) {
+const void* values_of(const TensorView& values, const SparseEntries& entries, DType type) {
   require(values.dims() == 1 && values.size(0) == entries.slots && dense(values) &&
-              is_wide(values, element) && values.device().type == kDLCPU,
+              is_wide(values, type) && values.device().type == kDLCPU,
           "sparse product: values must be dense [slots] of the type that is computed in");
   return values.data();
 }
@@ -116,23 +114,24 @@ ByColumn<W> by_column(const SparseEntries& entries, const W* values, int64_t wid
 
 // Shares the weighted sums out; strips of columns one after the other, so that a matrix whose rows
 // are used again and again stays in the caches.
-void run_sums(SparseSums& job, int element, int threads) {
-  const int64_t d = job.matrix.d, count = job.entries.count;
+void run_sums(SparseSums& job, DType type, int threads) {
+  const int64_t d = job.matrix.width, count = job.entries.count;
   if (d == 0 || count == 0) return;
   const int64_t strips = (d + job.strip - 1) / job.strip;
   const int64_t entries = std::max<int64_t>(1, job.entries.first[count] / count);
-  const int64_t bytes = entries * std::min(d, job.strip) * bytes_of(element);
-  const auto run = sparse_product_kernels().sums[element];
+  const int64_t bytes = entries * std::min(d, job.strip) * size_of(type);
+  const auto run = sparse_product_kernels().sums[type];
   share(strips * count, std::max<int64_t>(1, kGrainBytes / bytes), threads,
         [&](int64_t first, int64_t last) { run(job, first, last); });
 }
 
 // Checks and sets what the result needs.
-void set_out(SparseSums& job, const TensorView& out, int element) {
-  job.wide = is_wide(out, element);
+void set_out(SparseSums& job, const TensorView& out, DType type) {
+  job.wide = is_wide(out, type);
   require(
-      out.dims() == 2 && out.size(0) == job.entries.count && out.size(1) == job.matrix.d &&
-          dense(out) && out.device().type == kDLCPU && (job.wide || element_of(out) == element),
+      out.dims() == 2 && out.size(0) == job.entries.count && out.size(1) == job.matrix.width &&
+          dense(out) && out.device().type == kDLCPU &&
+          (job.wide || float_type(out, "sparse product") == type),
       "sparse product: out must be dense [rows, d] of the type of the matrix or the one that is "
       "computed in");
   job.out = out.data();
@@ -141,76 +140,71 @@ void set_out(SparseSums& job, const TensorView& out, int element) {
 void sparse_decode_cpu(py::handle row_ptr, py::handle columns, py::handle values, py::handle weight,
                        py::object bias, py::handle out, int threads) {
   const TensorView pointers(row_ptr), indices(columns), numbers(values), table(weight), to(out);
-  const int element = element_of(table);
+  const DType type = float_type(table, "sparse product");
   SparseSums job{};
   job.matrix = matrix_of(table);
-  job.entries = entries_of(pointers, indices, job.matrix.rows);
-  job.values = values_of(numbers, job.entries, element);
+  job.entries = entries_of(pointers, indices, job.matrix.tokens);
+  job.values = values_of(numbers, job.entries, type);
   if (!bias.is_none()) {
     const TensorView start(bias);
-    require(start.dims() == 1 && start.size(0) == job.matrix.d && dense(start) &&
-                is_wide(start, element) && start.device().type == kDLCPU,
+    require(start.dims() == 1 && start.size(0) == job.matrix.width && dense(start) &&
+                is_wide(start, type) && start.device().type == kDLCPU,
             "sparse product: bias must be dense [d] of the type that is computed in");
     job.start = start.data();
   }
   job.strip = kSparseStrip;
-  set_out(job, to, element);
+  set_out(job, to, type);
   py::gil_scoped_release release;
-  run_sums(job, element, threads);
+  run_sums(job, type, threads);
 }
 
 void sparse_outer_cpu(py::handle row_ptr, py::handle columns, py::handle values, py::handle rows,
                       py::handle out, int threads) {
   const TensorView pointers(row_ptr), indices(columns), numbers(values), table(rows), to(out);
-  const int element = element_of(table);
+  const DType type = float_type(table, "sparse product");
   require(to.dims() == 2, "sparse product: out must be [width, d]");
   const int64_t width = to.size(0);
   const SparseEntries entries = entries_of(pointers, indices, width);
   SparseSums job{};
   job.matrix = matrix_of(table);
-  require(job.matrix.rows == entries.count && entries.count <= INT32_MAX,
+  require(job.matrix.tokens == entries.count && entries.count <= INT32_MAX,
           "sparse product: there must be one row for each row of the entries, below 2^31");
-  const void* own = values_of(numbers, entries, element);
-  const int64_t fit = kStripBytes / (bytes_of(element) * std::max<int64_t>(1, entries.count));
+  const void* own = values_of(numbers, entries, type);
+  const int64_t fit = kStripBytes / (size_of(type) * std::max<int64_t>(1, entries.count));
   job.strip = std::clamp<int64_t>(fit / 64 * 64, 64, kSparseStrip);
   job.entries.count = width;
-  set_out(job, to, element);
-  job.streamed = width * job.matrix.d * bytes_of(element) >= kStreamedBytes;
+  set_out(job, to, type);
+  job.streamed = width * job.matrix.width * size_of(type) >= kStreamedBytes;
   py::gil_scoped_release release;
-  const auto run = [&](const auto* numbers) {
-    const auto sorted = by_column(entries, numbers, width, threads);
-    const int64_t total = sorted.first[size_t(width)];
-    job.entries = {sorted.first.data(), sorted.row.get(), width, total};
+  by_work(type, [&](auto zero) {
+    const auto sorted = by_column(entries, static_cast<const decltype(zero)*>(own), width, threads);
+    job.entries = {sorted.first.data(), sorted.row.get(), width, sorted.first[size_t(width)]};
     job.values = sorted.values.get();
-    run_sums(job, element, threads);
-  };
-  if (element == int(DType::f64))
-    run(static_cast<const double*>(own));
-  else
-    run(static_cast<const float*>(own));
+    run_sums(job, type, threads);
+  });
 }
 
 void sparse_dots_cpu(py::handle row_ptr, py::handle columns, py::handle rows, py::handle weight,
                      py::handle out, int threads) {
   const TensorView pointers(row_ptr), indices(columns), left(rows), table(weight), to(out);
-  const int element = element_of(table);
+  const DType type = float_type(table, "sparse product");
   SparseDots job{};
   job.matrix = matrix_of(table);
   job.left = matrix_of(left);
-  job.entries = entries_of(pointers, indices, job.matrix.rows);
-  require(element_of(left) == element && job.left.d == job.matrix.d &&
-              job.left.rows == job.entries.count,
+  job.entries = entries_of(pointers, indices, job.matrix.tokens);
+  require(job.left.dtype == type && job.left.width == job.matrix.width &&
+              job.left.tokens == job.entries.count,
           "sparse product: rows must be [rows, d] of the type of the weight");
-  require(to.dims() == 1 && to.size(0) == job.entries.slots && dense(to) && is_wide(to, element) &&
+  require(to.dims() == 1 && to.size(0) == job.entries.slots && dense(to) && is_wide(to, type) &&
               to.device().type == kDLCPU,
           "sparse product: out must be dense [slots] of the type that is computed in");
   job.out = to.data();
   const int64_t count = job.entries.count, total = job.entries.first[count];
   py::gil_scoped_release release;
   const int64_t bytes =
-      bytes_of(element) * job.matrix.d * std::max<int64_t>(1, total / std::max<int64_t>(1, count));
-  std::fill_n(to.data(), size_t(job.entries.slots) * (element == int(DType::f64) ? 8 : 4), 0);
-  const auto run = sparse_product_kernels().dots[element];
+      size_of(type) * job.matrix.width * std::max<int64_t>(1, total / std::max<int64_t>(1, count));
+  std::fill_n(to.data(), size_t(job.entries.slots) * (type == DType::f64 ? 8 : 4), 0);
+  const auto run = sparse_product_kernels().dots[type];
   share(count, std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, bytes)), threads,
         [&](int64_t first, int64_t last) { run(job, first, last); });
 }
@@ -228,16 +222,13 @@ void sparse_column_sums_cpu(py::handle row_ptr, py::handle columns, py::handle v
   const TensorView pointers(row_ptr), indices(columns), numbers(values), to(out);
   require(to.dims() == 1 && dense(to) && to.device().type == kDLCPU,
           "sparse product: out must be dense [width]");
-  const int element = element_of(to);
+  const DType type = float_type(to, "sparse product");
   const int64_t width = to.size(0);
   const SparseEntries entries = entries_of(pointers, indices, width);
-  const void* own = values_of(numbers, entries, element);
-  require(is_wide(to, element), "sparse product: sums are of the type that is computed in");
+  const void* own = values_of(numbers, entries, type);
+  require(is_wide(to, type), "sparse product: sums are of the type that is computed in");
   py::gil_scoped_release release;
-  if (element == int(DType::f64))
-    add_by_column<double>(entries, own, to.data(), width);
-  else
-    add_by_column<float>(entries, own, to.data(), width);
+  by_work(type, [&](auto zero) { add_by_column<decltype(zero)>(entries, own, to.data(), width); });
 }
 
 Bind bind_sparse_product([](py::module_& m) {

@@ -2,21 +2,16 @@
 // walks over rows of a matrix are all of them:
 //   weighted sums   out_i = start + sum_e value_e matrix[index_e]     over the entries e of i
 //   dots            out_e = <left_i, matrix[index_e]>
-// Entries of i are first[i] .. first[i + 1] - 1; those with a negative index do not exist.
+// Entries of i are first[i] .. first[i + 1] - 1; those with a negative index do not exist. Rows of
+// a matrix lie in one piece each.
 #pragma once
 
 #include <cstdint>
 
 #include "cpu.h"
+#include "rows.h"
 
 namespace dreamreader {
-
-// Rows of a matrix [rows, d] of which each lies in one piece.
-struct SparseMatrix {
-  const char* data;
-  int64_t rows, d;
-  int64_t stride;  // from row to row, in elements
-};
 
 struct SparseEntries {
   const int64_t* first;  // [count + 1]
@@ -28,7 +23,7 @@ struct SparseEntries {
 struct SparseSums {
   SparseEntries entries;
   const void* values;  // [slots]
-  SparseMatrix matrix;
+  StridedRows matrix;
   const void* start;  // [d], or null
   char* out;          // [count, d] dense
   bool wide;          // `out` is of the arithmetic type, not of that of the matrix
@@ -38,18 +33,18 @@ struct SparseSums {
 
 struct SparseDots {
   SparseEntries entries;
-  SparseMatrix left;  // [count, d]
-  SparseMatrix matrix;
+  StridedRows left;  // [count, d]
+  StridedRows matrix;
   void* out;  // [slots]; only entries are written
 };
 
 constexpr int64_t kSparseStrip = 8192;  // columns of a strip, at most
 
-// By element type of the matrices f16, bf16, f32, f64.
+// By element type of the matrices.
 struct SparseProductKernels {
   // Items first .. last - 1 of all pairs of strip and i, those of a strip one after the other.
-  void (*sums[4])(const SparseSums& job, int64_t first, int64_t last);
-  void (*dots[4])(const SparseDots& job, int64_t first, int64_t last);  // of i
+  ByType<void(const SparseSums& job, int64_t first, int64_t last)> sums;
+  ByType<void(const SparseDots& job, int64_t first, int64_t last)> dots;  // of i
 };
 
 DR_KERNELS(SparseProductKernels, sparse_product)

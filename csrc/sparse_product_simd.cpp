@@ -17,26 +17,21 @@ struct Group {
   int count;
 };
 
-template <typename T>
-DR_INLINE const T* row_of(const SparseMatrix& matrix, int64_t row) {
-  return reinterpret_cast<const T*>(matrix.data) + row * matrix.stride;
-}
-
 // The next rows from entry e on, which moves on with them; `most` of them at most.
 template <typename T, typename W>
-DR_INLINE void gather(Group<T, W>& group, const SparseEntries& entries, const SparseMatrix& matrix,
+DR_INLINE void gather(Group<T, W>& group, const SparseEntries& entries, const StridedRows& matrix,
                       const W* values, int64_t& e, int64_t end, int most, int64_t column) {
   group.count = 0;
   for (; e < end && group.count < most; ++e) {
     const int64_t index = entries.index[e];
     if (index < 0) continue;
-    group.rows[group.count] = row_of<T>(matrix, index) + column;
+    group.rows[group.count] = row_at<const T>(matrix, 0, index) + column;
     if (values) group.values[group.count] = values[e];
     ++group.count;
   }
   for (int r = 0; r < most; ++r) {  // of the next i too: it follows in memory
     const int64_t ahead = e + r < entries.slots ? entries.index[e + r] : 0;
-    group.next[r] = row_of<T>(matrix, ahead < 0 ? 0 : ahead) + column;
+    group.next[r] = row_at<const T>(matrix, 0, ahead < 0 ? 0 : ahead) + column;
   }
 }
 
@@ -97,7 +92,7 @@ DR_INLINE void give(const W* sums, T* rounded, int64_t width, T* out, bool strea
 template <typename T>
 void run_sums(const SparseSums& job, int64_t first, int64_t last) {
   using W = typename Work<T>::type;
-  const int64_t columns = job.matrix.d;
+  const int64_t columns = job.matrix.width;
   const W* values = static_cast<const W*>(job.values);
   const W* start = static_cast<const W*>(job.start);
   alignas(64) W sums[kSparseStrip];
@@ -149,7 +144,7 @@ void run_dots(const SparseDots& job, int64_t first, int64_t last) {
   using W = typename Work<T>::type;
   W* out = static_cast<W*>(job.out);
   for (int64_t i = first; i < last; ++i) {
-    const T* left = row_of<T>(job.left, i);
+    const T* left = row_at<const T>(job.left, 0, i);
     const int64_t end = job.entries.first[i + 1];
     for (int64_t e = job.entries.first[i]; e < end;) {
       Group<T, W> group;
@@ -157,12 +152,12 @@ void run_dots(const SparseDots& job, int64_t first, int64_t last) {
       gather(group, job.entries, job.matrix, static_cast<const W*>(nullptr), e, end, kDots, 0);
       W dots[kDots] = {};
       if (group.count == kDots) {
-        dot_rows<kDots>(group, left, job.matrix.d, dots);
+        dot_rows<kDots>(group, left, job.matrix.width, dots);
       } else {
         for (int r = 0; r < group.count; ++r) {
           Group<T, W> one = group;
           one.rows[0] = group.rows[r];
-          dot_rows<1>(one, left, job.matrix.d, dots + r);
+          dot_rows<1>(one, left, job.matrix.width, dots + r);
         }
       }
       for (int64_t at = begin, r = 0; at < e; ++at)
@@ -176,9 +171,7 @@ void run_dots(const SparseDots& job, int64_t first, int64_t last) {
 namespace DR_ISA {
 
 extern const SparseProductKernels sparse_product;
-const SparseProductKernels sparse_product = {
-    {run_sums<f16>, run_sums<bf16>, run_sums<float>, run_sums<double>},
-    {run_dots<f16>, run_dots<bf16>, run_dots<float>, run_dots<double>}};
+const SparseProductKernels sparse_product = {DR_BY_TYPE(run_sums), DR_BY_TYPE(run_dots)};
 
 }  // namespace DR_ISA
 }  // namespace dreamreader

@@ -165,7 +165,7 @@ def _dense(*vectors: Tensor) -> list[Tensor]:
 
 def _matrix(x: Tensor) -> Tensor:
     """With rows whose values lie one after the other."""
-    return x if x.shape[1] < 2 or x.stride(1) == 1 else x.contiguous()
+    return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
 
 
 def _out(shape: tuple[int, int], matrix: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
