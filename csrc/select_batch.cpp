@@ -80,11 +80,13 @@ class BatchSelection : public Selector {
 template <typename Key>
 void BatchSelection<Key>::sample(const SelectBlock& x, int64_t rows, double part, int threads) {
   constexpr int64_t kUnit = 16 / int64_t(sizeof(Key)), kDraws = 4096;
+  constexpr double kMostDraws = 1 << 17;
   if (double(rows) * double(x.columns) / part <= double(kAll)) return;
   const int64_t units = std::max<int64_t>(1, x.columns / kUnit);  // of a row
   const int64_t width = std::min(x.columns, kUnit);
   const double wanted = std::clamp(2048.0 / double(count_), 1.0 / 1024, 1.0 / 16);
-  const int64_t step = std::max<int64_t>(1, int64_t(part / wanted));
+  const int64_t step = std::max(
+      {int64_t{1}, int64_t(part / wanted), int64_t(double(units) * double(rows) / kMostDraws)});
   const int64_t draws = units * rows / step, pieces = (draws + kDraws - 1) / kDraws;
   std::vector<std::vector<Key>> found(static_cast<size_t>(pieces));
   share(pieces, 1, threads, [&](int64_t first, int64_t last) {
