@@ -49,8 +49,7 @@ void run(const ColumnScoresJob& job, int64_t begin, int64_t end) {
     const int64_t left = job.columns - column, width = left < kScoresTile ? left : kScoresTile;
     double first[kScoresTile + kDoubles] = {}, second[kScoresTile + kDoubles] = {};
     const int64_t start = piece * job.piece_rows;
-    const int64_t stop =
-        start + job.piece_rows < job.rows ? start + job.piece_rows : job.rows;
+    const int64_t stop = start + job.piece_rows < job.rows ? start + job.piece_rows : job.rows;
     for (int64_t row = start; row < stop; row += kRows) {
       const int64_t n = stop - row < kRows ? stop - row : kRows;
       const T* x = reinterpret_cast<const T*>(job.x) + row * job.stride_row + column;
@@ -58,8 +57,8 @@ void run(const ColumnScoresJob& job, int64_t begin, int64_t end) {
         VD sum{}, logs{};
         for (int64_t r = 0; r < n; ++r) {
           const T* from = x + r * job.stride_row + c;
-          const VD a = active(width - c < kDoubles ? load_part(from, width - c)
-                                                   : load_doubles(from));
+          const VD a =
+              active(width - c < kDoubles ? load_part(from, width - c) : load_doubles(from));
           if constexpr (kLogs) {
             sum += a;
             if (any_positive(a)) logs += a > 0.0 ? a * log_lanes(a) : VD{};

@@ -36,8 +36,8 @@ T* row_of(const TensorView& t, int64_t size, uint8_t code, const char* message) 
   return reinterpret_cast<T*>(t.data());
 }
 
-SelectOut out_of(int64_t rows, DType type, const TensorView& row_ptr, const TensorView& columns,
-                 const TensorView& values) {
+SelectOut out_of(int64_t rows, DType type, const TensorView& values, const TensorView& row_ptr,
+                 const TensorView& columns) {
   require(values.dims() == 1 && float_type(values, "select") == type && dense(values) &&
               values.device().type == kDLCPU,
           "select: values must be dense, in the dtype of x");
@@ -86,25 +86,25 @@ void select_whole(Selector& selector, const TensorView& x, const uint8_t* pool,
   selector.emit(out, threads);
 }
 
-void topk_cpu(py::handle x, int64_t k, py::handle row_ptr, py::handle columns, py::handle values,
+void topk_cpu(py::handle x, int64_t k, py::handle values, py::handle row_ptr, py::handle columns,
               int threads) {
   const TensorView in(x);
   expect_matrix(in, "topk: x must be [rows, columns], dense in a row, in CPU memory");
   const DType type = float_type(in, "topk");
   const SelectOut out =
-      out_of(in.size(0), type, TensorView(row_ptr), TensorView(columns), TensorView(values));
+      out_of(in.size(0), type, TensorView(values), TensorView(row_ptr), TensorView(columns));
   require(k >= 1 && out.slots >= in.size(0) * k, "topk: there must be k slots for each row");
   py::gil_scoped_release release;
   select_whole(*select_rows(type, in.size(0), k), in, nullptr, out, threads);
 }
 
-void batch_topk_cpu(py::handle x, int64_t count, py::handle pool, py::handle row_ptr,
-                    py::handle columns, py::handle values, py::handle threshold, int threads) {
+void batch_topk_cpu(py::handle x, int64_t count, py::handle pool, py::handle values,
+                    py::handle row_ptr, py::handle columns, py::handle threshold, int threads) {
   const TensorView in(x);
   expect_matrix(in, "batch_topk: x must be [rows, columns], dense in a row, in CPU memory");
   const DType type = float_type(in, "batch_topk");
   SelectOut out =
-      out_of(in.size(0), type, TensorView(row_ptr), TensorView(columns), TensorView(values));
+      out_of(in.size(0), type, TensorView(values), TensorView(row_ptr), TensorView(columns));
   out.threshold = scalar_of(TensorView(threshold), type);
   require(count >= 1 && out.slots >= count, "batch_topk: there must be `count` slots, 1 or more");
   std::vector<uint8_t> bits;
@@ -122,19 +122,18 @@ const float* thresholds_of(const TensorView& t, int64_t width, bool* each) {
   return reinterpret_cast<const float*>(t.data());
 }
 
-void threshold_select_cpu(py::handle x, py::handle threshold, py::handle row_ptr,
-                          py::handle columns, py::handle values, int threads) {
+void threshold_select_cpu(py::handle x, py::handle threshold, py::handle values, py::handle row_ptr,
+                          py::handle columns, int threads) {
   const TensorView in(x), bounds(threshold);
   expect_matrix(in, "threshold_select: x must be [rows, columns], dense in a row, in CPU memory");
   const DType type = float_type(in, "threshold_select");
   const SelectOut out =
-      out_of(in.size(0), type, TensorView(row_ptr), TensorView(columns), TensorView(values));
+      out_of(in.size(0), type, TensorView(values), TensorView(row_ptr), TensorView(columns));
   bool each = false;
   const float* own = thresholds_of(bounds, in.size(1), &each);
   py::gil_scoped_release release;
-  select_whole(
-      *select_above(type, in.size(0), blocks_of(in.size(1)), out.slots, own, each), in, nullptr,
-      out, threads);
+  select_whole(*select_above(type, in.size(0), blocks_of(in.size(1)), out.slots, own, each), in,
+               nullptr, out, threads);
 }
 
 // A selection whose blocks come from Python, as dense [rows, columns of the block].
@@ -182,10 +181,10 @@ class BlockSelector {
     py::gil_scoped_release release;
     return selector_->done(threads);
   }
-  void emit(py::handle row_ptr, py::handle columns, py::handle values, py::handle threshold,
+  void emit(py::handle values, py::handle row_ptr, py::handle columns, py::handle threshold,
             int threads) {
     SelectOut out =
-        out_of(rows_, type_, TensorView(row_ptr), TensorView(columns), TensorView(values));
+        out_of(rows_, type_, TensorView(values), TensorView(row_ptr), TensorView(columns));
     out.threshold = scalar_of(TensorView(threshold), type_);
     require(out.slots >= least_slots_, "encode_select: there are too few slots");
     py::gil_scoped_release release;

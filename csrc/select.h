@@ -21,7 +21,7 @@ constexpr int kSelectLanes = 64 / int(sizeof(Key));  // a line of memory is comp
 // One row, or the part of it in a block of columns.
 template <typename Key>
 struct SelectRow {
-  const Key* x;         // bits of the entries
+  const Key* x;  // bits of the entries
   int64_t columns;
   int32_t first;        // column of the first of them
   const uint8_t* pool;  // a bit for each entry that takes part, or null: all do

@@ -54,8 +54,8 @@ class AboveSelection : public Selector {
       const float threshold = thresholds_[each_ ? entries.first + c : 0];
       // Nothing but NaN is above infinity, and above what cannot be compared.
       bounds[size_t(c)] = !(threshold < std::numeric_limits<float>::infinity()) ? inf_
-                          : threshold > 0                                       ? floor_bits(threshold, inf_)
-                                                                                : Key{0};
+                          : threshold > 0 ? floor_bits(threshold, inf_)
+                                          : Key{0};
     }
     const auto collect = kernels_of(Key{}).collect_each;
     kept_.add(block, entries.columns, slots_, threads, [&](int64_t row, SelectFound<Key> found) {

@@ -1,9 +1,10 @@
 // The K largest of all entries.
 //
-// A bound is guessed from a sample. One look at the matrix keeps what is above it and counts, row by
-// row, what is equal to it. Counting proves the result:
+// A bound is guessed from a sample. One look at the matrix keeps what is above it and counts, row
+// by row, what is equal to it. Counting proves the result:
 //   K or more above:              the K-th is found among what was kept;
-//   K reached with equal ones:    the bound is the K-th, and rows whose ties are taken are looked at
+//   K reached with equal ones:    the bound is the K-th, and rows whose ties are taken are looked
+//   at
 //                                 once more;
 //   neither:                      another bound, between those known to be too low and too high.
 #include <algorithm>

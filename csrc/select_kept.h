@@ -1,4 +1,5 @@
-// What threads keep of a matrix that is shown in blocks of columns, and how it comes out row by row.
+// What threads keep of a matrix that is shown in blocks of columns, and how it comes out row by
+// row.
 #pragma once
 
 #include <algorithm>
@@ -41,10 +42,13 @@ class KeptEntries {
   const Key* keys(const Segment& segment) const { return keys_.get() + segment.at; }
   const Key* all() const { return keys_.get(); }
   int64_t used() const { return used_; }
-  bool full() const { return full_; }  // there was no room for all: entries are lost, counts are not
+  bool full() const {
+    return full_;
+  }  // there was no room for all: entries are lost, counts are not
 
-  // look(row, found) puts entries of the row where `found` says and returns its segment, whose place
-  // is filled in here; what it did not look at stays as it is. At most `limit` entries in all.
+  // look(row, found) puts entries of the row where `found` says and returns its segment, whose
+  // place is filled in here; what it did not look at stays as it is. At most `limit` entries in
+  // all.
   template <typename Look>
   void add(int64_t block, int64_t columns, int64_t limit, int threads, const Look& look) {
     constexpr int64_t kPiece = 1 << 16;  // entries that a thread looks at before it hands them over

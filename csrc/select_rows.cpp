@@ -82,8 +82,8 @@ void RowSelection<Key>::add_row(int64_t row, const SelectRow<Key>& entries) {
   // Of ties with the bound the first k are enough, and none where k entries came before.
   const Key bound = whole ? *std::min_element(own_keys, own_keys + k_) : bound_of(entries, keys);
   int64_t equal = 0;
-  const int64_t found = kernels.collect(entries, bound, inf_, whole ? 0 : k_,
-                                        {keys + held, columns + held}, &equal);
+  const int64_t found =
+      kernels.collect(entries, bound, inf_, whole ? 0 : k_, {keys + held, columns + held}, &equal);
   std::memcpy(keys, own_keys, size_t(held) * sizeof(Key));
   std::memcpy(columns, own_columns, size_t(held) * sizeof(int32_t));
   const int64_t n = held + found;

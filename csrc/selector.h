@@ -1,5 +1,5 @@
-// A selection from a matrix that is shown in blocks of columns, in ascending order, perhaps more than
-// once: a tensor that exists, or products that exist block by block.
+// A selection from a matrix that is shown in blocks of columns, in ascending order, perhaps more
+// than once: a tensor that exists, or products that exist block by block.
 #pragma once
 
 #include <cstdint>
@@ -39,8 +39,8 @@ class Selector {
   virtual void emit(const SelectOut& out, int threads) = 0;
 };
 
-// The `count` largest of all entries; the k largest of each row; those above a threshold, one for all
-// columns or one for each (thresholds are read while blocks are added).
+// The `count` largest of all entries; the k largest of each row; those above a threshold, one for
+// all columns or one for each (thresholds are read while blocks are added).
 std::unique_ptr<Selector> select_batch(DType type, int64_t rows, int64_t blocks, int64_t count);
 std::unique_ptr<Selector> select_rows(DType type, int64_t rows, int64_t k);
 std::unique_ptr<Selector> select_above(DType type, int64_t rows, int64_t blocks, int64_t slots,

@@ -1,5 +1,6 @@
 """What selections share: which entries take part, their rows from a mask, and their gradient."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor
 from dreamreader import _alloc
 from dreamreader.errors import InvalidInput
 from dreamreader.ops._types import FLOATS, NEEDED
+from dreamreader.ops.sparse_rows import SparseRows
 
-Rows = tuple[Tensor, Tensor, Tensor]  # row_ptr, columns, values
+Rows = tuple[Tensor, Tensor, Tensor]  # values, row_ptr, columns: what has a gradient comes first
 
 
 def check_matrix(name: str, x: Tensor, what: str = "x") -> None:
@@ -22,16 +24,22 @@ def check_matrix(name: str, x: Tensor, what: str = "x") -> None:
 def empty_rows(x: Tensor, slots: int) -> Rows:
     """Memory for the entries of a selection from x."""
     return (
+        _alloc.empty((slots,), dtype=x.dtype, device=x.device),
         _alloc.empty((x.shape[0] + 1,), dtype=torch.int64, device=x.device),
         _alloc.empty((slots,), dtype=torch.int32, device=x.device),
-        _alloc.empty((slots,), dtype=x.dtype, device=x.device),
     )
 
 
 def no_entries(x: Tensor, slots: int) -> Rows:
     """What a selection of nothing from x gives."""
-    row_ptr, columns, values = empty_rows(x, slots)
-    return row_ptr.zero_(), columns.fill_(-1), values.zero_()
+    values, row_ptr, columns = empty_rows(x, slots)
+    return values.zero_(), row_ptr.zero_(), columns.fill_(-1)
+
+
+def sparse_rows(found: Sequence[Tensor], width: int) -> SparseRows:
+    """What an operator gave as the public functions give it."""
+    values, *threshold, row_ptr, columns = found
+    return SparseRows(row_ptr, columns, values, width, *threshold)
 
 
 def dense_rows(x: Tensor) -> Tensor:
@@ -54,7 +62,7 @@ def rows_of_mask(keys: Tensor, mask: Tensor, slots: int) -> Rows:
         slots: how many entries there is room for.
 
     Returns:
-        int64 [n + 1], int32 [slots], [slots].
+        [slots], int64 [n + 1], int32 [slots].
     """
     rows, width = keys.shape
     row_ptr = mask.new_zeros(rows + 1, dtype=torch.int64)
@@ -64,12 +72,12 @@ def rows_of_mask(keys: Tensor, mask: Tensor, slots: int) -> Rows:
     column = torch.arange(width, device=keys.device, dtype=torch.int32).repeat(rows)
     columns = column.new_full((slots + 1,), -1).scatter(0, place, column)
     values = keys.new_zeros(slots + 1).scatter(0, place, keys.reshape(-1))
-    return row_ptr, columns[:-1].clone(), values[:-1].clone()
+    return values[:-1].clone(), row_ptr, columns[:-1].clone()
 
 
 def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     """Keeps what the gradient needs: where the entries are."""
-    row_ptr, columns, _, *threshold = output
+    _, *threshold, row_ptr, columns = output
     ctx.mark_non_differentiable(*threshold)
     ctx.save_for_backward(row_ptr, columns)
     ctx.shape, ctx.others = inputs[0].shape, len(inputs) - 1
@@ -78,7 +86,7 @@ def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def backward(ctx: Any, *grads: Tensor | None) -> tuple:
     """The gradient of the values at the places of the entries, 0 elsewhere."""
     row_ptr, columns = ctx.saved_tensors
-    grad = grads[2]
+    grad = grads[0]
     rows, width = ctx.shape
     if grad is None:
         return (None,) * (1 + ctx.others)

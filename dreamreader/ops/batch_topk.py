@@ -18,10 +18,11 @@ from dreamreader.ops._selection import (
     no_entries,
     rows_of_mask,
     setup_context,
+    sparse_rows,
 )
 from dreamreader.ops.sparse_rows import SparseRows
 
-Found = tuple[Tensor, Tensor, Tensor, Tensor]  # row_ptr, columns, values, threshold
+Found = tuple[Tensor, Tensor, Tensor, Tensor]  # values, threshold, row_ptr, columns
 
 
 def batch_topk(
@@ -61,8 +62,7 @@ def batch_topk(
         raise InvalidInput(f"batch_topk: count must be 0 or more, got {count}")
     if pool is not None:
         check_pool("batch_topk", pool, x)
-    row_ptr, columns, values, threshold = _batch_topk(x, count, pool)
-    return SparseRows(row_ptr, columns, values, x.shape[1], threshold)
+    return sparse_rows(_batch_topk(x, count, pool), x.shape[1])
 
 
 def check_pool(name: str, pool: Tensor, x: Tensor, width: int | None = None) -> None:
@@ -90,7 +90,7 @@ def batch_topk_reference(x: Tensor, count: int, pool: Tensor | None) -> Found:
         pool: int32 [P], ascending, or None.
 
     Returns:
-        int64 [n + 1], int32 [slots], [slots], [] with slots = min(count, n P).
+        [slots], [], int64 [n + 1], int32 [slots] with slots = min(count, n P).
     """
     keys = eligible(x)
     slots = _slots(x, count, pool)
@@ -101,23 +101,26 @@ def batch_topk_reference(x: Tensor, count: int, pool: Tensor | None) -> Found:
     largest, order = torch.sort(flat, descending=True, stable=True)
     mask = torch.zeros_like(flat, dtype=torch.bool).scatter(0, order[:slots], True) & (flat != 0)
     threshold = largest[slots - 1].clone() if 0 < slots == count else keys.new_zeros(())
-    return *rows_of_mask(keys, mask.view(keys.shape), slots), threshold
+    values, row_ptr, columns = rows_of_mask(keys, mask.view(keys.shape), slots)
+    return values, threshold, row_ptr, columns
 
 
 def _cpu(x: Tensor, count: int, pool: Tensor | None) -> Found:
     slots = _slots(x, count, pool)
     threshold = _alloc.empty((), dtype=x.dtype, device=x.device)
     if slots == 0:
-        return *no_entries(x, 0), threshold.zero_()
-    found = empty_rows(x, slots)
+        values, row_ptr, columns = no_entries(x, 0)
+        return values, threshold.zero_(), row_ptr, columns
+    values, row_ptr, columns = empty_rows(x, slots)
     pool = None if pool is None else pool.contiguous()
-    _native.batch_topk_cpu(dense_rows(x), slots, pool, *found, threshold, torch.get_num_threads())
-    return *found, threshold if slots == count else threshold.zero_()
+    out = values, row_ptr, columns, threshold
+    _native.batch_topk_cpu(dense_rows(x), slots, pool, *out, torch.get_num_threads())
+    return values, threshold if slots == count else threshold.zero_(), row_ptr, columns
 
 
 def _fake(x: Tensor, count: int, pool: Tensor | None) -> Found:
-    threshold = _alloc.empty((), dtype=x.dtype, device=x.device)
-    return *empty_rows(x, _slots(x, count, pool)), threshold
+    values, row_ptr, columns = empty_rows(x, _slots(x, count, pool))
+    return values, _alloc.empty((), dtype=x.dtype, device=x.device), row_ptr, columns
 
 
 def _slots(x: Tensor, count: int, pool: Tensor | None) -> int:

@@ -67,9 +67,9 @@ def encode_select(
     width = len(weight)
     room = len(x) * min(_FIRST, width) if slots is None else slots
     found = _encode_select(x, weight, bias, rule, count, pool, threshold, room)
-    if rule == "threshold" and slots is None and (needed := int(found[0][-1])) > room:
+    if rule == "threshold" and slots is None and (needed := int(found[2][-1])) > room:
         found = _encode_select(x, weight, bias, rule, count, pool, threshold, needed)
-    row_ptr, columns, values, smallest = found
+    values, smallest, row_ptr, columns = found
     return SparseRows(row_ptr, columns, values, width, smallest if rule == "batch_topk" else None)
 
 
@@ -94,7 +94,7 @@ def encode_select_reference(
         slots: of the rule threshold.
 
     Returns:
-        int64 [n + 1], int32 [slots], [slots], [].
+        [slots], [], int64 [n + 1], int32 [slots].
     """
     a = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
     if rule == "batch_topk":
@@ -102,11 +102,12 @@ def encode_select_reference(
     if pool is not None:
         a = torch.zeros_like(a).index_copy(1, pool.long(), a.index_select(1, pool))
     if rule == "topk":
-        row_ptr, columns, values = topk_reference(a, count)
+        values, row_ptr, columns = topk_reference(a, count)
         kept = _slots(x, weight, rule, count, pool, slots)
-        return row_ptr, columns[:kept].clone(), values[:kept].clone(), a.new_zeros(())
+        return values[:kept].clone(), a.new_zeros(()), row_ptr, columns[:kept].clone()
     assert threshold is not None
-    return *threshold_select_reference(a, threshold, slots), a.new_zeros(())
+    values, row_ptr, columns = threshold_select_reference(a, threshold, slots)
+    return values, a.new_zeros(()), row_ptr, columns
 
 
 def _cpu(
@@ -132,15 +133,15 @@ def _cpu(
     elif rule == "batch_topk":
         asked, count = count, slots
     if len(x) * len(weight) == 0 or (count == 0 and rule != "threshold"):
-        return *no_entries(x, slots), smallest
-    found = empty_rows(x, slots)
-    _run(x, weight, bias, rule, count, threshold, (*found, smallest))
-    row_ptr, columns, values = found
+        values, row_ptr, columns = no_entries(x, slots)
+        return values, smallest, row_ptr, columns
+    values, row_ptr, columns = empty_rows(x, slots)
+    _run(x, weight, bias, rule, count, threshold, (values, row_ptr, columns, smallest))
     if not whole:
         columns = torch.where(columns < 0, -1, pool[columns.clamp(min=0)])
     if rule == "batch_topk" and asked > slots:
         smallest.zero_()
-    return row_ptr, columns, values, smallest
+    return values, smallest, row_ptr, columns
 
 
 def _run(
@@ -150,13 +151,13 @@ def _run(
     rule: str,
     count: int,
     threshold: Tensor | None,
-    out: Found,
+    out: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
     """Shows the native selection one block of activations after the other, until it is sure."""
     threads, rows = torch.get_num_threads(), len(x)
     step = max(64, _BLOCK // (rows * x.element_size()) // 64 * 64)
     firsts = range(0, len(weight), step)
-    room = out[1].shape[0] if rule == "threshold" else count
+    room = out[0].shape[0] if rule == "threshold" else count
     threshold = None if threshold is None else threshold.contiguous()
     selector = _native.BlockSelector(rule, x, rows, len(firsts), max(1, room), threshold)
     if rule == "batch_topk" and len(firsts) > 1:
@@ -192,7 +193,8 @@ def _fake(
     slots: int,
 ) -> Found:
     smallest = _alloc.empty((), dtype=x.dtype, device=x.device)
-    return *empty_rows(x, _slots(x, weight, rule, count, pool, slots)), smallest
+    values, row_ptr, columns = empty_rows(x, _slots(x, weight, rule, count, pool, slots))
+    return values, smallest, row_ptr, columns
 
 
 def _slots(
@@ -206,7 +208,7 @@ def _slots(
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weight, bias = inputs[:3]
-    row_ptr, columns, _, smallest = output
+    _, smallest, row_ptr, columns = output
     ctx.mark_non_differentiable(smallest)
     ctx.has_bias = bias is not None
     ctx.save_for_backward(x, weight, row_ptr, columns)
@@ -214,7 +216,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple:
     x, weight, row_ptr, columns = ctx.saved_tensors
-    needed, grad = ctx.needs_input_grad, grads[2]
+    needed, grad = ctx.needs_input_grad, grads[0]
     nothing = (None,) * 8
     if grad is None:
         return nothing

@@ -17,6 +17,7 @@ from dreamreader.ops._selection import (
     empty_rows,
     rows_of_mask,
     setup_context,
+    sparse_rows,
 )
 from dreamreader.ops.sparse_rows import SparseRows
 
@@ -63,9 +64,9 @@ def threshold_select(
         raise InvalidInput(f"threshold_select: slots must be 0 or more, got {slots}")
     room = x.shape[0] * min(_FIRST, x.shape[1]) if slots is None else slots
     found = _threshold_select(x, threshold, room)
-    if slots is None and (needed := int(found[0][-1])) > room:
+    if slots is None and (needed := int(found[1][-1])) > room:
         found = _threshold_select(x, threshold, needed)
-    return SparseRows(*found, width=x.shape[1])
+    return sparse_rows(found, x.shape[1])
 
 
 def check_threshold(name: str, threshold: Tensor, x: Tensor, width: int) -> None:
@@ -88,7 +89,7 @@ def threshold_select_reference(x: Tensor, threshold: Tensor, slots: int) -> Rows
         slots: how many entries there is room for.
 
     Returns:
-        int64 [n + 1], int32 [slots], [slots]; where there are more entries than slots, -1 and 0.
+        [slots], int64 [n + 1], int32 [slots]; where there are more entries than slots, -1 and 0.
     """
     keys = eligible(x)
     mask = keys.isnan() | (keys > 0) & (keys.double() > threshold.double())

@@ -18,6 +18,7 @@ from dreamreader.ops._selection import (
     no_entries,
     rows_of_mask,
     setup_context,
+    sparse_rows,
 )
 from dreamreader.ops.sparse_rows import SparseRows
 
@@ -52,7 +53,7 @@ def topk(x: Float[Tensor, "rows width"], k: int) -> SparseRows:
     check_matrix("topk", x)
     if k < 0:
         raise InvalidInput(f"topk: k must be 0 or more, got {k}")
-    return SparseRows(*_topk(x, k), width=x.shape[1])
+    return sparse_rows(_topk(x, k), x.shape[1])
 
 
 def topk_reference(x: Tensor, k: int) -> Rows:
@@ -63,7 +64,7 @@ def topk_reference(x: Tensor, k: int) -> Rows:
         k: 0 or more.
 
     Returns:
-        int64 [n + 1], int32 [n min(k, F)], [n min(k, F)].
+        [n min(k, F)], int64 [n + 1], int32 [n min(k, F)].
     """
     keys, k = eligible(x), min(k, x.shape[1])
     order = torch.sort(keys, dim=1, descending=True, stable=True).indices[:, :k]

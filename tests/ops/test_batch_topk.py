@@ -129,7 +129,7 @@ def test_wrong_inputs_say_what_is_wrong():
 def test_the_kernel_refuses_what_it_would_follow_blindly():
     x, row_ptr = torch.ones(2, 4), torch.zeros(3).long()
     columns, values, threshold = torch.zeros(3).int(), torch.zeros(3), torch.zeros(())
-    out = row_ptr, columns, values, threshold
+    out = values, row_ptr, columns, threshold
     call = NATIVE.batch_topk_cpu  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="there must be `count` slots"):
         call(x, 4, None, *out, 1)
@@ -138,6 +138,6 @@ def test_the_kernel_refuses_what_it_would_follow_blindly():
     with pytest.raises(ValueError, match="columns of the pool must ascend"):
         call(x, 3, torch.tensor([1, 4]).int(), *out, 1)
     with pytest.raises(ValueError, match=r"row_ptr must be int64 \[rows \+ 1\]"):
-        call(x, 3, None, row_ptr[:2], *out[1:], 1)
+        call(x, 3, None, values, row_ptr[:2], columns, threshold, 1)
     with pytest.raises(ValueError, match="values must be dense, in the dtype of x"):
-        call(x, 3, None, row_ptr, columns, values.double(), threshold, 1)
+        call(x, 3, None, values.double(), *out[1:], 1)
