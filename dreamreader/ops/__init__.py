@@ -21,6 +21,16 @@ from dreamreader.ops.orthonormal import orthonormal
 from dreamreader.ops.pack import pack, pack_reference
 from dreamreader.ops.permutation import permuted, permuted_reference
 from dreamreader.ops.sampled_topk import choose_pool, sampled_topk
+from dreamreader.ops.sparse_product import (
+    sparse_column_sums,
+    sparse_column_sums_reference,
+    sparse_decode,
+    sparse_decode_reference,
+    sparse_dots,
+    sparse_dots_reference,
+    sparse_outer,
+    sparse_outer_reference,
+)
 from dreamreader.ops.sparse_rows import SparseRows
 from dreamreader.ops.threshold_select import threshold_select, threshold_select_reference
 from dreamreader.ops.topk import topk, topk_reference
@@ -60,6 +70,14 @@ __all__ = [
     "permuted_reference",
     "probe_gradient",
     "sampled_topk",
+    "sparse_column_sums",
+    "sparse_column_sums_reference",
+    "sparse_decode",
+    "sparse_decode_reference",
+    "sparse_dots",
+    "sparse_dots_reference",
+    "sparse_outer",
+    "sparse_outer_reference",
     "stream_of",
     "streams_of",
     "threshold_select",

@@ -217,22 +217,17 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple:
     x, weight, row_ptr, columns = ctx.saved_tensors
     needed, grad = ctx.needs_input_grad, grads[0]
-    nothing = (None,) * 8
+    gradients: list[Tensor | None] = [None] * 8
     if grad is None:
-        return nothing
-    slot = torch.arange(len(columns), device=columns.device)
-    there = columns >= 0
-    row = torch.where(there, torch.searchsorted(row_ptr, slot, right=True) - 1, 0)
-    column = columns.clamp(min=0).long()
-    grad = torch.where(there, grad, 0)
-    gradients: list[Tensor | None] = [None, None, None]
+        return tuple(gradients)
+    ops, width = torch.ops.dreamreader, weight.shape[0]
     if needed[0]:
-        gradients[0] = torch.zeros_like(x).index_add(0, row, grad[:, None] * weight[column])
+        gradients[0] = ops.sparse_decode(row_ptr, columns, grad, weight, None, x.dtype)
     if needed[1]:
-        gradients[1] = torch.zeros_like(weight).index_add(0, column, grad[:, None] * x[row])
+        gradients[1] = ops.sparse_outer(row_ptr, columns, grad, x, width, weight.dtype)
     if ctx.has_bias and needed[2]:
-        gradients[2] = grad.new_zeros(len(weight)).index_add(0, column, grad)
-    return *gradients, *nothing[3:]
+        gradients[2] = ops.sparse_column_sums(row_ptr, columns, grad, width, weight.dtype)
+    return tuple(gradients)
 
 
 def _check(
