@@ -39,7 +39,7 @@ void column_scores_cpu(py::handle x, const std::string& name, py::handle scores,
   for (const TensorView* each : {&in, &out})
     require(each->device().type == kDLCPU, "column_scores_cpu: a tensor is not in CPU memory");
   const Score which = score_of(name);
-  const int element = int(float_type(in, "column_scores"));
+  const DType type = float_type(in, "column_scores");
   ColumnScoresJob job{};
   job.x = in.data();
   job.rows = in.size(0);
@@ -57,7 +57,7 @@ void column_scores_cpu(py::handle x, const std::string& name, py::handle scores,
   job.first = first.data();
   job.second = second.data();
   const ColumnScoresKernels& kernels = column_scores_kernels();
-  const auto run = (logs ? kernels.logs : kernels.squares)[element];
+  const auto run = (logs ? kernels.logs : kernels.squares)[type];
   share(job.pieces * job.tiles, 1, threads,
         [&](int64_t begin, int64_t end) { run(job, begin, end); });
   for (int64_t c = 0; c < job.columns; ++c) {

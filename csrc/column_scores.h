@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cpu.h"
+#include "dtype.h"
 
 namespace dreamreader {
 
@@ -23,10 +24,9 @@ struct ColumnScoresJob {
 
 constexpr int64_t kScoresTile = 1024;  // columns
 
-// Sums the pairs first .. last - 1, counted piece by piece; by element type f16, bf16, f32, f64.
+// Sums the pairs first .. last - 1, counted piece by piece.
 struct ColumnScoresKernels {
-  void (*squares[4])(const ColumnScoresJob& job, int64_t first, int64_t last);
-  void (*logs[4])(const ColumnScoresJob& job, int64_t first, int64_t last);
+  ByType<void(const ColumnScoresJob& job, int64_t first, int64_t last)> squares, logs;
 };
 
 DR_KERNELS(ColumnScoresKernels, column_scores)

@@ -42,7 +42,7 @@ DR_INLINE VD load_part(const T* x, int64_t n) {  // the first n lanes, the rest 
 }
 
 template <typename T, bool kLogs>
-void run(const ColumnScoresJob& job, int64_t begin, int64_t end) {
+DR_INLINE void run(const ColumnScoresJob& job, int64_t begin, int64_t end) {
   constexpr int kRows = 4;  // whose terms are added before they enter the sums
   for (int64_t item = begin; item < end; ++item) {
     const int64_t piece = item / job.tiles, column = item % job.tiles * kScoresTile;
@@ -77,14 +77,21 @@ void run(const ColumnScoresJob& job, int64_t begin, int64_t end) {
   }
 }
 
+template <typename T>
+void squares(const ColumnScoresJob& job, int64_t begin, int64_t end) {
+  run<T, false>(job, begin, end);
+}
+template <typename T>
+void logs(const ColumnScoresJob& job, int64_t begin, int64_t end) {
+  run<T, true>(job, begin, end);
+}
+
 }  // namespace
 
 namespace DR_ISA {
 
 extern const ColumnScoresKernels column_scores;
-const ColumnScoresKernels column_scores = {
-    {run<f16, false>, run<bf16, false>, run<float, false>, run<double, false>},
-    {run<f16, true>, run<bf16, true>, run<float, true>, run<double, true>}};
+const ColumnScoresKernels column_scores = {DR_BY_TYPE(squares), DR_BY_TYPE(logs)};
 
 }  // namespace DR_ISA
 }  // namespace dreamreader

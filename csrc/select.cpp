@@ -23,8 +23,7 @@ void expect_matrix(const TensorView& x, const char* message) {
 }
 
 SelectBlock block_of(const TensorView& x, int64_t first, int64_t columns) {
-  const DType type = float_type(x, "select");
-  const int64_t bytes = type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2;
+  const int64_t bytes = size_of(float_type(x, "select"));
   return {x.data() + first * bytes, x.stride(0), columns, int32_t(first), nullptr};
 }
 
