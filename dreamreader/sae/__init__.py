@@ -1,5 +1,7 @@
 """Sparse autoencoders: training, files of other libraries, and features that are understood."""
 
+from dreamreader.sae.fold import fold
+from dreamreader.sae.formats import read_sae, write_sae
 from dreamreader.sae.loss import AUX_RULES, AuxK, SaeLoss
 from dreamreader.sae.model import SparseAutoencoder
 from dreamreader.sae.selection import BatchTopK, JumpReLU, SampledTopK, Selection, TopK
@@ -17,4 +19,7 @@ __all__ = [
     "SparseAutoencoder",
     "ThresholdRule",
     "TopK",
+    "fold",
+    "read_sae",
+    "write_sae",
 ]
