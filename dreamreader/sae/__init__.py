@@ -6,6 +6,7 @@ from dreamreader.sae.loss import AUX_RULES, AuxK, SaeLoss
 from dreamreader.sae.model import SparseAutoencoder
 from dreamreader.sae.selection import BatchTopK, JumpReLU, SampledTopK, Selection, TopK
 from dreamreader.sae.threshold import THRESHOLD_RULES, ThresholdRule
+from dreamreader.sae.train import Reconstruction, train_sae
 
 __all__ = [
     "AUX_RULES",
@@ -13,6 +14,7 @@ __all__ = [
     "AuxK",
     "BatchTopK",
     "JumpReLU",
+    "Reconstruction",
     "SaeLoss",
     "SampledTopK",
     "Selection",
@@ -21,5 +23,6 @@ __all__ = [
     "TopK",
     "fold",
     "read_sae",
+    "train_sae",
     "write_sae",
 ]
