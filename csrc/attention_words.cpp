@@ -159,7 +159,7 @@ void attention_words_cpu(py::handle out, py::handle query, py::handle key, py::h
   job.weighted = weighted.data();
   const AttentionWordsKernels& chosen = attention_words_kernels();
   job.piece = piece_of(call, chosen.tile, threads);
-  const auto run = chosen.engines[int(call.dtype)].run;
+  const auto run = chosen.run[call.dtype];
   const size_t floats = size_t(chosen.scratch_floats(job));
   const int64_t items = call.batch * call.heads * ((call.queries + job.piece - 1) / job.piece);
   const bool serial =

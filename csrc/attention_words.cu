@@ -335,17 +335,7 @@ cudaError_t launch(const AttentionWords& call, cudaStream_t stream) {
 
 cudaError_t launch_attention_words(const AttentionWords& call, cudaStream_t stream) {
   if (call.batch * call.heads * call.queries * call.keys * call.words == 0) return cudaSuccess;
-  switch (call.dtype) {
-    case DType::f16:
-      return launch<__half>(call, stream);
-    case DType::bf16:
-      return launch<__nv_bfloat16>(call, stream);
-    case DType::f32:
-      return launch<float>(call, stream);
-    case DType::f64:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return by_type(call.dtype, [&]<typename T>(T) { return launch<T>(call, stream); });
 }
 
 }  // namespace dreamreader

@@ -29,15 +29,11 @@ struct AttentionWordsJob {
   int64_t piece;                 // queries of one item
 };
 
-// An item is one piece of the queries of one head of one batch entry. Scratch holds
-// scratch_floats(job).
-struct AttentionWordsEngine {
-  void (*run)(const AttentionWordsJob& job, float* scratch, int64_t first, int64_t last);
-};
-
 struct AttentionWordsKernels {
-  AttentionWordsEngine engines[3];  // by DType
-  int64_t tile;                     // queries side by side in vectors
+  // An item is one piece of the queries of one head of one batch entry. Scratch holds
+  // scratch_floats(job). f64 is missing.
+  ByType<void(const AttentionWordsJob& job, float* scratch, int64_t first, int64_t last)> run;
+  int64_t tile;  // queries side by side in vectors
   int64_t (*scratch_floats)(const AttentionWordsJob& job);
 };
 

@@ -242,7 +242,7 @@ namespace DR_ISA {
 
 extern const AttentionWordsKernels attention_words;
 const AttentionWordsKernels attention_words = {
-    {{run<Singles<f16>>}, {run_bf16}, {run<Singles<float>>}}, kTile, scratch_floats};
+    {{run<Singles<f16>>, run_bf16, run<Singles<float>>}}, kTile, scratch_floats};
 
 }  // namespace DR_ISA
 }  // namespace dreamreader

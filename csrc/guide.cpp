@@ -80,8 +80,8 @@ void pack_all(const GuideJob& job, const GuideKernels& chosen, int threads) {
   for (const GuideMatrix& matrix : job.matrices) {
     if (!matrix.packed) continue;
     const int64_t panels = (matrix.columns + chosen.panel - 1) / chosen.panel;
-    const int64_t grain = std::max<int64_t>(1, (1 << 16) / (chosen.panel * matrix.depth + 1));
-    share(panels, grain, threads,
+    const int64_t bytes = chosen.panel * matrix.depth * int64_t(sizeof(float));
+    share(panels, grain_of(panels, bytes, threads), threads,
           [&](int64_t first, int64_t last) { chosen.pack(matrix, first, last); });
   }
 }
@@ -130,7 +130,7 @@ void fill_tables(GuideJob& job, Tables& tables, const std::vector<TensorView>& w
   job.layers = int(weights.size());
   job.hidden = weights[0].size(0);
   job.second = job.layers == 3 ? weights[1].size(0) : 0;
-  job.ld_row = guide_ld(job.width, panel);
+  job.ld_row = guide_ld(job.x.width, panel);
   job.ld = guide_ld(job.hidden, panel);
   job.ld_second = job.second ? guide_ld(job.second, panel) : 0;
   job.ld_head = job.layers == 3 ? job.ld_second : job.ld;
@@ -166,9 +166,7 @@ void guide_cpu(py::handle x, py::handle out, const std::vector<py::object>& weig
   const std::vector<TensorView> w(weights.begin(), weights.end());
   const std::vector<TensorView> b(biases.begin(), biases.end());
   check(w, b, in, g, c, s);
-  require(to.dims() == 3 && to.size(0) == in.size(0) && to.size(1) == in.size(1) &&
-              to.size(2) == in.size(2),
-          "guide: out must be like x");
+  require(same_shape(to, in), "guide: out must be like x");
   const DType dtype = float_type(in, "guide");
   require(float_type(to, "guide") == dtype && dtype != DType::f64,
           "guide: x and out must be of one type, float32, bfloat16 or float16");
@@ -183,23 +181,17 @@ void guide_cpu(py::handle x, py::handle out, const std::vector<py::object>& weig
   Tables tables;
   list_rows(s, tables);
   if (tables.rows.empty()) return;
-  job.x = in.data();
-  job.out = to.data();
-  job.tokens = in.size(1);
-  job.width = in.size(2);
-  for (int i = 0; i < 3; ++i) {
-    job.x_strides[i] = in.size(i) == 1 ? 1 : in.stride(i);
-    job.out_strides[i] = to.size(i) == 1 ? 1 : to.stride(i);
-  }
+  job.x = rows_of(in, "guide");
+  job.out = rows_of(to, "guide");
   job.iterations = int(iterations);
   job.activation = GuideActivation(activation);
   job.gamma = gamma;
   job.trust = trust;
   const GuideKernels& chosen = guide_kernels();
   fill_tables(job, tables, w, b, g, c, chosen.panel);
-  const int team = job.count * job.width * job.hidden < kSerial ? 1 : std::max(threads, 1);
+  const int team = job.count * job.x.width * job.hidden < kSerial ? 1 : std::max(threads, 1);
   job.block = block_of(job, chosen.tile, team);
-  const auto run = chosen.run[int(dtype)];
+  const auto run = chosen.run[dtype];
   py::gil_scoped_release release;
   pack_all(job, chosen, team);
   const int64_t blocks = (job.count + job.block - 1) / job.block;

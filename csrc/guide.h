@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "cpu.h"
+#include "rows.h"
 
 namespace dreamreader {
 
@@ -26,12 +27,9 @@ enum GuideMatrices { kDown, kUp, kGram, kForth, kBack, kGuideMatrices };
 
 // Tables of the hidden layers have rows of `ld` floats, zeros beyond the layer's size.
 struct GuideJob {
-  const char* x;
-  char* out;
-  int64_t tokens, width;
-  int64_t x_strides[3], out_strides[3];  // batch, token, feature; in elements
-  const int64_t* rows;                   // the rows that are moved, batch * tokens + token,
-  const float* strength;                 // and the strength of each
+  StridedRows x, out;
+  const int64_t* rows;    // the rows that are moved, entry * tokens + token,
+  const float* strength;  // and the strength of each
   int64_t count;
   int layers, iterations;
   GuideActivation activation;
@@ -52,8 +50,8 @@ struct GuideKernels {
   int64_t panel;  // columns of a packed panel
   int64_t tile;   // rows that are multiplied together; a block is a multiple of it
   void (*pack)(const GuideMatrix& matrix, int64_t first, int64_t last);  // panels
-  // Moves the rows first .. last - 1 of the list; by element type f16, bf16, f32.
-  void (*run[3])(const GuideJob& job, float* scratch, int64_t first, int64_t last);
+  // Moves the rows first .. last - 1 of the list; f64 is missing.
+  ByType<void(const GuideJob& job, float* scratch, int64_t first, int64_t last)> run;
 };
 
 DR_KERNELS(GuideKernels, guide)

@@ -28,77 +28,73 @@ struct GuideBlock {
   }
 
   // Rows that only fill a tile repeat the last one, with strength 0.
-  int64_t entry(int64_t r) const { return numbers[r < count ? r : count - 1] / job.tokens; }
+  int64_t entry(int64_t r) const { return numbers[r < count ? r : count - 1] / job.x.tokens; }
 
-  int64_t place(int64_t r, const int64_t* strides) const {
-    return numbers[r] / job.tokens * strides[0] + numbers[r] % job.tokens * strides[1];
+  T* row(const StridedRows& of, int64_t r) const {
+    return row_at<T>(of, numbers[r] / of.tokens, numbers[r] % of.tokens);
   }
 
   // Whether the rows from r on are a vector side by side in memory.
-  bool side_by_side(int64_t r, const int64_t* strides) const {
+  bool side_by_side(const StridedRows& of, int64_t r) const {
     constexpr int64_t n = kLanes;
-    return r + n <= count && strides[1] == 1 && numbers[r + n - 1] == numbers[r] + n - 1 &&
-           numbers[r] % job.tokens + n <= job.tokens;
+    return r + n <= count && of.stride_token == 1 && numbers[r + n - 1] == numbers[r] + n - 1 &&
+           numbers[r] % job.x.tokens + n <= job.x.tokens;
   }
 
   void load_rows() {
-    const T* from = reinterpret_cast<const T*>(job.x);
-    if (job.x_strides[2] == 1) {
+    if (job.x.stride_channel == 1) {
       for (int64_t r = 0; r < count; ++r) {
-        const T* row = from + place(r, job.x_strides);
-        for (int64_t d = 0; d < job.width; d += kChunk)
-          store(x + r * job.ld_row + d, load<float>(row + d, job.width - d), job.width - d);
+        const T* from = row(job.x, r);
+        for (int64_t d = 0; d < job.x.width; d += kChunk)
+          store(x + r * job.ld_row + d, load<float>(from + d, job.x.width - d), job.x.width - d);
       }
     } else {
       for (int64_t r = 0; r < count; r += kLanes)
-        for (int64_t d = 0; d < job.width; d += kLanes) load_square(from, r, d);
+        for (int64_t d = 0; d < job.x.width; d += kLanes) load_square(r, d);
     }
     __builtin_memset(x + count * job.ld_row, 0,
                      std::size_t((rows - count) * job.ld_row) * sizeof(float));
   }
 
   void store_rows() {
-    T* to = reinterpret_cast<T*>(job.out);
-    if (job.out_strides[2] == 1) {
+    if (job.out.stride_channel == 1) {
       for (int64_t r = 0; r < count; ++r) {
-        T* row = to + place(r, job.out_strides);
-        for (int64_t d = 0; d < job.width; d += kChunk)
-          store(row + d, load<float>(x + r * job.ld_row + d, job.width - d), job.width - d);
+        T* to = row(job.out, r);
+        for (int64_t d = 0; d < job.x.width; d += kChunk)
+          store(to + d, load<float>(x + r * job.ld_row + d, job.x.width - d), job.x.width - d);
       }
     } else {
       for (int64_t r = 0; r < count; r += kLanes)
-        for (int64_t d = 0; d < job.width; d += kLanes) store_square(to, r, d);
+        for (int64_t d = 0; d < job.x.width; d += kLanes) store_square(r, d);
     }
   }
 
   // Features that lie apart are read for a vector of rows at once: neighbours share cache lines.
-  void load_square(const T* from, int64_t r, int64_t d) {
-    const int64_t n = count - r < kLanes ? count - r : kLanes, stride = job.x_strides[2];
-    const int64_t features = job.width - d < kLanes ? job.width - d : kLanes;
-    const bool vectors = side_by_side(r, job.x_strides);
+  void load_square(int64_t r, int64_t d) {
+    const int64_t n = count - r < kLanes ? count - r : kLanes, stride = job.x.stride_channel;
+    const int64_t features = job.x.width - d < kLanes ? job.x.width - d : kLanes;
+    const bool vectors = side_by_side(job.x, r);
     VF square[kLanes] = {};
     for (int64_t i = 0; i < features; ++i) {
       T part[kLanes] = {};
-      for (int64_t j = 0; !vectors && j < n; ++j)
-        part[j] = from[place(r + j, job.x_strides) + (d + i) * stride];
-      square[i] = load_lanes(vectors ? from + place(r, job.x_strides) + (d + i) * stride : part);
+      for (int64_t j = 0; !vectors && j < n; ++j) part[j] = row(job.x, r + j)[(d + i) * stride];
+      square[i] = load_lanes(vectors ? row(job.x, r) + (d + i) * stride : part);
     }
     transpose_lanes(square);
     for (int64_t j = 0; j < n; ++j) store_vector(x + (r + j) * job.ld_row + d, square[j]);
   }
 
-  void store_square(T* to, int64_t r, int64_t d) {
-    const int64_t n = count - r < kLanes ? count - r : kLanes, stride = job.out_strides[2];
-    const int64_t features = job.width - d < kLanes ? job.width - d : kLanes;
-    const bool vectors = side_by_side(r, job.out_strides);
+  void store_square(int64_t r, int64_t d) {
+    const int64_t n = count - r < kLanes ? count - r : kLanes, stride = job.out.stride_channel;
+    const int64_t features = job.x.width - d < kLanes ? job.x.width - d : kLanes;
+    const bool vectors = side_by_side(job.out, r);
     VF square[kLanes] = {};
     for (int64_t j = 0; j < n; ++j) square[j] = load_vector<VF>(x + (r + j) * job.ld_row + d);
     transpose_lanes(square);
     for (int64_t i = 0; i < features; ++i) {
       T part[kLanes];
-      store_lanes(vectors ? to + place(r, job.out_strides) + (d + i) * stride : part, square[i]);
-      for (int64_t j = 0; !vectors && j < n; ++j)
-        to[place(r + j, job.out_strides) + (d + i) * stride] = part[j];
+      store_lanes(vectors ? row(job.out, r) + (d + i) * stride : part, square[i]);
+      for (int64_t j = 0; !vectors && j < n; ++j) row(job.out, r + j)[(d + i) * stride] = part[j];
     }
   }
 
@@ -190,7 +186,7 @@ struct GuideBlock {
     const bool held = job.trust < __builtin_inf();
     float squares[kGuideBlock];
     for (int64_t r = 0; held && r < count; ++r)
-      squares[r] = dot(x + r * job.ld_row, x + r * job.ld_row, job.width);
+      squares[r] = dot(x + r * job.ld_row, x + r * job.ld_row, job.x.width);
     if (job.layers > 1) {
       fill(a, job.ld, job.bias, job.ld);
       product(a, job.ld, x, job.ld_row, kDown);
@@ -227,7 +223,7 @@ namespace DR_ISA {
 
 extern const GuideKernels guide;
 const GuideKernels guide = {
-    kPanel, kRows, pack, {run_guide<f16>, run_guide<bf16>, run_guide<float>}};
+    kPanel, kRows, pack, {{run_guide<f16>, run_guide<bf16>, run_guide<float>}}};
 
 }  // namespace DR_ISA
 }  // namespace dreamreader

@@ -12,12 +12,9 @@
 namespace dreamreader {
 namespace {
 
-Activation activation_of(const TensorView& x) {
+StridedRows activation_of(const TensorView& x) {
   require(x.dims() == 3, "intervene: x must have three dimensions");
-  return {x.data(),    float_type(x, "intervene"),
-          x.size(0),   x.size(1),
-          x.size(2),   x.stride(0),
-          x.stride(1), x.stride(2)};
+  return rows_of(x, "intervene");
 }
 
 // Reads the text of ops/intervention_program.py: fields joined by ',', steps by ';'.
@@ -69,10 +66,10 @@ void check_step(const Step& step, const Tables& tables, int64_t width, int64_t s
           "intervene: source outside its list");
 }
 
-Source source_of(const TensorView& data, const TensorView& index, const Activation& x) {
+Source source_of(const TensorView& data, const TensorView& index, const StridedRows& x) {
   require(data.dims() == 2 && data.size(1) == x.width,
           "intervene: a patch source must be [entries, width]");
-  require(index.dims() == 2 && index.size(0) == x.rows && index.size(1) == x.tokens &&
+  require(index.dims() == 2 && index.size(0) == x.entries && index.size(1) == x.tokens &&
               index.is(kDLInt, 64),
           "intervene: a patch index must be int64 [rows, tokens]");
   return {data.data(),     float_type(data, "intervene"),
@@ -83,17 +80,18 @@ Source source_of(const TensorView& data, const TensorView& index, const Activati
 
 template <typename W>
 Program<W> program_of(std::string_view code, const Tables& t, const py::sequence& patches,
-                      const Activation& x, DLDevice device) {
+                      const StridedRows& x, DLDevice device) {
   constexpr int kBits = 8 * sizeof(W);
   Program<W> p;
   p.count = parse_steps(code, p.steps);
-  require(t.strength.dims() == 3 && t.strength.size(0) == p.count && t.strength.size(1) == x.rows &&
-              t.strength.size(2) == x.tokens && t.strength.is(kDLFloat, kBits),
+  require(t.strength.dims() == 3 && t.strength.size(0) == p.count &&
+              t.strength.size(1) == x.entries && t.strength.size(2) == x.tokens &&
+              t.strength.is(kDLFloat, kBits),
           "intervene: strength must be [steps, rows, tokens] in the arithmetic type of x");
   require(t.vectors.dims() == 2 && t.vectors.size(1) == x.width && t.vectors.is(kDLFloat, kBits) &&
               dense(t.vectors),
           "intervene: vectors must be dense [n, width] in the arithmetic type of x");
-  require(t.limits.dims() == 3 && t.limits.size(1) == 2 && t.limits.size(2) == x.rows &&
+  require(t.limits.dims() == 3 && t.limits.size(1) == 2 && t.limits.size(2) == x.entries &&
               t.limits.is(kDLFloat, kBits) && dense(t.limits),
           "intervene: limits must be dense [n, 2, rows] in the arithmetic type of x");
   require(
@@ -123,26 +121,17 @@ Program<W> program_of(std::string_view code, const Tables& t, const py::sequence
   return p;
 }
 
-void check_pair(const TensorView& x, const TensorView& out, const Activation& in,
-                const Activation& to) {
-  require(in.dtype == to.dtype && in.rows == to.rows && in.tokens == to.tokens &&
-              in.width == to.width && x.device().type == out.device().type &&
+void check_pair(const TensorView& x, const TensorView& out, const StridedRows& in,
+                const StridedRows& to) {
+  require(in.dtype == to.dtype && same_shape(x, out) && x.device().type == out.device().type &&
               x.device().id == out.device().id,
           "intervene: x and its result differ in shape, dtype or device");
-  require(
-      (to.stride_row || to.rows <= 1) && (to.stride_token || to.tokens <= 1) &&
-          (to.stride_channel || to.width <= 1),
-      "intervene: the result has elements that share memory (an expanded tensor); clone it first");
+  require_apart(out, "intervene");
 }
-
-// A piece of work is worth a thread from about 16 KiB of activation on. Few pieces, since each
-// begins with rows that were not prefetched, but enough of them that a slow thread holds up none.
-constexpr int64_t kPieceBytes = 128 << 10;
-constexpr int kPiecesPerThread = 8;
 
 // How one call is divided: which engine, how many tokens in one of its items, scratch values.
 struct Division {
-  const InterventionEngine* engines;  // by DType
+  const InterventionEngine& engine;
   int64_t tokens, scratch;
 };
 
@@ -153,23 +142,24 @@ int64_t subspace_scratch(int64_t vectors, int64_t width) {
 }
 
 // Long runs are fast, and every thread has some.
-int64_t run_tokens(const Activation& in, int threads) {
-  const int64_t share = in.rows * in.tokens / (int64_t{2} * threads);
+int64_t run_tokens(const StridedRows& in, int threads) {
+  const int64_t share = in.entries * in.tokens / (int64_t{2} * threads);
   return std::clamp((share + 63) / 64 * 64, int64_t{128}, kPlaneTokens);
 }
 
 // Results of which nothing stays in the caches, in whole lines of memory.
 constexpr int64_t kStreamBytes = 16 << 20;
 
-bool streams(const Activation& out, int64_t element) {
+bool streams(const StridedRows& out) {
+  const int64_t element = size_of(out.dtype);
   uintptr_t places = reinterpret_cast<uintptr_t>(out.data);
-  for (int64_t stride : {out.stride_row, out.stride_token, out.stride_channel})
+  for (int64_t stride : {out.stride_entry, out.stride_token, out.stride_channel})
     if (stride != 1) places |= uintptr_t(stride * element);
-  return out.rows * out.tokens * out.width * element >= kStreamBytes && places % 64 == 0;
+  return values_in(out) * element >= kStreamBytes && places % 64 == 0;
 }
 
 template <typename W>
-Division divide(const Activation& in, const Activation& out, const Program<W>& p, int threads) {
+Division divide(const StridedRows& in, const StridedRows& out, const Program<W>& p, int threads) {
   const InterventionKernels& kernels = intervention_kernels();
   bool subspace = false, other = false;
   int components = 0;
@@ -179,8 +169,7 @@ Division divide(const Activation& in, const Activation& out, const Program<W>& p
     other |= step.kind == kPatch || step.kind == kRenorm;
     components += step.kind == kProject || step.kind == kClampComponent;
   }
-  const bool single = in.width == 1;
-  if (!subspace && (in.stride_channel == 1 || single) && (out.stride_channel == 1 || single))
+  if (!subspace && in.stride_channel == 1 && out.stride_channel == 1)
     return {kernels.rows, 1, 3 * in.width};
   // Each component reads the whole again.
   if (!subspace && !other && components <= 2 && in.stride_token == 1 && out.stride_token == 1)
@@ -207,9 +196,9 @@ Memory<char> prepare(InterventionJob& job, const Program<W>& p) {
 }
 
 template <typename W>
-void run_cpu(const Activation& in, const Activation& out, const Program<W>& p, int threads,
+void run_cpu(const StridedRows& in, const StridedRows& out, const Program<W>& p, int threads,
              int32_t* seen) {
-  if (in.rows * in.tokens * in.width == 0) return;
+  if (values_in(in) == 0) return;
   InterventionJob job{in, out, &p, in.width, 0, nullptr, false, false, 0, seen};
   for (int i = 0; i < p.count; ++i) {
     job.begin = std::min<int64_t>(job.begin, p.steps[i].begin);
@@ -222,16 +211,14 @@ void run_cpu(const Activation& in, const Activation& out, const Program<W>& p, i
   const Division division = divide(in, out, p, threads);
   job.run = division.tokens;
   Memory<char> prepared;
-  if (division.engines == intervention_kernels().subspace) prepared = prepare(job, p);
-  const int64_t items = in.rows * ((in.tokens + division.tokens - 1) / division.tokens);
-  const auto run = division.engines[int(in.dtype)].run;
+  if (&division.engine == &intervention_kernels().subspace) prepared = prepare(job, p);
+  const int64_t items = in.entries * ((in.tokens + division.tokens - 1) / division.tokens);
+  const auto run = division.engine[in.dtype];
   const size_t scratch_bytes = size_t(division.scratch) * sizeof(W);
-  const int64_t element = in.dtype == DType::f64 ? 8 : (in.dtype == DType::f32 ? 4 : 2);
-  job.stream = streams(out, element);
-  const int64_t bytes = in.width * std::min(division.tokens, in.tokens) * element;  // of one item
-  const int64_t least = std::max<int64_t>(1, kPieceBytes / bytes);
-  const int64_t grain = std::max(least, items / (int64_t{kPiecesPerThread} * threads));
-  if (items <= least) {
+  job.stream = streams(out);
+  const int64_t bytes = in.width * std::min(division.tokens, in.tokens) * size_of(in.dtype);
+  const int64_t grain = grain_of(items, bytes, threads);
+  if (items <= grain) {
     run(job, scratch(scratch_bytes), 0, items);
   } else {
     py::gil_scoped_release release;
@@ -246,15 +233,12 @@ void intervene_cpu(py::handle x, py::handle out, std::string_view code, py::hand
   const TensorView in(x), to(out);
   const Tables tables{TensorView(strength), TensorView(vectors), TensorView(limits),
                       TensorView(masks)};
-  const Activation from = activation_of(in), result = activation_of(to);
+  const StridedRows from = activation_of(in), result = activation_of(to);
   check_pair(in, to, from, result);
   require(in.device().type == kDLCPU, "intervene_cpu: x is not in CPU memory");
-  if (from.dtype == DType::f64)
-    run_cpu(from, result, program_of<double>(code, tables, patches, from, in.device()), threads,
-            seen);
-  else
-    run_cpu(from, result, program_of<float>(code, tables, patches, from, in.device()), threads,
-            seen);
+  by_work(from.dtype, [&]<typename W>(W) {
+    run_cpu(from, result, program_of<W>(code, tables, patches, from, in.device()), threads, seen);
+  });
 }
 
 void intervene_quietly(py::handle x, py::handle out, std::string_view code, py::handle strength,
@@ -287,19 +271,16 @@ void intervene_cuda(py::handle x, py::handle out, std::string_view code, py::han
   const TensorView in(x), to(out);
   const Tables tables{TensorView(strength), TensorView(vectors), TensorView(limits),
                       TensorView(masks)};
-  const Activation from = activation_of(in), result = activation_of(to);
+  const StridedRows from = activation_of(in), result = activation_of(to);
   check_pair(in, to, from, result);
   require(in.device().type == kDLCUDA, "intervene_cuda: x is not on a CUDA device");
-  if (from.rows * from.tokens * from.width == 0) return;
+  if (values_in(from) == 0) return;
   const OnDevice on(in.device().id);
   const auto stream = static_cast<cudaStream_t>(in.stream());
-  const auto launch = [&](const auto& program) {
+  by_work(from.dtype, [&]<typename W>(W) {
+    const Program<W> program = program_of<W>(code, tables, patches, from, in.device());
     check_cuda(launch_intervention(from, result, program, stream, seen), "intervene_cuda");
-  };
-  if (from.dtype == DType::f64)
-    launch(program_of<double>(code, tables, patches, from, in.device()));
-  else
-    launch(program_of<float>(code, tables, patches, from, in.device()));
+  });
 }
 
 #endif

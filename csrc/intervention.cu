@@ -1,6 +1,7 @@
 // CUDA launch of the intervention program: one launch, one pass over memory, see
 // intervention_tile.h.
 #include <algorithm>
+#include <utility>
 
 #include "cuda_shared.h"
 #include "intervention_tile.h"
@@ -45,7 +46,7 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Cut for up to `threads` threads of `tokens_each` x `channels_each` elements. `wanted` threads
 // along the tokens make the accesses wide where tokens are contiguous; rows that need many threads
 // leave fewer.
-Cut cut_for(const Activation& x, bool sums, int64_t tokens_each, int64_t channels_each,
+Cut cut_for(const StridedRows& x, bool sums, int64_t tokens_each, int64_t channels_each,
             int64_t wanted, int64_t threads) {
   Cut cut;
   const int64_t per_row = divide_up(x.width, channels_each);
@@ -97,10 +98,10 @@ cudaError_t launch(Job<W> job, const Cut& cut, cudaStream_t stream) {
   using Shape = Tile<T, W, kTokens, kChannels, kTokenRun, kChannelRun, kShared>;
   const auto kernel =
       intervention_kernel<T, W, kTokens, kChannels, kTokenRun, kChannelRun, kShared, kThreads>;
-  const Activation& x = job.in;
+  const StridedRows& x = job.in;
   const int64_t lanes = cut.across * cut.slots;
   const int64_t blocks = divide_up(x.tokens, cut.across * kTokens);
-  const int64_t groups = x.rows * blocks;
+  const int64_t groups = x.entries * blocks;
   const int64_t grid_y = divide_up(x.width, cut.slots * kChannels);
   // Tokens and channels are counted in 32 bits, with room for the last block; addresses in 64.
   if (groups > INT32_MAX || grid_y > kMaxGridY || x.tokens > INT32_MAX / 2 ||
@@ -130,16 +131,11 @@ cudaError_t launch(Job<W> job, const Cut& cut, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, kernel, job);
 }
 
-bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % sizeof(uint4) == 0;
-}
-
-// Whether x moves in runs of `run` elements along an axis of stride 1 and this extent, the other
-// two being given.
-bool runs(const Activation& x, int64_t stride, int64_t extent, int64_t other, int64_t another,
-          int64_t run) {
-  return stride == 1 && extent % run == 0 && other % run == 0 && another % run == 0 &&
-         aligned(x.data);
+// Tokens as channels.
+StridedRows turned(StridedRows x) {
+  std::swap(x.tokens, x.width);
+  std::swap(x.stride_token, x.stride_channel);
+  return x;
 }
 
 // Launches the tile of this shape if a row fits into it; `wanted` as in cut_for.
@@ -157,17 +153,14 @@ bool launched(const Job<W>& job, int64_t wanted, cudaStream_t stream, cudaError_
 template <typename T, typename W>
 cudaError_t launch_typed(const Job<W>& job, cudaStream_t stream) {
   constexpr int kRun = int(sizeof(uint4) / sizeof(T));
-  const Activation &x = job.in, &y = job.out;
+  const StridedRows &x = job.in, &y = job.out;
   cudaError_t error = cudaErrorNotSupported;  // rows that no block holds
   int most = 1;                               // vectors of one step
   for (int p = 0; p < job.program.count; ++p)
     most = std::max(most, int(job.program.steps[p].count));
   if constexpr (std::is_same_v<W, float>) {
-    const bool channels = runs(x, x.stride_channel, x.width, x.stride_row, x.stride_token, kRun) &&
-                          runs(y, y.stride_channel, y.width, y.stride_row, y.stride_token, kRun) &&
-                          aligned(job.program.vectors);
-    const bool tokens = runs(x, x.stride_token, x.tokens, x.stride_row, x.stride_channel, kRun) &&
-                        runs(y, y.stride_token, y.tokens, y.stride_row, y.stride_channel, kRun);
+    const bool channels = in_runs(x, kRun) && in_runs(y, kRun) && aligned(job.program.vectors);
+    const bool tokens = in_runs(turned(x), kRun) && in_runs(turned(y), kRun);
     // Four rows share each read of the subspace.
     if (channels && most > 1 && launched<T, W, 4, 8, 1, kRun, false, 512>(job, 1, stream, error))
       return error;
@@ -183,19 +176,12 @@ cudaError_t launch_typed(const Job<W>& job, cudaStream_t stream) {
   return error;
 }
 
-// Strides of extents of 1 say nothing, but would look unaligned.
-Activation simplest(Activation x) {
-  if (x.rows == 1) x.stride_row = 0;
-  if (x.tokens == 1) x.stride_token = 0;
-  return x;
-}
-
 template <typename W>
-Job<W> job_of(const Activation& in, const Activation& out, const Program<W>& program,
+Job<W> job_of(const StridedRows& in, const StridedRows& out, const Program<W>& program,
               int32_t* seen) {
   Job<W> job = {};
-  job.in = simplest(in);
-  job.out = simplest(out);
+  job.in = in;
+  job.out = out;
   job.program = program;
   job.copy = in.data != out.data;
   job.seen = seen;
@@ -208,29 +194,19 @@ Job<W> job_of(const Activation& in, const Activation& out, const Program<W>& pro
 
 template <typename W>
 bool nothing_to_do(const Job<W>& job) {
-  return job.in.rows * job.in.tokens * job.in.width == 0 || (!job.copy && job.program.count == 0);
+  return values_in(job.in) == 0 || (!job.copy && job.program.count == 0);
 }
 
 }  // namespace
 
-cudaError_t launch_intervention(const Activation& in, const Activation& out,
+cudaError_t launch_intervention(const StridedRows& in, const StridedRows& out,
                                 const Program<float>& program, cudaStream_t stream, int32_t* seen) {
   const Job<float> job = job_of(in, out, program, seen);
   if (nothing_to_do(job)) return cudaSuccess;
-  switch (in.dtype) {
-    case DType::f16:
-      return launch_typed<__half>(job, stream);
-    case DType::bf16:
-      return launch_typed<__nv_bfloat16>(job, stream);
-    case DType::f32:
-      return launch_typed<float>(job, stream);
-    case DType::f64:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return by_type(in.dtype, [&]<typename T>(T) { return launch_typed<T>(job, stream); });
 }
 
-cudaError_t launch_intervention(const Activation& in, const Activation& out,
+cudaError_t launch_intervention(const StridedRows& in, const StridedRows& out,
                                 const Program<double>& program, cudaStream_t stream,
                                 int32_t* seen) {
   const Job<double> job = job_of(in, out, program, seen);

@@ -18,7 +18,7 @@
 
 #include <cstdint>
 
-#include "dtype.h"
+#include "rows.h"
 
 namespace dreamreader {
 
@@ -38,14 +38,6 @@ struct Step {
   int32_t mask;        // row in Program::masks, inside the range
   int32_t limit;       // row in Program::limits
   int32_t source;      // number in Program::sources
-};
-
-// x or the result: [rows, tokens, width] in elements of dtype, any strides (in elements).
-struct Activation {
-  void* data;
-  DType dtype;
-  int64_t rows, tokens, width;
-  int64_t stride_row, stride_token, stride_channel;
 };
 
 // What a patch reads: data [entries, width] and index [rows, tokens].
@@ -143,10 +135,10 @@ namespace dreamreader {
 // device, asynchronously. Program<float> for f16, bf16 and f32 activations, Program<double> for
 // f64. Out of place, untouched rows and channels are copied, and bits of Seen are added to *seen on
 // the device unless it is null.
-cudaError_t launch_intervention(const Activation& in, const Activation& out,
+cudaError_t launch_intervention(const StridedRows& in, const StridedRows& out,
                                 const Program<float>& program, cudaStream_t stream,
                                 int32_t* seen = nullptr);
-cudaError_t launch_intervention(const Activation& in, const Activation& out,
+cudaError_t launch_intervention(const StridedRows& in, const StridedRows& out,
                                 const Program<double>& program, cudaStream_t stream,
                                 int32_t* seen = nullptr);
 

@@ -4,7 +4,7 @@
 // then a loop or two over it.
 #pragma once
 
-#include "intervention_rows_simd.h"
+#include "intervention_simple_simd.h"
 
 namespace dreamreader {
 namespace {
@@ -48,8 +48,8 @@ struct Group {
   }
 
   void gather() const {
-    const Activation& x = job.in;
-    const T* base = static_cast<const T*>(x.data) + b * x.stride_row + t * x.stride_token;
+    const StridedRows& x = job.in;
+    const T* base = row_at<T>(x, b, t);
     if (x.stride_channel == 1 && x.stride_token != 1) return gather_rows(base);
     for (int64_t c = job.begin; c < job.end; ++c) {
       const T* from = base + c * x.stride_channel;
@@ -78,8 +78,8 @@ struct Group {
   // Writes the lanes with work; the others keep their bits, copied where the result is another
   // tensor.
   void scatter() const {
-    const Activation& x = job.out;
-    T* base = static_cast<T*>(x.data) + b * x.stride_row + t * x.stride_token;
+    const StridedRows& x = job.out;
+    T* base = row_at<T>(x, b, t);
     if (touched && x.stride_channel == 1 && x.stride_token != 1) {
       scatter_rows(base);
     } else if (touched) {
@@ -102,8 +102,7 @@ struct Group {
 
   // Tells what the lanes with work were before and after.
   void look(Witness<T>& witness) const {
-    const T* in = static_cast<const T*>(job.in.data) + b * job.in.stride_row;
-    const T* out = static_cast<const T*>(job.out.data) + b * job.out.stride_row;
+    const T *in = row_at<T>(job.in, b, 0), *out = row_at<T>(job.out, b, 0);
     const bool rows = job.in.stride_channel == 1 && job.out.stride_channel == 1;
     const bool whole = touched == lanes && job.in.stride_token == 1 && job.out.stride_token == 1;
     if (!rows && whole) {
@@ -139,9 +138,10 @@ struct Group {
   }
 
   void copy(int l, int64_t begin, int64_t end) const {
-    const T* from =
-        static_cast<const T*>(job.in.data) + b * job.in.stride_row + (t + l) * job.in.stride_token;
-    T* to = static_cast<T*>(job.out.data) + b * job.out.stride_row + (t + l) * job.out.stride_token;
+    const T* from = static_cast<const T*>(job.in.data) + b * job.in.stride_entry +
+                    (t + l) * job.in.stride_token;
+    T* to =
+        static_cast<T*>(job.out.data) + b * job.out.stride_entry + (t + l) * job.out.stride_token;
     for (int64_t c = begin; c < end; ++c)
       to[c * job.out.stride_channel] = from[c * job.in.stride_channel];
   }
@@ -249,8 +249,8 @@ struct Group {
 
   void run(const Step& step, const Column<W>& s, const Column<W>& entry) const {
     const W* v = step.vector >= 0 ? p.vectors + step.vector * job.in.width : nullptr;
-    const W lo = step.limit >= 0 ? limit_of(p, step, 0, b, job.in.rows) : W(0);
-    const W hi = step.limit >= 0 ? limit_of(p, step, 1, b, job.in.rows) : W(0);
+    const W lo = step.limit >= 0 ? limit_of(p, step, 0, b, job.in.entries) : W(0);
+    const W hi = step.limit >= 0 ? limit_of(p, step, 1, b, job.in.entries) : W(0);
     Column<W> k;
     switch (step.kind) {
       case kSteer:

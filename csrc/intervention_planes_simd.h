@@ -45,8 +45,8 @@ struct Run {
     __builtin_memset(work, 0, sizeof(work));
     for (int i = 0; i < p.count; ++i) {
       const Step& step = p.steps[i];
-      lo[i] = step.limit >= 0 ? limit_of(p, step, 0, b, job.in.rows) : W(0);
-      hi[i] = step.limit >= 0 ? limit_of(p, step, 1, b, job.in.rows) : W(0);
+      lo[i] = step.limit >= 0 ? limit_of(p, step, 0, b, job.in.entries) : W(0);
+      hi[i] = step.limit >= 0 ? limit_of(p, step, 1, b, job.in.entries) : W(0);
       for (int64_t j = 0; j < kPlaneTokens; ++j) {
         const W s = j < count ? strength_of(p, i, b, first + j) : W(0);
         strengths[i * kPlaneTokens + j] = s;
@@ -68,12 +68,10 @@ struct Run {
   int64_t valid(int64_t d) const { return count - d < kBlock<W> ? count - d : int64_t(kBlock<W>); }
 
   const T* read_at(int64_t c) const {
-    return static_cast<const T*>(job.in.data) + b * job.in.stride_row + c * job.in.stride_channel +
-           first;
+    return row_at<T>(job.in, b, 0) + c * job.in.stride_channel + first;
   }
   T* write_at(int64_t c) const {
-    return static_cast<T*>(job.out.data) + b * job.out.stride_row + c * job.out.stride_channel +
-           first;
+    return row_at<T>(job.out, b, 0) + c * job.out.stride_channel + first;
   }
 
   bool concerns(const Step& step, int64_t c) const {

@@ -81,10 +81,8 @@ static __attribute__((noinline)) Block<W> load_source(const Action<W>& a, int64_
 // Points an action at an entry of a source, -1 for none.
 template <typename W>
 DR_INLINE void aim(Action<W>& a, const Source& source, int64_t entry) {
-  const int64_t bytes = source.dtype == DType::f64 ? 8 : (source.dtype == DType::f32 ? 4 : 2);
-  a.source = entry < 0
-                 ? nullptr
-                 : static_cast<const char*>(source.data) + entry * source.stride_entry * bytes;
+  const char* data = static_cast<const char*>(source.data);
+  a.source = entry < 0 ? nullptr : data + entry * source.stride_entry * size_of(source.dtype);
   a.dtype = source.dtype;
   a.source_stride = source.stride_channel;
 }
@@ -338,16 +336,14 @@ struct Row {
   }
 
   const char* address(const Cursor& at) const {
-    const T* data = static_cast<const T*>(job.in.data);
-    return reinterpret_cast<const char*>(data + at.row * job.in.stride_row +
-                                         at.token * job.in.stride_token + job.begin);
+    return reinterpret_cast<const char*>(row_at<T>(job.in, at.row, at.token) + job.begin);
   }
 
   void place(const Cursor& at) {
     b = at.row;
     t = at.token;
-    in = static_cast<const T*>(job.in.data) + b * job.in.stride_row + t * job.in.stride_token;
-    out = static_cast<T*>(job.out.data) + b * job.out.stride_row + t * job.out.stride_token;
+    in = row_at<T>(job.in, b, t);
+    out = row_at<T>(job.out, b, t);
     made = job.stream && job.in.data != job.out.data ? result : out;
     if constexpr (sizeof(T) == sizeof(W))
       scratch = made;
@@ -426,8 +422,8 @@ void Row<T>::advance(int number, W s, int renorm) {
   Action<W>& a = actions[number];
   a.s = s;
   if (step.limit >= 0) {
-    a.lo = limit_of(p, step, 0, b, job.in.rows);
-    a.hi = limit_of(p, step, 1, b, job.in.rows);
+    a.lo = limit_of(p, step, 0, b, job.in.entries);
+    a.hi = limit_of(p, step, 1, b, job.in.entries);
   }
   switch (step.kind) {
     case kSteer:
@@ -485,24 +481,44 @@ void Row<T>::run(const char* next) {
   finish(next);
 }
 
-// Whether all exponents of n halves are below that of infinity: it carries into the sign.
+// Whether all exponents of halves are below that of infinity: it carries into the sign.
+template <typename T>
+class Finite {
+ public:
+  inline __attribute__((always_inline)) void see(const T* x, int64_t n) {
+    constexpr int64_t kHalves = DR_VECTOR_BYTES / 2;
+    constexpr uint16_t kOne = Lowest<T>::value;
+    for (int64_t i = 0; n >= kHalves && i < n; i += kHalves) {  // the last ones maybe twice
+      const T* at = x + (i + kHalves <= n ? i : n - kHalves);
+      carried_ |= (load_vector<Halves>(at) & uint16_t(0x7fff)) + kOne;
+    }
+    for (int64_t i = 0; n < kHalves && i < n; ++i)
+      rest_ |= uint16_t((load_vector<uint16_t>(x + i) & 0x7fff) + kOne);
+  }
+  inline __attribute__((always_inline)) bool all() const {
+    uint64_t words[DR_VECTOR_BYTES / 8], all = 0;
+    __builtin_memcpy(words, &carried_, sizeof(words));
+    for (uint64_t word : words) all |= word;
+    return !(all & 0x8000800080008000u) && !(rest_ & 0x8000);
+  }
+
+ private:
+  typedef uint16_t Halves __attribute__((vector_size(DR_VECTOR_BYTES)));
+  Halves carried_{};
+  uint16_t rest_ = 0;
+};
+template <>
+struct Lowest<float> {
+  static constexpr uint16_t value = 0;  // says nothing
+};
+template <>
+struct Lowest<double> : Lowest<float> {};
+
 template <typename T>
 DR_INLINE bool all_finite(const T* x, int64_t n) {
-  typedef uint16_t Halves __attribute__((vector_size(DR_VECTOR_BYTES)));
-  constexpr int64_t kHalves = DR_VECTOR_BYTES / 2;
-  constexpr uint16_t kOne = Lowest<T>::value;
-  Halves carried{};
-  int64_t i = 0;
-  for (; i + kHalves <= n; i += kHalves) {
-    const Halves bits = load_vector<Halves>(x + i);
-    carried |= (bits & uint16_t(0x7fff)) + kOne;
-  }
-  uint16_t found = 0;
-  for (; i < n; ++i) found |= uint16_t((load_vector<uint16_t>(x + i) & 0x7fff) + kOne);
-  uint64_t words[DR_VECTOR_BYTES / 8], all = 0;
-  __builtin_memcpy(words, &carried, sizeof(words));
-  for (uint64_t word : words) all |= word;
-  return !(all & 0x8000800080008000u) && !(found & 0x8000);
+  Finite<T> finite;
+  finite.see(x, n);
+  return finite.all();
 }
 
 // Whether n values differ anywhere, as == sees them.
@@ -543,8 +559,13 @@ struct Witness {
   void look(const T* in, const T* out, int64_t n) {
     if (!(bits & kChanged) && differ(in, out, n)) bits |= kChanged;
     if constexpr (sizeof(T) == 2) {
-      if (!all_finite(out, n)) bits |= all_finite(in, n) ? kOverflowed : kOverflowed | kNotFinite;
+      if (!all_finite(out, n)) overflow(in, n);
     }
+  }
+
+  // Of n results some are not finite.
+  void overflow(const T* in, int64_t n) {
+    bits |= all_finite(in, n) ? kOverflowed : kOverflowed | kNotFinite;
   }
 };
 

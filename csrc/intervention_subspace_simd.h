@@ -80,7 +80,7 @@ struct SubspaceBlock {
   const Program<W>& p;
   const Step& step;
   const SubspaceTables<W> tables;
-  const LowRankRows in, out;  // the channels of the step
+  const StridedRows in, out;  // the channels of the step
   Witness<T> witness;
   Panel<W> x;
   W *sums, *z;   // z: [rows, vectors], or of AMX [rows, columns]
@@ -102,19 +102,23 @@ struct SubspaceBlock {
     sums = x.data + kSubspaceBlock * low_rank_pitch(tables.width);
     z = sums + kLowRankSums * tables.count;
     packed = reinterpret_cast<bf16*>(z + kSubspaceBlock * tables.columns);
+    if (job.amx)  // what is beyond the components stays 0
+      __builtin_memset(packed, 0, std::size_t(kSubspaceBlock * tables.depth) * sizeof(bf16));
   }
 
-  LowRankRows rows_of(const Activation& a) const {
-    return {static_cast<T*>(a.data) + step.begin * a.stride_channel, a.dtype, a.stride_row,
-            a.stride_token, tables.width == 1 ? 1 : a.stride_channel};
+  StridedRows rows_of(const StridedRows& a) const {
+    StridedRows rows = a;
+    rows.data = row_at<T>(a, 0, 0) + step.begin * a.stride_channel;
+    rows.width = tables.width;
+    if (rows.width == 1) rows.stride_channel = 1;
+    return rows;
   }
 
   void copy(Place at, int64_t begin, int64_t end) const {
-    const Activation &from = job.in, &to = job.out;
+    const StridedRows &from = job.in, &to = job.out;
     if (from.data == to.data) return;
-    const T* source = static_cast<const T*>(from.data) + at.entry * from.stride_row +
-                      at.token * from.stride_token;
-    T* target = static_cast<T*>(to.data) + at.entry * to.stride_row + at.token * to.stride_token;
+    const T* source = row_at<T>(from, at);
+    T* target = row_at<T>(to, at);
     if (from.stride_channel == 1 && to.stride_channel == 1)
       return copy_channels(source, target, begin, end);
     for (int64_t c = begin; c < end; ++c)
@@ -181,36 +185,62 @@ struct SubspaceBlock {
   }
 
 #if defined(__AVX512F__)
-  // Takes the rows whose components are numbers that bfloat16 can hold; leaves the others.
-  void run_amx() {
-    const int64_t pitch = tables.whole + 32;
-    bf16 *coefficients = packed, *own = packed + kSubspaceBlock * tables.depth;
-    __builtin_memset(coefficients, 0, std::size_t(kSubspaceBlock * tables.depth) * sizeof(bf16));
-    for (int64_t i = 0; i < kSubspaceBlock; ++i) {
+  // Whether the rows of the block are those of a matrix that AMX can read where it is.
+  bool regular() const {
+    bool is = count % kAmxRows == 0 && tables.whole == tables.width;
+    for (int64_t i = 1; is && i < count; ++i)
+      is = places[i].entry == places[0].entry && places[i].token == places[0].token + i;
+    return is;
+  }
+
+  // The rows of the block one after the other, zeros behind the last channel and the last row.
+  void copy_rows(bf16* own, int64_t pitch) const {
+    for (int64_t i = 0; i < amx_whole(count); ++i) {
       const int64_t n = i < count ? tables.width : 0;
       if (n) __builtin_memcpy(own + i * pitch, row_at<T>(in, places[i]), std::size_t(n) * 2);
       __builtin_memset(own + i * pitch + n, 0, std::size_t(tables.whole - n) * 2);
     }
-    amx_multiply(own, pitch, tables.down, tables.whole, tables.columns,
-                 [&](int64_t c, const float (&part)[kAmxRows][kAmxColumns]) {
-                   for (int64_t i = 0; i < count; ++i)
-                     __builtin_memcpy(z + i * tables.columns + c, part[i], sizeof(part[i]));
-                 });
+  }
+
+  // Takes the rows whose components are numbers that bfloat16 can hold; leaves the others.
+  void run_amx() {
+    const bool direct = regular();
+    const int64_t size = amx_whole(count);
+    const int64_t pitch = direct ? in.stride_token : tables.whole + 32;
+    bf16 *coefficients = packed, *own = packed + kSubspaceBlock * tables.depth;
+    if (direct)
+      own = row_at<bf16>(in, places[0]);
+    else
+      copy_rows(own, pitch);
+    amx_multiply(
+        own, size, pitch, tables.down, tables.whole, tables.columns, tables.columns,
+        [&](int64_t r, int64_t c) { return z + r * tables.columns + c; }, [](int64_t, int64_t) {});
     bool done[kSubspaceBlock] = {};
+    T* rows[kSubspaceBlock];
     ahead.tile(0, tables.width * int64_t(sizeof(T)));
-    for (int64_t i = 0; i < count; ++i) done[i] = split(i, coefficients + i * tables.depth);
-    amx_multiply(coefficients, tables.depth, tables.up, tables.depth, tables.whole,
-                 [&](int64_t c, const float (&part)[kAmxRows][kAmxColumns]) {
-                   for (int64_t i = 0; i < count; ++i)
-                     if (done[i]) subtract(own + i * pitch + c, part[i], i, c);
-                 });
+    for (int64_t i = 0; i < count; ++i) {
+      done[i] = split(i, coefficients + i * tables.depth);
+      rows[i] = row_at<T>(out, places[i]);
+    }
+    Finite<T> finite;
+    alignas(64) float part[kAmxRows][kAmxColumns];
+    amx_multiply(
+        coefficients, size, tables.depth, tables.up, tables.depth, tables.whole, kAmxColumns,
+        [&](int64_t, int64_t) { return part[0]; },
+        [&](int64_t r, int64_t c) {
+          const bf16* from = own + r * pitch + c;
+          if (c + kAmxColumns > tables.width)
+            subtract<kEdge>(from, pitch, part, rows, done, r, c, finite);
+          else if (job.stream)
+            subtract<kPast>(from, pitch, part, rows, done, r, c, finite);
+          else
+            subtract<kPlain>(from, pitch, part, rows, done, r, c, finite);
+        });
+    if (job.seen && (!(witness.bits & kChanged) || !finite.all()))
+      for (int64_t i = 0; i < count; ++i)
+        if (done[i]) witness.look(row_at<T>(in, places[i]), rows[i], tables.width);
     int64_t left = 0;
-    const int64_t all = count;
-    if (job.seen)
-      for (int64_t i = 0; i < all; ++i)
-        if (done[i])
-          witness.look(row_at<T>(in, places[i]), row_at<T>(out, places[i]), tables.width);
-    for (int64_t i = 0; i < all; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       if (done[i]) continue;
       places[left] = places[i];
       strength[left++] = strength[i];
@@ -241,17 +271,31 @@ struct SubspaceBlock {
 
   static bool any(Lanes<float>::I lanes) { return _mm512_movepi32_mask(bits_as<__m512i>(lanes)); }
 
-  void subtract(const bf16* own, const float* part, int64_t i, int64_t c) {
-    ahead.step();
-    T* to = row_at<T>(out, places[i]) + c;
-    VF y[2];
+  enum Target { kPlain, kPast, kEdge };
+
+  // Rows r .. r + 31 and columns c .. c + 31 of the results.
+  template <Target target>
+  void subtract(const bf16* own, int64_t pitch, const float (&part)[kAmxRows][kAmxColumns],
+                T* const* rows, const bool* done, int64_t r, int64_t c, Finite<T>& finite) {
+    Finite<T> seen = finite;
+    const int64_t last = count < r + kAmxRows ? count : r + kAmxRows;
+    for (int64_t i = r; i < last; ++i, own += pitch) {
+      ahead.step();
+      if (!done[i]) continue;
+      VF y[2];
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half)
-      y[half] = load_lanes(own + half * kWidth<float>) - load_lanes(part + half * kWidth<float>);
-    if (c + kAmxColumns <= tables.width) return store_pair(to, y[0], y[1]);
-    T rest[kAmxColumns];
-    store_pair(rest, y[0], y[1]);
-    __builtin_memcpy(to, rest, std::size_t(tables.width - c) * sizeof(T));
+      for (int half = 0; half < 2; ++half)
+        y[half] =
+            load_lanes(own + half * kWidth<float>) - load_lanes(part[i - r] + half * kWidth<float>);
+      alignas(64) T fresh[kAmxColumns];
+      T* made = target == kPlain ? rows[i] + c : fresh;
+      store_pair(made, y[0], y[1]);
+      const int64_t n = target == kEdge ? tables.width - c : kAmxColumns;
+      seen.see(made, n);
+      if (target == kPast) copy_line_past_caches(rows[i] + c, fresh);
+      if (target == kEdge) __builtin_memcpy(rows[i] + c, fresh, std::size_t(n) * sizeof(T));
+    }
+    finite = seen;
   }
 #endif
 };
@@ -269,6 +313,7 @@ static void run_subspace(const InterventionJob& job, void* scratch, int64_t firs
         if (block.count) block.run_amx();
         if (block.count) block.run();  // what is left
       }
+      if (job.stream) end_past_caches();
       return;
     }
   }

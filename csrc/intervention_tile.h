@@ -25,7 +25,7 @@ namespace dreamreader {
 
 template <typename W>
 struct Job {
-  Activation in, out;
+  StridedRows in, out;
   Program<W> program;
   bool copy;            // out of place: elements that no step touches are copied
   bool sums;            // some step sums over channels
@@ -169,8 +169,8 @@ struct Tile {
   }
 
   // Where token j of channel(0) is.
-  __device__ __forceinline__ T* at(const Activation& x, int j) const {
-    return static_cast<T*>(x.data) + row * x.stride_row +
+  __device__ __forceinline__ T* at(const StridedRows& x, int j) const {
+    return static_cast<T*>(x.data) + row * x.stride_entry +
            int64_t{first_token + j} * x.stride_token + afresh(first_channel) * x.stride_channel;
   }
 
@@ -401,8 +401,8 @@ struct Tile {
   __device__ __forceinline__ void apply(const Step& step, const W (&s)[kTokens], uint32_t bits) {
     W lo = W(0), hi = W(0);
     if (step.limit >= 0) {
-      lo = limit_of(program, step, 0, row, job.in.rows);
-      hi = limit_of(program, step, 1, row, job.in.rows);
+      lo = limit_of(program, step, 0, row, job.in.entries);
+      hi = limit_of(program, step, 1, row, job.in.entries);
     }
     switch (step.kind) {
       case kSteer:  // x + s v

@@ -20,23 +20,9 @@ constexpr int64_t kPieceRows = 128;         // of a piece that has sums of its o
 constexpr int64_t kPieces = 64;             // with sums of their own, about, at most
 constexpr int64_t kSumBytes = 64 << 20;     // of all these sums, about, at most
 
-LowRankRows rows_of(const TensorView& x) {
-  return {x.data(), float_type(x, "low_rank"), x.stride(0), x.stride(1),
-          x.size(2) == 1 ? 1 : x.stride(2)};
-}
-
 void require_like(const TensorView& x, const TensorView& other) {
-  require(other.dims() == 3 && other.size(0) == x.size(0) && other.size(1) == x.size(1) &&
-              other.size(2) == x.size(2) &&
-              float_type(x, "low_rank") == float_type(other, "low_rank"),
+  require(same_shape(x, other) && float_type(x, "low_rank") == float_type(other, "low_rank"),
           "low_rank: x, its result and their gradients differ in shape or dtype");
-}
-
-void require_apart(const TensorView& out) {
-  for (int i = 0; i < out.dims(); ++i)
-    require(out.stride(i) || out.size(i) <= 1,
-            "low_rank: the result has elements that share memory (an expanded tensor); clone it "
-            "first");
 }
 
 struct Tables {
@@ -116,8 +102,8 @@ std::vector<LowRankPiece> pieces_of(const LowRank<W>& p, const std::vector<int64
 // longer than the edit itself.
 void expect_writes(const TensorView& out) {
   constexpr int64_t kPage = 2 << 20;
-  int64_t bytes = out.is(kDLFloat, 64) ? 8 : (out.is(kDLFloat, 32) ? 4 : 2);
-  for (int i = 0; i < out.dims(); ++i) bytes *= out.size(i);
+  const StridedRows rows = rows_of(out, "low_rank");
+  const int64_t bytes = values_in(rows) * size_of(rows.dtype);
   const auto begin = (reinterpret_cast<uintptr_t>(out.data()) + kPage - 1) / kPage * kPage;
   const auto end = (reinterpret_cast<uintptr_t>(out.data()) + uintptr_t(bytes)) / kPage * kPage;
   if (dense(out) && begin < end)
@@ -151,9 +137,9 @@ void forward(const TensorView& x, const TensorView& out, const Tables& tables, i
   const std::vector<LowRankPiece> pieces = pieces_of(p, order, rows);
   if (x.data() != out.data()) expect_writes(out);
   Call call{};
-  call.job.x = rows_of(x);
-  call.job.out = rows_of(out);
-  call.run = low_rank_kernels().forward[int(call.job.x.dtype)];
+  call.job.x = rows_of(x, "low_rank");
+  call.job.out = rows_of(out, "low_rank");
+  call.run = low_rank_kernels().forward[call.job.x.dtype];
   py::gil_scoped_release release;
   run(call, p, order, pieces, 1, threads);
 }
@@ -165,12 +151,9 @@ void low_rank_cpu(py::handle x, py::handle out, py::handle down, py::handle bias
                       TensorView(index)};
   require(in.dims() == 3, "low_rank: x must be [entries, tokens, width]");
   require_like(in, to);
-  require_apart(to);
+  require_apart(to, "low_rank");
   require(to.device().type == kDLCPU, "low_rank_cpu: a tensor is not in CPU memory");
-  if (float_type(in, "low_rank") == DType::f64)
-    forward<double>(in, to, tables, threads);
-  else
-    forward<float>(in, to, tables, threads);
+  by_work(float_type(in, "low_rank"), [&]<typename W>(W) { forward<W>(in, to, tables, threads); });
 }
 
 // Where the gradients go; those that nobody asked for are null.
@@ -255,7 +238,7 @@ void backward(Call& call, const TensorView& x, const Tables& tables, const Sums<
   std::vector<LowRankPiece> pieces = pieces_of(p, order, rows);
   std::unique_ptr<W[]> rest;
   place_sums(p, to, pieces, rest);
-  call.run = low_rank_kernels().backward[int(call.job.x.dtype)];
+  call.run = low_rank_kernels().backward[call.job.x.dtype];
   py::gil_scoped_release release;
   clear_unused(p, to, pieces);
   if (pieces.empty()) return;
@@ -288,25 +271,21 @@ void low_rank_backward_cpu(py::handle grad, py::handle x, py::handle down, py::h
   require(g.device().type == kDLCPU && to.device().type == kDLCPU,
           "low_rank_cpu: a tensor is not in CPU memory");
   Call call{};
-  call.job.x = rows_of(in);
-  call.job.grad = rows_of(g);
+  call.job.x = rows_of(in, "low_rank");
+  call.job.grad = rows_of(g, "low_rank");
   if (to.dims() != 1 || to.size(0)) {
     require_like(in, to);
-    require_apart(to);
+    require_apart(to, "low_rank");
     expect_writes(to);
-    call.job.out = rows_of(to);
+    call.job.out = rows_of(to, "low_rank");
   }
-  const auto run = [&]<typename W>(W) {
+  by_work(call.job.x.dtype, [&]<typename W>(W) {
     const Sums<W> sums{sums_of<W>(to_down, t.down), sums_of<W>(to_bias, t.bias),
                        sums_of<W>(to_up, t.up)};
     require(!sums.down == !sums.bias, "low_rank_backward: d_down and d_bias go together");
     call.job.d_strength = sums_of<W>(to_strength, t.strength);
     backward<W>(call, in, t, sums, threads);
-  };
-  if (call.job.x.dtype == DType::f64)
-    run(0.0);
-  else
-    run(0.0f);
+  });
 }
 
 Bind bind_low_rank([](py::module_& m) {

@@ -19,10 +19,10 @@ constexpr int64_t kFill = 264;    // tiles that fill a GPU
 struct Job {
   LowRank<float> p;
   Cut cut;
-  LowRankRows x, y;  // y: the result, or dx
+  StridedRows x, y;  // y: the result, or dx
   bool x_runs, y_runs, all;
   // The gradient only:
-  LowRankRows grad;
+  StridedRows grad;
   bool grad_runs;
   bool hidden, along;  // z and U g are needed
   float* strength;
@@ -138,7 +138,7 @@ constexpr int kWarps = kThreads / kWarp;
 
 struct Sums {
   LowRank<float> p;
-  LowRankRows rows[2];  // x, g
+  StridedRows rows[2];  // x, g
   bool runs[2];
   const float* coefficients[2];  // d, s z: [rows, rank]
   float *tables[2], *bias;       // dA, dU and db, of the first part
@@ -148,7 +148,7 @@ struct Sums {
 };
 
 template <typename T>
-__device__ __forceinline__ Quad<T> channels_at(const T* from, const LowRankRows& x, bool runs,
+__device__ __forceinline__ Quad<T> channels_at(const T* from, const StridedRows& x, bool runs,
                                                int c, int width) {
   if (runs) return quad_at(from);
   Quad<T> quad;
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads) low_rank_sums_kernel(const __grid_co
   const int window = int(blockIdx.x) % job.windows;
   const int64_t number = int64_t(blockIdx.x) / job.windows, adapter = number % job.p.adapters;
   const int side = job.sides[number / job.p.adapters];
-  const LowRankRows& x = job.rows[side];
+  const StridedRows& x = job.rows[side];
   const int c = window * kWindow + lane * kQuad;
   const int first_rank = warp % job.groups * kHeld, every = kWarps / job.groups;
   const int64_t total = job.p.entries * job.p.tokens;
@@ -296,17 +296,6 @@ Cut cut_for(const LowRank<float>& p, int64_t coefficients) {
   return cut;
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
-// Whether every row is a row of runs of 16 bytes.
-template <typename T>
-bool in_runs(const LowRank<float>& p, const LowRankRows& x) {
-  constexpr int64_t kRun = 16 / int64_t{sizeof(T)};
-  return x.stride_channel == 1 && p.width % kRun == 0 &&
-         (p.entries == 1 || x.stride_entry % kRun == 0) &&
-         (p.tokens == 1 || x.stride_token % kRun == 0) && aligned(x.data);
-}
-
 bool wide(const LowRank<float>& p) {
   return p.width % kQuad == 0 && aligned(p.down) && aligned(p.up);
 }
@@ -326,23 +315,8 @@ cudaError_t by_rows(const LowRank<float>& p, const Cut& cut, const Launch& launc
   return wide(p) ? with(std::true_type()) : with(std::false_type());
 }
 
-template <typename Launch>
-cudaError_t by_type(DType dtype, const Launch& launch) {
-  switch (dtype) {
-    case DType::f16:
-      return launch(__half());
-    case DType::bf16:
-      return launch(__nv_bfloat16());
-    case DType::f32:
-      return launch(float());
-    case DType::f64:
-      break;
-  }
-  return cudaErrorNotSupported;
-}
-
 template <typename T>
-cudaError_t edit(const LowRank<float>& p, const LowRankRows& x, const LowRankRows& y,
+cudaError_t edit(const LowRank<float>& p, const StridedRows& x, const StridedRows& y,
                  cudaStream_t stream) {
   Job job = {};
   job.p = p;
@@ -350,8 +324,8 @@ cudaError_t edit(const LowRank<float>& p, const LowRankRows& x, const LowRankRow
   if (!job.cut.fits) return cudaErrorNotSupported;
   job.x = x;
   job.y = y;
-  job.x_runs = in_runs<T>(p, x);
-  job.y_runs = in_runs<T>(p, y);
+  job.x_runs = in_runs(x, 16 / int64_t{sizeof(T)});
+  job.y_runs = in_runs(y, 16 / int64_t{sizeof(T)});
   job.all = x.data != y.data;
   return by_rows(p, job.cut, [&](auto rows, auto is_wide) {
     return launch(low_rank_kernel<T, rows(), is_wide()>, job.cut.tiles, 1,
@@ -402,7 +376,7 @@ cudaError_t sum_rows(const Job& rows, const LowRankGradients& out, float* worksp
 }
 
 template <typename T>
-cudaError_t gradient(const LowRank<float>& p, const LowRankRows& grad, const LowRankRows& x,
+cudaError_t gradient(const LowRank<float>& p, const StridedRows& grad, const StridedRows& x,
                      const LowRankGradients& out, float* workspace, cudaStream_t stream) {
   const int64_t coefficients = p.entries * p.tokens * p.rank;
   Job job = {};
@@ -412,9 +386,9 @@ cudaError_t gradient(const LowRank<float>& p, const LowRankRows& grad, const Low
   job.x = x;
   job.grad = grad;
   job.y = out.dx;
-  job.x_runs = in_runs<T>(p, x);
-  job.grad_runs = in_runs<T>(p, grad);
-  job.y_runs = in_runs<T>(p, out.dx);
+  job.x_runs = in_runs(x, 16 / int64_t{sizeof(T)});
+  job.grad_runs = in_runs(grad, 16 / int64_t{sizeof(T)});
+  job.y_runs = in_runs(out.dx, 16 / int64_t{sizeof(T)});
   job.all = out.dx.data != nullptr;
   job.hidden = out.up || out.strength;
   job.along = out.dx.data || out.down || out.strength;
@@ -431,7 +405,7 @@ cudaError_t gradient(const LowRank<float>& p, const LowRankRows& grad, const Low
 
 }  // namespace
 
-cudaError_t launch_low_rank(const LowRank<float>& p, const LowRankRows& x, const LowRankRows& y,
+cudaError_t launch_low_rank(const LowRank<float>& p, const StridedRows& x, const StridedRows& y,
                             cudaStream_t stream) {
   if (!supported(p)) return cudaErrorNotSupported;
   if (p.entries * p.tokens * p.width == 0) return cudaSuccess;
@@ -443,8 +417,8 @@ int64_t low_rank_workspace(const LowRank<float>& p) {
   return 2 * p.entries * p.tokens * p.rank + (parts > 1 ? parts * part_floats(p) : 0);
 }
 
-cudaError_t launch_low_rank_backward(const LowRank<float>& p, const LowRankRows& grad,
-                                     const LowRankRows& x, const LowRankGradients& out,
+cudaError_t launch_low_rank_backward(const LowRank<float>& p, const StridedRows& grad,
+                                     const StridedRows& x, const LowRankGradients& out,
                                      float* workspace, cudaStream_t stream) {
   if (!supported(p)) return cudaErrorNotSupported;
   if (p.entries * p.tokens * p.width == 0) return cudaSuccess;

@@ -15,18 +15,11 @@
 
 #include <cstdint>
 
-#include "dtype.h"
+#include "rows.h"
 
 namespace dreamreader {
 
 constexpr int kMaxRank = 256;  // the limit of dreamreader/ops/low_rank.py
-
-// x, y, g or dx: [entries, tokens, width] in elements of dtype, any strides (in elements).
-struct LowRankRows {
-  void* data;
-  DType dtype;
-  int64_t stride_entry, stride_token, stride_channel;
-};
 
 // The sizes and the dense tables by value. W is the arithmetic type.
 template <typename W>
@@ -40,11 +33,6 @@ struct LowRank {
   const int64_t* index;  // [entries]
   int64_t index_entry;
 };
-
-// Offset of the first channel of a row.
-DR_HD int64_t row_offset(const LowRankRows& rows, int64_t entry, int64_t token) {
-  return entry * rows.stride_entry + token * rows.stride_token;
-}
 
 template <typename W>
 DR_HD W strength_of(const LowRank<W>& p, int64_t entry, int64_t token) {

@@ -17,8 +17,8 @@ struct LowRankPiece {
 // One call. `program` is a LowRank<double> for f64 activations and a LowRank<float> otherwise.
 struct LowRankJob {
   const void* program;
-  LowRankRows x, out;  // forward: y; backward: dx, without data where nobody asks for it
-  LowRankRows grad;    // backward only
+  StridedRows x, out;  // forward: y; backward: dx, without data where nobody asks for it
+  StridedRows grad;    // backward only
   const int64_t* order;
   const LowRankPiece* pieces;
   void* d_strength;  // dense [entries, tokens], or null
@@ -42,10 +42,9 @@ DR_HD int64_t low_rank_scratch(int64_t block, int64_t width, int64_t rank) {
   return (2 * block + 4 * rank) * low_rank_pitch(width) + kLowRankSums * rank + 3 * block * rank;
 }
 
-// Work on pieces first .. last - 1; by DType.
+// Work on pieces first .. last - 1.
 struct LowRankKernels {
-  void (*forward[4])(const LowRankJob& job, void* scratch, int64_t first, int64_t last);
-  void (*backward[4])(const LowRankJob& job, void* scratch, int64_t first, int64_t last);
+  ByType<void(const LowRankJob& job, void* scratch, int64_t first, int64_t last)> forward, backward;
 };
 
 DR_KERNELS(LowRankKernels, low_rank)

@@ -16,17 +16,14 @@ void require_there(const TensorView& t, DLDevice device) {
 }
 
 // Rows like those of x; `written`: none may share memory with another.
-LowRankRows rows_of(const TensorView& t, const TensorView& x, bool written) {
+StridedRows rows_like(const TensorView& t, const TensorView& x, bool written) {
   require_there(t, x.device());
   require(t.dims() == 3, "low_rank_cuda: x must be [entries, tokens, width]");
-  for (int i = 0; i < 3; ++i) {
-    require(t.size(i) == x.size(i), "low_rank_cuda: x, results and gradients differ in shape");
-    require(!written || t.stride(i) || t.size(i) <= 1,
-            "low_rank_cuda: the result has elements that share memory (an expanded tensor)");
-  }
-  const DType dtype = float_type(t, "low_rank_cuda");
-  require(dtype == float_type(x, "low_rank_cuda"), "low_rank_cuda: dtypes differ");
-  return {t.data(), dtype, t.stride(0), t.stride(1), t.size(2) == 1 ? 1 : t.stride(2)};
+  require(same_shape(t, x), "low_rank_cuda: x, results and gradients differ in shape");
+  if (written) require_apart(t, "low_rank_cuda");
+  const StridedRows rows = rows_of(t, "low_rank_cuda");
+  require(rows.dtype == float_type(x, "low_rank_cuda"), "low_rank_cuda: dtypes differ");
+  return rows;
 }
 
 // A dense float32 tensor; the last size may be left out (-1).
@@ -75,7 +72,7 @@ void low_rank_cuda(py::handle x, py::handle out, py::handle down, py::handle bia
                    py::handle strength, py::handle index) {
   const TensorView in(x);
   const LowRank<float> p = program_of(in, down, bias, up, strength, index);
-  const LowRankRows from = rows_of(in, in, false), to = rows_of(TensorView(out), in, true);
+  const StridedRows from = rows_like(in, in, false), to = rows_like(TensorView(out), in, true);
   const OnDevice on(in.device().id);
   check_cuda(launch_low_rank(p, from, to, static_cast<cudaStream_t>(in.stream())), "low_rank_cuda");
 }
@@ -103,7 +100,7 @@ void low_rank_backward_cuda(py::handle grad, py::handle x, py::handle down, py::
     return t.is_none() ? nullptr : dense_floats(TensorView(t), in.device(), a, b, c);
   };
   LowRankGradients out = {};
-  if (!dx.is_none()) out.dx = rows_of(TensorView(dx), in, true);
+  if (!dx.is_none()) out.dx = rows_like(TensorView(dx), in, true);
   require(d_down.is_none() == d_bias.is_none(), "low_rank_cuda: d_bias goes with d_down");
   out.down = floats(d_down, p.adapters, p.rank, p.width);
   out.bias = floats(d_bias, p.adapters, p.rank, -1);
@@ -113,7 +110,7 @@ void low_rank_backward_cuda(py::handle grad, py::handle x, py::handle down, py::
   require(memory.dims() == 1 && memory.is(kDLFloat, 32) && dense(memory) &&
               memory.size(0) >= low_rank_workspace(p),
           "low_rank_cuda: the workspace must be dense float32 and large enough");
-  const LowRankRows given = rows_of(TensorView(grad), in, false), from = rows_of(in, in, false);
+  const StridedRows given = rows_like(TensorView(grad), in, false), from = rows_like(in, in, false);
   const OnDevice on(in.device().id);
   check_cuda(launch_low_rank_backward(p, given, from, out, reinterpret_cast<float*>(memory.data()),
                                       static_cast<cudaStream_t>(in.stream())),

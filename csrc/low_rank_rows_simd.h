@@ -11,8 +11,8 @@ struct Place {
 };
 
 template <typename T>
-DR_INLINE T* row_at(const LowRankRows& rows, Place at) {
-  return static_cast<T*>(rows.data) + row_offset(rows, at.entry, at.token);
+DR_INLINE T* row_at(const StridedRows& rows, Place at) {
+  return row_at<T>(rows, at.entry, at.token);
 }
 
 // n <= kBlock channels of a row, the rest of `to` up to whole vectors 0.
@@ -53,7 +53,7 @@ DR_INLINE void each_block(const Panel<W>& panel, int64_t row, int64_t begin, int
 }
 
 // Tokens that follow each other in memory, from the row `first` of a block on.
-DR_INLINE int64_t run_of(const LowRankRows& rows, const Place* places, int64_t first,
+DR_INLINE int64_t run_of(const StridedRows& rows, const Place* places, int64_t first,
                          int64_t count) {
   int64_t n = 1;
   while (rows.stride_token == 1 && first + n < count &&
@@ -65,7 +65,7 @@ DR_INLINE int64_t run_of(const LowRankRows& rows, const Place* places, int64_t f
 
 // Squares of kWidth tokens and channels go through registers, the rest value by value.
 template <bool kScatter, typename T>
-static void move_runs(const LowRankRows& rows, const Place* places, int64_t count, int64_t width,
+static void move_runs(const StridedRows& rows, const Place* places, int64_t count, int64_t width,
                       const Panel<float>& panel) {
   constexpr int kSide = kWidth<float>;
   const int64_t whole = width / kSide * kSide;
@@ -105,7 +105,7 @@ static void move_runs(const LowRankRows& rows, const Place* places, int64_t coun
 }
 
 template <typename T, typename W>
-DR_INLINE void gather(const LowRankRows& rows, const Place* places, int64_t count, int64_t width,
+DR_INLINE void gather(const StridedRows& rows, const Place* places, int64_t count, int64_t width,
                       const Panel<W>& panel) {
   if constexpr (__is_same(W, float)) {
     if (rows.stride_token == 1 && rows.stride_channel != 1)
@@ -120,7 +120,7 @@ DR_INLINE void gather(const LowRankRows& rows, const Place* places, int64_t coun
 }
 
 template <typename T, typename W>
-DR_INLINE void scatter(const LowRankRows& rows, const Place* places, int64_t count, int64_t width,
+DR_INLINE void scatter(const StridedRows& rows, const Place* places, int64_t count, int64_t width,
                        const Panel<W>& panel) {
   if constexpr (__is_same(W, float)) {
     if (rows.stride_token == 1) return move_runs<true, T>(rows, places, count, width, panel);
@@ -135,7 +135,7 @@ DR_INLINE void scatter(const LowRankRows& rows, const Place* places, int64_t cou
 
 // The bits of one row.
 template <typename T>
-DR_INLINE void copy_row(const LowRankRows& from, const LowRankRows& to, Place at, int64_t width) {
+DR_INLINE void copy_row(const StridedRows& from, const StridedRows& to, Place at, int64_t width) {
   if (!to.data || from.data == to.data) return;
   const T* source = row_at<T>(from, at);
   T* target = row_at<T>(to, at);

@@ -63,7 +63,7 @@ struct Worker {
 
   // The next rows from `row` on, without those of strength 0 unless all are wanted; these get the
   // bits of `from`. Returns the first row that is left.
-  int64_t collect(int64_t row, bool all, const LowRankRows& from) {
+  int64_t collect(int64_t row, bool all, const StridedRows& from) {
     for (count = 0; row < piece.last && count < job.block; ++row) {
       const Place at{job.order[row / p.tokens], row % p.tokens};
       const W s = strength_of(p, at.entry, at.token);
@@ -78,7 +78,7 @@ struct Worker {
   }
 
   // The rows after this block, where they are dense; some of them may have strength 0.
-  void look_ahead(int64_t row, const LowRankRows& rows) {
+  void look_ahead(int64_t row, const StridedRows& rows) {
     if (rows.stride_channel != 1) return;
     for (int64_t i = row; i < piece.last && i < row + job.block; ++i) {
       const Place at{job.order[i / p.tokens], i % p.tokens};
@@ -235,10 +235,7 @@ void run_backward(const LowRankJob& job, void* scratch, int64_t first, int64_t l
 namespace DR_ISA {
 
 extern const LowRankKernels low_rank;
-const LowRankKernels low_rank = {
-    {run_forward<f16>, run_forward<bf16>, run_forward<float>, run_forward<double>},
-    {run_backward<f16>, run_backward<bf16>, run_backward<float>, run_backward<double>},
-};
+const LowRankKernels low_rank = {DR_BY_TYPE(run_forward), DR_BY_TYPE(run_backward)};
 
 }  // namespace DR_ISA
 }  // namespace dreamreader

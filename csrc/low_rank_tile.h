@@ -141,7 +141,7 @@ struct LowRankTile {
   // Calls move(row, channel, offset in memory) for every run of kRun channels or, one at a time,
   // for all of them, in the order of memory.
   template <typename Move>
-  __device__ __forceinline__ void walk(const LowRankRows& x, bool runs, const Move& move) {
+  __device__ __forceinline__ void walk(const StridedRows& x, bool runs, const Move& move) {
     const auto offset = [&](int row, int c) {
       return row_offset(x, rows.entry[row], rows.token[row]) + c * x.stride_channel;
     };
@@ -156,7 +156,7 @@ struct LowRankTile {
   }
 
   // Brings the rows that are `loaded` into the tile.
-  __device__ __forceinline__ void load(const LowRankRows& x, bool runs) {
+  __device__ __forceinline__ void load(const StridedRows& x, bool runs) {
     const T* data = static_cast<const T*>(x.data);
     walk(x, runs, [&](int row, int c, int64_t at) {
       T* to = tile + row * cut.pitch + c;
@@ -175,7 +175,7 @@ struct LowRankTile {
   }
 
   // Writes the rows that changed or, if asked to, all that exist.
-  __device__ __forceinline__ void store(const LowRankRows& y, bool runs, bool all) {
+  __device__ __forceinline__ void store(const StridedRows& y, bool runs, bool all) {
     T* data = static_cast<T*>(y.data);
     walk(y, runs, [&](int row, int c, int64_t at) {
       if (!(all ? rows.there[row] : rows.changed[row])) return;

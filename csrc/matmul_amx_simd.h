@@ -69,33 +69,37 @@ DR_INLINE void amx_pack_rows(bf16* packed, int64_t depth, int64_t columns, Row r
         }
 }
 
-// put(c, part): columns c .. c + 31 of a [32, depth] times the packed matrix as part [32][32].
-// Rows of a are `pitch` elements apart. Needs AmxTiles.
-template <typename Put>
-DR_INLINE void amx_multiply(const bf16* a, int64_t pitch, const bf16* packed, int64_t depth,
-                            int64_t columns, Put put) {
-  alignas(64) float part[kAmxRows][kAmxColumns];
-  for (int64_t c = 0; c < columns; c += kAmxColumns) {
-    asm volatile("tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n tilezero %%tmm3" : : :);
-    for (int64_t k = 0; k < depth; k += kAmxDepth, packed += 1024) {
-      const bf16 *upper = a + k, *lower = upper + 16 * pitch;
+// place(r, c): where the square of rows r .. r + 31 and columns c .. c + 31 of a [rows, depth]
+// times the packed matrix goes, its rows `ld` floats apart; put(r, c): it is there. Rows of a are
+// `pitch` elements apart; all sizes whole. Needs AmxTiles. Each 32 columns of the matrix are used
+// for all rows before the next, since the second cache gives them as slowly as the tiles take them.
+template <typename To, typename Put>
+DR_INLINE void amx_multiply(const bf16* a, int64_t rows, int64_t pitch, const bf16* packed,
+                            int64_t depth, int64_t columns, int64_t ld, To place, Put put) {
+  for (int64_t c = 0; c < columns; c += kAmxColumns, packed += depth * kAmxColumns) {
+    for (int64_t r = 0; r < rows; r += kAmxRows) {
+      const bf16 *upper = a + r * pitch, *lower = upper + 16 * pitch, *matrix = packed;
+      asm volatile("tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n tilezero %%tmm3" : : :);
+      for (int64_t k = 0; k < depth; k += kAmxDepth, matrix += 1024) {
+        asm volatile(
+            "tileloadd (%2,%4,1), %%tmm6\n tileloadd (%0,%5,1), %%tmm4\n"
+            "tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n tileloadd (%3,%4,1), %%tmm7\n"
+            "tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n tileloadd (%1,%5,1), %%tmm5\n"
+            "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n tdpbf16ps %%tmm7, %%tmm5, %%tmm3"
+            :
+            : "r"(upper + k), "r"(lower + k), "r"(matrix), "r"(matrix + 512), "r"(int64_t{64}),
+              "r"(2 * pitch)
+            : "memory");
+      }
+      float *const above = place(r, c), *const below = above + 16 * ld;
       asm volatile(
-          "tileloadd (%2,%4,1), %%tmm6\n tileloadd (%0,%5,1), %%tmm4\n"
-          "tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n tileloadd (%3,%4,1), %%tmm7\n"
-          "tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n tileloadd (%1,%5,1), %%tmm5\n"
-          "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n tdpbf16ps %%tmm7, %%tmm5, %%tmm3"
+          "tilestored %%tmm0, (%0,%4,1)\n tilestored %%tmm1, (%1,%4,1)\n"
+          "tilestored %%tmm2, (%2,%4,1)\n tilestored %%tmm3, (%3,%4,1)"
           :
-          : "r"(upper), "r"(lower), "r"(packed), "r"(packed + 512), "r"(int64_t{64}), "r"(2 * pitch)
+          : "r"(above), "r"(above + 16), "r"(below), "r"(below + 16), "r"(4 * ld)
           : "memory");
+      put(r, c);
     }
-    asm volatile(
-        "tilestored %%tmm0, (%0,%4,1)\n tilestored %%tmm1, (%1,%4,1)\n"
-        "tilestored %%tmm2, (%2,%4,1)\n tilestored %%tmm3, (%3,%4,1)"
-        :
-        : "r"(&part[0][0]), "r"(&part[0][16]), "r"(&part[16][0]), "r"(&part[16][16]),
-          "r"(int64_t{4 * kAmxColumns})
-        : "memory");
-    put(c, part);
   }
 }
 

@@ -10,18 +10,15 @@
 namespace dreamreader {
 namespace {
 
-int element_of(const TensorView& x) { return int(float_type(x, "moments")); }
-
 // Depends on the shape alone. A piece of less than 64 blocks is not worth its own sums.
 void divide(MomentsJob& job) {
-  const int64_t bytes =
-      std::max<int64_t>(1, job.count * job.features * 2 * int64_t(sizeof(double)));
+  const int64_t bytes = std::max<int64_t>(1, job.count * job.x.width * 2 * int64_t(sizeof(double)));
   const int64_t most = std::min(
-      {kMomentsPieces / job.tiles, job.rows / (64 * kMomentsBlock), kMomentsBytes / bytes});
-  const int64_t blocks = (job.rows + kMomentsBlock - 1) / kMomentsBlock;
+      {kMomentsPieces / job.tiles, job.x.tokens / (64 * kMomentsBlock), kMomentsBytes / bytes});
+  const int64_t blocks = (job.x.tokens + kMomentsBlock - 1) / kMomentsBlock;
   const int64_t each = (blocks + std::max<int64_t>(1, most) - 1) / std::max<int64_t>(1, most);
   job.piece_rows = std::max<int64_t>(1, each) * kMomentsBlock;
-  job.pieces = std::max<int64_t>(1, (job.rows + job.piece_rows - 1) / job.piece_rows);
+  job.pieces = std::max<int64_t>(1, (job.x.tokens + job.piece_rows - 1) / job.piece_rows);
 }
 
 void add_up(const double* parts, int64_t pieces, double* sums, int64_t size) {
@@ -30,16 +27,16 @@ void add_up(const double* parts, int64_t pieces, double* sums, int64_t size) {
     for (int64_t i = 0; i < size; ++i) sums[i] += parts[piece * size + i];
 }
 
-void run_cpu(MomentsJob job, int element, int64_t* seen, int threads) {
+void run_cpu(MomentsJob job, int64_t* seen, int threads) {
   std::fill(seen, seen + job.count, 0);
-  for (int64_t row = 0; row < job.rows; ++row) {
+  for (int64_t row = 0; row < job.x.tokens; ++row) {
     const int64_t label = job.labels[row * job.stride_label];
     require(label < job.count, "moments: a label is outside the table");
     if (label >= 0) ++seen[label];
   }
-  const int64_t size = job.count * job.features;
+  const int64_t size = job.count * job.x.width;
   if (size == 0) return;
-  job.tiles = (job.features + kMomentsTile - 1) / kMomentsTile;
+  job.tiles = (job.x.width + kMomentsTile - 1) / kMomentsTile;
   divide(job);
   double *total = job.total, *square = job.square;
   std::unique_ptr<double[]> totals, squares;  // every piece begins by writing zeros to its own
@@ -51,7 +48,7 @@ void run_cpu(MomentsJob job, int element, int64_t* seen, int threads) {
       job.square = squares.get();
     }
   }
-  const auto run = moments_kernels().run[element];
+  const auto run = moments_kernels().run[job.x.dtype];
   share(job.pieces * job.tiles, 1, threads,
         [&](int64_t first, int64_t last) { run(job, first, last); });
   if (job.pieces == 1) return;
@@ -83,20 +80,15 @@ void moments_cpu(py::handle x, py::handle labels, py::handle shift, py::handle s
   for (const TensorView* each : {&in, &names, &from, &counts, &sums, &squares})
     require(each->device().type == kDLCPU, "moments_cpu: a tensor is not in CPU memory");
   MomentsJob job{};
-  job.x = in.data();
-  job.rows = rows;
-  job.features = features;
-  job.stride_row = in.stride(0);
-  job.stride_feature = features == 1 ? 1 : in.stride(1);
+  job.x = rows_of(in, "moments");
   job.labels = reinterpret_cast<const int64_t*>(names.data());
   job.stride_label = names.stride(0);
   job.count = counts.size(0);
   job.shift = reinterpret_cast<const double*>(from.data());
   job.total = reinterpret_cast<double*>(sums.data());
   job.square = squares.size(0) ? reinterpret_cast<double*>(squares.data()) : nullptr;
-  const int element = element_of(in);
   py::gil_scoped_release release;
-  run_cpu(job, element, reinterpret_cast<int64_t*>(counts.data()), threads);
+  run_cpu(job, reinterpret_cast<int64_t*>(counts.data()), threads);
 }
 
 Bind bind_moments([](py::module_& m) { m.def("moments_cpu", &moments_cpu); });

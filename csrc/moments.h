@@ -6,14 +6,13 @@
 #include <cstdint>
 
 #include "cpu.h"
+#include "rows.h"
 
 namespace dreamreader {
 
 struct MomentsJob {
-  const char* x;
-  int64_t rows, features;
-  int64_t stride_row, stride_feature;  // in elements
-  const int64_t* labels;               // below `count`; rows with a negative one take no part
+  StridedRows x;          // of one entry
+  const int64_t* labels;  // below `count`; rows with a negative one take no part
   int64_t stride_label;
   int64_t count;
   const double* shift;  // [features]
@@ -29,9 +28,9 @@ constexpr int64_t kMomentsBlock = 64;        // rows that are ordered by label t
 constexpr int64_t kMomentsPieces = 64;       // of rows, at most
 constexpr int64_t kMomentsBytes = 64 << 20;  // of the sums of all pieces, about
 
-// Sums the pairs first .. last - 1, counted piece by piece; by element type f16, bf16, f32, f64.
+// Sums the pairs first .. last - 1, counted piece by piece.
 struct MomentsKernels {
-  void (*run[4])(const MomentsJob& job, int64_t first, int64_t last);
+  ByType<void(const MomentsJob& job, int64_t first, int64_t last)> run;
 };
 
 DR_KERNELS(MomentsKernels, moments)

@@ -1,50 +1,10 @@
 // Moments of labelled rows for one instruction set; compiled once for each (CMakeLists.txt sets
 // DR_ISA).
+#include "doubles_simd.h"
 #include "moments.h"
-#include "simd.h"
 
 namespace dreamreader {
 namespace {
-
-typedef Lanes<double>::V VD;
-constexpr int kDoubles = kWidth<double>;  // features of one vector
-typedef float VF1 __attribute__((vector_size(DR_VECTOR_BYTES / 2)));
-typedef uint32_t VU1 __attribute__((vector_size(DR_VECTOR_BYTES / 2)));
-typedef uint16_t VH1 __attribute__((vector_size(DR_VECTOR_BYTES / 4)));
-
-// Half a vector of floats in double; GCC 12 makes five instructions of a __builtin_convertvector.
-DR_INLINE VD widen(VF1 v) {
-#if defined(__AVX512F__)
-  return bits_as<VD>(_mm512_cvtps_pd(bits_as<__m256>(v)));
-#elif defined(__AVX2__)
-  return bits_as<VD>(_mm256_cvtps_pd(bits_as<__m128>(v)));
-#else
-  return __builtin_convertvector(v, VD);
-#endif
-}
-
-// One vector of features in double.
-DR_INLINE VD load_doubles(const double* p) { return load_vector<VD>(p); }
-DR_INLINE VD load_doubles(const float* p) { return widen(load_vector<VF1>(p)); }
-DR_INLINE VD load_doubles(const bf16* p) {
-  return widen(bits_as<VF1>(__builtin_convertvector(load_vector<VH1>(p), VU1) << 16));
-}
-#if defined(__AVX512F__)
-DR_INLINE VD load_doubles(const f16* p) {
-  return widen(bits_as<VF1>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))));
-}
-#elif defined(__AVX2__)
-DR_INLINE VD load_doubles(const f16* p) {
-  return widen(bits_as<VF1>(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p))));
-}
-#else
-DR_INLINE VD load_doubles(const f16* p) {
-  f16 two[kWidth<float>] = {};
-  __builtin_memcpy(two, p, kDoubles * sizeof(f16));
-  const VF four = load_lanes(two);
-  return VD{double(four[0]), double(four[1])};
-}
-#endif
 
 template <typename T>
 constexpr int kLine = 64 / int(sizeof(T));  // features in a cache line
@@ -125,9 +85,9 @@ DR_INLINE int64_t ordered(const MomentsJob& job, int64_t begin, int64_t end, int
 template <typename T, bool kSquares>
 DR_INLINE void add_label(const MomentsJob& job, const int64_t* order, int64_t count, int64_t sums,
                          int64_t d, int64_t width) {
-  const bool dense = job.stride_feature == 1;
-  const int64_t ahead = dense ? kMomentsBlock * job.stride_row : 0;
-  const T* x = reinterpret_cast<const T*>(job.x) + d * job.stride_feature;
+  const bool dense = job.x.stride_channel == 1;
+  const int64_t ahead = dense ? kMomentsBlock * job.x.stride_token : 0;
+  const T* x = row_at<T>(job.x, 0, 0) + d * job.x.stride_channel;
   double* total = job.total + sums + d;
   double* square = kSquares ? job.square + sums + d : nullptr;
   T part[kRun][kStrip];
@@ -136,9 +96,9 @@ DR_INLINE void add_label(const MomentsJob& job, const int64_t* order, int64_t co
     const int step = left >= 8 ? 8 : (left >= 4 ? 4 : (left >= 2 ? 2 : 1));
     const T* rows[kRun] = {};
     for (int r = 0; r < step; ++r) {
-      const T* row = x + order[at + r] * job.stride_row;
+      const T* row = x + order[at + r] * job.x.stride_token;
       rows[r] = dense ? row : part[r];
-      for (int64_t e = 0; !dense && e < width; ++e) part[r][e] = row[e * job.stride_feature];
+      for (int64_t e = 0; !dense && e < width; ++e) part[r][e] = row[e * job.x.stride_channel];
     }
     switch (step) {
       case 8:
@@ -162,7 +122,7 @@ DR_INLINE void add_label(const MomentsJob& job, const int64_t* order, int64_t co
 template <typename T, bool kSquares>
 void run_tile(const MomentsJob& job, int64_t piece, int64_t from, int64_t to) {
   int64_t last = (piece + 1) * job.piece_rows;
-  if (last > job.rows) last = job.rows;
+  if (last > job.x.tokens) last = job.x.tokens;
   for (int64_t begin = piece * job.piece_rows; begin < last; begin += kMomentsBlock) {
     const int64_t end = begin + kMomentsBlock < last ? begin + kMomentsBlock : last;
     int64_t order[kMomentsBlock];
@@ -173,7 +133,7 @@ void run_tile(const MomentsJob& job, int64_t piece, int64_t from, int64_t to) {
         const int64_t label = job.labels[order[at] * job.stride_label];
         next = at + 1;
         while (next < count && job.labels[order[next] * job.stride_label] == label) ++next;
-        const int64_t sums = (piece * job.count + label) * job.features;
+        const int64_t sums = (piece * job.count + label) * job.x.width;
         add_label<T, kSquares>(job, order + at, next - at, sums, d, width);
       }
     }
@@ -184,9 +144,9 @@ template <typename T>
 void run_moments(const MomentsJob& job, int64_t first, int64_t last) {
   for (int64_t item = first; item < last; ++item) {
     const int64_t piece = item / job.tiles, d = item % job.tiles * kMomentsTile;
-    const int64_t width = job.features - d < kMomentsTile ? job.features - d : kMomentsTile;
+    const int64_t width = job.x.width - d < kMomentsTile ? job.x.width - d : kMomentsTile;
     for (int64_t label = 0; label < job.count; ++label) {
-      const int64_t at = (piece * job.count + label) * job.features + d;
+      const int64_t at = (piece * job.count + label) * job.x.width + d;
       __builtin_memset(job.total + at, 0, std::size_t(width) * sizeof(double));
       if (job.square) __builtin_memset(job.square + at, 0, std::size_t(width) * sizeof(double));
     }
@@ -203,8 +163,7 @@ void run_moments(const MomentsJob& job, int64_t first, int64_t last) {
 namespace DR_ISA {
 
 extern const MomentsKernels moments;
-const MomentsKernels moments = {
-    {run_moments<f16>, run_moments<bf16>, run_moments<float>, run_moments<double>}};
+const MomentsKernels moments = {DR_BY_TYPE(run_moments)};
 
 }  // namespace DR_ISA
 }  // namespace dreamreader

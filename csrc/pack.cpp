@@ -11,18 +11,13 @@
 
 namespace dreamreader {
 
-constexpr int64_t kPackPiece = 64 << 10;   // elements of one piece of work, about
-constexpr int64_t kPackSerial = 64 << 10;  // elements below which no other thread is woken
-
 void pack_cpu(const PackJob& job, int threads) {
   if (job.rows <= 0) return;
   const int64_t places = job.groups ? job.groups[job.rows] - job.groups[0] : job.rows;
-  const int64_t elements = places * job.features;
-  const int64_t rows = kPackPiece * job.rows / std::max<int64_t>(elements, 1);
-  const int64_t grain = job.x_stride[2] == 1 ? std::max<int64_t>(rows, 1)
-                                             : std::max(rows / kPackTile, int64_t{1}) * kPackTile;
-  const auto run = pack_kernels().run[int(job.source)];
-  share(job.rows, grain, elements < kPackSerial ? 1 : threads,
+  const int64_t bytes = places * job.x.width * size_of(job.x.dtype) / job.rows;  // of one row
+  const int64_t unit = job.x.stride_channel == 1 ? 1 : kPackTile;
+  const auto run = pack_kernels().run[job.x.dtype];
+  share(job.rows, grain_of(job.rows, bytes, threads, unit), threads,
         [&](int64_t first, int64_t last) { run(job, first, last); });
 }
 
@@ -32,10 +27,6 @@ namespace {
 bool dense(const TensorView& t, uint8_t code, int bits, int64_t rows, int64_t width) {
   return t.is(code, bits) && t.dims() == (width < 0 ? 1 : 2) && t.size(0) == rows &&
          (width < 0 || t.size(1) == width) && dense(t);
-}
-
-void strides_of(const TensorView& x, int64_t* strides) {
-  for (int i = 0; i < 3; ++i) strides[i] = x.size(i) == 1 ? (i == 2) : x.stride(i);
 }
 
 // A job from the operator's arguments; `out` of f8 comes as bytes.
@@ -50,18 +41,15 @@ PackJob job_of(py::handle out, py::handle scales, py::handle not_finite, py::han
   require((pool != 0) == !groups.is_none(), "pack: groups go with a pool");
   require((stored >= 3) == !scales.is_none(), "pack: scales go with 8-bit types");
   PackJob job{};
-  job.source = float_type(in, "pack");
+  job.x = rows_of(in, "pack");
   job.pool = Pool(pool);
   job.stored = Stored(stored);
   job.rows = to.dims() == 2 ? to.size(0) : -1;
-  job.features = in.size(2);
   const int64_t count = at.dims() == 2 ? at.size(0) : -1;
   require(dense(at, kDLInt, 32, count, 2), "pack: places must be dense int32 [places, 2]");
-  require(dense(to, kCodes[stored], kBits[stored], job.rows, job.features),
+  require(dense(to, kCodes[stored], kBits[stored], job.rows, job.x.width),
           "pack: out must be dense [rows, features]");
   require(pool != 0 || job.rows == count, "pack: out must have a row for each place");
-  strides_of(in, job.x_stride);
-  job.x = in.data();
   job.places = reinterpret_cast<const int32_t*>(at.data());
   job.out = to.data();
   auto check_device = [device](const TensorView& t) {
@@ -71,11 +59,9 @@ PackJob job_of(py::handle out, py::handle scales, py::handle not_finite, py::han
   if (!minus.is_none()) {
     const TensorView view(minus);
     check_device(view);
-    require(view.dims() == 3 && view.size(0) == in.size(0) && view.size(1) == in.size(1) &&
-                view.size(2) == in.size(2) && float_type(view, "pack") == job.source,
+    require(same_shape(view, in) && float_type(view, "pack") == job.x.dtype,
             "pack: minus must have the shape and type of x");
-    strides_of(view, job.minus_stride);
-    job.minus = view.data();
+    job.minus = rows_of(view, "pack");
   }
   if (!groups.is_none()) {
     const TensorView view(groups);

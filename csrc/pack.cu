@@ -66,19 +66,17 @@ struct Values {
   __device__ __forceinline__ void difference(const PackJob& job, int64_t place, int64_t d,
                                              W (&to)[kRun]) {
     const int64_t entry = job.places[2 * place], token = job.places[2 * place + 1];
-    load(job.x, job.x_stride, entry, token, d, to);
-    if (job.minus == nullptr) return;
+    load(job.x, entry, token, d, to);
+    if (job.minus.data == nullptr) return;
     W taken[kRun];
-    load(job.minus, job.minus_stride, entry, token, d, taken);
+    load(job.minus, entry, token, d, taken);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) to[i] -= taken[i];
   }
 
-  static __device__ __forceinline__ void load(const void* data, const int64_t* stride,
-                                              int64_t entry, int64_t token, int64_t d,
-                                              W (&to)[kRun]) {
-    const T* from =
-        static_cast<const T*>(data) + entry * stride[0] + token * stride[1] + d * stride[2];
+  static __device__ __forceinline__ void load(const StridedRows& x, int64_t entry, int64_t token,
+                                              int64_t d, W (&to)[kRun]) {
+    const T* from = row_at<T>(x, entry, token) + d * x.stride_channel;
     const Run<T, kRun> run = *reinterpret_cast<const Run<T, kRun>*>(from);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) to[i] = widen<W>(run.at[i]);
@@ -155,11 +153,11 @@ __global__ void __launch_bounds__(kRowThreads) pack_row_kernel(const PackJob job
   using W = typename Work<T>::type;
   extern __shared__ __align__(16) char shared[];
   W* const largest = reinterpret_cast<W*>(shared);  // of each warp
-  const int64_t row = blockIdx.x, at = row * job.features;
+  const int64_t row = blockIdx.x, at = row * job.x.width;
   const W overflow = overflow_of<W>(job.stored);
   const bool scaled = has_scale(job.stored);
   Seen<W> seen;
-  for (int64_t d = int64_t(threadIdx.x) * kRun; d < job.features; d += kRowThreads * kRun) {
+  for (int64_t d = int64_t(threadIdx.x) * kRun; d < job.x.width; d += kRowThreads * kRun) {
     const Values<T, kRun> values(job, row, d);
     seen.odd = seen.odd || values.odd;
 #pragma unroll
@@ -180,7 +178,7 @@ __global__ void __launch_bounds__(kRowThreads) pack_row_kernel(const PackJob job
     seen.finite = largest[i] > seen.finite ? largest[i] : seen.finite;
   const float scale = scale_of(job.stored, seen.finite);
   if (threadIdx.x == 0) job.scales[row] = scale;
-  for (int64_t d = int64_t(threadIdx.x) * kRun; d < job.features; d += kRowThreads * kRun)
+  for (int64_t d = int64_t(threadIdx.x) * kRun; d < job.x.width; d += kRowThreads * kRun)
     put<kRun>(job, at + d, Values<T, kRun>(job, row, d).at, W(scale));
 }
 
@@ -207,10 +205,10 @@ __global__ void __launch_bounds__(kTileThreads) pack_tile_kernel(const PackJob j
   Seen<W> seen;
   if (threadIdx.x < kTileRows) tile.odd[threadIdx.x] = 0;
   for (int pass = scaled ? 0 : 1; pass < 2; ++pass) {
-    for (int64_t d = 0; d < job.features; d += kTileFeatures) {
+    for (int64_t d = 0; d < job.x.width; d += kTileFeatures) {
 #pragma unroll
       for (int i = 0; i < kTileFeatures; i += kTileAcross) {
-        if (!inside || d + i + across >= job.features) continue;
+        if (!inside || d + i + across >= job.x.width) continue;
         const Values<T, 1> values(job, first + lane, d + i + across);
         seen.see(values.at[0], overflow);
         seen.odd = seen.odd || values.odd;
@@ -220,9 +218,9 @@ __global__ void __launch_bounds__(kTileThreads) pack_tile_kernel(const PackJob j
       __syncthreads();
       for (int i = int(threadIdx.x); i < kTileRows * kTileFeatures; i += kTileThreads) {
         const int row = i / kTileFeatures, feature = i % kTileFeatures;
-        if (first + row >= job.rows || d + feature >= job.features) continue;
+        if (first + row >= job.rows || d + feature >= job.x.width) continue;
         const W value[1] = {tile.values[feature][row]};
-        put<1>(job, (first + row) * job.features + d + feature, value,
+        put<1>(job, (first + row) * job.x.width + d + feature, value,
                scaled ? W(tile.scales[row]) : W(1));
       }
       __syncthreads();
@@ -244,12 +242,6 @@ __global__ void __launch_bounds__(kTileThreads) pack_tile_kernel(const PackJob j
   if (threadIdx.x < kTileRows && tile.odd[lane]) count(job);
 }
 
-// Whether every run of a row begins at a multiple of 16 bytes.
-bool runs(const PackJob& job, const void* data, const int64_t* stride, int64_t run) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && job.features % run == 0 &&
-         stride[0] % run == 0 && stride[1] % run == 0;
-}
-
 cudaError_t launch(void (*kernel)(PackJob), const PackJob& job, int64_t blocks, int threads,
                    size_t bytes, cudaStream_t stream) {
   if (blocks > INT32_MAX) return cudaErrorNotSupported;
@@ -265,13 +257,12 @@ template <typename T>
 cudaError_t launch_typed(const PackJob& job, cudaStream_t stream) {
   using W = typename Work<T>::type;
   constexpr int kRun = 16 / int(sizeof(T));
-  if (job.x_stride[2] != 1 || (job.minus != nullptr && job.minus_stride[2] != 1)) {
+  if (job.x.stride_channel != 1 || (job.minus.data != nullptr && job.minus.stride_channel != 1)) {
     const int64_t tiles = (job.rows + kTileRows - 1) / kTileRows;
     static_assert(sizeof(Tile<W>) <= 48 << 10);  // what every device gives unasked
     return launch(pack_tile_kernel<T>, job, tiles, kTileThreads, sizeof(Tile<W>), stream);
   }
-  const bool wide = runs(job, job.x, job.x_stride, kRun) &&
-                    (job.minus == nullptr || runs(job, job.minus, job.minus_stride, kRun));
+  const bool wide = in_runs(job.x, kRun) && (job.minus.data == nullptr || in_runs(job.minus, kRun));
   const auto kernel = wide ? pack_row_kernel<T, kRun> : pack_row_kernel<T, 1>;
   return launch(kernel, job, job.rows, kRowThreads, kRowThreads / kWarp * sizeof(W), stream);
 }
@@ -280,17 +271,7 @@ cudaError_t launch_typed(const PackJob& job, cudaStream_t stream) {
 
 cudaError_t pack_cuda(const PackJob& job, cudaStream_t stream) {
   if (job.rows <= 0) return cudaSuccess;
-  switch (job.source) {
-    case DType::f16:
-      return launch_typed<__half>(job, stream);
-    case DType::bf16:
-      return launch_typed<__nv_bfloat16>(job, stream);
-    case DType::f32:
-      return launch_typed<float>(job, stream);
-    case DType::f64:
-      return launch_typed<double>(job, stream);
-  }
-  return cudaErrorInvalidValue;
+  return by_type<true>(job.x.dtype, [&]<typename T>(T) { return launch_typed<T>(job, stream); });
 }
 
 }  // namespace dreamreader

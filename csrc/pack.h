@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "dtype.h"
+#include "rows.h"
 
 namespace dreamreader {
 
@@ -17,16 +17,14 @@ enum class Stored : int32_t { f32, bf16, f16, f8, i8 };  // f8: e4m3 without inf
 enum class Pool : int32_t { none, mean, max };
 
 struct PackJob {
-  const void* x;      // [entries, tokens, features] of `source`, any strides (in elements)
-  const void* minus;  // the same shape and type, or null
-  DType source;
-  int64_t x_stride[3], minus_stride[3];
+  StridedRows x;
+  StridedRows minus;      // the same shape and type, or without data
   const int32_t* places;  // [places, 2]: entry, token
   const int32_t* groups;  // with a pool [rows + 1]: row r has places groups[r] .. groups[r + 1] - 1
   Pool pool;
-  int64_t rows, features;
+  int64_t rows;
   Stored stored;
-  void* out;            // dense [rows, features]; aligned to the size of an element only
+  void* out;            // dense [rows, width]; aligned to the size of an element only
   float* scales;        // [rows] for f8 and i8, else null
   int64_t* not_finite;  // [1], added to: rows with a value that is not finite, or that became so
 };

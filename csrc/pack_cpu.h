@@ -9,9 +9,9 @@ namespace dreamreader {
 constexpr int64_t kPackTile =
     64;  // places that are read together where features are apart in memory
 
-// Packs the rows first .. last - 1; by element type of x: f16, bf16, f32, f64.
+// Packs the rows first .. last - 1.
 struct PackKernels {
-  void (*run[4])(const PackJob& job, int64_t first, int64_t last);
+  ByType<void(const PackJob& job, int64_t first, int64_t last)> run;
 };
 
 DR_KERNELS(PackKernels, pack)

@@ -28,20 +28,19 @@ class Dense {
   DR_HD void until(int64_t place) { end_ = place; }
   DR_HD Block<W> at(int64_t place, int64_t d, int64_t n) const {
     if (place + 1 < end_) {
-      const T* next = row(job_.x, job_.x_stride, place + 1) + d;
+      const T* next = row(job_.x, place + 1) + d;
       constexpr int kLine = 64 / int(sizeof(T));
 #pragma GCC unroll 4
       for (int i = 0; i < kBlock<W>; i += kLine) __builtin_prefetch(next + i);
     }
-    Block<W> v = load<W>(row(job_.x, job_.x_stride, place) + d, n);
-    if (job_.minus) subtract(v, load<W>(row(job_.minus, job_.minus_stride, place) + d, n));
+    Block<W> v = load<W>(row(job_.x, place) + d, n);
+    if (job_.minus.data) subtract(v, load<W>(row(job_.minus, place) + d, n));
     return v;
   }
 
  private:
-  DR_HD const T* row(const void* data, const int64_t* stride, int64_t place) const {
-    const int32_t* at = job_.places + 2 * place;
-    return static_cast<const T*>(data) + at[0] * stride[0] + at[1] * stride[1];
+  DR_HD const T* row(const StridedRows& x, int64_t place) const {
+    return row_at<T>(x, job_.places[2 * place], job_.places[2 * place + 1]);
   }
 
   const PackJob& job_;
@@ -64,7 +63,7 @@ class Tiled {
   DR_HD Block<W> at(int64_t place, int64_t d, int64_t n) {
     if (d != d_ || place < first_ || place >= last_) fill(place, d, n);
     Block<W> v = load<W>(x_[place - first_], n);
-    if (job_.minus) subtract(v, load<W>(minus_[place - first_], n));
+    if (job_.minus.data) subtract(v, load<W>(minus_[place - first_], n));
     return v;
   }
 
@@ -73,20 +72,20 @@ class Tiled {
     first_ = place;
     last_ = end_ - place < kPackTile ? end_ : place + kPackTile;
     d_ = d;
-    copy(x_, job_.x, job_.x_stride, n);
-    if (job_.minus) copy(minus_, job_.minus, job_.minus_stride, n);
+    copy(x_, job_.x, n);
+    if (job_.minus.data) copy(minus_, job_.minus, n);
   }
 
-  void copy(T (*to)[kBlock<W>], const void* data, const int64_t* stride, int64_t n) const {
+  void copy(T (*to)[kBlock<W>], const StridedRows& x, int64_t n) const {
     int64_t offsets[kPackTile];
     const int count = int(last_ - first_);
     for (int i = 0; i < count; ++i) {
       const int32_t* at = job_.places + 2 * (first_ + i);
-      offsets[i] = at[0] * stride[0] + at[1] * stride[1];
+      offsets[i] = row_offset(x, at[0], at[1]);
     }
     for (int64_t f = 0; f < n; ++f) {
-      const T* from = static_cast<const T*>(data) + (d_ + f) * stride[2];
-      const int64_t ahead = f + 2 < n ? 2 * stride[2] : 0;
+      const T* from = static_cast<const T*>(x.data) + (d_ + f) * x.stride_channel;
+      const int64_t ahead = f + 2 < n ? 2 * x.stride_channel : 0;
       for (int i = 0; i < count; ++i) {
         if (i % 4 == 0) __builtin_prefetch(from + offsets[i] + ahead);
         to[i][f] = from[offsets[i]];

@@ -32,7 +32,7 @@ class Packer {
   int64_t pack(int64_t first, int64_t last) {
     Seen seen[Source::kRows] = {};
     each_strip(first, last, seen, [&](int64_t row, int64_t d, int64_t n) {
-      if (storing_.most == 0) storing_.put(values_, n, 1, job_.out, row * job_.features + d);
+      if (storing_.most == 0) storing_.put(values_, n, 1, job_.out, row * job_.x.width + d);
     });
     int64_t odd = 0;
     for (int64_t row = first; row < last; ++row) {
@@ -42,7 +42,7 @@ class Packer {
     }
     if (storing_.most != 0) {
       each_strip(first, last, seen, [&](int64_t row, int64_t d, int64_t n) {
-        storing_.put(values_, n, W(job_.scales[row]), job_.out, row * job_.features + d);
+        storing_.put(values_, n, W(job_.scales[row]), job_.out, row * job_.x.width + d);
       });
     }
     return odd;
@@ -56,8 +56,8 @@ class Packer {
 
   template <typename F>
   DR_HD void each_strip(int64_t first, int64_t last, Seen* seen, F run) {
-    for (int64_t d = 0; d < job_.features; d += Source::kStrip) {
-      const int64_t left = job_.features - d, n = left < Source::kStrip ? left : Source::kStrip;
+    for (int64_t d = 0; d < job_.x.width; d += Source::kStrip) {
+      const int64_t left = job_.x.width - d, n = left < Source::kStrip ? left : Source::kStrip;
       for (int64_t row = first; row < last; ++row) {
         read(row, d, n, seen[row - first]);
         run(row, d, n);
@@ -116,7 +116,7 @@ class Packer {
 
 template <typename T>
 void run_pack(const PackJob& job, int64_t first, int64_t last) {
-  if (job.x_stride[2] == 1 && (!job.minus || job.minus_stride[2] == 1))
+  if (job.x.stride_channel == 1 && (!job.minus.data || job.minus.stride_channel == 1))
     Packer<Dense<T>>(job).run(first, last);
   else
     Packer<Tiled<T>>(job).run(first, last);
@@ -127,7 +127,7 @@ void run_pack(const PackJob& job, int64_t first, int64_t last) {
 namespace DR_ISA {
 
 extern const PackKernels pack;
-const PackKernels pack = {{run_pack<f16>, run_pack<bf16>, run_pack<float>, run_pack<double>}};
+const PackKernels pack = {DR_BY_TYPE(run_pack)};
 
 }  // namespace DR_ISA
 }  // namespace dreamreader

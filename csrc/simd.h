@@ -98,6 +98,15 @@ DR_INLINE To bits_as(From from) {
 // Copies to lines of memory that are not read first and do not stay in a cache. Others see them
 // once end_past_caches() has returned.
 #if defined(__AVX2__)
+DR_INLINE void copy_line_past_caches(void* to, const void* from) {  // 64 bytes, aligned
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#else
+  const __m256i* v = static_cast<const __m256i*>(from);
+  _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_loadu_si256(v));
+  _mm256_stream_si256(static_cast<__m256i*>(to) + 1, _mm256_loadu_si256(v + 1));
+#endif
+}
 DR_INLINE void copy_past_caches(void* to, const void* from, std::size_t bytes) {
   char* t = static_cast<char*>(to);
   const char* f = static_cast<const char*>(from);
@@ -107,20 +116,13 @@ DR_INLINE void copy_past_caches(void* to, const void* from, std::size_t bytes) {
     t += head;
     f += head;
     bytes -= head;
-    for (; bytes >= 64; bytes -= 64, t += 64, f += 64) {
-#if defined(__AVX512F__)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(t), _mm512_loadu_si512(f));
-#else
-      const __m256i* v = reinterpret_cast<const __m256i*>(f);
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(t), _mm256_loadu_si256(v));
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(t) + 1, _mm256_loadu_si256(v + 1));
-#endif
-    }
+    for (; bytes >= 64; bytes -= 64, t += 64, f += 64) copy_line_past_caches(t, f);
   }
   __builtin_memcpy(t, f, bytes);
 }
 DR_INLINE void end_past_caches() { _mm_sfence(); }
 #else
+DR_INLINE void copy_line_past_caches(void* to, const void* from) { __builtin_memcpy(to, from, 64); }
 DR_INLINE void copy_past_caches(void* to, const void* from, std::size_t bytes) {
   __builtin_memcpy(to, from, bytes);
 }
@@ -133,9 +135,16 @@ typedef uint16_t VH __attribute__((vector_size(DR_VECTOR_BYTES / 2)));
 
 DR_INLINE VF load_lanes(const float* p) { return load_vector<VF>(p); }
 DR_INLINE Lanes<double>::V load_lanes(const double* p) { return load_vector<Lanes<double>::V>(p); }
+#if defined(__AVX512F__)
+DR_INLINE VF load_lanes(const bf16* p) {  // GCC 12 makes four instructions of the other form
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  return bits_as<VF>(_mm512_slli_epi32(wide, 16));
+}
+#else
 DR_INLINE VF load_lanes(const bf16* p) {
   return bits_as<VF>(__builtin_convertvector(load_vector<VH>(p), VU) << 16);
 }
+#endif
 
 DR_INLINE void store_lanes(float* p, VF v) { store_vector(p, v); }
 DR_INLINE void store_lanes(double* p, Lanes<double>::V v) { store_vector(p, v); }
@@ -340,11 +349,16 @@ DR_INLINE Block<W> load(const T* p, int64_t n) {
     for (int i = 0; i < kVectors; ++i) block.v[i] = load_lanes(p + i * kWidth<W>);
     return block;
   }
-  T part[kBlock<W>];
-  __builtin_memset(part, 0, sizeof(part));
-  __builtin_memcpy(part, p, std::size_t(n) * sizeof(T));
-#pragma GCC unroll 16
-  for (int i = 0; i < kVectors; ++i) block.v[i] = load_lanes(part + i * kWidth<W>);
+  for (int i = 0; i < kVectors; ++i) {
+    const int64_t left = n - i * kWidth<W>;
+    if (left >= kWidth<W>) {
+      block.v[i] = load_lanes(p + i * kWidth<W>);
+    } else {
+      T part[kWidth<W>] = {};
+      if (left > 0) __builtin_memcpy(part, p + i * kWidth<W>, std::size_t(left) * sizeof(T));
+      block.v[i] = load_lanes(part);
+    }
+  }
   return block;
 }
 
@@ -356,10 +370,12 @@ DR_INLINE void store(T* p, const Block<W>& block, int64_t n) {
     for (int i = 0; i < kVectors; i += 2) store_pair(p + i * kWidth<W>, block.v[i], block.v[i + 1]);
     return;
   }
-  T part[kBlock<W>];
-#pragma GCC unroll 16
-  for (int i = 0; i < kVectors; ++i) store_lanes(part + i * kWidth<W>, block.v[i]);
-  __builtin_memcpy(p, part, std::size_t(n) * sizeof(T));
+  int i = 0;
+  for (; (i + 1) * kWidth<W> <= n; ++i) store_lanes(p + i * kWidth<W>, block.v[i]);
+  if (i * kWidth<W> == n) return;
+  T part[kWidth<W>];
+  store_lanes(part, block.v[i]);
+  __builtin_memcpy(p + i * kWidth<W>, part, std::size_t(n - i * kWidth<W>) * sizeof(T));
 }
 
 // Sum of all lanes, halving the block each time: the same order for every width of vector.

@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "dlpack.h"
-#include "dtype.h"
+#include "rows.h"
 
 namespace dreamreader {
 
@@ -124,6 +124,36 @@ inline DType float_type(const TensorView& x, const char* where) {
   throw std::invalid_argument(std::string(where) + ": got " + x.describe() +
                               "; float16, bfloat16, float32 and float64 are possible, so convert "
                               "it first, as with x.bfloat16()");
+}
+
+// [entries, tokens, width], or [tokens, width] of one entry; `where` names the operator in the
+// error.
+inline StridedRows rows_of(const TensorView& x, const char* where) {
+  const int channel = x.dims() - 1, token = channel - 1, entry = token - 1;
+  if (token < 0 || entry > 0)
+    throw std::invalid_argument(std::string(where) + ": got " + x.describe() +
+                                "; expected [entries, tokens, width] or [tokens, width]");
+  const auto stride = [&](int dim) {
+    return x.size(dim) == 1 ? int64_t{dim == channel} : x.stride(dim);
+  };
+  return {x.data(),      float_type(x, where), entry < 0 ? 1 : x.size(entry),
+          x.size(token), x.size(channel),      entry < 0 ? 0 : stride(entry),
+          stride(token), stride(channel)};
+}
+
+inline bool same_shape(const TensorView& x, const TensorView& y) {
+  bool same = x.dims() == y.dims();
+  for (int i = 0; same && i < x.dims(); ++i) same = x.size(i) == y.size(i);
+  return same;
+}
+
+// Throws ValueError where elements of a result share memory.
+inline void require_apart(const TensorView& out, const char* where) {
+  for (int i = 0; i < out.dims(); ++i)
+    if (!out.stride(i) && out.size(i) > 1)
+      throw std::invalid_argument(std::string(where) +
+                                  ": the result has elements that share memory (an expanded "
+                                  "tensor); clone it first");
 }
 
 // Throws ValueError unless the condition that memory safety needs holds.

@@ -130,16 +130,10 @@ class ShardWriter {
         numbers_of(key, kKey, "writer: keys must be dense int32 [rows, 4] on the CPU");
     job.rows = key.size(0);
     require(in.dims() == 3 && less.dims() == 3, "writer: x must be [entries, tokens, features]");
-    job.x = in.data();
-    job.minus = minus.is_none() ? nullptr : less.data();
-    job.source = float_type(in, "writer");
-    job.features = in.size(2);
-    for (int i = 0; i < 3; ++i) {
-      job.x_stride[i] = in.size(i) == 1 ? i == 2 : in.stride(i);
-      job.minus_stride[i] = less.size(i) == 1 ? i == 2 : less.stride(i);
-      require(less.size(i) == in.size(i), "writer: x and minus differ in shape");
-    }
-    require(float_type(less, "writer") == job.source && less.device().type == in.device().type &&
+    job.x = rows_of(in, "writer");
+    if (!minus.is_none()) job.minus = rows_of(less, "writer");
+    require(same_shape(in, less), "writer: x and minus differ in shape");
+    require(float_type(less, "writer") == job.x.dtype && less.device().type == in.device().type &&
                 less.device().id == in.device().id,
             "writer: x and minus differ in type or device");
     if (!groups.is_none()) {
@@ -155,7 +149,7 @@ class ShardWriter {
     void* stream = in.device().type == kDLCUDA ? in.stream() : nullptr;
     return run([&](Writer& writer) {
       const SiteShape& shape = writer.shape(site);
-      require(shape.features == job.features, "writer: x has other features than its site");
+      require(shape.features == job.x.width, "writer: x has other features than its site");
       require((shape.pool == Pool::none) == (job.groups == nullptr),
               "writer: groups are for sites with a pool");
       job.pool = shape.pool;

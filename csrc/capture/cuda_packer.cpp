@@ -18,7 +18,7 @@ PackJob rows_of(const PackJob& job, int64_t first, int64_t last) {
   static constexpr int64_t kBytes[] = {4, 2, 2, 1, 1};  // by Stored
   PackJob part = job;
   part.rows = last - first;
-  part.out = static_cast<char*>(job.out) + first * job.features * kBytes[int(job.stored)];
+  part.out = static_cast<char*>(job.out) + first * job.x.width * kBytes[int(job.stored)];
   if (job.scales) part.scales += first;
   if (job.groups) {
     part.groups += first;

@@ -1,6 +1,7 @@
 """Functions of tensors, each with a reference, a schema, a gradient and, where built, kernels."""
 
 from dreamreader.ops.attention_words import attention_words_, attention_words_reference_
+from dreamreader.ops.batch_topk import batch_topk, batch_topk_reference
 from dreamreader.ops.choose import (
     Chosen,
     choose,
@@ -9,6 +10,8 @@ from dreamreader.ops.choose import (
     stream_of,
     streams_of,
 )
+from dreamreader.ops.column_scores import column_scores, column_scores_reference
+from dreamreader.ops.encode_select import encode_select, encode_select_reference
 from dreamreader.ops.guide import guide, guide_reference, probe_gradient
 from dreamreader.ops.intervention import intervene, intervene_, intervene_reference
 from dreamreader.ops.intervention_program import Instruction, Program
@@ -17,6 +20,7 @@ from dreamreader.ops.moments import Sums, moments, moments_reference
 from dreamreader.ops.orthonormal import orthonormal
 from dreamreader.ops.pack import pack, pack_reference
 from dreamreader.ops.permutation import permuted, permuted_reference
+from dreamreader.ops.sampled_topk import choose_pool, sampled_topk
 from dreamreader.ops.sparse_product import (
     sparse_column_sums,
     sparse_column_sums_reference,
@@ -28,6 +32,8 @@ from dreamreader.ops.sparse_product import (
     sparse_outer_reference,
 )
 from dreamreader.ops.sparse_rows import SparseRows
+from dreamreader.ops.threshold_select import threshold_select, threshold_select_reference
+from dreamreader.ops.topk import topk, topk_reference
 
 __all__ = [
     "Chosen",
@@ -37,9 +43,16 @@ __all__ = [
     "Sums",
     "attention_words_",
     "attention_words_reference_",
+    "batch_topk",
+    "batch_topk_reference",
     "choose",
+    "choose_pool",
     "choose_reference",
+    "column_scores",
+    "column_scores_reference",
     "counts_of_budget",
+    "encode_select",
+    "encode_select_reference",
     "guide",
     "guide_reference",
     "intervene",
@@ -56,6 +69,7 @@ __all__ = [
     "permuted",
     "permuted_reference",
     "probe_gradient",
+    "sampled_topk",
     "sparse_column_sums",
     "sparse_column_sums_reference",
     "sparse_decode",
@@ -66,4 +80,8 @@ __all__ = [
     "sparse_outer_reference",
     "stream_of",
     "streams_of",
+    "threshold_select",
+    "threshold_select_reference",
+    "topk",
+    "topk_reference",
 ]

@@ -12,15 +12,21 @@ Sums run in float32 (float64 for float64) in ascending order of the entries and 
 two runs give the same bits. Slots of no entry, and entries with a negative column, do not exist.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dreamreader import _alloc
-from dreamreader._register import Kernel, native, register
+from dreamreader._register import Kernel, register
 from dreamreader.errors import InvalidInput
+from dreamreader.ops import _sparse_product_kernels as kernels
+from dreamreader.ops._sparse_product_reference import (
+    is_entry,
+    sparse_column_sums_reference,
+    sparse_decode_reference,
+    sparse_dots_reference,
+    sparse_outer_reference,
+    work_type,
+)
 from dreamreader.ops._types import FLOATS, NEEDED
 from dreamreader.ops.sparse_rows import SparseRows
 
@@ -165,133 +171,6 @@ def sparse_column_sums(
     return _sparse_column_sums(codes.row_ptr, codes.columns, codes.values, codes.width, dtype)
 
 
-def sparse_decode_reference(
-    row_ptr: Tensor,
-    columns: Tensor,
-    values: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    """The definition of `sparse_decode` in plain torch, on any device.
-
-    Args:
-        row_ptr: int64 [N + 1]. columns: int32 [S]. values: [S]. weight: [F, D]. bias: [D].
-
-    Returns:
-        [N, D].
-    """
-    wide = _work_type(values, weight)
-    slot, row, column = _entries(row_ptr, columns, len(weight))
-    terms = values[slot, None].to(wide) * weight[column].to(wide)  # [entries, D]
-    y = _segment_sums(terms, row, len(row_ptr) - 1)
-    if bias is not None:
-        y = y + bias.to(wide)
-    return y.to(dtype or weight.dtype)
-
-
-def sparse_dots_reference(
-    row_ptr: Tensor, columns: Tensor, rows: Tensor, weight: Tensor, dtype: torch.dtype | None
-) -> Tensor:
-    """The definition of `sparse_dots` in plain torch, on any device.
-
-    Args:
-        row_ptr: int64 [N + 1]. columns: int32 [S]. rows: [N, D]. weight: [F, D].
-
-    Returns:
-        [S].
-    """
-    wide = _work_type(rows, weight)
-    slot, row, column = _entries(row_ptr, columns, len(weight))
-    out = torch.zeros(columns.shape, dtype=wide, device=columns.device)
-    out[slot] = (rows[row].to(wide) * weight[column].to(wide)).sum(-1)
-    return out.to(dtype or torch.promote_types(rows.dtype, weight.dtype))
-
-
-def sparse_outer_reference(
-    row_ptr: Tensor,
-    columns: Tensor,
-    values: Tensor,
-    rows: Tensor,
-    width: int,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    """The definition of `sparse_outer` in plain torch, on any device.
-
-    Args:
-        row_ptr: int64 [N + 1]. columns: int32 [S]. values: [S]. rows: [N, D]. width: F.
-
-    Returns:
-        [F, D].
-    """
-    wide = _work_type(values, rows)
-    slot, row, column = _entries(row_ptr, columns, width)
-    column, order = column.sort(stable=True)
-    terms = values[slot[order], None].to(wide) * rows[row[order]].to(wide)  # [entries, D]
-    return _segment_sums(terms, column, width).to(dtype or rows.dtype)
-
-
-def sparse_column_sums_reference(
-    row_ptr: Tensor, columns: Tensor, values: Tensor, width: int, dtype: torch.dtype | None
-) -> Tensor:
-    """The definition of `sparse_column_sums` in plain torch, on any device.
-
-    Args:
-        row_ptr: int64 [N + 1]. columns: int32 [S]. values: [S]. width: F.
-
-    Returns:
-        [F].
-    """
-    slot, _, column = _entries(row_ptr, columns, width)
-    column, order = column.sort(stable=True)
-    terms = values[slot[order]].to(_work_type(values))
-    return _segment_sums(terms, column, width).to(dtype or values.dtype)
-
-
-def _work_type(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _entries(row_ptr: Tensor, columns: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Slot, row and column of every entry, int64, in ascending order of slots."""
-    _check_places(row_ptr, columns, width)
-    slot = _is_entry(row_ptr, columns).nonzero().squeeze(1)
-    row = torch.searchsorted(row_ptr, slot, right=True) - 1
-    return slot, row, columns[slot].long()
-
-
-def _check_places(row_ptr: Tensor, columns: Tensor, width: int) -> None:
-    """Raises InvalidInput for entries without a slot or a column: no graph can hold the check."""
-    last = int(row_ptr[-1])
-    if last > len(columns):
-        raise InvalidInput(
-            f"sparse product: row_ptr counts {last} entries, there is room for {len(columns)}; "
-            "select them again with more slots"
-        )
-    if not last:
-        return
-    # By numpy: torch would wake its threads for this, and wait for them on a busy machine.
-    there = columns[:last]
-    largest = int(there.numpy().max() if columns.device.type == "cpu" else there.max())
-    if largest >= width:
-        raise InvalidInput(
-            f"sparse product: an entry has column {largest}, there are {width} columns"
-        )
-
-
-def _is_entry(row_ptr: Tensor, columns: Tensor) -> Tensor:
-    slot = torch.arange(len(columns), device=columns.device)
-    return (columns >= 0) & (slot >= row_ptr[0]) & (slot < row_ptr[-1])
-
-
-def _segment_sums(terms: Tensor, segment: Tensor, count: int) -> Tensor:
-    """Sums of what has the same segment, in its order; segments ascend."""
-    offsets = torch.searchsorted(segment, torch.arange(count + 1, device=segment.device))
-    if not terms.numel():
-        return terms.new_zeros(count, *terms.shape[1:])
-    return torch.segment_reduce(terms, "sum", offsets=offsets, axis=0, initial=0)
-
-
 def _check(name: str, codes: SparseRows, first: Tensor, **matrices: tuple[Tensor, int]) -> None:
     """Raises InvalidInput unless the matrices, with as many rows as said, fit to `codes`."""
     if first.dtype not in FLOATS:
@@ -311,96 +190,6 @@ def _check(name: str, codes: SparseRows, first: Tensor, **matrices: tuple[Tensor
                 f"{name}: {label} is {matrix.dtype} beside {first.dtype}; float64 goes with "
                 "float64 alone, so convert one of them"
             )
-
-
-def _cpu_decode(
-    row_ptr: Tensor,
-    columns: Tensor,
-    values: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    _check_places(row_ptr, columns, len(weight))
-    wide = _work_type(values, weight)
-    matrix = _matrix(weight, wide)
-    out = _out((len(row_ptr) - 1, weight.shape[1]), matrix, dtype or weight.dtype, wide)
-    start = None if bias is None else bias.to(wide).contiguous()
-    _native.sparse_decode_cpu(
-        row_ptr.contiguous(),
-        columns.contiguous(),
-        values.to(wide).contiguous(),
-        matrix,
-        start,
-        out,
-        torch.get_num_threads(),
-    )
-    return out.to(dtype or weight.dtype)
-
-
-def _cpu_dots(
-    row_ptr: Tensor, columns: Tensor, rows: Tensor, weight: Tensor, dtype: torch.dtype | None
-) -> Tensor:
-    _check_places(row_ptr, columns, len(weight))
-    wide = _work_type(rows, weight)
-    common = torch.promote_types(rows.dtype, weight.dtype)  # exact for the narrower one
-    out = _alloc.empty(columns.shape, dtype=wide, device=columns.device)
-    _native.sparse_dots_cpu(
-        row_ptr.contiguous(),
-        columns.contiguous(),
-        _matrix(rows.to(common), wide),
-        _matrix(weight.to(common), wide),
-        out,
-        torch.get_num_threads(),
-    )
-    return out.to(dtype or common)
-
-
-def _cpu_outer(
-    row_ptr: Tensor,
-    columns: Tensor,
-    values: Tensor,
-    rows: Tensor,
-    width: int,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    _check_places(row_ptr, columns, width)
-    wide = _work_type(values, rows)
-    matrix = _matrix(rows, wide)
-    out = _out((width, rows.shape[1]), matrix, dtype or rows.dtype, wide)
-    _native.sparse_outer_cpu(
-        row_ptr.contiguous(),
-        columns.contiguous(),
-        values.to(wide).contiguous(),
-        matrix,
-        out,
-        torch.get_num_threads(),
-    )
-    return out.to(dtype or rows.dtype)
-
-
-def _cpu_column_sums(
-    row_ptr: Tensor, columns: Tensor, values: Tensor, width: int, dtype: torch.dtype | None
-) -> Tensor:
-    _check_places(row_ptr, columns, width)
-    wide = _work_type(values)
-    out = _alloc.empty((width,), dtype=wide, device=values.device)
-    wider = values.to(wide).contiguous()
-    _native.sparse_column_sums_cpu(row_ptr.contiguous(), columns.contiguous(), wider, out)
-    return out.to(dtype or values.dtype)
-
-
-def _matrix(x: Tensor, wide: torch.dtype) -> Tensor:
-    """With rows whose values lie one after the other, float64 where that is computed in."""
-    x = x.to(wide) if wide == torch.float64 else x
-    return x if x.shape[1] < 2 or x.stride(1) == 1 else x.contiguous()
-
-
-def _out(shape: tuple[int, int], matrix: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
-    """For a kernel that gives the type of the matrix or the one it computes in."""
-    own = dtype if dtype in (matrix.dtype, wide) else wide
-    # Never touched: the result may then lie in the memory of an earlier one.
-    return _alloc.empty_like(torch.empty(shape, dtype=own))
 
 
 def _fake_decode(row_ptr, columns, values, weight, bias, dtype) -> Tensor:
@@ -435,7 +224,7 @@ def _backward_decode(ctx, grad: Tensor) -> tuple:
     if for_weight:
         d_weight = _sparse_outer(row_ptr, columns, values, grad, len(weight), weight.dtype)
     if for_bias:
-        d_bias = grad.sum(0, dtype=_work_type(grad)).to(ctx.bias_type)
+        d_bias = grad.sum(0, dtype=work_type(grad)).to(ctx.bias_type)
     return None, None, d_values, d_weight, d_bias, None
 
 
@@ -477,20 +266,19 @@ def _setup_column_sums(ctx, inputs, output) -> None:
 
 def _backward_column_sums(ctx, grad: Tensor) -> tuple:
     row_ptr, columns = ctx.saved_tensors
-    there = _is_entry(row_ptr, columns)
+    there = is_entry(row_ptr, columns)
     behind = torch.cat([grad, grad.new_zeros(1)])  # what slots of no entry get
     d_values = behind[torch.where(there, columns, len(grad)).long()]
     return None, None, d_values.to(ctx.value_type), None, None
 
-
-_native: Any = native()[0]
 
 _sparse_decode = register(
     "sparse_decode",
     f"({PLACES}, Tensor values, Tensor weight, Tensor? bias, ScalarType? dtype) -> Tensor",
     reference=sparse_decode_reference,
     fake=_fake_decode,
-    cpu=Kernel("sparse_decode_cpu", _cpu_decode),
+    cpu=Kernel("sparse_decode_cpu", kernels.cpu_decode),
+    triton=Kernel(kernels.TRITON, kernels.triton_decode),
     setup_context=_setup_decode,
     backward=_backward_decode,
     twice=_backward_decode,
@@ -500,7 +288,8 @@ _sparse_dots = register(
     f"({PLACES}, Tensor rows, Tensor weight, ScalarType? dtype) -> Tensor",
     reference=sparse_dots_reference,
     fake=_fake_dots,
-    cpu=Kernel("sparse_dots_cpu", _cpu_dots),
+    cpu=Kernel("sparse_dots_cpu", kernels.cpu_dots),
+    triton=Kernel(kernels.TRITON, kernels.triton_dots),
     setup_context=_setup_dots,
     backward=_backward_dots,
     twice=_backward_dots,
@@ -510,7 +299,8 @@ _sparse_outer = register(
     f"({PLACES}, Tensor values, Tensor rows, int width, ScalarType? dtype) -> Tensor",
     reference=sparse_outer_reference,
     fake=_fake_outer,
-    cpu=Kernel("sparse_outer_cpu", _cpu_outer),
+    cpu=Kernel("sparse_outer_cpu", kernels.cpu_outer),
+    triton=Kernel(kernels.TRITON, kernels.triton_outer),
     setup_context=_setup_outer,
     backward=_backward_outer,
     twice=_backward_outer,
@@ -520,7 +310,8 @@ _sparse_column_sums = register(
     f"({PLACES}, Tensor values, int width, ScalarType? dtype) -> Tensor",
     reference=sparse_column_sums_reference,
     fake=_fake_column_sums,
-    cpu=Kernel("sparse_column_sums_cpu", _cpu_column_sums),
+    cpu=Kernel("sparse_column_sums_cpu", kernels.cpu_column_sums),
+    triton=Kernel(kernels.TRITON, kernels.triton_column_sums),
     setup_context=_setup_column_sums,
     backward=_backward_column_sums,
     twice=_backward_column_sums,

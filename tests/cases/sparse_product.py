@@ -1,7 +1,8 @@
 """Cases of the products of sparse rows: how entries lie, sizes around every block, and types."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from dreamreader.ops import (
     sparse_outer_reference,
 )
 from tests.cases._example import Example
-from tests.cases._operator import Operator, doubled
+from tests.cases._operator import Kernel, Operator, doubled
 from tests.cases.moments import lay_out
 
 # How many entries each row has, of at most `most`.
@@ -107,6 +108,7 @@ SHAPES = [
     (33, 50, 31),
 ]
 LAYOUTS = ("wide_rows", "transposed", "every_second", "expanded")
+STRIPS = Case("several_strips", (2100, 40, 200), most=3)
 CASES = [
     *(Case("x".join(map(str, shape)), shape) for shape in SHAPES),
     *(Case(counts, (11, 30, 40), counts=counts) for counts in COUNTS if counts != "mixed"),
@@ -120,12 +122,14 @@ CASES = [
     Case("float16_rows", (6, 12, 72), other=torch.float16),
     Case("gives_float32", (6, 12, 72), given=torch.float32),
     Case("gives_bfloat16", (6, 12, 72), given=torch.bfloat16),
-    Case("several_strips", (2100, 40, 200), most=3),
+    STRIPS,
     Case("wider_than_a_strip", (3, 6, 8300)),
     Case("groups", (12, 64, 33), most=23, counts="full"),
 ]
 FEW = Case("few", (4, 6, 5), holes=False)
 HOLES = Case("holes", (5, 7, 3), most=6, holes=True)
+CHUNKS = Case("chunks", (530, 3, 20), most=2, counts="full", heavy=True)
+INTERPRETED = [*(case for case in CASES if max(case.shape) < 70), CHUNKS]
 LARGE = Case("threads", (9000, 300, 90), most=8, heavy=True)
 
 
@@ -159,11 +163,39 @@ def widened(args: tuple) -> tuple:
     return tuple(torch.float64 if isinstance(each, torch.dtype) else each for each in doubled(args))
 
 
-def operator(name: str, arguments: Callable[..., tuple], reference: Callable[..., Any]) -> Operator:
-    def cases(dtype: torch.dtype) -> Sequence[Case]:
-        return CASES
+def kernel(name: str) -> Kernel:
+    """The launcher of that name."""
 
-    return Operator(name, cases, arguments, reference, widened=widened, large=[LARGE, CASES[-3]])
+    def load() -> Callable:
+        return getattr(import_module("dreamreader.triton_kernels.sparse_product"), name)
+
+    return Kernel(
+        load,
+        lambda dtype: INTERPRETED[::-2] if dtype == torch.float32 else INTERPRETED[1::5],
+        device_cases=lambda dtype: [*CASES, LARGE],
+        ulps=32,  # numpy, which interprets, rounds every product and every sum
+        repeat=4,
+    )
+
+
+def operator(name: str, arguments: Callable[..., tuple], reference: Callable[..., Any]) -> Operator:
+    def launch(kernel: Callable, args: tuple) -> list[Tensor]:
+        """Kernels get dense tensors, and a result to fill in place of what says its size."""
+        out = torch.full_like(reference(*args), torch.nan)
+        given = [each for each in args[:-1] if not isinstance(each, int)]
+        kernel(*(each if each is None else each.contiguous() for each in given), out)
+        return [out]
+
+    return Operator(
+        name,
+        cases=lambda dtype: CASES,
+        arguments=arguments,
+        reference=reference,
+        widened=widened,
+        large=[LARGE, STRIPS],
+        launch=launch,
+        triton=kernel(name),
+    )
 
 
 TESTED = [

@@ -46,19 +46,18 @@ void pack_cpu(const PackJob& job, int) {
                   last = job.groups ? job.groups[r + 1] : r + 1;
     bool finite = true;
     float values[512], most = 0;
-    for (int64_t d = 0; d < job.features; ++d) {
+    for (int64_t d = 0; d < job.x.width; ++d) {
       float v = 0;
       for (int64_t p = first; p < last; ++p)
-        v += static_cast<const float*>(job.x)[job.places[2 * p] * job.x_stride[0] +
-                                              job.places[2 * p + 1] * job.x_stride[1] + d];
+        v += row_at<float>(job.x, job.places[2 * p], job.places[2 * p + 1])[d];
       values[d] = v;
       finite = finite && std::isfinite(v);
       if (std::isfinite(v)) most = std::fmax(most, std::fabs(v));
     }
     *job.not_finite += !finite;
     if (job.scales) job.scales[r] = most;
-    for (int64_t d = 0; d < job.features; ++d) {
-      const int64_t at = r * job.features + d;
+    for (int64_t d = 0; d < job.x.width; ++d) {
+      const int64_t at = r * job.x.width + d;
       if (job.scales)
         static_cast<int8_t*>(job.out)[at] =
             int8_t(std::fmin(127, std::fmax(-127, 127 * values[d] / most)));
@@ -84,6 +83,17 @@ struct Input {
   std::vector<int32_t> places, groups, keys;
   int64_t features;
 };
+
+StridedRows rows_of(const Input& in) {
+  return {const_cast<float*>(in.x.data()),
+          DType::f32,
+          16,
+          64,
+          in.features,
+          64 * in.features,
+          in.features,
+          1};
+}
 
 // 16 entries of 64 tokens; a row of the third site is the sum of `pooled` places.
 Input input(int site, int64_t features, int64_t rows, int pooled, int32_t moment,
@@ -136,16 +146,11 @@ std::vector<std::vector<int64_t>> fill(Writer& writer, Packer& packer,
       if (streams) static_cast<CudaPacker&>(packer).use(0, streams[n / 3 % 2]);
       const SiteShape& shape = writer.shape(in.site);
       PackJob job{};
-      job.x = in.x.data();
-      job.source = DType::f32;
-      job.x_stride[0] = 64 * in.features;
-      job.x_stride[1] = in.features;
-      job.x_stride[2] = 1;
+      job.x = rows_of(in);
       job.places = in.places.data();
       job.pool = shape.pool;
       job.groups = shape.pool == Pool::none ? nullptr : in.groups.data();
       job.rows = int64_t(in.keys.size()) / 4;
-      job.features = in.features;
       job.stored = shape.stored;
       writer.put(in.site, job, int64_t(in.places.size()) / 2, in.keys.data(), packer);
     }
@@ -268,16 +273,12 @@ int main(int, char** arguments) {
     if (gpu) {  // a unit that is dropped while its rows are on their way
       writer.begin((folder / "gpu").string());
       writer.put(0,
-                 PackJob{inputs[0].x.data(),
-                         nullptr,
-                         DType::f32,
-                         {64 * 333, 333, 1},
+                 PackJob{rows_of(inputs[0]),
                          {},
                          inputs[0].places.data(),
                          nullptr,
                          Pool::none,
                          60,
-                         333,
                          Stored::f32,
                          nullptr,
                          nullptr,

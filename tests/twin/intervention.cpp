@@ -47,7 +47,7 @@ cudaError_t run(const Call& c) {
                     reinterpret_cast<const int64_t*>(f[5]), f[6],        f[7]};
   }
   const auto side = [&](void* data, const int64_t* s) {
-    return Activation{data, DType(c.dtype), c.rows, c.tokens, c.width, s[0], s[1], s[2]};
+    return StridedRows{data, DType(c.dtype), c.rows, c.tokens, c.width, s[0], s[1], s[2]};
   };
   return launch_intervention(side(c.x, c.x_strides), side(c.out, c.out_strides), p, nullptr,
                              c.seen);

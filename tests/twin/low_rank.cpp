@@ -50,9 +50,10 @@ extern "C" int low_rank(const Call* c, int64_t* launches, char* message, size_t 
   using namespace dreamreader;
   const LowRank<float> p = arguments_of(*c);
   const auto rows = [&](void* data, const int64_t* strides) {
-    return LowRankRows{data, DType(c->dtype), strides[0], strides[1], strides[2]};
+    return StridedRows{data,    DType(c->dtype), p.entries,  p.tokens,
+                       p.width, strides[0],      strides[1], strides[2]};
   };
-  const LowRankRows x = rows(c->x, c->x_strides), out = rows(c->out, c->out_strides);
+  const StridedRows x = rows(c->x, c->x_strides), out = rows(c->out, c->out_strides);
   twin::error.clear();
   twin::launches = 0;
   cudaError_t error;

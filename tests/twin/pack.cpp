@@ -23,20 +23,20 @@ struct Call {
 extern "C" int pack(const Call* c, int64_t* launches, char* message, size_t size) {
   using namespace dreamreader;
   PackJob job = {};
-  job.x = c->x;
-  job.minus = c->minus;
+  const auto rows = [&](const void* data, const int64_t* s) {
+    return StridedRows{
+        const_cast<void*>(data), DType(c->source), 0, 0, c->features, s[0], s[1], s[2]};
+  };
+  job.x = rows(c->x, c->x_strides);
+  job.minus = rows(c->minus, c->minus_strides);
   job.places = static_cast<const int32_t*>(c->places);
   job.groups = static_cast<const int32_t*>(c->groups);
   job.out = c->out;
   job.scales = static_cast<float*>(c->scales);
   job.not_finite = static_cast<int64_t*>(c->not_finite);
-  job.source = DType(c->source);
   job.stored = Stored(c->stored);
   job.pool = Pool(c->pool);
   job.rows = c->rows;
-  job.features = c->features;
-  std::memcpy(job.x_stride, c->x_strides, sizeof(c->x_strides));
-  std::memcpy(job.minus_stride, c->minus_strides, sizeof(c->minus_strides));
   twin::error.clear();
   twin::launches = 0;
   const cudaError_t error = pack_cuda(job, nullptr);
