@@ -344,6 +344,8 @@ def test_wrong_inputs_say_what_is_wrong(given: dict[str, Any], kind: type[Except
         ({"lr": 0.0}, InvalidInput, "lr must be positive, got 0.0"),
         ({"epochs": 0}, InvalidInput, "epochs must be at least 1, got 0"),
         ({"schedule": "wds"}, UnknownName, "unknown schedule 'wds'; nearest: wsd"),
+        ({"decay": 0}, InvalidInput, "decay is a share above 0, at most 1, got 0"),
+        ({"decay": "half"}, InvalidInput, "decay is a number, got 'half'"),
     ],
 )
 def test_wrong_recipes_say_what_is_wrong(given: dict[str, Any], kind: type[Exception], text: str):
@@ -364,3 +366,66 @@ def test_options_reach_the_optimizer():
         Recipe(optimizer={"SGD": {"mass": 1}}).build_optimizer(layer().parameters())
     with pytest.raises(InvalidInput, match="a name, or one name with options"):
         Recipe(optimizer={}).build_optimizer(layer().parameters())
+
+
+def test_the_rate_of_wsd_falls_over_the_share_that_is_asked_for():
+    recipe = Recipe(steps=100, schedule="wsd", decay=0.1)
+    assert [recipe.share(step) for step in (0, 89, 90, 95, 99)] == [1, 1, 1, 0.5, 0.1]
+    assert Recipe(steps=100, schedule="wsd").share(80) == pytest.approx(0.8)
+
+
+def test_gradients_change_before_they_are_clipped(tmp_path: Path):
+    """What points elsewhere takes no part of the norm."""
+    one, norms = layer(), []
+
+    def without_bias(module: nn.Linear, done: int) -> None:
+        assert not torch.is_grad_enabled()
+        module.bias.grad.mul_(0)
+        norms.append(module.weight.grad.norm().item())
+
+    before = one.bias.detach().clone(), one.weight.detach().clone()
+    recipe = Recipe(steps=1, optimizer="SGD", lr=1.0, grad_clip=1e-3, schedule="constant")
+    fit(one, error, rows(1), recipe, before_step=without_bias, progress=False)
+    assert torch.equal(one.bias, before[0]) and norms[0] > 1e-2
+    assert (one.weight - before[1]).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_an_objective_tells_further_numbers():
+    class Counted(Objective):
+        def terms(self, module: Any, batch: Any, /) -> Tensor:
+            return error(module, batch)
+
+        def metrics(self, module: Any, /) -> dict[str, float]:
+            return {"rows": 4.0}
+
+    seen = []
+    modules = {"a": layer(), "b": layer(1)}
+    fit(modules, Counted(), rows(2), Recipe(steps=2), progress=seen.append)
+    assert [each.numbers["b: rows"] for each in seen] == [4.0, 4.0]
+    assert seen[0].note.startswith("loss ") and "a: rows 4" in seen[0].note
+
+
+def test_averages_that_are_read_back_lie_as_their_parameter_lies(tmp_path: Path):
+    """Another layout would be another loop, whose sums may round otherwise."""
+
+    def loss(module: Any, x: Tensor) -> Tensor:
+        return (x @ module.weight).square().mean()
+
+    made: list[torch.optim.Adam] = []
+
+    def adam(parameters: Any) -> torch.optim.Adam:
+        made.append(torch.optim.Adam(parameters))
+        return made[-1]
+
+    def train(progress: Any) -> None:
+        module = nn.Module()
+        module.weight = nn.Parameter(torch.ones(33, 7).T)
+        recipe = Recipe(steps=4, optimizer=adam)
+        fit(module, loss, [torch.ones(5, 7)], recipe, tmp_path, progress, save_every=2)
+
+    with pytest.raises(Stop):
+        train(stop_at(3))
+    train(False)
+    for each in made:
+        (parameter,) = each.param_groups[0]["params"]
+        assert each.state[parameter]["exp_avg"].stride() == parameter.stride() == (1, 7)

@@ -1,0 +1,28 @@
+"""Sparse autoencoders: training, files of other libraries, and features that are understood."""
+
+from dreamreader.sae.fold import fold
+from dreamreader.sae.formats import read_sae, write_sae
+from dreamreader.sae.loss import AUX_RULES, AuxK, SaeLoss
+from dreamreader.sae.model import SparseAutoencoder
+from dreamreader.sae.selection import BatchTopK, JumpReLU, SampledTopK, Selection, TopK
+from dreamreader.sae.threshold import THRESHOLD_RULES, ThresholdRule
+from dreamreader.sae.train import Reconstruction, train_sae
+
+__all__ = [
+    "AUX_RULES",
+    "THRESHOLD_RULES",
+    "AuxK",
+    "BatchTopK",
+    "JumpReLU",
+    "Reconstruction",
+    "SaeLoss",
+    "SampledTopK",
+    "Selection",
+    "SparseAutoencoder",
+    "ThresholdRule",
+    "TopK",
+    "fold",
+    "read_sae",
+    "train_sae",
+    "write_sae",
+]
