@@ -1,0 +1,1 @@
+"""Sparse autoencoders: known answers and measures."""
