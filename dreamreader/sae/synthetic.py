@@ -266,8 +266,8 @@ class SyntheticFeatures:
         return value
 
     @cached_property
-    def _table(self) -> "_Table":
-        return _Table.of(self)
+    def _table(self) -> "_FiringTables":
+        return _FiringTables.of(self)
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,7 @@ class _Draw:
 
 
 @dataclass(frozen=True)
-class _Table:
+class _FiringTables:
     """What samples read: a feature fires with the probability Phi(slope e + offset) of a normal.
 
     `positive` is the probability that a strength is above 0, as only such a feature fires.
@@ -312,7 +312,7 @@ class _Table:
     rare_positive: Tensor
 
     @classmethod
-    def of(cls, world: SyntheticFeatures) -> "_Table":
+    def of(cls, world: SyntheticFeatures) -> "_FiringTables":
         c = world.config
         chance = compensate(world.probabilities, world.parents).double()
         slope = world.factor / world.noise[:, None]
