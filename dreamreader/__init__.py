@@ -62,6 +62,7 @@ _MODULES = (
     "probes",
     "recording",
     "reft",
+    "sae",
     "stats",
     "steering",
     "store",

@@ -1,1 +1,20 @@
-"""Sparse autoencoders: known answers and measures."""
+"""Sparse autoencoders: training, files of other libraries, and features that are understood."""
+
+from dreamreader.sae.loss import AUX_RULES, AuxK, SaeLoss
+from dreamreader.sae.model import SparseAutoencoder
+from dreamreader.sae.selection import BatchTopK, JumpReLU, SampledTopK, Selection, TopK
+from dreamreader.sae.threshold import THRESHOLD_RULES, ThresholdRule
+
+__all__ = [
+    "AUX_RULES",
+    "THRESHOLD_RULES",
+    "AuxK",
+    "BatchTopK",
+    "JumpReLU",
+    "SaeLoss",
+    "SampledTopK",
+    "Selection",
+    "SparseAutoencoder",
+    "ThresholdRule",
+    "TopK",
+]

@@ -1,0 +1,94 @@
+"""From rows to sparse codes: the encoder product together with a selection."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dreamreader.ops.sparse_rows import SparseRows
+from dreamreader.sae._stand_in import choose_pool, column_scores, encode_select
+from dreamreader.sae.loss import AuxK
+from dreamreader.sae.selection import BatchTopK, SampledTopK, TopK
+
+_BLOCK = 1 << 24  # numbers of a block of pre-activations that are scored at once
+
+
+def encode_budget(
+    rows: Float[Tensor, "rows d_in"],
+    weight: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    selection: TopK | BatchTopK | SampledTopK,
+    pool: Int[Tensor, " pool"] | None = None,
+) -> SparseRows:
+    """The codes that a selection with a budget keeps; rows are normalised and centred.
+
+    Args:
+        pool: columns that take part, ascending; all where None.
+    """
+    if isinstance(selection, TopK):
+        return encode_select(rows, weight, bias, rule="topk", count=selection.k, pool=pool)
+    count = selection.budget(len(rows))
+    return encode_select(rows, weight, bias, rule="batch_topk", count=count, pool=pool)
+
+
+def encode_above(
+    rows: Float[Tensor, "rows d_in"],
+    weight: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    threshold: Float[Tensor, " d_sae"],
+) -> SparseRows:
+    """The codes that are positive and above the threshold of their latent."""
+    return encode_select(rows, weight, bias, rule="threshold", threshold=threshold.clamp(min=0))
+
+
+@torch.no_grad()
+def draw_pool(
+    selection: SampledTopK,
+    rows: Float[Tensor, "rows d_in"],
+    weight: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    step: int,
+) -> Int[Tensor, " pool"]:
+    """The columns of a batch that take part, int32 and ascending.
+
+    Args:
+        step: which, with the seed of the selection, gives what `sampled` draws.
+    """
+    generator = torch.Generator(rows.device).manual_seed((selection.seed << 32) + step)
+    scores = _score_columns(selection.score, rows, weight, bias)
+    return choose_pool(scores, selection.pool_size(len(weight)), selection.rule, generator)
+
+
+def _score_columns(score: str, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Scores of all columns; pre-activations are there in blocks of columns, but for leverage."""
+    if score == "uniform":
+        return torch.ones(len(weight), device=weight.device)
+    step = max(1, len(weight) if score == "leverage" else _BLOCK // max(1, len(rows)))
+    return torch.cat(
+        [
+            column_scores(torch.addmm(some, rows, part.T), score)
+            for part, some in zip(weight.split(step), bias.split(step), strict=True)
+        ]
+    )
+
+
+def encode_dead(
+    rule: AuxK,
+    rows: Float[Tensor, "rows d_in"],
+    weight: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    dead: Int[Tensor, " dead"],
+) -> SparseRows:
+    """The largest pre-activations of dead latents in each row, as aux-k takes them.
+
+    Args:
+        dead: columns, int32 and ascending; at least one.
+    """
+    k = min(rule.k or max(1, rows.shape[1] // 2), len(dead))
+    if rule.positive:
+        return encode_select(rows, weight, bias, rule="topk", count=k, pool=dead)
+    chosen = dead.long()
+    values = torch.addmm(bias[chosen], rows, weight[chosen].T)
+    place = values.detach().topk(k, sorted=False).indices.sort(1).values
+    row_ptr = torch.arange(len(rows) + 1, device=rows.device) * k
+    columns = dead[place.flatten()]
+    return SparseRows(row_ptr, columns, values.gather(1, place).flatten(), len(weight))

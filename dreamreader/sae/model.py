@@ -1,0 +1,302 @@
+"""Sparse autoencoders: rows of activations as few active latents, and back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Self
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dreamreader.artifacts import Artifact
+from dreamreader.errors import InvalidInput
+from dreamreader.ops.sparse_rows import SparseRows
+from dreamreader.sae.codec import SparseCodec
+from dreamreader.sae.encoder import encode_dead
+from dreamreader.sae.inputs import check_mask, layout_of
+from dreamreader.sae.loss import (
+    AuxK,
+    SaeLoss,
+    residual_error,
+    rule_of_aux,
+    split_columns,
+    squared_error,
+    unexplained,
+)
+from dreamreader.sae.norms import align_rows_, remove_parallel_, unit_rows_
+from dreamreader.sae.selection import (
+    JumpReLU,
+    Selection,
+    TopK,
+    describe_selection,
+    selection_from,
+)
+from dreamreader.sae.threshold import (
+    ThresholdRule,
+    moved_threshold,
+    rule_of_threshold,
+    smallest_kept,
+)
+
+
+class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
+    """Encodes rows of activations as few active latents, and decodes them.
+
+    Formula: z = N(x); A = (z - b_dec) W_enc + b_enc, each column times |W_dec_j| if `rescale`;
+        codes f = the part of relu(A) that the selection keeps;
+        x_hat = N^-1(f W_dec + b_dec), with f_j / |W_dec_j| if `rescale`.
+
+    In `train()` mode the selection keeps; in `eval()` mode the threshold does, where there is one
+    (`inference`). Thresholds and counters keep their precision, whatever dtype weights get.
+
+    Args:
+        d_in: width of the activations. d_sae: number of latents.
+        selection: `TopK(k)`, `BatchTopK(k)`, `SampledTopK(k, l, ...)` or `JumpReLU()`.
+        groups: widths of Matryoshka prefixes, ascending; d_sae is added at the end.
+        group_weights: of the errors of prefixes, d_sae's too; 1 each by default.
+        rescale: selects on activations times the length of their decoder row.
+        apply_b_dec_to_input: b_dec is taken from inputs.
+        normalise: `none`, `average_norm`, `standardise` (both from `fit_normalisation`),
+            `constant_norm` or `layer_norm` of each row.
+        reshape: `hook_z` takes inputs [..., heads, d_in / heads] too.
+        unit_decoder: `after_step` keeps decoder rows at length 1; by default unless `rescale`.
+        aligned: `after_step` keeps <w_enc_j, w_dec_j> at 1.
+        threshold_rule: `dictionary_learning`, `saelens` or a `ThresholdRule`.
+        aux: `dictionary_learning`, `saelens`, `none` or an `AuxK`.
+        inference: `threshold` or `selection`, in `eval()` mode; by default `selection` for TopK.
+        decoder_norm: of decoder rows in the beginning. tied: the encoder begins as their transpose.
+        seed: of the decoder in the beginning.
+        dtype, device: of the weights.
+        metadata: plain values that files keep, such as the site.
+
+    Attributes:
+        W_enc: [d_in, d_sae], whose transpose lies contiguous. b_enc: [d_sae].
+        W_dec: [d_sae, d_in]. b_dec: [d_in].
+        tokens_since_fired: int64 [d_sae]. steps: int64, of `after_step`.
+        statistics: values [d_sae] of activations that a file had, such as `mean`.
+        compute_dtype: in which it multiplies; that of the weights where None.
+
+    Raises:
+        InvalidInput, UnknownName: a value cannot be right.
+
+    Example:
+        >>> sae = SparseAutoencoder(8, 32, BatchTopK(4))
+        >>> x = torch.randn(16, 8)
+        >>> sae.encode(x).count_nonzero().item(), sae(x).shape
+        (64, torch.Size([16, 8]))
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        selection: Selection,
+        *,
+        groups: Sequence[int] | None = None,
+        group_weights: Sequence[float] | None = None,
+        rescale: bool = False,
+        apply_b_dec_to_input: bool = True,
+        normalise: str = "none",
+        reshape: str = "none",
+        unit_decoder: bool | None = None,
+        aligned: bool = False,
+        threshold_rule: str | ThresholdRule = "dictionary_learning",
+        aux: str | AuxK = "dictionary_learning",
+        inference: str | None = None,
+        decoder_norm: float = 1.0,
+        tied: bool = True,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ):
+        super().__init__(
+            d_in,
+            d_sae,
+            selection,
+            rescale=rescale,
+            apply_b_dec_to_input=apply_b_dec_to_input,
+            normalise=normalise,
+            reshape=reshape,
+            inference=inference,
+            threshold_start=rule_of_threshold(threshold_rule).start,
+            decoder_norm=decoder_norm,
+            tied=tied,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+        )
+        self.groups = _widths(groups, d_sae)
+        self.group_weights = _weights(group_weights, len(self.groups))
+        self.unit_decoder = not rescale if unit_decoder is None else unit_decoder
+        self.aligned = aligned
+        self.threshold_rule, self.aux = rule_of_threshold(threshold_rule), rule_of_aux(aux)
+        self.metadata = dict(metadata or {})
+        self.statistics: dict[str, Tensor] = {}
+
+    def loss(
+        self,
+        x: Float[Tensor, "*batch"],
+        mask: Bool[Tensor, "..."] | None = None,
+        selection: Selection | None = None,
+    ) -> SaeLoss:
+        """The loss of a batch, in the space of normalised inputs.
+
+        Formula: sum over prefixes of weight * mean |z - z_hat|^2, plus aux-k of the dead latents.
+
+        Args:
+            x: [..., d_in]. mask: [...], False for tokens that do not count.
+            selection: in place of its own, such as with another k.
+
+        Raises:
+            InvalidInput: x or mask has another shape, or no token counts.
+        """
+        layout = layout_of(x, self.d_in, self.reshape)
+        rows = x.reshape(-1, self.d_in)
+        if mask is not None:
+            rows = rows[check_mask(mask, layout.batch)]
+        if not len(rows):
+            raise InvalidInput("SparseAutoencoder: no token counts in this batch")
+        z = self._affine(rows).apply(rows)
+        centred, weight, bias = self._encoder(z)
+        codes = self._codes(centred, weight, bias, selection or self.selection)
+        rebuilt = [self._decode_rows(codes)] if len(self.groups) == 1 else self._prefixes(codes)
+        errors = torch.stack([squared_error(z, each) for each in rebuilt])
+        fired = codes.column_counts() > 0
+        idle = torch.where(fired, 0, self.tokens_since_fired + len(rows))
+        residual = (z - rebuilt[-1]).detach()
+        aux = self._aux_loss(centred, weight, bias, residual, idle)
+        weights = torch.tensor(self.group_weights, device=errors.device)
+        return SaeLoss(
+            (errors * weights).sum() + aux,
+            errors[-1].detach(),
+            aux.detach(),
+            unexplained(z, errors[-1].detach()),
+            codes.count() / len(rows),
+            (idle >= self.aux.dead_after).float().mean(),
+            errors.detach(),
+            fired,
+            smallest_kept(codes, by_row=isinstance(self.selection, TopK)),
+            len(rows),
+        )
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Between backward and the optimiser: what would change the length of decoder rows goes."""
+        if self.unit_decoder and self.W_dec.grad is not None:
+            remove_parallel_(self.W_dec.grad, self.W_dec)
+
+    @torch.no_grad()
+    def after_step(self, result: SaeLoss) -> None:
+        """After the optimiser: keeps constraints, counts idle tokens, moves the threshold.
+
+        Args:
+            result: of the batch that the step learned from.
+        """
+        self.constrain()
+        idle = self.tokens_since_fired + result.tokens
+        self.tokens_since_fired.copy_(torch.where(result.fired, 0, idle))
+        if (
+            not isinstance(self.selection, JumpReLU)
+            and int(self.steps) >= self.threshold_rule.after
+        ):
+            mean = moved_threshold(self.threshold_rule, self.threshold_mean, result.smallest)
+            self.threshold_mean.copy_(mean)
+            self.thresholds.copy_(mean.float().expand(self.d_sae))
+        self.steps += 1
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Puts weights back to what `unit_decoder` and `aligned` ask for."""
+        if self.unit_decoder:
+            unit_rows_(self.W_dec)
+        if self.aligned:
+            align_rows_(self.W_enc.T, self.W_dec)
+
+    def describe(self) -> dict[str, Any]:
+        """What it was made with, as plain values."""
+        return {
+            "d_in": self.d_in,
+            "d_sae": self.d_sae,
+            "selection": describe_selection(self.selection),
+            "groups": list(self.groups),
+            "group_weights": list(self.group_weights),
+            "rescale": self.rescale,
+            "apply_b_dec_to_input": self.apply_b_dec_to_input,
+            "normalise": self.normalise,
+            "reshape": self.reshape,
+            "unit_decoder": self.unit_decoder,
+            "aligned": self.aligned,
+            "threshold_rule": asdict(self.threshold_rule),
+            "aux": asdict(self.aux),
+            "inference": self.inference,
+            "metadata": dict(self.metadata),
+        }
+
+    def extra_repr(self) -> str:
+        kept = (f"d_in={self.d_in}, d_sae={self.d_sae}", f"selection={self.selection}")
+        return ", ".join(kept)
+
+    def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        extra = {f"statistics.{name}": each for name, each in self.statistics.items()}
+        return tensors | extra, {"sae": self.describe(), "statistics": list(self.statistics)}
+
+    @classmethod
+    def of_file(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Self:
+        own = dict(content["sae"])
+        rules = {
+            "selection": selection_from(own.pop("selection")),
+            "threshold_rule": ThresholdRule(**own.pop("threshold_rule")),
+            "aux": AuxK(**own.pop("aux")),
+        }
+        made = cls(**own, **rules, dtype=tensors["W_dec"].dtype)
+        made.set_tensors({name: tensors[name] for name in made.state_dict()})
+        for name in content["statistics"]:
+            made.statistics[name] = tensors[f"statistics.{name}"]
+        return made
+
+    def _prefixes(self, codes: SparseRows) -> list[Tensor]:
+        """Reconstructions from the latents of each prefix."""
+        parts = [
+            self._decode_rows(each, biased=number == 0)
+            for number, each in enumerate(split_columns(codes, self.groups))
+        ]
+        for number in range(1, len(parts)):
+            parts[number] = parts[number] + parts[number - 1]
+        return parts
+
+    def _aux_loss(
+        self, rows: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, idle: Tensor
+    ) -> Tensor:
+        none = torch.zeros((), device=rows.device)
+        if not self.aux.weight or not self.training:
+            return none
+        dead = (idle >= self.aux.dead_after).nonzero().squeeze(1).int()
+        if not len(dead):
+            return none
+        codes = encode_dead(self.aux, rows, weight, bias, dead)
+        rebuilt = self._decode_rows(codes, biased=False)
+        return residual_error(self.aux, self.d_in, len(dead), residual, rebuilt)
+
+
+def _widths(groups: Sequence[int] | None, d_sae: int) -> tuple[int, ...]:
+    widths = tuple(groups or ())
+    if not widths or widths[-1] != d_sae:
+        widths = (*widths, d_sae)
+    whole = all(isinstance(each, int) and not isinstance(each, bool) for each in widths)
+    if not whole or any(a >= b for a, b in zip((0, *widths), widths, strict=False)):
+        raise InvalidInput(
+            f"SparseAutoencoder: groups are ascending widths up to d_sae={d_sae}, got {groups}"
+        )
+    return widths
+
+
+def _weights(weights: Sequence[float] | None, groups: int) -> tuple[float, ...]:
+    found = tuple(1.0 for _ in range(groups)) if weights is None else tuple(map(float, weights))
+    if len(found) != groups or any(not each >= 0 for each in found) or not any(found):
+        raise InvalidInput(
+            f"SparseAutoencoder: group_weights are {groups} numbers, at least 0, one for each "
+            f"prefix and d_sae, got {weights}"
+        )
+    return found
