@@ -105,7 +105,7 @@ class _Search:
         for row, column in enumerate(self.cost.argmin(1)):
             if self.row_of[column] < 0:
                 self.column_of[row], self.row_of[column] = column, row
-        for row in np.flatnonzero(self.column_of < 0):
+        for row in np.flatnonzero(self.column_of < 0).tolist():
             self._augment(row)
         return self.column_of
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from dreamreader.errors import InvalidInput
 from dreamreader.ops import SparseRows
+from dreamreader.sae import BatchTopK, SparseAutoencoder
 from dreamreader.sae.evaluate import (
     probe_latents,
     score_absorption,
@@ -417,3 +418,51 @@ def test_shuffled_features_keep_their_values_and_lose_each_other():
 def test_encode_and_decode_gives_codes_alone():
     codes, none = encode_and_decode(Linear(torch.eye(3)), torch.eye(3), decode=False)
     assert torch.equal(codes.dense(), torch.eye(3)) and none.numel() == 0
+
+
+# All of it, on what was learned
+
+
+def learn(sae: SparseAutoencoder, world: SyntheticFeatures, steps: int = 300) -> SparseAutoencoder:
+    optimizer = torch.optim.Adam([each for each in sae.parameters() if each.requires_grad], lr=3e-3)
+    sae.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1.0, (step + 1) / 50, (steps - step) / (0.3 * steps))
+        result = sae.loss(world.batch(step, 256)[0])
+        optimizer.zero_grad()
+        result.total.backward()
+        sae.before_step()
+        optimizer.step()
+        sae.after_step(result)
+    return sae
+
+
+def test_learned_features_are_found_and_random_halves_are_told_apart():
+    world = SyntheticFeatures(
+        SyntheticConfig(
+            features=256,
+            d_in=128,
+            min_probability=2e-3,
+            max_probability=0.1,
+            roots=0,
+            deviation=(0.5, 0.2),
+            orthogonal_lr=3e-3,
+        )
+    )
+    k = float(world.probabilities[:24].sum())
+    fresh = SparseAutoencoder(128, 24, BatchTopK(k), inference="selection")
+    kinds = {
+        "learned": fresh,
+        "random decoder": with_random_decoder(fresh),
+        "random encoder": with_random_encoder(fresh),
+    }
+    found = {
+        name: score_known_answers(learn(sae, world), world, rows=4096).summary()
+        for name, sae in kinds.items()
+    }
+    learned = found.pop("learned")
+    assert learned["f1"] > 0.9 and learned["mcc"] > 0.95 and learned["uniqueness"] > 0.95
+    for name, control in found.items():
+        assert control["f1"] < 0.5 and control["mcc"] < 0.6, name
+        assert control["explained_variance"] < learned["explained_variance"] - 0.1, name

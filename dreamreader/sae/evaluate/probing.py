@@ -261,17 +261,17 @@ def _newton(x: Tensor, y: Tensor, l2: float) -> Tensor:
         bend = (x * (p * (1 - p))[..., None]).mT @ x + penalty.diag()
         bend.diagonal(dim1=-2, dim2=-1).add_(1e-9 * rows)
         step = torch.linalg.solve(bend, slope)
-        size = torch.ones(attributes, 1, dtype=x.dtype, device=x.device)
+        after = loss(weights - step)
         for _ in range(30):
-            after = loss(weights - size * step)
             worse = after > now
             if not bool(worse.any()):
                 break
-            size = torch.where(worse[:, None], size / 2, size)
+            step = torch.where(worse[:, None], step / 2, step)
+            after = loss(weights - step)
         better = after < now
         if not bool(better.any()):
             break
-        weights = torch.where(better[:, None], weights - size * step, weights)
+        weights = torch.where(better[:, None], weights - step, weights)
         now = torch.where(better, after, now)
     return weights
 
