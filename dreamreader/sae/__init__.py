@@ -1,5 +1,6 @@
 """Sparse autoencoders: training, files of other libraries, and features that are understood."""
 
+from dreamreader.sae.edit import SAEEdit, unlearn
 from dreamreader.sae.loss import AUX_RULES, AuxK, SaeLoss
 from dreamreader.sae.model import SparseAutoencoder
 from dreamreader.sae.selection import BatchTopK, JumpReLU, SampledTopK, Selection, TopK
@@ -11,10 +12,12 @@ __all__ = [
     "AuxK",
     "BatchTopK",
     "JumpReLU",
+    "SAEEdit",
     "SaeLoss",
     "SampledTopK",
     "Selection",
     "SparseAutoencoder",
     "ThresholdRule",
     "TopK",
+    "unlearn",
 ]
