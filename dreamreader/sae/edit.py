@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dreamreader.edits.files import savable
 from dreamreader.engine import EditContext, EditRequest
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.sae.model import SparseAutoencoder
@@ -17,11 +18,12 @@ OPS = ("add", "scale", "set", "ablate", "reconstruct")
 Values = float | Sequence[float] | Tensor
 
 
+@savable
 @dataclass(frozen=True, eq=False)
 class SAEEdit(EditRequest):
     """Adds to every selected token what a change of some latents changes in its reconstruction.
 
-    Formula: x + alpha N'(sum_j (z'_j - z_j) w_j), with z the codes of x, w_j rows of the decoder and
+    Formula: x + alpha N'(sum_j (z'_j - z_j) w_j), with z the codes of x, w_j decoder rows and
         N' the scale of the autoencoder's inputs; z' = z + value (add), value z (scale), value (set)
         or 0 (ablate) where the gate is open, else z.
 
@@ -172,7 +174,7 @@ def unlearn(
     multiplier: float = -1.0,
     alpha: float | Sequence[float] | Tensor = 1.0,
 ) -> SAEEdit:
-    """The edit that takes a concept out: its latents are turned round where they are unusually high.
+    """The edit that takes a concept out: it turns its latents round where they are unusually high.
 
     Formula: z'_j = multiplier * mean_j * z_j where z_j > usual_j, else z_j.
 

@@ -159,6 +159,15 @@ def test_in_a_pipeline_at_a_delta_with_steps_tokens_and_branch():
     assert changed.firing[0].calls == 2
 
 
+def test_it_comes_back_from_a_file(tmp_path):
+    edit = SAEEdit(SITE, autoencoder(BatchTopK(5)), [4, 9], "set", [1.0, 3.0], 0.5, gate=0.1)
+    dr.edits.save(tmp_path / "edit.safetensors", edit)
+    (found,) = dr.edits.load(tmp_path / "edit.safetensors")
+    assert found.sites == edit.sites and found.features == (4, 9)
+    x = activations()
+    assert torch.equal(edited(found, x), edited(edit, x))
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
