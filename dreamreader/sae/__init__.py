@@ -1,6 +1,8 @@
 """Sparse autoencoders: training, files of other libraries, and features that are understood."""
 
+from dreamreader.sae.dashboard import write_dashboard, write_neuronpedia
 from dreamreader.sae.edit import SAEEdit, unlearn
+from dreamreader.sae.examples import Examples, FeatureExamples
 from dreamreader.sae.loss import AUX_RULES, AuxK, SaeLoss
 from dreamreader.sae.model import SparseAutoencoder
 from dreamreader.sae.selection import BatchTopK, JumpReLU, SampledTopK, Selection, TopK
@@ -11,6 +13,8 @@ __all__ = [
     "THRESHOLD_RULES",
     "AuxK",
     "BatchTopK",
+    "Examples",
+    "FeatureExamples",
     "JumpReLU",
     "SAEEdit",
     "SaeLoss",
@@ -20,4 +24,6 @@ __all__ = [
     "ThresholdRule",
     "TopK",
     "unlearn",
+    "write_dashboard",
+    "write_neuronpedia",
 ]
