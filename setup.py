@@ -4,6 +4,7 @@ DREAMREADER_EXT=auto       C++, and CUDA where nvcc is found; without a C++ comp
 DREAMREADER_EXT=off        no extension: everything runs on the references
 DREAMREADER_EXT=cpu, cuda  exactly this; anything missing is an error
 DREAMREADER_CUDA_ARCHS     machine code of these GPUs alone, as CMake spells them: 90a-real
+DREAMREADER_SPILLS=error   a CUDA kernel that needs local memory is an error
 DEBUG=1                    without optimisation, with debug information
 """
 
@@ -56,14 +57,26 @@ def plan(choice: str) -> str:
     return choice
 
 
+def copy_pybind11() -> Path:
+    """pybind11 in build/: pip has another copy for each install, and its files count as new."""
+    import pybind11
+
+    copy = ROOT / "build" / f"pybind11-{pybind11.__version__}"
+    if not copy.exists():
+        part = copy.with_name(f"{copy.name}.part")
+        shutil.copytree(Path(pybind11.__file__).parent, part, dirs_exist_ok=True)
+        part.rename(copy)
+    return copy
+
+
 class CMakeBuild(build_ext):
     """Configures csrc/ and builds the module next to the package."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / f"cmake-{ext.kind}"
+        # One folder for installs of every sort, which also takes what they build with from a place
+        # that stays: the next install compiles what changed since.
+        build = ROOT / "build" / f"cmake-{ext.kind}-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         (build / "CMakeCache.txt").unlink(
             missing_ok=True
@@ -71,11 +84,12 @@ class CMakeBuild(build_ext):
         debug = os.environ.get("DEBUG", "0") not in ("", "0")
         options = {
             "CMAKE_BUILD_TYPE": "Debug" if debug else "Release",
-            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(target.parent),
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(build),
             "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "pybind11_DIR": str(copy_pybind11() / "share" / "cmake" / "pybind11"),
             "DREAMREADER_VERSION": self.distribution.get_version(),
             "DREAMREADER_WITH_CUDA": "ON" if ext.kind == "cuda" else "OFF",
+            "DREAMREADER_SPILLS_FAIL": "ON" if os.environ.get("DREAMREADER_SPILLS") else "OFF",
         }
         nvcc = find_nvcc()
         if archs := os.environ.get("DREAMREADER_CUDA_ARCHS"):
@@ -88,6 +102,9 @@ class CMakeBuild(build_ext):
         )
         jobs = ["-j", str(self.parallel)] if self.parallel else []
         subprocess.run(["cmake", "--build", ".", *jobs], cwd=build, check=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # a process may have the old one open
+        shutil.copy2(build / target.name, target)
 
 
 kind = plan(os.environ.get("DREAMREADER_EXT", "auto"))

@@ -120,6 +120,8 @@ def is_silent(node: ast.AST) -> bool:
             return True
         case ast.keyword(arg=name):
             return name in SILENT_ARGUMENTS
+        case ast.BinOp(op=ast.LShift(), left=ast.Constant()):
+            return True  # a size in megabytes
         case ast.Call(func=func):
             return called(func) in SILENT_CALLS
     return False

@@ -84,6 +84,52 @@ def track(items: Sequence[T], stage: str, report: ProgressCallback) -> Iterator[
     report(ProgressEvent(stage, len(items), len(items)))
 
 
+def part_of(
+    report: ProgressCallback, done: float, total: float, stage: str = "rows"
+) -> ProgressCallback:
+    """Reports the progress of a part as that of the whole, of which `done` came before it."""
+    return lambda event: report(
+        ProgressEvent(stage, done + event.done, total, event.numbers, event.note)
+    )
+
+
+@contextmanager
+def pipeline_steps(pipe: Any, report: Callable[[int, int | None], Any]) -> Iterator[None]:
+    """Within the block, a diffusers pipeline's bars call a function with (step, steps).
+
+    Nothing else shows them. Afterwards they are as they were set.
+    """
+    from tqdm import tqdm
+
+    class Steps(tqdm):
+        def __iter__(self) -> Iterator[Any]:
+            for item in self.iterable:
+                yield item
+                self.update()
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            report(int(self.n), self.total)  # pyright: ignore[reportArgumentType]
+
+    def bar(iterable: Any = None, total: Any = None, **_: Any) -> tqdm:
+        return Steps(iterable, total=total, disable=True)
+
+    # a pipeline of several shows the bars of its parts
+    parts = [pipe, *vars(pipe).values()] if hasattr(pipe, "__dict__") else []
+    own = [vars(each) for each in parts if hasattr(type(each), "progress_bar")]
+    before = [each.get("progress_bar") for each in own]
+    for each in own:
+        each["progress_bar"] = bar
+    try:
+        yield
+    finally:
+        for each, had in zip(own, before, strict=True):
+            if had is None:
+                del each["progress_bar"]
+            else:
+                each["progress_bar"] = had
+
+
 @contextmanager
 def terminal_display(console: Any = None) -> Iterator[ProgressCallback]:
     """Shows progress with rich: a bar for each stage, on stderr or the console given."""

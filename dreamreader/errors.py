@@ -1,9 +1,11 @@
 """Errors that say what was asked for, what there is instead, and what to do."""
 
 import difflib
+import os
 import re
 import textwrap
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class DreamreaderError(Exception):
@@ -24,6 +26,21 @@ class UnknownName(DreamreaderError, LookupError):
 
 class InvalidInput(DreamreaderError, ValueError):
     """An argument that cannot be right: names the argument, what was expected and what came."""
+
+
+class MissingFile(InvalidInput, FileNotFoundError):
+    """A file to be read that is not there: names it, and the nearest that are."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        wanted = Path(path)
+        there = next((each for each in wanted.absolute().parents if each.is_dir()), Path("/"))
+        if there != wanted.absolute().parent:
+            hint = f"the folder {wanted.parent} is not there either"
+        else:
+            names = sorted(each.name for each in there.iterdir() if each.name[0] != ".")
+            near = nearest(wanted.stem, names) or names[:5]
+            hint = f"nearest in {there}: {', '.join(near)}" if near else f"{there} is empty"
+        super().__init__(f"{os.fspath(path)}: no such file; {hint}")
 
 
 class NeverFired(DreamreaderError, RuntimeError):

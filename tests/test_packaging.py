@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = (
@@ -71,7 +72,7 @@ print(json.dumps({"backend": owner.backend, "reason": owner.reason, "y": y.tolis
 
 def active(where: Path, **environment: str) -> subprocess.CompletedProcess:
     # -S leaves out the finder of an editable install, which would find the module of this checkout.
-    path = os.pathsep.join([str(where), sysconfig.get_path("purelib")])
+    path = os.pathsep.join([str(where), str(Path(torch.__file__).parents[1])])
     return run(sys.executable, "-S", "-c", ACTIVE, cwd=where, PYTHONPATH=path, **environment)
 
 

@@ -12,12 +12,23 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from dreamreader._progress import ProgressEvent, show_progress, silent, terminal_display, track
+from dreamreader import zoo
+from dreamreader._progress import (
+    ProgressEvent,
+    pipeline_steps,
+    show_progress,
+    silent,
+    terminal_display,
+    track,
+)
+from dreamreader.attention import word_maps
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
 from dreamreader.fitting import Recipe, fit
-from dreamreader.localise import ablate_grid
+from dreamreader.localise import ablate_grid, lens
+from dreamreader.recording import record_calls
 from dreamreader.sweep import grid
+from dreamreader.zoo.evaluate import evaluate
 
 
 def learn(progress: Any) -> None:
@@ -38,12 +49,58 @@ def sweep(progress: Any) -> None:
     )
 
 
-LONG = {"training": (learn, [1, 2, 3]), "cells": (sweep, [0, 3])}
+def draw(progress: Any, **given: Any) -> Any:
+    pipe = tiny.pipeline("sd")
+    pipe.set_progress_bar_config(desc="bar of diffusers")
+    given = {"seeds": [0, 1], "batch_size": 1, "num_inference_steps": 2} | given
+    found = Reader(pipe).run("a cat", output_type="latent", progress=progress, **given)
+    assert "progress_bar" not in vars(pipe)
+    assert pipe._progress_bar_config == {"desc": "bar of diffusers"}
+    return found
 
 
-@pytest.mark.parametrize("stage", list(LONG))
-def test_a_function_hears_of_every_stage(stage: str):
-    work, done = LONG[stage]
+def write(progress: Any) -> None:
+    reader = Reader(*tiny.language_model("gpt2"))
+    reader.run(["a cat", "a dog"], batch_size=1, progress=progress)
+
+
+def read_layers(progress: Any) -> None:
+    kinds = {"seeds": 0, "num_inference_steps": 1, "output_type": "latent"}
+    lens(Reader(tiny.pipeline("sd")), "a cat", layers=[0, 1], progress=progress, **kinds)
+
+
+def map_words(progress: Any) -> None:
+    kinds = {"seeds": 0, "num_inference_steps": 1, "output_type": "latent"}
+    word_maps(Reader(tiny.pipeline("sd")), "a cat", "cat", progress=progress, **kinds)
+
+
+def call(progress: Any) -> None:
+    kinds = {"num_inference_steps": 1, "batch_size": 1}
+    record_calls(Reader(tiny.pipeline("sd")), ["a cat", "a dog"], progress=progress, **kinds)
+
+
+def judge(progress: Any) -> None:
+    pipe = zoo.load_pipeline("shapes-unet")
+    pipe.set_progress_bar_config(desc="bar of diffusers")
+    evaluate(pipe, 2, progress=progress, num_inference_steps=1)
+    assert pipe._progress_bar_config == {"desc": "bar of diffusers"}
+
+
+LONG = {
+    "learn": ("training", learn, [1, 2, 3]),
+    "sweep": ("cells", sweep, [0, 3]),
+    "pipeline": ("rows", draw, [0, 0.5, 1, 1, 1.5, 2, 2]),
+    "language": ("rows", write, [0, 1, 2]),
+    "lens": ("rows", read_layers, [0, 2, 2]),
+    "maps": ("rows", map_words, [0, 1, 1]),
+    "calls": ("rows", call, [0, 1, 1, 1, 2, 2]),
+    "evaluate": ("batches", judge, [0, 1]),
+}
+
+
+@pytest.mark.parametrize("name", list(LONG))
+def test_a_function_hears_of_every_stage(name: str):
+    stage, work, done = LONG[name]
     events: list[ProgressEvent] = []
     work(events.append)
     assert {each.stage for each in events} == {stage}
@@ -52,18 +109,18 @@ def test_a_function_hears_of_every_stage(stage: str):
         assert set(events[0].numbers) == {"loss"} and events[0].note.startswith("loss ")
 
 
-@pytest.mark.parametrize("stage", list(LONG))
+@pytest.mark.parametrize("name", list(LONG))
 @pytest.mark.parametrize("progress", [True, False])
-def test_nothing_is_shown_where_nobody_looks(stage: str, progress: bool, capfd):
-    LONG[stage][0](progress)
+def test_nothing_is_shown_where_nobody_looks(name: str, progress: bool, capfd):
+    LONG[name][1](progress)
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("progress", [None, 1, "yes"])
-@pytest.mark.parametrize("stage", list(LONG))
-def test_anything_else_is_refused(stage: str, progress: Any):
+@pytest.mark.parametrize("name", list(LONG))
+def test_anything_else_is_refused(name: str, progress: Any):
     with pytest.raises(InvalidInput, match=r"give True, False, or a function that takes a Progr"):
-        LONG[stage][0](progress)
+        LONG[name][1](progress)
 
 
 @pytest.fixture
@@ -94,6 +151,24 @@ def test_a_terminal_shows_one_display(terminal):
     assert "training" not in shown
     learn(True)
     assert "training" in read() and "loss" in read()
+
+
+def test_the_steps_of_a_pipeline_are_shown_once(terminal):
+    read = terminal()
+    draw(True)
+    shown = read()
+    assert "rows" in shown and "100%" in shown
+    assert "bar of diffusers" not in shown
+
+
+def test_bars_of_the_callers_own_are_back_after_an_error():
+    pipe = tiny.pipeline("sd")
+    own: Any = lambda *_, **__: pytest.fail("shown")  # noqa: E731
+    pipe.progress_bar = own
+    with pytest.raises(ZeroDivisionError), pipeline_steps(pipe, lambda step, steps: 1 // 0):
+        for _ in pipe.progress_bar([1, 2]):
+            pass
+    assert pipe.progress_bar is own
 
 
 @pytest.mark.parametrize("progress", [False, lambda event: None])

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dreamreader._checked import KEY, read_tensors, write_tensors
 from dreamreader._files import explained
-from dreamreader.errors import InvalidInput
+from dreamreader.errors import InvalidInput, MissingFile
 
+FILE = "artifact.safetensors"  # its name in a folder of its own, as on the hub
 _PREFIX = "dreamreader."
 
 
@@ -47,11 +48,17 @@ def check_file(path: str | os.PathLike[str]) -> None:
     """Raises what is wrong with a file that is to be read; safetensors does not say which it was.
 
     Raises:
-        FileNotFoundError, IsADirectoryError, PermissionError: with the name of the file.
-        InvalidInput: it is a device or the like.
+        MissingFile, PermissionError: with the name of the file.
+        InvalidInput: it is a folder, a device or the like.
     """
     name = os.fspath(path)
-    if not (os.path.isfile(name) or os.path.isdir(name)) and os.path.exists(name):
+    if os.path.isdir(name):
+        inside = sorted(each.name for each in Path(name).glob("*.safetensors"))
+        hint = f"; name one of its files: {', '.join(inside[:5])}" if inside else ""
+        raise InvalidInput(f"{name} is a folder, without a file {FILE}{hint}")
+    if not os.path.exists(name):
+        raise MissingFile(path)
+    if not os.path.isfile(name):
         raise InvalidInput(f"{name} is a device or pipe, no file")
     with open(name, "rb"):
         pass
@@ -63,7 +70,7 @@ def load_described(
     """The description and the tensors of a file, on the CPU.
 
     Raises:
-        FileNotFoundError, IsADirectoryError, PermissionError: as `check_file` does.
+        MissingFile, PermissionError: as `check_file` does.
         InvalidInput: it is no safetensors file, of another kind or version, or damaged.
     """
     found, content, tensors = read_described(path)
@@ -79,7 +86,7 @@ def read_described(
     """Kind, description and tensors of a file; no kind where it is none of this library.
 
     Raises:
-        FileNotFoundError, IsADirectoryError, PermissionError: as `check_file` does.
+        MissingFile, PermissionError: as `check_file` does.
         InvalidInput: it is no safetensors file, or damaged.
     """
     from safetensors import SafetensorError, safe_open

@@ -9,10 +9,12 @@ from typing import Any
 
 from dreamreader import _checked
 from dreamreader._version import __version__
-from dreamreader.artifacts.kinds import FILE, Artifact, load, save
+from dreamreader.artifacts.file import FILE
+from dreamreader.artifacts.kinds import Artifact, load, save
 from dreamreader.errors import InvalidInput, first_line
 
 CARD = "README.md"
+CONNECT_SECONDS = 3.0
 
 
 def push_to_hub(
@@ -86,7 +88,8 @@ def from_hub(
         file: its name in the repository.
         checksum: that the file must have, as its card names it: then it is that very file.
         revision: branch, tag or commit. token: of an account that may read it.
-        cache_dir: where downloads are kept. local_files_only: ask no server.
+        cache_dir: where downloads are kept. local_files_only: ask no server, nor where the hub
+            cannot be reached or HF_HUB_OFFLINE=1: what was downloaded before is read then.
 
     Raises:
         InvalidInput: there is no such repository or file, the hub cannot be reached, or the file is
@@ -94,14 +97,15 @@ def from_hub(
     """
     from huggingface_hub import hf_hub_download
 
-    with _explained(f"from_hub: {repo_id}"):
+    cut_off = None if local_files_only else _why_unreachable()
+    with _explained(f"from_hub: {repo_id}", cut_off):
         path = hf_hub_download(
             repo_id,
             file,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
-            local_files_only=local_files_only,
+            local_files_only=local_files_only or cut_off is not None,
             library_name="dreamreader",
             library_version=__version__,
         )
@@ -145,14 +149,36 @@ def model_card(
     return "\n".join(["---", *head, "---", "", *body, ""])
 
 
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Turns what the hub's client raises into an error that says which repository."""
+def _why_unreachable() -> str | None:
+    """Why the hub cannot be asked; None where it answers, whatever it says.
+
+    Its client would try again for half a minute.
+    """
+    from huggingface_hub import constants, get_session
     from huggingface_hub.errors import HTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS)
+    except (OSError, HTTPError) as error:
+        return f"the hub at {constants.ENDPOINT} cannot be reached ({first_line(error)})"
+    return None
+
+
+@contextmanager
+def _explained(what: str, unreachable: str | None = None) -> Iterator[None]:
+    """Turns what the hub's client raises into an error that says which repository."""
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
     try:
         yield
     except (OSError, HTTPError) as error:
+        if unreachable is not None and isinstance(error, LocalEntryNotFoundError):
+            raise InvalidInput(
+                f"{what}: {unreachable}, and it was not downloaded before. Download the file where "
+                "there is a network, and read it here with dreamreader.load_artifact(path)"
+            ) from error
         raise InvalidInput(
             f"{what}: {first_line(error)}; check the name, the token and the network"
         ) from error

@@ -9,10 +9,14 @@ from typing import Any, Self, TypeVar, overload
 
 from torch import Tensor
 
-from dreamreader.artifacts.file import check_version, read_described, save_described, wrong_kind
+from dreamreader.artifacts.file import (
+    FILE,
+    check_version,
+    read_described,
+    save_described,
+    wrong_kind,
+)
 from dreamreader.errors import DreamreaderError, InvalidInput
-
-FILE = "artifact.safetensors"  # its name in a folder of its own, as on the hub
 
 _CLASSES: "dict[str, type[Artifact]]" = {}
 # what a file may have imported: a package of this library, and nothing that runs on import
@@ -119,7 +123,7 @@ def load(path: str | os.PathLike[str], kind: type[Artifact] | None = None) -> An
         kind: the class that it must be of; any where None.
 
     Raises:
-        FileNotFoundError, IsADirectoryError, PermissionError: the file cannot be opened.
+        MissingFile, PermissionError: the file is not there (names the nearest), or not to be read.
         InvalidInput: it is damaged in any byte, of a later version, of another kind, or written by
             no class that is known here; names the file.
     """

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dreamreader._progress import Progress
 from dreamreader.attention.asked import (
     Asked,
     asked_words,
@@ -222,12 +223,13 @@ def word_maps(
     size: tuple[int, int] | int | None = None,
     normalise: bool = False,
     skip_factor: int | None = 8,
+    progress: Progress = True,
     **arguments: Any,
 ) -> WordMaps:
     """Run a pipeline and give the heat maps of words, with its pictures.
 
     Args:
-        prompts, edits, seeds, batch_size: as in `Reader.run`.
+        prompts, edits, seeds, batch_size, progress: as in `Reader.run`.
         words and what follows: see `WordMap`; lists of words for each prompt.
         arguments: of the pipeline.
 
@@ -269,6 +271,7 @@ def word_maps(
         record=found.requests(),
         seeds=seeds,
         batch_size=batch_size,
+        progress=progress,
         **arguments,
     )
     return replace(found.result(), images=result.images, firing=result.firing)

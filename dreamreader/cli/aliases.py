@@ -18,7 +18,7 @@ from dreamreader.cli.jobs import (
     run_job,
 )
 from dreamreader.cli.subject import SpecDevice, SpecDtype, with_subject
-from dreamreader.cli.trained import show_adapter, show_probe_file
+from dreamreader.cli.trained import show_adapter_file, show_probe_file
 
 Spec = Annotated[Path, typer.Argument(help="Spec file: YAML or JSON.")]
 
@@ -91,7 +91,7 @@ def _trainings(kind: str, what: str, example: str, shown: str, printed) -> typer
 
 _REFT = "Learned edits (LoReFT and its variants)"
 _PROBE = "colour/probes/unet.mid_block.safetensors"
-reft = _trainings("reft", _REFT, "examples/reft/frame.yaml", "frame", show_adapter)
+reft = _trainings("reft", _REFT, "examples/reft/frame.yaml", "frame", show_adapter_file)
 probes = _trainings(
     "probes", "Probes of activations", "examples/probes/colour.yaml", _PROBE, show_probe_file
 )

@@ -39,7 +39,7 @@ def demo(
       dreamreader demo --from green --to purple --out green-to-purple --open
     """
     from dreamreader._progress import terminal_display
-    from dreamreader.cli.progress import console
+    from dreamreader.cli.console import console
     from dreamreader.demo import DemoPlan, run_demo
     from dreamreader.zoo import load
 

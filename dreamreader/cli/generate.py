@@ -66,7 +66,8 @@ def generate(
       dreamreader generate "a red square" -n 8 --edits dreamreader-demo/edits
       dreamreader generate "a red square" -m ./my-pipeline --device cuda --dtype bfloat16
     """
-    from dreamreader.cli.progress import console, progress
+    from dreamreader._progress import part_of, terminal_display
+    from dreamreader.cli.console import console
     from dreamreader.zoo import MODELS, SETTINGS, load
 
     if any(not prompt.strip() for prompt in prompts):
@@ -85,17 +86,16 @@ def generate(
     tags = _tags(model, steps, guidance, files)
     rows = [prompt for prompt in prompts for _ in range(count)]
     moved = []
-    with progress() as bar:
-        task = bar.add_task("pictures", total=len(rows))
+    with terminal_display(console(stderr=True)) as display:
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]
             seeds = [seed + start + i for i in range(len(part))]
-            result = reader.run(part, edits=changes, seeds=seeds, **settings)
+            follow = part_of(display, start, len(rows), "pictures")
+            result = reader.run(part, edits=changes, seeds=seeds, progress=follow, **settings)
             for prompt, number, image in zip(part, seeds, result.images, strict=True):
                 wanted = out / file_name(prompt, number, tags)
                 if (written := save_beside(image, wanted)) != wanted:
                     moved.append(f"{wanted.name} -> {written.name}")
-            bar.advance(task, len(part))
     console().print(f"{len(rows)} pictures in {out}")
     if moved:
         more = f" and {len(moved) - 3} others" if len(moved) > 3 else ""

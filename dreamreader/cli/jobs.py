@@ -105,7 +105,7 @@ def show(
       dreamreader show examples/harvest/attention.yaml
       dreamreader show frame/adapter.safetensors
     """
-    from dreamreader.cli.progress import console
+    from dreamreader.cli.console import console
 
     if path.suffix == ".safetensors":
         show_file(path)
@@ -133,7 +133,7 @@ def report(folder: Folder) -> None:
     Example:
       dreamreader report runs/where-colour-enters
     """
-    from dreamreader.cli.progress import console
+    from dreamreader.cli.console import console
 
     kind = _kind_of_folder(folder)
     found = kind.folder_type(folder)
@@ -151,7 +151,7 @@ def diff(first: Folder, second: Annotated[Path, typer.Argument(help="Another fol
     Example:
       dreamreader diff runs/steer runs/steer-more-steps
     """
-    from dreamreader.cli.progress import console, table
+    from dreamreader.cli.console import console, table
 
     kinds = [_kind_of_folder(each) for each in (first, second)]
     if kinds[0] is not kinds[1]:
@@ -240,7 +240,7 @@ def runs(
       dreamreader runs
       dreamreader runs experiments/2026
     """
-    from dreamreader.cli.progress import console, table
+    from dreamreader.cli.console import console, table
     from dreamreader.jobs.kinds import list_jobs
 
     listed = table("name", "kind", "fingerprint", "state")
@@ -269,7 +269,7 @@ def run_job(
         InvalidInput: overrides beside a folder, or an option of another kind.
     """
     from dreamreader._progress import terminal_display
-    from dreamreader.cli.progress import console
+    from dreamreader.cli.console import console
     from dreamreader.jobs.job import REPORT
 
     if not dry_run:
@@ -307,7 +307,7 @@ def run_job(
 def verify_folder(kind: "type[SpecJob[Any]]", folder: Path, rows: int = 8, seed: int = 0) -> None:
     """Prints whether a folder is what it was; exits with 1 if it is not."""
     from dreamreader._progress import terminal_display
-    from dreamreader.cli.progress import console
+    from dreamreader.cli.console import console
 
     with terminal_display(console(stderr=True)) as display:
         verdict = kind.verify(folder, rows, seed, display)
@@ -318,16 +318,22 @@ def verify_folder(kind: "type[SpecJob[Any]]", folder: Path, rows: int = 8, seed:
 
 
 def show_file(path: Path) -> None:
-    """Prints what a file of a training holds: a probe, or else adapters."""
+    """Prints what a file of a training holds: a probe, or adapters."""
+    from dreamreader.artifacts import load
     from dreamreader.cli.trained import show_adapter, show_probe
     from dreamreader.probes import Probe
+    from dreamreader.reft import Reft
 
-    try:
-        probe = Probe.load(path)
-    except (InvalidInput, FileNotFoundError):
-        show_adapter(path)  # it says what is wrong with a file that is neither
-        return
-    show_probe(probe)
+    found = load(path)
+    if isinstance(found, Probe):
+        show_probe(found)
+    elif isinstance(found, Reft):
+        show_adapter(found)
+    else:
+        raise InvalidInput(
+            f"{path} holds {found.artifact_kind}; shown are probes and adapters (reft), and "
+            "dreamreader.load_artifact reads all kinds"
+        )
 
 
 def engine_of(name: str, workers: int | None, address: str | None) -> Any:

@@ -43,7 +43,7 @@ def sites(
     """
     import json as encode
 
-    from dreamreader.cli.progress import console, table
+    from dreamreader.cli.console import console, table
     from dreamreader.zoo import load
 
     reader = load(model, device, dtype)

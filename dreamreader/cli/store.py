@@ -43,7 +43,7 @@ def info(folder: Folder) -> None:
     Example:
       dreamreader store info activations
     """
-    from dreamreader.cli.progress import console, table
+    from dreamreader.cli.console import console, table
     from dreamreader.store.store import Store
 
     store = Store(folder)
@@ -90,7 +90,7 @@ def merge(
       dreamreader store merge colours shapes --out both
     """
     from dreamreader._progress import terminal_display
-    from dreamreader.cli.progress import console
+    from dreamreader.cli.console import console
     from dreamreader.store.merge import merge as run
 
     with terminal_display(console(stderr=True)) as display:
@@ -116,7 +116,7 @@ def export(
       dreamreader store export activations -o rows -f huggingface --branch cond
     """
     from dreamreader._progress import terminal_display
-    from dreamreader.cli.progress import console
+    from dreamreader.cli.console import console
     from dreamreader.store.export import export as run
     from dreamreader.store.store import Store
 
@@ -147,7 +147,7 @@ def stats(
       dreamreader store stats activations --branch cond --covariance --out statistics
     """
     from dreamreader._progress import terminal_display
-    from dreamreader.cli.progress import console
+    from dreamreader.cli.console import console
     from dreamreader.store.layout import file_of
     from dreamreader.store.stats import stats as run
     from dreamreader.store.store import Store
@@ -206,7 +206,7 @@ def _lines(store: "Store") -> Iterator[str]:
 
 
 def _table(found: "SiteStatistics") -> "Table":
-    from dreamreader.cli.progress import table
+    from dreamreader.cli.console import table
 
     columns = ("step", "branch", "rows", "mean norm", "5 %", "median", "95 %", "variance")
     listed = table(*columns, right=columns[:1] + columns[2:])

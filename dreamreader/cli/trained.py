@@ -7,18 +7,21 @@ from dreamreader.errors import InvalidInput
 
 if TYPE_CHECKING:
     from dreamreader.probes import Probe
+    from dreamreader.reft import Reft
 
 
-def show_adapter(file: Path) -> None:
-    """Prints the sites, shapes and parameters of trained adapters."""
-    from dreamreader.cli.progress import console, table
+def show_adapter_file(file: Path) -> None:
+    """Prints what the adapters of a file, or of the folder of a training, are."""
     from dreamreader.reft import Reft
     from dreamreader.training.folder import ADAPTER
 
-    path = file / ADAPTER if file.is_dir() else file
-    if not path.is_file():
-        raise InvalidInput(f"{path}: no such file")
-    reft = Reft.load(path)
+    show_adapter(Reft.load(file / ADAPTER if file.is_dir() else file))
+
+
+def show_adapter(reft: "Reft") -> None:
+    """Prints the sites, shapes and parameters of trained adapters."""
+    from dreamreader.cli.console import console, table
+
     listed = table("site", "width", "rank", "parameters", right=("width", "rank", "parameters"))
     for site, adapter in reft.adapters.items():
         count = sum(each.numel() for each in adapter.parameters())
@@ -41,7 +44,7 @@ def show_probe_file(file: Path) -> None:
 
 def show_probe(probe: "Probe") -> None:
     """Prints the card of a probe: what it was trained on, what it and its controls reach."""
-    from dreamreader.cli.progress import console, table
+    from dreamreader.cli.console import console, table
 
     card = probe.card
     facts = table("", "")

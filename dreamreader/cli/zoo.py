@@ -24,7 +24,7 @@ def list_() -> None:
     Example:
       dreamreader zoo list
     """
-    from dreamreader.cli.progress import console, table
+    from dreamreader.cli.console import console, table
     from dreamreader.zoo import MODELS, WEIGHTS, list_models
     from dreamreader.zoo.fetch import SOURCES, installed
 
@@ -53,19 +53,13 @@ def train(
     Example:
       dreamreader zoo train shapes-unet --out dreamreader-zoo
     """
-    from dreamreader.cli.progress import console, progress
+    from dreamreader._progress import terminal_display
+    from dreamreader.cli.console import console
     from dreamreader.zoo.train import train as run
 
     check_folder(out)
-    with progress() as bar:
-        tasks = {}
-
-        def report(stage: str, step: int, total: int, loss: float) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=step, description=f"{stage} (loss {loss:.4f})")
-
-        folder = run(name, out, steps, report)
+    with terminal_display(console(stderr=True)) as display:
+        folder = run(name, out, steps, display)
     console().print(f"{name} is in {folder}")
 
 
@@ -88,16 +82,15 @@ def evaluate(
       dreamreader zoo eval shapes-unet
       dreamreader zoo eval shapes-dit -n 128 --pairs
     """
-    from dreamreader.cli.progress import console, progress, table
+    from dreamreader._progress import terminal_display
+    from dreamreader.cli.console import console, table
     from dreamreader.stats import wilson
     from dreamreader.zoo import load_pipeline
     from dreamreader.zoo.evaluate import evaluate as run
 
     pipe = load_pipeline(name, device, dtype)
-    with progress() as bar:
-        score = run(
-            pipe, count, seed, pairs, lambda starts: bar.track(starts, description="batches")
-        )
+    with terminal_display(console(stderr=True)) as display:
+        score = run(pipe, count, seed, pairs, display)
     columns = ("attribute", "right", "asked", "share (95 % interval)")
     listed = table(*columns, right=columns[1:])
     titles = {"one": "all, one object", "two": "all, two objects"}
@@ -121,9 +114,11 @@ def fetch(
     Example:
       dreamreader zoo fetch smollm2-135m
     """
-    from dreamreader.cli.progress import console
+    from dreamreader._progress import terminal_display
+    from dreamreader.cli.console import console
     from dreamreader.zoo.fetch import fetch as run
 
     check_folder(out)
-    path = run(name, out, say=lambda text: console(stderr=True).print(text))
+    with terminal_display(console(stderr=True)) as display:
+        path = run(name, out, display)
     console().print(path)

@@ -50,9 +50,7 @@ class _Chain:
         self.report(replace(event, stage=name, text="", note=""))
 
 
-def run_demo(
-    reader: "Reader", plan: DemoPlan, out: Path, progress: Progress | None = None
-) -> DemoResult:
+def run_demo(reader: "Reader", plan: DemoPlan, out: Path, progress: Progress = True) -> DemoResult:
     """Records, fits, steers, removes, patches, measures, and writes report.html and results.json.
 
     Args:
@@ -60,7 +58,7 @@ def run_demo(
         plan: what is done.
         out: folder of report.html, results.json, edits/, directions/ and a folder for each job. A
             demo that was stopped goes on there.
-        progress: shown where True, or a function of a `ProgressEvent`.
+        progress: shown by default, or a function of a `ProgressEvent`, or False.
 
     Returns:
         What was found.
@@ -70,7 +68,7 @@ def run_demo(
     """
     start = time.perf_counter()
     places = find_places(reader)
-    with show_progress(progress or False) as report:
+    with show_progress(progress) as report:
         chain = _Chain(reader, plan, Path(out), report)
         means = _record(chain)
         files = _directions(means, plan, chain.out / "directions", places["all blocks"])

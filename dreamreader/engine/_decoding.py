@@ -4,10 +4,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamreader.engine._refusal import refusals
-from dreamreader.engine._subject import innermost
+from dreamreader.engine._subject import innermost, is_encoder_decoder
 from dreamreader.errors import InvalidInput
 
 _OURS = (
@@ -18,6 +18,7 @@ _OURS = (
     "position_ids",
     "encoder_outputs",
 )
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings")  # learned: there are no more
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,29 @@ def check(arguments: dict[str, Any]) -> None:
                 f"{name} is set by the reader: use prompts; with tensors of your own, call the "
                 "model in a recording() or editing() block"
             )
+
+
+def check_length(model: Any, tokens: int, arguments: dict[str, Any]) -> None:
+    """Refuse prompts, with the tokens that are to follow, beyond a table of learned positions.
+
+    Models that compute their positions are not held to what their config says.
+
+    Raises:
+        InvalidInput: with the model's limit and the number of tokens.
+    """
+    inner: Any = innermost(model)
+    limit = getattr(getattr(inner, "config", None), "max_position_embeddings", None)
+    new = arguments.get("max_new_tokens", 0)
+    new = new if type(new) is int and not is_encoder_decoder(model) else 0
+    if type(limit) is not int or tokens + max(new - 1, 0) <= limit:
+        return
+    tables = (name for name, each in inner.named_modules() if isinstance(each, nn.Embedding))
+    if any(name.rpartition(".")[2] in _POSITIONS for name in tables):
+        more = f", and max_new_tokens={new} more are asked for" if tokens <= limit else ""
+        raise InvalidInput(
+            f"{type(inner).__name__} has positions for {limit:,} tokens; the longest prompt has "
+            f"{tokens:,}{more}. Give fewer, or cut prompts with Reader(..., max_tokens=)"
+        )
 
 
 def explain_errors() -> AbstractContextManager[None]:

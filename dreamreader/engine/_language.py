@@ -7,8 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dreamreader._progress import ProgressCallback, ProgressEvent
 from dreamreader.engine._cache import Cache
-from dreamreader.engine._decoding import Decoding, check, explain_errors, plan_decoding
+from dreamreader.engine._decoding import (
+    Decoding,
+    check,
+    check_length,
+    explain_errors,
+    plan_decoding,
+)
 from dreamreader.engine._firing import FiringReport
 from dreamreader.engine._padding import decoder_start, position_arguments
 from dreamreader.engine._prompts import TextReader, padded, tokenize
@@ -32,6 +39,7 @@ def run_language(
     batch_size: int | None,
     memory_limit: int | None,
     arguments: dict[str, Any],
+    report_progress: ProgressCallback,
 ) -> RunResult:
     """Forward (no arguments, or those of a forward) or generate (with others) over rows.
 
@@ -48,6 +56,7 @@ def run_language(
         inputs |= {name: arguments.pop(name)} if name in arguments else {}
     _check_rows(inputs, len(plan))
     check(arguments)
+    check_length(model, inputs["input_ids"].shape[1], arguments)
     forward = not arguments.keys() - FORWARD
     decoding = None if forward else plan_decoding(model, arguments, len(plan))
     fixed = position_arguments(subject, inputs, generates=not forward)
@@ -64,6 +73,7 @@ def run_language(
     outputs: list[Any] = []
     found, report = [], FiringReport(notes=notes)
     memory = Memory(memory_limit)  # of all batches together
+    report_progress(ProgressEvent("rows", 0, len(plan)))
     for start in range(0, len(plan), size):
         stop = min(start + size, len(plan))
         part = {name: value[start:stop] for name, value in inputs.items()}
@@ -79,6 +89,7 @@ def run_language(
                     outputs.append(model.generate(**part, **arguments))
         found.append(session.activations(plan.rows))
         report.merge(session.report)
+        report_progress(ProgressEvent("rows", stop, len(plan)))
     report.require_hits()
     output, text = _together(outputs, reader.tokenizer, length or 0, decoding)
     return RunResult(output, Cache(merged(found)), report, tuple(plan.rows), text)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dreamreader._progress import ProgressCallback, ProgressEvent, pipeline_steps
 from dreamreader.engine._cache import Cache
 from dreamreader.engine._clock_run import own_class
 from dreamreader.engine._edit_request import EditRequest
@@ -45,6 +46,7 @@ def run_pipeline(
     batch_size: int | None,
     memory_limit: int | None,
     arguments: dict[str, Any],
+    report_progress: ProgressCallback,
 ) -> RunResult:
     """Run the pipeline on every row, `batch_size` rows together.
 
@@ -69,14 +71,24 @@ def run_pipeline(
         )
         size = 1
     _check_batches(pipe, arguments, size, rows)
-    start = 0
+    start, reached = 0, 0.0
+
+    def follow(step: int, steps: int | None) -> None:
+        """Rows run together are done in part; several bars in one call do not count back."""
+        nonlocal reached
+        reached = max(reached, start + (stop - start) * min(step / steps, 1) if steps else 0)
+        note = f"step {step} of {steps}" if steps else f"step {step}"
+        report_progress(ProgressEvent("rows", round(reached, 2), rows, note=note))
+
+    report_progress(ProgressEvent("rows", 0, rows))
     while start < rows:
         stop = min(start + size, rows)
         held = memory.held
         session = opened(start, stop, memory)
         own = split(pipe, arguments, start, stop, rows)
         try:
-            with GENERATORS, _randomness(pipe, plan.seeds[start:stop]) as notes, session:
+            drawing = _randomness(pipe, plan.seeds[start:stop])
+            with GENERATORS, pipeline_steps(pipe, follow), drawing as notes, session:
                 output = _call(pipe, plan, start, stop, own)
         except GlobalDraw as draw:
             _check_again(draw, pipe, edits, records, arguments, rows)
@@ -91,6 +103,7 @@ def run_pipeline(
         found.append(session.activations(plan.rows))
         report.merge(session.report)
         start = stop
+        report_progress(ProgressEvent("rows", start, rows))
     report.require_hits()
     return RunResult(_joined(made), Cache(merged(found)), report, tuple(plan.rows))
 

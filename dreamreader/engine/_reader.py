@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dreamreader._devices import device_of, dtype_of, move
+from dreamreader._progress import Progress, show_progress
 from dreamreader.engine import _html as html
 from dreamreader.engine._cache import Cache
 from dreamreader.engine._clock import Clock
@@ -142,6 +143,7 @@ class Reader:
         seeds: int | Sequence[int] | None = None,
         batch_size: int | None = None,
         memory_limit: int | None = None,
+        progress: Progress = True,
         **arguments: Any,
     ) -> RunResult:
         """Run the subject on rows of prompts, with edits and recordings.
@@ -160,6 +162,8 @@ class Reader:
             batch_size: rows computed together; all by default. An argument of which it is not
                 known whether it has one entry for each row is refused where it would be split.
             memory_limit: bytes that the recordings of all batches may hold together.
+            progress: shown by default, or a function of a `ProgressEvent` (`rows`, in parts where a
+                pipeline counts its steps), or False. A pipeline's own bars are not shown.
             arguments: passed on to the pipeline, or to the model's `generate` where it is a
                 language model (its plain forward where none but `logits_to_keep` are given; an
                 encoder-decoder then gets its start token, or `decoder_input_ids`). For a language
@@ -184,13 +188,12 @@ class Reader:
             prompts = render_chats(self.tokenizer, prompts)
         plan = plan_rows(prompts, seeds, edits)
         opened = partial(self._session, edits, records, plan)
-        if self._subject.kind == "language":
-            return run_language(
-                self, self._subject, plan, opened, batch_size, memory_limit, arguments
-            )
-        return run_pipeline(
-            self.subject, plan, edits, records, opened, batch_size, memory_limit, arguments
-        )
+        limits = (batch_size, memory_limit)
+        with show_progress(progress) as report:
+            if self._subject.kind == "language":
+                return run_language(self, self._subject, plan, opened, *limits, arguments, report)
+            own = (self.subject, plan, edits, records)
+            return run_pipeline(*own, opened, *limits, arguments, report)
 
     def run_with_cache(
         self,

@@ -69,6 +69,7 @@ class Experiment(SpecJob[Spec]):
 
     def plan(self) -> ExperimentPlan:
         """Rows, batches, sites, and what they will take; one step of one row is run."""
+        check_metrics(self.job)
         return make_plan(self.job)
 
     def open(self) -> None:

@@ -188,6 +188,7 @@ class Job:
                 edits=list(edits),
                 record=list(record),
                 seeds=list(seeds),
+                progress=False,
                 **arguments,
             )
         if self.is_language:
@@ -251,7 +252,8 @@ class Job:
             raise InvalidInput("perplexity needs a decoder; this model has an encoder for the text")
         listed = list(map(str, texts))
         with torch.inference_mode():
-            found = self.reader.run(listed, edits=list(edits), seeds=[row.seed for row in rows])
+            own = {"seeds": [row.seed for row in rows], "progress": False}
+            found = self.reader.run(listed, edits=list(edits), **own)
             return _surprisal(found.output.logits, **encoded(self.reader, listed))
 
     def _noise(self, result: RunResult) -> dict[int, Tensor]:

@@ -45,6 +45,11 @@ class Stream(ABC):
     @abstractmethod
     def identity(self) -> Any: ...
 
+    @property
+    @abstractmethod
+    def is_identified(self) -> bool:
+        """Whether `identity` tells these data from others."""
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -88,6 +93,10 @@ class _Steps(Stream):
     def identity(self) -> Any:
         return None if self.batches.of is None else hash_values(self.batches.of)
 
+    @property
+    def is_identified(self) -> bool:
+        return self.batches.of is not None
+
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}
 
@@ -129,6 +138,11 @@ class _Epochs(Stream):
             return hash_values(self.batches)
         name = getattr(self.batches, "__qualname__", None) or class_of(self.batches)
         return {"batches": self.length, "of": name}
+
+    @property
+    def is_identified(self) -> bool:
+        own = callable(getattr(self.batches, "identity", None))
+        return own or isinstance(self.batches, list | tuple)
 
     def state_dict(self) -> dict[str, Any]:
         inner = None

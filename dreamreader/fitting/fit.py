@@ -94,7 +94,8 @@ def fit(
         after_step: called as (module, steps done) after each step of its optimiser, without
             gradients: for constraints of parameters, counters and averages.
         state: what else goes into the checkpoint, by name.
-        of: plain values that tell this training from others, such as the data's name.
+        of: plain values that tell this training from others, such as the data's name; needed with
+            a folder where batches (a `DataLoader`, a function) do not tell their data themselves.
         save_every: steps between two writings of the checkpoint.
         check_every: steps between two looks at parameters and gradients, and copies of the last
             good state; None: at the loss alone, and without copies.
@@ -106,7 +107,8 @@ def fit(
         NonFiniteLoss: a loss, gradient or parameter is not finite; names step, examples and part.
             The module is what it was at the last finite loss.
         InvalidInput, UnknownName: a value of the recipe cannot be right, there are no batches, or
-            the folder is in use, or holds another training.
+            the folder is in use, holds another training, or could not tell it from one on other
+            data.
 
     Example:
         >>> layer, rows = torch.nn.Linear(4, 4), [torch.eye(4)]
@@ -154,6 +156,13 @@ def fit(
     common = next(iter(recipes.values()))
     if isinstance(batches, ByStep) and common.steps is None:
         raise InvalidInput("fit: batches by the step have no epochs: give steps=")
+    if folder is not None and not of and not stream.is_identified:
+        kind = getattr(batches, "__qualname__", None) or type(batches).__name__
+        raise InvalidInput(
+            f"fit: nothing tells the data of {kind} from others, so that the training could go on "
+            "with other data: name them by of={'data': ...}, or give a list, a StoreDataset, or "
+            "ByStep(function, of=...)"
+        )
     total = _total(common, stream.length)
     for each in recipes.values():
         if total is None and each.schedule != "constant":

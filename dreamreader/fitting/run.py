@@ -1,7 +1,9 @@
 """A training on its way: steps, validation, and the checkpoint from which it goes on."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,6 +52,10 @@ class Run:
         self.waited = 0  # validations since a better one of any module
         self.stopped = False
         self._identity: dict[str, Any] | None = None
+        # one alone has torch's own generator
+        self.generators = {
+            name: _begin_generator(recipe.seed, name, self.devices) for name in learners if name
+        }
 
     @property
     def over(self) -> bool:
@@ -58,7 +64,7 @@ class Run:
         read = recipe.epochs is not None and self.stream.epoch >= recipe.epochs
         return ended or read or self.stopped
 
-    @property
+    @cached_property
     def devices(self) -> list[torch.device]:
         """GPUs on which modules are."""
         used = {p.device for each in self.learners.values() for p in each.parameters}
@@ -70,7 +76,7 @@ class Run:
             if taken is None:
                 self._end_epoch()
                 continue
-            found = [each.step(taken[0], self.done) for each in self.learners.values()]
+            found = [self._step(name, taken[0]) for name in self.learners]
             self.done += 1
             every = self.recipe.validate_every
             if self.over or (every and self.done % every == 0):
@@ -84,6 +90,18 @@ class Run:
                         "training", self.done, self.total, {"loss": value}, f"loss {value:.4f}"
                     )
                 )
+
+    def _step(self, name: str, batch: Any) -> float | None:
+        """A step of one module, which draws from the module's own generator."""
+        if name not in self.generators:
+            return self.learners[name].step(batch, self.done)
+        shared = _random_state(self.devices)
+        _set_random_state(self.generators[name], self.devices)
+        try:
+            return self.learners[name].step(batch, self.done)
+        finally:
+            self.generators[name] = _random_state(self.devices)
+            _set_random_state(shared, self.devices)
 
     def _end_epoch(self) -> None:
         if self.recipe.validate_every is None or self.over:
@@ -115,7 +133,6 @@ class Run:
         assert self.folder is not None
         for each in self.learners.values():
             each.check(self.done)  # what goes on must be a good state
-        cuda = [torch.cuda.get_rng_state(each) for each in self.devices]
         content = {
             "of": self._of(),
             "done": self.done,
@@ -124,7 +141,8 @@ class Run:
             "batches": self.stream.state_dict(),
             "modules": {name: each.state_dict() for name, each in self.learners.items()},
             "state": {name: each.state_dict() for name, each in self.state.items()},
-            "random": [torch.get_rng_state(), *cuda],
+            "random": _random_state(self.devices),
+            "generators": self.generators,
         }
         with explained(self.folder):
             TrainingState(content).save(self.folder / CHECKPOINT)
@@ -150,10 +168,8 @@ class Run:
         for name, each in self.state.items():
             each.load_state_dict(found["state"][name])
         self.stream.load_state_dict(found["batches"])
-        cpu, *cuda = found["random"]
-        torch.set_rng_state(cpu)
-        for device, own in zip(self.devices, cuda, strict=False):
-            torch.cuda.set_rng_state(own, device)
+        _set_random_state(found["random"], self.devices)
+        self.generators = {name: list(each) for name, each in found["generators"].items()}
 
     def _of(self) -> dict[str, Any]:
         """What a training that goes on shares with the one that was stopped."""
@@ -177,6 +193,9 @@ def _shapes(before: str, learner: Learner) -> dict[str, Any]:
     what = goal.function if isinstance(goal, Function) else goal
     name = getattr(what, "__qualname__", type(what).__name__)
     found: dict[str, Any] = {"module": class_of(module)}
+    modes = {key: "train" if each.training else "eval" for key, each in module.named_modules()}
+    whole = modes[""]
+    found["mode"] = whole + "".join(f", {k}: {v}" for k, v in modes.items() if v != whole)
     for kind in ("parameters", "buffers"):
         for key, each in getattr(module, f"named_{kind}")():
             found[f"{kind[:-1]} {key}"] = f"{list(each.shape)} {each.dtype}"
@@ -185,6 +204,23 @@ def _shapes(before: str, learner: Learner) -> dict[str, Any]:
     found["after_step"] = named
     found["loss and its data"] = f"{name} {hash_values(what)[:16]}"
     return {f"{before}{key}": each for key, each in found.items()}
+
+
+def _begin_generator(seed: int, name: str, devices: list[torch.device]) -> list[torch.Tensor]:
+    """The state of the generators of a module among several, which its name seeds too."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    with own_random(int.from_bytes(digest[:7], "big"), devices):
+        return _random_state(devices)
+
+
+def _random_state(devices: list[torch.device]) -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(each) for each in devices)]
+
+
+def _set_random_state(state: list[torch.Tensor], devices: list[torch.device]) -> None:
+    torch.set_rng_state(state[0])
+    for device, own in zip(devices, state[1:], strict=False):
+        torch.cuda.set_rng_state(own, device)
 
 
 @contextmanager

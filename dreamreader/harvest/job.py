@@ -104,6 +104,7 @@ class HarvestJob:
                 [item.prompt for item in items],
                 record=list(record),
                 seeds=list(seeds),
+                progress=False,
                 **{**self.call, **changes},
             )
 

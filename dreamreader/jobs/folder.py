@@ -24,10 +24,8 @@ from dreamreader.jobs.differences import Difference, differences, first_differen
 from dreamreader.jobs.fingerprint import Fingerprint
 
 FINGERPRINT, PLAN, SPEC = "fingerprint.json", "plan.json", "spec.yaml"
-IDENTITIES = (
-    FINGERPRINT,
-    "manifest.json",
-)  # one of them says what a folder is of; stores: the last
+MANIFEST = "manifest.json"  # of a store, in place of a fingerprint
+IDENTITIES = (FINGERPRINT, MANIFEST)
 _RUN = "# of the run "
 _SAID = "what was run, for you to read; change a copy"
 
@@ -116,18 +114,21 @@ class JobFolder:
         """Keeps a second process out; see `locked`."""
         return locked(self.path)
 
-    def check_alone(self) -> None:
-        """Refuses a folder of a kind of job that keeps its files in another way.
+    def check_kind(self, kind: str) -> None:
+        """Refuses a folder of another kind of job.
 
         Raises:
-            InvalidInput: a store in place of a run folder, or the other way round.
+            InvalidInput: it holds one; says of which kind.
         """
-        for name in IDENTITIES:
-            if name != self.identity and (self.path / name).is_file():
-                raise InvalidInput(
-                    f"{self.path} holds {name}, which is of another kind of job than a "
-                    f"{self.noun}. Give another folder, or delete this one"
-                )
+        taken = self.read(FINGERPRINT)
+        had = None if taken is None else taken.get("settings", {}).get("spec", {}).get("kind")
+        if (self.path / MANIFEST).is_file():
+            had = "harvest"
+        if had not in (None, kind):
+            raise InvalidInput(
+                f"{self.path} holds a job of the kind {had}, and this one is of the kind {kind}. "
+                "Give another folder, or delete this one"
+            )
 
     def begin(self, spec: BaseModel, taken: Fingerprint, plan: Mapping[str, Any]) -> None:
         """Says what the folder is of, or checks that it is of the same.

@@ -162,7 +162,7 @@ class SpecJob(Generic[S]):
         self.open()
         folder = self.folder_type(Path(out) if out is not None else self.folder)
         with show_progress(progress) as report, folder.locked():
-            folder.check_alone()
+            folder.check_kind(self.kind)
             plan = self.begin(folder)
             folder.tidy()
             there = self.there(folder, plan)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from dreamreader._progress import Progress
 from dreamreader.engine import Row, RunResult, plan_rows
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.localise.interventions import ablate_edits
@@ -121,6 +122,7 @@ def lens(
     seeds: int | Sequence[int] = 0,
     branch: str | Sequence[str] | None = "cond",
     batch_size: int | None = None,
+    progress: Progress = True,
     **arguments: Any,
 ) -> Lens:
     """Draws every prompt from the hidden state after each layer of a text encoder.
@@ -131,6 +133,7 @@ def lens(
         reader, encoder, layers, branch: see `lens_cells`.
         prompts, seeds: as in `Reader.run`; the rows are layers x these.
         batch_size: rows computed together; all by default.
+        progress: as in `Reader.run`.
         arguments: passed on to the pipeline.
 
     Example:
@@ -146,6 +149,7 @@ def lens(
         edits=ablate_edits(of_rows, "zero"),
         seeds=list(plan.seeds) * len(cells),
         batch_size=batch_size,
+        progress=progress,
         **arguments,
     )
     rows = tuple(plan.rows) * len(cells)

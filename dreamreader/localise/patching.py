@@ -162,9 +162,8 @@ def _floor(floor: float | Sequence[float] | None, count: int) -> np.ndarray | No
 def _reference(
     reader: "Reader", prompts: Any, seeds: Any, cells: Sequence[Cell], batch_size: Any, more: Any
 ) -> Cache:
-    return reader.run(
-        prompts, record=records_of(cells), seeds=seeds, batch_size=batch_size, **more
-    ).cache
+    run = {"seeds": seeds, "batch_size": batch_size, "progress": False, **more}
+    return reader.run(prompts, record=records_of(cells), **run).cache
 
 
 def _donors(count: int, sources: int, seed: int, own: bool) -> list[int]:

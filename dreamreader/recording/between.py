@@ -85,7 +85,7 @@ def record_between(
             schedule are the same.
         seeds: of the rows. branch: guidance branch. batch_size: rows computed together.
         memory: bytes of activations of a side above which they go to a file, in bfloat16.
-        arguments: of both runs. source_arguments, target_arguments: of one.
+        arguments: of both runs, their `progress` too. source_arguments, target_arguments: of one.
 
     Returns:
         Pairs with the source as the base and the target as the teacher.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dreamreader._progress import Progress, part_of, show_progress
 from dreamreader.engine import DenoiserCall, Evaluation, Reader, pick
 from dreamreader.errors import InvalidInput, UnknownName
 
@@ -75,6 +76,7 @@ def record_calls(
     seeds: int | Sequence[int] = 0,
     branch: str = "cond",
     batch_size: int = 16,
+    progress: Progress = True,
     **arguments: Any,
 ) -> Calls:
     """Runs prompts and keeps what the denoiser is called with in one branch.
@@ -84,6 +86,7 @@ def record_calls(
         prompts, seeds: rows, as in `Reader.run`.
         branch: guidance branch.
         batch_size: rows computed together.
+        progress: as in `Reader.run`.
         arguments: of the pipeline, such as `num_inference_steps`.
 
     Raises:
@@ -95,12 +98,14 @@ def record_calls(
     numbers = row_seeds(seeds, len(listed))
     asked: dict[str, Any] = {"output_type": "latent"} | arguments
     parts: list[_CallBatch] = []
-    for start in range(0, len(listed), batch_size):
-        chosen = slice(start, start + batch_size)
-        recorder = CallRecorder(branch)
-        with reader.replay(before=recorder.keep):
-            reader.run(listed[chosen], seeds=numbers[chosen], **asked)
-        parts.append(recorder.batch(len(listed[chosen])))
+    with show_progress(progress) as report:
+        for start in range(0, len(listed), batch_size):
+            chosen = slice(start, start + batch_size)
+            recorder = CallRecorder(branch)
+            own = {"seeds": numbers[chosen], "progress": part_of(report, start, len(listed))}
+            with reader.replay(before=recorder.keep):
+                reader.run(listed[chosen], **own, **asked)
+            parts.append(recorder.batch(len(listed[chosen])))
     return _join(parts)
 
 

@@ -83,7 +83,7 @@ def record_labelled(
         steps, tokens: which are recorded, as in `Record`.
         pool: `mean` keeps one mean over tokens, None every token with its index in the row.
         batch_size: rows computed together; all if None.
-        arguments: of the run.
+        arguments: of the run, its `progress` too.
 
     Raises:
         InvalidInput: labels and rows are not as many, or there is no such pooling.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dreamreader._progress import part_of, show_progress
 from dreamreader.engine import Reader, Record, StepInfo, ranges, tokenize
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.recording.buffer import MEMORY, ActivationBuffer
@@ -129,7 +130,7 @@ def record_pairs(
         tokens: which tokens are recorded, as in `Record`; as many in all prompts.
         batch_size: rows computed together.
         memory: bytes of activations above which they go to a file without a name, in bfloat16.
-        arguments: of the run.
+        arguments: of the run, its `progress` too.
 
     Raises:
         InvalidInput: the prompts are not as many, or a base has more tokens than its teacher where
@@ -256,14 +257,14 @@ def outside(
 ) -> ActivationBuffer:
     """Activations of prompts outside a denoiser, by site [rows, 1, tokens, features]."""
     buffer = ActivationBuffer(len(prompts), memory, width)
-    asked = dict(arguments)
+    asked: dict[str, Any] = {"progress": True} | arguments
     if reader.kind == "pipeline":
         asked |= {"num_inference_steps": 1, "output_type": "latent"}
-    for chosen in torch.arange(len(prompts)).split(batch_size):
-        part = slice(int(chosen[0]), int(chosen[-1]) + 1)
-        buffer.put(
-            chosen, reader.run(prompts[part], record=records, seeds=seeds[part], **asked).cache
-        )
+    with show_progress(asked.pop("progress")) as report:
+        for chosen in torch.arange(len(prompts)).split(batch_size):
+            part = slice(int(chosen[0]), int(chosen[-1]) + 1)
+            own = {"seeds": seeds[part], "progress": part_of(report, part.start, len(prompts))}
+            buffer.put(chosen, reader.run(prompts[part], record=records, **own, **asked).cache)
     buffer.values = {site: value.unsqueeze(1) for site, value in buffer.values.items()}
     return buffer
 

@@ -74,6 +74,7 @@ def fit_pairs(
     if loss not in LOSSES:
         raise UnknownName("loss of pairs", loss, LOSSES)
     given: dict[str, Any] = {"branch": branch, **(settings or {})}
+    given["progress"] = training.get("progress", True)
     numbers = row_seeds(seeds, len(base))
     data: Any = {"seeds": numbers, "trajectory": trajectory, **given}
     if loss == "activations":

@@ -41,5 +41,6 @@ def widths_of(
     if kind == "pipeline":
         asked = {"num_inference_steps": 1, "output_type": "latent"} | asked
         asked["num_inference_steps"] = min(2, asked["num_inference_steps"])
-    reader.run("a", record=[Stream(name, see) for name in names], seeds=0, **asked)
+    records = [Stream(name, see) for name in names]
+    reader.run("a", record=records, seeds=0, progress=False, **asked)
     return {name: widths[name] for name in names}, devices[names[0]]

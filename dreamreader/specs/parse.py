@@ -37,7 +37,7 @@ def parse_yaml(text: str, name: str) -> tuple[Any, yaml.Node | None]:
         >>> parse_yaml("seeds: [0, 1]", "spec.yaml")[0]
         {'seeds': [0, 1]}
     """
-    loader = None
+    loader = root = None
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
@@ -48,8 +48,10 @@ def parse_yaml(text: str, name: str) -> tuple[Any, yaml.Node | None]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f":{mark.line + 1}" if mark is not None else ""
+        field = _field_at(root, mark) if isinstance(error, ConstructorError) else None
+        where = f" (field {field})" if field else ""
         problem = getattr(error, "problem", None) or str(error)
-        raise InvalidInput(f"{name}{at}: no YAML: {' '.join(problem.split())}") from error
+        raise InvalidInput(f"{name}{at}: no YAML: {' '.join(problem.split())}{where}") from error
     finally:
         if loader is not None:
             loader.dispose()
@@ -134,6 +136,21 @@ def _measure(
         raise _at(node, name, _TOO_DEEP)
     known[id(node)] = total, depth
     return total, depth
+
+
+def _field_at(node: yaml.Node | None, mark: yaml.Mark | None, before: str = "") -> str | None:
+    """The dotted name of what stands at a place."""
+    if node is None or mark is None:
+        return None
+    if isinstance(node, yaml.ScalarNode):
+        return before if node.start_mark.index == mark.index else None
+    pairs = node.value if isinstance(node, yaml.MappingNode) else enumerate(node.value)
+    for key, inner in pairs:
+        name = str(key if isinstance(key, int) else key.value)
+        found = _field_at(inner, mark, f"{before}.{name}" if before else name)
+        if found:
+            return found
+    return None
 
 
 def _inner(node: yaml.Node) -> Iterator[yaml.Node]:

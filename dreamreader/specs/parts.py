@@ -1,6 +1,6 @@
 """Parts that all spec files have in common: subject, data, seeds, batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -160,7 +160,24 @@ class Seeds(Part):
         return range(self.start, self.start + self.count)
 
 
-def _no_number(value: Any) -> Any:
+def _read_seeds(value: Any) -> Any:
+    """Refuses what is no seeds at all in words of its own."""
+    listed = value if isinstance(value, list | tuple | range) else ()
+    wrong = [each for each in listed if type(each) is not int]
+    if wrong or not isinstance(value, list | tuple | range | Mapping | Seeds | int):
+        raise PydanticCustomError(
+            "seeds",
+            "seeds are whole numbers from 0 on without quotes, [0, 1], or {count}",
+            {"count": "{start: 0, count: 2}"},
+        )
+    if isinstance(value, Mapping):
+        texts = [name for name in ("start", "count") if isinstance(value.get(name), str)]
+        if texts:
+            raise PydanticCustomError(
+                "seeds",
+                "{name} is a whole number without quotes, as in {count}",
+                {"name": texts[0], "count": "{start: 0, count: 2}"},
+            )
     if isinstance(value, int) and not isinstance(value, bool):
         raise PydanticCustomError(
             "seeds",
@@ -172,7 +189,7 @@ def _no_number(value: Any) -> Any:
 
 
 AnySeeds = Annotated[
-    SeedList | Seeds, BeforeValidator(_no_number, json_schema_input_type=SeedList | Seeds)
+    SeedList | Seeds, BeforeValidator(_read_seeds, json_schema_input_type=SeedList | Seeds)
 ]
 
 

@@ -14,6 +14,7 @@ from dreamreader.store.index import add_site, sealed_units, write_index
 from dreamreader.store.layout import SiteLayout, unit_folder
 from dreamreader.store.manifest import Job, Manifest
 from dreamreader.store.store import Store
+from dreamreader.store.verify import damages
 
 
 def merge(
@@ -31,8 +32,9 @@ def merge(
         The new store. It is complete where all of them were.
 
     Raises:
-        InvalidInput: a store is given twice, is being written, has no units or is damaged; `out` is
-            there; or rows under one site's name are of different kinds.
+        InvalidInput: a store is given twice, is being written, has no units or is damaged in any
+            byte that is taken over; `out` is there; or rows under one site's name are of different
+            kinds.
 
     Example:
         >>> merged = merge(["colours", "shapes"], "both")
@@ -68,12 +70,11 @@ def _fill(folders: Sequence[Path], part: Path, link: bool, report: ProgressCallb
         manifest = Manifest.read(folder) if Manifest.there(folder) else Manifest()
         units = sealed_units(folder)
         for number, unit in enumerate(units, done):
+            source = folder / "shards" / unit_folder(unit)
+            for each in damages(source):
+                raise InvalidInput(f"merge: {folder}: {each}; nothing was merged")
             with explained(part):
-                _copy(
-                    folder / "shards" / unit_folder(unit),
-                    part / "shards" / unit_folder(number),
-                    link,
-                )
+                _copy(source, part / "shards" / unit_folder(number), link)
             report(ProgressEvent("units", number + 1, total))
         jobs += [_renumber(job, units, done) for job in manifest.jobs]
         complete = complete and manifest.complete

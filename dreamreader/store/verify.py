@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -88,19 +89,27 @@ def verify(store: str | Path, progress: Progress = True) -> VerifyReport:
         for unit in track(units, "units", report):
             path = folder / "shards" / unit_folder(unit)
             name = f"shards/{path.name}"
-            try:
+            found += damages(path)
+            with suppress(InvalidInput):  # it is in these
                 content = read_unit(path)
                 found += _of_job(name, manifest, unit, content, seen, latest)
-                found += _of_samples(path, name, content.samples)
-                for file, listed in content.shards.items():
-                    found += _of_shard(path / file, f"{name}/{file}", content, listed)
+                for listed in content.shards.values():
                     shards, rows, size = shards + 1, rows + listed.rows, size + listed.bytes
-            except InvalidInput as error:
-                found.append(
-                    Damage(f"{name}/unit.json", str(error).removeprefix(f"{path}/unit.json "))
-                )
     found += _of_index(folder, bool(found))
     return VerifyReport(len(units), shards, rows, size, tuple(found))
+
+
+def damages(path: Path) -> Iterator[Damage]:
+    """What is wrong in the files of a unit, every byte of which is read."""
+    name = f"shards/{path.name}"
+    try:
+        content = read_unit(path)
+    except InvalidInput as error:
+        yield Damage(f"{name}/unit.json", str(error).removeprefix(f"{path}/unit.json "))
+        return
+    yield from _of_samples(path, name, content.samples)
+    for file, listed in content.shards.items():
+        yield from _of_shard(path / file, f"{name}/{file}", content, listed)
 
 
 def _of_job(

@@ -26,7 +26,7 @@ def site_widths(
     patterns = [sites] if isinstance(sites, str) else list(sites)
     names = dict.fromkeys(name for each in patterns for name in reader.sites(each).names)
     records = [Record(name, reduce=lambda x: x[:, :1]) for name in names]
-    found = reader.run(prompt, record=records, seeds=0, **arguments).cache
+    found = reader.run(prompt, record=records, seeds=0, progress=False, **arguments).cache
     sizes = {}
     for name, each in found.items():
         kept = 2 if each.heads else 1  # heads and d_head, or features

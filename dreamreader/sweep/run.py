@@ -58,6 +58,7 @@ class SweepJob:
             record=list(record),
             seeds=list(self.seeds) * repeats,
             batch_size=self.batch_size,
+            progress=False,
             **_repeat_arguments(self.arguments, len(self), repeats),
         )
         result = replace(result, rows=self.rows * repeats)

@@ -64,11 +64,12 @@ class ProbeJob(SpecJob[ProbeSpec]):
         return Stored(self.spec, (self._home or Path()) / self.spec.store)
 
     def plan(self) -> str:
-        """Sites, rows, labels and time, in lines."""
+        """Sites, rows, labels and time, in lines; refuses what `run` would."""
+        self.open()
         return self.source.plan()
 
     def open(self) -> None:
-        self.source.sites  # noqa: B018
+        self.source.check()
 
     def begin(self, folder: TrainingFolder) -> ProbePlan:
         """Sites, and rows of a call as the folder has it from before."""

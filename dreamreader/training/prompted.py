@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamreader._progress import ProgressCallback, ProgressEvent, silent
+from dreamreader._progress import ProgressCallback, ProgressEvent, part_of, silent
 from dreamreader.engine import Activation, Reader, Record, check_lengths
 from dreamreader.probes import Probe, fit
-from dreamreader.probes.split import HELD_OUT, dealt, number_groups
+from dreamreader.probes.labels import encode_labels
+from dreamreader.probes.objective import check_counts, count_rows
+from dreamreader.probes.split import HELD_OUT, TRAIN, dealt, number_groups
 from dreamreader.recording.labelled import mean_over_tokens
 from dreamreader.specs.batch import activation_bytes, duration, rows_that_fit
 from dreamreader.specs.data import read_items
@@ -84,6 +86,23 @@ class Prompted:
             return found
         return found | {"output_type": "pt" if from_detector(self.spec.labels) else "latent"}
 
+    def check(self) -> None:
+        """Refuses sites and labels that cannot be trained on, before anything is run.
+
+        Raises:
+            UnknownName, InvalidInput: no such site; labels of one class, or too few rows to hold
+                some out. Labels that are read from pictures are known later.
+        """
+        self.sites  # noqa: B018
+        if from_detector(self.spec.labels):
+            return
+        probe = self.spec.probe
+        kept, labels = complete_rows(self.columns, probe.task)
+        task, targets = encode_labels(labels, probe.task)
+        prompts = [self.prompts[n] for n in kept]
+        part = dealt(number_groups(prompts, len(kept)), targets, probe.holdout, probe.seed)
+        check_counts(task, count_rows(task, targets[part == TRAIN]))
+
     def identity(self) -> dict[str, Any]:
         """What tells these rows from others."""
         rows = [[item.prompt, dict(item.columns)] for item in self.items]
@@ -123,7 +142,8 @@ class Prompted:
             few |= {"num_inference_steps": min(2, steps), "output_type": "latent"}
         prompts = self.prompts[:2]
         began = time.perf_counter()
-        self.reader.run(prompts, record=self._records(self.sites), seeds=self.seeds[:2], **few)
+        own = {"seeds": self.seeds[:2], "progress": False}
+        self.reader.run(prompts, record=self._records(self.sites), **own, **few)
         once = (time.perf_counter() - began) / len(prompts) / (min(2, steps) if steps else 1)
         seconds = once * len(self.prompts) * (steps or 1)
         lines = [f"sites   {len(self.sites)}", *(f"        {each}" for each in self.sites[:12])]
@@ -162,26 +182,15 @@ class Prompted:
         self, sites: Sequence[str], batch: int, report: ProgressCallback
     ) -> tuple[dict[str, Activation], Values]:
         """The activations of all rows, and their labels."""
-        rows, steps = len(self.prompts), steps_of(self.reader, self.settings)
-        ticks = 0
-
-        def tick(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-            nonlocal ticks
-            ticks += 1
-            report(ProgressEvent("recording", min(rows, ticks * batch // (steps or 1)), rows))
-            return given
-
-        hears: dict[str, Any] = {} if steps is None else {"callback_on_step_end": tick}
         with torch.inference_mode():
             found = self.reader.run(
                 self.prompts,
                 record=self._records(sites),
                 seeds=self.seeds,
                 batch_size=batch,
+                progress=part_of(report, 0, len(self.prompts), "recording"),
                 **self.settings,
-                **hears,
             )
-        report(ProgressEvent("recording", rows, rows))
         if not from_detector(self.spec.labels):
             return dict(found.cache.items()), self.columns
         images = found.images
@@ -210,5 +219,5 @@ class Prompted:
             changes["num_inference_steps"] = 1
         prompt = self.items[0].prompt
         return activation_bytes(
-            self.reader.subject, lambda: self.reader.run(prompt, seeds=0, **changes)
+            self.reader.subject, lambda: self.reader.run(prompt, seeds=0, progress=False, **changes)
         )

@@ -79,7 +79,7 @@ class ReftJob(SpecJob[ReftSpec]):
             changes |= {"num_inference_steps": 1, "output_type": "latent"}
         prompt = self.examples.prompts[0]
         return activation_bytes(
-            self.reader.subject, lambda: self.reader.run(prompt, seeds=0, **changes)
+            self.reader.subject, lambda: self.reader.run(prompt, seeds=0, progress=False, **changes)
         )
 
     def plan(self) -> ReftPlan:

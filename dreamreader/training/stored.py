@@ -15,6 +15,7 @@ from dreamreader.engine import parse
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.probes import Probe, fit_batches
 from dreamreader.probes.labels import Task, encode_labels
+from dreamreader.probes.objective import check_counts, count_rows
 from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION, dealt, number_groups
 from dreamreader.store.batch import Batch
 from dreamreader.store.dataset import StoreDataset
@@ -58,6 +59,18 @@ class Stored:
                 raise UnknownName("site", pattern, known, f"{self.store.path} has no other")
             found += names
         return list(dict.fromkeys(found))
+
+    def check(self) -> None:
+        """Refuses sites, pools and labels that cannot be trained on.
+
+        Raises:
+            UnknownName, InvalidInput: as `sites` and `LabelledSamples`, or labels of one class.
+        """
+        samples = self.samples
+        for site in self.sites:
+            self._pool(site)
+        targets = samples.targets[samples.part == TRAIN]
+        check_counts(samples.task, count_rows(samples.task, targets))
 
     def batch(self) -> int:
         return _ROWS

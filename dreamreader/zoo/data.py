@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dreamreader._progress import ProgressCallback, silent, track
 from dreamreader.zoo import scenes
 
 
@@ -55,11 +56,13 @@ class LatentSet:
 
 
 @torch.inference_mode()
-def encode_set(vae: Any, tokenizer: Any, count: int, seed: int, progress: Any = iter) -> LatentSet:
+def encode_set(
+    vae: Any, tokenizer: Any, count: int, seed: int, report: ProgressCallback = silent
+) -> LatentSet:
     """Renders and encodes `count` training scenes once; training then never runs the encoder."""
     rng = random.Random(seed)
     latents, captions = [], []
-    for start in progress(range(0, count, 256)):
+    for start in track(range(0, count, 256), "encoding", report):
         batch = [training_scene(rng) for _ in range(min(256, count - start))]
         mean = vae.encode(pictures(batch, rng)).latent_dist.mean
         latents.append((mean * vae.config.scaling_factor).half())

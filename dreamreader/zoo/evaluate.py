@@ -1,12 +1,13 @@
 """How well an embedded model draws what a caption says, by the detector: `dreamreader zoo eval`."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from dreamreader._progress import Progress, pipeline_steps, show_progress, track
 from dreamreader.zoo import data, scenes, settings
 from dreamreader.zoo.detector import Found, Reading, detect
 
@@ -30,7 +31,7 @@ def evaluate(
     count: int = 512,
     seed: int = 0,
     pairs: bool = False,
-    progress: Callable[[Sequence[int]], Any] = iter,
+    progress: Progress = True,
     **changes: Any,
 ) -> Score:
     """Draws held-out captions and reads the pictures back.
@@ -42,28 +43,36 @@ def evaluate(
         count: captions, none of them ever trained on.
         seed: picks captions and noise.
         pairs: captions of colour-shape pairs that training never shows, instead of seen pairs.
-        progress: wraps the list of batch starts, for a progress bar.
+        progress: shown by default, or a function of a `ProgressEvent`, or False.
         **changes: pipeline arguments instead of `zoo.SETTINGS`.
     """
     drawn = data.held_out_scenes(count, seed, pairs)
     keys = (*ATTRIBUTES, "one", "two")
     right: dict[str, int] = dict.fromkeys(keys, 0)
     asked: dict[str, int] = dict.fromkeys(keys, 0)
-    for start in progress(range(0, count, BATCH)):
-        batch = drawn[start : start + BATCH]
-        for scene, reading in zip(
-            batch, detect(draw(pipe, batch, seed + start, **changes)), strict=True
-        ):
-            verdict = judge(scene, reading)
-            for name, hit in verdict:
-                right[name] += hit
-                asked[name] += 1
-            whole = "one" if len(scene.objects) == 1 else "two"
-            right[whole] += all(hit for _, hit in verdict) and len(reading.objects) == len(
-                scene.objects
-            )
-            asked[whole] += 1
+    for scene, reading in _read_back(pipe, drawn, seed, progress, changes):
+        verdict = judge(scene, reading)
+        for name, hit in verdict:
+            right[name] += hit
+            asked[name] += 1
+        whole = "one" if len(scene.objects) == 1 else "two"
+        right[whole] += all(hit for _, hit in verdict) and len(reading.objects) == len(
+            scene.objects
+        )
+        asked[whole] += 1
     return Score(right, asked)
+
+
+def _read_back(
+    pipe: Any, drawn: list[scenes.Scene], seed: int, progress: Progress, changes: Mapping[str, Any]
+) -> list[tuple[scenes.Scene, Reading]]:
+    found = []
+    with show_progress(progress) as report, pipeline_steps(pipe, lambda step, steps: None):
+        for start in track(range(0, len(drawn), BATCH), "batches", report):
+            batch = drawn[start : start + BATCH]
+            pictures = draw(pipe, batch, seed + start, **changes)
+            found += zip(batch, detect(pictures), strict=True)
+    return found
 
 
 def draw(pipe: Any, batch: list[scenes.Scene], seed: int, **changes: Any) -> torch.Tensor:

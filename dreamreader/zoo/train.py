@@ -19,14 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from dreamreader._progress import ProgressEvent
+from dreamreader._progress import Progress, ProgressCallback, ProgressEvent, show_progress
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.fitting import ByStep, Recipe, fit
 from dreamreader.zoo import data, models, objectives
-
-Report = Callable[[str, int, int, float], None]
-"""Called with (stage, step, steps, loss)."""
-
 
 EMA = 0.998  # decay of the average of the weights, at most
 
@@ -56,7 +52,7 @@ SCENES = 40_000
 SAVE_EVERY = 200
 
 
-def train(name: str, folder: Path, steps: int | None = None, report: Report | None = None) -> Path:
+def train(name: str, folder: Path, steps: int | None = None, progress: Progress = True) -> Path:
     """Trains one embedded model, or continues a run that was stopped.
 
     Args:
@@ -64,7 +60,7 @@ def train(name: str, folder: Path, steps: int | None = None, report: Report | No
             where it is missing.
         folder: where checkpoints and finished models go.
         steps: denoiser (or autoencoder) steps instead of the recipe's.
-        report: called now and then with (stage, step, steps, loss).
+        progress: shown by default, or a function of a `ProgressEvent` (with the loss), or False.
 
     Returns:
         `<folder>/<name>/pipeline`, a diffusers folder with float16 weights, or the autoencoder's.
@@ -76,15 +72,15 @@ def train(name: str, folder: Path, steps: int | None = None, report: Report | No
         raise UnknownName("embedded model", name, [*models.NAMES, "shapes-vae"])
     if steps is not None and steps < 1:
         raise InvalidInput(f"steps: expected at least 1, got {steps}")
-    report = report or (lambda *_: None)
-    if name == "shapes-vae":
-        return train_autoencoder(folder, steps, report)
-    if not (folder / "shapes-vae" / "autoencoder" / "config.json").is_file():
-        train_autoencoder(folder, None, report)
-    return train_denoiser(name, folder, steps, report)
+    with show_progress(progress) as report:
+        if name == "shapes-vae":
+            return train_autoencoder(folder, steps, report)
+        if not (folder / "shapes-vae" / "autoencoder" / "config.json").is_file():
+            train_autoencoder(folder, None, report)
+        return train_denoiser(name, folder, steps, report)
 
 
-def train_autoencoder(folder: Path, steps: int | None, report: Report) -> Path:
+def train_autoencoder(folder: Path, steps: int | None, report: ProgressCallback) -> Path:
     """Mean squared error with a small KL term; then scales the latents to unit variance."""
     recipe = _with_steps(VAE, steps)
     home = folder / "shapes-vae"
@@ -107,7 +103,7 @@ def train_autoencoder(folder: Path, steps: int | None, report: Report) -> Path:
     return out
 
 
-def train_denoiser(name: str, folder: Path, steps: int | None, report: Report) -> Path:
+def train_denoiser(name: str, folder: Path, steps: int | None, report: ProgressCallback) -> Path:
     """Captions first, by a classifier that is thrown away; then denoiser and text encoders."""
     vae = load_autoencoder(folder / "shapes-vae" / "autoencoder")
     home = folder / name
@@ -118,7 +114,7 @@ def train_denoiser(name: str, folder: Path, steps: int | None, report: Report) -
     stage = nn.ModuleDict({"encoders": encoders, "heads": objectives.heads(encoders)})
     reader = objectives.caption_loss(stage, parts["tokenizer"], CAPTIONS.batch_size, seed)
     run_stage("captions", CAPTIONS, stage, reader, home / "training-captions", report)
-    latents = data.encode_set(vae, parts["tokenizer"], SCENES, seed)
+    latents = data.encode_set(vae, parts["tokenizer"], SCENES, seed, report)
     net = nn.ModuleDict({k: v for k, v in parts.items() if isinstance(v, nn.Module)})
     objective = objectives.flow_loss if name == "shapes-dit" else objectives.velocity_loss
     scheduler = models.build_scheduler(name)
@@ -141,7 +137,7 @@ def run_stage(
     model: nn.ModuleDict,
     loss: Callable[[int], Tensor],
     folder: Path,
-    report: Report,
+    report: ProgressCallback,
     keep: Callable[[int], None] | None = None,
     ema: float = EMA,
 ) -> None:
@@ -160,10 +156,8 @@ def run_stage(
 
     def follow(event: ProgressEvent) -> None:
         done = int(event.done)
-        last = done == recipe.steps
-        if done % 50 == 0 or last:
-            report(stage, done, recipe.steps or 0, event.numbers["loss"])
-        if keep is not None and (done % SAVE_EVERY == 0 or last):
+        report(replace(event, stage=stage))
+        if keep is not None and (done % SAVE_EVERY == 0 or done == recipe.steps):
             with average.applied():
                 keep(done)
 

@@ -31,10 +31,10 @@ def failed(call, *arguments, **options):
 """
 
 
-def run(address: str, home: Path, script: str) -> list[str]:
+def run(address: str, home: Path, script: str, **more: str) -> list[str]:
     """Lines that a script prints in a process whose hub is at an address."""
     own = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_TOKEN": "t"}
-    own |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    own |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **more}
     options: Any = {"capture_output": True, "text": True, "cwd": ROOT, "env": {**os.environ, **own}}
     done = subprocess.run([sys.executable, "-c", START + script], **options)
     assert done.returncode == 0, done.stderr
@@ -87,8 +87,18 @@ failed(dr.push_to_hub, reft(), "me/forbidden")
         server.files["me/colour/artifact.safetensors"] = whole[:-1] + bytes([whole[-1] ^ 1])
         (line,) = run(address, tmp_path / "b", 'failed(dr.from_hub, "me/colour")')
         assert "artifact.safetensors is damaged (it does not have its checksum)" in line
-    (line,) = run(address, tmp_path / "c", 'failed(dr.from_hub, "me/colour")')  # nobody is there
-    assert line.startswith("from_hub: me/colour: ") and "network" in line
+    again = """
+import time
+start = time.monotonic()
+failed(dr.from_hub, "me/other")
+print(time.monotonic() - start < 10, dr.from_hub("me/colour") == directions())
+"""
+    line, other = run(address, tmp_path / "a", again)  # nobody is there
+    assert line.startswith(f"from_hub: me/other: the hub at {address} cannot be reached (")
+    assert "was not downloaded before. Download" in line and "load_artifact(path)" in line
+    assert other == "True True"
+    (line,) = run(address, tmp_path / "c", 'failed(dr.from_hub, "me/colour")', HF_HUB_OFFLINE="1")
+    assert line.startswith("from_hub: me/colour: HF_HUB_OFFLINE is set, and it was not downloaded")
 
 
 @pytest.mark.parametrize("kind", THINGS)

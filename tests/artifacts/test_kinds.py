@@ -110,11 +110,23 @@ def test_views_of_one_tensor_are_saved_each(tmp_path: Path) -> None:
 def test_a_folder_with_the_file_is_one_too(tmp_path: Path) -> None:
     directions().save(tmp_path / "artifact.safetensors")
     assert load(tmp_path) == directions()
-    with pytest.raises(IsADirectoryError, match="nothing"):
-        (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(InvalidInput, match=r"nothing is a folder, without a file artifact\.safete"):
         load(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match="missing"):
-        load(tmp_path / "missing")
+    directions().save(tmp_path / "nothing" / "red.safetensors")
+    with pytest.raises(InvalidInput, match="; name one of its files: red.safetensors"):
+        load(tmp_path / "nothing")
+
+
+def test_a_file_that_is_not_there_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"red: no such file; .* is empty"):
+        load(tmp_path / "red")
+    directions().save(tmp_path / "red-to-blue.safetensors")
+    text = r"red-to-bleu: no such file; nearest in .*: red-to-blue\.safetensors"
+    with pytest.raises(InvalidInput, match=text):
+        load(tmp_path / "red-to-bleu")
+    with pytest.raises(InvalidInput, match="the folder .*nowhere is not there either"):
+        load(tmp_path / "nowhere" / "red")
 
 
 def test_other_kinds_and_versions_are_refused_by_name(tmp_path: Path) -> None:

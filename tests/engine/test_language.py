@@ -195,3 +195,28 @@ def test_ablating_a_head_equals_zeroing_its_columns(gpt2: Reader) -> None:
         expected = model(ids).logits
         weight.copy_(kept)
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("asked", [{}, {"max_new_tokens": 4}])
+def test_more_tokens_than_a_table_of_positions_has(asked: dict[str, int]):
+    reader = Reader(*tiny.language_model("gpt2"))
+    limit = reader.subject.config.max_position_embeddings
+    reader.run("a " * (limit // 4), **asked)
+    prompt, count = "a", 1
+    while count <= limit:
+        prompt += " a"
+        count = len(reader.tokenizer(prompt).input_ids)
+    text = rf"GPT2LMHeadModel has positions for {limit} tokens; the longest prompt has {count}\."
+    with pytest.raises(InvalidInput, match=text):
+        reader.run([prompt, "a cat"], **asked)
+
+
+def test_more_new_tokens_than_a_table_of_positions_has():
+    reader = Reader(*tiny.language_model("gpt2"))
+    limit = reader.subject.config.max_position_embeddings
+    tokens = len(reader.tokenizer("a cat").input_ids)
+    asked: Any = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    reader.run("a cat", max_new_tokens=limit - tokens + 1, **asked)
+    text = f"the longest prompt has {tokens}, and max_new_tokens={limit} more are asked for"
+    with pytest.raises(InvalidInput, match=text):
+        reader.run("a cat", max_new_tokens=limit, **asked)

@@ -249,11 +249,18 @@ def test_files_are_meant_from_the_folder_of_the_spec(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "text"),
     [
+        (SEEDS, "seeds: '4'", "spec.yaml:7: seeds: seeds are whole numbers from 0 on without"),
+        (SEEDS, "seeds: [a, 1]", "spec.yaml:7: seeds: seeds are whole numbers from 0 on without"),
+        (SEEDS, "seeds: ['4']", "spec.yaml:7: seeds: seeds are whole numbers from 0 on without"),
+        (SEEDS, "seeds: [1.5]", "spec.yaml:7: seeds: seeds are whole numbers from 0 on without"),
+        (SEEDS, "seeds: {count: '4'}", "spec.yaml:7: seeds: count is a whole number without"),
         (SEEDS, "seeds: 4", "spec.yaml:7: seeds: 4 could be one seed or a number of seeds: write"),
         (SEEDS, "seeds: 4", "write [4] for the seed 4, {count: 4} for the seeds from 0 on"),
         (SEEDS, "seeds: [yes]", "seeds: no truth value is taken here (YAML reads yes, no, on, off"),
         ("factor: $factor", "factor: yes", "factor: no truth value is taken here"),
         (SEEDS, "seeds: {count: 010}", "spec.yaml:7: no YAML: 010 is read as another number"),
+        ("factor: $factor", "factor: 010", "or as a text in quotes (field method.edits.0.factor)"),
+        ("factor: $factor", "factor: '010'", "'010' is no plain number: write it without"),
     ],
 )
 def test_numbers_that_could_be_others(tmp_path: Path, old: str, new: str, text: str) -> None:

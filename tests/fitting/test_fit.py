@@ -58,11 +58,13 @@ def loader() -> DataLoader[Any]:
 @pytest.mark.parametrize("at", [7, 10])
 def test_every_kind_of_batches_goes_on_to_the_same_bits(tmp_path: Path, batches: Any, at: int):
     recipe = Recipe(steps=17, lr=0.1)
+    of = {"data": "rows of this test"}
     with pytest.raises(Stop):
-        fit(layer(), error, batches, recipe, tmp_path, stop_at(at), save_every=1)
+        fit(layer(), error, batches, recipe, tmp_path, stop_at(at), save_every=1, of=of)
     again, whole = layer(1), layer()
     steps: list[float] = []
-    found = fit(again, error, batches, recipe, tmp_path, lambda event: steps.append(event.done))
+    follow = lambda event: steps.append(event.done)  # noqa: E731
+    found = fit(again, error, batches, recipe, tmp_path, follow, of=of)
     wanted = fit(whole, error, batches, recipe)
     assert found == wanted and len(found.losses) == 17 and steps[0] == at + 1
     assert torch.equal(again.weight, whole.weight) and not torch.equal(again.weight, layer().weight)
@@ -84,6 +86,53 @@ def test_dropout_goes_on_to_the_same_bits_and_leaves_the_generator_as_it_was(tmp
     again = made()
     fit(again, error, rows(), recipe, tmp_path)
     assert torch.equal(again[1].weight, whole[1].weight)  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("batches", "name"),
+    [(drawn, "drawn"), (loader(), "DataLoader"), (ByStep(lambda step: rows()[0]), "ByStep")],
+    ids=["function of the epoch", "loader", "function of the step"],
+)
+def test_a_folder_needs_batches_that_tell_their_data(tmp_path: Path, batches: Any, name: str):
+    text = f"nothing tells the data of {name} from others, .*: name them by of="
+    with pytest.raises(InvalidInput, match=text):
+        fit(layer(), error, batches, Recipe(steps=2), tmp_path)
+    assert not list(tmp_path.iterdir())
+    fit(layer(), error, batches, Recipe(steps=2), tmp_path, of={"data": "mine"})
+    with pytest.raises(InvalidInput, match="holds a training with data='mine', not 'yours'"):
+        fit(layer(), error, batches, Recipe(steps=2), tmp_path, of={"data": "yours"})
+
+
+def dropping(*names: str) -> dict[str, nn.Module]:
+    return {name: nn.Sequential(nn.Dropout(0.5), layer()) for name in names}
+
+
+def test_modules_of_one_pass_draw_from_generators_of_their_own(tmp_path: Path):
+    recipe, both = Recipe(steps=9, lr=0.1, seed=3), dropping("a", "b")
+    histories = fit(both, error, rows(), recipe)
+    assert histories["a"].losses != histories["b"].losses
+    for name, module in both.items():
+        alone = dropping(name)
+        assert fit(alone, error, rows(), recipe)[name] == histories[name]
+        assert torch.equal(alone[name][1].weight, module[1].weight)  # pyright: ignore
+    with pytest.raises(Stop):
+        fit(dropping("a", "b"), error, rows(), recipe, tmp_path, stop_at(5), save_every=2)
+    again = dropping("a", "b")
+    assert fit(again, error, rows(), recipe, tmp_path) == histories
+    for name, module in both.items():
+        assert torch.equal(again[name][1].weight, module[1].weight)  # pyright: ignore
+
+
+def test_a_training_goes_on_in_the_mode_it_had(tmp_path: Path):
+    fit(dropping("a"), error, rows(), Recipe(steps=2), tmp_path)
+    other = dropping("a")
+    other["a"].eval()
+    text = "holds a training with a: mode='train', not 'eval'"
+    with pytest.raises(InvalidInput, match=text):
+        fit(other, error, rows(), Recipe(steps=2), tmp_path)
+    other["a"].train()[0].eval()  # pyright: ignore
+    with pytest.raises(InvalidInput, match="a: mode='train', not 'train, 0: eval'"):
+        fit(other, error, rows(), Recipe(steps=2), tmp_path)
 
 
 def test_what_a_checkpoint_keeps_beside_modules(tmp_path: Path):

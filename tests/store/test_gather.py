@@ -11,7 +11,7 @@ import torch
 
 from dreamreader._register import native
 from dreamreader.errors import InvalidInput
-from dreamreader.store.gather import NativeGather, ReferenceGather
+from dreamreader.store.gather import NativeGather, ReferenceGather, open_gather
 from dreamreader.store.layout import STORED, Moment, SiteLayout, tensors_of
 from dreamreader.store.picking import Picked, picked_from, tokens_of
 from dreamreader.store.reference import ReferenceWriter
@@ -69,6 +69,19 @@ def read(gather, rows: int, dtype: torch.dtype, position: int = 0, **options):
 def same(a, b) -> None:
     for one, other in zip(a, b, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [("", NativeGather), ("native", NativeGather), ("reference", ReferenceGather)],
+)
+def test_the_native_gather_is_taken_unless_it_is_ruled_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, kind: type
+) -> None:
+    write(tmp_path, torch.float32, {"narrow": 7}, units=1)
+    monkeypatch.setenv("DREAMREADER_BACKEND", backend)
+    assert type(open_gather(picked(Store(tmp_path), "narrow"))) is kind
 
 
 @needs_native

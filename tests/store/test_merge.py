@@ -13,6 +13,7 @@ from dreamreader.store import merge as module
 from dreamreader.store.index import write_index
 from dreamreader.store.manifest import Job, Manifest
 from dreamreader.store.merge import merge
+from dreamreader.store.shard import open_shard
 from dreamreader.store.store import Store
 from dreamreader.store.verify import verify
 
@@ -42,6 +43,19 @@ def test_rows_of_all_stores_in_order(link, written, tmp_path) -> None:
     pair = [folder / "shards/000000/unit.json" for folder in (parts[0], merged.path)]
     assert os.path.samefile(*pair) == link
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "both"]
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_damaged_rows_are_not_taken_over(link, written, tmp_path) -> None:
+    parts = [make(written, "a", 2), make(written, "b", 1)]
+    file = next((parts[0] / "shards/000001").glob("*.safetensors"))
+    whole = bytearray(file.read_bytes())
+    whole[open_shard(file).at.values] ^= 1  # which opening a shard does not read
+    file.write_bytes(whole)
+    text = rf"merge: .*: shards/000001/{file.name}: rows 0 do not have their .*; nothing was merged"
+    with pytest.raises(InvalidInput, match=text):
+        merge(parts, tmp_path / "both", link)
+    assert not (tmp_path / "both").exists()
 
 
 def test_a_merged_store_merges_again(written, tmp_path) -> None:

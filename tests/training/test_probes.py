@@ -90,6 +90,24 @@ def test_labels_of_the_detector(probes, tmp_path: Path):
     assert trained == 4 and abs(probe.card.counts["yes"] - said.count("yes") / 3) <= 1
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"data": {"prompts": [{"prompt": f"a {n}", "color": "red"} for n in range(9)]}}, "labels"),
+        ({"data": {"prompts": PROBES["data"]["prompts"][2:4]}}, "2 groups of rows cannot be split"),
+        ({"sites": "unet.nowhere"}, "unknown site"),
+    ],
+    ids=["one class", "two rows", "no site"],
+)
+def test_a_plan_refuses_what_a_run_would(probes, tmp_path: Path, change: Any, text: str):
+    said = []
+    for call in (lambda: probes(**change).plan(), lambda: probes(**change).run(tmp_path / "out")):
+        with pytest.raises((InvalidInput, UnknownName), match=text) as error:
+            call()
+        said.append(str(error.value))
+    assert said[0] == said[1] and not (tmp_path / "out").exists()
+
+
 def test_rows_without_a_label_are_left_out():
     rows, labels = complete_rows({"a": ["x", None, "y", True], "b": [1, 2, None, 3]}, "classify")
     assert rows == [0, 3] and labels == {"a": ["x", "yes"], "b": ["1", "3"]}

@@ -26,22 +26,18 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 
 
 @cache
 def library(name: str) -> ctypes.CDLL:
-    """The twin of an operator; compiled once for the sources as they are."""
-    sources = sorted([*HERE.glob("*.*"), *HERE.parents[1].glob("csrc/**/*.*")])
-    found = hashlib.sha256(FLAGS.encode())
-    for path in sources:
-        found.update(path.name.encode() + path.read_bytes())
-    built = CACHE / f"{name}-{found.hexdigest()[:24]}.so"
+    """The twin of an operator; compiled once for what its sources are to the compiler."""
+    compiler = shutil.which("g++")
+    assert compiler
+    command = [compiler, *FLAGS.split(), f"-I{HERE}", str(HERE / f"{name}.cpp")]
+    text = subprocess.run([*command, "-E", "-P"], check=True, capture_output=True).stdout
+    built = CACHE / f"{name}-{hashlib.sha256(FLAGS.encode() + text).hexdigest()[:24]}.so"
     if not built.exists():
-        compiler = shutil.which("g++")
-        assert compiler
         CACHE.mkdir(parents=True, exist_ok=True)
         for old in CACHE.glob(f"{name}-*.so"):
             old.unlink(missing_ok=True)
         fresh = built.with_suffix(f".{os.getpid()}")
-        source = str(HERE / f"{name}.cpp")
-        command = [compiler, *FLAGS.split(), f"-I{HERE}", source, "-o", str(fresh)]
-        subprocess.run(command, check=True)
+        subprocess.run([*command, "-o", str(fresh)], check=True)
         fresh.replace(built)  # another process may have been as fast
     return ctypes.CDLL(str(built))
 

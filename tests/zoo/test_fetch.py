@@ -57,18 +57,18 @@ def shop(tmp_path, monkeypatch):
 def test_parts_are_joined_checked_and_kept_with_their_terms(shop, tmp_path):
     said = []
     assert installed("toy") is None
-    path = fetch("toy", say=said.append)
+    path = fetch("toy", progress=said.append)
     assert path == tmp_path / "cache" / "toy" / "m.gguf" == installed("toy")
     assert path.read_bytes() == b"".join(PARTS)
     assert sorted(os.listdir(path.parent)) == ["LICENSE", "m.gguf"]
-    assert [line.split()[0] for line in said] == ["downloading", "unpacking"]
+    assert [each.text.split()[0] for each in said if each.text] == ["downloading", "unpacking"]
 
 
 def test_a_whole_file_is_not_downloaded_again_and_a_broken_one_is(shop, tmp_path):
     path = fetch("toy")
     said = []
-    fetch("toy", say=said.append)
-    assert said == [f"{path} is there and whole"]
+    fetch("toy", progress=said.append)
+    assert [each.text for each in said] == [f"{path} is there and whole"]
     path.write_bytes(b"half")
     fetch("toy")
     assert path.read_bytes() == b"".join(PARTS)

@@ -1,12 +1,14 @@
 """Edits as they are written in the spec, swept over named values."""
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from dreamreader import edits as kinds
@@ -20,7 +22,19 @@ from dreamreader.specs.parts import Part
 
 # "$name": the value of a sweep axis in each row
 Swept = Annotated[str, Field(pattern=r"^\$")]
-Number = float | Swept
+
+
+def _no_octal(value: Any) -> Any:
+    if isinstance(value, str) and re.match(r"[-+]?0\d", value):
+        raise PydanticCustomError(
+            "number_text",
+            "{text} is no plain number: write it without quotes and the leading 0",
+            {"text": repr(value)},
+        )
+    return value
+
+
+Number = Annotated[float | Swept, BeforeValidator(_no_octal, json_schema_input_type=float | Swept)]
 _NUMBERS = ("alpha", "sigma", "strength", "factor", "low", "high")
 Window = int | tuple[int, int] | Swept | None
 

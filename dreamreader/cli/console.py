@@ -1,15 +1,6 @@
-"""Progress bars and tables, the same everywhere."""
+"""The console and its tables, the same everywhere."""
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 PIPE_WIDTH = 2000  # columns where the output is no terminal, so that no line is broken
@@ -29,16 +20,3 @@ def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
     for name in columns:
         found.add_column(name, justify="right" if name in right else "left", overflow="fold")
     return found
-
-
-def progress(*columns: ProgressColumn) -> Progress:
-    """A progress display on stderr, with more columns; only its last state without a terminal."""
-    return Progress(
-        TextColumn("{task.description:<14}", markup=False),
-        BarColumn(bar_width=28),
-        TaskProgressColumn(),
-        *columns,
-        TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
-        console=console(stderr=True),
-    )
