@@ -118,20 +118,20 @@ class SAEEdit(EditRequest):
 
     def apply(self, x: Tensor, place: EditContext) -> Tensor:
         sae = self._on(x.device)
-        strength = place.strength(self.alpha, "alpha").to(x.device).unsqueeze(-1)
-        flat = x.reshape(-1, x.shape[-1])
-        wide = flat.to(torch.promote_types(flat.dtype, sae.W_dec.dtype))
+        strength = place.strength(self.alpha, "alpha").to(x.device).expand(x.shape[:2])
+        touched = strength != 0
+        rows = x[touched]  # [n, d_in]
+        wide = rows.to(torch.promote_types(rows.dtype, sae.W_dec.dtype))
         if self.op == "reconstruct":
             change = sae(wide) - wide
         else:
             change = self._change(sae, wide)
             if not self.keep_error:
                 change = change + (sae(wide) - wide)
-        change = change.reshape(x.shape)
-        share = strength.to(change.dtype)
-        y = (x.to(change.dtype) + share * change).to(x.dtype)
-        moved = (strength != 0) & (change != 0).any(-1, keepdim=True)
-        return torch.where(moved, y, x)
+        share = strength[touched].to(change.dtype).unsqueeze(-1)
+        moved = (wide + share * change).to(x.dtype)
+        same = (change == 0).all(-1, keepdim=True)
+        return x.index_put((touched,), torch.where(same, rows, moved))
 
     def _change(
         self, sae: SparseAutoencoder, x: Float[Tensor, "rows d_in"]
