@@ -13,7 +13,7 @@ from dreamreader._files import locked
 from dreamreader._progress import Progress, show_progress
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.fitting.batches import Batches, ByStep, stream_of
-from dreamreader.fitting.learner import AfterStep, History, Learner
+from dreamreader.fitting.learner import AroundStep, History, Learner
 from dreamreader.fitting.objective import Function, Objective, Terms
 from dreamreader.fitting.recipe import Recipe
 from dreamreader.fitting.run import Run, Stateful, Validate, own_random
@@ -25,7 +25,8 @@ class Options(TypedDict, total=False):
     """What `fit` takes by name; see there."""
 
     validate: Validate | None
-    after_step: AfterStep | Mapping[str, AfterStep] | None
+    before_step: AroundStep | Mapping[str, AroundStep] | None
+    after_step: AroundStep | Mapping[str, AroundStep] | None
     state: Mapping[str, Stateful] | None
     of: Mapping[str, Any] | None
     save_every: int
@@ -66,7 +67,8 @@ def fit(
     progress: Progress = True,
     *,
     validate: Validate | None = None,
-    after_step: AfterStep | Mapping[str, AfterStep] | None = None,
+    before_step: AroundStep | Mapping[str, AroundStep] | None = None,
+    after_step: AroundStep | Mapping[str, AroundStep] | None = None,
     state: Mapping[str, Stateful] | None = None,
     of: Mapping[str, Any] | None = None,
     save_every: int = 100,
@@ -91,6 +93,8 @@ def fit(
             is called after each step, or False.
         validate: gives the loss on what was held out, by name for several modules; a vector keeps
             the best of each slot, see `Best`. Called as the recipe's `validate_every` says.
+        before_step: called as (module, steps done) between the gradients of a step and their
+            clipping: for what changes gradients.
         after_step: called as (module, steps done) after each step of its optimiser, without
             gradients: for constraints of parameters, counters and averages.
         state: what else goes into the checkpoint, by name.
@@ -126,16 +130,16 @@ def fit(
         raise InvalidInput("fit: a module stands under two names; it would be trained twice a step")
     recipes = _by_name("recipe", recipe or Recipe(), modules)
     goals = _by_name("objective", objective, modules)
-    hooks = _by_name("after_step", after_step, modules)
+    before = _by_name("before_step", before_step, modules)
+    after = _by_name("after_step", after_step, modules)
     for name, each in recipes.items():
         _check_kind("module", modules[name], nn.Module, "a torch module, or several by name")
         _check_kind("recipe", each, Recipe, "a Recipe, or one for each module by name")
         if not isinstance(goals[name], Objective) and not callable(goals[name]):
             _check_kind("objective", goals[name], Objective, "a function, or an Objective")
-        if hooks[name] is not None and not callable(hooks[name]):
-            raise InvalidInput(
-                f"fit: after_step is a function of (module, step), got {after_step!r}"
-            )
+        for what, hook in (("before_step", before[name]), ("after_step", after[name])):
+            if hook is not None and not callable(hook):
+                raise InvalidInput(f"fit: {what} is a function of (module, step), got {hook!r}")
     if validate is not None and not callable(validate):
         raise InvalidInput(f"fit: validate is a function that gives a loss, got {validate!r}")
     _check_kind("state", state, Mapping | None, "objects by name")
@@ -179,7 +183,8 @@ def fit(
             total,
             check_every,
             validate is not None,
-            hooks[name],
+            before[name],
+            after[name],
         )
         for name, each in modules.items()
     }
@@ -209,7 +214,7 @@ def _by_name(what: str, given: Any, modules: Mapping[str, Any]) -> dict[str, Any
         if name not in modules:
             raise UnknownName(f"module in {what}", name, modules)
     lacking = [name for name in modules if name not in given]
-    if lacking and what != "after_step":
+    if lacking and not what.endswith("_step"):
         raise InvalidInput(f"fit: {what} lacks {', '.join(lacking)}")
     return {name: given.get(name) for name in modules}
 

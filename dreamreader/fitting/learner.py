@@ -13,8 +13,8 @@ from dreamreader.fitting.best import Best, put_values, values_of
 from dreamreader.fitting.objective import Objective
 from dreamreader.fitting.recipe import Recipe
 
-AfterStep = Callable[[Any, int], None]
-"""Called as (module, steps done) after a step of its optimiser, without gradients."""
+AroundStep = Callable[[Any, int], None]
+"""Called as (module, steps done) before or after a step of its optimiser, without recording."""
 
 
 class NonFiniteLoss(DreamreaderError, FloatingPointError):
@@ -57,10 +57,12 @@ class Learner:
         total: int | None,
         check_every: int | None,
         validated: bool,
-        after_step: AfterStep | None,
+        before_step: AroundStep | None,
+        after_step: AroundStep | None,
     ):
         self.name, self.module, self.objective, self.recipe = name, module, objective, recipe
-        self.total, self.check_every, self.after_step = total, check_every, after_step
+        self.total, self.check_every = total, check_every
+        self.before_step, self.after_step = before_step, after_step
         self.parameters = [each for each in module.parameters() if each.requires_grad]
         if not self.parameters:
             raise InvalidInput(f"fit: {self._title}there are no parameters to train")
@@ -101,6 +103,9 @@ class Learner:
             total.backward()
             if checked:
                 self._check_gradients(batch, done)
+            if self.before_step is not None:
+                with torch.no_grad():
+                    self.before_step(self.module, done)
             if self.recipe.grad_clip is not None:
                 nn.utils.clip_grad_norm_(self.parameters, self.recipe.grad_clip)
             values.append(value)
@@ -167,6 +172,7 @@ class Learner:
             raise InvalidInput(
                 f"fit: {self._title}the checkpoint is of another optimizer: {error}"
             ) from error
+        _restore_layout(self.optimizer)
         if self.best is not None:
             self.best.load_state_dict(state["best"])
         losses, validation = state["losses"].tolist(), list(state["validation"])
@@ -218,3 +224,12 @@ class Learner:
                 (t := tensor_of(each)) is not None and not bool(t.isfinite().all()) for each in own
             )
         ]
+
+
+def _restore_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Lays averages that were read as parameters lie: another layout is another loop."""
+    for parameter, state in optimizer.state.items():
+        for name, each in state.items():
+            if isinstance(each, Tensor) and each.shape == parameter.shape:
+                laid = torch.empty_like(parameter, dtype=each.dtype, device=each.device)
+                state[name] = laid.copy_(each)

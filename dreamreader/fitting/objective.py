@@ -42,6 +42,10 @@ class Objective(ABC):
         """The examples of a batch, for errors, such as `rows 3, 5`; may be empty."""
         return ""
 
+    def metrics(self, module: Any, /) -> Mapping[str, float]:
+        """Further numbers of the last batch, for those who watch."""
+        return {}
+
     def identity(self) -> Any:
         """What a training that goes on has to share with the one that was stopped."""
         return vars(self)

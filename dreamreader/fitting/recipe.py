@@ -29,7 +29,8 @@ class Recipe:
         batch_size: where batches are drawn from a table of examples.
         warmup: steps in which the rate rises.
         schedule: of the rate after that: `cosine` and `linear` fall to 0, `constant` stays, `wsd`
-            stays and falls over the last quarter to 0.
+            stays and falls at the end to 0.
+        decay: share of the steps in which `wsd` falls.
         grad_clip: the largest norm of all gradients of a module.
         validation: share of examples that are held out, where the method holds them out.
         validate_every: steps between two validations; None: at the end of each epoch.
@@ -48,6 +49,7 @@ class Recipe:
     batch_size: int = 16
     warmup: int = 0
     schedule: str = "cosine"
+    decay: float = 0.25
     grad_clip: float | None = None
     validation: float = 0.0
     validate_every: int | None = 25
@@ -75,6 +77,10 @@ class Recipe:
                 "train: optimizer is a name, {name: options} or a function, got "
                 f"{self.optimizer!r}"
             )
+        if isinstance(self.decay, bool) or not isinstance(self.decay, int | float):
+            raise InvalidInput(f"train: decay is a number, got {self.decay!r}")
+        if not 0 < self.decay <= 1:
+            raise InvalidInput(f"train: decay is a share above 0, at most 1, got {self.decay}")
         if not 0 <= self.validation < 1:
             raise InvalidInput(f"train: validation is a share from 0 to 1, got {self.validation}")
         if self.schedule not in SCHEDULES:
@@ -91,7 +97,7 @@ class Recipe:
             return lr * rise
         assert total is not None
         if self.schedule == "wsd":
-            return lr * rise * min(1.0, (total - step) / (0.25 * total))
+            return lr * rise * min(1.0, (total - step) / (self.decay * total))
         if step < self.warmup:
             return lr * rise
         done = (step - self.warmup) / max(1, total - self.warmup)

@@ -85,11 +85,17 @@ class Run:
                 self.save()
             if report is not silent:
                 value = float(sum(each for each in found if each is not None))
-                report(
-                    ProgressEvent(
-                        "training", self.done, self.total, {"loss": value}, f"loss {value:.4f}"
-                    )
-                )
+                numbers = {"loss": value} | self._metrics()
+                note = ", ".join(f"{name} {each:.4g}" for name, each in list(numbers.items())[:4])
+                report(ProgressEvent("training", self.done, self.total, numbers, note))
+
+    def _metrics(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name, each in self.learners.items():
+            before = f"{name}: " if name else ""
+            own = each.objective.metrics(each.module)
+            found |= {f"{before}{key}": value for key, value in own.items()}
+        return found
 
     def _step(self, name: str, batch: Any) -> float | None:
         """A step of one module, which draws from the module's own generator."""
@@ -199,9 +205,10 @@ def _shapes(before: str, learner: Learner) -> dict[str, Any]:
     for kind in ("parameters", "buffers"):
         for key, each in getattr(module, f"named_{kind}")():
             found[f"{kind[:-1]} {key}"] = f"{list(each.shape)} {each.dtype}"
-    hook = learner.after_step
-    named = None if hook is None else getattr(hook, "__qualname__", class_of(hook))
-    found["after_step"] = named
+    for at in ("before_step", "after_step"):
+        hook = getattr(learner, at)
+        named = None if hook is None else getattr(hook, "__qualname__", class_of(hook))
+        found[at] = named
     found["loss and its data"] = f"{name} {hash_values(what)[:16]}"
     return {f"{before}{key}": each for key, each in found.items()}
 

@@ -17,6 +17,16 @@ from dreamreader.ops.moments import Sums, moments, moments_reference
 from dreamreader.ops.orthonormal import orthonormal
 from dreamreader.ops.pack import pack, pack_reference
 from dreamreader.ops.permutation import permuted, permuted_reference
+from dreamreader.ops.sparse_product import (
+    sparse_column_sums,
+    sparse_column_sums_reference,
+    sparse_decode,
+    sparse_decode_reference,
+    sparse_dots,
+    sparse_dots_reference,
+    sparse_outer,
+    sparse_outer_reference,
+)
 from dreamreader.ops.sparse_rows import SparseRows
 
 __all__ = [
@@ -46,6 +56,14 @@ __all__ = [
     "permuted",
     "permuted_reference",
     "probe_gradient",
+    "sparse_column_sums",
+    "sparse_column_sums_reference",
+    "sparse_decode",
+    "sparse_decode_reference",
+    "sparse_dots",
+    "sparse_dots_reference",
+    "sparse_outer",
+    "sparse_outer_reference",
     "stream_of",
     "streams_of",
 ]

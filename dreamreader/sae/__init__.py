@@ -3,6 +3,8 @@
 from dreamreader.sae.dashboard import write_dashboard, write_neuronpedia
 from dreamreader.sae.edit import SAEEdit, unlearn
 from dreamreader.sae.examples import Examples, FeatureExamples
+from dreamreader.sae.fold import fold
+from dreamreader.sae.formats import read_sae, write_sae
 from dreamreader.sae.loss import AUX_RULES, AuxK, SaeLoss
 from dreamreader.sae.model import SparseAutoencoder
 from dreamreader.sae.selection import BatchTopK, JumpReLU, SampledTopK, Selection, TopK
@@ -26,4 +28,7 @@ __all__ = [
     "unlearn",
     "write_dashboard",
     "write_neuronpedia",
+    "fold",
+    "read_sae",
+    "write_sae",
 ]

@@ -16,30 +16,36 @@ _LAYER_NORM_EPS = 1e-5
 
 
 class Affine(NamedTuple):
-    """z = (x - shift) * scale; each [d_in], or [rows, 1] where rows have their own."""
+    """z = (x - shift) * scale, and back x = z * back + shift; 1 / scale where back is None.
+
+    Each is [d_in], or [rows, 1] where rows have their own.
+    """
 
     shift: Tensor
     scale: Tensor
+    back: Tensor | None = None
 
     def apply(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
         return ((x - self.shift) * self.scale).to(x.dtype)
 
     def undo(self, z: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
-        return (z / self.scale + self.shift).to(z.dtype)
+        spread = z / self.scale if self.back is None else z * self.back
+        return (spread + self.shift).to(z.dtype)
 
 
 def row_affine(kind: str, x: Float[Tensor, "rows d_in"]) -> Affine:
     """What `constant_norm` and `layer_norm` do to each row, float32.
 
     Formula: constant_norm: x sqrt(d) / |x|; layer_norm: (x - mean) / (deviation + 1e-5), with the
-        deviation over d - 1.
+        deviation over d - 1, and back without the 1e-5.
     """
     rows = x.float()
     if kind == "constant_norm":
         norm = rows.norm(dim=1, keepdim=True)
         return Affine(torch.zeros_like(norm), math.sqrt(x.shape[1]) / norm.clamp(min=1e-12))
     mean = rows.mean(1, keepdim=True)
-    return Affine(mean, 1 / ((rows - mean).std(1, keepdim=True) + _LAYER_NORM_EPS))
+    deviation = (rows - mean).std(1, keepdim=True)
+    return Affine(mean, 1 / (deviation + _LAYER_NORM_EPS), deviation)
 
 
 def fitted_affine(kind: str, x: Float[Tensor, "rows d_in"]) -> Affine:

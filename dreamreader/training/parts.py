@@ -48,6 +48,9 @@ class Training(Part):
     )
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.25, description="Share of the steps in which the rate of wsd falls."
+    )
     warmup: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Steps of rising learning rate."
     )
@@ -97,7 +100,10 @@ class Training(Part):
         """Arguments of `reft.train`, beside adapters and loss."""
         from dreamreader.reft.usual import USUAL
 
-        same = ("optimizer", "weight_decay", "schedule", "warmup", "validation", "validate_every")
+        same = (
+            *("optimizer", "weight_decay", "schedule", "decay", "warmup"),
+            *("validation", "validate_every"),
+        )
         found = {name: getattr(self, name) for name in (*same, "patience", "seed")}
         for name, usual in USUAL[self.loss].items():
             found[name] = usual if getattr(self, name) is None else getattr(self, name)

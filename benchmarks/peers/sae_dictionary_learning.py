@@ -1,0 +1,58 @@
+"""Autoencoders of dictionary_learning: writes files of our tests, and checks that it reads ours.
+
+python benchmarks/peers/sae_dictionary_learning.py write tests/sae/data/dictionary_learning
+python benchmarks/peers/sae_dictionary_learning.py check FOLDER   # of sae_written.py
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from dictionary_learning.dictionary import AutoEncoder, AutoEncoderNew, JumpReluAutoEncoder
+from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
+from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
+from dictionary_learning.trainers.top_k import AutoEncoderTopK
+from sae_common import D_IN, D_SAE, K, keep, main, rows, scramble, seeded
+
+CLASSES = {
+    each.__name__: each
+    for each in (
+        *(AutoEncoder, AutoEncoderNew, JumpReluAutoEncoder, AutoEncoderTopK),
+        *(BatchTopKSAE, MatryoshkaBatchTopKSAE),
+    )
+}
+ARGUMENTS = {
+    "AutoEncoderTopK": {"k": K},
+    "BatchTopKSAE": {"k": K},
+    "MatryoshkaBatchTopKSAE": {"k": K, "group_sizes": [6, 6, 12]},
+}
+
+
+def write(folder: Path) -> None:
+    for name, kind in CLASSES.items():
+        own = folder / name
+        own.mkdir(parents=True, exist_ok=True)
+        sae = kind(D_IN, D_SAE, **ARGUMENTS.get(name, {}))
+        scramble(sae)
+        if name == "JumpReluAutoEncoder":
+            sae.threshold.data = 0.2 + 0.2 * seeded(D_SAE, seed=7).abs()
+        elif hasattr(sae, "threshold"):
+            sae.threshold.fill_(0.45)
+        torch.save(sae.state_dict(), own / "ae.pt")
+        trainer = {"dict_class": name, "activation_dim": D_IN, "dict_size": D_SAE}
+        (own / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
+        with torch.no_grad():
+            keep(own, rows(), sae.encode(rows()), sae.decode(sae.encode(rows())))
+
+
+def read(folder: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    trainer = json.loads((folder / "config.json").read_text())["trainer"]
+    sae = CLASSES[trainer["dict_class"]].from_pretrained(str(folder / "ae.pt"))
+    with torch.no_grad():
+        codes = sae.encode(x)
+        return codes, sae.decode(codes)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main(write, read)
