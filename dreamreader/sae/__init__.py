@@ -2,7 +2,7 @@
 
 from dreamreader.sae.dashboard import write_dashboard, write_neuronpedia
 from dreamreader.sae.edit import SAEEdit, unlearn
-from dreamreader.sae.examples import Examples, FeatureExamples
+from dreamreader.sae.examples import FeatureExamples, StrongestRows
 from dreamreader.sae.fold import fold
 from dreamreader.sae.formats import read_sae, write_sae
 from dreamreader.sae.loss import AUX_RULES, AuxK, SaeLoss
@@ -15,7 +15,6 @@ __all__ = [
     "THRESHOLD_RULES",
     "AuxK",
     "BatchTopK",
-    "Examples",
     "FeatureExamples",
     "JumpReLU",
     "SAEEdit",
@@ -23,12 +22,13 @@ __all__ = [
     "SampledTopK",
     "Selection",
     "SparseAutoencoder",
+    "StrongestRows",
     "ThresholdRule",
     "TopK",
+    "fold",
+    "read_sae",
     "unlearn",
     "write_dashboard",
     "write_neuronpedia",
-    "fold",
-    "read_sae",
     "write_sae",
 ]

@@ -28,7 +28,7 @@ from dreamreader.report import (
     Tokens,
 )
 from dreamreader.report.heat import overlay
-from dreamreader.sae.examples import Examples, FeatureExamples
+from dreamreader.sae.examples import FeatureExamples, StrongestRows
 
 ORDERS = ("activity", "correlation", "frequency")
 _SHOWN = 5  # correlations of a latent
@@ -240,7 +240,7 @@ def _latent(
 
 
 def _pictures(
-    own: Examples, images: Sequence[Any], hw: tuple[int, int] | None, feature: int
+    own: StrongestRows, images: Sequence[Any], hw: tuple[int, int] | None, feature: int
 ) -> Gallery:
     plain = [
         Picture(images[row], f"row {row}, {score:.3g}", f"{score:.3g}")

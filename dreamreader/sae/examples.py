@@ -14,7 +14,7 @@ from dreamreader.sae.codec import SparseCodec
 
 
 @dataclass(frozen=True, eq=False)
-class Examples:
+class StrongestRows:
     """The strongest rows of one latent, strongest first.
 
     Attributes:
@@ -117,7 +117,7 @@ class FeatureExamples:
             )
         self.rows += rows
 
-    def of(self, feature: int) -> Examples:
+    def of(self, feature: int) -> StrongestRows:
         """The strongest rows of a latent; fewer than `top` where it was active on fewer.
 
         Raises:
@@ -127,7 +127,7 @@ class FeatureExamples:
             raise InvalidInput(f"FeatureExamples: latent {feature} of {self.latents} is none")
         rows = [n for n in self._numbers[feature].tolist() if n >= 0]
         scores = self._scores[feature, : len(rows)].tolist()
-        return Examples(rows, scores, [self._maps[feature, row] for row in rows])
+        return StrongestRows(rows, scores, [self._maps[feature, row] for row in rows])
 
     @property
     def frequency(self) -> Float[Tensor, " latents"]:
