@@ -9,6 +9,7 @@ from dreamreader.sae.loss import AUX_RULES, AuxK, SaeLoss
 from dreamreader.sae.model import SparseAutoencoder
 from dreamreader.sae.selection import BatchTopK, JumpReLU, SampledTopK, Selection, TopK
 from dreamreader.sae.threshold import THRESHOLD_RULES, ThresholdRule
+from dreamreader.sae.train import Reconstruction, train_sae
 
 __all__ = [
     "AUX_RULES",
@@ -17,6 +18,7 @@ __all__ = [
     "BatchTopK",
     "FeatureExamples",
     "JumpReLU",
+    "Reconstruction",
     "SAEEdit",
     "SaeLoss",
     "SampledTopK",
@@ -27,6 +29,7 @@ __all__ = [
     "TopK",
     "fold",
     "read_sae",
+    "train_sae",
     "unlearn",
     "write_dashboard",
     "write_neuronpedia",

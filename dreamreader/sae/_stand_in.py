@@ -1,7 +1,5 @@
 """Plain torch in place of the operators of selection, until they are here."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -99,8 +97,3 @@ def encode_select(
         return topk(dense, count)
     assert threshold is not None
     return threshold_select(dense, threshold)
-
-
-def sparse_decode(codes: SparseRows, weight: Tensor, bias: Tensor | None = None) -> Any:
-    found = codes.dense().to(weight.dtype) @ weight
-    return found if bias is None else found + bias

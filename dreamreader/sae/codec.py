@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.ops.sparse_product import sparse_decode
 from dreamreader.ops.sparse_rows import SparseRows
-from dreamreader.sae._stand_in import sparse_decode
 from dreamreader.sae.encoder import draw_pool, encode_above, encode_budget
 from dreamreader.sae.inputs import (
     NORMALISATIONS,

@@ -168,7 +168,7 @@ def train_sae(
         folder: for `training.safetensors`, from which the same call goes on, equal to the bit.
         save_every: steps between two writings of it.
         progress: shown by default; events have loss, FVU, L0, share of dead latents and tokens.
-        validate, of: as in `fit`.
+        validate: as in `fit`; autoencoders are in `eval()` mode meanwhile. of: as in `fit`.
         recipe: further attributes of `Recipe`, such as `schedule`, `grad_clip` and `seed`.
 
     Returns:
@@ -214,7 +214,7 @@ def train_sae(
             recipes,
             folder,
             progress,
-            validate=None if validate is None else _by_name(validate, several),
+            validate=None if validate is None else _held_out(saes, validate, several),
             before_step={name: each.before_step for name, each in goals.items()},
             after_step={name: each.after_step for name, each in goals.items()},
             of={"autoencoders": [each.describe() for each in saes.values()], "compute": compute}
@@ -316,6 +316,17 @@ def _begin(saes: Mapping[str, SparseAutoencoder], batch: Any, center: bool) -> N
             sae.center_on(x)
 
 
-def _by_name(validate: Callable[[], Any], several: bool) -> Callable[[], Any]:
-    """Losses by name, of one autoencoder too; it is in `eval()` mode for validate to decide."""
-    return validate if several else lambda: {"": validate()}
+def _held_out(
+    saes: Mapping[str, SparseAutoencoder], validate: Callable[[], Any], several: bool
+) -> Callable[[], Any]:
+    """Losses by name, found in `eval()` mode."""
+
+    def losses() -> Any:
+        for each in saes.values():
+            each.eval()
+        found = validate()
+        for each in saes.values():
+            each.train()
+        return found if several else {"": found}
+
+    return losses

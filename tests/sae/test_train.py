@@ -1,0 +1,283 @@
+"""Training: against a loop written out, resumed to the bit, and on all kinds of batches."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fitting.toy import SITE, write_store
+from torch import Tensor
+
+from dreamreader.errors import DreamreaderError
+from dreamreader.fitting import ByStep, NonFiniteLoss
+from dreamreader.sae import (
+    AuxK,
+    BatchTopK,
+    SampledTopK,
+    SparseAutoencoder,
+    ThresholdRule,
+    TopK,
+    train_sae,
+)
+from dreamreader.store import StoreDataset
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step: int) -> Any:
+    def progress(event: Any) -> None:
+        if event.done == step:
+            raise Stop
+
+    return progress
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def data(step: int) -> Tensor:
+    """Rows of few directions of twelve."""
+    codes = draw(48, 12, seed=step).clamp(min=0.8) - 0.8
+    return 3 * codes @ torch.nn.functional.normalize(draw(12, 8, seed=77), dim=1)
+
+
+BATCHES = ByStep(data, of="data of this file")
+
+
+def differences(one: SparseAutoencoder, other: SparseAutoencoder) -> list[str]:
+    wanted = other.state_dict()
+    return [name for name, each in one.state_dict().items() if not torch.equal(each, wanted[name])]
+
+
+def test_a_few_steps_are_those_of_a_loop_that_is_written_out():
+    sae = SparseAutoencoder(8, 24, TopK(3), threshold_rule=ThresholdRule(after=3))
+    w_enc, b_enc = sae.W_enc.detach().clone(), torch.zeros(24)
+    w_dec = sae.W_dec.detach().clone()
+    x = data(0)
+    b_dec = x.mean(0)
+    for _ in range(200):
+        weights = 1 / (x - b_dec).norm(dim=1, keepdim=True)
+        b_dec = (weights * x).sum(0) / weights.sum()
+    made = [each.requires_grad_() for each in (w_dec, w_enc, b_enc, b_dec)]
+    optimiser = torch.optim.Adam(made, lr=0.01)
+    losses, threshold = [], -1.0
+    for step in range(10):
+        x = data(step)
+        for group in optimiser.param_groups:  # up in 2 steps, down in the last 2
+            group["lr"] = 0.01 * min((step + 1) / 2, 1.0, (10 - step) / 2)
+        acts = ((x - b_dec) @ w_enc + b_enc).relu()
+        best = acts.topk(3, dim=1)
+        codes = torch.zeros_like(acts).scatter(1, best.indices, best.values)
+        loss = (x - codes @ w_dec - b_dec).square().sum(1).mean()
+        losses.append(loss.item())
+        optimiser.zero_grad()
+        loss.backward()
+        w_dec.grad -= (w_dec.grad * w_dec).sum(1, keepdim=True) * w_dec.detach()
+        torch.nn.utils.clip_grad_norm_(made, 1.0)
+        optimiser.step()
+        w_dec.data /= w_dec.data.norm(dim=1, keepdim=True)
+        if step >= 3:
+            rows = best.values.detach()[(best.values > 0).any(1)]
+            least = torch.where(rows > 0, rows, torch.inf).amin(1).mean().item()
+            threshold = least if threshold < 0 else 0.999 * threshold + 0.001 * least
+    history = train_sae(sae, BATCHES, steps=10, lr=0.01, warmup=2, progress=False)
+    assert history.losses == pytest.approx(losses, rel=1e-4)
+    torch.testing.assert_close(sae.W_dec, w_dec, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(sae.W_enc, w_enc, rtol=1e-3, atol=1e-4)
+    assert sae.threshold is not None
+    assert sae.threshold[0].item() == pytest.approx(threshold, rel=1e-4)
+    assert int(sae.steps) == 10 and not sae.training
+
+
+def several() -> dict[str, SparseAutoencoder]:
+    options = {"threshold_rule": "saelens", "aux": AuxK(dead_after=200)}
+    return {
+        "batch": SparseAutoencoder(12, 40, BatchTopK(3), groups=[8], **options),
+        "sampled": SparseAutoencoder(
+            12,
+            37,
+            SampledTopK(3, l=2, rule="sampled", update_every=4),
+            normalise="standardise",
+            rescale=True,
+            **options,
+        ),
+    }
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_stopped_inside_an_epoch_it_goes_on_to_the_same_bits(tmp_path: Path, compute: str):
+    def train(folder: Path, saes: Any, progress: Any = False) -> Any:
+        rows = StoreDataset(tmp_path / "store", SITE, batch_size=32, seed=0, dtype=torch.float32)
+        how: dict[str, Any] = {
+            "epochs": 2,
+            "lr": 0.01,
+            "compute": compute,
+            "k_start": 6,
+            "k_steps": 9,
+        }
+        return train_sae(saes, rows, folder=folder, save_every=4, progress=progress, **how)
+
+    write_store(tmp_path / "store")
+    whole = several()
+    wanted = train(tmp_path / "whole", whole)
+    with pytest.raises(Stop):
+        train(tmp_path / "halves", several(), stop_at(7))
+    again, seen = several(), []
+    found = train(tmp_path / "halves", again, lambda event: seen.append(event))
+    assert seen[0].done == 5 and found == wanted
+    for name, sae in again.items():
+        assert not differences(sae, whole[name])
+        assert sae.W_enc.dtype == torch.float32 and sae.compute_dtype is None
+    assert {"batch: fvu", "sampled: l0", "batch: dead"} <= set(seen[-1].numbers)
+    assert max(seen[-1].numbers[f"{name}: dead"] for name in again) > 0  # aux-k had a part
+
+
+def test_in_one_pass_each_learns_as_it_would_alone():
+    rows = [draw(32, 12, seed=step) for step in range(5)]
+    together = several()
+    train_sae(together, rows, epochs=2, progress=False)
+    for name, alone in several().items():
+        train_sae(alone, rows, epochs=2, progress=False)
+        assert not differences(together[name], alone)
+
+
+def test_bfloat16_learns_what_float32_learns():
+    losses = {}
+    for compute in ("float32", "bfloat16"):
+        sae = SparseAutoencoder(8, 24, BatchTopK(3))
+        history = train_sae(sae, BATCHES, steps=150, lr=0.003, compute=compute, progress=False)
+        losses[compute] = sum(history.losses[-20:]) / 20
+        assert losses[compute] < 0.4 * history.losses[0]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.1)
+
+
+def test_the_recipe_is_that_of_the_field_unless_another_is_given():
+    sae, rates = SparseAutoencoder(8, 2**6, TopK(2)), []
+
+    class Watched(torch.optim.Adam):
+        def step(self, closure: Any = None) -> Any:
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    own = {"optimizer": lambda each: Watched(each, lr=2e-4 / math.sqrt(2**6 / 2**14))}
+    train_sae(sae, BATCHES, steps=100, progress=False, **own)
+    top = 2e-4 * 16
+    assert rates[0] == pytest.approx(top / 10) and rates[9] == pytest.approx(top)
+    assert rates[79] == pytest.approx(top) and rates[90] == pytest.approx(top / 2)
+    assert rates[99] == pytest.approx(top / 20)
+
+
+def test_k_falls_to_that_of_the_selection():
+    seen = []
+    sae = SparseAutoencoder(8, 24, BatchTopK(2))
+    train_sae(
+        sae,
+        BATCHES,
+        steps=8,
+        k_start=10,
+        k_steps=4,
+        center=False,
+        progress=lambda event: seen.append(event.numbers["l0"]),
+    )
+    assert seen == pytest.approx([10, 8, 6, 4, 2, 2, 2, 2], abs=0.6)
+    assert sae.selection == BatchTopK(2)
+
+
+def test_tokens_outside_of_a_mask_teach_nothing():
+    def masked(step: int) -> tuple[Tensor, Tensor]:
+        x = data(step).reshape(6, 8, 8).clone()
+        mask = torch.arange(48).reshape(6, 8) % 3 > 0
+        x[~mask] = 1e6
+        return x, mask
+
+    def alone(step: int) -> Tensor:
+        x, mask = masked(step)
+        return x[mask]
+
+    one, other = (SparseAutoencoder(8, 24, BatchTopK(2)) for _ in range(2))
+    train_sae(one, ByStep(masked), steps=5, progress=False)
+    train_sae(other, ByStep(alone), steps=5, progress=False)
+    assert not differences(one, other)
+
+
+def test_batches_by_name_and_by_site():
+    saes = {
+        "a": SparseAutoencoder(8, 24, TopK(2)),
+        "b": SparseAutoencoder(4, 24, TopK(2), metadata={"site": "unet.mid_block"}),
+    }
+
+    def both(epoch: int) -> Iterator[dict[str, Tensor]]:  # an iterator without an end
+        step = 0
+        while True:
+            yield {"a": data(step), "unet.mid_block": data(step)[:, :4]}
+            step += 1
+
+    histories = train_sae(saes, both, steps=4, progress=False)
+    assert [len(each.losses) for each in histories.values()] == [4, 4]
+    alone = SparseAutoencoder(8, 24, TopK(2))
+    train_sae(alone, BATCHES, steps=4, progress=False)
+    assert not differences(saes["a"], alone)
+
+
+def test_the_best_on_validation_is_kept_and_validated_in_eval_mode():
+    sae, modes, found = SparseAutoencoder(8, 24, BatchTopK(2)), [], []
+
+    def validate() -> float:
+        modes.append(sae.training)
+        found.append(sae.loss(data(999)).mse.item())
+        return found[-1]
+
+    history = train_sae(
+        sae, BATCHES, steps=20, lr=0.01, validate=validate, validate_every=5, progress=False
+    )
+    assert modes == [False] * 4 and [step for step, _ in history.validation] == [5, 10, 15, 20]
+    assert sae.loss(data(999)).mse.item() == min(found)
+
+
+def test_a_store_with_keys_gives_rows(tmp_path: Path):
+    write_store(tmp_path / "store")
+    rows = StoreDataset(tmp_path / "store", SITE, batch_size=32, keys=True, dtype=torch.float32)
+    history = train_sae(SparseAutoencoder(12, 24, TopK(2)), rows, epochs=1, progress=False)
+    assert len(history.losses) == len(rows)
+
+
+def test_what_cannot_be_right_is_refused(tmp_path: Path):
+    sae = SparseAutoencoder(8, 24, TopK(2))
+    write_store(tmp_path / "store")
+    store = StoreDataset(tmp_path / "store", SITE, batch_size=32)
+    for batches, options, said in (
+        (store, {"epochs": 1}, "have width 12, the autoencoder has d_in=8"),
+        ([draw(4, 5)], {"epochs": 1}, r"x must be \[..., 8\], got \[4, 5\]"),
+        (["rows"], {"epochs": 1}, "a batch is x .* got str"),
+        ([], {"epochs": 1}, "there are no batches"),
+        (iter([draw(4, 8)]), {"steps": 1}, "can be read only once"),
+        (BATCHES, {"steps": 0}, "steps must be at least 1"),
+        (BATCHES, {"steps": 3, "compute": "float16"}, "unknown compute"),
+        (BATCHES, {"steps": 3, "k_start": 4}, "belong together"),
+        (BATCHES, {"steps": 3, "k_start": 0, "k_steps": 4}, "k_start is positive"),
+        (BATCHES, {"steps": 3, "momentum": 4}, "unknown option of train_sae 'momentum'"),
+        (BATCHES, {"steps": 3, "decay": 0}, "decay is a share above 0"),
+    ):
+        with pytest.raises(DreamreaderError, match=said):
+            train_sae(sae, batches, progress=False, **options)
+    with pytest.raises(DreamreaderError, match="compute='bfloat16', which keeps them as float32"):
+        train_sae(SparseAutoencoder(8, 24, TopK(2)).bfloat16(), BATCHES, steps=1)
+    with pytest.raises(DreamreaderError, match="a SparseAutoencoder is trained"):
+        train_sae(torch.nn.Linear(8, 8), BATCHES, steps=1)
+    with pytest.raises(DreamreaderError, match="no rows of|unknown site|site"):
+        StoreDataset(tmp_path / "store", "unet.nowhere", batch_size=32)
+
+
+def test_rows_that_are_not_finite_stop_it_and_name_the_step():
+    def broken(step: int) -> Tensor:
+        return data(step) * (math.nan if step == 3 else 1)
+
+    sae = SparseAutoencoder(8, 24, BatchTopK(2), threshold_rule="saelens")
+    with pytest.raises(NonFiniteLoss, match="step 3: the loss is nan.*part: squared error"):
+        train_sae(sae, ByStep(broken), steps=9, progress=False)
+    assert bool(sae.W_enc.isfinite().all()) and bool(sae.thresholds.isfinite().all())
