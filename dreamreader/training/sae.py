@@ -310,10 +310,11 @@ def _build(planned: Planned, width: int, site: str) -> SparseAutoencoder:
 
 
 def _of_site(work: Work, site: str) -> Any:
-    """Reports a training's progress under the name of its site."""
+    """Reports a training's progress with the name of its site."""
 
     def report(event: ProgressEvent) -> None:
-        work.report(ProgressEvent(site, event.done, event.total, event.numbers, event.note))
+        note = f"{site}: {event.note}"
+        work.report(ProgressEvent(event.stage, event.done, event.total, event.numbers, note))
 
     return report
 
