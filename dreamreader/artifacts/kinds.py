@@ -107,8 +107,7 @@ def save(thing: Artifact, path: str | os.PathLike[str]) -> None:
         )
     cls = type(thing)
     tensors, content = thing.to_file()
-    home = ".".join(_CLASSES[cls.artifact_kind].__module__.split(".")[:2])
-    described = {"package": home, **content}
+    described = {"package": package_of(_CLASSES[cls.artifact_kind]), **content}
     save_described(path, cls.artifact_kind, tensors, described, cls.artifact_version)
 
 
@@ -134,7 +133,7 @@ def load(path: str | os.PathLike[str], kind: type[Artifact] | None = None) -> An
     found, content, tensors = read_described(path)
     if found is None or (kind is not None and found != kind.artifact_kind):
         raise wrong_kind(path, "artifact" if kind is None else kind.artifact_kind, found)
-    cls = _class_of(path, found, content) if kind is None else kind
+    cls = class_of(path, found, content.get("package")) if kind is None else kind
     check_version(path, content, cls.artifact_version)
     asked = _Asked(tensors)
     try:
@@ -179,14 +178,28 @@ class _Asked(dict[str, Tensor]):
         return super().items()
 
 
-def _class_of(path: Path, kind: str, content: Mapping[str, Any]) -> type[Artifact]:
-    """The class of a kind, from its package where it is not imported yet."""
-    package = content.get("package")
-    if kind not in _CLASSES and isinstance(package, str) and _PACKAGE.fullmatch(package):
+def import_package(package: Any) -> None:
+    """Imports the package of this library that a file names, where it is one and is there."""
+    if isinstance(package, str) and _PACKAGE.fullmatch(package):
         try:
             import_module(package)
         except ModuleNotFoundError:
             pass  # of a later version, or made up
+
+
+def package_of(cls: type) -> str:
+    """The package that `import_package` needs for a class."""
+    return ".".join(cls.__module__.split(".")[:2])
+
+
+def class_of(path: str | os.PathLike[str], kind: str, package: Any) -> type[Artifact]:
+    """The class of a kind, from its package where it is not imported yet.
+
+    Raises:
+        InvalidInput: it is not known here.
+    """
+    if kind not in _CLASSES:
+        import_package(package)
     if kind not in _CLASSES:
         raise InvalidInput(
             f"{path} holds {kind} of {package or 'an earlier version'}, which is not known here; "

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dreamreader.artifacts.kinds import Artifact, class_of, package_of
 from dreamreader.errors import InvalidInput, UnknownName
 
 _CONTAINERS = {"tuple": tuple, "set": set, "frozenset": frozenset}
@@ -17,7 +18,7 @@ def pack(value: Any, tensors: dict[str, Tensor], classes: Mapping[str, type] | N
     """JSON for a value; whatever JSON does not tell apart gets a mark {"is": kind, "of": content}.
 
     Args:
-        value: plain values, tensors, collections of them, and objects of `classes`.
+        value: plain values, tensors, collections of them, artifacts, and objects of `classes`.
         tensors: takes the tensors of the value, under numbered names.
         classes: what files call the classes that may occur: dataclasses, and mappings that are made
             of their values.
@@ -49,6 +50,8 @@ def pack(value: Any, tensors: dict[str, Tensor], classes: Mapping[str, type] | N
                 own = {each.name: packed(getattr(value, each.name)) for each in fields(value)}
                 return {"is": names[type(value)], "of": own}
             return {"is": names[type(value)], "of": [packed(each) for each in value.values()]}
+        if isinstance(value, Artifact):
+            return {"is": "artifact", "of": _packed_artifact(value, tensors)}
         if isinstance(value, list):
             return [packed(each) for each in value]
         if isinstance(value, tuple | set | frozenset):
@@ -92,6 +95,10 @@ def unpack(
             return tensors[content]
         if kind == "float":
             return float(content)
+        if kind == "artifact":
+            own = {name: tensors[key] for name, key in content["tensors"].items()}
+            cls = class_of("this file", content["kind"], content["package"])
+            return cls.of_file(own, content["content"])
         if kind in _CONTAINERS:
             return _CONTAINERS[kind](unpacked(each) for each in content)
         if kind in _SPANS:
@@ -107,3 +114,13 @@ def unpack(
         return known[kind]([unpacked(each) for each in content])
 
     return unpacked(value)
+
+
+def _packed_artifact(thing: Artifact, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    own, content = thing.to_file()
+    keys = {}
+    for name, tensor in own.items():
+        keys[name] = f"tensor_{len(tensors)}"
+        tensors[keys[name]] = tensor
+    home = package_of(type(thing))
+    return {"kind": thing.artifact_kind, "package": home, "content": content, "tensors": keys}

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dreamreader.attention.scores import resize
 from dreamreader.engine import Attention, Call, Row
 from dreamreader.errors import InvalidInput
+from dreamreader.report.heat import resize
 
 
 @dataclass(eq=False)

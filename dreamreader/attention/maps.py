@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dreamreader.artifacts import Artifact, pack, unpack
 from dreamreader.attention import scores
-from dreamreader.attention.pictures import draw, overlay, table
-from dreamreader.attention.scores import resize
+from dreamreader.attention.pictures import draw, table
 from dreamreader.engine import Firing, FiringReport, Row
 from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.report.heat import overlay, resize
 
 ROWS, WORDS = 8, 12  # shown in a notebook
 

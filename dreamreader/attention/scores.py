@@ -1,7 +1,6 @@
-"""Heat maps at other sizes, and how well they find objects: overlap and pointing with masks."""
+"""How well heat maps find objects: overlap and pointing with masks."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -75,14 +74,3 @@ def _fitting(maps: Tensor, masks: Tensor) -> Tensor:
         raise InvalidInput(f"masks are {list(masks.shape)}, the maps {list(maps.shape)}")
     middle = (1,) * (maps.dim() - 3)
     return masks.to(maps.device).view(masks.shape[0], *middle, *masks.shape[1:])
-
-
-def resize(
-    maps: Float[Tensor, "*axes h w"], size: tuple[int, int]
-) -> Float[Tensor, "*axes height width"]:
-    """Bicubic to a size (height, width), then clamped at 0."""
-    if tuple(maps.shape[-2:]) == size:
-        return maps.clamp(min=0)
-    flat = maps.reshape(1, -1, *maps.shape[-2:])
-    found = F.interpolate(flat, size, mode="bicubic", align_corners=False)
-    return found.clamp_(min=0).view(*maps.shape[:-2], *size)

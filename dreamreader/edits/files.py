@@ -3,11 +3,11 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from torch import Tensor
 
-from dreamreader.artifacts import Artifact, pack, unpack
+from dreamreader.artifacts import Artifact, import_package, pack, package_of, unpack
 from dreamreader.edits.ablate import Ablate
 from dreamreader.edits.loreft import LoReFT
 from dreamreader.edits.mlp import Mlp
@@ -29,6 +29,15 @@ _VALUES = {  # names in files
     "Mlp": Mlp,
     "Row": Row,
 }
+
+
+E = TypeVar("E", bound=type[EditRequest])
+
+
+def savable(edit: E) -> E:
+    """Lets files hold edits of a class of another package: a decorator, above its `dataclass`."""
+    _KINDS[edit.__name__] = edit
+    return edit
 
 
 class Edits(list[EditRequest], Artifact, kind="edits"):
@@ -93,10 +102,12 @@ def _packed_edit(edit: EditRequest, tensors: dict[str, Tensor]) -> dict[str, Any
             raise InvalidInput(
                 f"{edit.describe()}: {each.name} cannot be saved: {error}"
             ) from error
-    return {"kind": kind, "fields": packed}
+    return {"kind": kind, "package": package_of(type(edit)), "fields": packed}
 
 
 def _unpacked_edit(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> EditRequest:
+    if content["kind"] not in _KINDS:
+        import_package(content.get("package"))
     if content["kind"] not in _KINDS:
         raise UnknownName("kind of edit", str(content["kind"]), _KINDS)
     values = {name: unpack(value, tensors, _VALUES) for name, value in content["fields"].items()}

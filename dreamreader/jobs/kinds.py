@@ -34,6 +34,7 @@ KINDS = {
     "experiment": Kind("dreamreader.experiments.experiment:Experiment", "method"),
     "harvest": Kind("dreamreader.harvest.harvest:Harvest", "capture"),
     "probes": Kind("dreamreader.training.probes:ProbeJob", "labels"),
+    "sae": Kind("dreamreader.training.sae:SaeJob", "autoencoders"),
     "reft": Kind("dreamreader.training.reft:ReftJob", "sites"),  # probes have sites too
 }
 

@@ -14,6 +14,7 @@ from dreamreader.report.blocks import (
     Series,
     Table,
     Text,
+    Tokens,
 )
 from dreamreader.report.page import Report, Section
 
@@ -33,4 +34,5 @@ __all__ = [
     "Series",
     "Table",
     "Text",
+    "Tokens",
 ]

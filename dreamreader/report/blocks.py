@@ -228,6 +228,34 @@ class HeatMap:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """Texts whose pieces are shaded by value: 0 is paper, `limit` full colour, NaN is none.
+
+    Args:
+        texts: of each line its label, and pieces of text with their values.
+        limit: the value of full colour.
+    """
+
+    texts: Sequence[tuple[str, Sequence[tuple[str, float]]]]
+    limit: float = 1.0
+    caption: str = ""
+    kind = "tokens"
+
+    @property
+    def lines(self) -> list[tuple[str, list[tuple[str, int, str]]]]:
+        return [
+            (label, [(text, self._shade(value), self._note(value)) for text, value in pieces])
+            for label, pieces in self.texts
+        ]
+
+    def _shade(self, value: float) -> int:
+        return round(100 * min(1.0, max(0.0, value / self.limit))) if np.isfinite(value) else 0
+
+    def _note(self, value: float) -> str:
+        return f"{value:.3g}" if np.isfinite(value) else ""
+
+
+@dataclass(frozen=True)
 class Table:
     """A plain table; columns whose cells are all numbers, shares or empty are set flush right."""
 

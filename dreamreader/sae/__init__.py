@@ -1,5 +1,8 @@
 """Sparse autoencoders: training, files of other libraries, and features that are understood."""
 
+from dreamreader.sae.dashboard import write_dashboard, write_neuronpedia
+from dreamreader.sae.edit import SAEEdit, unlearn
+from dreamreader.sae.examples import FeatureExamples, StrongestRows
 from dreamreader.sae.fold import fold
 from dreamreader.sae.formats import read_sae, write_sae
 from dreamreader.sae.loss import AUX_RULES, AuxK, SaeLoss
@@ -13,16 +16,22 @@ __all__ = [
     "THRESHOLD_RULES",
     "AuxK",
     "BatchTopK",
+    "FeatureExamples",
     "JumpReLU",
     "Reconstruction",
+    "SAEEdit",
     "SaeLoss",
     "SampledTopK",
     "Selection",
     "SparseAutoencoder",
+    "StrongestRows",
     "ThresholdRule",
     "TopK",
     "fold",
     "read_sae",
     "train_sae",
+    "unlearn",
+    "write_dashboard",
+    "write_neuronpedia",
     "write_sae",
 ]

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, Self
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dreamreader.errors import InvalidInput, UnknownName
@@ -210,6 +210,47 @@ class SparseCodec(nn.Module):
             return found.reshape(x.shape)
         return found.reshape(*codes.shape[:-1], self.d_in)
 
+    @property
+    def encodes_rows_alone(self) -> bool:
+        """Whether the codes of a row, in `eval()` mode, do not depend on the rows beside it."""
+        by_threshold = self.inference == "threshold" and self.threshold is not None
+        return by_threshold or isinstance(self.selection, TopK | JumpReLU)
+
+    def encode_features(
+        self, x: Float[Tensor, "rows d_in"], features: Int[Tensor, " m"]
+    ) -> Float[Tensor, "rows m"]:
+        """The codes of some latents; where thresholds decide, no others are computed.
+
+        Args:
+            x: [rows, d_in]. features: numbers of latents.
+        """
+        threshold = self.threshold
+        by_threshold = isinstance(self.selection, JumpReLU) or (
+            not self.training and self.inference == "threshold" and threshold is not None
+        )
+        if not by_threshold:
+            return self.encode(x)[:, features]
+        assert threshold is not None
+        rows, weight, bias = self._encoder(self._affine(x).apply(x), features)
+        found = torch.addmm(bias, rows, weight.T)
+        return torch.where(found <= threshold[features].clamp(min=0).to(found.dtype), 0, found)
+
+    def decode_change(
+        self,
+        change: Float[Tensor, "rows m"],
+        features: Int[Tensor, " m"],
+        x: Float[Tensor, "rows d_in"],
+    ) -> Float[Tensor, "rows d_in"]:
+        """By how much reconstructions change where codes of some latents do.
+
+        Args:
+            change: of the codes. features: numbers of latents. x: what was encoded.
+        """
+        rows = self.W_dec[features].to(change.dtype)
+        if self.rescale:
+            rows = rows / row_norms(rows).unsqueeze(1)
+        return (change @ rows) / self._affine(x).scale.to(change.dtype)
+
     @torch.no_grad()
     def fit_normalisation(self, x: Float[Tensor, "*batch d_in"]) -> None:
         """Takes the scale of `average_norm` or `standardise` from a sample of rows.
@@ -272,12 +313,18 @@ class SparseCodec(nn.Module):
             return _IDENTITY
         return Affine(self.input_shift, self.input_scale)
 
-    def _encoder(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Centred rows, rows of the encoder and its bias, in the dtype of computing."""
+    def _encoder(self, z: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Centred rows, rows of the encoder and its bias, in the dtype of computing.
+
+        Args:
+            features: numbers of latents; all where None.
+        """
         dtype = self.compute_dtype or self.W_enc.dtype
-        weight, bias, rows = self.W_enc.T, self.b_enc, z.to(dtype)
+        weight, bias, decoder, rows = self.W_enc.T, self.b_enc, self.W_dec, z.to(dtype)
+        if features is not None:
+            weight, bias, decoder = weight[features], bias[features], decoder[features]
         if self.rescale:
-            norms = row_norms(self.W_dec)
+            norms = row_norms(decoder)
             weight, bias = weight * norms.unsqueeze(1), bias * norms
         if self.apply_b_dec_to_input:
             rows = rows - self.b_dec.to(dtype)

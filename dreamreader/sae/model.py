@@ -254,7 +254,7 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
         made.set_tensors({name: tensors[name] for name in made.state_dict()})
         for name in content["statistics"]:
             made.statistics[name] = tensors[f"statistics.{name}"]
-        return made
+        return made.eval()  # to be used; call train() to go on
 
     def _prefixes(self, codes: SparseRows) -> list[Tensor]:
         """Reconstructions from the latents of each prefix."""

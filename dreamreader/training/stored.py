@@ -49,16 +49,7 @@ class Stored:
         Raises:
             UnknownName: the store has none like it.
         """
-        known, wanted = list(self.store.sites), self.spec.sites
-        if wanted is None:
-            return known
-        found: list[str] = []
-        for pattern in [wanted] if isinstance(wanted, str) else wanted:
-            names = [name for name in known if _matches(pattern, name)]
-            if not names:
-                raise UnknownName("site", pattern, known, f"{self.store.path} has no other")
-            found += names
-        return list(dict.fromkeys(found))
+        return chosen_sites(self.store, self.spec.sites)
 
     def check(self) -> None:
         """Refuses sites, pools and labels that cannot be trained on.
@@ -150,6 +141,24 @@ class Stored:
                 f"probe.pool: {wanted}, but rows of {site} are stored with pool {stored}; {fitting}"
             )
         return wanted
+
+
+def chosen_sites(store: Store, wanted: str | Sequence[str] | None) -> list[str]:
+    """Names of a store's sites, those that patterns name or all.
+
+    Raises:
+        UnknownName: the store has none like it.
+    """
+    known = list(store.sites)
+    if wanted is None:
+        return known
+    found: list[str] = []
+    for pattern in [wanted] if isinstance(wanted, str) else wanted:
+        names = [name for name in known if _matches(pattern, name)]
+        if not names:
+            raise UnknownName("site", pattern, known, f"{store.path} has no other")
+        found += names
+    return list(dict.fromkeys(found))
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from training.jobs import DOWN, MIDDLE, PROBES, REFT
+from training.jobs import DOWN, MIDDLE, PROBES, REFT, SAE
 
 PAIRS = [
     {"source": "a small red circle", "target": "a small blue circle"},
@@ -77,13 +77,20 @@ MOMENTS: dict[str, list[Moment]] = {
         *(renamed("plan.json"), renamed(f"{DOWN}.json"), renamed(f"{MIDDLE}.safetensors")),
         renamed("result.json"),
     ],
+    "sae": [
+        *(renamed("fingerprint.json"), call(2), Moment("step", nth=3), Moment("step", nth=7)),
+        *(renamed(f"{DOWN}-2.safetensors"), renamed(f"{DOWN}.json"), Moment("step", nth=4)),
+        *(renamed(f"{MIDDLE}.json"), renamed("result.json"), renamed("report.html")),
+    ],
 }
 KILLS = {"texts": 44, "pictures": 6}  # at moments that are drawn
 BATCHES = {"texts": 14, "pictures": 6}  # of a whole run
 KINDS = [*MOMENTS, *KILLS]
-UNITS = {"reft": "none", "probes": "probes/[!.]*.safetensors"} | dict.fromkeys(
-    KILLS, "shards/[0-9]*/unit.json"
-)  # files of finished units
+UNITS = {
+    "reft": "none",
+    "probes": "probes/[!.]*.safetensors",
+    "sae": "autoencoders/[!.]*.json",
+} | dict.fromkeys(KILLS, "shards/[0-9]*/unit.json")  # files of finished units
 
 
 def drawn_moment(kind: str, draw: random.Random) -> Moment:
@@ -101,7 +108,7 @@ def main(folder: Path) -> None:
     from dreamreader.engine import Reader
     from dreamreader.experiments import Experiment
     from dreamreader.harvest import Harvest
-    from dreamreader.training import ProbeJob, ReftJob
+    from dreamreader.training import ProbeJob, ReftJob, SaeJob
 
     torch.set_num_threads(1)
     unet, gpt2 = dreamreader.load("shapes-unet"), Reader(*tiny.language_model("gpt2"))
@@ -112,6 +119,8 @@ def main(folder: Path) -> None:
             return ReftJob(reader=unet, **REFT)
         if kind == "probes":
             return ProbeJob(reader=unet, **{**PROBES, "sites": [DOWN, MIDDLE]})
+        if kind == "sae":
+            return SaeJob(reader=unet, **SAE)
         if kind == "texts":
             return Harvest(
                 name=kind,

@@ -12,9 +12,9 @@ from dreamreader import load
 from dreamreader._progress import ProgressEvent
 from dreamreader.errors import DreamreaderError
 from dreamreader.experiments import Experiment
-from dreamreader.training import ProbeJob, ReftJob
+from dreamreader.training import ProbeJob, ReftJob, SaeJob
 from tests.experiments.conftest import MIDDLE, PAIRS
-from tests.training.jobs import PROBES, REFT
+from tests.training.jobs import PROBES, REFT, SAE
 
 FIT = [{"source": f"a red {name}", "target": f"a blue {name}"} for name in ("star", "cross")]
 Run = Callable[[Path], Any]
@@ -63,7 +63,16 @@ def jobs() -> dict[str, tuple[Run, Run]]:
             (site, probe.card, probe.mlps[0].weights[0].tolist()) for site, probe in found.items()
         ]
 
+    def sae(out: Path, **changes: Any) -> Any:
+        found = SaeJob(reader=reader, **SAE).run(out, **changes)
+        return [
+            (site, name, each.W_dec.tolist(), each.threshold_mean.item())
+            for site, own in found.items()
+            for name, each in own.items()
+        ]
+
     return {
+        "sae": (sae, lambda out: sae(out, progress=_stop)),
         "experiment": (experiment, lambda out: experiment(out, progress=_stop)),
         "reft": (reft, lambda out: reft(out, progress=_stop)),
         "probes": (probes, lambda out: probes(out, progress=_stop)),
@@ -110,7 +119,7 @@ def _is_read(file: Path) -> bool:
     return file.is_file() and file.suffix not in (".png", ".html") and file.name != ".lock"
 
 
-@pytest.mark.parametrize("kind", ["experiment", "reft", "probes"])
+@pytest.mark.parametrize("kind", ["experiment", "reft", "probes", "sae"])
 def test_a_complete_folder(jobs, kind: str, tmp_path: Path) -> None:
     run, _ = jobs[kind]
     expected = run(tmp_path / "whole")
@@ -119,7 +128,7 @@ def test_a_complete_folder(jobs, kind: str, tmp_path: Path) -> None:
     assert not silent and refused >= 30
 
 
-@pytest.mark.parametrize("kind", ["experiment", "reft", "probes"])
+@pytest.mark.parametrize("kind", ["experiment", "reft", "probes", "sae"])
 def test_a_folder_that_was_stopped(jobs, kind: str, tmp_path: Path, monkeypatch: Any) -> None:
     run, stopped = jobs[kind]
     expected = run(tmp_path / "whole")

@@ -33,3 +33,17 @@ PROBES: dict[str, Any] = {
     "probe": {"hidden": [], "epochs": 30, "lr": 0.05, "holdout": 3, "controls": False},
     "batch": {"rows": 9},
 }
+
+SAE: dict[str, Any] = {
+    "name": "latents",
+    "subject": "shapes-unet",
+    "data": {"prompts": ["a red circle", "a blue square", "a green star"]},
+    "sites": [DOWN, MIDDLE],
+    "branch": "cond",
+    "pipeline": {"num_inference_steps": 2},
+    "autoencoders": [{"d_sae": 24, "k": 2}, {"selection": "SampledTopK", "d_sae": 24, "k": 2}],
+    "training": {"tokens": 192, "batch_size": 16, "lr": 0.01, "save_every": 1},
+    "controls": ["shuffled"],
+    "evaluation": {"rows": 128},
+    "batch": {"rows": 3},
+}

@@ -19,6 +19,7 @@ METHODS = [
     "patch.WindowsMethod",
     "lens.LensMethod",
     "heatmap.HeatMapMethod",
+    "sae.SaeMethod",
 ]
 """Module and class of each; a new method is one line here."""
 

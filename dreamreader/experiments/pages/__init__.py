@@ -16,6 +16,7 @@ PAGES = {
     "lens": "lens.LensPage",
     "patch": "chunked.PatchingPage",
     "reft": "reft.ReftPage",
+    "sae": "sae.SaePage",
     "steer": "steer.SteerPage",
     "windows": "chunked.PatchingPage",
 }

@@ -1,0 +1,335 @@
+"""Sparse autoencoders from a spec file: on a store, on a model that is run, or known answers."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from dreamreader._files import explained
+from dreamreader._progress import ProgressEvent
+from dreamreader.harvest import Harvest
+from dreamreader.jobs import Fingerprint, fingerprint
+from dreamreader.jobs.fingerprint import code_version, machine_facts, package_versions, portable
+from dreamreader.jobs.job import REPORT, RunUnit, SpecJob, Work
+from dreamreader.sae import SparseAutoencoder, train_sae
+from dreamreader.sae.evaluate import with_random_decoder, with_random_encoder
+from dreamreader.store.layout import file_of
+from dreamreader.training.folder import CHECKPOINTS, RESULT, TrainingFolder
+from dreamreader.training.sae_page import describe_scores, write_report
+from dreamreader.training.sae_rows import (
+    KNOWN,
+    KnownRows,
+    RowSource,
+    StoredRows,
+    with_shuffled,
+)
+from dreamreader.training.sae_scores import measure, seed_agreement
+from dreamreader.training.sae_specs import AutoencoderSpec, SaeSpec
+
+ACTIVATIONS = "activations"  # folder of the rows of a model that is run first
+_FOLDER = "autoencoders"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One autoencoder of a site.
+
+    Attributes:
+        title: in tables. seed: of its first weights and of what it draws.
+        control: what is taken from it, or "" for the autoencoder itself.
+    """
+
+    title: str
+    spec: AutoencoderSpec
+    seed: int
+    control: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its name among those of its site, and of its file."""
+        parts = [self.title, f"seed {self.seed}", self.control.replace("_", " ")]
+        return ", ".join(each for each in parts if each)
+
+
+class SaeJob(SpecJob[SaeSpec]):
+    """Trains the autoencoders of a spec, those of a site in one pass over its rows.
+
+    Args:
+        spec: a `SaeSpec`, or its content as a mapping; or give the fields by name.
+        reader: a subject of your own; `subject` then only names it.
+        home: what a relative `store` is meant from.
+
+    Raises:
+        InvalidInput: a field cannot be right.
+
+    Example:
+        >>> job = SaeJob(
+        ...     name="known", known_answers={"features": 64, "d_in": 16, "roots": 4, "depth": 1},
+        ...     autoencoders=[{"d_sae": 32, "k": 2}], training={"tokens": 100_000},
+        ... )
+        >>> autoencoders = job.run("known")  # doctest: +SKIP
+        >>> sae = autoencoders["known answers"]["BatchTopK d=32 k=2, seed 0"]  # doctest: +SKIP
+    """
+
+    kind, model, folder_type = "sae", SaeSpec, TrainingFolder
+    counts = "sites"
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Self:
+        """Reads a spec file; see `specs.load.load_spec`."""
+        job = super().from_file(path, overrides)
+        home, spec = Path(path).parent, job.spec
+        changes: dict[str, Any] = {}
+        if spec.store is not None:  # the folder of the result shall find it too
+            changes["store"] = str((home / spec.store).resolve())
+        if spec.evaluation.store is not None:
+            store = str((home / spec.evaluation.store).resolve())
+            changes["evaluation"] = spec.evaluation.model_copy(update={"store": store})
+        job.spec = spec.model_copy(update=changes)
+        return job
+
+    @property
+    def autoencoders(self) -> list[Planned]:
+        """Those of each site, controls behind them."""
+        spec = self.spec
+        found = [Planned(each.title, each, seed) for each in spec.listed() for seed in spec.seeds]
+        first = [each for each in found if each.seed == spec.seeds[0]]
+        return found + [
+            Planned(each.title, each.spec, each.seed, control)
+            for control in spec.controls
+            for each in first
+        ]
+
+    @cached_property
+    def harvest(self) -> Harvest:
+        """What records the rows of a model that is run."""
+        spec = self.spec
+        assert spec.subject is not None
+        capture = {"sites": spec.sites, "branch": spec.branch, "steps": spec.steps}
+        if spec.tokens is not None:
+            capture["tokens"] = spec.tokens
+        return Harvest(
+            reader=self._reader,
+            name=spec.name,
+            subject=spec.subject,
+            data=spec.data,
+            seeds=spec.prompt_seeds,
+            pipeline=spec.pipeline,
+            batch=spec.batch,
+            capture=[capture],
+        )
+
+    def source(self, folder: Path | None = None) -> RowSource:
+        """Where rows come from.
+
+        Args:
+            folder: of the result, where those of a model are.
+        """
+        spec, home = self.spec, self._home or Path()
+        if spec.known_answers is not None:
+            return KnownRows(spec)
+        evaluated = None if spec.evaluation.store is None else home / spec.evaluation.store
+        if spec.store is not None:
+            return StoredRows(spec, home / spec.store, evaluated)
+        assert folder is not None
+        return StoredRows(spec, folder / ACTIVATIONS, evaluated)
+
+    def plan(self) -> str:
+        """Sites, autoencoders and steps, in lines."""
+        spec, lines = self.spec, []
+        if spec.subject is None:
+            source = self.source()
+            lines += [f"rows    {site}, width {source.width(site)}" for site in source.sites]
+        else:
+            lines.append(str(self.harvest.plan()))
+        length = spec.training.tokens or f"{spec.training.epochs} epochs of rows"
+        lines.append(f"train   {length:,} rows" if isinstance(length, int) else f"train   {length}")
+        return "\n".join([*lines, *(f"        {each.name}" for each in self.autoencoders)])
+
+    def begin(self, folder: TrainingFolder) -> list[str]:
+        """Names of the sites."""
+        shown = self.spec.model_dump(mode="json", exclude={"name", "store", "evaluation"})
+        rows = self.spec.evaluation.rows
+        settings = {"spec": portable(shown), "evaluated": rows}
+        if self.spec.subject is None:
+            source = self.source()
+            taken = _fingerprint(settings | source.identity(), self.spec.seeds)
+            folder.begin(self.spec, taken, {"sites": list(source.sites)})
+            return list(source.sites)
+        job = self.harvest.job
+        reader = job.reader
+        taken = fingerprint(reader.subject, settings, self.spec.seeds, reader.tokenizer)
+        folder.begin(self.spec, taken, {"sites": None})
+        patterns = self.harvest.spec.capture[0].patterns
+        return list(dict.fromkeys(site.name for each in patterns for site in reader.sites(each)))
+
+    def units(self, plan: list[str]) -> int:
+        return len(plan)
+
+    def there(self, folder: TrainingFolder, plan: list[str]) -> set[int]:
+        return {
+            n
+            for n, site in enumerate(plan)
+            if (notes := folder.read(_notes(site))) is not None and notes["run"] == folder.run
+        }
+
+    def prepare(self, work: Work) -> None:
+        """Records the rows of a model that is run."""
+        if self.spec.subject is not None:
+            self.harvest.run(work.folder.path / ACTIVATIONS, progress=work.report)
+
+    @contextmanager
+    def opened(self, work: Work) -> Iterator[RunUnit]:
+        source = self.source(work.folder.path)
+
+        def train_site(unit: int, room: int | None) -> int:
+            self._train(work, source, work.plan[unit])
+            return 0
+
+        yield train_site
+
+    def finish(self, work: Work) -> None:
+        if work.folder.is_complete:
+            return
+        names = []
+        for site in work.plan:
+            notes = work.folder.need(_notes(site))
+            names += [_notes(site), *(each["file"] for each in notes["autoencoders"].values())]
+        work.folder.complete({"sites": work.plan}, names)
+
+    def clear(self, work: Work) -> None:
+        work.folder.clear(CHECKPOINTS)
+        if not self.spec.keep_activations:
+            work.folder.clear(ACTIVATIONS)
+
+    def result(self, folder: TrainingFolder) -> dict[str, dict[str, SparseAutoencoder]]:
+        """The autoencoders by site and name, controls among them."""
+        return {
+            site: {
+                name: SparseAutoencoder.load(folder.path / each["file"])
+                for name, each in folder.need(_notes(site))["autoencoders"].items()
+            }
+            for site in _done(folder)
+        }
+
+    @classmethod
+    def write_report(cls, folder: TrainingFolder) -> Path:
+        spec = cls.of_folder(folder.path).spec
+        return write_report(spec, folder, {s: folder.need(_notes(s)) for s in _done(folder)})
+
+    @classmethod
+    def results(cls, folder: TrainingFolder) -> Mapping[str, Any]:
+        return {
+            site: {
+                name: each["scores"]
+                for name, each in folder.need(_notes(site))["autoencoders"].items()
+            }
+            for site in _done(folder)
+        }
+
+    @classmethod
+    def summary(cls, folder: TrainingFolder) -> list[str]:
+        folder.need_complete()
+        name, lines = cls.of_folder(folder.path).spec.name, []
+        for site in _done(folder):
+            for title, each in folder.need(_notes(site))["autoencoders"].items():
+                lines.append(f"  {site}: {title}: {describe_scores(each['scores'])}")
+        return [f"{name}: {len(lines)} autoencoders", *lines, f"report: {folder.path / REPORT}"]
+
+    def _train(self, work: Work, source: RowSource, site: str) -> None:
+        """The autoencoders of a site, and what they are worth."""
+        folder, training = work.folder, self.spec.training
+        made = {each.name: _build(each, source.width(site), site) for each in self.autoencoders}
+        planned = {each.name: each for each in self.autoencoders}
+        shuffled = [name for name, each in planned.items() if each.control == "shuffled"]
+        batches = with_shuffled(source.batches(site), site, shuffled)
+        steps = None if training.tokens is None else training.tokens // training.batch_size
+        checkpoint = folder.path / CHECKPOINTS / file_of(site)
+        options = training.model_dump(exclude={"tokens", "epochs", "batch_size"})
+        histories = train_sae(
+            made,
+            batches,
+            steps=steps,
+            epochs=training.epochs,
+            folder=checkpoint,
+            progress=_of_site(work, site),
+            of={"run": folder.run, "site": site},
+            seed=self.spec.seeds[0],
+            **options,
+        )
+        notes: dict[str, Any] = {}
+        with explained(folder.path):
+            for number, (name, sae) in enumerate(made.items()):
+                scores = measure(sae, source, site, name in shuffled)
+                file = f"{_FOLDER}/{file_of(site).removesuffix('.safetensors')}-{number}"
+                (folder.path / file).parent.mkdir(parents=True, exist_ok=True)
+                sae.save(folder.path / f"{file}.safetensors")
+                each = planned[name]
+                notes[name] = {
+                    "file": f"{file}.safetensors",
+                    "title": each.title,
+                    "seed": each.seed,
+                    "control": each.control,
+                    "losses": thin(histories[name].losses),
+                    "scores": scores,
+                }
+            agreement = seed_agreement(made, planned)
+            own = {"run": folder.run, "autoencoders": notes, "seed_mcc": agreement}
+            folder.write(_notes(site), own)
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        of = spec.store or (KNOWN if spec.subject is None else spec.subject.model)
+        return f"SaeJob({spec.name!r}: {len(spec.listed())} autoencoders on {of})"
+
+
+def thin(losses: Sequence[float], points: int = 200) -> list[tuple[int, float]]:
+    """Some (step, loss) of many, the last among them."""
+    stride = max(1, len(losses) // points)
+    kept = [(n, losses[n - 1]) for n in range(stride, len(losses) + 1, stride)]
+    return kept if kept and kept[-1][0] == len(losses) else [*kept, (len(losses), losses[-1])]
+
+
+def _build(planned: Planned, width: int, site: str) -> SparseAutoencoder:
+    spec = planned.spec
+    assert isinstance(spec.d_sae, int)
+    made = SparseAutoencoder(
+        width,
+        spec.d_sae,
+        spec.selection_for(planned.seed),
+        seed=planned.seed,
+        metadata={"site": site, "control": planned.control},
+        **spec.options(),
+    )
+    if planned.control == "random_decoder":
+        return with_random_decoder(made, planned.seed + 1)
+    return with_random_encoder(made, planned.seed + 1) if "encoder" in planned.control else made
+
+
+def _of_site(work: Work, site: str) -> Any:
+    """Reports a training's progress with the name of its site."""
+
+    def report(event: ProgressEvent) -> None:
+        note = f"{site}: {event.note}"
+        work.report(ProgressEvent(event.stage, event.done, event.total, event.numbers, note))
+
+    return report
+
+
+def _notes(site: str) -> str:
+    """The file of a site's results, within the folder."""
+    return str(Path(_FOLDER, file_of(site)).with_suffix(".json"))
+
+
+def _done(folder: TrainingFolder) -> list[str]:
+    return folder.need(RESULT)["sites"]
+
+
+def _fingerprint(settings: Mapping[str, Any], seeds: Sequence[int]) -> Fingerprint:
+    # rows of a store: the fingerprints of its harvests, in the settings, know the weights
+    return Fingerprint(
+        settings, "", {}, code_version(), package_versions(), list(seeds), machine_facts()
+    )
