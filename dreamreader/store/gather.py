@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dreamreader._register import narrowed, native
+from dreamreader._register import chosen_backend, native
 from dreamreader.errors import InvalidInput
 from dreamreader.ops.permutation import permuted
 from dreamreader.store.layout import STORED
@@ -56,7 +56,7 @@ class Gather(Protocol):
 
 def open_gather(picked: Picked) -> Gather:
     """The native gather where it was built, else the reference."""
-    module: Any = native()[0] if narrowed() in (None, "native") else None
+    module: Any = native()[0] if chosen_backend() in (None, "native") else None
     return ReferenceGather(picked) if module is None else NativeGather(picked, module)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreamreader._files import explained
+from dreamreader._files import explain_disk_errors
 from dreamreader.jobs.folder import FINGERPRINT
 from dreamreader.jobs.page import job_report
 from dreamreader.probes import Card
@@ -39,7 +39,7 @@ def write_report(spec: ProbeSpec, folder: TrainingFolder) -> Path:
         _numbers(cards, first["rows"]),
         [_overview(cards), *(_site(card, notes[site]) for site, card in cards.items())],
     )
-    with explained(folder.path):
+    with explain_disk_errors(folder.path):
         return page.write(folder.path / "report.html")
 
 

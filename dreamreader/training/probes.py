@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from dreamreader._files import explained
+from dreamreader._files import explain_disk_errors
 from dreamreader.jobs import Fingerprint, fingerprint
 from dreamreader.jobs.fingerprint import code_version, machine_facts, package_versions, portable
 from dreamreader.jobs.job import REPORT, RunUnit, SpecJob, Work
@@ -98,7 +98,7 @@ class ProbeJob(SpecJob[ProbeSpec]):
             site, probe, notes = next(trained)
             own = {"run": folder.run, "card": probe.card.as_dict()}
             folder.write(notes_file(site), {**own, **notes})
-            with explained(folder.path):
+            with explain_disk_errors(folder.path):
                 probe.save(folder.path / probe_name(site))
             return 0
 

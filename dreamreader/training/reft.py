@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dreamreader._files import explained
+from dreamreader._files import explain_disk_errors
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
 from dreamreader.jobs import fingerprint
@@ -117,7 +117,7 @@ class ReftJob(SpecJob[ReftSpec]):
         folder: TrainingFolder = work.folder
 
         def train_all(unit: int, room: int | None) -> int:
-            with explained(folder.path):
+            with explain_disk_errors(folder.path):
                 found = fit_adapters(
                     self.spec.training,
                     self.place(work.plan),

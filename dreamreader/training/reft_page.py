@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreamreader._files import explained
+from dreamreader._files import explain_disk_errors
 from dreamreader.jobs.folder import FINGERPRINT
 from dreamreader.jobs.page import job_report
 from dreamreader.report import Charts, Curves, Number, Section, Series, Table
@@ -32,7 +32,7 @@ def write_report(spec: ReftSpec, folder: TrainingFolder) -> Path:
             *_terms(result),
         ],
     )
-    with explained(folder.path):
+    with explain_disk_errors(folder.path):
         return page.write(folder.path / "report.html")
 
 
