@@ -88,7 +88,7 @@ class RunFolder(JobFolder):
 
     # rows
 
-    def finished(self, units: Sequence[RowBatch]) -> set[int]:
+    def finished_units(self, units: Sequence[RowBatch]) -> set[int]:
         """Numbers of the units whose file is there."""
         return {unit.number for unit in units if self._unit_file(unit).is_file()}
 

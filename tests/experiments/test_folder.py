@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def test_batches_become_one_table(folder: RunFolder) -> None:
-    assert folder.finished(UNITS) == {0, 1} and folder.has_results and not folder.is_complete
+    assert folder.finished_units(UNITS) == {0, 1} and folder.has_results and not folder.is_complete
     folder.merge(UNITS)
     folder.clear(UNITS)
     assert folder.is_complete and not (folder.path / "rows").exists()
