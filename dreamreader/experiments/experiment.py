@@ -100,7 +100,7 @@ class Experiment(SpecJob[Spec]):
     def size(self, plan: ExperimentPlan, unit: int) -> int:
         return plan.units[unit].stop - plan.units[unit].start
 
-    def there(self, folder: RunFolder, plan: ExperimentPlan) -> set[int]:
+    def units_there(self, folder: RunFolder, plan: ExperimentPlan) -> set[int]:
         return (
             set(range(len(plan.units))) if folder.is_complete else folder.finished_units(plan.units)
         )
@@ -127,7 +127,7 @@ class Experiment(SpecJob[Spec]):
             self.spec.method.prepare(self.job)
 
     @contextmanager
-    def opened(self, work: Work) -> Iterator[RunUnit]:
+    def open_runner(self, work: Work) -> Iterator[RunUnit]:
         job, folder = self.job, work.folder
 
         def run_unit(number: int, room: int | None) -> int:

@@ -85,11 +85,11 @@ class ProbeJob(SpecJob[ProbeSpec]):
     def units(self, plan: ProbePlan) -> int:
         return len(plan.sites)
 
-    def there(self, folder: TrainingFolder, plan: ProbePlan) -> set[int]:
+    def units_there(self, folder: TrainingFolder, plan: ProbePlan) -> set[int]:
         return {n for n, site in enumerate(plan.sites) if _is_trained(folder, site)}
 
     @contextmanager
-    def opened(self, work: Work) -> Iterator[RunUnit]:
+    def open_runner(self, work: Work) -> Iterator[RunUnit]:
         folder: TrainingFolder = work.folder
         sites = [work.plan.sites[unit] for unit in work.missing]
         trained = self.source.trained(sites, work.plan.batch, work.report)

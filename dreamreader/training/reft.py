@@ -109,11 +109,11 @@ class ReftJob(SpecJob[ReftSpec]):
     def units(self, plan: int) -> int:
         return 1
 
-    def there(self, folder: TrainingFolder, plan: int) -> set[int]:
+    def units_there(self, folder: TrainingFolder, plan: int) -> set[int]:
         return {0} if folder.is_complete else set()
 
     @contextmanager
-    def opened(self, work: Work) -> Iterator[RunUnit]:
+    def open_runner(self, work: Work) -> Iterator[RunUnit]:
         folder: TrainingFolder = work.folder
 
         def train_all(unit: int, room: int | None) -> int:
