@@ -15,7 +15,7 @@ from dreamreader.engine import Activation, Reader, Record, check_lengths
 from dreamreader.probes import Probe, fit
 from dreamreader.probes.labels import encode_labels
 from dreamreader.probes.objective import check_counts, count_rows
-from dreamreader.probes.split import HELD_OUT, TRAIN, dealt, number_groups
+from dreamreader.probes.split import HELD_OUT, TRAIN, deal_groups, number_groups
 from dreamreader.recording.labelled import mean_over_tokens
 from dreamreader.specs.batch import activation_bytes, duration, rows_that_fit
 from dreamreader.specs.data import read_items
@@ -100,7 +100,7 @@ class Prompted:
         kept, labels = complete_rows(self.columns, probe.task)
         task, targets = encode_labels(labels, probe.task)
         prompts = [self.prompts[n] for n in kept]
-        part = dealt(number_groups(prompts, len(kept)), targets, probe.holdout, probe.seed)
+        part = deal_groups(number_groups(prompts, len(kept)), targets, probe.holdout, probe.seed)
         check_counts(task, count_rows(task, targets[part == TRAIN]))
 
     def identity(self) -> dict[str, Any]:
@@ -203,7 +203,7 @@ class Prompted:
         prompts = [row.prompt for row in found.rows]
         group = number_groups(prompts, len(prompts))
         probe_training = self.spec.probe
-        part = dealt(group, targets, probe_training.holdout, probe_training.seed)
+        part = deal_groups(group, targets, probe_training.holdout, probe_training.seed)
         apart = (part == HELD_OUT).nonzero().flatten().tolist()
         if probe.task.kind == "regress":
             return torch.zeros(0, 1), targets[:0]
