@@ -19,7 +19,13 @@ from dreamreader.probes.split import HELD_OUT, TRAIN, deal_groups, number_groups
 from dreamreader.recording.labelled import mean_over_tokens
 from dreamreader.specs.batch import activation_bytes, duration, rows_that_fit
 from dreamreader.specs.data import read_items
-from dreamreader.specs.subject import call_settings, is_language, opened, padded, steps_of
+from dreamreader.specs.subject import (
+    call_settings,
+    is_language,
+    open_subject,
+    with_padding,
+    steps_of,
+)
 from dreamreader.training.labels import (
     Values,
     complete_rows,
@@ -50,7 +56,7 @@ class Prompted:
         self.items = read_items(spec.data)
         if not from_detector(spec.labels):
             self.columns  # noqa: B018  a wrong column is told before the model is opened
-        self.reader = padded(reader or opened(spec.subject))
+        self.reader = with_padding(reader or open_subject(spec.subject))
         if is_language(self.reader) and spec.tokens is None and spec.probe.pool == "flat":
             check_lengths(self.reader, [item.prompt for item in self.items])
 

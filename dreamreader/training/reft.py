@@ -16,7 +16,7 @@ from dreamreader.jobs.job import REPORT, RunUnit, SpecJob, Work
 from dreamreader.reft import Reft
 from dreamreader.specs.batch import activation_bytes, rows_that_fit
 from dreamreader.specs.data import read_items
-from dreamreader.specs.subject import call_settings, is_language, opened, padded
+from dreamreader.specs.subject import call_settings, is_language, open_subject, with_padding
 from dreamreader.training.examples import Examples, examples_of, folder_of
 from dreamreader.training.fit import FittedAdapters, fit_adapters, orthonormality
 from dreamreader.training.folder import ADAPTER, CHECKPOINTS, HISTORY, RESULT, TrainingFolder
@@ -55,7 +55,7 @@ class ReftJob(SpecJob[ReftSpec]):
     @cached_property
     def reader(self) -> Reader:
         """Of the subject, opened at first use."""
-        found = padded(self._reader or opened(self.spec.subject))
+        found = with_padding(self._reader or open_subject(self.spec.subject))
         if is_language(found) and self.spec.pipeline:
             raise InvalidInput("pipeline: a language model reads texts here, and writes none")
         return found
