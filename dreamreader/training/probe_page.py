@@ -48,12 +48,12 @@ def best(cards: Mapping[str, Card]) -> tuple[str, str, float]:
     found = [
         (site, attribute, value)
         for site, card in cards.items()
-        for attribute, value in reached(card).items()
+        for attribute, value in held_out_scores(card).items()
     ]
     return max(found, key=lambda each: each[2])
 
 
-def reached(card: Card) -> dict[str, float]:
+def held_out_scores(card: Card) -> dict[str, float]:
     """Held-out accuracy by attribute; of a regression R2 by output."""
     if card.task == "regress":
         return {name: value or 0.0 for name, value in card.held_out[""]["r2"].items()}

@@ -14,7 +14,7 @@ from dreamreader.jobs.fingerprint import code_version, machine_facts, package_ve
 from dreamreader.jobs.job import REPORT, RunUnit, SpecJob, Work
 from dreamreader.probes import Probe
 from dreamreader.training.folder import RESULT, TrainingFolder, notes_file, probe_name
-from dreamreader.training.probe_page import reached, write_report
+from dreamreader.training.probe_page import held_out_scores, write_report
 from dreamreader.training.prompted import Prompted
 from dreamreader.training.specs import ProbeSpec as ProbeSpec
 from dreamreader.training.stored import Stored
@@ -92,7 +92,7 @@ class ProbeJob(SpecJob[ProbeSpec]):
     def open_runner(self, work: Work) -> Iterator[RunUnit]:
         folder: TrainingFolder = work.folder
         sites = [work.plan.sites[unit] for unit in work.missing]
-        trained = self.source.trained(sites, work.plan.batch, work.report)
+        trained = self.source.train(sites, work.plan.batch, work.report)
 
         def train_next(unit: int, room: int | None) -> int:
             site, probe, notes = next(trained)
@@ -165,5 +165,5 @@ def _describe_scores(probe: Probe) -> str:
     shown = "{:.3f}" if kind == "R2" else "{:.1%}"
     return ", ".join(
         f"{kind}{' of ' + name if name else ''} {shown.format(value)}"
-        for name, value in reached(probe.card).items()
+        for name, value in held_out_scores(probe.card).items()
     )

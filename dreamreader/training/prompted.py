@@ -119,7 +119,7 @@ class Prompted:
         auto = self.spec.batch.rows == "auto"
         return rows_that_fit(self.spec.batch, self._row_bytes() if auto else 0)
 
-    def trained(
+    def train(
         self, sites: Sequence[str], batch: int, report: ProgressCallback = silent
     ) -> Iterator[tuple[str, Probe, dict[str, Any]]]:
         """Records all rows once, then trains a probe at each of the sites.
@@ -129,7 +129,7 @@ class Prompted:
         """
         if not sites:
             return
-        cache, values = self._recorded(sites, batch, report)
+        cache, values = self._record(sites, batch, report)
         kept, labels = complete_rows(values, self.spec.probe.task)
         rows = {"all": len(self.prompts), "labelled": len(kept)}
         report(ProgressEvent("probes", 0, len(sites)))
@@ -184,7 +184,7 @@ class Prompted:
             for site in sites
         ]
 
-    def _recorded(
+    def _record(
         self, sites: Sequence[str], batch: int, report: ProgressCallback
     ) -> tuple[dict[str, Activation], Values]:
         """The activations of all rows, and their labels."""

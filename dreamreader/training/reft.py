@@ -22,7 +22,7 @@ from dreamreader.training.fit import FittedAdapters, fit_adapters, orthonormalit
 from dreamreader.training.folder import ADAPTER, CHECKPOINTS, HISTORY, RESULT, TrainingFolder
 from dreamreader.training.losses import AdaptedSites
 from dreamreader.training.plan import ROWS, ReftPlan, plan_of
-from dreamreader.training.reft_page import parameters, reached, write_report
+from dreamreader.training.reft_page import parameters, explained_share, write_report
 from dreamreader.training.specs import ReftSpec as ReftSpec
 
 
@@ -152,7 +152,7 @@ class ReftJob(SpecJob[ReftSpec]):
     def summary(cls, folder: TrainingFolder) -> list[str]:
         folder.need_complete()
         result, name = folder.need(RESULT), cls.of_folder(folder.path).spec.name
-        share, prompts = reached(result), result["prompts"]
+        share, prompts = explained_share(result), result["prompts"]
         lines = [
             f"{name}: {parameters(result):,} parameters at {len(result['sites'])} sites, best at "
             f"step {result['best']:,} of {result['steps']:,}"

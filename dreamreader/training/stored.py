@@ -85,7 +85,7 @@ class Stored:
     def samples(self) -> "LabelledSamples":
         return LabelledSamples(self.store, self.spec)
 
-    def trained(
+    def train(
         self, sites: Sequence[str], batch: int, report: ProgressCallback = silent
     ) -> Iterator[tuple[str, Probe, dict[str, Any]]]:
         """Trains a probe at each of the sites; see `Prompted.trained`."""
