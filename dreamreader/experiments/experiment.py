@@ -13,7 +13,6 @@ from dreamreader.experiments.compare import (
     RunDifference,
     condition_means,
     diff,
-    shorten_value,
     verify,
 )
 from dreamreader.experiments.folder import RunFolder

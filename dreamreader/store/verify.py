@@ -16,7 +16,7 @@ from dreamreader.store.checksum import crc32c
 from dreamreader.store.index import FILE, current, read_index, sealed_units
 from dreamreader.store.layout import SiteLayout, Tensors, tensors_of, unit_folder
 from dreamreader.store.manifest import Manifest
-from dreamreader.store.shard import ADVICE, open_shard, open_file, read_into
+from dreamreader.store.shard import ADVICE, open_file, open_shard, read_into
 from dreamreader.store.unit import Shard, Unit, crc32c_of, read_unit
 
 BLOCK_BYTES = 16 << 20

@@ -23,8 +23,8 @@ from dreamreader.specs.subject import (
     call_settings,
     is_language,
     open_subject,
-    with_padding,
     steps_of,
+    with_padding,
 )
 from dreamreader.training.labels import (
     Values,

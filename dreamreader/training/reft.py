@@ -22,7 +22,7 @@ from dreamreader.training.fit import FittedAdapters, fit_adapters, orthonormalit
 from dreamreader.training.folder import ADAPTER, CHECKPOINTS, HISTORY, RESULT, TrainingFolder
 from dreamreader.training.losses import AdaptedSites
 from dreamreader.training.plan import ROWS, ReftPlan, plan_of
-from dreamreader.training.reft_page import parameters, explained_share, write_report
+from dreamreader.training.reft_page import explained_share, parameters, write_report
 from dreamreader.training.specs import ReftSpec as ReftSpec
 
 
