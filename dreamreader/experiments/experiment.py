@@ -175,7 +175,7 @@ class Experiment(SpecJob[Spec]):
             return JobVerdict(True, [f"{len(found.checked)} rows repeated, all equal to the bit"])
         wrong = len({row for row, *_ in found.different})
         listed = [
-            f"{row:>6}  {name}: {shown(old)} in the folder, {shown(new)} now"
+            f"{row:>6}  {name}: {shorten_value(old)} in the folder, {shorten_value(new)} now"
             for row, name, old, new in found.different
         ]
         last = f"{wrong} of {len(found.checked)} repeated rows differ"
