@@ -9,7 +9,7 @@ from typing import Any
 from dreamreader._progress import Progress
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
-from dreamreader.experiments.compare import (
+from dreamreader.experiments.compare import (, shorten_value
     RunDifference,
     condition_means,
     diff,

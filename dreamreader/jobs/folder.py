@@ -110,7 +110,7 @@ class JobFolder:
             "machine": list(differences(taken[0].get("machine"), taken[1].get("machine"))),
         }
 
-    def lock_folder(self) -> AbstractContextManager[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Keeps a second process out; see `lock_folder`."""
         return lock_folder(self.path)
 
