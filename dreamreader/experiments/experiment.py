@@ -9,10 +9,11 @@ from typing import Any
 from dreamreader._progress import Progress
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
-from dreamreader.experiments.compare import (, shorten_value
+from dreamreader.experiments.compare import (
     RunDifference,
     condition_means,
     diff,
+    shorten_value,
     verify,
 )
 from dreamreader.experiments.folder import RunFolder
