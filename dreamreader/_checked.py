@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from torch import Tensor
 
-from dreamreader._files import explained, replacing
+from dreamreader._files import explain_disk_errors, replacing
 from dreamreader.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -44,13 +44,13 @@ def check(path: str | os.PathLike[str], hint: str = "", suffix: str | None = Non
             at, said = _place(file, Path(path).suffix if suffix is None else suffix)
             found = _digest(file, at)
     except _Damaged as error:
-        raise damaged(path, str(error), hint) from None
+        raise damage_error(path, str(error), hint) from None
     except FileNotFoundError:
         raise
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror}") from error
     if found != said:
-        raise damaged(path, "it does not have its checksum", hint)
+        raise damage_error(path, "it does not have its checksum", hint)
 
 
 def checksum(path: str | os.PathLike[str], suffix: str | None = None) -> str:
@@ -59,7 +59,7 @@ def checksum(path: str | os.PathLike[str], suffix: str | None = None) -> str:
         return _place(file, Path(path).suffix if suffix is None else suffix)[1]
 
 
-def damaged(path: str | os.PathLike[str], why: str, hint: str = "") -> InvalidInput:
+def damage_error(path: str | os.PathLike[str], why: str, hint: str = "") -> InvalidInput:
     """The error for a file that is not as it was written."""
     return InvalidInput(f"{path} is damaged ({why}){'; ' if hint else ''}{hint}")
 
@@ -89,7 +89,7 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> Path:
     """Writes a text that has the name and 64 zeros somewhere; see `comment`."""
-    with explained(path.parent), replacing(path) as part:
+    with explain_disk_errors(path.parent), replacing(path) as part:
         part.write_bytes(text.encode())
         _stamp(part, path.suffix)
     return path
@@ -140,7 +140,7 @@ def write_table(path: Path, table: "pa.Table", **options: Any) -> Path:
     from pyarrow import parquet
 
     marked = table.replace_schema_metadata({**(table.schema.metadata or {}), KEY: _BLANK})
-    with explained(path.parent), replacing(path) as part:
+    with explain_disk_errors(path.parent), replacing(path) as part:
         parquet.write_table(marked, part, **options)
         _stamp(part, path.suffix)
     return path

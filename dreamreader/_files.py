@@ -70,12 +70,12 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     if target.exists():
         raise InvalidInput(f"{target} is there already; name a new folder")
-    with explained(target):
+    with explain_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
         yield part
-        with explained(target):
+        with explain_disk_errors(target):
             part.chmod(0o777 & ~_umask())
             sync(part)
             part.rename(target)
@@ -101,13 +101,13 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Makes a folder and keeps a second process out of it, until the block ends or we are killed.
 
     Raises:
         InvalidInput: another one is in it, or the folder cannot be written or locked.
     """
-    with explained(folder):
+    with explain_disk_errors(folder):
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         if made:
@@ -168,7 +168,7 @@ def _lock(handle: int, folder: Path, exclusive: bool) -> None:
 
 
 @contextmanager
-def explained(folder: Path) -> Iterator[None]:
+def explain_disk_errors(folder: Path) -> Iterator[None]:
     """Turns a full disk or a folder that cannot be written into an error that says what to do."""
     from safetensors import SafetensorError
 

@@ -85,7 +85,9 @@ def guard_dispatch(library: torch.library.Library, op: torch._ops.OpOverload) ->
 
     for key in AUTOCAST_KEYS:
         library.impl(op._opname, without_autocast, key)
-    library.impl(op._opname, lambda *args: _transformed(op, args), "FuncTorchDynamicLayerFrontMode")
+    library.impl(
+        op._opname, lambda *args: _apply_transformed(op, args), "FuncTorchDynamicLayerFrontMode"
+    )
     if written_by(op):
         library.impl(op._opname, lambda *args: _with_signs(op, args), "Negative")
 
@@ -203,7 +205,7 @@ def _with_signs(op: torch._ops.OpOverload, args: Sequence[Any]) -> Any:
     return found
 
 
-def _transformed(op: torch._ops.OpOverload, args: Sequence[Any]) -> Any:
+def _apply_transformed(op: torch._ops.OpOverload, args: Sequence[Any]) -> Any:
     """An operator inside of torch.func.vmap, grad, jvp and the like."""
     from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 

@@ -29,7 +29,7 @@ def nearest_paths(name: str, paths: Sequence[str], count: int) -> list[str]:
     is_glob = any(sign in name for sign in "*?[")
     scored = []
     for place, path in enumerate(paths):
-        cost, meaning = _aligned(asked, _parts(path))
+        cost, meaning = _align(asked, _parts(path))
         scored.append((cost, place, _glob(name, meaning) if is_glob else path))
     scored.sort()
     far = min(0.5 * len(plain) + 0.35, scored[0][0] + _BEHIND) if scored else 0.0
@@ -52,7 +52,7 @@ def _glob(name: str, meaning: Meaning) -> str:
     return text
 
 
-def _aligned(asked: Sequence[str], path: Sequence[str]) -> tuple[float, Meaning]:
+def _align(asked: Sequence[str], path: Sequence[str]) -> tuple[float, Meaning]:
     """The least cost at which a name is a path, and what stands for each of its parts then."""
     # row[j]: the asked parts so far against the first j parts of the path
     row = [_Way(0.0, False, ())]

@@ -63,7 +63,7 @@ def native() -> tuple[ModuleType | None, str]:
     return module, f"built {module.build_info()['compiled']}"
 
 
-def narrowed() -> str | None:
+def chosen_backend() -> str | None:
     """The value of DREAMREADER_BACKEND, checked."""
     choice = os.environ.get("DREAMREADER_BACKEND") or None
     if choice not in (None, *BACKENDS):
@@ -133,7 +133,7 @@ def _choose(
     *candidates: tuple[Kernel | None, str], reference: Callable | None = None
 ) -> tuple[Active, Callable | None]:
     """The first back end that is there; `reference`: what may replace a native kernel in a call."""
-    choice = narrowed()
+    choice = chosen_backend()
     reasons: list[str] = []
     there: list[tuple[Active, Callable]] = []
     for kernel, backend in candidates:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dreamreader._files import locked, locked_for_reading, replacing, write_atomic
+from dreamreader._files import lock_folder, locked_for_reading, replacing, write_atomic
 from dreamreader.errors import InvalidInput
 
 
@@ -76,7 +76,7 @@ def test_names_are_on_the_disk_before_anything_goes_on(tmp_path, monkeypatch):
     assert [kind for kind, _ in done] == ["fsync", "rename", "fsync"]
     assert done[1:] == [("rename", str(tmp_path / "x")), ("fsync", str(tmp_path))]
     done.clear()
-    with locked(tmp_path / "new"):
+    with lock_folder(tmp_path / "new"):
         assert done == [("fsync", str(tmp_path))]
 
 
@@ -87,7 +87,7 @@ def test_a_lock_that_is_a_link_is_refused_and_what_it_points_to_stays(tmp_path):
     (tmp_path / "run" / ".lock").symlink_to(precious)
     with (
         pytest.raises(InvalidInput, match=r"run/\.lock is a link; delete it"),
-        locked(tmp_path / "run"),
+        lock_folder(tmp_path / "run"),
     ):
         pass
     assert precious.read_text() == "thesis"
@@ -99,7 +99,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, code):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr("fcntl.flock", fails)
-    for lock in (locked, locked_for_reading):
+    for lock in (lock_folder, locked_for_reading):
         with pytest.raises(InvalidInput, match=f"cannot be locked \\({os.strerror(code)}\\)"):
             with lock(tmp_path):
                 pass
@@ -107,8 +107,8 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, code):
 
 def test_readers_share_a_folder_that_no_writer_has(tmp_path):
     with locked_for_reading(tmp_path), locked_for_reading(tmp_path):
-        with pytest.raises(InvalidInput, match="another process runs here"), locked(tmp_path):
+        with pytest.raises(InvalidInput, match="another process runs here"), lock_folder(tmp_path):
             pass
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         with pytest.raises(InvalidInput, match="another process"), locked_for_reading(tmp_path):
             pass

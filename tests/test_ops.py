@@ -79,7 +79,7 @@ def test_triton_on_a_gpu(op: Operator, kernel: Kernel, dtype: torch.dtype):
 
 def test_the_native_module_has_its_kernels():
     module = native()[0]
-    if module is None or _register.narrowed() is not None:
+    if module is None or _register.chosen_backend() is not None:
         pytest.skip("the native module is not used")
     owners = {name: found["CPU"].backend for name, found in _register.active.items()}
     assert [name for name, owner in owners.items() if owner != "native"] == [

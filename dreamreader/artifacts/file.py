@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dreamreader._checked import KEY, read_tensors, write_tensors
-from dreamreader._files import explained
+from dreamreader._files import explain_disk_errors
 from dreamreader.errors import InvalidInput, MissingFile
 
 FILE = "artifact.safetensors"  # its name in a folder of its own, as on the hub
@@ -40,7 +40,7 @@ def save_described(
         text = json.dumps({"version": version, **content}, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidInput(f"{path}: {kind} has a value that JSON cannot hold: {error}") from error
-    with explained(Path(path).parent):
+    with explain_disk_errors(Path(path).parent):
         write_tensors(path, _writable(path, tensors), {_PREFIX + kind: text})
 
 

@@ -54,7 +54,7 @@ def push_to_hub(
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(token=token, library_name="dreamreader", library_version=__version__)
-    with tempfile.TemporaryDirectory() as folder, _explained(f"push_to_hub: {repo_id}"):
+    with tempfile.TemporaryDirectory() as folder, _explain_hub_errors(f"push_to_hub: {repo_id}"):
         file = Path(folder) / FILE
         save(thing, file)
         own = _checked.checksum(file)
@@ -98,7 +98,7 @@ def from_hub(
     from huggingface_hub import hf_hub_download
 
     cut_off = None if local_files_only else _why_unreachable()
-    with _explained(f"from_hub: {repo_id}", cut_off):
+    with _explain_hub_errors(f"from_hub: {repo_id}", cut_off):
         path = hf_hub_download(
             repo_id,
             file,
@@ -167,7 +167,7 @@ def _why_unreachable() -> str | None:
 
 
 @contextmanager
-def _explained(what: str, unreachable: str | None = None) -> Iterator[None]:
+def _explain_hub_errors(what: str, unreachable: str | None = None) -> Iterator[None]:
     """Turns what the hub's client raises into an error that says which repository."""
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 

@@ -35,7 +35,7 @@ def pack(value: Any, tensors: dict[str, Tensor], classes: Mapping[str, type] | N
     """
     names = {cls: name for name, cls in (classes or {}).items()}
 
-    def packed(value: Any) -> Any:
+    def pack_value(value: Any) -> Any:
         name = type(value).__name__
         if value is None or isinstance(value, bool | int | str):
             return value
@@ -47,26 +47,26 @@ def pack(value: Any, tensors: dict[str, Tensor], classes: Mapping[str, type] | N
             return {"is": "tensor", "of": key}
         if type(value) in names:
             if is_dataclass(value):
-                own = {each.name: packed(getattr(value, each.name)) for each in fields(value)}
+                own = {each.name: pack_value(getattr(value, each.name)) for each in fields(value)}
                 return {"is": names[type(value)], "of": own}
-            return {"is": names[type(value)], "of": [packed(each) for each in value.values()]}
+            return {"is": names[type(value)], "of": [pack_value(each) for each in value.values()]}
         if isinstance(value, Artifact):
             return {"is": "artifact", "of": _packed_artifact(value, tensors)}
         if isinstance(value, list):
-            return [packed(each) for each in value]
+            return [pack_value(each) for each in value]
         if isinstance(value, tuple | set | frozenset):
             listed = sorted(value) if isinstance(value, set | frozenset) else value
             kind = next(each for each, cls in _CONTAINERS.items() if isinstance(value, cls))
-            return {"is": kind, "of": [packed(each) for each in listed]}
+            return {"is": kind, "of": [pack_value(each) for each in listed]}
         if isinstance(value, slice | range):
             return {"is": name, "of": [value.start, value.stop, value.step]}
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-            return {"is": "mapping", "of": {key: packed(each) for key, each in value.items()}}
+            return {"is": "mapping", "of": {key: pack_value(each) for key, each in value.items()}}
         if isinstance(value, Mapping):  # JSON has no numbers as keys
-            return {"is": "items", "of": [[packed(k), packed(v)] for k, v in value.items()]}
+            return {"is": "items", "of": [[pack_value(k), pack_value(v)] for k, v in value.items()]}
         raise TypeError(f"{name} is no value that a file can hold")
 
-    return packed(value)
+    return pack_value(value)
 
 
 def unpack(
@@ -83,9 +83,9 @@ def unpack(
     """
     known = classes or {}
 
-    def unpacked(value: Any) -> Any:
+    def unpack_value(value: Any) -> Any:
         if isinstance(value, list):
-            return [unpacked(each) for each in value]
+            return [unpack_value(each) for each in value]
         if not isinstance(value, dict):
             return value
         if set(value) != {"is", "of"}:
@@ -100,20 +100,20 @@ def unpack(
             cls = class_of("this file", content["kind"], content["package"])
             return cls.of_file(own, content["content"])
         if kind in _CONTAINERS:
-            return _CONTAINERS[kind](unpacked(each) for each in content)
+            return _CONTAINERS[kind](unpack_value(each) for each in content)
         if kind in _SPANS:
             return _SPANS[kind](*content)
         if kind == "mapping":
-            return {key: unpacked(each) for key, each in content.items()}
+            return {key: unpack_value(each) for key, each in content.items()}
         if kind == "items":
-            return {unpacked(key): unpacked(each) for key, each in content}
+            return {unpack_value(key): unpack_value(each) for key, each in content}
         if kind not in known:
             raise UnknownName("kind of value", str(kind), known)
         if is_dataclass(known[kind]):
-            return known[kind](**{key: unpacked(each) for key, each in content.items()})
-        return known[kind]([unpacked(each) for each in content])
+            return known[kind](**{key: unpack_value(each) for key, each in content.items()})
+        return known[kind]([unpack_value(each) for each in content])
 
-    return unpacked(value)
+    return unpack_value(value)
 
 
 def _packed_artifact(thing: Artifact, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -133,11 +133,11 @@ class WordMap:
             self._close()
             self._run = call.run
             words = self._words(call)
-            tokens = self._located(call, words)
+            tokens = self._locate_words(call, words)
             self._open = AttentionBatch(call, words, tokens, self._per_step)
         key = (call.text, attention.shape[3])
         if key not in self._tokens:
-            self._tokens[key] = self._located(call, self._open.words)
+            self._tokens[key] = self._locate_words(call, self._open.words)
         self._open.add(attention, call, self._tokens[key])
 
     def _close(self) -> None:
@@ -186,7 +186,7 @@ class WordMap:
             ]
         return found
 
-    def _located(self, call: Call, words: list[tuple[str, ...]]) -> WordTokens:
+    def _locate_words(self, call: Call, words: list[tuple[str, ...]]) -> WordTokens:
         places = positions(call, words)
         for row, own, keys in zip(call.rows, words, places, strict=True):
             for word, each in zip(own, keys, strict=True):

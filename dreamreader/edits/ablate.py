@@ -132,13 +132,13 @@ class Ablate(ChannelEdit):
             for row in range(place.rows):
                 mixed = hash((self.seed + place.first + row, time, *name.encode()))
                 generator = torch.Generator().manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)
-                draws += [self._drawn(x, len(draws), place, generator)] * place.beams
+                draws += [self._draw_noise(x, len(draws), place, generator)] * place.beams
         noise = torch.stack(draws).to(x.device)
         y = torch.where(amount == 0, x, (x.float() + amount * noise).to(x.dtype))
         channels = place.channel_mask(self.heads, self.channels)
         return y if channels is None else torch.where(channels.to(x.device), y, x)
 
-    def _drawn(
+    def _draw_noise(
         self, x: Tensor, entry: int, place: EditContext, generator: torch.Generator
     ) -> Tensor:
         """Normal numbers of one batch entry [tokens, width], none of them for its padding."""

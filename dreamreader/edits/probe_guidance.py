@@ -137,10 +137,10 @@ class ProbeGuidance(EditRequest):
     def apply(self, x: Tensor, place: EditContext) -> Tensor:
         strength = self._strength(place).to(x.device)  # [batch or 1, tokens or 1]
         if self.pool == "token":
-            return self._moved(x, strength, place)
+            return self._guide_rows(x, strength, place)
         if self.pool == "flat":
             flat = x.flatten(1).unsqueeze(1)
-            return self._moved(flat, strength[:, :1], place).reshape(x.shape)
+            return self._guide_rows(flat, strength[:, :1], place).reshape(x.shape)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         share = place.selected.to(wide.device, wide.dtype).expand(x.shape[:2]).unsqueeze(-1)
         total = share.sum(1, keepdim=True)  # [batch, 1, 1]
@@ -148,11 +148,11 @@ class ProbeGuidance(EditRequest):
         mean = torch.where(total != 0, kept / total, 0)  # [batch, 1, width]
         amount = self._amount(place).to(wide.device).reshape(-1, 1)
         amount = torch.where(total.squeeze(-1) != 0, amount, 0)
-        change = self._moved(mean, amount, place) - mean
+        change = self._guide_rows(mean, amount, place) - mean
         moved = (wide + share * change).to(x.dtype)
         return torch.where(strength.unsqueeze(-1) != 0, moved, x)
 
-    def _moved(self, x: Tensor, strength: Tensor, place: EditContext) -> Tensor:
+    def _guide_rows(self, x: Tensor, strength: Tensor, place: EditContext) -> Tensor:
         """Every row of x [batch, rows, features] guided by the probe."""
         probe = self._probe(place)
         trust = torch.inf if self.trust is None else self.trust
@@ -179,15 +179,15 @@ class ProbeGuidance(EditRequest):
         """The same for any function, which may look at several tokens: none of them is padding."""
         own = place.own
         if own is None or x.shape[1] != place.tokens or not bool((own < 0).any()):
-            return self._descended(logits, x, strength, place, trust, slice(None))
+            return self._descend(logits, x, strength, place, trust, slice(None))
         y, strength = x.clone(), strength.expand(x.shape[:2])
         for entry, real in enumerate((own >= 0).to(x.device)):
             at = slice(entry, entry + 1)
             part, amount = x[at][:, real], strength[at][:, real]
-            y[entry, real] = self._descended(logits, part, amount, place, trust, at)[0]
+            y[entry, real] = self._descend(logits, part, amount, place, trust, at)[0]
         return y
 
-    def _descended(
+    def _descend(
         self,
         logits: Logits,
         x: Tensor,

@@ -132,7 +132,7 @@ def verify(
     return Verdict(sorted(sample), different)
 
 
-def shown(value: Any) -> str:
+def shorten_value(value: Any) -> str:
     """A value in short."""
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -68,11 +68,13 @@ class _DistinctRows:
         self._places = torch.tensor(order, device=ids.device)
         count = len(order)
 
-        def chosen(value: Any) -> Any:
+        def choose_rows(value: Any) -> Any:
             batched = isinstance(value, Tensor) and value.dim() and value.shape[0] == count
             return value.index_select(0, kept) if batched else value
 
-        return tuple(map(chosen, args)), {name: chosen(each) for name, each in kwargs.items()}
+        return tuple(map(choose_rows, args)), {
+            name: choose_rows(each) for name, each in kwargs.items()
+        }
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         places, self._places = self._places, None

@@ -9,7 +9,13 @@ from typing import Any
 from dreamreader._progress import Progress
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
-from dreamreader.experiments.compare import RunDifference, condition_means, diff, shown, verify
+from dreamreader.experiments.compare import (
+    RunDifference,
+    condition_means,
+    diff,
+    shorten_value,
+    verify,
+)
 from dreamreader.experiments.folder import RunFolder
 from dreamreader.experiments.job import Job, open_job
 from dreamreader.experiments.load import load_results
@@ -94,8 +100,10 @@ class Experiment(SpecJob[Spec]):
     def size(self, plan: ExperimentPlan, unit: int) -> int:
         return plan.units[unit].stop - plan.units[unit].start
 
-    def there(self, folder: RunFolder, plan: ExperimentPlan) -> set[int]:
-        return set(range(len(plan.units))) if folder.is_complete else folder.finished(plan.units)
+    def units_there(self, folder: RunFolder, plan: ExperimentPlan) -> set[int]:
+        return (
+            set(range(len(plan.units))) if folder.is_complete else folder.finished_units(plan.units)
+        )
 
     def check_there(self, work: Work, there: set[int]) -> None:
         if not work.folder.is_complete:
@@ -115,11 +123,11 @@ class Experiment(SpecJob[Spec]):
         return f"{work.total:,} rows{there} in {batches}"
 
     def prepare(self, work: Work) -> None:
-        with self.job.uncounted():
+        with self.job.pause_counting():
             self.spec.method.prepare(self.job)
 
     @contextmanager
-    def opened(self, work: Work) -> Iterator[RunUnit]:
+    def open_runner(self, work: Work) -> Iterator[RunUnit]:
         job, folder = self.job, work.folder
 
         def run_unit(number: int, room: int | None) -> int:
@@ -127,7 +135,7 @@ class Experiment(SpecJob[Spec]):
             folder.write_unit(unit, *compute(job, unit))
             return 0
 
-        with job.counted(work.advance):
+        with job.count_rows(work.advance):
             yield run_unit
 
     def finish(self, work: Work) -> None:
@@ -168,7 +176,7 @@ class Experiment(SpecJob[Spec]):
             return JobVerdict(True, [f"{len(found.checked)} rows repeated, all equal to the bit"])
         wrong = len({row for row, *_ in found.different})
         listed = [
-            f"{row:>6}  {name}: {shown(old)} in the folder, {shown(new)} now"
+            f"{row:>6}  {name}: {shorten_value(old)} in the folder, {shorten_value(new)} now"
             for row, name, old, new in found.different
         ]
         last = f"{wrong} of {len(found.checked)} repeated rows differ"

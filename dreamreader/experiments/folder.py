@@ -20,8 +20,8 @@ from typing import Any
 import pyarrow as pa
 from torch import Tensor
 
-from dreamreader._checked import damaged, read_table, read_tensors, write_table, write_tensors
-from dreamreader._files import explained, replacing
+from dreamreader._checked import damage_error, read_table, read_tensors, write_table, write_tensors
+from dreamreader._files import explain_disk_errors, replacing
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.row import RowBatch
 from dreamreader.jobs.folder import JobFolder
@@ -63,11 +63,11 @@ class RunFolder(JobFolder):
             return None
         tensors, notes = read_tensors(file, hint)
         if notes.get(_RUN) != self.run:
-            raise damaged(file, _FOREIGN, hint)
+            raise damage_error(file, _FOREIGN, hint)
         return tensors
 
     def keep_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        with explained(self.path):
+        with explain_disk_errors(self.path):
             dense = {key: each.contiguous() for key, each in tensors.items()}
             write_tensors(self._tensor_file(name), dense, {_RUN: self.run})
 
@@ -83,12 +83,12 @@ class RunFolder(JobFolder):
         """Writes a picture [3, h, w] in [0, 1] as PNG."""
         from dreamreader.report.blocks import to_pil
 
-        with explained(self.path), replacing(self.image_file(row, kind)) as part:
+        with explain_disk_errors(self.path), replacing(self.image_file(row, kind)) as part:
             to_pil(image).save(part, format="PNG")
 
     # rows
 
-    def finished(self, units: Sequence[RowBatch]) -> set[int]:
+    def finished_units(self, units: Sequence[RowBatch]) -> set[int]:
         """Numbers of the units whose file is there."""
         return {unit.number for unit in units if self._unit_file(unit).is_file()}
 
@@ -136,13 +136,13 @@ class RunFolder(JobFolder):
         """
         found = self.need("firing.json")
         if found.get("run") != self.run:
-            raise damaged(self.path / "firing.json", _FOREIGN)
+            raise damage_error(self.path / "firing.json", _FOREIGN)
         return found["batches"]
 
     def clear(self, units: Sequence[RowBatch]) -> None:
         """Takes away the files of the batches, which rows.parquet holds now."""
         folder = self.path / "rows"
-        with explained(self.path):
+        with explain_disk_errors(self.path):
             for unit in units:
                 self._unit_file(unit).unlink(missing_ok=True)
             if folder.is_dir() and not any(folder.iterdir()):
@@ -170,7 +170,7 @@ class RunFolder(JobFolder):
         except FileNotFoundError:
             raise InvalidInput(f"{file} is missing; {hint}") from None
         if (table.schema.metadata or {}).get(_RUN.encode(), b"").decode() != self.run:
-            raise damaged(file, _FOREIGN, hint)
+            raise damage_error(file, _FOREIGN, hint)
         return table
 
 

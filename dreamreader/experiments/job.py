@@ -23,10 +23,10 @@ from dreamreader.metrics import Metric, Outputs, build
 from dreamreader.recording.labelled import record_batches
 from dreamreader.specs.data import Item, pairs_only, read_items
 from dreamreader.specs.parts import Part
-from dreamreader.specs.subject import call_settings, is_language, opened, steps_of
+from dreamreader.specs.subject import call_settings, is_language, open_subject, steps_of
 
 
-def _ignored(rows: float) -> None:
+def _ignore(rows: float) -> None:
     pass
 
 
@@ -94,7 +94,7 @@ class Job:
     metrics: list[Metric]
     folder: RunFolder | None = None
     batch: int = 1
-    advance: Callable[[float], Any] = _ignored
+    advance: Callable[[float], Any] = _ignore
     memory: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -154,7 +154,7 @@ class Job:
         return self.units[bisect_right(self.units, row, key=lambda each: each.start) - 1]
 
     @contextmanager
-    def counted(self, advance: Callable[[float], Any]) -> Iterator[None]:
+    def count_rows(self, advance: Callable[[float], Any]) -> Iterator[None]:
         """Calls `advance` with every share of a row that is finished within."""
         before, self.advance = self.advance, advance
         try:
@@ -162,9 +162,9 @@ class Job:
         finally:
             self.advance = before
 
-    def uncounted(self) -> AbstractContextManager[None]:
+    def pause_counting(self) -> AbstractContextManager[None]:
         """What is run within does not count as rows that were finished."""
-        return self.counted(_ignored)
+        return self.count_rows(_ignore)
 
     def needs(self, what: str) -> bool:
         """Whether a metric reads these outputs (`images`, `latents`, `noise`, ...)."""
@@ -320,11 +320,11 @@ def open_job(spec: MethodSpec, reader: Reader | None = None, metrics: Sequence[M
     items = read_items(spec.data)
     if spec.method.pairs:
         pairs_only(items, f"data, for method {spec.method.kind}")
-    found = [*_built(spec.metrics), *metrics]
-    return Job(spec, reader if reader is not None else opened(spec.subject), items, found)
+    found = [*_build_metrics(spec.metrics), *metrics]
+    return Job(spec, reader if reader is not None else open_subject(spec.subject), items, found)
 
 
-def _built(named: Sequence[Any]) -> list[Metric]:
+def _build_metrics(named: Sequence[Any]) -> list[Metric]:
     found = []
     for number, each in enumerate(named):
         try:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreamreader._files import explained
+from dreamreader._files import explain_disk_errors
 from dreamreader.experiments.pages import page_of
 from dreamreader.experiments.pages.base import gallery
 from dreamreader.experiments.results import Results, format_interval, mean_interval
@@ -15,7 +15,7 @@ from dreamreader.report import Folded, Report, Section, Table
 
 def write_report(results: Results) -> Path:
     """Writes `report.html` into the run folder."""
-    with explained(results.folder.path):
+    with explain_disk_errors(results.folder.path):
         return build(results).write(results.folder.path / "report.html")
 
 

@@ -65,7 +65,7 @@ def make_plan(job: Job, batch: int | None = None, estimates: bool = True) -> Exp
     """
     job.spec.method.check(job)
     sized = estimates or (batch is None and job.spec.batch.rows == "auto")
-    with job.uncounted():
+    with job.pause_counting():
         row_bytes = probe(job) if sized else 0
         seconds = time_of_row(job) if estimates else 0.0
     job.use_batch(batch or rows_that_fit(job.spec.batch, row_bytes))
@@ -100,13 +100,13 @@ def time_of_row(job: Job) -> float:
     """Seconds of one row in a batch, without edits, from a run of one step and one of three."""
     rows = [job.items[0].prompt] * TIMED_ROWS
 
-    def timed(changes: dict[str, Any]) -> float:
+    def time_call(changes: dict[str, Any]) -> float:
         began = time.perf_counter()
         job.draw(rows, [0] * len(rows), **changes)
         return time.perf_counter() - began
 
     if job.is_language:
-        return timed({}) / len(rows)
-    once, thrice = (timed({"num_inference_steps": n}) for n in (1, 3))
+        return time_call({}) / len(rows)
+    once, thrice = (time_call({"num_inference_steps": n}) for n in (1, 3))
     step = max(thrice - once, 0.0) / 2
     return (max(once - step, 0.0) + step * (job.steps or 1)) / len(rows)

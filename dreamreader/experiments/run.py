@@ -71,7 +71,11 @@ def compute(
                 f"a metric gives the column {taken[0]!r}, which every row has already; rename it"
             )
         found.append({**given, **{name: _plain(each[number]) for name, each in columns.items()}})
-    return found, list(columns), [_fired(line) for line in result.firing if line.kind == "edit"]
+    return (
+        found,
+        list(columns),
+        [_firing_row(line) for line in result.firing if line.kind == "edit"],
+    )
 
 
 def _check_columns(
@@ -194,7 +198,7 @@ def _digest(outputs: Outputs, number: int) -> str:
     return hashlib.sha256((outputs.text or [""])[number].encode()).hexdigest()
 
 
-def _fired(line: Any) -> dict[str, Any]:
+def _firing_row(line: Any) -> dict[str, Any]:
     from dreamreader.engine import ranges
 
     return {

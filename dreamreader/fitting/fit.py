@@ -9,7 +9,7 @@ from typing import Any, TypedDict, Unpack, overload
 import torch
 from torch import nn
 
-from dreamreader._files import locked
+from dreamreader._files import lock_folder
 from dreamreader._progress import Progress, show_progress
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.fitting.batches import Batches, ByStep, stream_of
@@ -192,7 +192,7 @@ def fit(
     run = Run(learners, stream, common, total, path, validate, state or {}, of or {})
     with ExitStack() as stack:
         if path is not None:
-            stack.enter_context(locked(path))
+            stack.enter_context(lock_folder(path))
         for each in {id(one.objective): one.objective for one in learners.values()}.values():
             stack.enter_context(each.ready())
         stack.enter_context(own_random(common.seed, run.devices))

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dreamreader._files import explained
+from dreamreader._files import explain_disk_errors
 from dreamreader._hashing import class_of, hash_values
 from dreamreader._progress import ProgressCallback, ProgressEvent, silent
 from dreamreader.errors import InvalidInput
@@ -150,7 +150,7 @@ class Run:
             "random": _random_state(self.devices),
             "generators": self.generators,
         }
-        with explained(self.folder):
+        with explain_disk_errors(self.folder):
             TrainingState(content).save(self.folder / CHECKPOINT)
 
     def resume(self) -> None:

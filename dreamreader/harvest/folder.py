@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dreamreader._files import explained
+from dreamreader._files import explain_disk_errors
 from dreamreader.errors import InvalidInput
 from dreamreader.jobs.fingerprint import Fingerprint
 from dreamreader.jobs.folder import JobFolder
@@ -99,6 +99,6 @@ class HarvestFolder(JobFolder):
         """Takes away what was not finished when an earlier run was killed."""
         for part in (self.path / "shards").glob(".*.part"):
             shutil.rmtree(part, ignore_errors=True)  # a lost worker may still write there, unseen
-        with explained(self.path):
+        with explain_disk_errors(self.path):
             for part in self.path.glob(".*.part"):
                 part.unlink(missing_ok=True)

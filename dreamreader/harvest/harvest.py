@@ -97,14 +97,14 @@ class Harvest(SpecJob[Spec]):
         start, stop = plan.range_of(unit)
         return stop - start
 
-    def there(self, folder: HarvestFolder, plan: HarvestPlan) -> set[int]:
+    def units_there(self, folder: HarvestFolder, plan: HarvestPlan) -> set[int]:
         return set(sealed_units(folder.path))
 
     def check_there(self, work: Work, there: set[int]) -> None:
         work.stored = sum(work.folder.unit(unit, work.plan.units).bytes for unit in there)
         self._began = self._refreshed = time.monotonic()  # opening the subject is no harvesting
 
-    def expected(self, work: Work, unit: int) -> float:
+    def expected_bytes(self, work: Work, unit: int) -> float:
         """Bytes of a unit by those that are there; an estimate, before there are any."""
         samples, plan = self.size(work.plan, unit), work.plan
         if work.done:
@@ -125,7 +125,7 @@ class Harvest(SpecJob[Spec]):
         )
 
     @contextmanager
-    def opened(self, work: Work) -> Iterator[RunUnit]:
+    def open_runner(self, work: Work) -> Iterator[RunUnit]:
         job, writer = self.job, writer_for(self.job, work.folder)
 
         def run_unit(unit: int, room: int | None) -> int | None:
@@ -147,12 +147,12 @@ class Harvest(SpecJob[Spec]):
         finally:
             writer.close()
 
-    def sealed(self, work: Work) -> None:
+    def after_unit(self, work: Work) -> None:
         if time.monotonic() - self._refreshed > _REFRESHED:
             work.folder.refresh()
             self._refreshed = time.monotonic()
 
-    def interrupted(self, work: Work) -> None:
+    def after_interrupt(self, work: Work) -> None:
         try:
             work.folder.refresh()
         except InvalidInput:  # what stopped the job matters more

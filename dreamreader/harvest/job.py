@@ -14,7 +14,13 @@ from dreamreader.harvest.capture import Collector, Sink
 from dreamreader.harvest.prompts import Prompts
 from dreamreader.harvest.spec import Capture, Spec, TokenChoice
 from dreamreader.specs.data import Item
-from dreamreader.specs.subject import call_settings, is_language, opened, padded, steps_of
+from dreamreader.specs.subject import (
+    call_settings,
+    is_language,
+    open_subject,
+    steps_of,
+    with_padding,
+)
 
 
 @dataclass(eq=False)
@@ -121,7 +127,7 @@ def open_job(spec: Spec, reader: Reader | None = None) -> HarvestJob:
     """
     prompts = Prompts(spec.data)
     if reader is None:
-        reader = padded(opened(spec.subject))
+        reader = with_padding(open_subject(spec.subject))
     if is_language(reader):
         most, special = _most_tokens(spec, reader), reader.add_special_tokens
         reader = Reader(reader.subject, reader.tokenizer, most, special)

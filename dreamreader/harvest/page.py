@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from dreamreader._files import explained
+from dreamreader._files import explain_disk_errors
 from dreamreader.harvest.folder import HarvestFolder
 from dreamreader.harvest.plan import GB
 from dreamreader.jobs.page import fingerprint_section
@@ -43,5 +43,5 @@ def write_report(folder: HarvestFolder) -> Path:
         ],
         footer=[("fingerprint", job.run[:16])],
     )
-    with explained(folder.path):
+    with explain_disk_errors(folder.path):
         return page.write(folder.path / "report.html")

@@ -48,7 +48,7 @@ class Prompts:
         self._places: list[Place] = []
         self._rows: FileRows | None = None
         self._next = 0
-        self.count, self.digest = self._scanned(data.limit)
+        self.count, self.digest = self._scan(data.limit)
         self._state = self._stat()
         if not self.count:
             raise InvalidInput("data: there are no prompts")
@@ -105,7 +105,7 @@ class Prompts:
         self._next = self._numbers[at]
         self._rows = FileRows(self.file, self._places[at])
 
-    def _scanned(self, limit: int | None) -> tuple[int, str]:
+    def _scan(self, limit: int | None) -> tuple[int, str]:
         digest, count, ids = hashlib.sha256(), 0, _Ids()
         for item, where in self._all():
             self._note_kinds(item, where)

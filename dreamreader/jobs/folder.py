@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel
 
 from dreamreader._checked import check, comment, read_json, write_json, write_text
-from dreamreader._files import explained, locked
+from dreamreader._files import explain_disk_errors, lock_folder
 from dreamreader.errors import InvalidInput
 from dreamreader.jobs.differences import Difference, differences, first_difference
 from dreamreader.jobs.fingerprint import Fingerprint
@@ -110,9 +110,9 @@ class JobFolder:
             "machine": list(differences(taken[0].get("machine"), taken[1].get("machine"))),
         }
 
-    def locked(self) -> AbstractContextManager[None]:
-        """Keeps a second process out; see `locked`."""
-        return locked(self.path)
+    def lock(self) -> AbstractContextManager[None]:
+        """Keeps a second process out; see `lock_folder`."""
+        return lock_folder(self.path)
 
     def check_kind(self, kind: str) -> None:
         """Refuses a folder of another kind of job.
@@ -204,12 +204,12 @@ class JobFolder:
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file."""
-        with explained(self.path):
+        with explain_disk_errors(self.path):
             write_json(self.path / name, content)
 
     def tidy(self) -> None:
         """Takes away what writes that were stopped have left."""
-        with explained(self.path):
+        with explain_disk_errors(self.path):
             for part in self.path.rglob(".*.part"):
                 part.unlink(missing_ok=True)
 

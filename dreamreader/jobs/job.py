@@ -161,11 +161,11 @@ class SpecJob(Generic[S]):
             self.check_divides()
         self.open()
         folder = self.folder_type(Path(out) if out is not None else self.folder)
-        with show_progress(progress) as report, folder.locked():
+        with show_progress(progress) as report, folder.lock():
             folder.check_kind(self.kind)
             plan = self.begin(folder)
             folder.tidy()
-            there = self.there(folder, plan)
+            there = self.units_there(folder, plan)
             work = Work(self, folder, plan, [], report, limit=limit)
             work.missing = [unit for unit in range(self.units(plan)) if unit not in there]
             work.total = sum(self.size(plan, unit) for unit in range(self.units(plan)))
@@ -178,7 +178,7 @@ class SpecJob(Generic[S]):
                 try:
                     (engine or run_here)(work)
                 except BaseException:
-                    self.interrupted(work)
+                    self.after_interrupt(work)
                     raise
                 self.finish(work)
             if not work.stopped:
@@ -228,7 +228,7 @@ class SpecJob(Generic[S]):
         return 1
 
     @abstractmethod
-    def there(self, folder: Any, plan: Any) -> set[int]:
+    def units_there(self, folder: Any, plan: Any) -> set[int]:
         """Numbers of the units that are there."""
 
     def check_there(self, work: Work, there: set[int]) -> None:
@@ -238,7 +238,7 @@ class SpecJob(Generic[S]):
         """Units that have to be there before this one is computed."""
         return set()
 
-    def expected(self, work: Work, unit: int) -> float:
+    def expected_bytes(self, work: Work, unit: int) -> float:
         """Bytes that a unit will have."""
         return 0.0
 
@@ -254,13 +254,13 @@ class SpecJob(Generic[S]):
         """Makes what all units need; in every process that computes some."""
 
     @abstractmethod
-    def opened(self, work: Work) -> AbstractContextManager[RunUnit]:
+    def open_runner(self, work: Work) -> AbstractContextManager[RunUnit]:
         """Gives what computes a unit and puts it into the folder."""
 
-    def interrupted(self, work: Work) -> None:
+    def after_interrupt(self, work: Work) -> None:
         """Leaves the folder as good as can be."""
 
-    def sealed(self, work: Work) -> None:
+    def after_unit(self, work: Work) -> None:
         """A unit more is there."""
 
     @abstractmethod
@@ -330,15 +330,15 @@ class JobVerdict:
 
 def run_here(work: Work) -> None:
     """Computes the missing units in this process, one after the other."""
-    with work.job.opened(work) as run_unit:
+    with work.job.open_runner(work) as run_unit:
         for unit in list(work.missing):
             room = None if work.limit is None else work.limit - work.stored
             before = work.done, work.numbers.copy()
             found = None
-            if room is None or work.job.expected(work, unit) <= room:
+            if room is None or work.job.expected_bytes(work, unit) <= room:
                 found = run_unit(unit, room)
             if found is None:
                 (work.done, work.numbers), work.stopped = before, True
                 return
             work.stored += found
-            work.job.sealed(work)
+            work.job.after_unit(work)

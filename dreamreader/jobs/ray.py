@@ -123,7 +123,7 @@ class ByteBudget:
             return False
         left = limit - work.stored - sum(self._shares.values())
         share = left if self._alone else left // idle
-        if share < work.job.expected(work, unit):
+        if share < work.job.expected_bytes(work, unit):
             if self._alone:
                 work.stopped = True
                 return False
@@ -138,7 +138,7 @@ class ByteBudget:
     def free(self, unit: int) -> None:
         self._shares.pop(unit, None)
 
-    def exceeded(self, unit: int) -> None:
+    def retry_alone(self, unit: int) -> None:
         """A unit had more than its share: it is run alone, or does not fit at all."""
         left = self._work.limit - self._work.stored  # pyright: ignore
         self._work.stopped = self._shares.pop(unit) == left
@@ -173,7 +173,7 @@ class WorkerPool:
                 return
             self._next()
         work = self._work
-        unseen = set(work.missing).difference(work.job.there(work.folder, work.plan))
+        unseen = set(work.missing).difference(work.job.units_there(work.folder, work.plan))
         if unseen:
             raise InvalidInput(
                 f"{work.folder.path}: unit {min(unseen)} was written by a worker, but is not "
@@ -221,7 +221,7 @@ class WorkerPool:
             self._budget.free(unit)
             self._count(unit, found)
         elif unit != _OPENING:
-            self._budget.exceeded(unit)
+            self._budget.retry_alone(unit)
             insort(self._left, unit)
 
     def _count(self, unit: int, found: ComputedUnit) -> None:
@@ -229,7 +229,7 @@ class WorkerPool:
         self._there.add(unit)
         work.stored += found.bytes
         work.advance(work.job.size(work.plan, unit), **found.numbers)
-        work.job.sealed(work)
+        work.job.after_unit(work)
 
     def _replace(self, worker: Any, unit: int, error: Exception) -> None:
         """Starts another worker for one that was lost, and gives its unit back."""
@@ -270,7 +270,7 @@ def _cluster(address: str | None) -> Iterator[None]:
     if address == "local":  # only specs and numbers go through its memory
         own = {"include_dashboard": False, "object_store_memory": _MEMORY}
     try:
-        _reached(address)
+        _reach(address)
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
     except (OSError, ValueError, RuntimeError) as error:
         raise InvalidInput(f"no Ray cluster at {address}: {error}") from error
@@ -280,7 +280,7 @@ def _cluster(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _reached(address: str) -> None:
+def _reach(address: str) -> None:
     """Raises OSError where nobody listens: Ray would try for many minutes."""
     if "://" in address:
         raise ValueError("give host:port of its head, on a machine of the cluster")

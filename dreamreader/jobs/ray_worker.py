@@ -98,4 +98,4 @@ class JobWorker:
         job = kind(order.spec)
         self._work = Work(job, folder, job.begin(folder), [], silent)
         job.prepare(self._work)
-        self._run_unit = self._stack.enter_context(job.opened(self._work))
+        self._run_unit = self._stack.enter_context(job.open_runner(self._work))

@@ -126,11 +126,11 @@ def _settings_of(tokenizer: Any) -> Any:
 
 
 def _digest(content: Any) -> str:
-    text = json.dumps(content, sort_keys=True, default=_shown)
+    text = json.dumps(content, sort_keys=True, default=_describe_value)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _shown(value: Any) -> str:
+def _describe_value(value: Any) -> str:
     """A value that JSON has no form for; never with the address of an object."""
     if isinstance(value, torch.dtype | torch.device):
         return str(value)

@@ -13,7 +13,7 @@ from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.localise.interventions import KINDS, ablate_edits, patch_edits
 from dreamreader.sweep.cells import Cell
 from dreamreader.sweep.grids import Grid
-from dreamreader.sweep.run import Metric, check_pairs, job, over_cells, records_of, resolved
+from dreamreader.sweep.run import Metric, check_pairs, job, over_cells, records_of, resolve_cells
 
 if TYPE_CHECKING:
     from dreamreader.engine import Reader
@@ -68,7 +68,7 @@ def patch_grid(
     """
     if direction not in DIRECTIONS:
         raise UnknownName("direction", direction, DIRECTIONS)
-    cells = resolved(reader, cells)
+    cells = resolve_cells(reader, cells)
     check_pairs(reader, clean, corrupted, cells, direction)
     donors, takers = (clean, corrupted) if direction == "restore" else (corrupted, clean)
     given = job(reader, donors, seeds, metric, batch_size, arguments)
@@ -127,7 +127,7 @@ def ablate_grid(
     """
     if kind not in KINDS:
         raise UnknownName("kind of ablation in a sweep", kind, KINDS)
-    cells = resolved(reader, cells)
+    cells = resolve_cells(reader, cells)
     work = job(reader, prompts, seeds, metric, batch_size, arguments)
     goal = _floor(floor, len(work))
     source, donors = None, None

@@ -32,10 +32,11 @@ class FunctionMetric:
         found = self.fn(*given)
         columns = found if isinstance(found, Mapping) else {self.name: found}
         return {
-            str(name): self._checked(name, each, len(got.rows)) for name, each in columns.items()
+            str(name): self._check_column(name, each, len(got.rows))
+            for name, each in columns.items()
         }
 
-    def _checked(self, name: Any, values: Any, count: int) -> Column:
+    def _check_column(self, name: Any, values: Any, count: int) -> Column:
         listed = values.tolist() if isinstance(values, Tensor) else values
         if isinstance(listed, str) or not isinstance(listed, Sequence):
             kind = type(values).__name__

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dreamreader import _alloc
-from dreamreader._register import narrowed, native
+from dreamreader._register import chosen_backend, native
 from dreamreader.errors import InvalidInput
 from dreamreader.ops.permutation import mix64, permuted_reference
 
@@ -256,6 +256,6 @@ def _misfit(text: str) -> InvalidInput:
     return InvalidInput(f"choose: {text}")
 
 
-_native: Any = native()[0] if narrowed() in (None, "native") else None
+_native: Any = native()[0] if chosen_backend() in (None, "native") else None
 
 __all__ = ["Chosen", "choose", "choose_reference", "counts_of_budget", "stream_of", "streams_of"]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreamreader._register import narrowed, native
+from dreamreader._register import chosen_backend, native
 from dreamreader.errors import InvalidInput
 
 MOST = 2**62  # n may not be larger
@@ -104,6 +104,6 @@ def _network(value: np.ndarray, seed: np.ndarray, half: int) -> np.ndarray:
     return left << width | right
 
 
-_native: Any = native()[0] if narrowed() in (None, "native") else None
+_native: Any = native()[0] if chosen_backend() in (None, "native") else None
 
 __all__ = ["MOST", "mix64", "permuted", "permuted_reference"]

@@ -15,7 +15,7 @@ from dreamreader.probes.objective import ProbeObjective, check_counts, count_row
 from dreamreader.probes.probe import Probe
 from dreamreader.probes.rows import ProbeRows, Recorded, rows_of
 from dreamreader.probes.scores import scores, temperatures
-from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION, dealt, number_groups
+from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION, deal_groups, number_groups
 from dreamreader.probes.train import (
     Design,
     Problem,
@@ -114,7 +114,7 @@ def fit(
     belonging = rows.prompts if groups is None and rows.prompts is not None else groups
     count = len(rows.values)
     group = number_groups(range(count) if belonging is None else belonging, count)
-    part = dealt(group, targets, holdout, seed)
+    part = deal_groups(group, targets, holdout, seed)
     counts = count_rows(labelled, targets[part == TRAIN])
     check_counts(labelled, counts)
     goal = objective(labelled, loss, class_weights, counts)

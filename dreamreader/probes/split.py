@@ -25,7 +25,7 @@ def number_groups(groups: Sequence[Hashable], rows: int) -> Int[Tensor, " rows"]
     return torch.tensor([order.setdefault(each, len(order)) for each in listed])
 
 
-def dealt(
+def deal_groups(
     groups: Int[Tensor, " rows"], targets: Tensor, holdout: int, seed: int
 ) -> Int[Tensor, " rows"]:
     """TRAIN, VALIDATION or HELD_OUT for each row; a group stays together.

@@ -43,7 +43,7 @@ class ActivationBuffer:
         found = {site: _plain(each.tensor, each.heads) for site, each in cache.items()}
         if self.width is not None:
             for site, each in cache.items():
-                found[site] = self._aligned(site, found[site], each.positions)
+                found[site] = self._align(site, found[site], each.positions)
                 counts = self.counts.setdefault(site, torch.zeros(self.count, dtype=torch.int64))
                 assert each.positions is not None
                 counts[rows] = (each.positions[:, 0] >= 0).sum(1)
@@ -65,7 +65,7 @@ class ActivationBuffer:
                 )
             self.values[site][rows] = value.to(self.values[site].dtype)
 
-    def _aligned(self, site: str, values: Tensor, positions: Tensor | None) -> Tensor:
+    def _align(self, site: str, values: Tensor, positions: Tensor | None) -> Tensor:
         """[rows, width, features] with each token at its own index, without padding."""
         assert self.width is not None
         if positions is None or values.dim() != 3 or int(positions.max()) >= self.width:

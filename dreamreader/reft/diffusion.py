@@ -55,12 +55,12 @@ class NoiseMatch(ModelLoss):
         for row, moment in zip(batch.rows.tolist(), batch.moments.tolist(), strict=True):
             block, place = divmod(moment, _TOGETHER)
             if (row, block) not in self._targets:
-                self._targets[row, block] = self._computed(row, block)
+                self._targets[row, block] = self._compute(row, block)
             found.append(self._targets[row, block][place])
         return torch.stack(found)
 
     @torch.no_grad()
-    def _computed(self, row: int, block: int) -> Tensor:
+    def _compute(self, row: int, block: int) -> Tensor:
         """Always of the same calls at once: what is beside a call shows in its last bits, and a
         training that goes on has other calls before it than one that was not stopped."""
         start = block * _TOGETHER

@@ -176,7 +176,7 @@ class Together(Loss):
         self.rows, self.moments = main.rows, main.moments
 
     def terms(self, reft: Reft, batch: Batch) -> dict[str, Tensor]:
-        kept = self.keep.terms(reft, self._drawn(batch))
+        kept = self.keep.terms(reft, self._draw(batch))
         found = dict(self.main.terms(reft, batch))
         return found | {f"keep {name}": self.weight * each for name, each in kept.items()}
 
@@ -185,7 +185,7 @@ class Together(Loss):
             terms = self.main.terms(reft, batch).values()
             fine = all(bool(each.isfinite()) for each in terms)
         return (
-            self.keep.culprit(reft, self._drawn(batch)) if fine else self.main.culprit(reft, batch)
+            self.keep.culprit(reft, self._draw(batch)) if fine else self.main.culprit(reft, batch)
         )
 
     @contextmanager
@@ -193,7 +193,7 @@ class Together(Loss):
         with self.main.ready(), self.keep.ready():
             yield
 
-    def _drawn(self, batch: Batch) -> Batch:
+    def _draw(self, batch: Batch) -> Batch:
         generator, count = batch.generator, (len(batch.rows),)
         rows = torch.randint(self.keep.rows, count, generator=generator)
         moments = torch.randint(self.keep.moments, count, generator=generator)

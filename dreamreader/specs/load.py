@@ -251,9 +251,9 @@ def _resolve(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
 def _anchor_files(spec: S, folder: Path) -> S:
     """The spec with every `file` as an absolute path: of the data, and within the method."""
 
-    def anchored(part: Any) -> Any:
+    def anchor(part: Any) -> Any:
         if isinstance(part, list):
-            inner = [anchored(each) for each in part]
+            inner = [anchor(each) for each in part]
             return inner if any(a is not b for a, b in zip(part, inner, strict=True)) else part
         if not hasattr(type(part), "model_fields"):
             return part
@@ -262,8 +262,8 @@ def _anchor_files(spec: S, folder: Path) -> S:
             value = getattr(part, name)
             if name == "file" and isinstance(value, str):
                 changes[name] = str((folder / value).resolve())
-            elif (inner := anchored(value)) is not value:
+            elif (inner := anchor(value)) is not value:
                 changes[name] = inner
         return part.model_copy(update=changes) if changes else part
 
-    return anchored(spec)
+    return anchor(spec)

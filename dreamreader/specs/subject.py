@@ -9,14 +9,14 @@ from dreamreader.specs.call import check_call, check_generate
 from dreamreader.specs.parts import Subject
 
 
-def opened(subject: Subject) -> Reader:
+def open_subject(subject: Subject) -> Reader:
     """A reader of the named model, in the dtype and on the device that the spec says."""
     from dreamreader.zoo import load
 
     return load(subject.model, subject.device, subject.dtype)
 
 
-def padded(reader: Reader) -> Reader:
+def with_padding(reader: Reader) -> Reader:
     """The reader, whose language model pads with its end-of-text where it has no padding.
 
     Padding is masked: it never shows in what a row gives.

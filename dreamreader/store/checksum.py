@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import UInt8, UInt32
 
-from dreamreader._register import narrowed, native
+from dreamreader._register import chosen_backend, native
 
 _POLYNOMIAL = 0x82F63B78  # Castagnoli, bits reversed; RFC 3720, appendix B.4
 
@@ -29,7 +29,7 @@ def crc32c(*parts: UInt8[np.ndarray, "rows _"]) -> UInt32[np.ndarray, " rows"]:
         >>> hex(crc32c(text[None])[0])
         '0xe3069283'
     """
-    module = native()[0] if narrowed() in (None, "native") else None
+    module = native()[0] if chosen_backend() in (None, "native") else None
     if module is None:
         return crc32c_reference(*parts)
     found = np.empty(len(parts[0]), dtype=np.uint32)

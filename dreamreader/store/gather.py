@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dreamreader._register import narrowed, native
+from dreamreader._register import chosen_backend, native
 from dreamreader.errors import InvalidInput
 from dreamreader.ops.permutation import permuted
 from dreamreader.store.layout import STORED
@@ -56,7 +56,7 @@ class Gather(Protocol):
 
 def open_gather(picked: Picked) -> Gather:
     """The native gather where it was built, else the reference."""
-    module: Any = native()[0] if narrowed() in (None, "native") else None
+    module: Any = native()[0] if chosen_backend() in (None, "native") else None
     return ReferenceGather(picked) if module is None else NativeGather(picked, module)
 
 
@@ -87,7 +87,7 @@ class NativeGather:
 
     def count(self, threads: int) -> Int[np.ndarray, " runs"]:
         counts = np.zeros(len(self.picked.rows), np.int64)
-        self._told(self._native.count(torch.from_numpy(counts), threads))
+        self._raise_problem(self._native.count(torch.from_numpy(counts), threads))
         return counts
 
     def read(
@@ -105,9 +105,11 @@ class NativeGather:
         if out.is_neg():  # C++ would see the numbers without their sign
             raise InvalidInput("out is a negative view (x.conj().imag is one); give a plain tensor")
         mean, scale = (each if each is None else each.resolve_neg() for each in (mean, scale))
-        self._told(self._native.read(position, seed, out, mean, scale, keys, verify, threads))
+        self._raise_problem(
+            self._native.read(position, seed, out, mean, scale, keys, verify, threads)
+        )
 
-    def _told(self, problem: tuple[str, int, int, str] | None) -> None:
+    def _raise_problem(self, problem: tuple[str, int, int, str] | None) -> None:
         if problem is None:
             return
         kind, number, row, detail = problem
@@ -153,10 +155,10 @@ class ReferenceGather:
         places = np.arange(position, position + len(out), dtype=np.int64)
         if seed is not None and len(places):
             places = permuted(places, self.picked.total, seed)
-        file, row = self._found(places)
+        file, row = self._locate(places)
         for number in np.unique(file).tolist():
             lines = np.flatnonzero(file == number)
-            values, own = self._rows(number, row[lines], verify)
+            values, own = self._read_rows(number, row[lines], verify)
             at = torch.from_numpy(lines)
             if normal is not None:
                 values = (values.float() - normal[0]) * normal[1]
@@ -165,7 +167,7 @@ class ReferenceGather:
                 keys[at, 0] = number
                 keys[at, 1:] = torch.from_numpy(own)
 
-    def _found(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _locate(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """File and row of each place among the wanted rows."""
         p = self.picked
         run, within = p.runs_of(places)
@@ -179,7 +181,7 @@ class ReferenceGather:
             row[n] = first + np.flatnonzero(p.tokens.wanted(token))[within[n]]
         return p.file[run], row
 
-    def _rows(self, number: int, row: np.ndarray, verify: bool) -> tuple[Tensor, np.ndarray]:
+    def _read_rows(self, number: int, row: np.ndarray, verify: bool) -> tuple[Tensor, np.ndarray]:
         """Values and keys of rows of one file."""
         shard = self._shard(number)
         values, keys = shard.values[row], shard.keys[row]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dreamreader._checked import check, damaged, write_table
+from dreamreader._checked import check, damage_error, write_table
 from dreamreader.errors import InvalidInput
 from dreamreader.store.layout import (
     FORMAT,
@@ -110,7 +110,7 @@ def read_index(folder: Path) -> Index | None:
     with parquet.ParquetFile(file, memory_map=True) as whole:
         metadata = whole.schema_arrow.metadata or {}
         if whole.schema_arrow.remove_metadata() != _schema():
-            raise damaged(file, "it has other columns", _ANEW)
+            raise damage_error(file, "it has other columns", _ANEW)
         # One after the other: all at once take twice the memory.
         columns = [whole.read([name], use_threads=False)[name] for name in _COLUMNS]
     table = pa.table(columns, schema=_schema())

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dreamreader._checked import damaged, read_json, write_json
-from dreamreader._files import explained
+from dreamreader._checked import damage_error, read_json, write_json
+from dreamreader._files import explain_disk_errors
 from dreamreader._version import __version__
 from dreamreader.errors import InvalidInput
 from dreamreader.store.layout import FORMAT, check_format
@@ -81,7 +81,7 @@ class Manifest:
         try:
             return _from(content)
         except (KeyError, TypeError, ValueError) as error:
-            raise damaged(file, repr(error)) from error
+            raise damage_error(file, repr(error)) from error
 
     def write(self, folder: Path) -> Path:
         """Writes it into a store, whole or not at all."""
@@ -94,7 +94,7 @@ class Manifest:
             "left_out": [asdict(each) for each in self.left_out],
             "not_finite": [asdict(each) for each in self.not_finite],
         }
-        with explained(Path(folder)):
+        with explain_disk_errors(Path(folder)):
             return write_json(Path(folder) / FILE, content)
 
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from dreamreader._files import explained, locked_for_reading, new_folder
+from dreamreader._files import explain_disk_errors, locked_for_reading, new_folder
 from dreamreader._progress import Progress, ProgressCallback, ProgressEvent, show_progress
 from dreamreader.errors import InvalidInput
 from dreamreader.store.index import add_site, sealed_units, write_index
@@ -73,7 +73,7 @@ def _fill(folders: Sequence[Path], part: Path, link: bool, report: ProgressCallb
             source = folder / "shards" / unit_folder(unit)
             for each in damages(source):
                 raise InvalidInput(f"merge: {folder}: {each}; nothing was merged")
-            with explained(part):
+            with explain_disk_errors(part):
                 _copy(source, part / "shards" / unit_folder(number), link)
             report(ProgressEvent("units", number + 1, total))
         jobs += [_renumber(job, units, done) for job in manifest.jobs]

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dreamreader._files import explained
+from dreamreader._files import explain_disk_errors
 from dreamreader.ops.pack import POOLS, pack_reference
 from dreamreader.store.checksum import crc32c_reference
 from dreamreader.store.layout import Moment, SiteLayout, header_of, moments_table, tensors_of
@@ -98,7 +98,7 @@ class ReferenceWriter:
     ) -> list[Shard]:
         """Ends the unit: from now on readers see it."""
         assert self._part is not None
-        with explained(self.shards.parent):
+        with explain_disk_errors(self.shards.parent):
             found = [
                 self._write(site, held, moments, list(branches))
                 for site, held in sorted(self._rows.items())

@@ -124,7 +124,7 @@ class Column:
             runs = [range(each[0], each[-1] + 1) for each in parts if len(each)]
         size = self.row.itemsize
         out = np.empty(sum(map(len, runs)) * size, np.uint8)
-        with opened(self.path, self.whole) as file:
+        with open_file(self.path, self.whole) as file:
             done = 0
             for run in runs:
                 stop = done + len(run) * size
@@ -135,7 +135,7 @@ class Column:
 
 
 @contextmanager
-def opened(path: Path, whole: int) -> Iterator[FileIO]:
+def open_file(path: Path, whole: int) -> Iterator[FileIO]:
     """A shard for reading, as long as it has all of its bytes.
 
     Raises:

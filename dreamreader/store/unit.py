@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dreamreader._checked import damaged, read_json, write_json, write_table
-from dreamreader._files import explained, sync
+from dreamreader._checked import damage_error, read_json, write_json, write_table
+from dreamreader._files import explain_disk_errors, sync
 from dreamreader.errors import InvalidInput
 from dreamreader.store.checksum import crc32c
 from dreamreader.store.layout import FORMAT, SiteLayout, check_format, site_from, unit_folder
@@ -65,7 +65,7 @@ class Unit:
 
 def begin_unit(shards: Path, unit: int) -> Path:
     """A new folder for what is not sealed yet; readers do not see it."""
-    with explained(shards.parent):
+    with explain_disk_errors(shards.parent):
         if not shards.is_dir():
             shards.mkdir(parents=True, exist_ok=True)
             sync(shards.parent)
@@ -85,7 +85,7 @@ def seal_unit(
         samples: one row for each sample; its place is what the keys of rows call it.
     """
     target = part.parent / unit_folder(unit)
-    with explained(part.parent.parent):
+    with explain_disk_errors(part.parent.parent):
         file = part / "samples.parquet"
         write_table(file, samples)
         content = {
@@ -127,7 +127,7 @@ def read_unit(folder: Path) -> Unit:
         }
         return Unit(content["run"], int(content["unit"]), content["samples"], shards)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise damaged(file, repr(error), _HINT) from error
+        raise damage_error(file, repr(error), _HINT) from error
 
 
 _HINT = "delete the folder of the unit, and the command that made it makes it again"

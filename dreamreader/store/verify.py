@@ -16,7 +16,7 @@ from dreamreader.store.checksum import crc32c
 from dreamreader.store.index import FILE, current, read_index, sealed_units
 from dreamreader.store.layout import SiteLayout, Tensors, tensors_of, unit_folder
 from dreamreader.store.manifest import Manifest
-from dreamreader.store.shard import ADVICE, open_shard, opened, read_into
+from dreamreader.store.shard import ADVICE, open_file, open_shard, read_into
 from dreamreader.store.unit import Shard, Unit, crc32c_of, read_unit
 
 BLOCK_BYTES = 16 << 20
@@ -168,7 +168,7 @@ def _of_shard(file: Path, name: str, unit: Unit, listed: Shard) -> Iterator[Dama
     except InvalidInput as error:
         yield Damage(name, _without(file, error))
     try:
-        with opened(file, at.bytes) as source:
+        with open_file(file, at.bytes) as source:
             parts = list(_bad_rows(source, at, listed.site, listed.rows))
     except InvalidInput as error:  # cut off, or gone, since its length was compared
         yield Damage(name, _without(file, error))

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dreamreader._files import explained
-from dreamreader._register import narrowed, native
+from dreamreader._files import explain_disk_errors
+from dreamreader._register import chosen_backend, native
 from dreamreader.errors import InvalidInput
 from dreamreader.store.layout import (
     Moment,
@@ -75,7 +75,7 @@ def open_writer(
     if ring_bytes > _MOST_BYTES or threads > _MOST_THREADS:
         most = f"at most {_MOST_BYTES:,} bytes and {_MOST_THREADS:,} threads are possible"
         raise InvalidInput(f"ring_bytes={ring_bytes:,} and threads={threads:,}: {most}")
-    module = native()[0] if narrowed() in (None, "native") else None
+    module = native()[0] if chosen_backend() in (None, "native") else None
     if module is None:
         return ReferenceWriter(Path(store), run)
     slab = _SLABS.get(torch.device(device).type, _SLABS["cpu"])
@@ -168,7 +168,7 @@ class NativeWriter:
         try:
             return self._core.put(site, x, places, keys, minus, groups)
         except OSError:
-            with explained(self.shards.parent):
+            with explain_disk_errors(self.shards.parent):
                 raise
 
     def _readable(self, x: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class NativeWriter:
     ) -> list[Shard]:
         """Ends the unit: from now on readers see it."""
         assert self._part is not None
-        with explained(self.shards.parent):
+        with explain_disk_errors(self.shards.parent):
             self._core.flush()
             found = [self._finish(site, moments, list(branches)) for site in self._core.used()]
             self._core.wait()

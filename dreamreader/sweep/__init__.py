@@ -5,7 +5,7 @@ from dreamreader.sweep.cells import Cell
 from dreamreader.sweep.controls import random_cells, site_widths
 from dreamreader.sweep.edges import edge_cells, matrix_cells
 from dreamreader.sweep.grids import Agreement, Grid, joined
-from dreamreader.sweep.run import Metric, SweepJob, job, over_cells, records_of, resolved
+from dreamreader.sweep.run import Metric, SweepJob, job, over_cells, records_of, resolve_cells
 from dreamreader.sweep.windows import layer_windows
 
 Job = SweepJob  # its earlier name
@@ -26,6 +26,6 @@ __all__ = [
     "over_cells",
     "random_cells",
     "records_of",
-    "resolved",
+    "resolve_cells",
     "site_widths",
 ]

@@ -96,7 +96,7 @@ class Grid(Artifact, kind="grid"):
         """Effect of each cell with its bootstrap interval; NaN where nothing is measured."""
         nan = float("nan")
         found = [Interval(nan, nan, nan, 0)] * len(self.cells)
-        for cells, rows in self._measured():
+        for cells, rows in self._cells_by_rows():
             moved = self.values[cells][:, rows] - self.base[rows]
             whole = None if self.goal is None else self.goal[rows] - self.base[rows]
             effects = ratio_of_means(moved, whole, confidence=self.confidence)
@@ -108,7 +108,7 @@ class Grid(Artifact, kind="grid"):
     def p_values(self) -> Values:
         """[cells] two-sided p-value of M_cell - M_base by sign flips; see `stats.sign_flip`."""
         found = np.full(len(self.cells), np.nan)
-        for cells, rows in self._measured():
+        for cells, rows in self._cells_by_rows():
             found[cells] = sign_flip(self.values[cells][:, rows] - self.base[rows])
         return found
 
@@ -260,7 +260,7 @@ class Grid(Artifact, kind="grid"):
             content["confidence"],
         )
 
-    def _measured(self) -> list[tuple[list[int], NDArray[np.int64]]]:
+    def _cells_by_rows(self) -> list[tuple[list[int], NDArray[np.int64]]]:
         """Cells that are measured in the same rows, and these rows."""
         sides = self.base if self.goal is None else self.base + self.goal
         known = np.isfinite(self.values) & np.isfinite(sides)

@@ -130,7 +130,7 @@ def over_cells(
     return np.concatenate(found)
 
 
-def resolved(reader: "Reader", cells: Sequence[Cell]) -> list[Cell]:
+def resolve_cells(reader: "Reader", cells: Sequence[Cell]) -> list[Cell]:
     """The cells with the names of their sites in full.
 
     Raises:

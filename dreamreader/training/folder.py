@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dreamreader._checked import damaged
-from dreamreader._files import explained, write_atomic
+from dreamreader._checked import damage_error
+from dreamreader._files import explain_disk_errors, write_atomic
 from dreamreader.errors import InvalidInput
 from dreamreader.jobs.folder import PLAN, SPEC, JobFolder
 from dreamreader.store.layout import file_of
@@ -45,7 +45,7 @@ class TrainingFolder(JobFolder):
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a text whose checksum `complete` notes."""
-        with explained(self.path):
+        with explain_disk_errors(self.path):
             write_atomic(self.path / name, text)
 
     def complete(self, result: Mapping[str, Any], files: Iterable[str]) -> None:
@@ -63,7 +63,7 @@ class TrainingFolder(JobFolder):
             if not (self.path / name).is_file():
                 raise InvalidInput(f"{self.path / name} is missing; {_HINT}")
             if self.checksum(name) != said:
-                raise damaged(self.path / name, "it is not the one of this training", _HINT)
+                raise damage_error(self.path / name, "it is not the one of this training", _HINT)
 
     def checksum(self, name: str) -> str:
         """SHA-256 of a file."""

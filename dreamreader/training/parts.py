@@ -77,7 +77,9 @@ class Training(Part):
 
     @field_validator("optimizer")
     @classmethod
-    def _known(cls, value: str | dict[str, dict[str, Any]]) -> str | dict[str, dict[str, Any]]:
+    def _check_optimizer(
+        cls, value: str | dict[str, dict[str, Any]]
+    ) -> str | dict[str, dict[str, Any]]:
         from dreamreader.fitting.recipe import optimizers
 
         if isinstance(value, dict) and len(value) != 1:

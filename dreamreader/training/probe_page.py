@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreamreader._files import explained
+from dreamreader._files import explain_disk_errors
 from dreamreader.jobs.folder import FINGERPRINT
 from dreamreader.jobs.page import job_report
 from dreamreader.probes import Card
@@ -39,7 +39,7 @@ def write_report(spec: ProbeSpec, folder: TrainingFolder) -> Path:
         _numbers(cards, first["rows"]),
         [_overview(cards), *(_site(card, notes[site]) for site, card in cards.items())],
     )
-    with explained(folder.path):
+    with explain_disk_errors(folder.path):
         return page.write(folder.path / "report.html")
 
 
@@ -48,12 +48,12 @@ def best(cards: Mapping[str, Card]) -> tuple[str, str, float]:
     found = [
         (site, attribute, value)
         for site, card in cards.items()
-        for attribute, value in reached(card).items()
+        for attribute, value in held_out_scores(card).items()
     ]
     return max(found, key=lambda each: each[2])
 
 
-def reached(card: Card) -> dict[str, float]:
+def held_out_scores(card: Card) -> dict[str, float]:
     """Held-out accuracy by attribute; of a regression R2 by output."""
     if card.task == "regress":
         return {name: value or 0.0 for name, value in card.held_out[""]["r2"].items()}

@@ -8,13 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from dreamreader._files import explained
+from dreamreader._files import explain_disk_errors
 from dreamreader.jobs import Fingerprint, fingerprint
 from dreamreader.jobs.fingerprint import code_version, machine_facts, package_versions, portable
 from dreamreader.jobs.job import REPORT, RunUnit, SpecJob, Work
 from dreamreader.probes import Probe
 from dreamreader.training.folder import RESULT, TrainingFolder, notes_file, probe_name
-from dreamreader.training.probe_page import reached, write_report
+from dreamreader.training.probe_page import held_out_scores, write_report
 from dreamreader.training.prompted import Prompted
 from dreamreader.training.specs import ProbeSpec as ProbeSpec
 from dreamreader.training.stored import Stored
@@ -85,20 +85,20 @@ class ProbeJob(SpecJob[ProbeSpec]):
     def units(self, plan: ProbePlan) -> int:
         return len(plan.sites)
 
-    def there(self, folder: TrainingFolder, plan: ProbePlan) -> set[int]:
+    def units_there(self, folder: TrainingFolder, plan: ProbePlan) -> set[int]:
         return {n for n, site in enumerate(plan.sites) if _is_trained(folder, site)}
 
     @contextmanager
-    def opened(self, work: Work) -> Iterator[RunUnit]:
+    def open_runner(self, work: Work) -> Iterator[RunUnit]:
         folder: TrainingFolder = work.folder
         sites = [work.plan.sites[unit] for unit in work.missing]
-        trained = self.source.trained(sites, work.plan.batch, work.report)
+        trained = self.source.train(sites, work.plan.batch, work.report)
 
         def train_next(unit: int, room: int | None) -> int:
             site, probe, notes = next(trained)
             own = {"run": folder.run, "card": probe.card.as_dict()}
             folder.write(notes_file(site), {**own, **notes})
-            with explained(folder.path):
+            with explain_disk_errors(folder.path):
                 probe.save(folder.path / probe_name(site))
             return 0
 
@@ -165,5 +165,5 @@ def _describe_scores(probe: Probe) -> str:
     shown = "{:.3f}" if kind == "R2" else "{:.1%}"
     return ", ".join(
         f"{kind}{' of ' + name if name else ''} {shown.format(value)}"
-        for name, value in reached(probe.card).items()
+        for name, value in held_out_scores(probe.card).items()
     )

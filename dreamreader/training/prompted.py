@@ -15,11 +15,17 @@ from dreamreader.engine import Activation, Reader, Record, check_lengths
 from dreamreader.probes import Probe, fit
 from dreamreader.probes.labels import encode_labels
 from dreamreader.probes.objective import check_counts, count_rows
-from dreamreader.probes.split import HELD_OUT, TRAIN, dealt, number_groups
+from dreamreader.probes.split import HELD_OUT, TRAIN, deal_groups, number_groups
 from dreamreader.recording.labelled import mean_over_tokens
 from dreamreader.specs.batch import activation_bytes, duration, rows_that_fit
 from dreamreader.specs.data import read_items
-from dreamreader.specs.subject import call_settings, is_language, opened, padded, steps_of
+from dreamreader.specs.subject import (
+    call_settings,
+    is_language,
+    open_subject,
+    steps_of,
+    with_padding,
+)
 from dreamreader.training.labels import (
     Values,
     complete_rows,
@@ -50,7 +56,7 @@ class Prompted:
         self.items = read_items(spec.data)
         if not from_detector(spec.labels):
             self.columns  # noqa: B018  a wrong column is told before the model is opened
-        self.reader = padded(reader or opened(spec.subject))
+        self.reader = with_padding(reader or open_subject(spec.subject))
         if is_language(self.reader) and spec.tokens is None and spec.probe.pool == "flat":
             check_lengths(self.reader, [item.prompt for item in self.items])
 
@@ -100,7 +106,7 @@ class Prompted:
         kept, labels = complete_rows(self.columns, probe.task)
         task, targets = encode_labels(labels, probe.task)
         prompts = [self.prompts[n] for n in kept]
-        part = dealt(number_groups(prompts, len(kept)), targets, probe.holdout, probe.seed)
+        part = deal_groups(number_groups(prompts, len(kept)), targets, probe.holdout, probe.seed)
         check_counts(task, count_rows(task, targets[part == TRAIN]))
 
     def identity(self) -> dict[str, Any]:
@@ -113,7 +119,7 @@ class Prompted:
         auto = self.spec.batch.rows == "auto"
         return rows_that_fit(self.spec.batch, self._row_bytes() if auto else 0)
 
-    def trained(
+    def train(
         self, sites: Sequence[str], batch: int, report: ProgressCallback = silent
     ) -> Iterator[tuple[str, Probe, dict[str, Any]]]:
         """Records all rows once, then trains a probe at each of the sites.
@@ -123,7 +129,7 @@ class Prompted:
         """
         if not sites:
             return
-        cache, values = self._recorded(sites, batch, report)
+        cache, values = self._record(sites, batch, report)
         kept, labels = complete_rows(values, self.spec.probe.task)
         rows = {"all": len(self.prompts), "labelled": len(kept)}
         report(ProgressEvent("probes", 0, len(sites)))
@@ -178,7 +184,7 @@ class Prompted:
             for site in sites
         ]
 
-    def _recorded(
+    def _record(
         self, sites: Sequence[str], batch: int, report: ProgressCallback
     ) -> tuple[dict[str, Activation], Values]:
         """The activations of all rows, and their labels."""
@@ -203,7 +209,7 @@ class Prompted:
         prompts = [row.prompt for row in found.rows]
         group = number_groups(prompts, len(prompts))
         probe_training = self.spec.probe
-        part = dealt(group, targets, probe_training.holdout, probe_training.seed)
+        part = deal_groups(group, targets, probe_training.holdout, probe_training.seed)
         apart = (part == HELD_OUT).nonzero().flatten().tolist()
         if probe.task.kind == "regress":
             return torch.zeros(0, 1), targets[:0]

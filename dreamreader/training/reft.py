@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dreamreader._files import explained
+from dreamreader._files import explain_disk_errors
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
 from dreamreader.jobs import fingerprint
@@ -16,13 +16,13 @@ from dreamreader.jobs.job import REPORT, RunUnit, SpecJob, Work
 from dreamreader.reft import Reft
 from dreamreader.specs.batch import activation_bytes, rows_that_fit
 from dreamreader.specs.data import read_items
-from dreamreader.specs.subject import call_settings, is_language, opened, padded
+from dreamreader.specs.subject import call_settings, is_language, open_subject, with_padding
 from dreamreader.training.examples import Examples, examples_of, folder_of
 from dreamreader.training.fit import FittedAdapters, fit_adapters, orthonormality
 from dreamreader.training.folder import ADAPTER, CHECKPOINTS, HISTORY, RESULT, TrainingFolder
 from dreamreader.training.losses import AdaptedSites
 from dreamreader.training.plan import ROWS, ReftPlan, plan_of
-from dreamreader.training.reft_page import parameters, reached, write_report
+from dreamreader.training.reft_page import explained_share, parameters, write_report
 from dreamreader.training.specs import ReftSpec as ReftSpec
 
 
@@ -55,7 +55,7 @@ class ReftJob(SpecJob[ReftSpec]):
     @cached_property
     def reader(self) -> Reader:
         """Of the subject, opened at first use."""
-        found = padded(self._reader or opened(self.spec.subject))
+        found = with_padding(self._reader or open_subject(self.spec.subject))
         if is_language(found) and self.spec.pipeline:
             raise InvalidInput("pipeline: a language model reads texts here, and writes none")
         return found
@@ -109,15 +109,15 @@ class ReftJob(SpecJob[ReftSpec]):
     def units(self, plan: int) -> int:
         return 1
 
-    def there(self, folder: TrainingFolder, plan: int) -> set[int]:
+    def units_there(self, folder: TrainingFolder, plan: int) -> set[int]:
         return {0} if folder.is_complete else set()
 
     @contextmanager
-    def opened(self, work: Work) -> Iterator[RunUnit]:
+    def open_runner(self, work: Work) -> Iterator[RunUnit]:
         folder: TrainingFolder = work.folder
 
         def train_all(unit: int, room: int | None) -> int:
-            with explained(folder.path):
+            with explain_disk_errors(folder.path):
                 found = fit_adapters(
                     self.spec.training,
                     self.place(work.plan),
@@ -152,7 +152,7 @@ class ReftJob(SpecJob[ReftSpec]):
     def summary(cls, folder: TrainingFolder) -> list[str]:
         folder.need_complete()
         result, name = folder.need(RESULT), cls.of_folder(folder.path).spec.name
-        share, prompts = reached(result), result["prompts"]
+        share, prompts = explained_share(result), result["prompts"]
         lines = [
             f"{name}: {parameters(result):,} parameters at {len(result['sites'])} sites, best at "
             f"step {result['best']:,} of {result['steps']:,}"

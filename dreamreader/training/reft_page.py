@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreamreader._files import explained
+from dreamreader._files import explain_disk_errors
 from dreamreader.jobs.folder import FINGERPRINT
 from dreamreader.jobs.page import job_report
 from dreamreader.report import Charts, Curves, Number, Section, Series, Table
@@ -32,7 +32,7 @@ def write_report(spec: ReftSpec, folder: TrainingFolder) -> Path:
             *_terms(result),
         ],
     )
-    with explained(folder.path):
+    with explain_disk_errors(folder.path):
         return page.write(folder.path / "report.html")
 
 
@@ -40,14 +40,14 @@ def parameters(result: Mapping[str, Any]) -> int:
     return sum(each["parameters"] for each in result["sites"].values())
 
 
-def reached(result: Mapping[str, Any]) -> float | None:
+def explained_share(result: Mapping[str, Any]) -> float | None:
     """Mean over terms of the share of the held-out loss that was taken away."""
     found = list(result["explained"].values())
     return sum(found) / len(found) if found else None
 
 
 def _numbers(result: Mapping[str, Any]) -> list[Number]:
-    count, share = parameters(result), reached(result)
+    count, share = parameters(result), explained_share(result)
     of = result["model_parameters"]
     held = f"{result['prompts']['held_out']:,} prompts that trained nothing"
     note = f"{100 * count / of:.3g} % of the model's" if of else ""

@@ -16,7 +16,7 @@ from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.probes import Probe, fit_batches
 from dreamreader.probes.labels import Task, encode_labels
 from dreamreader.probes.objective import check_counts, count_rows
-from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION, dealt, number_groups
+from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION, deal_groups, number_groups
 from dreamreader.store.batch import Batch
 from dreamreader.store.dataset import StoreDataset
 from dreamreader.store.store import Store
@@ -76,7 +76,7 @@ class Stored:
     def samples(self) -> "LabelledSamples":
         return LabelledSamples(self.store, self.spec)
 
-    def trained(
+    def train(
         self, sites: Sequence[str], batch: int, report: ProgressCallback = silent
     ) -> Iterator[tuple[str, Probe, dict[str, Any]]]:
         """Trains a probe at each of the sites; see `Prompted.trained`."""
@@ -184,7 +184,7 @@ class LabelledSamples:
         self.task, targets = encode_labels(labels, spec.probe.task)
         known = [lines[n].get("prompt", lines[n].get("id")) for n in kept]
         group = number_groups(known, len(kept))
-        part = dealt(group, targets, spec.probe.holdout, spec.probe.seed)
+        part = deal_groups(group, targets, spec.probe.holdout, spec.probe.seed)
         self.rows = {"all": len(lines), "labelled": len(kept)}
         self.classes: Any = {name: list(each) for name, each in self.task.classes.items()}
         if list(self.classes) == [""]:

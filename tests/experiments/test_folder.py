@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def test_batches_become_one_table(folder: RunFolder) -> None:
-    assert folder.finished(UNITS) == {0, 1} and folder.has_results and not folder.is_complete
+    assert folder.finished_units(UNITS) == {0, 1} and folder.has_results and not folder.is_complete
     folder.merge(UNITS)
     folder.clear(UNITS)
     assert folder.is_complete and not (folder.path / "rows").exists()
@@ -154,10 +154,10 @@ def test_one_process_at_a_time(experiment, tmp_path: Path) -> None:
 
 def test_the_lock_is_free_after_an_error(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    with pytest.raises(KeyError), folder.locked():
+    with pytest.raises(KeyError), folder.lock():
         raise KeyError
     text = "run: another process runs here"
-    with folder.locked(), pytest.raises(InvalidInput, match=text), RunFolder(folder.path).locked():
+    with folder.lock(), pytest.raises(InvalidInput, match=text), RunFolder(folder.path).lock():
         pass
 
 

@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from dreamreader import Edit
 from dreamreader._checked import read_json, write_json
-from dreamreader._files import locked
+from dreamreader._files import lock_folder
 from dreamreader._progress import ProgressEvent
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
@@ -168,7 +168,7 @@ def test_a_merged_part_of_a_harvest_does_not_go_on(tmp_path: Path) -> None:
 
 
 def test_a_second_job_on_one_store_is_refused(tmp_path: Path) -> None:
-    with locked(tmp_path / "s"):
+    with lock_folder(tmp_path / "s"):
         with pytest.raises(InvalidInput, match="s: another process runs here"):
             texts().run(tmp_path / "s")
     assert not (tmp_path / "s" / "manifest.json").exists()

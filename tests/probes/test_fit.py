@@ -8,7 +8,7 @@ from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.probes import Probe, fit
 from dreamreader.probes.fit import PARTS
 from dreamreader.probes.rows import rows_of
-from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION, dealt, number_groups
+from dreamreader.probes.split import HELD_OUT, TRAIN, VALIDATION, deal_groups, number_groups
 
 QUICK = {"controls": False, "epochs": 40, "lr": 1e-2}
 
@@ -239,12 +239,14 @@ def test_the_first_evaluation_of_a_step_stands_for_it():
 def test_groups_are_never_split():
     group = number_groups([n // 5 for n in range(100)], 100)
     targets = (group % 4).unsqueeze(1)
-    part = dealt(group, targets, 5, 0)
+    part = deal_groups(group, targets, 5, 0)
     for each in range(20):
         assert len(part[group == each].unique()) == 1
     sizes = [int((part == each).sum()) for each in (TRAIN, VALIDATION, HELD_OUT)]
     assert sizes == [60, 20, 20]
-    assert part.equal(dealt(group, targets, 5, 0)) and not part.equal(dealt(group, targets, 5, 1))
+    assert part.equal(deal_groups(group, targets, 5, 0)) and not part.equal(
+        deal_groups(group, targets, 5, 1)
+    )
     for each in PARTS.values():  # every class has its share
         assert len(targets[part == each].unique()) == 4
 
@@ -353,7 +355,7 @@ def test_padding_is_no_row_and_no_part_of_a_mean():
     tokens = fit(found, y, hidden=(), pool="token", **QUICK)
     lengths = [len(row) for row in each]
     group = torch.arange(60).repeat_interleave(torch.tensor(lengths))
-    part = dealt(torch.arange(60), y[:, None], 5, 0)
+    part = deal_groups(torch.arange(60), y[:, None], 5, 0)
     plain = rows_of(found, "token")
     assert int(plain.real.sum()) == sum(lengths) and bool(plain.values.isfinite().all())
     made = _problem_rows(found, y)
@@ -380,7 +382,7 @@ def _problem_rows(found, y):
 
     told, targets = encode_labels(y, "classify", None, len(y))
     group = torch.arange(len(y))
-    part = dealt(group, targets, 5, 0)
+    part = deal_groups(group, targets, 5, 0)
     goal = objective(told, "softmax", None, count_rows(told, targets))
     how = Design((), "relu"), recipe_of(1, 1, 1e-3, 64, 0)
     return _problem(rows_of(found, "token"), targets, part, group, "shared", goal, *how)

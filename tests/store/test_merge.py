@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreamreader._files import locked
+from dreamreader._files import lock_folder
 from dreamreader.errors import InvalidInput
 from dreamreader.store import merge as module
 from dreamreader.store.index import write_index
@@ -116,7 +116,7 @@ def test_bad_input(written, tmp_path) -> None:
         with pytest.raises(InvalidInput, match=text):
             merge(stores, out)
         assert not (tmp_path / "x").exists() and not (tmp_path / "none").exists()
-    with locked(two), pytest.raises(InvalidInput, match="b: another process runs here"):
+    with lock_folder(two), pytest.raises(InvalidInput, match="b: another process runs here"):
         merge([one, two], tmp_path / "x")
     Manifest().write(tmp_path / "empty")
     with pytest.raises(InvalidInput, match="empty has no sealed units"):

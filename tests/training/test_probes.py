@@ -176,13 +176,16 @@ def test_a_language_model(language, tmp_path: Path):
 
 
 def test_padding_of_shorter_prompts_is_no_part_of_a_mean(language, tmp_path: Path):
-    rows = [{"prompt": each, "animal": each.split()[-1]} for each in ("the fox", "a big red tree")]
+    prompts = [f"{start} {end}" for start in ("the", "a", "one") for end in ("fox", "big red tree")]
+    rows = [{"prompt": each, "animal": each.split()[-1]} for each in prompts]
     asked = {"name": "a", "reader": language, "data": {"prompts": rows}, "labels": "animal"}
     asked["sites"] = "transformer.h.1"
-    with pytest.raises(InvalidInput, match="prompts have 5 to 6 tokens, and padding would count"):
+    with pytest.raises(InvalidInput, match="prompts have 4 to 7 tokens, and padding would count"):
         ProbeJob(**asked, probe={"pool": "flat"}).run(tmp_path)
     for given in ({"tokens": -1}, {"probe": {"pool": "mean"}}, {"probe": {"pool": "token"}}):
-        assert "rows    2" in ProbeJob(**asked, **given).plan()
+        given = {"probe": {}} | given
+        given["probe"] = {"holdout": 3, **given["probe"]}
+        assert "rows    6" in ProbeJob(**asked, **given).plan()
 
 
 @pytest.mark.parametrize("pool", ["mean", "token"])

@@ -17,7 +17,7 @@ import dreamreader as dr
 from dreamreader import zoo
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.specs.parts import Subject
-from dreamreader.specs.subject import opened
+from dreamreader.specs.subject import open_subject
 
 COMMIT = "0" * 40
 
@@ -95,7 +95,7 @@ def test_a_folder_and_a_hub_id_are_the_same_thing_everywhere(kind, hub, request)
     hub("some-one/tiny", folder)
     hub("tiny-one", folder)
     readers = [dr.load(folder), dr.load("some-one/tiny"), dr.load("tiny-one")]
-    readers.append(opened(Subject(model="some-one/tiny")))
+    readers.append(open_subject(Subject(model="some-one/tiny")))
     first = readers[0]
     assert hasattr(first.subject, "components") == (kind == "pipeline")
     for other in readers[1:]:
@@ -236,7 +236,7 @@ def test_a_device_that_is_not_here_is_said_before_anything_is_opened(language) -
     ):
         dr.load("no-such-model", device="cuda")
     with pytest.raises(InvalidInput, match="device cuda"):
-        opened(Subject(model="no-such-model", device="cuda"))
+        open_subject(Subject(model="no-such-model", device="cuda"))
     reader = dr.load(language)
     with pytest.raises(InvalidInput, match="device cuda"):
         reader.to("cuda", "float16")

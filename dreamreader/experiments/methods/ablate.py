@@ -131,7 +131,7 @@ class AblateMethod(Chunked, SweptPlaces):
             items = read_items(self.reference, "method.reference")
             seeds = listed_seeds(self.reference_seeds)
             rows = [(item.prompt, seed) for item in items for seed in seeds]
-            with job.uncounted():
+            with job.pause_counting():
                 found = joined_rows(job.record(rows, records_of(self.read_cells(job))))
             if self.ablation == "mean":
                 found = Cache([row_means(each) for each in found.values()])

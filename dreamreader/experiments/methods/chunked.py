@@ -48,7 +48,7 @@ class Chunked(Method):
         """Activations of a group of rows that give."""
         held = job.memory.setdefault("sources", {})
         if group not in held:
-            with job.uncounted():
+            with job.pause_counting():
                 _, result = job.run_batch([row for row in job.rows if row.group == group])
             _hold(job, group, result.cache)
         return held[group]

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dreamreader._files import explained
+from dreamreader._files import explain_disk_errors
 from dreamreader.artifacts.file import load_described, save_described
 from dreamreader.edits import Mlp
 from dreamreader.engine import Cache, Record
@@ -126,7 +126,7 @@ class ProbedLabels(Method, SweptPlaces):
         prompts = [item for item, _ in rows]
         labels = {attribute: self.column_of(prompts, attribute) for attribute in self.labels}
         assert job.folder is not None
-        with explained(job.folder.path):
+        with explain_disk_errors(job.folder.path):
             means.parent.mkdir(parents=True, exist_ok=True)
             for site, file in files.items():
                 options = {**self.probe.options, "subject": job.spec.subject.model}

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dreamreader._checked import write_json
-from dreamreader._files import explained
+from dreamreader._files import explain_disk_errors
 from dreamreader.artifacts.file import load_described, save_described
 from dreamreader.experiments.job import Job, Method
 from dreamreader.experiments.methods.base import SweptPlaces, one_selection
@@ -139,7 +139,7 @@ class _AdapterBuilder:
         made = {key: self._adapters(*key) for key in files}  # refuses a rank above a width
         learning = any(condition == "edited" for condition, *_ in made)
         loss = loss_of(self.method.training, self.place, self.examples) if learning else None
-        with explained(self.job.folder.path):
+        with explain_disk_errors(self.job.folder.path):
             means.parent.mkdir(parents=True, exist_ok=True)
             for key, reft in made.items():
                 condition, cell, variant, rank = key

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 
 from dreamreader import edits as kinds
-from dreamreader._files import explained
+from dreamreader._files import explain_disk_errors
 from dreamreader.engine import Cache, Record
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.job import Job, Method
@@ -220,7 +220,7 @@ class SteerMethod(Method, SweptPlaces):
 
 
 def _write(directions: Directions, file: Path) -> None:
-    with explained(file.parent.parent):
+    with explain_disk_errors(file.parent.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
         directions.save(file)
 

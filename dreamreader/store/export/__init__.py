@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreamreader._files import explained, new_folder
+from dreamreader._files import explain_disk_errors, new_folder
 from dreamreader._progress import Progress, show_progress
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.store.export import huggingface, npy, webdataset
@@ -58,6 +58,6 @@ def export(
     if not sites or (site is not None and len(sites) < len(wanted)):
         empty = [each for each in wanted if each not in sites]
         raise InvalidInput(f"{store}: no rows of {', '.join(empty) or 'any site'} are chosen")
-    with show_progress(progress) as report, new_folder(out) as part, explained(Path(out)):
+    with show_progress(progress) as report, new_folder(out) as part, explain_disk_errors(Path(out)):
         FORMATS[format](ChosenRows(opened, sites, steps, branch, report), part)
     return Path(out)
