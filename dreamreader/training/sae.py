@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from dreamreader._files import explained
+from dreamreader._files import explain_disk_errors
 from dreamreader._progress import ProgressEvent
 from dreamreader.harvest import Harvest
 from dreamreader.jobs import Fingerprint, fingerprint
@@ -169,7 +169,7 @@ class SaeJob(SpecJob[SaeSpec]):
     def units(self, plan: list[str]) -> int:
         return len(plan)
 
-    def there(self, folder: TrainingFolder, plan: list[str]) -> set[int]:
+    def units_there(self, folder: TrainingFolder, plan: list[str]) -> set[int]:
         return {
             n
             for n, site in enumerate(plan)
@@ -182,7 +182,7 @@ class SaeJob(SpecJob[SaeSpec]):
             self.harvest.run(work.folder.path / ACTIVATIONS, progress=work.report)
 
     @contextmanager
-    def opened(self, work: Work) -> Iterator[RunUnit]:
+    def open_runner(self, work: Work) -> Iterator[RunUnit]:
         source = self.source(work.folder.path)
 
         def train_site(unit: int, room: int | None) -> int:
@@ -261,7 +261,7 @@ class SaeJob(SpecJob[SaeSpec]):
             **options,
         )
         notes: dict[str, Any] = {}
-        with explained(folder.path):
+        with explain_disk_errors(folder.path):
             for number, (name, sae) in enumerate(made.items()):
                 scores = measure(sae, source, site, name in shuffled)
                 file = f"{_FOLDER}/{file_of(site).removesuffix('.safetensors')}-{number}"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dreamreader._files import explained
+from dreamreader._files import explain_disk_errors
 from dreamreader.jobs.folder import FINGERPRINT
 from dreamreader.jobs.page import job_report
 from dreamreader.report import Charts, Curves, Number, Section, Series, Table
@@ -45,7 +45,7 @@ def write_report(spec: SaeSpec, folder: TrainingFolder, notes: Mapping[str, Note
         _numbers(notes),
         [section for site, each in notes.items() for section in _site(site, each, spec)],
     )
-    with explained(folder.path):
+    with explain_disk_errors(folder.path):
         return page.write(folder.path / "report.html")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamreader._files import explained, replacing, write_atomic
+from dreamreader._files import explain_disk_errors, replacing, write_atomic
 from dreamreader.errors import InvalidInput, first_line
 from dreamreader.sae.model import SparseAutoencoder
 from dreamreader.sae.selection import Selection
@@ -190,7 +190,7 @@ def assemble(
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file whole or not at all."""
-    with explained(path):
+    with explain_disk_errors(path):
         write_atomic(path, json.dumps(content, indent=2) + "\n")
 
 
@@ -198,13 +198,13 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a safetensors file whole or not at all."""
     from safetensors.torch import save_file
 
-    with explained(path), replacing(path) as part:
+    with explain_disk_errors(path), replacing(path) as part:
         save_file({name: plain(each) for name, each in tensors.items()}, part)
 
 
 def write_pickle(path: Path, content: Mapping[str, Tensor]) -> None:
     """Writes tensors with torch.save, whole or not at all."""
-    with explained(path), replacing(path) as part:
+    with explain_disk_errors(path), replacing(path) as part:
         torch.save({name: plain(each) for name, each in content.items()}, part)
 
 
