@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dreamreader.cli import aliases, bench, demo, doctor, generate, jobs, sites, store, zoo
+from dreamreader.cli import aliases, bench, demo, doctor, generate, jobs, sae, sites, store, zoo
 
 HELP = """Read and change what happens inside diffusion pipelines and language models.
 
@@ -32,6 +32,7 @@ for command in (demo, jobs, sites, generate, doctor, bench, aliases):
     command.register(app)
 app.add_typer(zoo.app, name="zoo")
 app.add_typer(store.app, name="store")
+app.add_typer(sae.app, name="sae")
 
 
 def _version(wanted: bool) -> None:

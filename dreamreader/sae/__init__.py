@@ -1,5 +1,6 @@
 """Sparse autoencoders: training, files of other libraries, and features that are understood."""
 
+from dreamreader.sae.collect import Collected, collect_examples
 from dreamreader.sae.dashboard import write_dashboard, write_neuronpedia
 from dreamreader.sae.edit import SAEEdit, unlearn
 from dreamreader.sae.examples import FeatureExamples, StrongestRows
@@ -16,6 +17,7 @@ __all__ = [
     "THRESHOLD_RULES",
     "AuxK",
     "BatchTopK",
+    "Collected",
     "FeatureExamples",
     "JumpReLU",
     "Reconstruction",
@@ -27,6 +29,7 @@ __all__ = [
     "StrongestRows",
     "ThresholdRule",
     "TopK",
+    "collect_examples",
     "fold",
     "read_sae",
     "train_sae",

@@ -2,13 +2,27 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
+from dreamreader.errors import InvalidInput
 from dreamreader.sae import SparseAutoencoder
-from dreamreader.sae.evaluate import score_known_answers, score_reconstruction, shuffle_features
+from dreamreader.sae.evaluate import (
+    ReconstructionScores,
+    score_known_answers,
+    score_reconstruction,
+    shuffle_features,
+    with_random_decoder,
+    with_random_encoder,
+)
 from dreamreader.sae.matching import mean_correlation
+from dreamreader.store.dataset import StoreDataset
 from dreamreader.training.sae_rows import KnownRows, RowSource
+
+_BATCH = 4096
 
 
 class Titled(Protocol):
@@ -32,17 +46,8 @@ def measure(sae: SparseAutoencoder, source: RowSource, site: str, shuffled: bool
     sae.statistics["frequency"] = found.frequency.float()
     fired = found.fired.clamp(min=1)
     sae.statistics["mean"] = (found.strength / fired).float()  # of a latent when it is active
-    histogram, lottery = found.histogram(), found.lottery()
-    scores: dict[str, Any] = {
-        "fvu": found.fvu,
-        "l0": found.l0,
-        "dead": found.dead_share,
-        "shrinkage": found.shrinkage,
-        "rows": found.rows,
-        "lottery": _number(lottery.correlation),
-        "rare_share": _number(lottery.rare_share),
-        "histogram": {"edges": histogram.edges.tolist(), "counts": histogram.counts.tolist()},
-    }
+    histogram, scores = found.histogram(), _numbers(found)
+    scores["histogram"] = {"edges": histogram.edges.tolist(), "counts": histogram.counts.tolist()}
     if isinstance(source, KnownRows) and not shuffled:
         count = source.spec.evaluation.rows
         known = score_known_answers(sae, source.world, count, source.spec.training.batch_size)
@@ -68,6 +73,59 @@ def seed_agreement(
         if pairs:
             found[title] = sum(pairs) / len(pairs)
     return found
+
+
+def stored_batches(
+    sae: SparseAutoencoder, store: Path, site: str | None, branch: str | None, rows: int
+) -> list[Tensor]:
+    """Rows of a store, in an order of their own.
+
+    Args:
+        site: by default the one that the autoencoder names.
+
+    Raises:
+        InvalidInput, UnknownName: there is no such site, or its rows have another width.
+    """
+    place = site or sae.metadata.get("site")
+    if not place:
+        raise InvalidInput("the autoencoder does not say its site; give one")
+    dataset = StoreDataset(store, place, batch_size=min(rows, _BATCH), branch=branch)
+    if dataset.site.width != sae.d_in:
+        raise InvalidInput(
+            f"{place} has width {dataset.site.width}, the autoencoder has d_in={sae.d_in}"
+        )
+    found, left = [], rows
+    for batch in dataset:
+        found.append(batch[:left])
+        left -= len(found[-1])
+        if left <= 0:
+            break
+    return found
+
+
+def compare_controls(sae: SparseAutoencoder, batches: Sequence[Tensor]) -> dict[str, Any]:
+    """Scores of an autoencoder, of what is left without half of it, and on shuffled rows."""
+    found = {
+        "autoencoder": score_reconstruction(sae, batches),
+        "random decoder": score_reconstruction(with_random_decoder(sae), batches),
+        "random encoder": score_reconstruction(with_random_encoder(sae), batches),
+        "shuffled rows": score_reconstruction(sae, shuffle_features(batches)),
+    }
+    return {title: _numbers(each) for title, each in found.items()}
+
+
+def _numbers(found: ReconstructionScores) -> dict[str, Any]:
+    """Scores as plain values."""
+    lottery = found.lottery()
+    return {
+        "fvu": found.fvu,
+        "l0": found.l0,
+        "dead": found.dead_share,
+        "shrinkage": _number(found.shrinkage),
+        "rows": found.rows,
+        "lottery": _number(lottery.correlation),
+        "rare_share": _number(lottery.rare_share),
+    }
 
 
 def _number(value: float) -> float | None:

@@ -1,0 +1,182 @@
+"""`dreamreader sae`: what an autoencoder is worth, what its latents respond to, other formats."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dreamreader.cli.errors import report_errors
+from dreamreader.cli.subject import MODEL_HELP, Device, Dtype
+
+if TYPE_CHECKING:
+    from dreamreader.sae import SparseAutoencoder
+
+app = typer.Typer(
+    help="Sparse autoencoders: measure, look at latents, convert. `dreamreader run` trains them.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+File = Annotated[Path, typer.Argument(metavar="AUTOENCODER", help="A file, or a folder of others.")]
+
+
+@app.command("eval")
+@report_errors
+def evaluate(
+    file: File,
+    store: Annotated[Path, typer.Option(help="Folder of a harvest of its site.")],
+    site: Annotated[str | None, typer.Option(help="By default that of the autoencoder.")] = None,
+    branch: Annotated[str | None, typer.Option(help="Guidance branch; all by default.")] = None,
+    rows: Annotated[int, typer.Option(help="Rows that are measured.", min=1)] = 65_536,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure how an autoencoder rebuilds rows of a store, beside random and shuffled controls.
+
+    \b
+    Example:
+      dreamreader sae eval autoencoder.safetensors --store activations --branch cond
+    """
+    from dreamreader.cli.console import console, table
+    from dreamreader.training.sae_scores import compare_controls, stored_batches
+
+    sae = _open(file)
+    found = compare_controls(sae, stored_batches(sae, store, site, branch, rows))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    names = ("fvu", "l0", "dead", "shrinkage", "lottery")
+    listed = table("", "FVU", "L0", "dead", "shrinkage", "lottery", right=names)
+    for title, scores in found.items():
+        cells = ["–" if scores[n] is None else f"{scores[n]:.4g}" for n in names]
+        listed.add_row(title, *cells)
+    console().print(listed)
+
+
+@app.command()
+@report_errors
+def dashboard(
+    file: File,
+    site: Annotated[str | None, typer.Option(help="By default that of the autoencoder.")] = None,
+    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = "shapes-unet",
+    prompts: Annotated[
+        Path | None, typer.Option(help="A text a line; by default captions of scenes.")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", "-n", help="Rows that are run.", min=1)] = 128,
+    features: Annotated[str | None, typer.Option(help="Latents, such as 3,17,204.")] = None,
+    order: Annotated[str, typer.Option(help="activity, correlation or frequency.")] = "activity",
+    shown: Annotated[int, typer.Option(help="Latents on the page.", min=1)] = 40,
+    branch: Annotated[str | None, typer.Option(help="Guidance branch.")] = "cond",
+    steps: Annotated[int | None, typer.Option(help="Denoising steps of a run.", min=1)] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("latents.html"),
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+) -> None:
+    """Write a page of latents: the rows that they are strongest on, where, when, and with what.
+
+    \b
+    Example:
+      dreamreader sae dashboard autoencoder.safetensors -n 64 --order correlation -o latents.html
+    """
+    from dreamreader.cli.console import console
+    from dreamreader.errors import InvalidInput
+    from dreamreader.sae import collect_examples, write_dashboard
+    from dreamreader.specs.subject import is_language
+    from dreamreader.zoo import SETTINGS, load
+
+    sae = _open(file)
+    place = site or sae.metadata.get("site")
+    if not place:
+        raise InvalidInput(f"{file} does not say its site; give --site")
+    reader = load(model, device, dtype)
+    rows, labels = _rows(prompts, count)
+    arguments = {} if is_language(reader) else dict(SETTINGS)
+    if steps is not None:
+        arguments["num_inference_steps"] = steps
+    found = collect_examples(
+        reader,
+        sae,
+        place,
+        rows,
+        seeds=list(range(len(rows))),
+        labels=labels,
+        branch=None if is_language(reader) else branch,
+        **arguments,
+    )
+    chosen = None if features is None else [int(each) for each in features.split(",")]
+    page = write_dashboard(
+        found.examples,
+        out,
+        title=f"Latents of {place}",
+        images=found.images,
+        texts=found.texts,
+        features=chosen,
+        order=order,
+        count=shown,
+    )
+    console().print(page)
+
+
+@app.command()
+@report_errors
+def convert(
+    file: File,
+    out: Annotated[Path, typer.Argument(help="File (ours) or folder (others).")],
+    to: Annotated[
+        str, typer.Option("--to", help="dreamreader, saelens or dictionary_learning.")
+    ] = "dreamreader",
+    of: Annotated[
+        str | None, typer.Option("--from", help="Format, where files do not tell.")
+    ] = None,
+) -> None:
+    """Read an autoencoder in one format and write it in another.
+
+    \b
+    Example:
+      dreamreader sae convert sae_lens_folder autoencoder.safetensors
+      dreamreader sae convert autoencoder.safetensors for-saelens --to saelens
+    """
+    from dreamreader.cli.console import console
+    from dreamreader.sae import write_sae
+
+    sae = _open(file, of)
+    if to == "dreamreader":
+        sae.save(out)
+    else:
+        write_sae(sae, out, to)
+    console().print(out)
+
+
+def _open(file: Path, of: str | None = None) -> "SparseAutoencoder":
+    """An autoencoder of ours, or of another library."""
+    from dreamreader.sae import SparseAutoencoder, read_sae
+
+    if of is None and file.suffix == ".safetensors" and file.is_file():
+        return SparseAutoencoder.load(file)
+    return read_sae(file, of)
+
+
+def _rows(prompts: Path | None, count: int) -> tuple[list[str], dict[str, list[str | None]]]:
+    """Texts of a file, or captions of scenes with their attributes."""
+    from dreamreader.errors import InvalidInput
+
+    if prompts is not None:
+        try:
+            lines = prompts.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInput(f"--prompts: {error}") from error
+        kept = [line for line in lines if line.strip()][:count]
+        if not kept:
+            raise InvalidInput(f"--prompts: {prompts} has no texts")
+        return kept, {}
+    import random
+
+    from dreamreader.zoo.scenes import sample_scene
+
+    rng = random.Random(0)
+    scenes = [sample_scene(rng, objects=1) for _ in range(count)]
+    objects = [scene.objects[0] for scene in scenes]
+    labels: dict[str, list[str | None]] = {"shape": [each.shape for each in objects]}
+    for name in ("color", "size"):  # what a caption does not say, the model chooses
+        labels[name] = [getattr(each, name) if name in each.said else None for each in objects]
+    return [scene.caption() for scene in scenes], labels
