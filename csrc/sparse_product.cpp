@@ -12,7 +12,6 @@ namespace dreamreader {
 namespace {
 
 constexpr int64_t kGrainBytes = 256 << 10;    // of the matrix that one piece of work reads, about
-constexpr int64_t kStripBytes = 1 << 20;      // of a matrix that stays in the second cache
 constexpr int64_t kStreamedBytes = 16 << 20;  // a result from which on caches hold none of it
 constexpr int64_t kSortPieces = 16, kSortEntries = 1 << 14;
 
@@ -112,8 +111,20 @@ ByColumn<W> by_column(const SparseEntries& entries, const W* values, int64_t wid
   return sorted;
 }
 
-// Shares the weighted sums out; strips of columns one after the other, so that a matrix whose rows
-// are used again and again stays in the caches.
+// Whole rows, as written memory is cheapest in long pieces; but where one i has so many entries
+// that it would hold up all the others, strips of columns that threads share. No result depends on
+// it.
+int64_t strip_of(const SparseSums& job, int threads) {
+  const SparseEntries& entries = job.entries;
+  int64_t most = 0;
+  for (int64_t i = 0; i < entries.count; ++i)
+    most = std::max(most, entries.first[i + 1] - entries.first[i]);
+  const int64_t fair = entries.slots / (8 * threads) + 1;
+  const int64_t each = job.matrix.width / ((most + fair - 1) / fair + 1);
+  return most <= fair ? kSparseStrip : std::clamp<int64_t>(each / 64 * 64, 64, kSparseStrip);
+}
+
+// Shares the weighted sums out.
 void run_sums(SparseSums& job, DType type, int threads) {
   const int64_t d = job.matrix.width, count = job.entries.count;
   if (d == 0 || count == 0) return;
@@ -170,8 +181,6 @@ void sparse_outer_cpu(py::handle row_ptr, py::handle columns, py::handle values,
   require(job.matrix.tokens == entries.count && entries.count <= INT32_MAX,
           "sparse product: there must be one row for each row of the entries, below 2^31");
   const void* own = values_of(numbers, entries, type);
-  const int64_t fit = kStripBytes / (size_of(type) * std::max<int64_t>(1, entries.count));
-  job.strip = std::clamp<int64_t>(fit / 64 * 64, 64, kSparseStrip);
   job.entries.count = width;
   set_out(job, to, type);
   job.streamed = width * job.matrix.width * size_of(type) >= kStreamedBytes;
@@ -180,6 +189,7 @@ void sparse_outer_cpu(py::handle row_ptr, py::handle columns, py::handle values,
     const auto sorted = by_column(entries, static_cast<const decltype(zero)*>(own), width, threads);
     job.entries = {sorted.first.data(), sorted.row.get(), width, sorted.first[size_t(width)]};
     job.values = sorted.values.get();
+    job.strip = strip_of(job, threads);
     run_sums(job, type, threads);
   });
 }

@@ -108,7 +108,7 @@ SHAPES = [
     (33, 50, 31),
 ]
 LAYOUTS = ("wide_rows", "transposed", "every_second", "expanded")
-STRIPS = Case("several_strips", (2100, 40, 200), most=3)
+STRIPS = Case("several_strips", (2100, 40, 200), most=3, heavy=True)
 CASES = [
     *(Case("x".join(map(str, shape)), shape) for shape in SHAPES),
     *(Case(counts, (11, 30, 40), counts=counts) for counts in COUNTS if counts != "mixed"),
