@@ -9,8 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.ops.sparse_product import sparse_decode
-from dreamreader.ops.sparse_rows import SparseRows
+from dreamreader.ops import SparseRows, sparse_decode
 from dreamreader.sae.encoder import draw_pool, encode_above, encode_budget
 from dreamreader.sae.inputs import (
     NORMALISATIONS,

@@ -4,8 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dreamreader.ops.sparse_rows import SparseRows
-from dreamreader.sae._stand_in import choose_pool, column_scores, encode_select
+from dreamreader.ops import SparseRows, choose_pool, column_scores, encode_select
 from dreamreader.sae.loss import AuxK
 from dreamreader.sae.selection import BatchTopK, SampledTopK, TopK
 

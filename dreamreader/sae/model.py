@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dreamreader.artifacts import Artifact
 from dreamreader.errors import InvalidInput
-from dreamreader.ops.sparse_rows import SparseRows
+from dreamreader.ops import SparseRows
 from dreamreader.sae.codec import SparseCodec
 from dreamreader.sae.encoder import encode_dead
 from dreamreader.sae.inputs import check_mask, layout_of
@@ -80,6 +80,7 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
         InvalidInput, UnknownName: a value cannot be right.
 
     Example:
+        >>> from dreamreader.sae import BatchTopK
         >>> sae = SparseAutoencoder(8, 32, BatchTopK(4))
         >>> x = torch.randn(16, 8)
         >>> sae.encode(x).count_nonzero().item(), sae(x).shape

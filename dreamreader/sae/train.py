@@ -180,6 +180,7 @@ def train_sae(
             differ.
 
     Example:
+        >>> from dreamreader.sae import BatchTopK
         >>> sae = SparseAutoencoder(8, 32, BatchTopK(4))
         >>> rows = torch.randn(512, 8)
         >>> history = train_sae(sae, list(rows.split(64)), epochs=40, lr=0.003)
