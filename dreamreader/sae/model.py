@@ -164,7 +164,9 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
         rebuilt = [self._decode_rows(codes)] if len(self.groups) == 1 else self._prefixes(codes)
         errors = torch.stack([squared_error(z, each) for each in rebuilt])
         fired = codes.column_counts() > 0
-        idle = torch.where(fired, 0, self.tokens_since_fired + len(rows))
+        idle = self.tokens_since_fired
+        if not self.aux.lagged:
+            idle = torch.where(fired, 0, idle + len(rows))
         residual = (z - rebuilt[-1]).detach()
         aux = self._aux_loss(centred, weight, bias, residual, idle)
         weights = torch.tensor(self.group_weights, device=errors.device)
