@@ -52,7 +52,7 @@ def draw_pool(
     Args:
         step: which, with the seed of the selection, gives what `sampled` draws.
     """
-    generator = torch.Generator(rows.device).manual_seed((selection.seed << 32) + step)
+    generator = torch.Generator(rows.device).manual_seed(((selection.seed << 32) + step) % 2**63)
     scores = _score_columns(selection.score, rows, weight, bias)
     return choose_pool(scores, selection.pool_size(len(weight)), selection.rule, generator)
 

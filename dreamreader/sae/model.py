@@ -134,6 +134,8 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
         self.threshold_rule, self.aux = rule_of_threshold(threshold_rule), rule_of_aux(aux)
         self.metadata = dict(metadata or {})
         self.statistics: dict[str, Tensor] = {}
+        if aligned:
+            self.constrain()
 
     def loss(
         self,
@@ -199,10 +201,8 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
         self.constrain()
         idle = self.tokens_since_fired + result.tokens
         self.tokens_since_fired.copy_(torch.where(result.fired, 0, idle))
-        if (
-            not isinstance(self.selection, JumpReLU)
-            and int(self.steps) >= self.threshold_rule.after
-        ):
+        fitted = not isinstance(self.selection, JumpReLU)  # whose thresholds stay
+        if fitted and int(self.steps) >= self.threshold_rule.after:
             mean = moved_threshold(self.threshold_rule, self.threshold_mean, result.smallest)
             self.threshold_mean.copy_(mean)
             self.thresholds.copy_(mean.float().expand(self.d_sae))
