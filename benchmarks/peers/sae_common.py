@@ -27,6 +27,19 @@ def scramble(module: nn.Module) -> None:
         each.add_(0.3 * seeded(*each.shape, seed=number).to(each.dtype))
 
 
+def keep_training(
+    file: Path, batches: Tensor, start: dict, end: dict, losses: list[float], threshold: float
+) -> None:
+    """Writes a training: its batches [steps, rows, d_in], weights before and after, losses."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"batches": batches, "losses": torch.tensor(losses)}
+    tensors |= {"threshold": torch.tensor(threshold)}
+    for when, weights in (("start", start), ("end", end)):
+        tensors |= {f"{when}.{name}": each for name, each in weights.items()}
+    save_file({name: each.contiguous().clone() for name, each in tensors.items()}, file)
+    print(f"{file}: loss {losses[0]:.3f} to {losses[-1]:.3f}")
+
+
 def keep(folder: Path, x: Tensor, codes: Tensor, output: Tensor) -> None:
     """Writes what the library makes of x beside its files."""
     tensors = {"x": x, "codes": codes, "output": output}

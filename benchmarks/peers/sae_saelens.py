@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import torch
-from sae_common import D_IN, D_SAE, K, keep, main, rows, scramble, seeded
+from sae_common import D_IN, D_SAE, K, keep, keep_training, main, rows, scramble, seeded
 from sae_lens import SAE
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
@@ -77,6 +77,31 @@ def write(folder: Path) -> None:
             sae.save_model(folder / "checkpoint")
             keep(folder / "checkpoint", x, loaded.encode(x), loaded(x))
     write_before_6(folder)
+    write_trainings(folder.parent / "trained")
+
+
+def write_trainings(folder: Path) -> None:
+    """Twelve steps of each at a constant rate, as `SAETrainer` makes them; dead after 3 idle."""
+    batches = torch.stack([rows() + 0.5 * seeded(*rows().shape, seed=n) for n in range(12)])
+    for name, (kind, config) in TRAINED.items():
+        torch.manual_seed(0)
+        sae = kind(config)
+        optimiser = torch.optim.Adam(sae.parameters(), lr=0.01)
+        start = {key: each.detach().clone() for key, each in sae.named_parameters()}
+        idle, losses = torch.zeros(D_SAE), []
+        for number, x in enumerate(batches):
+            found = sae.training_forward_pass(TrainStepInput(x, {}, idle > 3, number, False))
+            idle = torch.where((found.feature_acts > 0).any(0), 0, idle + 1)
+            losses.append(found.loss.item())
+            optimiser.zero_grad()
+            found.loss.backward()
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+            optimiser.step()
+        end = {key: each.detach() for key, each in sae.named_parameters()}
+        threshold = float(getattr(sae, "topk_threshold", -1.0))
+        short = name.removeprefix("trained-")
+        file = folder / f"saelens-{short}.safetensors"
+        keep_training(file, batches, start, end, losses, threshold)
 
 
 def write_before_6(folder: Path) -> None:

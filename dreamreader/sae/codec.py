@@ -9,8 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.ops.sparse_product import sparse_decode
-from dreamreader.ops.sparse_rows import SparseRows
+from dreamreader.ops import SparseRows, sparse_decode
 from dreamreader.sae.encoder import draw_pool, encode_above, encode_budget
 from dreamreader.sae.inputs import (
     NORMALISATIONS,
@@ -153,7 +152,7 @@ class SparseCodec(nn.Module):
         rows = x.reshape(-1, self.d_in)
         affine = self._affine(rows)
         codes = self._masked_codes(affine.apply(rows), mask, layout.batch)
-        return layout.restore(affine.undo(self._decode_rows(codes).to(x.dtype)))
+        return layout.restore(affine.undo(self._decode_rows(codes)).to(x.dtype))
 
     def encode(
         self, x: Float[Tensor, "*batch"], mask: Bool[Tensor, "..."] | None = None
@@ -201,11 +200,12 @@ class SparseCodec(nn.Module):
             )
         affine = self._affine(None if x is None else x.reshape(-1, self.d_in))
         if isinstance(codes, SparseRows):
-            return affine.undo(self._decode_rows(codes))
+            return affine.undo(self._decode_rows(codes)).to(codes.values.dtype)
         dense = codes.reshape(-1, self.d_sae)
         if self.rescale:
             dense = dense / row_norms(self.W_dec).to(dense.dtype)
-        found = affine.undo(dense @ self.W_dec.to(dense.dtype) + self.b_dec.to(dense.dtype))
+        found = dense @ self.W_dec.to(dense.dtype) + self.b_dec.to(dense.dtype)
+        found = affine.undo(found).to(dense.dtype)
         if x is not None:
             return found.reshape(x.shape)
         return found.reshape(*codes.shape[:-1], self.d_in)

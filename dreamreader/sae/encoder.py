@@ -4,8 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dreamreader.ops.sparse_rows import SparseRows
-from dreamreader.sae._stand_in import choose_pool, column_scores, encode_select
+from dreamreader.ops import SparseRows, choose_pool, column_scores, encode_select
 from dreamreader.sae.loss import AuxK
 from dreamreader.sae.selection import BatchTopK, SampledTopK, TopK
 
@@ -53,7 +52,7 @@ def draw_pool(
     Args:
         step: which, with the seed of the selection, gives what `sampled` draws.
     """
-    generator = torch.Generator(rows.device).manual_seed((selection.seed << 32) + step)
+    generator = torch.Generator(rows.device).manual_seed(((selection.seed << 32) + step) % 2**63)
     scores = _score_columns(selection.score, rows, weight, bias)
     return choose_pool(scores, selection.pool_size(len(weight)), selection.rule, generator)
 

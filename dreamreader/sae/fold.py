@@ -23,6 +23,7 @@ def fold(sae: SparseAutoencoder) -> SparseAutoencoder:
         A new autoencoder, in `eval()` mode where the old one is.
 
     Example:
+        >>> from dreamreader.sae import TopK
         >>> sae = SparseAutoencoder(4, 16, TopK(2), rescale=True, normalise="average_norm")
         >>> x = torch.randn(9, 4)
         >>> sae.fit_normalisation(x)

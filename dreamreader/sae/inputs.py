@@ -18,7 +18,7 @@ _LAYER_NORM_EPS = 1e-5
 class Affine(NamedTuple):
     """z = (x - shift) * scale, and back x = z * back + shift; 1 / scale where back is None.
 
-    Each is [d_in], or [rows, 1] where rows have their own.
+    Each is float32, [d_in], or [rows, 1] where rows have their own; so is what comes out, or wider.
     """
 
     shift: Tensor
@@ -26,11 +26,10 @@ class Affine(NamedTuple):
     back: Tensor | None = None
 
     def apply(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
-        return ((x - self.shift) * self.scale).to(x.dtype)
+        return (x - self.shift) * self.scale
 
     def undo(self, z: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
-        spread = z / self.scale if self.back is None else z * self.back
-        return (spread + self.shift).to(z.dtype)
+        return (z / self.scale if self.back is None else z * self.back) + self.shift
 
 
 def row_affine(kind: str, x: Float[Tensor, "rows d_in"]) -> Affine:

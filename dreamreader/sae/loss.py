@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.ops.sparse_rows import SparseRows
+from dreamreader.ops import SparseRows
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class AuxK:
         relative: to the variance of the residual.
         scaled: by the share of dead latents.
         positive: only positive pre-activations take part.
+        lagged: latents are judged by the batches before the present one, not by it too.
 
     Raises:
         InvalidInput: a value cannot be right.
@@ -41,6 +42,7 @@ class AuxK:
     relative: bool = True
     scaled: bool = False
     positive: bool = True
+    lagged: bool = False
 
     def __post_init__(self) -> None:
         if not (isinstance(self.weight, int | float) and self.weight >= 0):
@@ -53,7 +55,10 @@ class AuxK:
 AUX_RULES = {
     "none": AuxK(weight=0.0),
     "dictionary_learning": AuxK(),
-    "saelens": AuxK(1.0, dead_after=1_024_000, relative=False, scaled=True, positive=False),
+    # dead after more than 1000 steps, of 1024 rows where nobody says otherwise
+    "saelens": AuxK(
+        1.0, dead_after=1001 * 1024, relative=False, scaled=True, positive=False, lagged=True
+    ),
 }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dreamreader.artifacts import Artifact
 from dreamreader.errors import InvalidInput
-from dreamreader.ops.sparse_rows import SparseRows
+from dreamreader.ops import SparseRows
 from dreamreader.sae.codec import SparseCodec
 from dreamreader.sae.encoder import encode_dead
 from dreamreader.sae.inputs import check_mask, layout_of
@@ -80,6 +80,7 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
         InvalidInput, UnknownName: a value cannot be right.
 
     Example:
+        >>> from dreamreader.sae import BatchTopK
         >>> sae = SparseAutoencoder(8, 32, BatchTopK(4))
         >>> x = torch.randn(16, 8)
         >>> sae.encode(x).count_nonzero().item(), sae(x).shape
@@ -133,6 +134,8 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
         self.threshold_rule, self.aux = rule_of_threshold(threshold_rule), rule_of_aux(aux)
         self.metadata = dict(metadata or {})
         self.statistics: dict[str, Tensor] = {}
+        if aligned:
+            self.constrain()
 
     def loss(
         self,
@@ -163,7 +166,9 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
         rebuilt = [self._decode_rows(codes)] if len(self.groups) == 1 else self._prefixes(codes)
         errors = torch.stack([squared_error(z, each) for each in rebuilt])
         fired = codes.column_counts() > 0
-        idle = torch.where(fired, 0, self.tokens_since_fired + len(rows))
+        idle = self.tokens_since_fired
+        if not self.aux.lagged:
+            idle = torch.where(fired, 0, idle + len(rows))
         residual = (z - rebuilt[-1]).detach()
         aux = self._aux_loss(centred, weight, bias, residual, idle)
         weights = torch.tensor(self.group_weights, device=errors.device)
@@ -196,10 +201,8 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
         self.constrain()
         idle = self.tokens_since_fired + result.tokens
         self.tokens_since_fired.copy_(torch.where(result.fired, 0, idle))
-        if (
-            not isinstance(self.selection, JumpReLU)
-            and int(self.steps) >= self.threshold_rule.after
-        ):
+        fitted = not isinstance(self.selection, JumpReLU)  # whose thresholds stay
+        if fitted and int(self.steps) >= self.threshold_rule.after:
             mean = moved_threshold(self.threshold_rule, self.threshold_mean, result.smallest)
             self.threshold_mean.copy_(mean)
             self.thresholds.copy_(mean.float().expand(self.d_sae))

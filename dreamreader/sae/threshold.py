@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.ops.sparse_rows import SparseRows
+from dreamreader.ops import SparseRows
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,21 @@ def test_saeuron_normalises_each_row_where_its_file_says_so(tmp_path):
     torch.testing.assert_close(read_sae(tmp_path)(x), rebuilt)
 
 
+def test_factors_that_files_before_6_leave_to_the_reader(tmp_path):
+    """A factor of each latent's value in the decoder, and one of the inputs that no file holds."""
+    plain = read_sae(DATA / "saelens" / "before-6-standard")
+    shutil.copytree(DATA / "saelens" / "before-6-standard", tmp_path / "sae")
+    factor = 1 + draw(24).abs()
+    changed_tensors(tmp_path / "sae" / "sae_weights.safetensors", scaling_factor=factor)
+    with pytest.raises(DreamreaderError, match="does not say finetuning_scaling_factor"):
+        read_sae(tmp_path / "sae")
+    changed_config(tmp_path / "sae", finetuning_scaling_factor=True, normalize_activations=True)
+    sae, x = read_sae(tmp_path / "sae", input_scale=2.0), draw(9, 8)
+    codes = plain.encode(2 * x)
+    torch.testing.assert_close(sae.encode(x), codes)
+    torch.testing.assert_close(sae(x), ((codes * factor) @ plain.W_dec + plain.b_dec) / 2)
+
+
 def trained(selection, **options) -> SparseAutoencoder:
     sae = SparseAutoencoder(8, 24, selection, tied=False, **options)
     sae.set_tensors({name: each / 2 for name, each in weights(3).items()})

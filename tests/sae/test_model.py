@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import dreamreader as dr
+from dreamreader.artifacts.file import save_described
 from dreamreader.errors import DreamreaderError, InvalidInput
 from dreamreader.sae import (
     AuxK,
@@ -339,6 +340,29 @@ def test_a_file_with_a_nan_threshold_is_refused(tmp_path):
     sae.save(tmp_path / "sae.safetensors")
     with pytest.raises(InvalidInput, match=r"sae.safetensors: thresholds: 1 values are NaN"):
         SparseAutoencoder.load(tmp_path / "sae.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda t, c: t.pop("b_dec"), "tensor 'b_dec' is missing"),
+        (lambda t, c: t.update(b_gate=torch.ones(20)), "tensors that no sae has: b_gate"),
+        (lambda t, c: t.update(b_enc=torch.ones(19)), r"b_enc must be \[20\], got \[19\]"),
+        (lambda t, c: c.update(version=2), "is of version 2, this reads 1; update dreamreader"),
+        (lambda t, c: c["sae"].update(selection={"name": "TopP"}), "unknown selection 'TopP'"),
+        (lambda t, c: c["sae"].update(selection={"name": "TopK", "q": 1}), "TopK takes k, got q"),
+        (lambda t, c: c["sae"].update(temperature=1), "is no whole sae .*temperature"),
+        (lambda t, c: c.pop("sae"), "is no whole sae"),
+    ],
+)
+def test_files_that_are_not_right_are_refused(change, said, tmp_path):
+    tensors, content = make().to_file()
+    content = {"package": "dreamreader.sae", **content, "version": 1}
+    change(tensors, content)
+    version = content.pop("version")
+    save_described(tmp_path / "sae.safetensors", "sae", tensors, content, version)
+    with pytest.raises(InvalidInput, match=said):
+        dr.load_artifact(tmp_path / "sae.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fitting.toy import SITE, write_store
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dreamreader.errors import DreamreaderError
@@ -92,6 +93,45 @@ def test_a_few_steps_are_those_of_a_loop_that_is_written_out():
     assert sae.threshold is not None
     assert sae.threshold[0].item() == pytest.approx(threshold, rel=1e-4)
     assert int(sae.steps) == 10 and not sae.training
+
+
+TRAINED = sorted((Path(__file__).parent / "data" / "trained").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("file", TRAINED, ids=lambda each: each.stem)
+def test_twelve_steps_are_those_of_the_packages(file: Path):
+    """Loss, aux-k, gradients, thresholds: written by benchmarks/peers/sae_*.py."""
+    package, kind = file.stem.split("-")
+    found = load_file(file)
+    groups = [6, 12] if kind == "matryoshka" else None
+    options: dict[str, Any] = {"groups": groups, "threshold_rule": package}
+    if package == "saelens":  # dead after more than 3 steps of 12 rows without firing
+        aux = AuxK(1.0, None, 4 * 12, relative=False, scaled=True, positive=False, lagged=True)
+        options |= {"rescale": True, "aux": aux}
+    else:
+        options |= {"threshold_rule": ThresholdRule(after=5), "aux": AuxK(dead_after=40)}
+        options |= {"group_weights": [1 / 9] * 3 if groups else None}
+    sae = SparseAutoencoder(8, 24, TopK(3) if kind == "topk" else BatchTopK(3), **options)
+    sae.set_tensors({name: found[f"start.{name}"] for name in ("W_enc", "b_enc", "W_dec", "b_dec")})
+    dead: list[float] = []
+    history = train_sae(
+        sae,
+        list(found["batches"]),
+        steps=12,
+        lr=0.01,
+        warmup=0,
+        schedule="constant",
+        center=package != "saelens",
+        progress=lambda event: dead.append(event.numbers["dead"]),
+    )
+    assert history.losses == pytest.approx(found["losses"].tolist(), rel=2e-4)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        torch.testing.assert_close(
+            getattr(sae, name).detach(), found[f"end.{name}"], rtol=1e-3, atol=2e-4, msg=name
+        )
+    if package == "dictionary_learning" or kind != "topk":  # SAELens has none for TopK
+        assert sae.threshold[0].item() == pytest.approx(found["threshold"].item(), rel=1e-4)
+    assert max(dead) > 0  # aux-k had a part
 
 
 def several() -> dict[str, SparseAutoencoder]:

@@ -92,6 +92,7 @@ def write_sae(sae: SparseAutoencoder, path: str | os.PathLike[str], format: str)
         InvalidInput: that library has nothing of the kind, or the folder cannot be written.
 
     Example:
+        >>> from dreamreader.sae import TopK
         >>> sae = SparseAutoencoder(4, 16, TopK(2))
         >>> write_sae(sae, "sae-of-mine", "saelens")
         >>> bool((read_sae("sae-of-mine").W_dec == sae.W_dec).all())
