@@ -48,6 +48,7 @@ class AbsorptionScores:
     absorber: Int[Tensor, " attributes"]
 
 
+@torch.no_grad()
 def probe_latents(
     codes: SparseRows,
     labels: Bool[Tensor, "rows attributes"],
@@ -88,6 +89,7 @@ def probe_latents(
     return {each: _probe(z[..., :each], order[:, :each], labels, train, l2) for each in k}
 
 
+@torch.no_grad()
 def score_absorption(
     sae: Coder,
     x: Float[Tensor, "rows d_in"],
