@@ -161,7 +161,7 @@ def _absorbed(
     silent = rows & ~speaks
     part = value * along[column]
     total = part.new_zeros(size).index_add_(0, row, part)
-    carries = silent[row] & close[column] & (column != main)
+    carries = silent[row] & close[column]
     carries &= (part > 0) & (part >= share * total[row]) & (total[row] > 0)
     count = int(rows.sum())
     votes = torch.bincount(column[carries], minlength=codes.width)
