@@ -120,7 +120,7 @@ class _Search:
         while True:
             reach = self.cost[row] - self.column_price
             reach += so_far - self.row_price[row]
-            reach += open_
+            reach += open_  # rounding must not find a shorter way to what is final
             better = reach < distance
             np.minimum(distance, reach, out=distance)
             via[better] = row

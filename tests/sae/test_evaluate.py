@@ -466,3 +466,12 @@ def test_learned_features_are_found_and_random_halves_are_told_apart():
     for name, control in found.items():
         assert control["f1"] < 0.5 and control["mcc"] < 0.6, name
         assert control["explained_variance"] < learned["explained_variance"] - 0.1, name
+
+
+def test_controls_do_not_begin_where_an_autoencoder_of_their_seed_does():
+    sae = SparseAutoencoder(8, 16, BatchTopK(2), seed=4)
+    for control in (with_random_decoder(sae, seed=4), with_random_encoder(sae, seed=4)):
+        changed = control.W_dec if control.W_enc.equal(sae.W_enc) else control.W_enc.T
+        similar = nn.functional.cosine_similarity(changed.detach(), sae.W_dec.detach())
+        assert float(similar.abs().max()) < 0.99
+    assert control.W_enc.T.is_contiguous()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dreamreader.errors import InvalidInput
+from dreamreader.sae import synthetic
 from dreamreader.sae.synthetic import (
     RARE,
     SyntheticConfig,
@@ -91,6 +92,16 @@ def test_each_feature_fires_as_often_and_as_strongly(drawn, plain, power):
     assert len(z) == SMALL.features
     assert float(z.abs().max()) < 4.5
     assert 0.75 < float(z.square().mean()) < 1.3  # 200 features: standard deviation 0.1
+
+
+def test_candidates_are_exact_for_frequent_features_too(monkeypatch):
+    monkeypatch.setattr(synthetic, "RARE", 2.0)
+    world = SyntheticFeatures(replace(SMALL, roots=0, max_probability=0.9, deviation=(2.0, 1.0)))
+    codes = world.sample_codes(ROWS, torch.Generator().manual_seed(4))
+    rate = codes.column_counts() / ROWS
+    want = world.probabilities * torch.special.ndtr(world.means / world.deviations)
+    z = (rate - want) / (want * (1 - want) / ROWS).sqrt()
+    assert float(z.abs().max()) < 4.5 and 0.75 < float(z.square().mean()) < 1.3
 
 
 def test_pairs_fire_together_as_often(drawn, plain):

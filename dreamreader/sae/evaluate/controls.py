@@ -55,7 +55,8 @@ def shuffle_features(
 
 @torch.no_grad()
 def _randomise(rows: Tensor, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    # not the numbers that an autoencoder of the same seed begins with
+    generator = torch.Generator().manual_seed(seed + 2**31)
     drawn = torch.randn(rows.shape, generator=generator).to(rows)
     length = rows.norm(dim=1, keepdim=True)
     rows.copy_(drawn / drawn.norm(dim=1, keepdim=True) * length)

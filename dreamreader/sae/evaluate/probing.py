@@ -48,6 +48,7 @@ class AbsorptionScores:
     absorber: Int[Tensor, " attributes"]
 
 
+@torch.no_grad()
 def probe_latents(
     codes: SparseRows,
     labels: Bool[Tensor, "rows attributes"],
@@ -88,6 +89,7 @@ def probe_latents(
     return {each: _probe(z[..., :each], order[:, :each], labels, train, l2) for each in k}
 
 
+@torch.no_grad()
 def score_absorption(
     sae: Coder,
     x: Float[Tensor, "rows d_in"],
@@ -159,7 +161,7 @@ def _absorbed(
     silent = rows & ~speaks
     part = value * along[column]
     total = part.new_zeros(size).index_add_(0, row, part)
-    carries = silent[row] & close[column] & (column != main)
+    carries = silent[row] & close[column]
     carries &= (part > 0) & (part >= share * total[row]) & (total[row] > 0)
     count = int(rows.sum())
     votes = torch.bincount(column[carries], minlength=codes.width)

@@ -133,8 +133,8 @@ class ReconstructionSums:
         self._fired = torch.zeros(len(decoder), dtype=torch.int64)
         self._strength = torch.zeros(len(decoder), dtype=torch.float64)
         self._energy = torch.zeros(len(decoder), dtype=torch.float64)
-        self._sum: Tensor | None = None
-        self._first: Tensor | None = None
+        self._first: Tensor | None = None  # mean of the first batch
+        self._sum: Tensor = torch.zeros(())  # of rows less that mean
         self._square = self._error = self._ratio = 0.0
         self._rows = self._long = 0
 
@@ -171,7 +171,7 @@ class ReconstructionSums:
         Raises:
             InvalidInput: there were no rows, they are all equal, or something is not finite.
         """
-        if self._sum is None:
+        if not self._rows:
             raise InvalidInput("no rows to measure: the batches are empty")
         variance = self._square - float(self._sum.square().sum()) / self._rows
         if variance <= 1e-12 * self._square or not self._square:
