@@ -65,7 +65,7 @@ def collect_examples(
         ... )  # doctest: +SKIP
         >>> write_dashboard(found.examples, "latents.html", images=found.images)  # doctest: +SKIP
     """
-    rows = plan_rows(prompts, seeds, {})
+    rows = plan_rows(prompts, seeds, [])
     examples, images, texts = FeatureExamples(sae, top), [], []
     of_text = reader.kind == "language"
     for name, values in (labels or {}).items():
@@ -73,17 +73,17 @@ def collect_examples(
             raise InvalidInput(f"collect_examples: {name} has {len(values)} labels for {len(rows)}")
     with show_progress(progress) as report:
         for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            given = [row.prompt or "" for row in part]
+            at = slice(start, start + batch_size)
+            given = list(rows.prompts[at])
             result = reader.run(
                 given,
                 record=Record(site, branch=branch, steps=steps),
-                seeds=None if of_text else [row.seed or 0 for row in part],
+                seeds=None if of_text else list(rows.seeds[at]),
                 progress=part_of(report, start, len(rows)),
                 **arguments,
             )
             (activation,) = result.cache.values()
-            own = {k: list(v)[start : start + len(part)] for k, v in (labels or {}).items()}
+            own = {name: list(values)[at] for name, values in (labels or {}).items()}
             examples.add(activation, own)
             if of_text:
                 texts += [_pieces(reader, prompt) for prompt in given]

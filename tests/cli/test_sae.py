@@ -1,0 +1,81 @@
+"""`dreamreader sae` on small autoencoders."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dreamreader.cli import app
+from dreamreader.harvest import Harvest
+from dreamreader.sae import SparseAutoencoder, TopK, read_sae
+
+SITE = "unet.mid_block.attentions.0"
+
+
+def run(*arguments: str | Path):
+    return CliRunner().invoke(app, ["sae", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A store, and an autoencoder of its site."""
+    folder = tmp_path_factory.mktemp("sae")
+    store = Harvest(
+        name="rows",
+        subject="shapes-unet",
+        data={"prompts": ["a red circle", "a blue square"]},
+        pipeline={"num_inference_steps": 1},
+        capture=[{"sites": SITE}],
+    ).run(folder / "store", progress=False)
+    width = store.sites[SITE].width
+    sae = SparseAutoencoder(width, 64, TopK(4), metadata={"site": SITE})
+    sae.save(folder / "sae.safetensors")
+    return folder
+
+
+def test_eval_prints_scores_beside_controls(place: Path) -> None:
+    found = run("eval", place / "sae.safetensors", "--store", place / "store", "--json")
+    assert found.exit_code == 0, found.output
+    scores = json.loads(found.output)
+    assert list(scores)[0] == "autoencoder" and len(scores) == 4
+    assert scores["autoencoder"]["l0"] == 4
+    table = run("eval", place / "sae.safetensors", "--store", place / "store", "--rows", 8).output
+    assert "shuffled rows" in table and "FVU" in table
+
+
+def test_dashboard_writes_a_page(place: Path, tmp_path: Path) -> None:
+    page = tmp_path / "latents.html"
+    arguments = ["-n", 3, "--steps", 1, "--shown", 4, "-o", page]
+    found = run("dashboard", place / "sae.safetensors", *arguments)
+    assert found.exit_code == 0, found.output
+    assert "shape=" in page.read_text() and page.read_text().count("<h2") >= 5
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a red circle\n\na blue star\n")
+    more = ["--prompts", texts, "--steps", 1, "--features", "3,5", "-o", page]
+    assert run("dashboard", place / "sae.safetensors", *more).exit_code == 0
+    assert "Latent 3" in page.read_text() and "Latent 5" in page.read_text()
+    texts.write_text("\n")
+    wrong = run("dashboard", place / "sae.safetensors", "--prompts", texts)
+    assert wrong.exit_code and "has no texts" in wrong.output
+
+
+def test_convert_there_and_back(place: Path, tmp_path: Path) -> None:
+    sae = SparseAutoencoder.load(place / "sae.safetensors")
+    there = run("convert", place / "sae.safetensors", tmp_path / "lens", "--to", "saelens")
+    assert there.exit_code == 0, there.output
+    assert run("convert", tmp_path / "lens", tmp_path / "back.safetensors").exit_code == 0
+    x = torch.randn(5, sae.d_in)
+    again = SparseAutoencoder.load(tmp_path / "back.safetensors")
+    assert torch.allclose(read_sae(tmp_path / "lens")(x), again(x))
+    assert torch.allclose(sae(x), again(x), atol=1e-5)
+
+
+def test_what_cannot_be_opened_is_an_error_in_words(place: Path, tmp_path: Path) -> None:
+    missing = run("eval", tmp_path / "nothing.safetensors", "--store", place / "store")
+    assert missing.exit_code and "nothing" in missing.output and "Traceback" not in missing.output
+    other = SparseAutoencoder(8, 16, TopK(2), metadata={"site": SITE})
+    other.save(tmp_path / "narrow.safetensors")
+    wrong = run("eval", tmp_path / "narrow.safetensors", "--store", place / "store")
+    assert wrong.exit_code and "the autoencoder has d_in=8" in wrong.output
