@@ -13,6 +13,7 @@ written unless results are those of float64.
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from paired import environment, interleaved, summary, write
 from torch import Tensor
 
-from dreamreader.ops import SparseRows, sparse_column_sums, sparse_decode, sparse_dots, sparse_outer
+from dreamreader.ops import SparseRows, sparse_column_sums, sparse_decode, sparse_outer
 
 GOALS = {"bag": 1.0, "dense": 15.0}  # times the speed, of decoding
 
@@ -42,6 +43,8 @@ class Job:
         self.x, self.grad = (torch.randn(rows, d, generator=g).to(dtype) for _ in range(2))
         self.weight = (torch.randn(width, d, generator=g) / d**0.5).to(dtype)
         self.bias = torch.randn(d, generator=g).to(dtype)
+        inputs = [each.detach().requires_grad_() for each in (self.codes.values, self.weight)]
+        self.graph = sparse_decode(replace(self.codes, values=inputs[0]), inputs[1]), inputs
 
     def decode(self) -> Tensor:
         return sparse_decode(self.codes, self.weight, self.bias)
@@ -55,13 +58,9 @@ class Job:
         return torch.addmm(self.bias, self.dense, self.weight)
 
     def backward(self) -> tuple[Tensor, ...]:
-        d_values = sparse_dots(self.codes, self.grad, self.weight)
-        changed = SparseRows(self.codes.row_ptr, self.codes.columns, d_values, self.codes.width)
-        return (
-            sparse_outer(self.codes, self.grad),
-            sparse_outer(changed, self.x),
-            sparse_column_sums(changed),
-        )
+        d_values, d_weight = torch.autograd.grad(*self.graph, self.grad, retain_graph=True)
+        changed = replace(self.codes, values=d_values)
+        return d_weight, sparse_outer(changed, self.x), sparse_column_sums(changed)
 
     def backward_dense(self) -> tuple[Tensor, ...]:
         d_codes = torch.where(self.dense != 0, self.grad @ self.weight.T, 0)

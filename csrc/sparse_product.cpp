@@ -67,6 +67,7 @@ template <typename W>
 struct ByColumn {
   std::vector<int64_t> first;  // [width + 1]
   Memory<int32_t> row;
+  Memory<int64_t> slot;  // where it came from
   Memory<W> values;
 };
 
@@ -80,7 +81,7 @@ ByColumn<W> by_column(const SparseEntries& entries, const W* values, int64_t wid
            entries.first;
   };
   ByColumn<W> sorted{std::vector<int64_t>(size_t(width) + 1), allocate<int32_t>(size_t(total)),
-                     allocate<W>(size_t(total))};
+                     allocate<int64_t>(size_t(total)), allocate<W>(size_t(total))};
   std::vector<int64_t> places(size_t(pieces * width));  // [piece, column]
   const auto each_piece = [&](const auto& visit) {
     share(pieces, 1, threads, [&](int64_t begin, int64_t end) {
@@ -106,6 +107,7 @@ ByColumn<W> by_column(const SparseEntries& entries, const W* values, int64_t wid
   sorted.first[size_t(width)] = at;
   each_piece([&](int64_t i, int64_t e, int64_t& place) {
     sorted.row.get()[place] = int32_t(i);
+    sorted.slot.get()[place] = e;
     sorted.values.get()[place++] = values[e];
   });
   return sorted;
@@ -219,6 +221,42 @@ void sparse_dots_cpu(py::handle row_ptr, py::handle columns, py::handle rows, py
         [&](int64_t first, int64_t last) { run(job, first, last); });
 }
 
+void sparse_decode_backward_cpu(py::handle grad, py::handle row_ptr, py::handle columns,
+                                py::handle values, py::handle weight, py::handle d_values,
+                                py::handle d_weight, int threads) {
+  const TensorView g(grad), pointers(row_ptr), indices(columns), numbers(values), table(weight);
+  const TensorView to_values(d_values), to_weight(d_weight);
+  SparseBoth job{};
+  SparseSums& sums = job.sums;
+  sums.matrix = matrix_of(g);
+  job.weight = matrix_of(table);
+  const DType type = sums.matrix.dtype;
+  const int64_t width = job.weight.tokens, d = job.weight.width;
+  const SparseEntries entries = entries_of(pointers, indices, width);
+  require(sums.matrix.tokens == entries.count && entries.count <= INT32_MAX &&
+              sums.matrix.width == d && job.weight.dtype == type && d <= kSparseStrip,
+          "sparse product: grad must be [rows, d] of the type of the weight, d at most 8192");
+  const void* own = values_of(numbers, entries, type);
+  values_of(to_values, entries, type);
+  job.dots = to_values.data();
+  sums.entries.count = width;
+  set_out(sums, to_weight, type);
+  sums.streamed = width * d * size_of(type) >= kStreamedBytes;
+  py::gil_scoped_release release;
+  std::fill_n(to_values.data(), size_t(entries.slots) * (type == DType::f64 ? 8 : 4), 0);
+  by_work(type, [&](auto zero) {
+    const auto sorted = by_column(entries, static_cast<const decltype(zero)*>(own), width, threads);
+    sums.entries = {sorted.first.data(), sorted.row.get(), width, sorted.first[size_t(width)]};
+    sums.values = sorted.values.get();
+    job.slot = sorted.slot.get();
+    const auto run = sparse_product_kernels().both[type];
+    const int64_t bytes =
+        size_of(type) * d * (1 + sums.entries.slots / std::max<int64_t>(1, width));
+    share(width, std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, bytes)), threads,
+          [&](int64_t first, int64_t last) { run(job, first, last); });
+  });
+}
+
 template <typename W>
 void add_by_column(const SparseEntries& entries, const void* values, void* out, int64_t width) {
   W* sums = static_cast<W*>(out);
@@ -245,6 +283,7 @@ Bind bind_sparse_product([](py::module_& m) {
   m.def("sparse_decode_cpu", &sparse_decode_cpu);
   m.def("sparse_dots_cpu", &sparse_dots_cpu);
   m.def("sparse_outer_cpu", &sparse_outer_cpu);
+  m.def("sparse_decode_backward_cpu", &sparse_decode_backward_cpu);
   m.def("sparse_column_sums_cpu", &sparse_column_sums_cpu);
 });
 

@@ -38,6 +38,16 @@ struct SparseDots {
   void* out;  // [slots]; only entries are written
 };
 
+// Both for one matrix of rows g and one of rows w: of i with the entries e,
+//   sums   out_i = sum_e value_e g[index_e]        dots   dots[slot_e] = <g[index_e], w_i>
+// so that a row of g is read once for both.
+struct SparseBoth {
+  SparseSums sums;
+  StridedRows weight;   // [count, d], as the matrix of the sums
+  const int64_t* slot;  // [slots]
+  void* dots;
+};
+
 constexpr int64_t kSparseStrip = 8192;  // columns of a strip, at most
 
 // By element type of the matrices.
@@ -45,6 +55,7 @@ struct SparseProductKernels {
   // Items first .. last - 1 of all pairs of strip and i, those of a strip one after the other.
   ByType<void(const SparseSums& job, int64_t first, int64_t last)> sums;
   ByType<void(const SparseDots& job, int64_t first, int64_t last)> dots;  // of i
+  ByType<void(const SparseBoth& job, int64_t first, int64_t last)> both;
 };
 
 DR_KERNELS(SparseProductKernels, sparse_product)

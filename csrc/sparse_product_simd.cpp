@@ -89,6 +89,17 @@ DR_INLINE void give(const W* sums, T* rounded, int64_t width, T* out, bool strea
   if (streamed) copy_past_caches(out, rounded, std::size_t(width) * sizeof(T));
 }
 
+// Sums as the part of the result from element `at` on.
+template <typename T, typename W>
+DR_INLINE void write(const SparseSums& job, int64_t at, int64_t width, const W* sums, W* scratch) {
+  if (job.wide) {
+    give(sums, scratch, width, reinterpret_cast<W*>(job.out) + at, job.streamed);
+  } else {
+    T* rounded = reinterpret_cast<T*>(scratch);
+    give(sums, rounded, width, reinterpret_cast<T*>(job.out) + at, job.streamed);
+  }
+}
+
 template <typename T>
 void run_sums(const SparseSums& job, int64_t first, int64_t last) {
   using W = typename Work<T>::type;
@@ -109,13 +120,7 @@ void run_sums(const SparseSums& job, int64_t first, int64_t last) {
       gather(group, job.entries, job.matrix, values, e, end, kRows, column);
       add_group(group, sums, width);
     }
-    const int64_t at = i * columns + column;
-    if (job.wide) {
-      give(sums, rounded, width, reinterpret_cast<W*>(job.out) + at, job.streamed);
-    } else {
-      T* part = reinterpret_cast<T*>(rounded);
-      give(sums, part, width, reinterpret_cast<T*>(job.out) + at, job.streamed);
-    }
+    write<T>(job, i * columns + column, width, sums, rounded);
   }
   if (job.streamed) end_past_caches();
 }
@@ -166,12 +171,78 @@ void run_dots(const SparseDots& job, int64_t first, int64_t last) {
   }
 }
 
+// Adds weighted rows to the sums, and gives the dot of each with `left`.
+template <int kCount, typename T, typename W>
+DR_INLINE void add_and_dot(const Group<T, W>& group, const T* left, W* sums, int64_t width,
+                           W* dots) {
+  Block<W> products[kCount] = {};
+  for (int64_t d = 0; d < width; d += kBlock<W>) {
+    Block<W> sum = load<W>(sums + d, kBlock<W>);
+    const Block<W> x = load<W>(left + d, width - d);
+#pragma GCC unroll 4
+    for (int r = 0; r < kCount; ++r) {
+      prefetch<T, W>(group.next[r] + d);
+      const Block<W> row = load<W>(group.rows[r] + d, width - d);
+#pragma GCC unroll 16
+      for (int i = 0; i < kVectors; ++i) {
+        products[r].v[i] += row.v[i] * x.v[i];
+        sum.v[i] += row.v[i] * group.values[r];
+      }
+    }
+    store(sums + d, sum, kBlock<W>);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kCount; ++r) dots[r] = sum(products[r]);
+}
+
+template <typename T>
+void run_both(const SparseBoth& job, int64_t first, int64_t last) {
+  using W = typename Work<T>::type;
+  const SparseSums& own = job.sums;
+  const SparseEntries& entries = own.entries;
+  const int64_t width = own.matrix.width;
+  const W* values = static_cast<const W*>(own.values);
+  alignas(64) W sums[kSparseStrip];
+  alignas(64) W rounded[kSparseStrip];
+  for (int64_t i = first; i < last; ++i) {
+    for (int64_t d = 0; d < width; d += kBlock<W>) store(sums + d, Block<W>{}, kBlock<W>);
+    const T* left = row_at<const T>(job.weight, 0, i);
+    if (i + 1 < entries.count && entries.first[i + 1] < entries.first[i + 2])
+      for (int64_t d = 0; d < width; d += kBlock<W>)
+        prefetch<T, W>(row_at<const T>(job.weight, 0, i + 1) + d);
+    const int64_t end = entries.first[i + 1];
+    for (int64_t e = entries.first[i]; e < end;) {
+      Group<T, W> group;
+      const int64_t* slot = job.slot + e;
+      W dots[kDots] = {};
+      gather(group, entries, own.matrix, values, e, end, kDots, 0);
+      switch (group.count) {
+        case 4:
+          add_and_dot<kDots>(group, left, sums, width, dots);
+          break;
+        case 3:
+          add_and_dot < kDots<3 ? 1 : 3>(group, left, sums, width, dots);
+          break;
+        case 2:
+          add_and_dot < kDots<2 ? 1 : 2>(group, left, sums, width, dots);
+          break;
+        case 1:
+          add_and_dot<1>(group, left, sums, width, dots);
+      }
+      for (int r = 0; r < group.count; ++r) static_cast<W*>(job.dots)[slot[r]] = dots[r];
+    }
+    write<T>(own, i * width, width, sums, rounded);
+  }
+  if (own.streamed) end_past_caches();
+}
+
 }  // namespace
 
 namespace DR_ISA {
 
 extern const SparseProductKernels sparse_product;
-const SparseProductKernels sparse_product = {DR_BY_TYPE(run_sums), DR_BY_TYPE(run_dots)};
+const SparseProductKernels sparse_product = {DR_BY_TYPE(run_sums), DR_BY_TYPE(run_dots),
+                                             DR_BY_TYPE(run_both)};
 
 }  // namespace DR_ISA
 }  // namespace dreamreader

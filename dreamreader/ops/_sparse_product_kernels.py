@@ -12,6 +12,7 @@ from dreamreader.ops import _sparse_product_reference as reference
 from dreamreader.ops._sparse_product_reference import check_places, work_type
 
 TRITON = "dreamreader.triton_kernels.sparse_product"
+MAX_D = 8192  # columns whose sums the kernel of both gradients holds
 
 _native: Any = native()[0]
 
@@ -97,6 +98,33 @@ def cpu_column_sums(
     return out.to(dtype or values.dtype)
 
 
+def cpu_decode_backward(
+    grad: Tensor, row_ptr: Tensor, columns: Tensor, values: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`sparse_decode_backward` by the CPU kernel, which reads each row of grad once for both."""
+    width, d = weight.shape
+    if d > MAX_D:
+        d_values = cpu_dots(row_ptr, columns, grad, weight, values.dtype)
+        return d_values, cpu_outer(row_ptr, columns, values, grad, width, weight.dtype)
+    check_places(row_ptr, columns, width)
+    wide = work_type(values, weight, grad)
+    common = wide if wide == torch.float64 else torch.promote_types(grad.dtype, weight.dtype)
+    rows = _matrix(grad.to(common))
+    d_values = _alloc.empty(columns.shape, dtype=wide, device=columns.device)
+    d_weight = _out((width, d), rows, weight.dtype, wide)
+    _native.sparse_decode_backward_cpu(
+        rows,
+        row_ptr.contiguous(),
+        columns.contiguous(),
+        values.to(wide).contiguous(),
+        _matrix(weight.to(common)),
+        d_values,
+        d_weight,
+        torch.get_num_threads(),
+    )
+    return d_values.to(values.dtype), d_weight.to(weight.dtype)
+
+
 def triton_decode(
     row_ptr: Tensor,
     columns: Tensor,
@@ -145,6 +173,15 @@ def triton_outer(
     out = _alloc.empty(shape, dtype=dtype or rows.dtype, device=rows.device)
     kernel.sparse_outer(*_dense(row_ptr, columns, values), _matrix(rows), out)
     return out
+
+
+def triton_decode_backward(
+    grad: Tensor, row_ptr: Tensor, columns: Tensor, values: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`sparse_decode_backward` by the Triton kernels of its two parts."""
+    d_values = triton_dots(row_ptr, columns, grad, weight, values.dtype)
+    d_weight = triton_outer(row_ptr, columns, values, grad, len(weight), weight.dtype)
+    return d_values, d_weight
 
 
 def triton_column_sums(

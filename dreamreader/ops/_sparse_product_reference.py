@@ -89,6 +89,22 @@ def sparse_column_sums_reference(
     return _segment_sums(terms, column, width).to(dtype or values.dtype)
 
 
+def sparse_decode_backward_reference(
+    grad: Tensor, row_ptr: Tensor, columns: Tensor, values: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the values and the weight of `sparse_decode`, in plain torch on any device.
+
+    Args:
+        grad: [N, D], gradient of the result; the others as in `sparse_decode_reference`.
+
+    Returns:
+        [S] and [F, D], like values and weight.
+    """
+    d_values = sparse_dots_reference(row_ptr, columns, grad, weight, values.dtype)
+    width = len(weight)
+    return d_values, sparse_outer_reference(row_ptr, columns, values, grad, width, weight.dtype)
+
+
 def work_type(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 

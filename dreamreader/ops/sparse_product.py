@@ -22,6 +22,7 @@ from dreamreader.ops import _sparse_product_kernels as kernels
 from dreamreader.ops._sparse_product_reference import (
     is_entry,
     sparse_column_sums_reference,
+    sparse_decode_backward_reference,
     sparse_decode_reference,
     sparse_dots_reference,
     sparse_outer_reference,
@@ -209,6 +210,10 @@ def _fake_column_sums(row_ptr, columns, values, width, dtype) -> Tensor:
     return values.new_empty((width,), dtype=dtype or values.dtype)
 
 
+def _fake_decode_backward(grad, row_ptr, columns, values, weight) -> tuple[Tensor, Tensor]:
+    return values.new_empty(values.shape), weight.new_empty(weight.shape)
+
+
 def _setup_decode(ctx, inputs, output) -> None:
     row_ptr, columns, values, weight, bias, _ = inputs
     ctx.bias_type = None if bias is None else bias.dtype
@@ -217,15 +222,29 @@ def _setup_decode(ctx, inputs, output) -> None:
 
 def _backward_decode(ctx, grad: Tensor) -> tuple:
     row_ptr, columns, values, weight = ctx.saved_tensors
-    _, _, for_values, for_weight, for_bias, _ = ctx.needs_input_grad
-    d_values = d_weight = d_bias = None
+    _, _, for_values, for_weight, _, _ = ctx.needs_input_grad
+    if not (for_values and for_weight):
+        return _twice_decode(ctx, grad)
+    d_values, d_weight = _sparse_decode_backward(grad, row_ptr, columns, values, weight)
+    return None, None, d_values, d_weight, _d_bias(ctx, grad), None
+
+
+def _twice_decode(ctx, grad: Tensor) -> tuple:
+    """`_backward_decode` in operators that have gradients themselves."""
+    row_ptr, columns, values, weight = ctx.saved_tensors
+    _, _, for_values, for_weight, _, _ = ctx.needs_input_grad
+    d_values = d_weight = None
     if for_values:
         d_values = _sparse_dots(row_ptr, columns, grad, weight, values.dtype)
     if for_weight:
         d_weight = _sparse_outer(row_ptr, columns, values, grad, len(weight), weight.dtype)
-    if for_bias:
-        d_bias = grad.sum(0, dtype=work_type(grad)).to(ctx.bias_type)
-    return None, None, d_values, d_weight, d_bias, None
+    return None, None, d_values, d_weight, _d_bias(ctx, grad), None
+
+
+def _d_bias(ctx, grad: Tensor) -> Tensor | None:
+    if not ctx.needs_input_grad[4]:
+        return None
+    return grad.sum(0, dtype=work_type(grad)).to(ctx.bias_type)
 
 
 def _setup_dots(ctx, inputs, output) -> None:
@@ -281,7 +300,15 @@ _sparse_decode = register(
     triton=Kernel(kernels.TRITON, kernels.triton_decode),
     setup_context=_setup_decode,
     backward=_backward_decode,
-    twice=_backward_decode,
+    twice=_twice_decode,
+)
+_sparse_decode_backward = register(
+    "sparse_decode_backward",
+    f"(Tensor grad, {PLACES}, Tensor values, Tensor weight) -> (Tensor, Tensor)",
+    reference=sparse_decode_backward_reference,
+    fake=_fake_decode_backward,
+    cpu=Kernel("sparse_decode_backward_cpu", kernels.cpu_decode_backward),
+    triton=Kernel(kernels.TRITON, kernels.triton_decode_backward),
 )
 _sparse_dots = register(
     "sparse_dots",

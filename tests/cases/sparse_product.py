@@ -14,6 +14,7 @@ from dreamreader.ops import (
     sparse_dots_reference,
     sparse_outer_reference,
 )
+from dreamreader.ops._sparse_product_reference import sparse_decode_backward_reference
 from tests.cases._example import Example
 from tests.cases._operator import Kernel, Operator, doubled
 from tests.cases.moments import lay_out
@@ -81,6 +82,10 @@ class Case:
     def decode(self, dtype: torch.dtype) -> tuple:
         values, _, weight, bias = self.numbers(dtype)
         return *self.places(), values, weight, bias if self.bias else None, self.asked(dtype)
+
+    def decode_backward(self, dtype: torch.dtype) -> tuple:
+        values, rows, weight, _ = self.numbers(dtype)
+        return rows, *self.places(), values, weight
 
     def dots(self, dtype: torch.dtype) -> tuple:
         _, rows, weight, _ = self.numbers(dtype)
@@ -152,6 +157,7 @@ def finite(args: tuple) -> tuple:
 
 OPERATORS = {
     "sparse_decode": examples(Case.decode, (2, 3, 4)),
+    "sparse_decode_backward": examples(Case.decode_backward, ()),
     "sparse_dots": examples(Case.dots, (2, 3)),
     "sparse_outer": examples(Case.outer, (2, 3)),
     "sparse_column_sums": examples(Case.sums, (2,)),
@@ -200,6 +206,13 @@ def operator(name: str, arguments: Callable[..., tuple], reference: Callable[...
 
 TESTED = [
     operator("sparse_decode", Case.decode, sparse_decode_reference),
+    Operator(
+        "sparse_decode_backward",
+        lambda dtype: CASES,
+        Case.decode_backward,
+        sparse_decode_backward_reference,
+        large=[LARGE, STRIPS],
+    ),
     operator("sparse_dots", Case.dots, sparse_dots_reference),
     operator("sparse_outer", Case.outer, sparse_outer_reference),
     operator("sparse_column_sums", Case.sums, sparse_column_sums_reference),

@@ -98,6 +98,22 @@ def test_every_instruction_set_sums_in_the_same_order(isa: str):
     assert all(torch.equal(a, call()) for a, call in zip(here, calls, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_both_gradients_at_once_are_those_one_by_one(isa: str, dtype: torch.dtype):
+    _, codes = make(40, 30, 0.5, dtype)
+    g = torch.Generator().manual_seed(4)
+    weight, noise = (torch.randn(n, 150, generator=g).to(dtype) for n in (30, 40))
+    values = codes.values.requires_grad_()
+    both = torch.autograd.grad(
+        sparse_decode(codes, weight.requires_grad_()), [values, weight], noise
+    )
+    one, two = (
+        torch.autograd.grad(sparse_decode(codes, weight), each, noise)[0]
+        for each in (values, weight)
+    )
+    assert torch.equal(both[0], one) and torch.equal(both[1], two)
+
+
 def test_types_of_results_and_gradients():
     dense, codes = make(6, 9, dtype=torch.float32)
     weight = torch.randn(9, 8).bfloat16().requires_grad_()
