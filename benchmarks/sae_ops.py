@@ -146,7 +146,8 @@ def main() -> None:
             rows.append(measure(f"hard {name}", hard(x, k), arguments.rounds))
         del x
         if "encoders" in arguments.parts:
-            calls = encoders(*arguments.encoder, k, dtype)
+            n, d, width = arguments.encoder
+            calls = encoders(n, d, width, k, dtype)
             rows.append(measure(f"encoders {name}", calls, arguments.rounds))
     if arguments.write:
         print(write({"environment": environment(), "rows": rows}, "sae-ops"))
