@@ -76,16 +76,16 @@ class BatchSelection : public Selector {
   Key smallest_ = 0;
 };
 
-// Sixteen bytes now and then, at places that follow no period: from all rows, so that one of large
-// values counts for what it is.
+// Half a line of memory now and then, at places that follow no period: from all rows, so that one
+// of large values counts for what it is.
 template <typename Key>
 void BatchSelection<Key>::sample(const SelectBlock& x, int64_t rows, double part, int threads) {
-  constexpr int64_t kUnit = 16 / int64_t(sizeof(Key)), kDraws = 4096;
-  constexpr double kMostDraws = 1 << 17;
+  constexpr int64_t kUnit = 32 / int64_t(sizeof(Key)), kDraws = 128;
+  constexpr double kMostDraws = 1 << 16;
   if (double(rows) * double(x.columns) / part <= double(kAll)) return;
   const int64_t units = std::max<int64_t>(1, x.columns / kUnit);  // of a row
   const int64_t width = std::min(x.columns, kUnit);
-  const double wanted = std::clamp(2048.0 / double(count_), 1.0 / 1024, 1.0 / 16);
+  const double wanted = std::clamp(1024.0 / double(count_), 1.0 / 2048, 1.0 / 16);
   const int64_t step = std::max(
       {int64_t{1}, int64_t(part / wanted), int64_t(double(units) * double(rows) / kMostDraws)});
   const int64_t draws = units * rows / step, pieces = (draws + kDraws - 1) / kDraws;
@@ -93,19 +93,30 @@ void BatchSelection<Key>::sample(const SelectBlock& x, int64_t rows, double part
   share(pieces, 1, threads, [&](int64_t first, int64_t last) {
     for (int64_t piece = first; piece < last; ++piece) {
       std::vector<Key>& mine = found[size_t(piece)];
-      mine.reserve(size_t(kDraws * width));
-      for (int64_t i = piece * kDraws, end = std::min(draws, i + kDraws); i < end; ++i) {
-        const uint64_t jitter = (uint64_t(i) * 0x9e3779b97f4a7c15u) >> 33;
-        const int64_t unit = i * step + int64_t(jitter % uint64_t(step));
-        const int64_t column = unit % units * kUnit;
-        const Key* from = row_of<Key>(x, unit / units).x + column;
-        for (int64_t c = 0; c < width; ++c) {
-          if (x.pool && !(x.pool[(column + c) / 8] >> (column + c) % 8 & 1)) continue;
-          const Key magnitude = from[c] & kNanKey<Key>;
-          if (magnitude > inf_) mine.push_back(kNanKey<Key>);
-          if (from[c] == magnitude && magnitude != 0 && magnitude <= inf_) mine.push_back(from[c]);
-        }
+      mine.resize(size_t(kDraws * width));
+      Key* to = mine.data();
+      const Key* from[kDraws];
+      int64_t columns[kDraws];
+      const int64_t start = piece * kDraws, n = std::min(kDraws, draws - start);
+      for (int64_t i = 0; i < n; ++i) {
+        const uint64_t jitter = (uint64_t(start + i) * 0x9e3779b97f4a7c15u) >> 32;
+        const int64_t unit = (start + i) * step + int64_t(jitter * uint64_t(step) >> 32);
+        const int64_t row = unit / units;
+        columns[i] = (unit - row * units) * kUnit;
+        from[i] = row_of<Key>(x, row).x + columns[i];
+        __builtin_prefetch(from[i]);
       }
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t c = 0; c < width; ++c) {  // without branches, which nothing could foresee
+          const Key bits = from[i][c], magnitude = bits & kNanKey<Key>;
+          const int64_t column = columns[i] + c;
+          const bool nan = magnitude > inf_;
+          bool taken = nan | ((bits == magnitude) & (magnitude != 0));
+          if (x.pool) taken &= x.pool[column / 8] >> column % 8 & 1;
+          *to = nan ? kNanKey<Key> : magnitude;
+          to += taken;
+        }
+      mine.resize(size_t(to - mine.data()));
     }
   });
   for (const auto& each : found) sample_.insert(sample_.end(), each.begin(), each.end());

@@ -132,8 +132,12 @@ DR_INLINE uint32_t lowest(uint32_t bits, int64_t n) {  // the first n that are s
 template <typename Key, typename Visit>
 DR_INLINE void for_lines(const Key* x, int64_t columns, Visit visit) {
   constexpr int kLanes = kSelectLanes<Key>;
+  constexpr int64_t kAhead = 4096 / int64_t(sizeof(Key));  // rows mostly follow each other
   int64_t at = 0;
-  for (; at + kLanes <= columns; at += kLanes) visit(x + at, at);
+  for (; at + kLanes <= columns; at += kLanes) {
+    __builtin_prefetch(x + at + kAhead, 0, 2);
+    visit(x + at, at);
+  }
   if (at == columns) return;
   Key last[kLanes] = {};
   __builtin_memcpy(last, x + at, std::size_t(columns - at) * sizeof(Key));
@@ -191,7 +195,7 @@ int64_t collect_each(const SelectRow<Key>& row, const Key* bounds, Key inf,
 
 template <typename Key>
 void maxima(const Key* x, int64_t columns, Key inf, int64_t groups, Key* largest) {
-  using S = typename Signed<Key>::type;
+  typedef typename Signed<Key>::type V __attribute__((vector_size(DR_VECTOR_BYTES)));
   constexpr int kLanes = kSelectLanes<Key>;
   for (int64_t i = 0; i < groups * kLanes; ++i) largest[i] = 0;
   const int64_t lines = columns / kLanes;
@@ -199,9 +203,13 @@ void maxima(const Key* x, int64_t columns, Key inf, int64_t groups, Key* largest
     const int64_t n = lines - line < groups ? lines - line : groups;
     for (int64_t g = 0; g < n; ++g) {
       const Key* v = x + (line + g) * kLanes;
+      __builtin_prefetch(v + 4096 / sizeof(Key), 0, 2);
       Key* most = largest + g * kLanes;
-#pragma GCC ivdep
-      for (int i = 0; i < kLanes; ++i) most[i] = S(v[i]) > S(most[i]) ? v[i] : most[i];
+#pragma GCC unroll 4
+      for (int i = 0; i < kLanes; i += kLanes * DR_VECTOR_BYTES / 64) {
+        const V a = load_vector<V>(v + i), b = load_vector<V>(most + i);
+        store_vector(most + i, a > b ? a : b);
+      }
     }
   }
   for (int64_t i = 0; i < groups * kLanes; ++i)

@@ -122,22 +122,24 @@ def _cpu(
 ) -> Found:
     slots = _slots(x, weight, rule, count, pool, slots)
     smallest = _alloc.empty((), dtype=x.dtype, device=x.device).zero_()
-    whole = pool is None or len(pool) == len(weight)
-    if not whole:
+    if pool is not None and len(pool) == len(weight):
+        pool = None
+    if pool is not None:
         weight = weight.index_select(0, pool)
         bias = None if bias is None else bias.index_select(0, pool)
         if threshold is not None and threshold.dim():
             threshold = threshold.index_select(0, pool)
+    asked = count
     if rule == "topk":
         count = min(count, len(weight))
     elif rule == "batch_topk":
-        asked, count = count, slots
+        count = slots
     if len(x) * len(weight) == 0 or (count == 0 and rule != "threshold"):
         values, row_ptr, columns = no_entries(x, slots)
         return values, smallest, row_ptr, columns
     values, row_ptr, columns = empty_rows(x, slots)
     _run(x, weight, bias, rule, count, threshold, (values, row_ptr, columns, smallest))
-    if not whole:
+    if pool is not None:
         columns = torch.where(columns < 0, -1, pool[columns.clamp(min=0)])
     if rule == "batch_topk" and asked > slots:
         smallest.zero_()
