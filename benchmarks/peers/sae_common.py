@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 D_IN, D_SAE, ROWS, K = 8, 24, 12, 3
+EPS = 1e-3  # of Adam, whose usual one makes steps of the rounding of gradients near 0
 
 
 def seeded(*shape: int, seed: int = 0) -> Tensor:

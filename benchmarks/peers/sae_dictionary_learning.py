@@ -15,7 +15,7 @@ from dictionary_learning.trainers.matryoshka_batch_top_k import (
     MatryoshkaBatchTopKTrainer,
 )
 from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
-from sae_common import D_IN, D_SAE, K, keep, keep_training, main, rows, scramble, seeded
+from sae_common import D_IN, D_SAE, EPS, K, keep, keep_training, main, rows, scramble, seeded
 
 CLASSES = {
     each.__name__: each
@@ -64,6 +64,7 @@ def write_trainings(folder: Path) -> None:
     ):
         trainer = kind(**common, **options)
         trainer.dead_feature_threshold = 40
+        trainer.optimizer.param_groups[0]["eps"] = EPS
         start = weights_of(trainer.ae)
         losses = [trainer.update(step, x) for step, x in enumerate(batches)]
         end, threshold = weights_of(trainer.ae), float(trainer.ae.threshold)

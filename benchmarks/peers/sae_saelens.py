@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import torch
-from sae_common import D_IN, D_SAE, K, keep, keep_training, main, rows, scramble, seeded
+from sae_common import D_IN, D_SAE, EPS, K, keep, keep_training, main, rows, scramble, seeded
 from sae_lens import SAE
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
@@ -86,7 +86,7 @@ def write_trainings(folder: Path) -> None:
     for name, (kind, config) in TRAINED.items():
         torch.manual_seed(0)
         sae = kind(config)
-        optimiser = torch.optim.Adam(sae.parameters(), lr=0.01)
+        optimiser = torch.optim.Adam(sae.parameters(), lr=0.01, eps=EPS)
         start = {key: each.detach().clone() for key, each in sae.named_parameters()}
         idle, losses = torch.zeros(D_SAE), []
         for number, x in enumerate(batches):

@@ -249,7 +249,9 @@ def test_constraints_of_the_decoder_and_the_encoder():
     assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() > 1e-3
     sae.before_step()
     assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-5
-    torch.optim.SGD(sae.parameters(), 0.5).step()
+    with torch.no_grad():
+        for each in sae.parameters():
+            each -= 0.5 * each.grad
     sae.after_step(sae.loss(x))
     assert not torch.equal(before, sae.W_dec)
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(20))
