@@ -1,14 +1,16 @@
 """Activations made of known features: trees of features that fire together, and lone ones."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dreamreader.artifacts import Artifact
 from dreamreader.errors import InvalidInput
 from dreamreader.fitting import ByStep
 from dreamreader.ops import SparseRows
@@ -86,7 +88,7 @@ class SyntheticConfig:
                 raise InvalidInput(f"SyntheticConfig: needs {rule}")
 
 
-class SyntheticFeatures:
+class SyntheticFeatures(Artifact, kind="synthetic-features"):
     """Draws activations whose features are known: which fire, how strongly, in which direction.
 
     x = b + sum_j z_j d_j. Feature j fires where f_j e + sqrt(1 - |f_j|^2) n_j > t_j with standard
@@ -97,6 +99,7 @@ class SyntheticFeatures:
     Args:
         config: what to draw from; SynthSAEBench-16k where nothing is said.
         device: where it is drawn.
+        directions: [features, d_in], as they were pushed apart before; a minute's work at 16,384.
 
     Attributes:
         directions: unit vectors [features, d_in]. bias: [d_in].
@@ -119,7 +122,10 @@ class SyntheticFeatures:
     """
 
     def __init__(
-        self, config: SyntheticConfig | None = None, device: torch.device | str = "cpu"
+        self,
+        config: SyntheticConfig | None = None,
+        device: torch.device | str = "cpu",
+        directions: Float[Tensor, "features d_in"] | None = None,
     ) -> None:
         self.config = c = config or SyntheticConfig()
         self.device = torch.device(device)
@@ -130,14 +136,33 @@ class SyntheticFeatures:
         self.deviations = (mean + std * _normal(c.seed + 1, c.features)).abs()
         self.factor, self.noise = _factor(c)
         drawn = torch.Generator().manual_seed(c.seed)
-        directions = torch.randn(c.features, c.d_in, generator=drawn)
+        start = torch.randn(c.features, c.d_in, generator=drawn)
         bias = torch.randn(c.d_in, generator=drawn)
-        directions = directions / directions.norm(dim=1, keepdim=True)
-        directions = directions.to(device)
-        self.directions = orthogonalise(directions, c.orthogonal_steps, c.orthogonal_lr)
+        if directions is None:
+            start = (start / start.norm(dim=1, keepdim=True)).to(device)
+            directions = orthogonalise(start, c.orthogonal_steps, c.orthogonal_lr)
+        elif directions.shape != start.shape:
+            raise InvalidInput(
+                f"SyntheticFeatures: directions must be {list(start.shape)}, "
+                f"got {list(directions.shape)}"
+            )
+        self.directions = directions.to(device)
         self.bias = (bias / bias.norm() * c.bias).to(device)
         for name in ("parents", "probabilities", "means", "deviations", "factor", "noise"):
             setattr(self, name, getattr(self, name).to(device))
+
+    def to_file(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """The directions; all else is drawn again from the seed."""
+        return {"directions": self.directions}, {"config": asdict(self.config)}
+
+    @classmethod
+    def of_file(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Self:
+        """What `to_file` described."""
+        values = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in content["config"].items()
+        }
+        return cls(SyntheticConfig(**values), directions=tensors["directions"])
 
     def sample(
         self, n: int, generator: torch.Generator | None = None

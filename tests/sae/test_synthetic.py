@@ -199,6 +199,18 @@ def test_worlds_of_other_shapes(change):
     assert empty.shape == (0, 24) and int(none.count()) == 0
 
 
+def test_a_saved_world_draws_the_same(tmp_path):
+    world = SyntheticFeatures(replace(SMALL, orthogonal_steps=3))
+    world.save(tmp_path / "world.safetensors")
+    found = SyntheticFeatures.load(tmp_path / "world.safetensors")
+    assert found.config == world.config
+    x, codes = world.batch(2, 40)
+    again, more = found.batch(2, 40)
+    assert torch.equal(x, again) and torch.equal(codes.values, more.values)
+    with pytest.raises(InvalidInput, match=r"directions must be \[200, 24\], got \[199, 24\]"):
+        SyntheticFeatures(SMALL, directions=world.directions[1:])
+
+
 def test_zipf_goes_from_the_largest_to_the_smallest():
     p = zipf(4, 0.5, 0.4, 0.1)
     raw = torch.tensor([1.0, 2**-0.5, 3**-0.5, 0.5])
