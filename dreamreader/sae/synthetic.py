@@ -158,7 +158,7 @@ class SyntheticFeatures(Artifact, kind="synthetic-features"):
     @classmethod
     def of_file(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Self:
         """What `to_file` described."""
-        values = {
+        values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in content["config"].items()
         }
