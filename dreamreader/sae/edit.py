@@ -139,20 +139,16 @@ class SAEEdit(EditRequest):
         """What the changed latents add to the reconstruction of each row."""
         chosen = torch.tensor(self._chosen, device=x.device)
         old = sae.encode_features(x, chosen)
-        value, gate = (
-            None if each is None else torch.as_tensor(each).to(old)
-            for each in (self.value, self.gate)
-        )
+        value = torch.zeros(()) if self.value is None else torch.as_tensor(self.value)
+        value = value.to(old)
         if self.op == "add":
             new = old + value
         elif self.op == "scale":
             new = old * value
-        elif self.op == "set":
-            new = torch.ones_like(old) * value
-        else:
-            new = torch.zeros_like(old)
-        if gate is not None:
-            new = torch.where(old > gate, new, old)
+        else:  # ablate has no value, so that it is 0
+            new = value.expand_as(old)
+        if self.gate is not None:
+            new = torch.where(old > torch.as_tensor(self.gate).to(old), new, old)
         return sae.decode_change(new - old, chosen, x)
 
     def _on(self, device: torch.device) -> SparseAutoencoder:

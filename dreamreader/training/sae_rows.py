@@ -24,7 +24,8 @@ _HELD_OUT = 2**31  # seed of rows that are measured
 class RowSource(Protocol):
     """Rows by site."""
 
-    sites: Sequence[str]
+    @property
+    def sites(self) -> Sequence[str]: ...
 
     def width(self, site: str) -> int: ...
 
@@ -75,6 +76,7 @@ class StoredRows:
         left = self.spec.evaluation.rows
         size = min(self.spec.training.batch_size, left)
         for batch in self._dataset(self.evaluated, site, size, _HELD_OUT, drop_last=False):
+            assert isinstance(batch, Tensor)  # no keys were asked for
             yield batch[:left]
             left -= len(batch)
             if left <= 0:

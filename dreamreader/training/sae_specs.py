@@ -140,9 +140,9 @@ class SaeTraining(Part):
 class SaeEvaluation(Part):
     """What autoencoders are measured on."""
 
-    rows: Count = Field(65_536, description="Rows that are measured.")
+    rows: Count = Field(default=65_536, description="Rows that are measured.")
     store: str | None = Field(
-        None, description="Folder of a harvest of other prompts; else rows of the training."
+        default=None, description="Folder of a harvest of other prompts; else rows of the training."
     )
 
 
