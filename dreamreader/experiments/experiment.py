@@ -75,8 +75,9 @@ class Experiment(SpecJob[Spec]):
 
     def plan(self) -> ExperimentPlan:
         """Rows, batches, sites, and what they will take; one step of one row is run."""
+        plan = make_plan(self.job)
         check_metrics(self.job)
-        return make_plan(self.job)
+        return plan
 
     def open(self) -> None:
         self.job  # noqa: B018

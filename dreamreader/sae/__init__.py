@@ -8,9 +8,10 @@ from dreamreader.sae.fold import fold
 from dreamreader.sae.formats import read_sae, write_sae
 from dreamreader.sae.loss import AUX_RULES, AuxK, SaeLoss
 from dreamreader.sae.model import SparseAutoencoder
+from dreamreader.sae.objective import Reconstruction
 from dreamreader.sae.selection import BatchTopK, JumpReLU, SampledTopK, Selection, TopK
 from dreamreader.sae.threshold import THRESHOLD_RULES, ThresholdRule
-from dreamreader.sae.train import Reconstruction, train_sae
+from dreamreader.sae.train import train_sae
 
 __all__ = [
     "AUX_RULES",

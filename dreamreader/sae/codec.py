@@ -17,7 +17,7 @@ from dreamreader.sae.inputs import (
     RESHAPES,
     Affine,
     check_mask,
-    fitted_affine,
+    fit_affine,
     layout_of,
     row_affine,
 )
@@ -260,7 +260,7 @@ class SparseCodec(nn.Module):
         """
         if self.normalise not in ("average_norm", "standardise"):
             raise InvalidInput(f"normalise={self.normalise!r} has nothing to fit")
-        affine = fitted_affine(self.normalise, self._sample(x))
+        affine = fit_affine(self.normalise, self._sample(x))
         self.input_shift.copy_(affine.shift)
         self.input_scale.copy_(affine.scale)
 

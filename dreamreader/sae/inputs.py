@@ -47,7 +47,7 @@ def row_affine(kind: str, x: Float[Tensor, "rows d_in"]) -> Affine:
     return Affine(mean, 1 / (deviation + _LAYER_NORM_EPS), deviation)
 
 
-def fitted_affine(kind: str, x: Float[Tensor, "rows d_in"]) -> Affine:
+def fit_affine(kind: str, x: Float[Tensor, "rows d_in"]) -> Affine:
     """What `average_norm` and `standardise` do to all rows, from a sample of them; float32.
 
     Formula: average_norm: x sqrt(d) / mean |x|; standardise: (x - mean) / deviation of each input.

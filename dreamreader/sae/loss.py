@@ -91,7 +91,7 @@ class SaeLoss:
         dead: share of latents that are dead.
         groups: mse of each prefix of a Matryoshka autoencoder, [groups]; [1] without.
         fired: bool [d_sae], which latents were active.
-        smallest: as `smallest_kept` gives it. tokens: rows of the batch.
+        smallest: as `find_smallest` gives it. tokens: rows of the batch.
     """
 
     total: Float[Tensor, ""]
@@ -119,7 +119,9 @@ def widen(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def unexplained(x: Float[Tensor, "rows d_in"], mse: Float[Tensor, ""]) -> Float[Tensor, ""]:
+def fraction_unexplained(
+    x: Float[Tensor, "rows d_in"], mse: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
     """The share of the variance of rows that such an error leaves."""
     return mse / squared_error(x, widen(x).mean(0))
 

@@ -17,11 +17,11 @@ from dreamreader.sae.inputs import check_mask, layout_of
 from dreamreader.sae.loss import (
     AuxK,
     SaeLoss,
+    fraction_unexplained,
     residual_error,
     rule_of_aux,
     split_columns,
     squared_error,
-    unexplained,
 )
 from dreamreader.sae.norms import align_rows_, remove_parallel_, unit_rows_
 from dreamreader.sae.selection import (
@@ -33,9 +33,9 @@ from dreamreader.sae.selection import (
 )
 from dreamreader.sae.threshold import (
     ThresholdRule,
-    moved_threshold,
+    find_smallest,
     rule_of_threshold,
-    smallest_kept,
+    update_threshold,
 )
 
 
@@ -176,12 +176,12 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
             (errors * weights).sum() + aux,
             errors[-1].detach(),
             aux.detach(),
-            unexplained(z, errors[-1].detach()),
+            fraction_unexplained(z, errors[-1].detach()),
             codes.count() / len(rows),
             (idle >= self.aux.dead_after).float().mean(),
             errors.detach(),
             fired,
-            smallest_kept(codes, by_row=isinstance(self.selection, TopK)),
+            find_smallest(codes, by_row=isinstance(self.selection, TopK)),
             len(rows),
         )
 
@@ -203,7 +203,7 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
         self.tokens_since_fired.copy_(torch.where(result.fired, 0, idle))
         fitted = not isinstance(self.selection, JumpReLU)  # whose thresholds stay
         if fitted and int(self.steps) >= self.threshold_rule.after:
-            mean = moved_threshold(self.threshold_rule, self.threshold_mean, result.smallest)
+            mean = update_threshold(self.threshold_rule, self.threshold_mean, result.smallest)
             self.threshold_mean.copy_(mean)
             self.thresholds.copy_(mean.float().expand(self.d_sae))
         self.steps += 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from dreamreader.artifacts import Artifact
 from dreamreader.errors import InvalidInput
 from dreamreader.fitting import ByStep
-from dreamreader.ops import SparseRows
+from dreamreader.ops import SparseRows, sparse_decode
 
 RARE = 0.01  # below it candidates are drawn, above it every feature
 BLOCK = 172  # features that share a bound on their probability
@@ -205,15 +205,7 @@ class SyntheticFeatures(Artifact, kind="synthetic-features"):
 
     def activations(self, codes: SparseRows) -> Float[Tensor, "n d_in"]:
         """The activations that these strengths give, [rows, d_in]."""
-        count = int(codes.count())
-        found = torch.nn.functional.embedding_bag(
-            codes.columns[:count],
-            self.directions,
-            codes.row_ptr[:-1].int(),
-            mode="sum",
-            per_sample_weights=codes.values[:count].to(self.directions),
-        )
-        return found.add_(self.bias)
+        return sparse_decode(codes, self.directions, self.bias)
 
     def _generator(self, index: int, seed: int) -> torch.Generator:
         # torch's generator of the CPU reads 32 bits: sums are distinct, hashes would collide

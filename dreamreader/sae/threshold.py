@@ -65,7 +65,7 @@ def rule_of_threshold(given: Any) -> ThresholdRule:
 
 
 @torch.no_grad()
-def smallest_kept(codes: SparseRows, by_row: bool = False) -> Float[Tensor, ""]:
+def find_smallest(codes: SparseRows, by_row: bool = False) -> Float[Tensor, ""]:
     """The smallest positive value of codes, float32 []; -1 where there is none.
 
     Args:
@@ -83,13 +83,13 @@ def smallest_kept(codes: SparseRows, by_row: bool = False) -> Float[Tensor, ""]:
 
 
 @torch.no_grad()
-def moved_threshold(
+def update_threshold(
     rule: ThresholdRule, mean: Float[Tensor, ""], smallest: Float[Tensor, ""]
 ) -> Float[Tensor, ""]:
     """The running mean after a step; values that are not finite change nothing.
 
     Args:
-        mean: float64, before the step. smallest: what `smallest_kept` gave.
+        mean: float64, before the step. smallest: what `find_smallest` gave.
 
     Returns:
         float64, new memory.

@@ -3,117 +3,20 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any, overload
 
 import torch
-from torch import Tensor
 
 from dreamreader._progress import Progress
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.fitting import ByStep, History, Objective, Recipe, fit
-from dreamreader.sae.loss import SaeLoss
+from dreamreader.fitting import ByStep, History, Recipe, fit
 from dreamreader.sae.model import SparseAutoencoder
-from dreamreader.sae.selection import JumpReLU, Selection, TopK
+from dreamreader.sae.objective import Anneal, Reconstruction, rows_of
 
 Batches = ByStep | Iterable[Any] | Callable[[int], Iterable[Any]]
 # one kernel for all of a step: three times as fast on a CPU as torch's loop
 _ADAM = {"Adam": {"betas": (0.9, 0.999), "fused": True}}
 _WARMUP = 1000
-
-
-class Anneal:
-    """A number of active latents that falls to that of the selection.
-
-    Formula: k at step t is k + (start - k) max(0, 1 - t / steps), rounded for TopK.
-
-    Args:
-        start: at the beginning. steps: until it has fallen.
-    """
-
-    def __init__(self, start: float, steps: int):
-        if not start > 0 or steps < 1:
-            raise InvalidInput(f"k_start is positive and k_steps at least 1, got {start}, {steps}")
-        self.start, self.steps = start, steps
-
-    def selection_at(self, selection: Selection, step: int, d_sae: int) -> Selection:
-        """The selection of a step, counted from 0."""
-        if isinstance(selection, JumpReLU) or step >= self.steps:
-            return selection
-        k = selection.k + (min(self.start, d_sae) - selection.k) * (1 - step / self.steps)
-        return replace(selection, k=round(k) if isinstance(selection, TopK) else k)
-
-
-class Reconstruction(Objective):
-    """The loss of an autoencoder on batches, for `fit`; counters and thresholds move with it.
-
-    Batches are x [..., d_in], (x, mask [...]), batches of a store with keys, or mappings from names
-    to these, of which an autoencoder takes its own name's, else its site's.
-
-    Args:
-        name: of the autoencoder. anneal: of its k.
-    """
-
-    def __init__(self, name: str = "", anneal: Anneal | None = None):
-        self.name, self.anneal = name, anneal
-        self.result: SaeLoss | None = None
-
-    def terms(self, module: SparseAutoencoder, batch: Any, /) -> Tensor | None:
-        x, mask = rows_of(batch, (self.name, module.metadata.get("site")))
-        if x is None:
-            return None
-        x = x.to(module.W_dec.device)
-        selection = module.selection
-        if self.anneal is not None:
-            selection = self.anneal.selection_at(selection, int(module.steps), module.d_sae)
-        mask = None if mask is None else mask.to(x.device)
-        self.result = module.loss(x, mask, selection)
-        return self.result.total
-
-    def culprit(self, module: SparseAutoencoder, batch: Any, /) -> str:
-        fine = self.result is not None and bool(self.result.mse.isfinite())
-        return "aux-k" if fine else "squared error"
-
-    def metrics(self, module: SparseAutoencoder, /) -> dict[str, float]:
-        if self.result is None:
-            return {}
-        own = {name: getattr(self.result, name).item() for name in ("fvu", "l0", "dead")}
-        return own | {"tokens": float(self.result.tokens)}
-
-    def identity(self) -> Any:
-        return None if self.anneal is None else [self.anneal.start, self.anneal.steps]
-
-    def before_step(self, module: SparseAutoencoder, done: int) -> None:
-        """Takes from the gradient of the decoder what would only change lengths."""
-        module.before_step()
-
-    def after_step(self, module: SparseAutoencoder, done: int) -> None:
-        """Keeps constraints and counts what fired in the batch of this step."""
-        assert self.result is not None
-        module.after_step(self.result)
-
-
-def rows_of(batch: Any, names: Iterable[Any] = ()) -> tuple[Tensor | None, Tensor | None]:
-    """Rows of a batch and their mask; no rows where it has none under these names.
-
-    Raises:
-        InvalidInput: it is none of the kinds of batches.
-    """
-    if isinstance(batch, Mapping):
-        found = next((batch[name] for name in names if name in batch), None)
-        return (None, None) if found is None else rows_of(found)
-    if isinstance(getattr(batch, "values", None), Tensor):  # of a store, with keys
-        return batch.values, None
-    if isinstance(batch, Tensor):
-        return batch, None
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        x, mask = batch
-        if isinstance(x, Tensor) and (mask is None or isinstance(mask, Tensor)):
-            return x, mask
-    raise InvalidInput(
-        "train_sae: a batch is x [..., d_in], (x, mask), or a mapping of these by name, got "
-        f"{type(batch).__name__}"
-    )
 
 
 @overload
@@ -216,7 +119,7 @@ def train_sae(
             recipes,
             folder,
             progress,
-            validate=None if validate is None else _held_out(saes, validate, several),
+            validate=None if validate is None else _validate_in_eval(saes, validate, several),
             before_step={name: each.before_step for name, each in goals.items()},
             after_step={name: each.after_step for name, each in goals.items()},
             of={"autoencoders": [each.describe() for each in saes.values()], "compute": compute}
@@ -318,7 +221,7 @@ def _begin(saes: Mapping[str, SparseAutoencoder], batch: Any, center: bool) -> N
             sae.center_on(x)
 
 
-def _held_out(
+def _validate_in_eval(
     saes: Mapping[str, SparseAutoencoder], validate: Callable[[], Any], several: bool
 ) -> Callable[[], Any]:
     """Losses by name, found in `eval()` mode."""

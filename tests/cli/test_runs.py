@@ -159,7 +159,9 @@ def test_the_schema_knows_specs(tmp_path) -> None:
     assert {"name", "subject", "data", "method"} <= set(schema["required"])
     kinds = set(schema["properties"]["method"]["discriminator"]["mapping"])
     learned = {"reft", "guide"}
-    assert kinds == {"edit", "steer", "patch", "ablate", "windows", "lens", "heatmap"} | learned
+    assert (
+        kinds == {"edit", "steer", "patch", "ablate", "windows", "lens", "heatmap", "sae"} | learned
+    )
     # what a spec may say in short is right for an editor too
     of = {name: schema["properties"][name]["anyOf"] for name in ("seeds", "subject")}
     assert {each.get("type", "Seeds") for each in of["seeds"]} == {"array", "Seeds"}

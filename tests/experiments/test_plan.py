@@ -157,7 +157,7 @@ def test_a_language_model_has_a_plan(language) -> None:
         reader=language,
         data={"prompts": ["a red cat"]},
         method={"kind": "ablate", "sites": "transformer.h.*.attn:heads", "heads": [0]},
-        metrics=[],
+        metrics=["perplexity"],
     )
     plan = made.plan()
     assert plan.conditions == {"unedited": 1, "ablated": 3, "random_sites": 9}

@@ -318,12 +318,12 @@ def test_units_under_way_never_have_more_than_the_limit(tmp_path: Path):
     budget = ByteBudget(work)
     assert budget.take(0, 2) and budget.take(1, 1)
     assert (budget.of(0), budget.of(1)) == (50, 50)
-    budget.exceeded(0)
+    budget.retry_alone(0)
     assert not budget.take(0, 1), "a unit of its own must wait for the others"
     budget.free(1)
     work.stored, work.done = 40, 1
     assert budget.take(0, 2) and budget.of(0) == 60
-    budget.exceeded(0)
+    budget.retry_alone(0)
     assert work.stopped
 
 

@@ -16,7 +16,7 @@ from dreamreader.sae.fold import fold
 from dreamreader.sae.formats.files import (
     assemble,
     check_tensors,
-    plain,
+    copy_plain,
     read_json,
     read_pickle,
     write_json,
@@ -122,7 +122,7 @@ def write(sae: SparseAutoencoder, path: Path) -> None:
         weights["b_enc"] = weights["b_enc"] - weights["b_dec"] @ weights["W_enc"]
     if names is not _PLAIN:
         weights |= {each: weights[each].T for each in ("W_enc", "W_dec")}
-    tensors = {theirs: plain(weights[own]) for theirs, own in names.items()}
+    tensors = {theirs: copy_plain(weights[own]) for theirs, own in names.items()}
     write_pickle(path / WEIGHTS, tensors | extra)
     trainer = {"dict_class": name, "activation_dim": sae.d_in, "dict_size": sae.d_sae}
     trainer |= {"k": int(sae.k)} if "k" in extra and sae.k is not None else {}

@@ -199,15 +199,15 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     with explain_disk_errors(path), replacing(path) as part:
-        save_file({name: plain(each) for name, each in tensors.items()}, part)
+        save_file({name: copy_plain(each) for name, each in tensors.items()}, part)
 
 
 def write_pickle(path: Path, content: Mapping[str, Tensor]) -> None:
     """Writes tensors with torch.save, whole or not at all."""
     with explain_disk_errors(path), replacing(path) as part:
-        torch.save({name: plain(each) for name, each in content.items()}, part)
+        torch.save({name: copy_plain(each) for name, each in content.items()}, part)
 
 
-def plain(tensor: Tensor) -> Tensor:
+def copy_plain(tensor: Tensor) -> Tensor:
     """Contiguous memory of its own, on the CPU."""
     return tensor.detach().cpu().contiguous().clone()

@@ -59,7 +59,7 @@ def read(
             f"{path} is a JumpSAE with thresholds of its own: give no k or threshold"
         )
     selection, least = _selection(k, threshold, own)
-    decoder = _normalised(found["dictionary._weights"], normalization)
+    decoder = _normalise_dictionary(found["dictionary._weights"], normalization)
     return assemble(
         path,
         {
@@ -93,7 +93,7 @@ def _selection(
     return BatchTopK(k), least
 
 
-def _normalised(weight: Tensor, kind: str) -> Tensor:
+def _normalise_dictionary(weight: Tensor, kind: str) -> Tensor:
     """The dictionary as it is when the package evaluates."""
     if kind not in NORMALIZATIONS:
         raise UnknownName("normalization of a dictionary", kind, NORMALIZATIONS)

@@ -72,7 +72,7 @@ def read(path: Path, *, input_scale: float | None = None) -> SparseAutoencoder:
             fit.
     """
     file = path / CONFIG
-    config, version = _modern(file, read_json(file))
+    config, version = _upgrade_config(file, read_json(file))
     kind = config.get("architecture", "standard")
     if kind not in ARCHITECTURES:
         raise UnknownName(f"architecture in {file}", str(kind), ARCHITECTURES)
@@ -155,7 +155,7 @@ def write(sae: SparseAutoencoder, path: Path) -> None:
     write_json(path / CONFIG, config)
 
 
-def _modern(file: Path, config: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+def _upgrade_config(file: Path, config: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     """The configuration as version 6 writes it, and its version; None before 6."""
     metadata = config.get("metadata")
     inner = metadata if isinstance(metadata, Mapping) else {}
@@ -168,10 +168,10 @@ def _modern(file: Path, config: dict[str, Any]) -> tuple[dict[str, Any], str | N
             return {name: each for name, each in config.items() if name != "sae_lens_version"}, (
                 str(version)
             )
-    return _before_6(file, config), None
+    return _rename_before_6(file, config), None
 
 
-def _before_6(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def _rename_before_6(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Names of before 6: `hook_point`, `activation_fn_str`, a boolean for the normalisation."""
     found = dict(config)
     for old, new in (("hook_point", "hook_name"), ("activation_fn_str", "activation_fn")):

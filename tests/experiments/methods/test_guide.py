@@ -243,11 +243,11 @@ def test_moving_away_alone_has_no_target(experiment, tmp_path) -> None:
 
 def test_pairs_are_drawn_from_their_targets_too(experiment) -> None:
     pairs = [{"source": "a red ring", "target": "a blue ring", "was": "red"}]
-    plan = experiment([], data={"pairs": pairs}, method=SMALL).plan()
+    plan = experiment(data={"pairs": pairs}, method=SMALL).plan()
     assert plan.conditions == {
         **{"unedited": 1, "target_prompt": 1, "edited": 1, "random_probe": 1, "difference": 1}
     }
-    without = experiment([], data={"pairs": pairs}, method=SMALL | {"controls": []}).plan()
+    without = experiment(data={"pairs": pairs}, method=SMALL | {"controls": []}).plan()
     assert without.conditions == {"unedited": 1, "edited": 1}
 
 
