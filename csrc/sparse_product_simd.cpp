@@ -13,7 +13,7 @@ template <typename T, typename W>
 struct Group {
   const T* rows[kRows];
   const T* next[kRows];
-  W values[kRows];
+  W values[kRows] = {};
   int count;
 };
 
