@@ -40,7 +40,7 @@ def ask(peer: str, options: argparse.Namespace) -> dict[str, Any]:
         "rounds": options.rounds,
         "threads": options.threads,
     }
-    python = options.python or interpreter(peer, options.cache)
+    python = options.python or interpreter(f"sae_{peer}", options.cache)
     done = subprocess.run(
         [str(python), str(PEERS / "peer_sae_training.py")],
         input=json.dumps(job),
