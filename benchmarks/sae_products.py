@@ -124,7 +124,7 @@ def main() -> int:
         return 1
     rows = [Job(sizes, options.skew, each).measured(options.rounds) for each in dtypes]
     result = {
-        "benchmark": "sae_products",
+        "benchmark": "sae-products",
         "environment": environment(),
         "sizes": sizes,
         "skew": options.skew,
@@ -135,7 +135,7 @@ def main() -> int:
     for row in rows:
         show(row)
     if options.write:
-        print(write(result, options.output or "sae_products"))
+        print(write(result, options.output or "sae-products"))
     return 0
 
 
