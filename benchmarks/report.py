@@ -292,8 +292,7 @@ def selections(result: dict[str, Any]) -> str:
     head = ("4096×16384, 64 a row; encoders 1024×1280 → 16384", "time", "against torch", "and")
     tail = (
         "torch: `topk` of all entries (or of rows) and a scatter, with the product for encoders. "
-        "Equal values, zeros, one giant row, ties and NaN take at most 6 % longer than the friendly "
-        "case."
+        "Equal values, zeros, one giant row, ties and NaN take at most 6 % longer than that."
     )
     return titled("Selections of sparse autoencoders", result, head, lines) + f"\n{tail}\n"
 
