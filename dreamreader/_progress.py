@@ -101,7 +101,7 @@ def pipeline_steps(pipe: Any, report: Callable[[int, int | None], Any]) -> Itera
     """
     from tqdm import tqdm
 
-    class Steps(tqdm):
+    class StepBar(tqdm):
         def __iter__(self) -> Iterator[Any]:
             for item in self.iterable:
                 yield item
@@ -112,7 +112,7 @@ def pipeline_steps(pipe: Any, report: Callable[[int, int | None], Any]) -> Itera
             report(int(self.n), self.total)  # pyright: ignore[reportArgumentType]
 
     def bar(iterable: Any = None, total: Any = None, **_: Any) -> tqdm:
-        return Steps(iterable, total=total, disable=True)
+        return StepBar(iterable, total=total, disable=True)
 
     # a pipeline of several shows the bars of its parts
     parts = [pipe, *vars(pipe).values()] if hasattr(pipe, "__dict__") else []

@@ -21,9 +21,9 @@ from dreamreader.training.folder import CHECKPOINTS, RESULT, TrainingFolder
 from dreamreader.training.sae_page import describe_scores, write_report
 from dreamreader.training.sae_rows import (
     KNOWN,
-    KnownRows,
+    KnownSource,
     RowSource,
-    StoredRows,
+    StoreSource,
     with_shuffled,
 )
 from dreamreader.training.sae_scores import measure, seed_agreement
@@ -130,12 +130,12 @@ class SaeJob(SpecJob[SaeSpec]):
         """
         spec, home = self.spec, self._home or Path()
         if spec.known_answers is not None:
-            return KnownRows(spec)
+            return KnownSource(spec)
         evaluated = None if spec.evaluation.store is None else home / spec.evaluation.store
         if spec.store is not None:
-            return StoredRows(spec, home / spec.store, evaluated)
+            return StoreSource(spec, home / spec.store, evaluated)
         assert folder is not None
-        return StoredRows(spec, folder / ACTIVATIONS, evaluated)
+        return StoreSource(spec, folder / ACTIVATIONS, evaluated)
 
     def plan(self) -> str:
         """Sites, autoencoders and steps, in lines."""

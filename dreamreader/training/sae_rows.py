@@ -42,7 +42,7 @@ class RowSource(Protocol):
         ...
 
 
-class StoredRows:
+class StoreSource:
     """Rows of a store.
 
     Args:
@@ -107,7 +107,7 @@ class StoredRows:
         )
 
 
-class KnownRows:
+class KnownSource:
     """Rows made of known features."""
 
     sites = (KNOWN,)

@@ -20,7 +20,7 @@ from dreamreader.sae.evaluate import (
 )
 from dreamreader.sae.matching import mean_correlation
 from dreamreader.store.dataset import StoreDataset
-from dreamreader.training.sae_rows import KnownRows, RowSource
+from dreamreader.training.sae_rows import KnownSource, RowSource
 
 _BATCH = 4096
 
@@ -48,7 +48,7 @@ def measure(sae: SparseAutoencoder, source: RowSource, site: str, shuffled: bool
     sae.statistics["mean"] = (found.strength / fired).float()  # of a latent when it is active
     histogram, scores = found.histogram(), _numbers(found)
     scores["histogram"] = {"edges": histogram.edges.tolist(), "counts": histogram.counts.tolist()}
-    if isinstance(source, KnownRows) and not shuffled:
+    if isinstance(source, KnownSource) and not shuffled:
         count = source.spec.evaluation.rows
         known = score_known_answers(sae, source.world, count, source.spec.training.batch_size)
         names = ("f1", "precision", "recall", "mcc", "uniqueness")
