@@ -44,6 +44,8 @@ def sparse_rows(found: Sequence[Tensor], width: int) -> SparseRows:
 
 def dense_rows(x: Tensor) -> Tensor:
     """x with the entries of a row one after the other, as the kernels read them."""
+    if not x.numel():  # whose strides `contiguous` would keep
+        return x.new_empty(x.shape)
     return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
 
 

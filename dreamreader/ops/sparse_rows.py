@@ -106,10 +106,23 @@ class SparseRows:
 
     def dense(self) -> Float[Tensor, "rows width"]:
         """All entries, zeros included; the gradient of the values comes from their places."""
+        if not torch.compiler.is_compiling():
+            self._check_places()
         row, size = self.row_of(), self.rows * self.width
         place = torch.where(row < 0, size, row * self.width + self.columns)  # one behind the last
         flat = self.values.new_zeros(size + 1).scatter(0, place, self.values)
         return flat[:-1].view(self.rows, self.width)
+
+    def _check_places(self) -> None:
+        if self.rows and int(self.row_ptr[-1]) > self.slots:
+            raise InvalidInput(
+                f"SparseRows: {int(self.row_ptr[-1])} entries, of which {self.slots} have room; "
+                "select again with more slots"
+            )
+        if bool((self.columns >= self.width).any()):
+            raise InvalidInput(
+                f"SparseRows: column {int(self.columns.max())} is beyond the width {self.width}"
+            )
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -193,6 +193,11 @@ class SparseCodec(nn.Module):
             raise InvalidInput(
                 f"SparseAutoencoder: codes have {width} latents, it has d_sae={self.d_sae}"
             )
+        values = codes.values if isinstance(codes, SparseRows) else codes
+        if not values.is_floating_point():
+            raise InvalidInput(
+                f"SparseAutoencoder: codes must be floating point, got {values.dtype}; use .float()"
+            )
         if x is None and self.normalise in PER_ROW:
             raise InvalidInput(
                 f"SparseAutoencoder: with normalise={self.normalise!r} each row has its own scale: "
@@ -224,16 +229,15 @@ class SparseCodec(nn.Module):
         Args:
             x: [rows, d_in]. features: numbers of latents.
         """
-        threshold = self.threshold
-        by_threshold = isinstance(self.selection, JumpReLU) or (
-            not self.training and self.inference == "threshold" and threshold is not None
-        )
-        if not by_threshold:
+        learned = isinstance(self.selection, JumpReLU)
+        threshold = self.thresholds if learned else self.threshold
+        by_threshold = not self.training and self.inference == "threshold"
+        if threshold is None or not (learned or by_threshold):
             return self.encode(x)[:, features]
-        assert threshold is not None
         rows, weight, bias = self._encoder(self._affine(x).apply(x), features)
         found = torch.addmm(bias, rows, weight.T)
-        return torch.where(found <= threshold[features].clamp(min=0).to(found.dtype), 0, found)
+        # in float32, as thresholds are
+        return torch.where(found.float() <= threshold[features].clamp(min=0), 0, found)
 
     def decode_change(
         self,

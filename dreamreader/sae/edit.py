@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -110,6 +111,7 @@ class SAEEdit(EditRequest):
         return place.strength(self.alpha, "alpha")
 
     def check(self, place: EditContext) -> None:
+        _check_sae(self.sae)  # it may have gone on learning since
         if self.sae.d_in != place.width:
             raise InvalidInput(
                 f"SAEEdit at {place.site}: the autoencoder has d_in={self.sae.d_in}, the site has "
@@ -218,9 +220,13 @@ def _features(features: object, op: str, d_sae: int) -> tuple[int, ...] | None:
         if features is not None:
             raise InvalidInput("SAEEdit: reconstruct takes no features; give another op")
         return None
-    listed = [features] if isinstance(features, int) else features
-    whole = isinstance(listed, Sequence | Tensor) and len(listed) > 0
-    numbers = [int(each) for each in listed] if whole else []  # pyright: ignore
+    listed: Any = [features] if isinstance(features, int) else features
+    if isinstance(listed, Tensor) or hasattr(listed, "tolist"):
+        listed = listed.tolist()
+    whole = isinstance(listed, Sequence) and all(
+        isinstance(each, int) and not isinstance(each, bool) for each in listed
+    )
+    numbers = list(listed) if whole else []
     if not numbers:
         raise InvalidInput(f"SAEEdit: {op} needs features, numbers of latents, got {features!r}")
     wrong = [each for each in numbers if not 0 <= each < d_sae]

@@ -54,6 +54,11 @@ class FeatureExamples:
     def __init__(self, sae: SparseCodec | Float[Tensor, "features d_in"], top: int = 12):
         if top < 1:
             raise InvalidInput(f"FeatureExamples: top must be at least 1, got {top}")
+        if isinstance(sae, SparseCodec) and (sae.training or not sae.encodes_rows_alone):
+            raise InvalidInput(
+                "FeatureExamples: codes would depend on the batch; call sae.eval(), and give "
+                "sae.threshold a value where the selection is over a batch"
+            )
         self.sae, self.top = sae, top
         self.latents = sae.d_sae if isinstance(sae, SparseCodec) else len(sae)
         self.rows, self.tokens = 0, 0
@@ -96,6 +101,11 @@ class FeatureExamples:
         numbers = tuple(range(count)) if steps is None else tuple(steps)
         if self.steps and numbers != self.steps:
             raise InvalidInput(f"FeatureExamples: rows of steps {self.steps}, then of {numbers}")
+        for name, values in (labels or {}).items():
+            if len(values) != rows:
+                raise InvalidInput(
+                    f"FeatureExamples: {name} has {len(values)} labels for {rows} rows"
+                )
         self.steps = numbers
         real = torch.ones(rows, count, tokens, dtype=torch.bool) if padding is None else ~padding
         entry, feature, value = self._codes(x, real.to(x.device))
@@ -108,10 +118,6 @@ class FeatureExamples:
         chosen = kept[row, feature].nonzero().squeeze(1)
         self._draw(row[chosen], feature[chosen], token[chosen], value[chosen], real, kept)
         for name, values in (labels or {}).items():
-            if len(values) != rows:
-                raise InvalidInput(
-                    f"FeatureExamples: {name} has {len(values)} labels for {rows} rows"
-                )
             self._correlations.setdefault(name, _Correlation(self.latents)).add(
                 best.clamp(min=0), values
             )

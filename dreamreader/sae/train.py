@@ -131,6 +131,12 @@ def train_sae(
         for each in saes.values():
             each.compute_dtype = None
             each.eval()
+    idle = [name for name, each in histories.items() if not each.losses]
+    if idle:
+        raise InvalidInput(
+            f"train_sae: no batch had rows for {', '.join(idle) or 'the autoencoder'}: batches by "
+            "name need the autoencoder's name, or the site in its metadata"
+        )
     return histories if several else histories[""]
 
 

@@ -45,6 +45,9 @@ class AutoencoderSpec(Part):
 
     @model_validator(mode="after")
     def _selections(self) -> "AutoencoderSpec":
+        empty = [name for name in SWEPT if getattr(self, name) == []]
+        if empty:
+            raise ValueError(f"{empty[0]}: is empty")
         for each in self.each():
             try:
                 each.selection_for(0)
@@ -77,6 +80,10 @@ class AutoencoderSpec(Part):
             f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in shown.items() if v
         ]
         more = [f"groups={'+'.join(map(str, self.groups))}"] if self.groups else []
+        fields = type(self).model_fields
+        for name in ("update_every", "rescale", "normalise", "aligned", "threshold_rule", "aux"):
+            if (value := getattr(self, name)) != fields[name].default:
+                more.append(name if value is True else f"{name}={value}")
         return " ".join([self.selection, f"d={self.d_sae}", *parts, *more])
 
     def options(self) -> dict[str, Any]:
@@ -204,6 +211,12 @@ class SaeSpec(Part):
             raise ValueError("data are of prompts that are run; give subject")
         if self.known_answers is not None and (self.sites or self.evaluation.store):
             raise ValueError("known_answers have no sites and no stores")
+        run = {name: getattr(self, name) for name in ("branch", "steps", "tokens")}
+        given_of_run = [name for name, value in run.items() if value is not None]
+        if self.known_answers is not None and given_of_run:
+            raise ValueError(f"{given_of_run[0]}: known_answers have none")
+        if self.subject is None and self.pipeline:
+            raise ValueError("pipeline: is of a subject that is run")
         if self.known_answers is not None and self.training.epochs:
             raise ValueError("training.epochs: known answers never end; give tokens")
         titles = [each.title for each in self.listed()]

@@ -198,3 +198,25 @@ def test_what_depends_on_the_batch_is_refused():
             SAEEdit(SITE, SparseAutoencoder(12, 40, selection).eval(), 1, "ablate")
     with pytest.raises(InvalidInput, match="d_in=12, the site has 10"):
         edited(SAEEdit(SITE, autoencoder(), 1, "ablate"), torch.randn(2, 3, 10))
+
+
+def test_bfloat16_codes_are_cut_where_encode_cuts_them():
+    sae = SparseAutoencoder(12, 40, JumpReLU(), dtype=torch.bfloat16).eval()
+    sae.threshold = 0.4
+    x = activations(dtype=torch.bfloat16).flatten(0, 1)
+    own = sae.encode_features(x, torch.arange(40))
+    assert torch.equal(own > 0, sae.encode(x) > 0) and (own > 0).any()
+
+
+def test_learning_again_is_seen_at_the_run_and_codes_are_numbers():
+    sae = autoencoder()
+    edit = SAEEdit(SITE, sae, 1, "ablate")
+    sae.train()
+    with pytest.raises(InvalidInput, match="sae.eval"):
+        edited(edit, activations())
+    with pytest.raises(InvalidInput, match="codes must be floating point, got torch.int64"):
+        sae.decode(torch.nn.functional.one_hot(torch.tensor([3]), 40))
+    for features in ("35", [3.7], True, [[3]], [None]):
+        with pytest.raises(InvalidInput, match="needs features, numbers of latents"):
+            SAEEdit(SITE, autoencoder(), features, "ablate")
+    assert SAEEdit(SITE, autoencoder(), torch.tensor([3, 5]), "ablate").features == (3, 5)

@@ -88,5 +88,11 @@ def test_what_cannot_be_added_is_refused():
         found.add_tensor(activations(), steps=[0, 1, 3])
     with pytest.raises(InvalidInput, match="colour has 2 labels for 11 rows"):
         found.add_tensor(activations(), steps=[0, 1, 2], labels={"colour": ["red", "blue"]})
+    before = found.tokens, found.rows
+    with pytest.raises(InvalidInput, match="colour has 1 labels"):
+        found.add_tensor(activations(), steps=[0, 1, 2], labels={"colour": ["red"]})
+    assert (found.tokens, found.rows) == before
+    with pytest.raises(InvalidInput, match="codes would depend on the batch; call sae.eval"):
+        FeatureExamples(autoencoder().train())
     with pytest.raises(InvalidInput, match="latent 20 of 20 is none"):
         found.of(20)

@@ -11,7 +11,7 @@ from fitting.toy import SITE, write_store
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dreamreader.errors import DreamreaderError
+from dreamreader.errors import DreamreaderError, InvalidInput
 from dreamreader.fitting import ByStep, NonFiniteLoss
 from dreamreader.sae import (
     AuxK,
@@ -322,3 +322,9 @@ def test_rows_that_are_not_finite_stop_it_and_name_the_step():
     with pytest.raises(NonFiniteLoss, match="step 3: the loss is nan.*part: squared error"):
         train_sae(sae, ByStep(broken), steps=9, progress=False)
     assert bool(sae.W_enc.isfinite().all()) and bool(sae.thresholds.isfinite().all())
+
+
+def test_batches_without_a_name_of_it_teach_nothing_and_say_so():
+    sae = SparseAutoencoder(4, 8, TopK(2))
+    with pytest.raises(InvalidInput, match="no batch had rows for a: batches by name need"):
+        train_sae({"a": sae}, [{"b": torch.randn(8, 4)}] * 5, steps=5, progress=False)

@@ -80,7 +80,7 @@ def test_on_a_store_it_is_train_sae_by_hand(store: Path, tmp_path: Path) -> None
     assert torch.equal(own.threshold, sae.threshold)
     assert not torch.allclose(control.W_dec, own.W_dec, atol=0.1)
     notes = json.loads(next((tmp_path / "run" / "autoencoders").glob("*.json")).read_text())
-    scores = notes["autoencoders"]["BatchTopK d=24 k=2, seed 0"]["scores"]
+    scores = notes["autoencoders"]["BatchTopK d=24 k=2 threshold_rule=saelens, seed 0"]["scores"]
     measured = StoreDataset(store, MIDDLE, batch_size=8, seed=2**31)
     want = score_reconstruction(sae, [batch for batch, _ in zip(measured, range(2), strict=False)])
     assert scores["fvu"] == pytest.approx(want.fvu) and scores["rows"] == 16
@@ -130,6 +130,9 @@ def test_rows_of_a_model_go_when_they_are_not_kept(reader: Reader, tmp_path: Pat
         ({"seeds": [1, 1]}, "a seed is there twice"),
         ({"known_answers": {"features": 8, "max_probability": 0.1, "min_probability": 0.2}}, "<="),
         ({"sites": "unet"}, "known_answers have no sites"),
+        ({"branch": "cond"}, "branch: known_answers have none"),
+        ({"pipeline": {"num_inference_steps": 2}}, "pipeline: is of a subject that is run"),
+        ({"autoencoders": [{"d_sae": 8, "k": []}]}, "k: is empty"),
     ],
 )
 def test_specs_that_cannot_be_right_are_refused(changes: dict, text: str) -> None:

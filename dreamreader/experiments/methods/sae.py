@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.job import Job, Method
-from dreamreader.experiments.methods.base import RowTable, SweptPlaces, alphas, selection_of
+from dreamreader.experiments.methods.base import RowTable, SweptPlaces, selection_of
 from dreamreader.experiments.row import Row
 from dreamreader.sae import SAEEdit, SparseAutoencoder
 from dreamreader.specs.parts import Part
@@ -136,25 +136,29 @@ class SaeMethod(Method, SweptPlaces):
 
     def edits_of(self, job: Job, rows: Sequence[Row]) -> list[Any]:
         sets, sae = job.memory["sets"], self.autoencoder.loaded
-        found = []
-        for (condition, cell, name), strengths in alphas(rows, "features").items():
-            for strength in dict.fromkeys(each for each in strengths if each):
-                own = [float(each == strength) for each in strengths]
-                ablates = self.op == "ablate"
-                found.append(
-                    SAEEdit(
-                        cell.sites,
-                        sae,
-                        sets[condition][name],
-                        self.op,
-                        None if ablates else strength,
-                        [strength * each for each in own] if ablates else own,
-                        gate=self.gate,
-                        keep_error=self.keep_error,
-                        **selection_of(cell),
-                    )
-                )
-        return found
+        groups: dict[tuple[Any, ...], list[float]] = {}
+        for number, row in enumerate(rows):
+            if row.cell is None or row.strength is None:
+                continue
+            # a value of 0 is one like others; an ablation of strength 0 is none
+            value, alpha = (None, row.strength) if self.op == "ablate" else (row.strength, 1.0)
+            key = (row.condition, row.cell, row.axes["features"], value)
+            groups.setdefault(key, [0.0] * len(rows))[number] = alpha
+        return [
+            SAEEdit(
+                cell.sites,
+                sae,
+                sets[condition][name],
+                self.op,
+                value,
+                alpha,
+                gate=self.gate,
+                keep_error=self.keep_error,
+                **selection_of(cell),
+            )
+            for (condition, cell, name, value), alpha in groups.items()
+            if any(alpha)
+        ]
 
     def _conditions(self) -> Iterator[str]:
         yield "edited"

@@ -76,7 +76,9 @@ def read_sae(
     for name in options:
         if name not in known:
             raise UnknownName(f"option of {format}", name, known)
-    return reader(folder, **options)
+    found = reader(folder, **options)
+    found.steps.clamp_(min=1)  # it has learned: training on keeps its b_dec and scales
+    return found
 
 
 def write_sae(sae: SparseAutoencoder, path: str | os.PathLike[str], format: str) -> None:

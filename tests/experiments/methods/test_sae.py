@@ -77,3 +77,19 @@ def test_without_frequencies_there_is_no_random_control(experiment, tmp_path, fi
     with pytest.raises(InvalidInput, match=r"features.none: is empty"):
         experiment(method=method(file, features={"none": []}))
     assert dr.load_artifact(file).d_sae == 24
+
+
+def test_a_value_of_zero_switches_off(experiment, reader, tmp_path, file) -> None:
+    results = experiment(
+        metrics=[Blueness()],
+        data={"prompts": [PAIRS[0]["source"]]},
+        seeds=[5],
+        method=method(file, op="scale", strengths=[0.0], features={"all": list(range(24))})
+        | {"controls": []},
+        batch={"rows": 2},
+    ).run(tmp_path / "run")
+    edit = SAEEdit(SITE, SparseAutoencoder.load(file), range(24), "scale", 0.0, branch="cond")
+    want = blueness(reader.run(PAIRS[0]["source"], edits=edit, seeds=[5], **STEPS))
+    (row,), (plain,) = results.of("edited"), results.of("unedited")
+    assert row["blueness"] == pytest.approx(float(want[0]), abs=1e-4)
+    assert abs(row["blueness"] - plain["blueness"]) > 1e-4
