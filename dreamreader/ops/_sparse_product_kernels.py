@@ -9,6 +9,7 @@ from torch import Tensor
 from dreamreader import _alloc
 from dreamreader._register import native
 from dreamreader.ops import _sparse_product_reference as reference
+from dreamreader.ops._selection import dense_rows
 from dreamreader.ops._sparse_product_reference import check_places, work_type
 
 TRITON = "dreamreader.triton_kernels.sparse_product"
@@ -28,7 +29,7 @@ def cpu_decode(
     """`sparse_decode` by the CPU kernel."""
     check_places(row_ptr, columns, len(weight))
     wide = work_type(values, weight)
-    matrix = _matrix(weight.to(wide) if wide == torch.float64 else weight)
+    matrix = dense_rows(weight.to(wide) if wide == torch.float64 else weight)
     out = _out((len(row_ptr) - 1, weight.shape[1]), matrix, dtype or weight.dtype, wide)
     start = None if bias is None else bias.to(wide).contiguous()
     _native.sparse_decode_cpu(
@@ -54,8 +55,8 @@ def cpu_dots(
     _native.sparse_dots_cpu(
         row_ptr.contiguous(),
         columns.contiguous(),
-        _matrix(rows.to(common)),
-        _matrix(weight.to(common)),
+        dense_rows(rows.to(common)),
+        dense_rows(weight.to(common)),
         out,
         torch.get_num_threads(),
     )
@@ -73,7 +74,7 @@ def cpu_outer(
     """`sparse_outer` by the CPU kernel."""
     check_places(row_ptr, columns, width)
     wide = work_type(values, rows)
-    matrix = _matrix(rows.to(wide) if wide == torch.float64 else rows)
+    matrix = dense_rows(rows.to(wide) if wide == torch.float64 else rows)
     out = _out((width, rows.shape[1]), matrix, dtype or rows.dtype, wide)
     _native.sparse_outer_cpu(
         row_ptr.contiguous(),
@@ -109,7 +110,7 @@ def cpu_decode_backward(
     check_places(row_ptr, columns, width)
     wide = work_type(values, weight, grad)
     common = wide if wide == torch.float64 else torch.promote_types(grad.dtype, weight.dtype)
-    rows = _matrix(grad.to(common))
+    rows = dense_rows(grad.to(common))
     d_values = _alloc.empty(columns.shape, dtype=wide, device=columns.device)
     d_weight = _out((width, d), rows, weight.dtype, wide)
     _native.sparse_decode_backward_cpu(
@@ -117,7 +118,7 @@ def cpu_decode_backward(
         row_ptr.contiguous(),
         columns.contiguous(),
         values.to(wide).contiguous(),
-        _matrix(weight.to(common)),
+        dense_rows(weight.to(common)),
         d_values,
         d_weight,
         torch.get_num_threads(),
@@ -140,7 +141,7 @@ def triton_decode(
     shape = len(row_ptr) - 1, weight.shape[1]
     out = _alloc.empty(shape, dtype=dtype or weight.dtype, device=weight.device)
     start = None if bias is None else bias.contiguous()
-    kernel.sparse_decode(*_dense(row_ptr, columns, values), _matrix(weight), start, out)
+    kernel.sparse_decode(*_dense(row_ptr, columns, values), dense_rows(weight), start, out)
     return out
 
 
@@ -153,7 +154,7 @@ def triton_dots(
         return reference.sparse_dots_reference(row_ptr, columns, rows, weight, dtype)
     dtype = dtype or torch.promote_types(rows.dtype, weight.dtype)
     out = _alloc.empty(columns.shape, dtype=dtype, device=columns.device)
-    kernel.sparse_dots(*_dense(row_ptr, columns), _matrix(rows), _matrix(weight), out)
+    kernel.sparse_dots(*_dense(row_ptr, columns), dense_rows(rows), dense_rows(weight), out)
     return out
 
 
@@ -171,7 +172,7 @@ def triton_outer(
         return reference.sparse_outer_reference(row_ptr, columns, values, rows, width, dtype)
     shape = width, rows.shape[1]
     out = _alloc.empty(shape, dtype=dtype or rows.dtype, device=rows.device)
-    kernel.sparse_outer(*_dense(row_ptr, columns, values), _matrix(rows), out)
+    kernel.sparse_outer(*_dense(row_ptr, columns, values), dense_rows(rows), out)
     return out
 
 
@@ -198,11 +199,6 @@ def triton_column_sums(
 
 def _dense(*vectors: Tensor) -> list[Tensor]:
     return [each.contiguous() for each in vectors]
-
-
-def _matrix(x: Tensor) -> Tensor:
-    """With rows whose values lie one after the other."""
-    return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
 
 
 def _out(shape: tuple[int, int], matrix: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Tensor:

@@ -182,10 +182,9 @@ def test_padding_of_shorter_prompts_is_no_part_of_a_mean(language, tmp_path: Pat
     asked["sites"] = "transformer.h.1"
     with pytest.raises(InvalidInput, match="prompts have 4 to 7 tokens, and padding would count"):
         ProbeJob(**asked, probe={"pool": "flat"}).run(tmp_path)
-    for given in ({"tokens": -1}, {"probe": {"pool": "mean"}}, {"probe": {"pool": "token"}}):
-        given = {"probe": {}} | given
-        given["probe"] = {"holdout": 3, **given["probe"]}
-        assert "rows    6" in ProbeJob(**asked, **given).plan()
+    for tokens, probe in ((-1, {}), (None, {"pool": "mean"}), (None, {"pool": "token"})):
+        job = ProbeJob(**asked, tokens=tokens, probe={"holdout": 3, **probe})
+        assert "rows    6" in job.plan()
 
 
 @pytest.mark.parametrize("pool", ["mean", "token"])
