@@ -58,25 +58,18 @@ DR_INLINE void add_rows(const Group<T, W>& group, W* sums, int64_t width) {
   }
 }
 
-template <typename T, typename W>
-DR_INLINE void add_group(const Group<T, W>& group, W* sums, int64_t width) {
-  switch (group.count) {
-    case 8:
-      return add_rows<8>(group, sums, width);
-    case 7:
-      return add_rows<7>(group, sums, width);
-    case 6:
-      return add_rows<6>(group, sums, width);
-    case 5:
-      return add_rows<5>(group, sums, width);
-    case 4:
-      return add_rows<4>(group, sums, width);
-    case 3:
-      return add_rows<3>(group, sums, width);
-    case 2:
-      return add_rows<2>(group, sums, width);
-    case 1:
-      return add_rows<1>(group, sums, width);
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
+// call(Count<count>) for a count from 1 to kMost; the largest, which is the usual one, first.
+template <int kMost, typename Call>
+DR_INLINE void with_count(int count, Call call) {
+  if (count == kMost) {
+    call(Count<kMost>{});
+  } else if constexpr (kMost > 1) {
+    with_count<kMost - 1>(count, call);
   }
 }
 
@@ -118,7 +111,8 @@ void run_sums(const SparseSums& job, int64_t first, int64_t last) {
     for (int64_t e = job.entries.first[i]; e < end;) {
       Group<T, W> group;
       gather(group, job.entries, job.matrix, values, e, end, kRows, column);
-      add_group(group, sums, width);
+      with_count<kRows>(group.count,
+                        [&](auto n) { add_rows<decltype(n)::value>(group, sums, width); });
     }
     write<T>(job, i * columns + column, width, sums, rounded);
   }
@@ -216,19 +210,9 @@ void run_both(const SparseBoth& job, int64_t first, int64_t last) {
       const int64_t* slot = job.slot + e;
       W dots[kDots] = {};
       gather(group, entries, own.matrix, values, e, end, kDots, 0);
-      switch (group.count) {
-        case 4:
-          add_and_dot<kDots>(group, left, sums, width, dots);
-          break;
-        case 3:
-          add_and_dot < kDots<3 ? 1 : 3>(group, left, sums, width, dots);
-          break;
-        case 2:
-          add_and_dot < kDots<2 ? 1 : 2>(group, left, sums, width, dots);
-          break;
-        case 1:
-          add_and_dot<1>(group, left, sums, width, dots);
-      }
+      with_count<kDots>(group.count, [&](auto n) {
+        add_and_dot<decltype(n)::value>(group, left, sums, width, dots);
+      });
       for (int r = 0; r < group.count; ++r) static_cast<W*>(job.dots)[slot[r]] = dots[r];
     }
     write<T>(own, i * width, width, sums, rounded);
