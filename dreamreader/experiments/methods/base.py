@@ -1,10 +1,11 @@
 """What methods of experiments share: places that are swept, the table of rows, and strengths."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
+from dreamreader.artifacts import Artifact
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.job import Job
 from dreamreader.experiments.row import Row, check_count
@@ -13,6 +14,24 @@ from dreamreader.specs.parts import Count, Part
 from dreamreader.sweep import Cell, grid
 
 Tokens = int | str | list[int | str | list[int]] | None
+
+
+A = TypeVar("A", bound=Artifact)
+
+
+def load_saved(kind: type[A], file: str, field: str) -> A:
+    """What a file that a method names holds.
+
+    Args:
+        field: of the method, for messages.
+
+    Raises:
+        InvalidInput: it is missing, damaged, or of another kind.
+    """
+    try:
+        return kind.load(file)
+    except OSError as error:
+        raise InvalidInput(f"method.{field}: {error}") from error
 
 
 class SweptPlaces(Part):
@@ -95,6 +114,20 @@ class RowTable:
         self._bases.setdefault((condition, item.id, seed), number)
         self.rows.append(row)
         return row
+
+    def add_unedited(self, job: Job, controls: Sequence[str]) -> list[tuple[Item, int]]:
+        """Every prompt with every seed as it is, and target prompts where they are a control.
+
+        Returns:
+            The pairs of prompt and seed.
+        """
+        pairs = [(item, seed) for item in job.items for seed in job.seeds]
+        for item, seed in pairs:
+            self.add(item, seed, "unedited")
+        if "target_prompt" in controls and all(item.target for item, _ in pairs):
+            for item, seed in pairs:
+                self.add(item, seed, "target_prompt", target=True)
+        return pairs
 
     def next_group(self) -> None:
         """What follows shares no batch with what is there."""

@@ -52,13 +52,8 @@ class ReftMethod(TrainedAdapters):
         return {"fit": hashlib.sha256(repr((pairs, kept)).encode()).hexdigest()}
 
     def rows(self, job: Job) -> list[Row]:
-        pairs = [(item, seed) for item in job.items for seed in job.seeds]
         table = RowTable()
-        for item, seed in pairs:
-            table.add(item, seed, "unedited")
-        if "target_prompt" in self.controls and all(item.target for item, _ in pairs):
-            for item, seed in pairs:
-                table.add(item, seed, "target_prompt", target=True)
+        pairs = table.add_unedited(job, self.controls)
         for condition, axes in self._sweeps():
             for cell, strength in itertools.product(self.cells(job), self.strengths):
                 for item, seed in pairs:

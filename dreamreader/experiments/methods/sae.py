@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.job import Job, Method
-from dreamreader.experiments.methods.base import RowTable, SweptPlaces, selection_of
+from dreamreader.experiments.methods.base import RowTable, SweptPlaces, load_saved, selection_of
 from dreamreader.experiments.row import Row
 from dreamreader.sae import SAEEdit, SparseAutoencoder
 from dreamreader.specs.parts import Part
@@ -30,10 +30,7 @@ class AutoencoderFile(Part):
         Raises:
             InvalidInput: it is missing, damaged, or of another kind.
         """
-        try:
-            return SparseAutoencoder.load(self.file)
-        except OSError as error:
-            raise InvalidInput(f"method.autoencoder: {error}") from error
+        return load_saved(SparseAutoencoder, self.file, "autoencoder")
 
 
 class SaeMethod(Method, SweptPlaces):
@@ -98,13 +95,8 @@ class SaeMethod(Method, SweptPlaces):
         return {"autoencoder": dict(self.autoencoder.loaded.state_dict())}
 
     def rows(self, job: Job) -> list[Row]:
-        pairs = [(item, seed) for item in job.items for seed in job.seeds]
         table = RowTable()
-        for item, seed in pairs:
-            table.add(item, seed, "unedited")
-        if "target_prompt" in self.controls and all(item.target for item, _ in pairs):
-            for item, seed in pairs:
-                table.add(item, seed, "target_prompt", target=True)
+        pairs = table.add_unedited(job, self.controls)
         swept = itertools.product(self._conditions(), self.cells(job), self.sets, self.strengths)
         for condition, cell, name, strength in swept:
             for item, seed in pairs:

@@ -15,7 +15,7 @@ from dreamreader._files import explain_disk_errors
 from dreamreader.engine import Cache, Record
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.job import Job, Method
-from dreamreader.experiments.methods.base import RowTable, SweptPlaces, alphas
+from dreamreader.experiments.methods.base import RowTable, SweptPlaces, alphas, load_saved
 from dreamreader.experiments.row import Row
 from dreamreader.recording.labelled import mean_over_tokens
 from dreamreader.specs.data import Item, pairs_only, read_items
@@ -38,10 +38,7 @@ class DirectionsFile(Part):
         Raises:
             InvalidInput: it is missing, damaged, or of another kind.
         """
-        try:
-            return Directions.load(self.file)
-        except OSError as error:
-            raise InvalidInput(f"method.directions: {error}") from error
+        return load_saved(Directions, self.file, "directions")
 
 
 class SteerMethod(Method, SweptPlaces):
@@ -104,13 +101,8 @@ class SteerMethod(Method, SweptPlaces):
 
     def rows(self, job: Job) -> list[Row]:
         cells = self.cells(job)
-        pairs = [(item, seed) for item in job.items for seed in job.seeds]
         table = RowTable()
-        for item, seed in pairs:
-            table.add(item, seed, "unedited")
-        if "target_prompt" in self.controls and all(item.target for item, _ in pairs):
-            for item, seed in pairs:
-                table.add(item, seed, "target_prompt", target=True)
+        pairs = table.add_unedited(job, self.controls)
         for condition in self.swept:
             for cell in cells:
                 for strength in self.strengths:
