@@ -89,6 +89,18 @@ def fingerprint(
     )
 
 
+def fingerprint_of_rows(settings: Mapping[str, Any], seeds: Sequence[int] = ()) -> Fingerprint:
+    """Takes the fingerprint of a job on rows that are there, of which no model is run.
+
+    Args:
+        settings: with what identifies the rows: the fingerprints of a store's harvests know the
+            weights. seeds: every seed used.
+    """
+    return Fingerprint(
+        settings, "", {}, code_version(), package_versions(), list(seeds), machine_facts()
+    )
+
+
 @cache
 def code_version() -> str:
     """Version of the package and a hash of its files, e.g. `0.1.0+3f9c52d1a0b4`.

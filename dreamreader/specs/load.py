@@ -249,7 +249,7 @@ def _resolve(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _anchor_files(spec: S, folder: Path) -> S:
-    """The spec with every `file` as an absolute path: of the data, and within the method."""
+    """The spec with every `file` and `store` as an absolute path, which its folder finds too."""
 
     def anchor(part: Any) -> Any:
         if isinstance(part, list):
@@ -260,7 +260,7 @@ def _anchor_files(spec: S, folder: Path) -> S:
         changes = {}
         for name in type(part).model_fields:
             value = getattr(part, name)
-            if name == "file" and isinstance(value, str):
+            if name in ("file", "store") and isinstance(value, str):
                 changes[name] = str((folder / value).resolve())
             elif (inner := anchor(value)) is not value:
                 changes[name] = inner

@@ -1,16 +1,15 @@
 """Probes from a spec file: on activations of prompts, or on those that a store holds."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from dreamreader._files import explain_disk_errors
 from dreamreader.jobs import Fingerprint, fingerprint
-from dreamreader.jobs.fingerprint import code_version, machine_facts, package_versions, portable
+from dreamreader.jobs.fingerprint import fingerprint_of_rows, portable
 from dreamreader.jobs.job import REPORT, RunUnit, SpecJob, Work
 from dreamreader.probes import Probe
 from dreamreader.training.folder import RESULT, TrainingFolder, notes_file, probe_name
@@ -46,15 +45,6 @@ class ProbeJob(SpecJob[ProbeSpec]):
     """
 
     kind, model, folder_type = "probes", ProbeSpec, TrainingFolder
-
-    @classmethod
-    def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Self:
-        """Reads a spec file; see `specs.load.load_spec`."""
-        job = super().from_file(path, overrides)
-        if job.spec.store is not None:  # the folder of the probes shall find it too
-            store = str((Path(path).parent / job.spec.store).resolve())
-            job.spec = job.spec.model_copy(update={"store": store})
-        return job
 
     @cached_property
     def source(self) -> Prompted | Stored:
@@ -141,10 +131,7 @@ class ProbeJob(SpecJob[ProbeSpec]):
         reader = self.source.reader
         if reader is not None:
             return fingerprint(reader.subject, settings, self.spec.seed_list, reader.tokenizer)
-        # rows of a store: the fingerprints of its harvests, in the settings, know the weights
-        return Fingerprint(
-            settings, "", {}, code_version(), package_versions(), [], machine_facts()
-        )
+        return fingerprint_of_rows(settings)
 
     def __repr__(self) -> str:
         spec = self.spec
