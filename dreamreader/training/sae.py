@@ -1,23 +1,23 @@
 """Sparse autoencoders from a spec file: on a store, on a model that is run, or known answers."""
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from dreamreader._files import explain_disk_errors
 from dreamreader._progress import ProgressEvent
 from dreamreader.harvest import Harvest
-from dreamreader.jobs import Fingerprint, fingerprint
-from dreamreader.jobs.fingerprint import code_version, machine_facts, package_versions, portable
+from dreamreader.jobs import fingerprint
+from dreamreader.jobs.fingerprint import fingerprint_of_rows, portable
 from dreamreader.jobs.job import REPORT, RunUnit, SpecJob, Work
 from dreamreader.sae import SparseAutoencoder, train_sae
 from dreamreader.sae.evaluate import with_random_decoder, with_random_encoder
 from dreamreader.store.layout import file_of
 from dreamreader.training.folder import CHECKPOINTS, RESULT, TrainingFolder
+from dreamreader.training.page import thin_curve
 from dreamreader.training.sae_page import describe_scores, write_report
 from dreamreader.training.sae_rows import (
     KNOWN,
@@ -76,20 +76,6 @@ class SaeJob(SpecJob[SaeSpec]):
 
     kind, model, folder_type = "sae", SaeSpec, TrainingFolder
     counts = "sites"
-
-    @classmethod
-    def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Self:
-        """Reads a spec file; see `specs.load.load_spec`."""
-        job = super().from_file(path, overrides)
-        home, spec = Path(path).parent, job.spec
-        changes: dict[str, Any] = {}
-        if spec.store is not None:  # the folder of the result shall find it too
-            changes["store"] = str((home / spec.store).resolve())
-        if spec.evaluation.store is not None:
-            store = str((home / spec.evaluation.store).resolve())
-            changes["evaluation"] = spec.evaluation.model_copy(update={"store": store})
-        job.spec = spec.model_copy(update=changes)
-        return job
 
     @property
     def autoencoders(self) -> list[Planned]:
@@ -156,7 +142,7 @@ class SaeJob(SpecJob[SaeSpec]):
         settings = {"spec": portable(shown), "evaluated": rows}
         if self.spec.subject is None:
             source = self.source()
-            taken = _fingerprint(settings | source.identity(), self.spec.seeds)
+            taken = fingerprint_of_rows(settings | source.identity(), self.spec.seeds)
             folder.begin(self.spec, taken, {"sites": list(source.sites)})
             return list(source.sites)
         job = self.harvest.job
@@ -273,7 +259,7 @@ class SaeJob(SpecJob[SaeSpec]):
                     "title": each.title,
                     "seed": each.seed,
                     "control": each.control,
-                    "losses": thin(histories[name].losses),
+                    "losses": list(zip(*thin_curve(histories[name].losses), strict=True)),
                     "scores": scores,
                 }
             agreement = seed_agreement(made, planned)
@@ -284,13 +270,6 @@ class SaeJob(SpecJob[SaeSpec]):
         spec = self.spec
         of = spec.store or (KNOWN if spec.subject is None else spec.subject.model)
         return f"SaeJob({spec.name!r}: {len(spec.listed())} autoencoders on {of})"
-
-
-def thin(losses: Sequence[float], points: int = 200) -> list[tuple[int, float]]:
-    """Some (step, loss) of many, the last among them."""
-    stride = max(1, len(losses) // points)
-    kept = [(n, losses[n - 1]) for n in range(stride, len(losses) + 1, stride)]
-    return kept if kept and kept[-1][0] == len(losses) else [*kept, (len(losses), losses[-1])]
 
 
 def _build(planned: Planned, width: int, site: str) -> SparseAutoencoder:
@@ -326,10 +305,3 @@ def _notes(site: str) -> str:
 
 def _done(folder: TrainingFolder) -> list[str]:
     return folder.need(RESULT)["sites"]
-
-
-def _fingerprint(settings: Mapping[str, Any], seeds: Sequence[int]) -> Fingerprint:
-    # rows of a store: the fingerprints of its harvests, in the settings, know the weights
-    return Fingerprint(
-        settings, "", {}, code_version(), package_versions(), list(seeds), machine_facts()
-    )

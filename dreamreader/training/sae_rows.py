@@ -21,6 +21,16 @@ KNOWN = "known answers"  # the site of rows that no model made
 _HELD_OUT = 2**31  # seed of rows that are measured
 
 
+def first_rows(dataset: StoreDataset, rows: int) -> Iterator[Float[Tensor, "rows width"]]:
+    """Batches of a dataset without keys, up to so many rows."""
+    for batch in dataset:
+        assert isinstance(batch, Tensor)
+        yield batch[:rows]
+        rows -= len(batch)
+        if rows <= 0:
+            return
+
+
 class RowSource(Protocol):
     """Rows by site."""
 
@@ -73,14 +83,11 @@ class StoreSource:
         return found
 
     def held_out(self, site: str) -> Iterator[Tensor]:
-        left = self.spec.evaluation.rows
-        size = min(self.spec.training.batch_size, left)
-        for batch in self._dataset(self.evaluated, site, size, _HELD_OUT, drop_last=False):
-            assert isinstance(batch, Tensor)  # no keys were asked for
-            yield batch[:left]
-            left -= len(batch)
-            if left <= 0:
-                return
+        rows = self.spec.evaluation.rows
+        size = min(self.spec.training.batch_size, rows)
+        return first_rows(
+            self._dataset(self.evaluated, site, size, _HELD_OUT, drop_last=False), rows
+        )
 
     def identity(self) -> dict[str, Any]:
         found = {}

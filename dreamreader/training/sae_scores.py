@@ -20,7 +20,7 @@ from dreamreader.sae.evaluate import (
 )
 from dreamreader.sae.matching import mean_correlation
 from dreamreader.store.dataset import StoreDataset
-from dreamreader.training.sae_rows import KnownSource, RowSource
+from dreamreader.training.sae_rows import KnownSource, RowSource, first_rows
 
 _BATCH = 4096
 
@@ -41,16 +41,20 @@ def measure(sae: SparseAutoencoder, source: RowSource, site: str, shuffled: bool
     Args:
         shuffled: whether it learned from shuffled rows, and is measured on such.
     """
-    rows = source.held_out(site)
-    found = score_reconstruction(sae, shuffle_features(rows) if shuffled else rows)
+    known = None
+    if isinstance(source, KnownSource) and not shuffled:
+        count = source.spec.evaluation.rows
+        known = score_known_answers(sae, source.world, count, source.spec.training.batch_size)
+        found = known.reconstruction
+    else:
+        rows = source.held_out(site)
+        found = score_reconstruction(sae, shuffle_features(rows) if shuffled else rows)
     sae.statistics["frequency"] = found.frequency.float()
     fired = found.fired.clamp(min=1)
     sae.statistics["mean"] = (found.strength / fired).float()  # of a latent when it is active
     histogram, scores = found.histogram(), _numbers(found)
     scores["histogram"] = {"edges": histogram.edges.tolist(), "counts": histogram.counts.tolist()}
-    if isinstance(source, KnownSource) and not shuffled:
-        count = source.spec.evaluation.rows
-        known = score_known_answers(sae, source.world, count, source.spec.training.batch_size)
+    if known is not None:
         names = ("f1", "precision", "recall", "mcc", "uniqueness")
         scores |= {name: getattr(known, name) for name in names}
     return scores
@@ -94,13 +98,7 @@ def stored_batches(
         raise InvalidInput(
             f"{place} has width {dataset.site.width}, the autoencoder has d_in={sae.d_in}"
         )
-    found, left = [], rows
-    for batch in dataset:
-        found.append(batch[:left])
-        left -= len(found[-1])
-        if left <= 0:
-            break
-    return found
+    return list(first_rows(dataset, rows))
 
 
 def compare_controls(sae: SparseAutoencoder, batches: Sequence[Tensor]) -> dict[str, Any]:
