@@ -89,11 +89,7 @@ def backward(ctx: Any, *grads: Tensor | None) -> tuple:
     """The gradient of the values at the places of the entries, 0 elsewhere."""
     row_ptr, columns = ctx.saved_tensors
     grad = grads[0]
-    rows, width = ctx.shape
     if grad is None:
         return (None,) * (1 + ctx.others)
-    slot = torch.arange(len(columns), device=columns.device)
-    row = torch.searchsorted(row_ptr, slot, right=True) - 1
-    place = torch.where(columns < 0, rows * width, row * width + columns)
-    flat = grad.new_zeros(rows * width + 1).scatter(0, place, grad)
-    return flat[:-1].view(rows, width), *(None,) * ctx.others
+    dense = SparseRows(row_ptr, columns, grad, ctx.shape[1]).spread()
+    return dense, *(None,) * ctx.others

@@ -108,8 +108,13 @@ class SparseRows:
         """All entries, zeros included; the gradient of the values comes from their places."""
         if not torch.compiler.is_compiling():
             self._check_places()
+        return self.spread()
+
+    def spread(self) -> Float[Tensor, "rows width"]:
+        """`dense` of entries that an operator gave; nothing is checked, so no device waits."""
         row, size = self.row_of(), self.rows * self.width
-        place = torch.where(row < 0, size, row * self.width + self.columns)  # one behind the last
+        none = (row < 0) | (self.columns < 0)  # the latter where all slots were too few
+        place = torch.where(none, size, row * self.width + self.columns)  # one behind the last
         flat = self.values.new_zeros(size + 1).scatter(0, place, self.values)
         return flat[:-1].view(self.rows, self.width)
 

@@ -1,13 +1,12 @@
 """What an autoencoder minimises: the squared error, and aux-k for latents that are dead."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.errors import InvalidInput
 from dreamreader.ops import SparseRows
 
 
@@ -60,22 +59,6 @@ AUX_RULES = {
         1.0, dead_after=1001 * 1024, relative=False, scaled=True, positive=False, lagged=True
     ),
 }
-
-
-def rule_of_aux(given: Any) -> AuxK:
-    """A rule, or the published one of a name.
-
-    Raises:
-        UnknownName: there is none of this name.
-        InvalidInput: it is no rule.
-    """
-    if isinstance(given, AuxK):
-        return given
-    if not isinstance(given, str):
-        raise InvalidInput(f"aux is a name or an AuxK, got {given!r:.60}")
-    if given not in AUX_RULES:
-        raise UnknownName("aux rule", given, AUX_RULES)
-    return AUX_RULES[given]
 
 
 @dataclass(frozen=True, eq=False)

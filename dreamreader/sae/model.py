@@ -15,15 +15,16 @@ from dreamreader.sae.codec import SparseCodec
 from dreamreader.sae.encoder import encode_dead
 from dreamreader.sae.inputs import check_mask, layout_of
 from dreamreader.sae.loss import (
+    AUX_RULES,
     AuxK,
     SaeLoss,
     fraction_unexplained,
     residual_error,
-    rule_of_aux,
     split_columns,
     squared_error,
 )
 from dreamreader.sae.norms import align_rows_, remove_parallel_, unit_rows_
+from dreamreader.sae.rules import resolve_rule
 from dreamreader.sae.selection import (
     JumpReLU,
     Selection,
@@ -32,9 +33,9 @@ from dreamreader.sae.selection import (
     selection_from,
 )
 from dreamreader.sae.threshold import (
+    THRESHOLD_RULES,
     ThresholdRule,
     find_smallest,
-    rule_of_threshold,
     update_threshold,
 )
 
@@ -111,6 +112,9 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
         device: torch.device | str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ):
+        own_rule = resolve_rule(
+            threshold_rule, ThresholdRule, THRESHOLD_RULES, "threshold_rule", "threshold rule"
+        )
         super().__init__(
             d_in,
             d_sae,
@@ -120,7 +124,7 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
             normalise=normalise,
             reshape=reshape,
             inference=inference,
-            threshold_start=rule_of_threshold(threshold_rule).start,
+            threshold_start=own_rule.start,
             decoder_norm=decoder_norm,
             tied=tied,
             seed=seed,
@@ -131,7 +135,8 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
         self.group_weights = _weights(group_weights, len(self.groups))
         self.unit_decoder = not rescale if unit_decoder is None else unit_decoder
         self.aligned = aligned
-        self.threshold_rule, self.aux = rule_of_threshold(threshold_rule), rule_of_aux(aux)
+        self.threshold_rule = own_rule
+        self.aux = resolve_rule(aux, AuxK, AUX_RULES, "aux", "aux rule")
         self.metadata = dict(metadata or {})
         self.statistics: dict[str, Tensor] = {}
         if aligned:

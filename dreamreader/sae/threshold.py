@@ -1,13 +1,12 @@
 """The threshold of inference: a running mean of the smallest value that training kept."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.errors import InvalidInput
 from dreamreader.ops import SparseRows
 
 
@@ -46,22 +45,6 @@ THRESHOLD_RULES = {
     "dictionary_learning": ThresholdRule(),
     "saelens": ThresholdRule(0.0, 0, 0.99, first_assigns=False, idle_counts=False),
 }
-
-
-def rule_of_threshold(given: Any) -> ThresholdRule:
-    """A rule, or the published one of a name.
-
-    Raises:
-        UnknownName: there is none of this name.
-        InvalidInput: it is no rule.
-    """
-    if isinstance(given, ThresholdRule):
-        return given
-    if not isinstance(given, str):
-        raise InvalidInput(f"threshold_rule is a name or a ThresholdRule, got {given!r:.60}")
-    if given not in THRESHOLD_RULES:
-        raise UnknownName("threshold rule", given, THRESHOLD_RULES)
-    return THRESHOLD_RULES[given]
 
 
 @torch.no_grad()
