@@ -158,7 +158,7 @@ class _LatentGuide:
         stack.enter_context(self.reader.replay(self._after, denoiser=self.site.component))
 
     def _step(self, step: Callable[..., Any], call: inspect.BoundArguments) -> Any:
-        call.arguments["model_output"] = self.changed(call.arguments["model_output"])
+        call.arguments["model_output"] = self.take_change(call.arguments["model_output"])
         return step(*call.args, **call.kwargs)
 
     def seen(self) -> str:
@@ -221,7 +221,7 @@ class _LatentGuide:
             )
         return values.expand(rows, *values.shape[1:])
 
-    def changed(self, prediction: Tensor) -> Tensor:
+    def take_change(self, prediction: Tensor) -> Tensor:
         """The prediction with the change that waits for it."""
         waiting, self.change = self.change, None
         if waiting is None:

@@ -49,7 +49,7 @@ class StackedMlps(nn.Module):
         return x
 
     @torch.no_grad()
-    def folded(
+    def fold(
         self,
         mean: Float[Tensor, "count features"],
         scale: Float[Tensor, "count features"],
