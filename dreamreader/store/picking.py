@@ -30,7 +30,7 @@ class TokenFilter:
     every: int = 1
     table: bytes = b""
 
-    def wanted(self, token: Int[np.ndarray, "*n"]) -> Bool[np.ndarray, "*n"]:
+    def is_wanted(self, token: Int[np.ndarray, "*n"]) -> Bool[np.ndarray, "*n"]:
         """Whether each token is one of them."""
         at = token.astype(np.int64) - self.begin
         inside = (at >= 0) & (at < self.span)
