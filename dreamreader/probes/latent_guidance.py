@@ -105,7 +105,9 @@ def latent_guidance(
         guide.attach(stack)
         yield guide.found
     if not guide.found.value and any(each != 0 for each in guide.scale):
-        raise NeverFired(f"latent_guidance by {probe!r}: no step was guided ({guide.seen()})")
+        raise NeverFired(
+            f"latent_guidance by {probe!r}: no step was guided ({guide.explain_silence()})"
+        )
 
 
 class _LatentGuide:
@@ -161,7 +163,7 @@ class _LatentGuide:
         call.arguments["model_output"] = self.take_change(call.arguments["model_output"])
         return step(*call.args, **call.kwargs)
 
-    def seen(self) -> str:
+    def explain_silence(self) -> str:
         if self.found.skipped:
             return "; ".join(f"step {n}: {why}" for n, why in self.found.skipped.items())
         return self.missed[-1] if self.missed else "the denoiser did not run"
