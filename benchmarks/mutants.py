@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -285,7 +286,9 @@ def run_pytest(there: Path, arguments: Sequence[str], plugin: Any) -> None:
     log = os.open("pytest.log", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     for stream in range(3):
         os.dup2(log, stream)
-    os.environ["PYTHONPATH"] = str(there)
+    # A fault of the same length and second as the one before would not be compiled anew.
+    sys.dont_write_bytecode = True
+    os.environ |= {"PYTHONPATH": str(there), "PYTHONDONTWRITEBYTECODE": "1"}
     sys.path = [
         str(there),
         *(each for each in sys.path if ROOT not in (Path(each), *Path(each).parents)),
@@ -416,7 +419,7 @@ def main() -> int:
     begun, package = time.monotonic(), (ROOT / options.package).resolve()
     record = Record.read(options.record, package)
     every = faults_of(package)
-    faults = choose(every, options.seed)[: options.faults]
+    faults, writing = choose(every, options.seed)[: options.faults], threading.Lock()
 
     def late() -> bool:
         return time.monotonic() - begun > 60 * options.minutes
@@ -435,8 +438,9 @@ def main() -> int:
             for fault in faults[number :: options.processes]:
                 if str(fault) not in record.outcomes and not late():
                     outcome = bench.try_fault(there, fault, options.seconds)
-                    record.outcomes[str(fault)] = outcome
-                    record.write(options.record)
+                    with writing:
+                        record.outcomes[str(fault)] = outcome
+                        record.write(options.record)
                     print(f"{outcome:8} {fault}", flush=True)
 
         with ThreadPoolExecutor(options.processes) as pool:
