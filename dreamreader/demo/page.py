@@ -1,6 +1,6 @@
 """The demo's report: what was found first, then how, then what it rests on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -207,13 +207,15 @@ def _fingerprint(result: DemoResult) -> Section:
     return Section(own.title, [every, *own.blocks], lead + own.lead)
 
 
-def _shares(rows: dict[str, Any], keys: dict[str, str], caption: str = "") -> Table:
+def _shares(rows: Mapping[str, Sequence[Found]], keys: dict[str, str], caption: str = "") -> Table:
     """A table of shares: a line for each set of rows, a column for each key of `share`."""
     lines = [[label, *(share(each, k).percent() for k in keys)] for label, each in rows.items()]
     return Table(["", *keys.values()], lines, caption)
 
 
-def _lines(results: Results, rows: dict[str, Sequence[Found]]) -> list[tuple[str, list[Picture]]]:
+def _lines(
+    results: Results, rows: Mapping[str, Sequence[Found]]
+) -> list[tuple[str, list[Picture]]]:
     """A line of pictures for each set of rows; below them what the detector reads."""
     return [
         (label, [_picture(results, row) for row in each[:COLUMNS]]) for label, each in rows.items()

@@ -99,7 +99,7 @@ def fit_batches(
     check_counts(labelled, survey.counts)
     goal = objective(labelled, loss, class_weights, survey.counts)
     run = _StreamedFit(sources, survey, goal, recipe)
-    trained = run.train(design)
+    trained = run.train_mlps(design)
     sizes = [int(survey.counts[-1]), len(trained.validation.slot), len(trained.held_out.slot)]
     counts = dict(zip(("train", "validation", "held_out"), sizes, strict=True))
     known = {
@@ -137,10 +137,14 @@ class _StreamedFit:
         hidden, task, loss = design.hidden, self.goal.task, self.goal.loss
         other = () if hidden else (WIDTH,)
         found = {(hidden or (0,))[0]: trained}
-        found[(other or (0,))[0]] = self.train(replace(design, hidden=other))
+        found[(other or (0,))[0]] = self.train_mlps(replace(design, hidden=other))
         return {
-            "shuffled_labels": score_attributes(self.train(design, _shuffle).held_out, task, loss),
-            "random_feature": score_attributes(self.train(design, _random).held_out, task, loss),
+            "shuffled_labels": score_attributes(
+                self.train_mlps(design, _shuffle).held_out, task, loss
+            ),
+            "random_feature": score_attributes(
+                self.train_mlps(design, _random).held_out, task, loss
+            ),
             "capacity_sweep": {
                 str(width): score_attributes(each.held_out, task, loss)
                 for width, each in sorted(found.items())
@@ -148,7 +152,7 @@ class _StreamedFit:
         }
 
     @torch.inference_mode(False)
-    def train(self, design: Design, change: Change = lambda part, _: part) -> TrainedMlps:
+    def train_mlps(self, design: Design, change: Change = lambda part, _: part) -> TrainedMlps:
         seed, count = self.recipe.seed, len(self.survey.mean)
         learners = [
             _StreamedProbe(self.survey, n, self.goal, design, self.recipe, self.noisy)
