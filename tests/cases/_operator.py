@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from dreamreader._guards import written_by
+from dreamreader._guards import find_written
 from dreamreader.ops._types import FLOATS
 from tests.cases._compare import assert_close
 
@@ -96,7 +96,7 @@ class Operator:
         """Places of the arguments that are written into."""
         if self.call is not None:
             return ()
-        return written_by(getattr(torch.ops.dreamreader, self.name).default)
+        return find_written(getattr(torch.ops.dreamreader, self.name).default)
 
     def results(self, args: tuple, returned: Any) -> Results:
         """What a call gave, and what it wrote into."""

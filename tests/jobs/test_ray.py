@@ -174,10 +174,16 @@ def test_a_job_whose_workers_all_die_says_so(tmp_path: Path, cluster, control: P
 @pytest.mark.slow
 def test_a_killed_worker_changes_nothing(tmp_path: Path, cluster, one_thread, kill_at):
     seen: list[ProgressEvent] = []
+    cores: list[float] = []
+
+    def see(event: ProgressEvent) -> None:
+        seen.append(event)
+        cores.append(ray.available_resources().get("CPU", 0.0))
+
     whole = units().run(tmp_path / "local")
     killed = kill_at("000003")
-    store = units().run(tmp_path / "ray", engine=RayEngine(2), progress=seen.append)
-    assert len(killed) == 1
+    store = units().run(tmp_path / "ray", engine=RayEngine(2), progress=see)
+    assert len(killed) == 1 and min(cores) == 0, "every worker has a core of its own"
     assert [each.done for each in seen] == list(range(COUNT + 1))
     last = seen[-1].numbers
     assert (last["lost"], last["rows"], last["stored"]) == (1, whole.rows, whole.nbytes)
@@ -336,6 +342,14 @@ def test_a_unit_that_nothing_is_left_for_is_not_started(tmp_path: Path):
     work.stored, work.done = 90, 3
     assert not budget.take(3, 2)
     assert work.stopped
+
+
+def test_a_share_that_is_just_enough_is_taken(tmp_path: Path):
+    work = _work(units(), tmp_path, limit=120)
+    work.stored, work.done = 60, 2
+    budget = ByteBudget(work)
+    assert budget.take(2, 2) and budget.take(3, 1)
+    assert (budget.of(2), budget.of(3)) == (30, 30)
 
 
 def _work(harvest: Harvest, store: Path, limit: int | None = None) -> Work:
