@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.ops import SparseRows, sparse_decode
-from dreamreader.sae.encoder import draw_pool, encode_above, encode_budget
+from dreamreader.sae.encoder import (
+    FixedEncoder,
+    attach_gradients,
+    draw_pool,
+    encode_above,
+    encode_budget,
+)
 from dreamreader.sae.inputs import (
     NORMALISATIONS,
     PER_ROW,
@@ -21,7 +27,7 @@ from dreamreader.sae.inputs import (
     layout_of,
     row_affine,
 )
-from dreamreader.sae.norms import geometric_median, random_directions, row_norms
+from dreamreader.sae.norms import geometric_median, random_directions, row_norms, scale_rows
 from dreamreader.sae.selection import JumpReLU, SampledTopK, Selection, TopK, check_selection
 
 INFERENCES = ("threshold", "selection")
@@ -334,6 +340,22 @@ class SparseCodec(nn.Module):
             rows = rows - self.b_dec.to(dtype)
         return rows, weight.to(dtype), bias.to(dtype)
 
+    @torch.no_grad()
+    def _fixed_encoder(self, z: Tensor) -> FixedEncoder:
+        """What `_encoder` gives, for a step that attaches gradients to what is kept."""
+        dtype = self.compute_dtype or self.W_enc.dtype
+        weight, bias, rows, norms = self.W_enc.detach().T, self.b_enc.detach(), z.to(dtype), None
+        if self.rescale:
+            norms = row_norms(self.W_dec)
+            weight, bias = scale_rows(weight, norms, dtype), bias * norms
+        if self.apply_b_dec_to_input:
+            rows = rows - self.b_dec.to(dtype)
+        return FixedEncoder(rows, weight.to(dtype), bias.to(dtype), norms)
+
+    def _attach(self, kept: SparseRows, encoder: FixedEncoder, z: Tensor) -> SparseRows:
+        center = self.b_dec if self.apply_b_dec_to_input else None
+        return attach_gradients(kept, encoder, z, self.W_enc.T, self.b_enc, center)
+
     def _masked_codes(self, z: Tensor, mask: Tensor | None, batch: torch.Size) -> SparseRows:
         """Codes of all rows, of which those outside of the mask have none."""
         keep = None if mask is None else check_mask(mask, batch)
@@ -372,12 +394,15 @@ class SparseCodec(nn.Module):
             self.pool_size.fill_(len(found))
         return found
 
-    def _decode_rows(self, codes: SparseRows, biased: bool = True) -> Tensor:
+    def _decode_rows(self, codes: SparseRows) -> Tensor:
         """In the space of normalised inputs."""
-        dtype = codes.values.dtype
         if self.rescale:
-            norms = row_norms(self.W_dec).to(dtype)
+            norms = row_norms(self.W_dec).to(codes.values.dtype)
             codes = replace(codes, values=codes.values / norms[codes.columns.clamp(min=0).long()])
+        return self._decode_unscaled(codes)
+
+    def _decode_unscaled(self, codes: SparseRows, biased: bool = True) -> Tensor:
+        dtype = codes.values.dtype
         bias = self.b_dec.to(dtype) if biased else None
         return sparse_decode(codes, self.W_dec.to(dtype), bias)
 

@@ -12,7 +12,7 @@ from dreamreader.artifacts import Artifact
 from dreamreader.errors import InvalidInput
 from dreamreader.ops import SparseRows
 from dreamreader.sae.codec import SparseCodec
-from dreamreader.sae.encoder import encode_dead
+from dreamreader.sae.encoder import FixedEncoder, encode_dead
 from dreamreader.sae.inputs import check_mask, layout_of
 from dreamreader.sae.loss import (
     AUX_RULES,
@@ -166,27 +166,28 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
         if not len(rows):
             raise InvalidInput("SparseAutoencoder: no token counts in this batch")
         z = self._affine(rows).apply(rows)
-        centred, weight, bias = self._encoder(z)
-        codes = self._codes(centred, weight, bias, selection or self.selection)
-        rebuilt = [self._decode_rows(codes)] if len(self.groups) == 1 else self._prefixes(codes)
+        fixed = self._fixed_encoder(z)
+        kept = self._codes(fixed.rows, fixed.weight, fixed.bias, selection or self.selection)
+        codes, whole = self._attach(kept, fixed, z), len(self.groups) == 1
+        rebuilt = [self._decode_unscaled(codes)] if whole else self._prefixes(codes)
         errors = torch.stack([squared_error(z, each) for each in rebuilt])
-        fired = codes.column_counts() > 0
+        fired = kept.column_counts() > 0
         idle = self.tokens_since_fired
         if not self.aux.lagged:
             idle = torch.where(fired, 0, idle + len(rows))
         residual = (z - rebuilt[-1]).detach()
-        aux = self._aux_loss(centred, weight, bias, residual, idle)
+        aux = self._aux_loss(z, fixed, residual, idle)
         weights = torch.tensor(self.group_weights, device=errors.device)
         return SaeLoss(
             (errors * weights).sum() + aux,
             errors[-1].detach(),
             aux.detach(),
             fraction_unexplained(z, errors[-1].detach()),
-            codes.count() / len(rows),
+            kept.count() / len(rows),
             (idle >= self.aux.dead_after).float().mean(),
             errors.detach(),
             fired,
-            find_smallest(codes, by_row=isinstance(self.selection, TopK)),
+            find_smallest(kept, by_row=isinstance(self.selection, TopK)),
             len(rows),
         )
 
@@ -267,24 +268,22 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
     def _prefixes(self, codes: SparseRows) -> list[Tensor]:
         """Reconstructions from the latents of each prefix."""
         parts = [
-            self._decode_rows(each, biased=number == 0)
+            self._decode_unscaled(each, biased=number == 0)
             for number, each in enumerate(split_columns(codes, self.groups))
         ]
         for number in range(1, len(parts)):
             parts[number] = parts[number] + parts[number - 1]
         return parts
 
-    def _aux_loss(
-        self, rows: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, idle: Tensor
-    ) -> Tensor:
-        none = torch.zeros((), device=rows.device)
+    def _aux_loss(self, z: Tensor, fixed: FixedEncoder, residual: Tensor, idle: Tensor) -> Tensor:
+        none = torch.zeros((), device=z.device)
         if not self.aux.weight or not self.training:
             return none
         dead = (idle >= self.aux.dead_after).nonzero().squeeze(1).int()
         if not len(dead):
             return none
-        codes = encode_dead(self.aux, rows, weight, bias, dead)
-        rebuilt = self._decode_rows(codes, biased=False)
+        kept = encode_dead(self.aux, fixed.rows, fixed.weight, fixed.bias, dead)
+        rebuilt = self._decode_unscaled(self._attach(kept, fixed, z), biased=False)
         return residual_error(self.aux, self.d_in, len(dead), residual, rebuilt)
 
 

@@ -11,7 +11,7 @@ from dreamreader._progress import Progress
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.fitting import ByStep, History, Recipe, fit
 from dreamreader.sae.model import SparseAutoencoder
-from dreamreader.sae.objective import Anneal, Reconstruction, rows_of
+from dreamreader.sae.objective import Anneal, Reconstruction, ScoreCurve, rows_of
 
 Batches = ByStep | Iterable[Any] | Callable[[int], Iterable[Any]]
 # one kernel for all of a step: three times as fast on a CPU as torch's loop
@@ -51,6 +51,7 @@ def train_sae(
     save_every: int = 1000,
     progress: Progress = True,
     validate: Callable[[], Any] | None = None,
+    curve: ScoreCurve | None = None,
     of: Mapping[str, Any] | None = None,
     **recipe: Any,
 ) -> Any:
@@ -73,6 +74,7 @@ def train_sae(
         save_every: steps between two writings of it.
         progress: shown by default; events have loss, FVU, L0, share of dead latents and tokens.
         validate: as in `fit`; autoencoders are in `eval()` mode meanwhile. of: as in `fit`.
+        curve: takes scores after some steps, see `ScoreCurve`.
         recipe: further attributes of `Recipe`, such as `schedule`, `grad_clip` and `seed`.
 
     Returns:
@@ -100,7 +102,7 @@ def train_sae(
     for name, each in saes.items():
         _check(name, each, batches)
     anneal = None if k_start is None or k_steps is None else Anneal(k_start, k_steps)
-    goals = {name: Reconstruction(name, anneal) for name in saes}
+    goals = {name: Reconstruction(name, anneal, curve) for name in saes}
     recipes = {
         name: _recipe(each, steps, epochs, lr, warmup, validate is not None, recipe)
         for name, each in saes.items()
@@ -124,6 +126,7 @@ def train_sae(
             after_step={name: each.after_step for name, each in goals.items()},
             of={"autoencoders": [each.describe() for each in saes.values()], "compute": compute}
             | dict(of or {}),
+            state=None if curve is None else {"curve": curve},
             save_every=save_every,
             check_every=None,
         )

@@ -15,6 +15,7 @@ from dreamreader.jobs.fingerprint import fingerprint_of_rows, portable
 from dreamreader.jobs.job import REPORT, RunUnit, SpecJob, Work
 from dreamreader.sae import SparseAutoencoder, train_sae
 from dreamreader.sae.evaluate import with_random_decoder, with_random_encoder
+from dreamreader.sae.objective import ScoreCurve
 from dreamreader.store.layout import file_of
 from dreamreader.training.folder import CHECKPOINTS, RESULT, TrainingFolder
 from dreamreader.training.page import thin_curve
@@ -235,6 +236,13 @@ class SaeJob(SpecJob[SaeSpec]):
         steps = None if training.tokens is None else training.tokens // training.batch_size
         checkpoint = folder.path / CHECKPOINTS / file_of(site)
         options = training.model_dump(exclude={"tokens", "epochs", "batch_size"})
+        at = [max(1, rows // training.batch_size) for rows in self.spec.evaluation.curve]
+
+        def score(name: str, sae: SparseAutoencoder) -> dict[str, Any]:
+            found = measure(sae, source, site, name in shuffled)
+            return {key: value for key, value in found.items() if key != "histogram"}
+
+        curve = ScoreCurve(at, score) if at else None
         histories = train_sae(
             made,
             batches,
@@ -244,6 +252,7 @@ class SaeJob(SpecJob[SaeSpec]):
             progress=_of_site(work, site),
             of={"run": folder.run, "site": site},
             seed=self.spec.seeds[0],
+            curve=curve,
             **options,
         )
         notes: dict[str, Any] = {}
@@ -261,6 +270,10 @@ class SaeJob(SpecJob[SaeSpec]):
                     "control": each.control,
                     "losses": list(zip(*thin_curve(histories[name].losses), strict=True)),
                     "scores": scores,
+                    "curve": [
+                        {"rows": done * training.batch_size, **found}
+                        for done, found in (curve.points[name] if curve else [])
+                    ],
                 }
             agreement = seed_agreement(made, planned)
             own = {"run": folder.run, "autoencoders": notes, "seed_mcc": agreement}

@@ -40,6 +40,7 @@ class AutoencoderSpec(Part):
         "none"
     )
     aligned: bool = False
+    decoder_norm: Positive = Field(1.0, description="Of decoder rows in the beginning.")
     threshold_rule: Literal["dictionary_learning", "saelens"] = "dictionary_learning"
     aux: Literal["dictionary_learning", "saelens", "none"] = "dictionary_learning"
 
@@ -81,14 +82,16 @@ class AutoencoderSpec(Part):
         ]
         more = [f"groups={'+'.join(map(str, self.groups))}"] if self.groups else []
         fields = type(self).model_fields
-        for name in ("update_every", "rescale", "normalise", "aligned", "threshold_rule", "aux"):
+        names = ("update_every", "rescale", "normalise", "aligned", "decoder_norm")
+        for name in (*names, "threshold_rule", "aux"):
             if (value := getattr(self, name)) != fields[name].default:
                 more.append(name if value is True else f"{name}={value}")
         return " ".join([self.selection, f"d={self.d_sae}", *parts, *more])
 
     def options(self) -> dict[str, Any]:
         """Arguments of `SparseAutoencoder` beside widths, selection and seed."""
-        names = ("groups", "rescale", "normalise", "aligned", "threshold_rule", "aux")
+        names = ("groups", "rescale", "normalise", "aligned", "decoder_norm")
+        names = (*names, "threshold_rule", "aux")
         return {name: getattr(self, name) for name in names}
 
 
@@ -150,6 +153,9 @@ class SaeEvaluation(Part):
     rows: Count = Field(default=65_536, description="Rows that are measured.")
     store: str | None = Field(
         default=None, description="Folder of a harvest of other prompts; else rows of the training."
+    )
+    curve: list[Count] = Field(
+        default_factory=list, description="Rows of the training after which scores are taken too."
     )
 
 
