@@ -141,6 +141,8 @@ class SaeJob(SpecJob[SaeSpec]):
         shown = self.spec.model_dump(mode="json", exclude={"name", "store", "evaluation"})
         rows = self.spec.evaluation.rows
         settings = {"spec": portable(shown), "evaluated": rows}
+        if self.spec.evaluation.curve:
+            settings["curve"] = self.spec.evaluation.curve
         if self.spec.subject is None:
             source = self.source()
             taken = fingerprint_of_rows(settings | source.identity(), self.spec.seeds)
@@ -271,7 +273,7 @@ class SaeJob(SpecJob[SaeSpec]):
                     "losses": list(zip(*thin_curve(histories[name].losses), strict=True)),
                     "scores": scores,
                     "curve": [
-                        {"rows": done * training.batch_size, **found}
+                        {"trained": done * training.batch_size, **found}
                         for done, found in (curve.points[name] if curve else [])
                     ],
                 }
