@@ -1,5 +1,6 @@
 """What a training of autoencoders minimises in a batch, and what moves with each step."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,8 +24,11 @@ class Anneal:
     """
 
     def __init__(self, start: float, steps: int):
-        if not start > 0 or steps < 1:
-            raise InvalidInput(f"k_start is positive and k_steps at least 1, got {start}, {steps}")
+        number = isinstance(start, int | float) and 0 < start < math.inf
+        if not number or not isinstance(steps, int) or steps < 1:
+            raise InvalidInput(
+                f"k_start is positive and k_steps at least 1, got {start!r}, {steps!r}"
+            )
         self.start, self.steps = start, steps
 
     def selection_at(self, selection: Selection, step: int, d_sae: int) -> Selection:
@@ -49,8 +53,12 @@ class ScoreCurve:
     def __init__(
         self, steps: Sequence[int], score: Callable[[str, SparseAutoencoder], Mapping[str, Any]]
     ):
-        if not steps or min(steps) < 1:
-            raise InvalidInput(f"ScoreCurve: steps are numbers of at least 1, got {list(steps)}")
+        whole = isinstance(steps, Sequence) and all(isinstance(each, int) for each in steps)
+        if not whole or not steps or min(steps) < 1 or not callable(score):
+            raise InvalidInput(
+                "ScoreCurve: steps are whole numbers of at least 1 and score a function, got "
+                f"{steps!r:.60} and {score!r:.60}"
+            )
         self.steps, self.score = frozenset(steps), score
         self.points: dict[str, list[tuple[int, dict[str, Any]]]] = {}
 

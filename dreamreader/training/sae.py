@@ -141,8 +141,9 @@ class SaeJob(SpecJob[SaeSpec]):
         shown = self.spec.model_dump(mode="json", exclude={"name", "store", "evaluation"})
         rows = self.spec.evaluation.rows
         settings = {"spec": portable(shown), "evaluated": rows}
-        if self.spec.evaluation.curve:
-            settings["curve"] = self.spec.evaluation.curve
+        for name in ("curve", "inference"):
+            if name in self.spec.evaluation.model_fields_set:
+                settings[name] = getattr(self.spec.evaluation, name)
         if self.spec.subject is None:
             source = self.source()
             taken = fingerprint_of_rows(settings | source.identity(), self.spec.seeds)

@@ -35,6 +35,8 @@ def first_rows(dataset: StoreDataset, rows: int) -> Iterator[Float[Tensor, "rows
 class RowSource(Protocol):
     """Rows by site."""
 
+    spec: SaeSpec
+
     @property
     def sites(self) -> Sequence[str]: ...
 
