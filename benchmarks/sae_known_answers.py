@@ -13,7 +13,9 @@ from typing import Any
 
 from paired import RESULTS, environment, write
 
+from dreamreader.fitting.checkpoint import TrainingState
 from dreamreader.training import SaeJob
+from dreamreader.training.folder import CHECKPOINTS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "sae-known-answers.md"
@@ -37,19 +39,31 @@ CURVE = ("F1", "MCC", "uniqueness", "explained", "L0", "dead")
 def read(folder: Path) -> list[Row]:
     """Every autoencoder of a run: its selection, seed, scores, and scores along the training."""
     job, found = SaeJob.of_folder(folder), []
-    for notes in SaeJob.notes(job.folder_type(folder)).values():
+    opened = job.folder_type(folder)
+    sites = SaeJob.notes(opened).values() if opened.is_complete else [stopped(job, folder)]
+    for notes in sites:
         for planned in job.autoencoders:
             own = notes["autoencoders"][planned.name]
             scores = {k: v for k, v in own["scores"].items() if k != "histogram"}
             names = ("selection", "d_sae", "k", "l", "score", "rule", "groups")
             spec = {name: getattr(planned.spec, name) for name in names}
-            trained = job.spec.training.tokens
             found.append(
                 spec
-                | {"seed": planned.seed, "trained": trained, "scores": scores}
-                | {"curve": own["curve"], "seed_mcc": notes["seed_mcc"].get(own["title"])}
+                | {"seed": planned.seed, "scores": scores, "curve": own["curve"]}
+                | {"seed_mcc": notes["seed_mcc"].get(planned.title)}
             )
     return found
+
+
+def stopped(job: SaeJob, folder: Path) -> Row:
+    """What the checkpoint of a training that did not end has along its way."""
+    (file,) = (folder / CHECKPOINTS).glob("*/training.safetensors")
+    points, size = TrainingState.load(file)["state"]["curve"], job.spec.training.batch_size
+    found = {}
+    for name, own in points["points"].items():
+        curve = [{"trained": done * size, **scores} for done, scores in own]
+        found[name] = {"curve": curve, "scores": curve[-1]}
+    return {"autoencoders": found, "seed_mcc": {}}
 
 
 def mean(rows: Sequence[Row], column: str) -> str:
@@ -107,8 +121,7 @@ def curve(rows: Sequence[Row]) -> list[str]:
     body = []
     for row in rows:
         name = "Matryoshka BatchTopK" if row["groups"] else row["selection"]
-        last = row["scores"] | {"trained": row["trained"]}
-        for point in [each for each in row["curve"] if each["trained"] < row["trained"]] + [last]:
+        for point in row["curve"]:
             cells = [mean([{"scores": point}], column) for column in CURVE]
             body.append([name, f"{point['trained'] / 1e6:g} M", *cells])
     return lines(["selection", "rows", *CURVE], body)

@@ -59,13 +59,13 @@ def attach_gradients(
     if encoder.norms is not None:
         at = encoder.norms[kept.columns.clamp(min=0).long()]
         values = (values / at).to(values.dtype)
-    found = _Affine.apply(
+    found = _KeptValues.apply(
         replace(kept, values=values), encoder.rows, values, x, weight, bias, center
     )
     return replace(kept, values=found, threshold=None)
 
 
-class _Affine(torch.autograd.Function):
+class _KeptValues(torch.autograd.Function):
     """Values that are known already, with the gradients of `attach_gradients`."""
 
     @staticmethod

@@ -16,6 +16,7 @@ from dreamreader.store.dataset import StoreDataset
 from dreamreader.training import SaeJob
 from tests.training.jobs import DOWN, MIDDLE, SAE
 
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "sae").glob("*.yaml"))
 KNOWN = {
     "name": "known",
     "known_answers": {"features": 24, "d_in": 12, "roots": 3, "depth": 1, "min_probability": 0.05},
@@ -206,6 +207,14 @@ def test_too_few_rows_are_seen_before_the_model_is_run(reader: Reader, tmp_path:
 def _notes(folder: Path) -> list[dict]:
     text = next((folder / "autoencoders").glob("*.json")).read_text()
     return list(json.loads(text)["autoencoders"].values())
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda each: each.stem)
+def test_examples_can_be_run(file: Path) -> None:
+    job = SaeJob.from_file(file)
+    assert job.autoencoders
+    if job.spec.known_answers is not None:
+        assert "known answers, width" in job.plan()
 
 
 def test_stores_that_do_not_fit_are_refused(store: Path, tmp_path: Path) -> None:
