@@ -15,7 +15,7 @@ from paired import RESULTS, environment, write
 
 from dreamreader.fitting.checkpoint import TrainingState
 from dreamreader.training import SaeJob
-from dreamreader.training.folder import CHECKPOINTS
+from dreamreader.training.folder import CHECKPOINTS, TrainingFolder
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "sae-known-answers.md"
@@ -39,7 +39,7 @@ CURVE = ("F1", "MCC", "uniqueness", "explained", "L0", "dead")
 def read(folder: Path) -> list[Row]:
     """Every autoencoder of a run: its selection, seed, scores, and scores along the training."""
     job, found = SaeJob.of_folder(folder), []
-    opened = job.folder_type(folder)
+    opened = TrainingFolder(folder)
     sites = SaeJob.notes(opened).values() if opened.is_complete else [stopped(job, folder)]
     for notes in sites:
         for planned in job.autoencoders:

@@ -86,7 +86,9 @@ class _KeptValues(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         codes, needed = replace(ctx.codes, values=grad), ctx.needs_input_grad
         d_x = sparse_decode(codes, weight, dtype=ctx.types[0]) if needed[3] else None

@@ -13,7 +13,9 @@ class StridedAdam(torch.optim.Adam):
     transpose is, would cost as much as the rest of the step. Results are the same bits.
     """
 
-    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> Any:
+    def _init_group(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, group: dict[str, Any], *lists: list[Tensor]
+    ) -> Any:
         found = super()._init_group(group, *lists)
         parameters, gradients = lists[:2]
         for place, each in enumerate(parameters):

@@ -242,7 +242,8 @@ class SaeJob(SpecJob[SaeSpec]):
             InvalidInput: a site has fewer rows than a batch.
         """
         plan, size = self.harvest.plan(), self.spec.training.batch_size
-        for each in () if plan.estimate is None else plan.estimate.taken:
+        assert plan.estimate is not None
+        for each in plan.estimate.taken:
             rows = each.rows * plan.samples // plan.estimate.samples
             # rows of texts depend on their lengths
             if rows < size and not self.harvest.job.is_language:
