@@ -351,7 +351,7 @@ def test_adam_steps_transposed_weights_to_the_bits_of_torch(options: dict[str, A
     for step in range(3):
         for parameters, optimizer in zip(own, made, strict=True):
             for number, each in enumerate(parameters):
-                gradient = draw(*each.shape, seed=10 * step + number)
+                gradient = draw(*each.shape, seed=10 * step + number) / 100**step  # averages fall
                 each.grad = torch.empty_like(each).copy_(gradient)
             if step == 2:  # another layout than that of the weights
                 parameters[1].grad = parameters[1].grad.contiguous()
