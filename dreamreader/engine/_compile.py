@@ -54,7 +54,7 @@ class Stage:
         assert self.active is not None
         if self.active.edit.selects:
             return self.active.edit.apply(x, self.active.place)
-        return _blended(x, self.active)
+        return _blend(x, self.active)
 
 
 @dataclass(eq=False)
@@ -96,7 +96,7 @@ class Compiled:
             x = y
         return x
 
-    def repeated(self, x: Tensor, notes: Notes) -> Callable[[Tensor, CallContext], Tensor]:
+    def specialize(self, x: Tensor, notes: Notes) -> Callable[[Tensor, CallContext], Tensor]:
         """`run_noted` for values of the form of x: its choices are made once."""
 
         def general(x: Tensor, now: CallContext) -> Tensor:
@@ -201,7 +201,7 @@ def _hit(each: ActiveEdit, touched: Tensor) -> Hit | None:
     return Hit(each.number, tuple(names), tuple(rows.tolist()))
 
 
-def _blended(x: Tensor, active: ActiveEdit) -> Tensor:
+def _blend(x: Tensor, active: ActiveEdit) -> Tensor:
     """A function's result where the selection is 1, the input bit for bit where it is 0."""
     y = active.edit.apply(x, active.place)
     share = active.place.selected.to(x.device).unsqueeze(-1)  # [batch or 1, tokens or 1, 1]

@@ -119,7 +119,7 @@ class HookedSite:
         `minus`, of the same shape, is taken off first; streams of an unedited site get the two
         apart, so that nothing is computed for them. `given` is what the module was called with.
         """
-        now, plan = self._planned(value, given)
+        now, plan = self._look_up(value, given)
         if self.shared.subject.rehearsing:
             return self._rehearse(plan, value, minus)
         return self._act(now, plan, value, minus)
@@ -185,7 +185,7 @@ class HookedSite:
         off = None if minus is None else view.read(minus)
         return view.back(plan.edits.run(_less(view.read(value), off)), value)
 
-    def _repeated(self, plan: SitePlan, value: Tensor) -> _Act:
+    def _specialize(self, plan: SitePlan, value: Tensor) -> _Act:
         """What `_act` does with a plan and values like these, its choices made."""
         view = plan.view
         if view is None:
@@ -195,13 +195,13 @@ class HookedSite:
             return lambda x, now: self._act(now, plan, x)
         keep = [recorder.keeper(value, held, moments) for recorder, held, moments in plan.recorded]
         if plan.edits is not None:
-            run = plan.edits.repeated(value, self.notes)
+            run = plan.edits.specialize(value, self.notes)
             return _edit(plan, run, keep, self.fired, self.shared.subject)
         return _record(plan, keep, self.fired)
 
     def visit_attention(self, attention: Attention) -> None:
         """Record and watch an attention; probabilities are formed for recordings alone."""
-        now, plan = self._planned(attention.outline(), None)
+        now, plan = self._look_up(attention.outline(), None)
         if not plan.active:
             return
         if attention.is_start:
@@ -214,7 +214,7 @@ class HookedSite:
             call = AttentionCall(held, attention.shape[3], now, self.shared)
             watcher.request.callback(attention.of(held.entries), call)
 
-    def _planned(self, value: Tensor, given: Any) -> tuple[CallContext, SitePlan]:
+    def _look_up(self, value: Tensor, given: Any) -> tuple[CallContext, SitePlan]:
         """What is running, and what to do then."""
         shared = self.shared
         now = shared.tracker.now
@@ -235,7 +235,7 @@ class HookedSite:
                 return now, plan
             self._latest = known
         if self._repeats and not known.has_form(value):
-            known.allow(form_of(value), self._repeated(known.plan, value))
+            known.allow(form_of(value), self._specialize(known.plan, value))
         return now, known.plan
 
     def pass_over(self) -> None:
@@ -286,12 +286,12 @@ class HookedSite:
         key = (*key, is_grad_enabled())
         found = self._shared_plans.get(key)
         if found is None:
-            found = self._made(now, value, view, active, wanted, numbers, key)
+            found = self._make_plan(now, value, view, active, wanted, numbers, key)
             if not found.has_graph:
                 self._shared_plans[key] = found
         return found
 
-    def _made(
+    def _make_plan(
         self,
         now: CallContext,
         value: Tensor,
@@ -310,7 +310,7 @@ class HookedSite:
             assert at is not None
             held = at.select(each.request)
             if isinstance(each, Streamer):
-                if (kept := each.kept(held, x)) is not None:
+                if (kept := each.select(held, x)) is not None:
                     streamed.append((each, kept))
             elif held.entries and (held.columns is None or held.columns.shape[-1]):
                 if isinstance(each, Recorder):
@@ -349,7 +349,7 @@ class HookedSite:
         at = Placement(self.site, now, view, x, self.shared)
         works = [ActiveEdit(n, each, at.place(each)) for n, each in active]
         empty = {each.number for each in works if not bool((each.place.selected != 0).any())}
-        found = self._compiled(works, x), empty
+        found = self._compile_edits(works, x), empty
         if common is not None and not found[0].has_graph:
             self.shared.programs[common] = found
         return found
@@ -373,7 +373,7 @@ class HookedSite:
             known[numbers] = Traits.of(requests, self.edits)
         return known[numbers]
 
-    def _compiled(self, works: list[ActiveEdit], x: Tensor) -> Compiled:
+    def _compile_edits(self, works: list[ActiveEdit], x: Tensor) -> Compiled:
         if not x.is_floating_point():
             raise InvalidInput(
                 f"{self.site.name}: holds {x.dtype}, only floating point can be edited"

@@ -69,12 +69,12 @@ class Notes:
         self._read()
         return self.known_changed.issuperset(numbers)
 
-    def changed(self) -> set[int]:
+    def find_changed(self) -> set[int]:
         """Numbers of the edits that changed a value."""
         self._read()
         return self.known_changed
 
-    def overflowed(self) -> list[CallContext]:
+    def find_overflowed(self) -> list[CallContext]:
         """The calls in which an edit made values infinite or NaN that were not."""
         self._read()
         return self._overflowed

@@ -143,7 +143,7 @@ def _touch(line: Firing, branches: Sequence[str], rows: Sequence[int], times: in
 
 
 def _note_unchanged(lines: dict[tuple[int, str], Firing], name: str, run: HookedSite) -> None:
-    changed = run.notes.changed() if run.edits else set()
+    changed = run.notes.find_changed() if run.edits else set()
     for number, _ in run.edits:
         line = lines[number, name]
         if line.calls > line.passed_over and number not in changed:
@@ -153,7 +153,7 @@ def _note_unchanged(lines: dict[tuple[int, str], Firing], name: str, run: Hooked
 def _note_overflow(lines: dict[tuple[int, str], Firing], name: str, run: HookedSite) -> None:
     steps = {
         now.instant.step if isinstance(now.instant, StepInfo) else 0
-        for now in run.notes.overflowed()
+        for now in run.notes.find_overflowed()
     }
     if steps:
         for number, _ in run.edits:

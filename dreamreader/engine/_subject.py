@@ -67,7 +67,7 @@ class Subject:
 
     def components(self) -> dict[str, nn.Module]:
         """The modules at the top: components of a pipeline, or the model under the empty name."""
-        return {name: unwrapped(each) for name, each in self._tops().items()}
+        return {name: unwrap(each) for name, each in self._tops().items()}
 
     def _tops(self) -> dict[str, nn.Module]:
         if self.kind != "pipeline":
@@ -80,15 +80,15 @@ class Subject:
         tops = self._tops()
         found = None if self._tree is None else self._tree.modules(tops)
         if found is None:
-            found = self._walked(tops)
+            found = self._walk(tops)
             self._tree = _Tree(tops, found)
         return found
 
     @staticmethod
-    def _walked(tops: dict[str, nn.Module]) -> Modules:
+    def _walk(tops: dict[str, nn.Module]) -> Modules:
         found = Modules()
         for top, given in tops.items():
-            component = unwrapped(given)
+            component = unwrap(given)
             if component is not given:
                 found.every |= dict.fromkeys(parts(given))
             if not top:
@@ -96,7 +96,7 @@ class Subject:
             for path, module in named_parts(component, top):
                 found.every[module] = None
                 if name := _bare(path):
-                    found[name] = unwrapped(module)
+                    found[name] = unwrap(module)
         return found
 
 
@@ -186,7 +186,7 @@ def parts(module: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
-def unwrapped(module: Any) -> Any:
+def unwrap(module: Any) -> Any:
     """The module itself where `torch.compile` has wrapped it."""
     while "_orig_mod" in getattr(module, "_modules", ()):  # to ask for what is missing is slow
         module = module._orig_mod
@@ -196,7 +196,7 @@ def unwrapped(module: Any) -> Any:
 def innermost(model: nn.Module) -> nn.Module:
     """The model below every wrapper: those of `torch.compile` and of PEFT's adapters."""
     while True:
-        inner = unwrapped(model)
+        inner = unwrap(model)
         if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
             inner = inner.get_base_model()
         if inner is model:

@@ -20,6 +20,7 @@ from dreamreader.sae.objective import ScoreCurve
 from dreamreader.store.layout import file_of
 from dreamreader.training.folder import CHECKPOINTS, RESULT, TrainingFolder
 from dreamreader.training.page import thin_curve
+from dreamreader.training.sae_evaluation import SiteEvaluation
 from dreamreader.training.sae_page import describe_scores, write_report
 from dreamreader.training.sae_rows import (
     KNOWN,
@@ -30,6 +31,7 @@ from dreamreader.training.sae_rows import (
 )
 from dreamreader.training.sae_scores import measure, seed_agreement
 from dreamreader.training.sae_specs import AutoencoderSpec, SaeSpec
+from dreamreader.training.sae_splice import harvest_of
 
 ACTIVATIONS = "activations"  # folder of the rows of a model that is run first
 _FOLDER = "autoencoders"
@@ -140,11 +142,8 @@ class SaeJob(SpecJob[SaeSpec]):
     def begin(self, folder: TrainingFolder) -> list[str]:
         """Names of the sites."""
         shown = self.spec.model_dump(mode="json", exclude={"name", "store", "evaluation"})
-        rows = self.spec.evaluation.rows
-        settings = {"spec": portable(shown), "evaluated": rows}
-        for name in ("curve", "inference"):
-            if name in self.spec.evaluation.model_fields_set:
-                settings[name] = getattr(self.spec.evaluation, name)
+        evaluated = self.spec.evaluation.model_dump(mode="json", exclude={"store"})
+        settings = {"spec": portable(shown), "evaluated": evaluated}
         if self.spec.subject is None:
             source = self.source()
             taken = fingerprint_of_rows(settings | source.identity(), self.spec.seeds)
@@ -283,9 +282,14 @@ class SaeJob(SpecJob[SaeSpec]):
             **options,
         )
         notes: dict[str, Any] = {}
+        evaluation = self._evaluation(source, site)
         with explain_disk_errors(folder.path):
             for number, (name, sae) in enumerate(made.items()):
                 scores = measure(sae, source, site, name in shuffled)
+                scores |= {} if evaluation is None else evaluation.scores(sae)
+                work.report(
+                    ProgressEvent("measuring", number + 1, len(made), {}, f"{site}: {name}")
+                )
                 file = f"{_FOLDER}/{file_of(site).removesuffix('.safetensors')}-{number}"
                 (folder.path / file).parent.mkdir(parents=True, exist_ok=True)
                 sae.save(folder.path / f"{file}.safetensors")
@@ -304,7 +308,28 @@ class SaeJob(SpecJob[SaeSpec]):
                 }
             agreement = seed_agreement(made, planned)
             own = {"run": folder.run, "autoencoders": notes, "seed_mcc": agreement}
+            own |= {} if evaluation is None else {"activations": evaluation.baseline}
             folder.write(_notes(site), own)
+
+    def _evaluation(self, source: RowSource, site: str) -> SiteEvaluation | None:
+        """What autoencoders of a site are measured on beside its rows."""
+        if not isinstance(source, StoreSource):
+            return None
+        spec, harvest = self.spec, None
+        if spec.spliced:
+            of_model = spec.subject is not None and spec.evaluation.store is None
+            harvest = self.harvest if of_model else harvest_of(source.evaluated, self._reader)
+        own = spec.evaluation
+        return SiteEvaluation(
+            source.evaluated,
+            site,
+            source.selection,
+            columns=own.attributes,
+            samples=own.samples,
+            harvest=harvest,
+            prompts=spec.spliced,
+            rows=source.held_out(site),
+        )
 
     def __repr__(self) -> str:
         spec = self.spec

@@ -100,21 +100,18 @@ class StoreSource:
             found[name] = {"runs": runs, "units": units}
         return found
 
+    @property
+    def selection(self) -> dict[str, Any]:
+        """Which rows, as a `StoreDataset` takes it."""
+        spec = self.spec
+        tokens = [spec.tokens] if isinstance(spec.tokens, int) else spec.tokens
+        return {"steps": spec.chosen_steps, "branch": spec.branch, "tokens": tokens}
+
     def _dataset(
         self, store: Store, site: str, size: int, seed: int, drop_last: bool = True
     ) -> StoreDataset:
-        spec = self.spec
-        tokens = [spec.tokens] if isinstance(spec.tokens, int) else spec.tokens
-        return StoreDataset(
-            store,
-            site,
-            batch_size=size,
-            steps=spec.chosen_steps,
-            branch=spec.branch,
-            tokens=tokens,
-            seed=seed,
-            drop_last=drop_last,
-        )
+        own = {**self.selection, "seed": seed, "drop_last": drop_last}
+        return StoreDataset(store, site, batch_size=size, **own)
 
 
 class KnownSource:

@@ -171,6 +171,17 @@ class SaeEvaluation(Part):
     curve: list[Count] = Field(
         default_factory=list, description="Rows of the training after which scores are taken too."
     )
+    attributes: list[str] | None = Field(
+        default=None,
+        description="Columns of the data that latents are probed for, [] for none; by default what "
+        "captions of scenes say.",
+    )
+    samples: Count = Field(default=256, description="Samples that are probed.")
+    splice: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="Prompts that are run with reconstructions in place; by default 16 of a model "
+        "that is run, none of a store.",
+    )
 
 
 class SaeSpec(Part):
@@ -237,6 +248,10 @@ class SaeSpec(Part):
             raise ValueError(f"{given_of_run[0]}: known_answers have none")
         if self.subject is None and self.pipeline:
             raise ValueError("pipeline: is of a subject that is run")
+        own = self.evaluation
+        if self.known_answers is not None and (own.attributes or own.splice):
+            given_there = "attributes" if own.attributes else "splice"
+            raise ValueError(f"evaluation.{given_there}: is of a model, known_answers have none")
         if self.known_answers is not None and self.training.epochs:
             raise ValueError("training.epochs: known answers never end; give tokens")
         titles = [each.title for each in self.listed()]
@@ -247,6 +262,13 @@ class SaeSpec(Part):
     def listed(self) -> Sequence[AutoencoderSpec]:
         """Every autoencoder, one for each combination of listed values."""
         return [one for each in self.autoencoders for one in each.each()]
+
+    @property
+    def spliced(self) -> int:
+        """Prompts that are run with reconstructions in place."""
+        if self.evaluation.splice is not None:
+            return self.evaluation.splice
+        return 0 if self.subject is None else 16
 
     @property
     def chosen_steps(self) -> int | range | None:

@@ -45,6 +45,23 @@ def test_eval_prints_scores_beside_controls(place: Path) -> None:
     assert "shuffled rows" in table and "FVU" in table
 
 
+def test_eval_splices_and_writes_a_page(place: Path, tmp_path: Path) -> None:
+    arguments = [place / "sae.safetensors", "--store", place / "store", "--splice", 2]
+    found = run("eval", *arguments, "--json", "-o", tmp_path / "eval.html")
+    assert found.exit_code == 0, found.output
+    scores = json.loads(found.output)
+    for name in ("autoencoder", "random decoder", "random encoder"):
+        splice = scores[name]["splice"]
+        assert splice["measure"] == "pixel_distance" and splice["prompts"] == 2
+        assert splice["error_kept"] == 0 < splice["spliced"]
+    page = (tmp_path / "eval.html").read_text()
+    assert "random encoder" in page and "recovered of zeros" in page
+    table = run("eval", *arguments).output
+    assert "recovered" in table and "AUROC" not in table
+    wrong = run("eval", *arguments, "--attributes", "colour")
+    assert wrong.exit_code and "colour" in wrong.output and "Traceback" not in wrong.output
+
+
 def test_dashboard_writes_a_page(place: Path, tmp_path: Path) -> None:
     page = tmp_path / "latents.html"
     arguments = ["-n", 3, "--steps", 1, "--shown", 4, "-o", page]

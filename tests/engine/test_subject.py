@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import dreamreader as dr
-from dreamreader.engine._subject import Subject, unwrapped
+from dreamreader.engine._subject import Subject, unwrap
 
 
 def model() -> nn.Module:
@@ -24,7 +24,7 @@ def model() -> nn.Module:
 def expected(root: nn.Module) -> list[tuple[str, nn.Module]]:
     """By torch's own walk."""
     named = [(name, each) for name, each in root.named_modules() if name]
-    bare = [(name.replace("._orig_mod", ""), unwrapped(each)) for name, each in named]
+    bare = [(name.replace("._orig_mod", ""), unwrap(each)) for name, each in named]
     return list(dict(bare).items())
 
 
