@@ -1,7 +1,7 @@
 """The tables of docs/sae-known-answers.md, from folders that `dreamreader run` wrote.
 
-python benchmarks/sae_known_answers.py SWEEP [--curve FOLDER ...]   # writes the results as JSON
-python benchmarks/sae_known_answers.py                              # the page, from that JSON
+python benchmarks/sae_known_answers.py SWEEP ... [--curve FOLDER ...]  # results as JSON, and the page
+python benchmarks/sae_known_answers.py                                 # the page, from that JSON
 """
 
 import argparse
@@ -141,16 +141,16 @@ def written(text: str, result: Row) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("sweep", type=Path, nargs="?", help="folder of the sweep over l")
+    parser.add_argument("sweep", type=Path, nargs="*", help="folders of the sweep, one by seed")
     parser.add_argument("--curve", type=Path, nargs="*", default=[], help="folders with curves")
     given = parser.parse_args()
     path = RESULTS / f"{NAME}-cpu.json"
     result = json.loads(path.read_text()) if path.is_file() else {"sweep": [], "curve": []}
     if given.sweep or given.curve:
         result |= {"benchmark": NAME, "environment": environment()}
-        result["sweep"] = read(given.sweep) if given.sweep else result["sweep"]
-        if given.curve:
-            result["curve"] = [row for folder in given.curve for row in read(folder)]
+        for name, folders in (("sweep", given.sweep), ("curve", given.curve)):
+            if folders:
+                result[name] = [row for folder in folders for row in read(folder)]
         write(result, NAME)
     PAGE.write_text(written(PAGE.read_text(), result))
 
