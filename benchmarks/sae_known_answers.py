@@ -1,7 +1,7 @@
 """The tables of docs/sae-known-answers.md, from folders that `dreamreader run` wrote.
 
-python benchmarks/sae_known_answers.py SWEEP ... [--curve FOLDER ...]  # results as JSON, and the page
-python benchmarks/sae_known_answers.py                                 # the page, from that JSON
+python benchmarks/sae_known_answers.py SWEEP ... [--curve FOLDER ...]  # results, and the page
+python benchmarks/sae_known_answers.py                                 # the page, from results
 """
 
 import argparse
@@ -123,7 +123,7 @@ def curve(rows: Sequence[Row]) -> list[str]:
         name = "Matryoshka BatchTopK" if row["groups"] else row["selection"]
         for point in row["curve"]:
             cells = [mean([{"scores": point}], column) for column in CURVE]
-            body.append([name, f"{point['trained'] / 1e6:g} M", *cells])
+            body.append([name, f"{point['trained'] / 1e6:.1f} M", *cells])
     return lines(["selection", "rows", *CURVE], body)
 
 
