@@ -162,16 +162,19 @@ def _run(
     room = out[0].shape[0] if rule == "threshold" else count
     threshold = None if threshold is None else threshold.contiguous()
     selector = _native.BlockSelector(rule, x, rows, len(firsts), max(1, room), threshold)
-    if rule == "batch_topk" and len(firsts) > 1:
+    if rule == "batch_topk":
         some = x[:: max(1, min(64, rows // 4))]
         selector.sample(_encode(some, weight, bias), len(some) / rows, threads)
     block = _alloc.empty((rows * min(step, len(weight)),), dtype=x.dtype, device=x.device)
+    known = False  # whether the block, where there is one alone, holds its product
     while True:
         selector.begin(threads)
         for number, first in enumerate(firsts):
             part = weight[first : first + step]
             into = block[: rows * len(part)].view(rows, len(part))
-            _encode(x, part, None if bias is None else bias[first : first + step], into)
+            if not known:
+                _encode(x, part, None if bias is None else bias[first : first + step], into)
+            known = len(firsts) == 1
             selector.add(number, into, first, threads)
         if selector.done(threads):
             break

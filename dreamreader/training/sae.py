@@ -9,12 +9,14 @@ from typing import Any
 
 from dreamreader._files import explain_disk_errors
 from dreamreader._progress import ProgressEvent
-from dreamreader.harvest import Harvest
+from dreamreader.errors import InvalidInput
+from dreamreader.harvest import Harvest, HarvestPlan
 from dreamreader.jobs import fingerprint
 from dreamreader.jobs.fingerprint import fingerprint_of_rows, portable
 from dreamreader.jobs.job import REPORT, RunUnit, SpecJob, Work
 from dreamreader.sae import SparseAutoencoder, train_sae
 from dreamreader.sae.evaluate import with_random_decoder, with_random_encoder
+from dreamreader.sae.objective import ScoreCurve
 from dreamreader.store.layout import file_of
 from dreamreader.training.folder import CHECKPOINTS, RESULT, TrainingFolder
 from dreamreader.training.page import thin_curve
@@ -132,7 +134,7 @@ class SaeJob(SpecJob[SaeSpec]):
             source = self.source()
             lines += [f"rows    {site}, width {source.width(site)}" for site in source.sites]
         else:
-            lines.append(str(self.harvest.plan()))
+            lines.append(str(self._plan_harvest()))
         length = spec.training.tokens or f"{spec.training.epochs} epochs of rows"
         lines.append(f"train   {length:,} rows" if isinstance(length, int) else f"train   {length}")
         return "\n".join([*lines, *(f"        {each.name}" for each in self.autoencoders)])
@@ -166,8 +168,12 @@ class SaeJob(SpecJob[SaeSpec]):
 
     def prepare(self, work: Work) -> None:
         """Records the rows of a model that is run."""
-        if self.spec.subject is not None:
-            self.harvest.run(work.folder.path / ACTIVATIONS, progress=work.report)
+        if self.spec.subject is None:
+            return
+        rows = work.folder.path / ACTIVATIONS
+        if not rows.exists():
+            self._plan_harvest()
+        self.harvest.run(rows, progress=work.report)
 
     @contextmanager
     def open_runner(self, work: Work) -> Iterator[RunUnit]:
@@ -205,27 +211,46 @@ class SaeJob(SpecJob[SaeSpec]):
 
     @classmethod
     def write_report(cls, folder: TrainingFolder) -> Path:
-        spec = cls.of_folder(folder.path).spec
-        return write_report(spec, folder, {s: folder.need(_notes(s)) for s in _done(folder)})
+        return write_report(cls.of_folder(folder.path).spec, folder, cls.notes(folder))
+
+    @classmethod
+    def notes(cls, folder: TrainingFolder) -> dict[str, Any]:
+        """What a training wrote of each site: scores, losses, curves."""
+        return {site: folder.need(_notes(site)) for site in _done(folder)}
 
     @classmethod
     def results(cls, folder: TrainingFolder) -> Mapping[str, Any]:
         return {
-            site: {
-                name: each["scores"]
-                for name, each in folder.need(_notes(site))["autoencoders"].items()
-            }
-            for site in _done(folder)
+            site: {name: each["scores"] for name, each in notes["autoencoders"].items()}
+            for site, notes in cls.notes(folder).items()
         }
 
     @classmethod
     def summary(cls, folder: TrainingFolder) -> list[str]:
         folder.need_complete()
         name, lines = cls.of_folder(folder.path).spec.name, []
-        for site in _done(folder):
-            for title, each in folder.need(_notes(site))["autoencoders"].items():
+        for site, notes in cls.notes(folder).items():
+            for title, each in notes["autoencoders"].items():
                 lines.append(f"  {site}: {title}: {describe_scores(each['scores'])}")
         return [f"{name}: {len(lines)} autoencoders", *lines, f"report: {folder.path / REPORT}"]
+
+    def _plan_harvest(self) -> HarvestPlan:
+        """What is recorded first, from a few samples.
+
+        Raises:
+            InvalidInput: a site has fewer rows than a batch.
+        """
+        plan, size = self.harvest.plan(), self.spec.training.batch_size
+        assert plan.estimate is not None
+        for each in plan.estimate.taken:
+            rows = each.rows * plan.samples // plan.estimate.samples
+            # rows of texts depend on their lengths
+            if rows < size and not self.harvest.job.is_language:
+                raise InvalidInput(
+                    f"training.batch_size: {each.layout.name} gives {rows:,} rows, fewer than "
+                    f"{size:,}; take more prompts or seeds, or smaller batches"
+                )
+        return plan
 
     def _train(self, work: Work, source: RowSource, site: str) -> None:
         """The autoencoders of a site, and what they are worth."""
@@ -237,6 +262,13 @@ class SaeJob(SpecJob[SaeSpec]):
         steps = None if training.tokens is None else training.tokens // training.batch_size
         checkpoint = folder.path / CHECKPOINTS / file_of(site)
         options = training.model_dump(exclude={"tokens", "epochs", "batch_size"})
+        at = [max(1, rows // training.batch_size) for rows in self.spec.evaluation.curve]
+
+        def score(name: str, sae: SparseAutoencoder) -> dict[str, Any]:
+            found = measure(sae, source, site, name in shuffled)
+            return {key: value for key, value in found.items() if key != "histogram"}
+
+        curve = ScoreCurve(at, score) if at else None
         histories = train_sae(
             made,
             batches,
@@ -246,6 +278,7 @@ class SaeJob(SpecJob[SaeSpec]):
             progress=_of_site(work, site),
             of={"run": folder.run, "site": site},
             seed=self.spec.seeds[0],
+            curve=curve,
             **options,
         )
         notes: dict[str, Any] = {}
@@ -268,6 +301,10 @@ class SaeJob(SpecJob[SaeSpec]):
                     "control": each.control,
                     "losses": list(zip(*thin_curve(histories[name].losses), strict=True)),
                     "scores": scores,
+                    "curve": [
+                        {"trained": done * training.batch_size, **found}
+                        for done, found in (curve.points[name] if curve else [])
+                    ],
                 }
             agreement = seed_agreement(made, planned)
             own = {"run": folder.run, "autoencoders": notes, "seed_mcc": agreement}
