@@ -25,9 +25,10 @@ def fill(
     lines = {(each.number, each.site): each for each in report.firings}
     for name, run in runs.items():
         visits: dict[tuple[SitePlan, int | None], int] = {}  # of equal ones, which are many
-        for now, plan in run.fired:
-            key = (plan, now.instant.step if isinstance(now.instant, StepInfo) else None)
-            visits[key] = visits.get(key, 0) + 1
+        for plan, calls in run.fired.items():
+            for now in calls:
+                key = (plan, now.instant.step if isinstance(now.instant, StepInfo) else None)
+                visits[key] = visits.get(key, 0) + 1
         for (plan, step), times in visits.items():
             _count(lines, name, step, plan, times)
         for now, numbers in run.skipped:
