@@ -99,7 +99,9 @@ struct SimpleRows {
     T* out = to[i];
     const bool compare = job.seen && !(witness.bits & kChanged);
     Finite<T> finite;
+    const bool overlaps = copies && !stream && job.in.width > kBlock<W>;
     for (int64_t d = 0; d < job.in.width; d += kBlock<W>) {
+      if (overlaps && d + kBlock<W> > job.in.width) d = job.in.width - kBlock<W>;  // some twice
       const int64_t left = job.in.width - d, n = left < kBlock<W> ? left : int64_t(kBlock<W>);
 #pragma GCC unroll 4
       for (int64_t byte = 0; byte < kBlock<W> * int64_t(sizeof(T)); byte += 64)
