@@ -10,6 +10,7 @@ from dreamreader.errors import InvalidInput
 from dreamreader.fitting import Objective
 from dreamreader.sae.loss import SaeLoss
 from dreamreader.sae.model import SparseAutoencoder
+from dreamreader.sae.ranks import Ranks
 from dreamreader.sae.selection import JumpReLU, Selection, TopK
 
 
@@ -42,11 +43,11 @@ class Reconstruction(Objective):
     to these, of which an autoencoder takes its own name's, else its site's.
 
     Args:
-        name: of the autoencoder. anneal: of its k.
+        name: of the autoencoder. anneal: of its k. ranks: processes that share each batch.
     """
 
-    def __init__(self, name: str = "", anneal: Anneal | None = None):
-        self.name, self.anneal = name, anneal
+    def __init__(self, name: str = "", anneal: Anneal | None = None, ranks: Ranks | None = None):
+        self.name, self.anneal, self.ranks = name, anneal, ranks
         self.result: SaeLoss | None = None
 
     def terms(self, module: SparseAutoencoder, batch: Any, /) -> Tensor | None:
@@ -76,11 +77,15 @@ class Reconstruction(Objective):
 
     def before_step(self, module: SparseAutoencoder, done: int) -> None:
         """Takes from the gradient of the decoder what would only change lengths."""
+        if self.ranks is not None:
+            self.ranks.average_gradients(module)
         module.before_step()
 
     def after_step(self, module: SparseAutoencoder, done: int) -> None:
         """Keeps constraints and counts what fired in the batch of this step."""
         assert self.result is not None
+        if self.ranks is not None:
+            self.result = self.ranks.combine(self.result)
         module.after_step(self.result)
 
 

@@ -12,6 +12,7 @@ from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.fitting import ByStep, History, Recipe, fit
 from dreamreader.sae.model import SparseAutoencoder
 from dreamreader.sae.objective import Anneal, Reconstruction, rows_of
+from dreamreader.sae.ranks import Ranks
 
 Batches = ByStep | Iterable[Any] | Callable[[int], Iterable[Any]]
 # one kernel for all of a step: three times as fast on a CPU as torch's loop
@@ -52,6 +53,7 @@ def train_sae(
     progress: Progress = True,
     validate: Callable[[], Any] | None = None,
     of: Mapping[str, Any] | None = None,
+    ranks: Ranks | None = None,
     **recipe: Any,
 ) -> Any:
     """Trains an autoencoder in place, or several in one pass over the batches; leaves `eval()`.
@@ -73,6 +75,7 @@ def train_sae(
         save_every: steps between two writings of it.
         progress: shown by default; events have loss, FVU, L0, share of dead latents and tokens.
         validate: as in `fit`; autoencoders are in `eval()` mode meanwhile. of: as in `fit`.
+        ranks: processes that train the same autoencoders, each on its share of every batch.
         recipe: further attributes of `Recipe`, such as `schedule`, `grad_clip` and `seed`.
 
     Returns:
@@ -100,14 +103,14 @@ def train_sae(
     for name, each in saes.items():
         _check(name, each, batches)
     anneal = None if k_start is None or k_steps is None else Anneal(k_start, k_steps)
-    goals = {name: Reconstruction(name, anneal) for name in saes}
+    goals = {name: Reconstruction(name, anneal, ranks) for name in saes}
     recipes = {
         name: _recipe(each, steps, epochs, lr, warmup, validate is not None, recipe)
         for name, each in saes.items()
     }
     fresh = {name: each for name, each in saes.items() if not int(each.steps)}
     if fresh:
-        _begin(fresh, first_batch(batches), center)
+        _begin(fresh, first_batch(batches), center, ranks)
     for each in saes.values():
         each.train()
         each.compute_dtype = getattr(torch, compute) if compute != "float32" else None
@@ -213,13 +216,16 @@ def _recipe(
 
 
 @torch.no_grad()
-def _begin(saes: Mapping[str, SparseAutoencoder], batch: Any, center: bool) -> None:
+def _begin(
+    saes: Mapping[str, SparseAutoencoder], batch: Any, center: bool, ranks: Ranks | None
+) -> None:
     """Scale of inputs and b_dec of autoencoders that have not learned yet."""
     for name, sae in saes.items():
         x, mask = rows_of(batch, (name, sae.metadata.get("site")))
         if x is None:
             continue
         x = x if mask is None else x[mask]
+        x = x if ranks is None else ranks.gather_rows(x)
         untouched = bool((sae.input_scale == 1).all() & (sae.input_shift == 0).all())
         if sae.normalise in ("average_norm", "standardise") and untouched:
             sae.fit_normalisation(x)

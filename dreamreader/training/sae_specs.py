@@ -131,6 +131,7 @@ class SaeTraining(Part):
     k_start: Positive | None = Field(None, description="Active latents in the beginning.")
     k_steps: Count | None = Field(None, description="Steps over which they fall to k.")
     compute: Literal["float32", "bfloat16"] = "float32"
+    device: str = Field("cpu", description="Of autoencoders; cuda: of torchrun, one each process.")
     save_every: Count = 1000
 
     @model_validator(mode="after")
