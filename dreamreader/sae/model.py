@@ -14,6 +14,7 @@ from dreamreader.ops import SparseRows
 from dreamreader.sae.codec import SparseCodec
 from dreamreader.sae.encoder import encode_dead
 from dreamreader.sae.inputs import check_mask, layout_of
+from dreamreader.sae.jump import drop_zeros, encode_near
 from dreamreader.sae.loss import (
     AUX_RULES,
     AuxK,
@@ -167,9 +168,15 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
             raise InvalidInput("SparseAutoencoder: no token counts in this batch")
         z = self._affine(rows).apply(rows)
         centred, weight, bias = self._encoder(z)
-        codes = self._codes(centred, weight, bias, selection or self.selection)
+        penalty = None
+        if self.training and self.learns_thresholds:
+            codes, penalty = self._codes_to_learn_from(centred, weight, bias)
+        else:
+            codes = self._codes(centred, weight, bias, selection or self.selection)
         rebuilt = [self._decode_rows(codes)] if len(self.groups) == 1 else self._prefixes(codes)
         errors = torch.stack([squared_error(z, each) for each in rebuilt])
+        if penalty is not None:
+            codes = drop_zeros(codes)
         fired = codes.column_counts() > 0
         idle = self.tokens_since_fired
         if not self.aux.lagged:
@@ -178,7 +185,7 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
         aux = self._aux_loss(centred, weight, bias, residual, idle)
         weights = torch.tensor(self.group_weights, device=errors.device)
         return SaeLoss(
-            (errors * weights).sum() + aux,
+            (errors * weights).sum() + aux + (0.0 if penalty is None else penalty),
             errors[-1].detach(),
             aux.detach(),
             fraction_unexplained(z, errors[-1].detach()),
@@ -188,7 +195,17 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
             fired,
             find_smallest(codes, by_row=isinstance(self.selection, TopK)),
             len(rows),
+            None if penalty is None else penalty.detach(),
         )
+
+    def _codes_to_learn_from(
+        self, rows: Tensor, weight: Tensor, bias: Tensor
+    ) -> tuple[SparseRows, Tensor]:
+        """Codes with those of 0 near their threshold, and what active ones cost."""
+        selection = self.selection
+        assert isinstance(selection, JumpReLU)
+        codes, count = encode_near(rows, weight, bias, self.log_threshold, selection.bandwidth)
+        return codes, selection.weight(int(self.steps)) * count
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -204,6 +221,8 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
             result: of the batch that the step learned from.
         """
         self.constrain()
+        if self.learns_thresholds:
+            self.thresholds.copy_(self.log_threshold.float().exp())
         idle = self.tokens_since_fired + result.tokens
         self.tokens_since_fired.copy_(torch.where(result.fired, 0, idle))
         fitted = not isinstance(self.selection, JumpReLU)  # whose thresholds stay

@@ -15,7 +15,8 @@ from dreamreader.training.parts import Positive
 
 Score = Literal["l2", "l2_squared", "entropy", "entropy_low", "leverage", "uniform"]
 Control = Literal["random_decoder", "random_encoder", "shuffled"]
-SWEPT = ("d_sae", "k", "l", "score", "rule")
+SWEPT = ("d_sae", "k", "l", "score", "rule", "sparsity")
+_OF_SELECTION = ("k", "l", "score", "rule", "update_every", "sparsity", "bandwidth", "warmup")
 
 
 class AutoencoderSpec(Part):
@@ -34,6 +35,11 @@ class AutoencoderSpec(Part):
         None, description="SampledTopK: the top columns, or drawn by the score."
     )
     update_every: Count | None = Field(None, description="SampledTopK: steps of a pool.")
+    sparsity: Positive | list[Positive] | None = Field(
+        None, description="JumpReLU: weight of an active latent, from which thresholds learn."
+    )
+    bandwidth: Positive | None = Field(None, description="JumpReLU: window around a threshold.")
+    warmup: Count | None = Field(None, description="JumpReLU: steps in which the weight rises.")
     groups: list[Count] | None = Field(None, description="Widths of Matryoshka prefixes.")
     rescale: bool = False
     normalise: Literal["none", "average_norm", "standardise", "constant_norm", "layer_norm"] = (
@@ -66,7 +72,7 @@ class AutoencoderSpec(Part):
 
     def selection_for(self, seed: int) -> Selection:
         """The selection; the seed is of what it draws."""
-        own = {name: getattr(self, name) for name in ("k", "l", "score", "rule", "update_every")}
+        own = {name: getattr(self, name) for name in _OF_SELECTION}
         given = {name: value for name, value in own.items() if value is not None}
         if self.selection == "SampledTopK":
             given["seed"] = seed
@@ -75,13 +81,22 @@ class AutoencoderSpec(Part):
     @property
     def title(self) -> str:
         """Its name in tables."""
-        shown = {name: getattr(self, name) for name in ("k", "l", "score", "rule")}
+        shown = {name: getattr(self, name) for name in ("k", "l", "score", "rule", "sparsity")}
         parts = [
             f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in shown.items() if v
         ]
         more = [f"groups={'+'.join(map(str, self.groups))}"] if self.groups else []
         fields = type(self).model_fields
-        for name in ("update_every", "rescale", "normalise", "aligned", "threshold_rule", "aux"):
+        for name in (
+            "update_every",
+            "bandwidth",
+            "warmup",
+            "rescale",
+            "normalise",
+            "aligned",
+            "threshold_rule",
+            "aux",
+        ):
             if (value := getattr(self, name)) != fields[name].default:
                 more.append(name if value is True else f"{name}={value}")
         return " ".join([self.selection, f"d={self.d_sae}", *parts, *more])
