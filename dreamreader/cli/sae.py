@@ -97,6 +97,10 @@ def dashboard(
     branch: Annotated[str | None, typer.Option(help="Guidance branch.")] = "cond",
     steps: Annotated[int | None, typer.Option(help="Denoising steps of a run.", min=1)] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("latents.html"),
+    neuronpedia: Annotated[
+        Path | None,
+        typer.Option(help="Of a language model: also write Neuronpedia's feature objects."),
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
 ) -> None:
@@ -108,7 +112,7 @@ def dashboard(
     """
     from dreamreader.cli.console import console
     from dreamreader.errors import InvalidInput
-    from dreamreader.sae import collect_examples, write_dashboard
+    from dreamreader.sae import collect_examples, write_dashboard, write_neuronpedia
     from dreamreader.specs.subject import is_language
     from dreamreader.zoo import SETTINGS, load
 
@@ -117,6 +121,10 @@ def dashboard(
     if not place:
         raise InvalidInput(f"{file} does not say its site; give --site")
     reader = load(model, device, dtype)
+    if is_language(reader) and prompts is None:
+        raise InvalidInput(f"{model} reads texts: give --prompts, a file with a text a line")
+    if neuronpedia is not None and not is_language(reader):
+        raise InvalidInput("--neuronpedia: its activations are of texts, this model draws pictures")
     rows, labels = _rows(prompts, count)
     arguments = {} if is_language(reader) else dict(SETTINGS)
     if steps is not None:
@@ -143,6 +151,11 @@ def dashboard(
         count=shown,
     )
     console().print(page)
+    if neuronpedia is not None and found.texts is not None:
+        path = write_neuronpedia(
+            found.examples, neuronpedia, found.texts, model=model, source=place, features=chosen
+        )
+        console().print(path)
 
 
 @app.command()
