@@ -120,6 +120,7 @@ def dashboard(
     place = site or sae.metadata.get("site")
     if not place:
         raise InvalidInput(f"{file} does not say its site; give --site")
+    chosen = None if features is None else _numbers(features)
     reader = load(model, device, dtype)
     if is_language(reader) and prompts is None:
         raise InvalidInput(f"{model} reads texts: give --prompts, a file with a text a line")
@@ -139,7 +140,6 @@ def dashboard(
         branch=None if is_language(reader) else branch,
         **arguments,
     )
-    chosen = None if features is None else [int(each) for each in features.split(",")]
     page = write_dashboard(
         found.examples,
         out,
@@ -195,6 +195,17 @@ def _open(file: Path, of: str | None = None) -> "SparseAutoencoder":
     if of is None and file.suffix == ".safetensors" and file.is_file():
         return SparseAutoencoder.load(file)
     return read_sae(file, of)
+
+
+def _numbers(features: str) -> list[int]:
+    from dreamreader.errors import InvalidInput
+
+    try:
+        return [int(each) for each in features.split(",")]
+    except ValueError:
+        raise InvalidInput(
+            f"--features: numbers of latents with commas between, such as 3,17, got {features!r}"
+        ) from None
 
 
 def _rows(prompts: Path | None, count: int) -> tuple[list[str], dict[str, list[str | None]]]:

@@ -74,6 +74,8 @@ def test_dashboard_writes_a_page(place: Path, tmp_path: Path) -> None:
     assert run("dashboard", place / "sae.safetensors", *more).exit_code == 0
     assert "Latent 3" in page.read_text() and "Latent 5" in page.read_text()
     texts.write_text("\n")
+    wrong = run("dashboard", place / "sae.safetensors", "--features", "3,x")
+    assert wrong.exit_code and "numbers of latents" in wrong.output
     wrong = run("dashboard", place / "sae.safetensors", "--neuronpedia", tmp_path / "n.json")
     assert wrong.exit_code and "this model draws pictures" in wrong.output
     wrong = run("dashboard", place / "sae.safetensors", "--prompts", texts)
