@@ -15,21 +15,20 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from dreamreader import _alloc
 from dreamreader.triton_kernels._selection import (
     FORMS,
     before,
-    block_of,
+    kth_order,
     load_order,
     order_of,
-    kth_order,
     warps_of,
     words,
 )
+from torch import Tensor
 
-SAMPLE = 16384  # entries from which a guess is made
+from dreamreader import _alloc
+
+SAMPLE = 8192  # entries from which a guess is made
 LIST = 256  # candidates that a program instance reads at once
 TILES = 2048  # parts of rows that keep a GPU busy
 BINS = 256  # of a digit
@@ -102,13 +101,13 @@ def _append_kernel(
     NAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    number = tl.program_id(0).to(tl.int64)
-    row, block = number // here_blocks, number % here_blocks
+    number = tl.program_id(0)
+    row, block = (number // here_blocks).to(tl.int64), number % here_blocks
     order, column = load_order(
         x_ptr,
         pool_ptr,
         row,
-        (block * BLOCK).to(tl.int32),
+        block * BLOCK,
         width,
         count,
         stride,
@@ -164,6 +163,19 @@ def chosen(histogram_ptr, wanted, DIGITS: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def _bound_kernel(
+    histogram_ptr,  # [DIGITS, 256]
+    bound_ptr,  # [2]: the K-th order, and how many of those with it are kept
+    wanted,
+    DIGITS: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    bound, ties = chosen(histogram_ptr, wanted, DIGITS, BITS)
+    tl.store(bound_ptr, bound.to(tl.int64))
+    tl.store(bound_ptr + 1, ties)
+
+
+@triton.jit
 def count_digits(histogram_ptr, order, prefix, DIGIT: tl.constexpr, BITS: tl.constexpr):
     """Adds the digits of orders that begin with `prefix` to their histogram."""
     TOP: tl.constexpr = (1 << BITS) - 1
@@ -205,16 +217,16 @@ def _digit_kernel(
     tile = tl.program_id(0).to(tl.int64)
     if holds(cursor_ptr, limit_ptr, room, wanted, TOP):
         held = tl.load(cursor_ptr)
-        prefix, _ = chosen(histogram_ptr, wanted, DIGIT, BITS)
+        prefix, rank = chosen(histogram_ptr, wanted, DIGIT, BITS)
         for first in range(tile * LIST, held, LIST * tl.num_programs(0)):
             at = first + tl.arange(0, LIST)
             order = tl.load(order_ptr + at, mask=at < held, other=TOP)  # [LIST]
             count_digits(histogram_ptr, order, prefix, DIGIT, BITS)
     elif AGAIN:
-        prefix, _ = chosen(histogram_ptr, wanted, DIGIT, BITS)
-        row, part = tile // parts, (tile % parts).to(tl.int32)
+        prefix, rank = chosen(histogram_ptr, wanted, DIGIT, BITS)
+        row, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
         for block in range(part * PER, tl.minimum(part * PER + PER, blocks)):
-            order, _ = load_order(
+            order, column = load_order(
                 x_ptr,
                 pool_ptr,
                 row,
@@ -237,7 +249,7 @@ def _tally_kernel(
     pool_ptr,  # [P]
     limit_ptr,  # []
     cursor_ptr,  # []
-    histogram_ptr,  # [DIGITS, 256]
+    bound_ptr,  # [2]
     place_ptr,  # [N, BLOCKS]
     many_ptr,  # [N, BLOCKS]
     order_ptr,  # [ROOM]
@@ -249,7 +261,7 @@ def _tally_kernel(
     blocks,
     parts,
     stride,
-    DIGITS: tl.constexpr,
+    ALL: tl.constexpr,
     AGAIN: tl.constexpr,
     PER: tl.constexpr,
     POOL: tl.constexpr,
@@ -261,13 +273,13 @@ def _tally_kernel(
 ):
     TOP: tl.constexpr = (1 << BITS) - 1
     tile = tl.program_id(0).to(tl.int64)
-    row, part = tile // parts, (tile % parts).to(tl.int32)
+    row, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
     less, equal = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
-    if DIGITS == 0:  # all of them are kept
+    if ALL:
         for block in range(part * PER, tl.minimum(part * PER + PER, blocks)):
             less += tl.load(many_ptr + row * blocks + block)
     else:
-        bound, _ = chosen(histogram_ptr, wanted, DIGITS, BITS)
+        bound = tl.load(bound_ptr).to(tl.int32)
         if holds(cursor_ptr, limit_ptr, room, wanted, TOP):
             for block in range(part * PER, tl.minimum(part * PER + PER, blocks)):
                 place = tl.load(place_ptr + row * blocks + block)
@@ -279,7 +291,7 @@ def _tally_kernel(
                     equal += tl.sum(((order == bound) & (order < TOP)).to(tl.int32))
         elif AGAIN:
             for block in range(part * PER, tl.minimum(part * PER + PER, blocks)):
-                order, _ = load_order(
+                order, column = load_order(
                     x_ptr,
                     pool_ptr,
                     row,
@@ -314,12 +326,15 @@ def put(
 ):
     """Writes what is kept of a vector; int64, int64: how many are below and at the bound so far."""
     below, at_bound = order < bound, (order == bound) & (order < TOP)
-    before_equal = equal + before(at_bound)
-    # Of those at the bound the first `ties` are kept, so that this many are before each.
-    at = less + before(below) + tl.minimum(before_equal, ties)
-    kept = (below | (at_bound & (before_equal < ties))) & (at < slots)
-    tl.store(value_ptr + at, (TOP - order).to(value_ptr.dtype.element_ty), mask=kept)
-    tl.store(column_ptr + at, column, mask=kept)
+    # Of those at the bound the first `ties` are kept, so that as many or all are before each.
+    base = less + tl.minimum(equal, ties)
+    left = tl.minimum(tl.maximum(ties - equal, 0), 1 << 30).to(tl.int32)
+    free = tl.minimum(slots - base, 1 << 30).to(tl.int32)
+    before_equal = before(at_bound)
+    at = before(below) + tl.minimum(before_equal, left)
+    kept = (below | (at_bound & (before_equal < left))) & (at < free)
+    tl.store(value_ptr + base + at, (TOP - order).to(value_ptr.dtype.element_ty), mask=kept)
+    tl.store(column_ptr + base + at, column, mask=kept)
     less += tl.sum(below.to(tl.int32))
     equal += tl.sum(at_bound.to(tl.int32))
     return less, equal
@@ -331,7 +346,7 @@ def _write_kernel(
     pool_ptr,  # [P]
     limit_ptr,  # []
     cursor_ptr,  # []
-    histogram_ptr,  # [DIGITS, 256]
+    bound_ptr,  # [2]
     place_ptr,  # [N, BLOCKS]
     many_ptr,  # [N, BLOCKS]
     order_ptr,  # [ROOM]
@@ -349,7 +364,7 @@ def _write_kernel(
     blocks,
     parts,
     stride,
-    DIGITS: tl.constexpr,
+    ALL: tl.constexpr,
     AGAIN: tl.constexpr,
     PER: tl.constexpr,
     POOL: tl.constexpr,
@@ -361,12 +376,12 @@ def _write_kernel(
 ):
     TOP: tl.constexpr = (1 << BITS) - 1
     tile, tiles = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    row, part = tile // parts, (tile % parts).to(tl.int32)
+    row, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
     held = holds(cursor_ptr, limit_ptr, room, wanted, TOP)
-    if DIGITS == 0:
+    if ALL:
         bound, ties = tl.full([], TOP, tl.int32), tl.full([], 0, tl.int64)
     else:
-        bound, ties = chosen(histogram_ptr, wanted, DIGITS, BITS)
+        bound, ties = tl.load(bound_ptr).to(tl.int32), tl.load(bound_ptr + 1)
     less = tl.load(end_ptr + tile - 1, mask=tile > 0, other=0)
     equal = tl.load(end_ptr + tiles + tile - 1, mask=tile > 0, other=0)
     if part == 0:
@@ -374,7 +389,7 @@ def _write_kernel(
     total = tl.load(end_ptr + tiles - 1) + tl.minimum(tl.load(end_ptr + 2 * tiles - 1), ties)
     if tile == tiles - 1:
         tl.store(row_ptr + row + 1, total)
-        if DIGITS > 0:
+        if not ALL:
             tl.store(threshold_ptr, (TOP - bound).to(threshold_ptr.dtype.element_ty))
     if held:
         for block in range(part * PER, tl.minimum(part * PER + PER, blocks)):
@@ -408,7 +423,7 @@ def _write_kernel(
             )
     # Slots of no entry: all of them where a selection without a bound has too few.
     empty = total
-    if DIGITS == 0:
+    if ALL:
         empty = tl.where(held, total, 0)
     for first in range(empty + tile * LIST, slots, LIST * tiles):
         at = first + tl.arange(0, LIST)
@@ -416,7 +431,7 @@ def _write_kernel(
         tl.store(column_ptr + at, tl.full([LIST], -1, tl.int32), mask=at < slots)
 
 
-def guess(wanted: int, size: int, margin: float) -> tuple[int, int]:
+def guess(wanted: int, size: int, margin: float, of: int | None = None) -> tuple[int, int]:
     """Which order of a sample to take as the guess, and room for the candidates it gives.
 
     The sample has about `hits` of the K first. The guess lies four standard deviations and a
@@ -425,14 +440,16 @@ def guess(wanted: int, size: int, margin: float) -> tuple[int, int]:
     Args:
         wanted: K, 1 or more.
         size: of the matrix.
-        margin: by which a sample of few rows may be wrong beyond that.
+        margin: by which the share of large entries in what is sampled may be wrong.
+        of: how many entries the sample is drawn from, all by default.
 
     Returns:
         A rank in the sample, and a number of entries.
     """
-    if size <= SAMPLE:
+    sample = min(SAMPLE, size if of is None else of)
+    if sample == size:
         return wanted, size
-    hits = wanted * SAMPLE / size
+    hits = wanted * sample / size
     rank = int(margin * hits + 4 * hits**0.5) + 2
     return rank, min(size, int(wanted * (rank + 6 * rank**0.5 + 6) / hits))
 
@@ -566,16 +583,26 @@ class Candidates:
                 *state, self.histogram, self.order, self.room, *sizes, DIGIT=digit, **fixed
             )
             self._again("digit", digit)
+        everything, bound = not self.wanted, self._empty(torch.int64, 2)
+        if not everything:
+            _bound_kernel[(1,)](
+                self.histogram, bound, self.wanted, DIGITS=self.digits, BITS=self.form.bits
+            )
         _tally_kernel[(tiles,)](
-            *state, self.histogram, *lists, tally, self.room, *sizes, DIGITS=self.digits, **fixed
+            *state, bound, *lists, tally, self.room, *sizes, ALL=everything, **fixed
         )
-        self._again("tally", tally)
+        self._again("tally", bound, tally)
         end = tally.cumsum(1, dtype=torch.int64)
         slots = len(columns)
-        out = words(values), row_ptr, columns, self.cursor if threshold is None else words(threshold)
+        out = (
+            words(values),
+            row_ptr,
+            columns,
+            self.cursor if threshold is None else words(threshold),
+        )
         _write_kernel[(tiles,)](
             *state,
-            self.histogram,
+            bound,
             *lists,
             self.column,
             end,
@@ -583,13 +610,11 @@ class Candidates:
             slots,
             self.room,
             *sizes,
-            DIGITS=self.digits,
+            ALL=everything,
             **fixed,
         )
-        self._again("write", end, *out[:1], columns)
+        self._again("write", bound, end, *out[:1], columns)
 
     def _again(self, *what: Any) -> None:
         if self.again is not None:
             self.again(*what)
-
-

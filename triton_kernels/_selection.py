@@ -46,8 +46,8 @@ def block_of(width: int) -> int:
 
 
 def warps_of(block: int) -> int:
-    """Warps of a program instance: 32 entries or fewer for a thread."""
-    return min(16, max(4, block // 1024))
+    """Warps of a program instance: 16 entries or fewer for a thread."""
+    return min(16, max(4, block // 512))
 
 
 @triton.jit
@@ -96,6 +96,6 @@ def kth_order(order, other, rank, low, high):
 
 @triton.jit
 def before(there):
-    """int64: how many are there before each one."""
+    """int32: how many are there before each one."""
     here = there.to(tl.int32)
-    return (tl.cumsum(here, 0) - here).to(tl.int64)
+    return (tl.cumsum(here, 0) - here).to(tl.int32)

@@ -1,9 +1,8 @@
 """The largest positive entries of all rows together in Triton: see `_candidates`."""
 
-from torch import Tensor
-
 from dreamreader.triton_kernels._candidates import Candidates, guess
 from dreamreader.triton_kernels._selection import FORMS, block_of
+from torch import Tensor
 
 MARGIN = 1.1  # candidates beyond K that are wanted
 

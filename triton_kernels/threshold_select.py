@@ -1,10 +1,9 @@
 """The positive entries above a threshold in Triton: every candidate is kept, see `_candidates`."""
 
 import torch
-from torch import Tensor
-
 from dreamreader.triton_kernels._candidates import Candidates
 from dreamreader.triton_kernels._selection import FORMS, block_of, words
+from torch import Tensor
 
 
 def supported(x: Tensor) -> bool:

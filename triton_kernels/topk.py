@@ -9,9 +9,6 @@ exist. Equal entries stay in order, as a list holds smaller columns than the blo
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from dreamreader import _alloc
 from dreamreader.triton_kernels._selection import (
     FORMS,
     before,
@@ -21,6 +18,9 @@ from dreamreader.triton_kernels._selection import (
     warps_of,
     words,
 )
+from torch import Tensor
+
+from dreamreader import _alloc
 
 MAX_K = 1024  # entries of a list that a program instance holds
 
@@ -106,7 +106,9 @@ def _emit_kernel(
     tl.store(row_ptr + row + 1, end)
     # Slots of no entry: each row's share of what all rows left over.
     at = tl.load(end_ptr + rows - 1) + row * k - begin + slot
-    tl.store(value_ptr + at, tl.zeros([LIST], value_ptr.dtype.element_ty), mask=slot < k - end + begin)
+    tl.store(
+        value_ptr + at, tl.zeros([LIST], value_ptr.dtype.element_ty), mask=slot < k - end + begin
+    )
     tl.store(column_ptr + at, tl.full([LIST], -1, tl.int32), mask=slot < k - end + begin)
 
 

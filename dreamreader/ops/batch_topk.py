@@ -1,5 +1,7 @@
 """The largest positive entries of all rows together."""
 
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from dreamreader.ops._selection import (
 )
 from dreamreader.ops.sparse_rows import SparseRows
 
+TRITON = "dreamreader.triton_kernels.batch_topk"
 Found = tuple[Tensor, Tensor, Tensor, Tensor]  # values, threshold, row_ptr, columns
 
 
@@ -106,6 +109,20 @@ def batch_topk_reference(x: Tensor, count: int, pool: Tensor | None) -> Found:
 
 
 def _cpu(x: Tensor, count: int, pool: Tensor | None) -> Found:
+    def run(*arguments: Any) -> None:
+        _native.batch_topk_cpu(*arguments, torch.get_num_threads())
+
+    return _select(run, x, count, pool)
+
+
+def _triton(x: Tensor, count: int, pool: Tensor | None) -> Found:
+    kernel = import_module(TRITON)
+    if not kernel.supported(x):
+        return batch_topk_reference(x, count, pool)
+    return _select(kernel.batch_topk, x, count, pool)
+
+
+def _select(run: Callable[..., None], x: Tensor, count: int, pool: Tensor | None) -> Found:
     slots = _slots(x, count, pool)
     threshold = _alloc.empty((), dtype=x.dtype, device=x.device)
     if slots == 0:
@@ -113,8 +130,7 @@ def _cpu(x: Tensor, count: int, pool: Tensor | None) -> Found:
         return values, threshold.zero_(), row_ptr, columns
     values, row_ptr, columns = empty_rows(x, slots)
     pool = None if pool is None else pool.contiguous()
-    out = values, row_ptr, columns, threshold
-    _native.batch_topk_cpu(dense_rows(x), slots, pool, *out, torch.get_num_threads())
+    run(dense_rows(x), slots, pool, values, row_ptr, columns, threshold)
     return values, threshold if slots == count else threshold.zero_(), row_ptr, columns
 
 
@@ -135,6 +151,7 @@ _batch_topk = register(
     reference=batch_topk_reference,
     fake=_fake,
     cpu=Kernel("batch_topk_cpu", _cpu),
+    triton=Kernel(TRITON, _triton),
     setup_context=setup_context,
     backward=_backward,
     twice=_backward,

@@ -1,5 +1,6 @@
 """The positive entries above a threshold, one for all columns or one for each."""
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from dreamreader.ops._selection import (
     dense_rows,
     eligible,
     empty_rows,
+    no_entries,
     rows_of_mask,
     setup_context,
     sparse_rows,
 )
 from dreamreader.ops.sparse_rows import SparseRows
 
+TRITON = "dreamreader.triton_kernels.threshold_select"
 _FIRST = 128  # entries of a row for which there is room at first
 
 
@@ -104,6 +107,17 @@ def _cpu(x: Tensor, threshold: Tensor, slots: int) -> Rows:
     return found
 
 
+def _triton(x: Tensor, threshold: Tensor, slots: int) -> Rows:
+    kernel = import_module(TRITON)
+    if not kernel.supported(x):
+        return threshold_select_reference(x, threshold, slots)
+    if not x.numel():
+        return no_entries(x, slots)
+    found = empty_rows(x, slots)
+    kernel.threshold_select(dense_rows(x), threshold.contiguous(), *found)
+    return found
+
+
 def _fake(x: Tensor, threshold: Tensor, slots: int) -> Rows:
     return empty_rows(x, slots)
 
@@ -116,6 +130,7 @@ _threshold_select = register(
     reference=threshold_select_reference,
     fake=_fake,
     cpu=Kernel("threshold_select_cpu", _cpu),
+    triton=Kernel(TRITON, _triton),
     setup_context=setup_context,
     backward=backward,
     twice=backward,

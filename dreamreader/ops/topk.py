@@ -1,5 +1,7 @@
 """The k largest positive entries of each row."""
 
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from dreamreader.ops._selection import (
     sparse_rows,
 )
 from dreamreader.ops.sparse_rows import SparseRows
+
+TRITON = "dreamreader.triton_kernels.topk"
 
 
 def topk(x: Float[Tensor, "rows width"], k: int) -> SparseRows:
@@ -73,11 +77,25 @@ def topk_reference(x: Tensor, k: int) -> Rows:
 
 
 def _cpu(x: Tensor, k: int) -> Rows:
+    def run(x: Tensor, k: int, *out: Tensor) -> None:
+        _native.topk_cpu(x, k, *out, torch.get_num_threads())
+
+    return _select(run, x, k)
+
+
+def _triton(x: Tensor, k: int) -> Rows:
+    kernel = import_module(TRITON)
+    if not kernel.supported(x, min(k, x.shape[1])):
+        return topk_reference(x, k)
+    return _select(kernel.topk, x, k)
+
+
+def _select(run: Callable[..., None], x: Tensor, k: int) -> Rows:
     rows, k = x.shape[0], min(k, x.shape[1])
     if rows * k == 0:
         return no_entries(x, 0)
     found = empty_rows(x, rows * k)
-    _native.topk_cpu(dense_rows(x), k, *found, torch.get_num_threads())
+    run(dense_rows(x), k, *found)
     return found
 
 
@@ -93,6 +111,7 @@ _topk = register(
     reference=topk_reference,
     fake=_fake,
     cpu=Kernel("topk_cpu", _cpu),
+    triton=Kernel(TRITON, _triton),
     setup_context=setup_context,
     backward=backward,
     twice=backward,
