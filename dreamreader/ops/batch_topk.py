@@ -11,6 +11,7 @@ from torch import Tensor
 from dreamreader import _alloc
 from dreamreader._register import Kernel, native, register
 from dreamreader.errors import InvalidInput
+from dreamreader.ops._arguments import check_count, refuse
 from dreamreader.ops._selection import backward as _backward
 from dreamreader.ops._selection import (
     check_matrix,
@@ -48,8 +49,9 @@ def batch_topk(
         values goes to the entries that were kept; none goes through the threshold.
 
     Raises:
-        InvalidInput: x is not [rows, width] of floating point, count is negative, or the pool is
-            not int32 [columns] on the device of x, ascending and below the width.
+        InvalidInput: x is not [rows, width] of floating point, count is no whole number of 0 or
+            more, or the pool is not int32 [columns] on the device of x, ascending and below the
+            width.
 
     Example:
         >>> import torch
@@ -61,8 +63,7 @@ def batch_topk(
         Bussmann, Leask and Nanda, BatchTopK sparse autoencoders (2024), equation 3.
     """
     check_matrix("batch_topk", x)
-    if count < 0:
-        raise InvalidInput(f"batch_topk: count must be 0 or more, got {count}")
+    check_count("batch_topk", "count", count)
     if pool is not None:
         check_pool("batch_topk", pool, x)
     return sparse_rows(_batch_topk(x, count, pool), x.shape[1])
@@ -71,8 +72,10 @@ def batch_topk(
 def check_pool(name: str, pool: Tensor, x: Tensor, width: int | None = None) -> None:
     """Raises InvalidInput unless `pool` can be columns of x; those on a GPU are not read."""
     width = x.shape[1] if width is None else width
+    wanted = f"int32 [columns] on {x.device}"
+    if not isinstance(pool, Tensor):
+        refuse(name, "the pool", wanted, pool)
     if pool.dtype != torch.int32 or pool.dim() != 1 or pool.device != x.device:
-        wanted = f"int32 [columns] on {x.device}"
         got = f"{str(pool.dtype).removeprefix('torch.')} {list(pool.shape)} on {pool.device}"
         raise InvalidInput(f"{name}: the pool must be {wanted}, got {got}")
     if not pool.is_cpu or torch.compiler.is_compiling() or not len(pool):

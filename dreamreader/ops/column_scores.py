@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dreamreader import _alloc
 from dreamreader._register import Kernel, native, register
-from dreamreader.errors import InvalidInput
+from dreamreader.ops._arguments import check_choice
 from dreamreader.ops._selection import check_matrix, dense_rows, eligible
 
 TRITON = "dreamreader.triton_kernels.column_scores"
@@ -46,8 +46,7 @@ def column_scores(x: Float[Tensor, "rows width"], score: str = "l2") -> Float[Te
         guarantees (2015), definition 1, with samples and features exchanged.
     """
     check_matrix("column_scores", x)
-    if score not in SCORES:
-        raise InvalidInput(f"column_scores: score must be one of {', '.join(SCORES)}, got {score}")
+    check_choice("column_scores", "score", score, SCORES)
     x = x.detach()
     if score == "uniform":
         return x.new_ones(x.shape[1], dtype=torch.float32)

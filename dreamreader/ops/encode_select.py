@@ -11,6 +11,7 @@ from torch import Tensor
 from dreamreader import _alloc
 from dreamreader._register import Kernel, native, register
 from dreamreader.errors import InvalidInput
+from dreamreader.ops._arguments import check_choice, check_count, check_tensor
 from dreamreader.ops._selection import check_matrix, dense_rows, empty_rows, no_entries
 from dreamreader.ops.batch_topk import Found, batch_topk_reference, check_pool
 from dreamreader.ops.sparse_rows import SparseRows
@@ -310,6 +311,12 @@ def _check(
     """Raises InvalidInput unless the arguments belong together."""
     check_matrix("encode_select", x)
     check_matrix("encode_select", weight, "weight")
+    for name, each in (("bias", bias), ("threshold", threshold), ("pool", pool)):
+        if each is not None:
+            check_tensor("encode_select", name, each, "a tensor or None")
+    check_choice("encode_select", "rule", rule, RULES)
+    for name, number in (("count", count), ("slots", 0 if slots is None else slots)):
+        check_count("encode_select", name, number)
     if weight.shape[1] != x.shape[1]:
         raise InvalidInput(
             f"encode_select: x has {x.shape[1]} features, weight takes {weight.shape[1]}; it must "
@@ -324,12 +331,6 @@ def _check(
                 f"encode_select: {name} is {each.dtype} on {each.device}, x is {x.dtype} on "
                 f"{x.device}; convert one of them"
             )
-    if rule not in RULES:
-        raise InvalidInput(f"encode_select: rule must be one of {', '.join(RULES)}, got {rule}")
-    if count < 0 or (slots is not None and slots < 0):
-        raise InvalidInput(
-            f"encode_select: count and slots must be 0 or more, got {count}, {slots}"
-        )
     if (threshold is None) == (rule == "threshold"):
         raise InvalidInput(
             "encode_select: a threshold goes with the rule threshold, and only there"

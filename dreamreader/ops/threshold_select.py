@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dreamreader._register import Kernel, native, register
 from dreamreader.errors import InvalidInput
+from dreamreader.ops._arguments import check_count, refuse
 from dreamreader.ops._selection import (
     Rows,
     backward,
@@ -63,8 +64,8 @@ def threshold_select(
     """
     check_matrix("threshold_select", x)
     check_threshold("threshold_select", threshold, x, x.shape[1])
-    if slots is not None and slots < 0:
-        raise InvalidInput(f"threshold_select: slots must be 0 or more, got {slots}")
+    if slots is not None:
+        check_count("threshold_select", "slots", slots)
     room = x.shape[0] * min(_FIRST, x.shape[1]) if slots is None else slots
     found = _threshold_select(x, threshold, room)
     if slots is None and (needed := int(found[1][-1])) > room:
@@ -74,6 +75,8 @@ def threshold_select(
 
 def check_threshold(name: str, threshold: Tensor, x: Tensor, width: int) -> None:
     """Raises InvalidInput unless `threshold` is float32, [] or [width], beside x."""
+    if not isinstance(threshold, Tensor):
+        refuse(name, "the threshold", f"float32 [] or [{width}] on {x.device}", threshold)
     right = threshold.dtype == torch.float32 and list(threshold.shape) in ([], [width])
     if not right or threshold.device != x.device:
         got = f"{str(threshold.dtype).removeprefix('torch.')} {list(threshold.shape)}"

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader._register import Kernel, native, register
-from dreamreader.errors import InvalidInput
+from dreamreader.ops._arguments import check_count
 from dreamreader.ops._selection import (
     Rows,
     backward,
@@ -43,7 +43,7 @@ def topk(x: Float[Tensor, "rows width"], k: int) -> SparseRows:
         of the values goes to the entries that were kept.
 
     Raises:
-        InvalidInput: x is not [rows, width] of floating point, or k is negative.
+        InvalidInput: x is not [rows, width] of floating point, or k is no whole number or negative.
 
     Example:
         >>> import torch
@@ -55,8 +55,7 @@ def topk(x: Float[Tensor, "rows width"], k: int) -> SparseRows:
         Gao et al., Scaling and evaluating sparse autoencoders (2024), equation 2.
     """
     check_matrix("topk", x)
-    if k < 0:
-        raise InvalidInput(f"topk: k must be 0 or more, got {k}")
+    check_count("topk", "k", k)
     return sparse_rows(_topk(x, k), x.shape[1])
 
 

@@ -40,12 +40,13 @@ class Kernel:
     launches: Callable[[Any], Sequence[int]] = lambda case: (1,)
 
 
-def triton_of(module: str, few: Sequence[Any]) -> Kernel:
+def triton_of(module: str, few: Sequence[Any], ulps: int = 1) -> Kernel:
     """The Triton implementation of an operator, called as the operator is: see `gather`.
 
     Args:
         module: of the operator.
         few: the cases in the interpreter, for which a program instance takes long.
+        ulps: of the largest value beyond the rule, in float32.
     """
 
     def load() -> Callable:
@@ -55,7 +56,7 @@ def triton_of(module: str, few: Sequence[Any]) -> Kernel:
     return Kernel(
         load,
         lambda dtype: few if dtype == torch.float32 else few[1::3],
-        ulps=32,
+        ulps=ulps,
         repeat=4,
     )
 

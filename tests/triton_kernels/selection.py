@@ -13,6 +13,7 @@ WORDS = {"bf16": "i16", "fp32": "i32"}
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 VALUES = ("x_ptr", "weight_ptr", "bias_ptr")
 LONG = ("cursor_ptr", "histogram_ptr", "place_ptr", "end_ptr", "row_ptr", "bound_ptr")
+SIZES = ("width", "count", "d")
 by_type = pytest.mark.parametrize(("dtype", "arch"), [("bf16", 90), ("fp32", 80)], ids=str)
 
 
@@ -42,7 +43,7 @@ def compile_selection(
             signature[name] = "*i64"
         elif name not in fixed:
             signature[name] = "*i32" if name.endswith("_ptr") else "i32"
-    even = [(each,) for each in signature if each.endswith(("ptr", "stride")) or each == "width"]
+    even = [(each,) for each in signature if each.endswith(("ptr", "stride")) or each in SIZES]
     held = {(name,): value for name, value in fixed.items()}
     code = compile_ahead(kernel, signature, held, even, arch, num_warps=warps)
     within_limits(code, arch)

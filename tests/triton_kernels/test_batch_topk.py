@@ -54,20 +54,18 @@ def test_the_order_of_the_list_does_not_show(monkeypatch: pytest.MonkeyPatch):
     small_blocks(monkeypatch)
     append = module.Candidates.append
 
-    def shuffled(self: Any, *args: Any) -> None:
+    def reversed_append(self: Any, *args: Any) -> None:
         append(self, *args)
-        for at in range(1, self.many.numel()):
-            place, many = (each.flatten() for each in (self.place, self.many))
-            first, other = place[at - 1], place[at]
-            here = slice(int(first), int(other) + int(many[at]))
-            turn = int(many[at - 1])
-            for each in (self.order, self.column):
-                each[here] = torch.cat([each[here][turn:], each[here][:turn]])
-            place[at - 1], place[at] = first + many[at], first
-            self.place.copy_(place.view_as(self.place))
-            break
+        at, places, counts = 0, self.place.flatten(), self.many.flatten().tolist()
+        lists = [each.clone() for each in (self.order, self.column)]
+        assert sum(counts) <= self.room and sum(map(bool, counts)) > 2
+        for tile in range(len(counts) - 1, -1, -1):
+            place, many = int(places[tile]), counts[tile]
+            for old, new in zip(lists, (self.order, self.column), strict=True):
+                new[at : at + many] = old[place : place + many]
+            self.place.view(-1)[tile], at = at, at + many
 
-    monkeypatch.setattr(module.Candidates, "append", shuffled)
+    monkeypatch.setattr(module.Candidates, "append", reversed_append)
     run(matrix("half_ties", (3, 150), torch.bfloat16), 60)
 
 
