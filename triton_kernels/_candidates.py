@@ -34,7 +34,7 @@ TILES = 2048  # parts of rows that keep a GPU busy
 BINS = 256  # of a digit
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rank"])
 def _guess_kernel(
     x_ptr,  # [N, F]
     pool_ptr,  # [P]
@@ -76,7 +76,7 @@ def _guess_kernel(
         tl.store(place, tl.zeros([256], tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room", "first", "first_block", "here_blocks", "blocks"])
 def _append_kernel(
     x_ptr,  # [N, W]
     pool_ptr,  # [P]
@@ -162,7 +162,7 @@ def chosen(histogram_ptr, wanted, DIGITS: tl.constexpr, BITS: tl.constexpr):
     return tl.where(short, TOP, prefix), tl.where(short, 0, rank)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["wanted"])
 def _bound_kernel(
     histogram_ptr,  # [DIGITS, 256]
     bound_ptr,  # [2]: the K-th order, and how many of those with it are kept
@@ -188,7 +188,7 @@ def count_digits(histogram_ptr, order, prefix, DIGIT: tl.constexpr, BITS: tl.con
     tl.atomic_add(place, counts.to(tl.int64), mask=counts > 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room", "wanted", "blocks", "parts", "per"])
 def _digit_kernel(
     x_ptr,  # [N, F]
     pool_ptr,  # [P]
@@ -202,10 +202,10 @@ def _digit_kernel(
     count,
     blocks,
     parts,
+    per,
     stride,
     DIGIT: tl.constexpr,
     AGAIN: tl.constexpr,
-    PER: tl.constexpr,
     POOL: tl.constexpr,
     BITS: tl.constexpr,
     INFINITY: tl.constexpr,
@@ -225,7 +225,7 @@ def _digit_kernel(
     elif AGAIN:
         prefix, rank = chosen(histogram_ptr, wanted, DIGIT, BITS)
         row, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
-        for block in range(part * PER, tl.minimum(part * PER + PER, blocks)):
+        for block in range(part * per, tl.minimum(part * per + per, blocks)):
             order, column = load_order(
                 x_ptr,
                 pool_ptr,
@@ -243,7 +243,7 @@ def _digit_kernel(
             count_digits(histogram_ptr, order, prefix, DIGIT, BITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room", "wanted", "blocks", "parts", "per"])
 def _tally_kernel(
     x_ptr,  # [N, F]
     pool_ptr,  # [P]
@@ -260,10 +260,10 @@ def _tally_kernel(
     count,
     blocks,
     parts,
+    per,
     stride,
     ALL: tl.constexpr,
     AGAIN: tl.constexpr,
-    PER: tl.constexpr,
     POOL: tl.constexpr,
     BITS: tl.constexpr,
     INFINITY: tl.constexpr,
@@ -276,12 +276,12 @@ def _tally_kernel(
     row, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
     less, equal = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
     if ALL:
-        for block in range(part * PER, tl.minimum(part * PER + PER, blocks)):
+        for block in range(part * per, tl.minimum(part * per + per, blocks)):
             less += tl.load(many_ptr + row * blocks + block)
     else:
         bound = tl.load(bound_ptr).to(tl.int32)
         if holds(cursor_ptr, limit_ptr, room, wanted, TOP):
-            for block in range(part * PER, tl.minimum(part * PER + PER, blocks)):
+            for block in range(part * per, tl.minimum(part * per + per, blocks)):
                 place = tl.load(place_ptr + row * blocks + block)
                 many = tl.load(many_ptr + row * blocks + block)
                 for first in range(0, many, LIST):
@@ -290,7 +290,7 @@ def _tally_kernel(
                     less += tl.sum((order < bound).to(tl.int32))
                     equal += tl.sum(((order == bound) & (order < TOP)).to(tl.int32))
         elif AGAIN:
-            for block in range(part * PER, tl.minimum(part * PER + PER, blocks)):
+            for block in range(part * per, tl.minimum(part * per + per, blocks)):
                 order, column = load_order(
                     x_ptr,
                     pool_ptr,
@@ -340,7 +340,7 @@ def put(
     return less, equal
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "room", "wanted", "blocks", "parts", "per"])
 def _write_kernel(
     x_ptr,  # [N, F]
     pool_ptr,  # [P]
@@ -363,10 +363,10 @@ def _write_kernel(
     count,
     blocks,
     parts,
+    per,
     stride,
     ALL: tl.constexpr,
     AGAIN: tl.constexpr,
-    PER: tl.constexpr,
     POOL: tl.constexpr,
     BITS: tl.constexpr,
     INFINITY: tl.constexpr,
@@ -392,7 +392,7 @@ def _write_kernel(
         if not ALL:
             tl.store(threshold_ptr, (TOP - bound).to(threshold_ptr.dtype.element_ty))
     if held:
-        for block in range(part * PER, tl.minimum(part * PER + PER, blocks)):
+        for block in range(part * per, tl.minimum(part * per + per, blocks)):
             place = tl.load(place_ptr + row * blocks + block)
             many = tl.load(many_ptr + row * blocks + block)
             for first in range(0, many, LIST):
@@ -403,7 +403,7 @@ def _write_kernel(
                     order, column, less, equal, bound, ties, slots, value_ptr, column_ptr, TOP
                 )
     elif AGAIN:
-        for block in range(part * PER, tl.minimum(part * PER + PER, blocks)):
+        for block in range(part * per, tl.minimum(part * per + per, blocks)):
             order, column = load_order(
                 x_ptr,
                 pool_ptr,
@@ -565,10 +565,9 @@ class Candidates:
         source = self.order if x is None else words(x)
         state = source, self.limit if pool is None else pool, self.limit, self.cursor
         width, stride = (0, 0) if x is None else (x.shape[1], x.stride(0))
-        sizes = self.wanted, width, self.count, self.blocks, self.parts, stride
+        sizes = self.wanted, width, self.count, self.blocks, self.parts, self.per, stride
         fixed: dict[str, Any] = {
             "AGAIN": x is not None,
-            "PER": self.per,
             "POOL": pool is not None,
             **self.form.constants(),
             "BLOCK": self.block,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # entries of a row that a program instance holds
+LEAST, BLOCK = 64, 4096  # entries of a row that a program instance holds
 
 
 class Form(NamedTuple):
@@ -42,7 +42,15 @@ def words(x: Tensor) -> Tensor:
 
 def block_of(width: int) -> int:
     """Entries of a row that a program instance holds, for rows of this width."""
-    return min(BLOCK, max(16, triton.next_power_of_2(width)))
+    return size_of(width, LEAST, BLOCK)
+
+
+def size_of(count: int, least: int, most: int) -> int:
+    """A length of vectors for this many: few different ones, as each is compiled by itself."""
+    size = least
+    while size < min(count, most):
+        size = min(4 * size, most)
+    return size
 
 
 def warps_of(block: int) -> int:

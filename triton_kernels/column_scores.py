@@ -15,7 +15,7 @@ STEP = 16  # rows that are in flight together
 PARTS = 64  # of the rows, at most
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "per"])
 def _sums_kernel(
     x_ptr,  # [N, F]
     part_ptr,  # [2, PARTS, F]

@@ -15,7 +15,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from dreamreader.triton_kernels._candidates import Candidates, chosen, count_digits, guess, holds
-from dreamreader.triton_kernels._selection import FORMS, block_of, order_of
+from dreamreader.triton_kernels._selection import BLOCK, FORMS, block_of, order_of
 from dreamreader.triton_kernels.threshold_select import limits
 from dreamreader.triton_kernels.topk import MAX_K, RowLists
 from torch import Tensor
@@ -80,7 +80,7 @@ def encode_order(
     return tl.where(there & (column < width)[None, :], order, TOP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "room", "wanted", "rows", "parts", "per"])
 def _again_kernel(
     x_ptr,  # [N, D]
     weight_ptr,  # [F, D]
@@ -183,11 +183,15 @@ def supported(x: Tensor, rule: str, count: int) -> bool:
     return x.dtype in FORMS and (rule != "topk" or count <= MAX_K)
 
 
-def columns_of(rows: int, width: int, size: int) -> int:
-    """Columns of a block, a power of 2, for activations of `size` bytes."""
+def columns_of(rows: int, width: int, size: int) -> tuple[int, int]:
+    """Columns of a block of activations of `size` bytes, and of what a program instance holds."""
     step = max(LEAST, BYTES // (rows * size))
-    step = 1 << (step.bit_length() - 1)
-    return min(step, max(16, triton.next_power_of_2(width)))
+    if width <= step:
+        return width, block_of(width)
+    block = BLOCK
+    while block > step:
+        block //= 4
+    return step // block * block, block
 
 
 class Again:
@@ -265,7 +269,7 @@ class BlockSelector:
         self.lists = RowLists(x, count) if rule == "topk" else None
         if rule == "topk":
             return
-        block = block_of(columns_of(rows, width, x.element_size()))
+        _, block = columns_of(rows, width, x.element_size())
         if some is None:
             assert threshold is not None
             limit = limits(threshold, x.dtype)

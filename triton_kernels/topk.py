@@ -15,6 +15,7 @@ from dreamreader.triton_kernels._selection import (
     block_of,
     kth_order,
     load_order,
+    size_of,
     warps_of,
     words,
 )
@@ -25,7 +26,7 @@ from dreamreader import _alloc
 MAX_K = 1024  # entries of a list that a program instance holds
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "k"])
 def _merge_kernel(
     x_ptr,  # [N, W]
     old_order_ptr,  # [N, LIST]
@@ -79,7 +80,7 @@ def _merge_kernel(
     tl.store(kept_ptr + row, many)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "k"])
 def _emit_kernel(
     order_ptr,  # [N, LIST]
     list_ptr,  # [N, LIST]
@@ -118,7 +119,7 @@ class RowLists:
     def __init__(self, x: Tensor, k: int) -> None:
         """x: of the type and device, with a row for each list."""
         self.form, self.k, self.rows = FORMS[x.dtype], k, len(x)
-        self.size = max(16, triton.next_power_of_2(k))
+        self.size = size_of(k, 16, MAX_K)
 
         def empty(*shape: int) -> Tensor:
             return _alloc.empty(shape, dtype=torch.int32, device=x.device)

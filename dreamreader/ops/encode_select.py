@@ -227,7 +227,8 @@ def _run_triton(
         row, latent = (max(1, min(8, size // 64)) for size in (rows, width))
         some = _encode(x[::row], weight[::latent], None if bias is None else bias[::latent])
     selector = kernel.BlockSelector(x, weight, bias, rule, count, threshold, out[0].shape[0], some)
-    for first, block in _blocks(x, weight, bias, kernel.columns_of(rows, width, x.element_size())):
+    step, _ = kernel.columns_of(rows, width, x.element_size())
+    for first, block in _blocks(x, weight, bias, step):
         selector.add(block, first)
     selector.emit(*out)
 

@@ -56,6 +56,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         import_module(f"dreamreader.triton_kernels.{name}")
         for name in ("_selection", "_candidates")
     )
+    monkeypatch.setattr(shared, "LEAST", 32)
     monkeypatch.setattr(shared, "BLOCK", 32)
     monkeypatch.setattr(found, "SAMPLE", 64)
     monkeypatch.setattr(found, "LIST", 16)

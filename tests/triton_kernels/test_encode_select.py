@@ -35,7 +35,7 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from dreamreader.triton_kernels import encode_select as module
 
     small_blocks(monkeypatch)
-    for name, value in {"LEAST": 32, "BYTES": 1, "TILE": (16, 16, 16)}.items():
+    for name, value in {"BLOCK": 32, "LEAST": 32, "BYTES": 1, "TILE": (16, 16, 16)}.items():
         monkeypatch.setattr(module, name, value)
 
 

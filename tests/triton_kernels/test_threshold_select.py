@@ -68,6 +68,6 @@ def test_compiles_within_limits(dtype: str, arch: int):
         module._append_kernel, dtype, arch, warps_of(BLOCK), {}, EACH=True, **one
     )
     assert re.search(WIDE, ptx)
-    every = one | {"ALL": True, "AGAIN": False, "PER": 2, "LIST": module.LIST}
+    every = one | {"ALL": True, "AGAIN": False, "LIST": module.LIST}
     for kernel in (module._tally_kernel, module._write_kernel):
         compile_selection(kernel, dtype, arch, 4, {}, **every)
