@@ -37,14 +37,13 @@ def _sums_kernel(
         x = tl.load(
             x_ptr + row[:, None].to(tl.int64) * stride + column[None, :], mask=inside, other=0.0
         ).to(tl.float32)  # [STEP, BLOCK]
-        a = tl.where((x > 0) | (x != x), x, 0.0)
+        a = tl.where((x > 0) | (x != x), x, 0.0).to(tl.float64)
         if ENTROPY:
-            # S = sum a and T = sum a log a
-            logs = tl.where(a > 0, tl.log(tl.where(a > 0, a, 1.0)), 0.0)
-            first_sum += tl.sum(a.to(tl.float64), axis=0)
-            second_sum += tl.sum(a.to(tl.float64) * logs.to(tl.float64), axis=0)
+            # S = sum a and T = sum a log a: where one a is all of S, log S - T / S takes all digits
+            first_sum += tl.sum(a, axis=0)
+            second_sum += tl.sum(tl.where(a > 0, a * tl.log(tl.where(a > 0, a, 1.0)), 0.0), axis=0)
         else:
-            first_sum += tl.sum(a.to(tl.float64) * a.to(tl.float64), axis=0)
+            first_sum += tl.sum(a * a, axis=0)
     place = part_ptr + part.to(tl.int64) * width + column
     tl.store(place, first_sum, mask=column < width)
     if ENTROPY:
