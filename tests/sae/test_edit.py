@@ -120,6 +120,16 @@ def test_without_the_error_it_is_the_reconstruction():
     torch.testing.assert_close(found, sae.decode(z))
 
 
+def test_without_the_error_rows_are_encoded_once(monkeypatch):
+    sae, x, encoded = autoencoder(), activations(), []
+    real = SparseAutoencoder._encoder
+    monkeypatch.setattr(
+        SparseAutoencoder, "_encoder", lambda *given: encoded.append(1) or real(*given)
+    )
+    edited(SAEEdit(SITE, sae, [4, 1], "set", [1.0, 2.0], keep_error=False), x)
+    assert len(encoded) == 1
+
+
 def test_unlearning_turns_round_what_is_unusually_high():
     sae, x = autoencoder(), activations()
     z = sae.encode(x)
@@ -181,6 +191,18 @@ def test_it_comes_back_from_a_file(tmp_path):
         (dict(features=1, value=1.0, gate=float("nan")), "gate is NaN"),
         (dict(features=1, op="reconstruct"), "reconstruct takes no features"),
         (dict(features=1, value=1.0, alpha=float("inf")), "alpha must be a finite number"),
+        (dict(features=1, value=1.0, alpha="a"), "one for each row, got 'a'"),
+        (dict(features=1, value=1.0, alpha=[1.0, "a"]), r"one for each row, got \[1.0, 'a'\]"),
+        (dict(features=1, value=1.0, alpha=True), "one for each row, got True"),
+        (
+            dict(features=1, value="a"),
+            "value must be a number or one for each of 1 latents, got 'a'",
+        ),
+        (dict(features=1, value={"a": 1}), "value must be a number"),
+        (dict(features=1, value=1j), "value must be a number"),
+        (dict(features=1, op="ablate", gate="a"), "gate must be a number or one for each"),
+        (dict(features=1, op="ablate", gate=[[1.0]]), r"of 1 latents, got shape \[1, 1\]"),
+        (dict(features="blue", op="ablate"), "needs features, numbers of latents, got 'blue'"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, text):
