@@ -14,9 +14,9 @@ from dreamreader.errors import InvalidInput
 from dreamreader.experiments.job import Job, Method
 from dreamreader.experiments.methods.base import RowTable, SweptPlaces, load_saved, selection_of
 from dreamreader.experiments.methods.sae_choice import (
+    FeatureSet,
     LatentChoice,
     LatentMeans,
-    FeatureSet,
     load_or_measure,
 )
 from dreamreader.experiments.methods.sae_trials import DIFFERENCE, Trials, load_or_choose

@@ -11,9 +11,9 @@ from dreamreader.errors import InvalidInput
 from dreamreader.experiments.job import Job
 from dreamreader.experiments.methods.base import RowTable
 from dreamreader.experiments.methods.sae_choice import (
+    FeatureSet,
     LatentChoice,
     LatentMeans,
-    FeatureSet,
     set_name,
 )
 from dreamreader.experiments.row import Row
