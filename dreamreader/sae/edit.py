@@ -45,6 +45,7 @@ class SAEEdit(EditRequest):
         gate: a latent is changed only where it is above this, one number or one for each; without,
             everywhere.
         keep_error: whether x keeps what the autoencoder does not explain.
+        where: latents that say where: tokens at which none of them is active stay as they are.
 
     Raises:
         InvalidInput: a latent that does not exist or is named twice, values that are not finite or
@@ -70,6 +71,7 @@ class SAEEdit(EditRequest):
     alpha: float | Sequence[float] | Tensor = 1.0
     gate: Values | None = field(default=None, kw_only=True)
     keep_error: bool = field(default=True, kw_only=True)
+    where: int | Sequence[int] | None = field(default=None, kw_only=True)
 
     is_function = True
 
@@ -80,6 +82,8 @@ class SAEEdit(EditRequest):
         _check_sae(self.sae)
         keep = object.__setattr__  # frozen
         keep(self, "features", _features(self.features, self.op, self.sae.d_sae))
+        if self.where is not None:
+            keep(self, "where", _features(self.where, "where", self.sae.d_sae))
         needs_value = self.op in ("add", "scale", "set")
         if needs_value != (self.value is not None):
             raise InvalidInput(f"SAEEdit: {self.op} {'needs' if needs_value else 'takes no'} value")
@@ -127,6 +131,9 @@ class SAEEdit(EditRequest):
         rows = x[touched]  # [n, d_in]
         wide = rows.to(torch.promote_types(rows.dtype, sae.W_dec.dtype))
         change = self._change(sae, wide)
+        if self.where is not None:
+            marked = sae.encode_features(wide, torch.tensor(self.where, device=x.device)) > 0
+            change = torch.where(marked.any(-1, keepdim=True), change, 0)
         share = strength[touched].to(change.dtype).unsqueeze(-1)
         moved = (wide + share * change).to(x.dtype)
         same = (change == 0).all(-1, keepdim=True)

@@ -110,6 +110,21 @@ def test_a_gate_opens_above_its_value_only():
     assert torch.equal((found != x).any(-1), high) and high.any() and not high.all()
 
 
+def test_other_latents_say_where():
+    sae, x = autoencoder(), activations()
+    z = sae.encode(x)
+    one, other = (z > 0).flatten(0, 1).sum(0).argsort(descending=True)[:2].tolist()
+    free = next(j for j in range(40) if j not in (one, other))
+    found = edited(SAEEdit(SITE, sae, free, "add", 3.0, where=[one, other]), x)
+    marked = (z[..., [one, other]] > 0).any(-1)
+    assert torch.equal((found != x).any(-1), marked) and marked.any() and not marked.all()
+    torch.testing.assert_close(found[marked], (x + 3 * sae.W_dec[free])[marked])
+    alone = edited(SAEEdit(SITE, sae, free, "add", 3.0, where=one), x)
+    assert torch.equal((alone != x).any(-1), z[..., one] > 0)
+    bare = SAEEdit(SITE, sae, free, "add", 3.0, where=one, keep_error=False)
+    assert torch.equal(edited(bare, x)[~(z[..., one] > 0)], x[~(z[..., one] > 0)])
+
+
 def test_without_the_error_it_is_the_reconstruction():
     sae, x = autoencoder(), activations()
     torch.testing.assert_close(edited(SAEEdit(SITE, sae, op="reconstruct"), x), sae(x))
@@ -202,6 +217,8 @@ def test_it_comes_back_from_a_file(tmp_path):
         (dict(features=1, value=1j), "value must be a number"),
         (dict(features=1, op="ablate", gate="a"), "gate must be a number or one for each"),
         (dict(features=1, op="ablate", gate=[[1.0]]), r"of 1 latents, got shape \[1, 1\]"),
+        (dict(features=1, op="ablate", where=40), "latent 40 of 40 does not exist"),
+        (dict(features=1, op="ablate", where=[]), "where needs features, numbers of latents"),
         (dict(features="blue", op="ablate"), "needs features, numbers of latents, got 'blue'"),
     ],
 )

@@ -205,7 +205,7 @@ class SaeMethod(Method, SweptPlaces):
                     raise InvalidInput(f"method.features: {name} leaves no latents for a control")
                 drawn.append(free[int(torch.randint(len(free), (), generator=draw))])
                 taken.add(drawn[-1])
-            found[name] = FeatureSet(tuple(drawn), own.levels)
+            found[name] = FeatureSet(tuple(drawn), own.levels, own.where)
         return found
 
     def edits_of(self, job: Job, rows: Sequence[Row]) -> list[Any]:
@@ -241,6 +241,7 @@ class SaeMethod(Method, SweptPlaces):
             alpha,
             gate=self.gate,
             keep_error=self.keep_error,
+            where=latents.where,
             **selection_of(cell),
         )
 

@@ -1,6 +1,6 @@
 """Latents chosen by what they do: candidates by means of labels, then runs that compare them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,10 +28,12 @@ class FeatureSet:
     Attributes:
         features: their numbers. levels: what a strength multiplies, for each; one everywhere
             where None.
+        where: latents of which one must be active where these are changed; everywhere if None.
     """
 
     features: tuple[int, ...]
     levels: tuple[float, ...] | None = None
+    where: tuple[int, ...] | None = None
 
     def values(self, strength: float) -> float | list[float]:
         """What `SAEEdit` takes as value."""
@@ -69,6 +71,20 @@ class LatentMeans:
         levels = [float(self.levels[n, j]) if contrast[j] > 0 else 0.0 for j in kept]
         return FeatureSet(tuple(kept), tuple(levels))
 
+    def by_label(self, label: str, size: int, on: int) -> FeatureSet:
+        """The first `on` of a label, and at 0 the first of each other label, at most `size`."""
+        first = self.candidates(label, on)
+        kept = {each.features[0]: (each.levels or (0.0,))[0] for each in first}
+        for other in self.marks([each for each in self.labels if each != label], 1):
+            if len(kept) < size:
+                kept.setdefault(other, 0.0)
+        return FeatureSet(tuple(kept), tuple(kept.values()))
+
+    def marks(self, labels: Sequence[str], count: int) -> tuple[int, ...]:
+        """The first latents of each of these labels: where one is active, there is a label."""
+        found = [each.features[0] for label in labels for each in self.candidates(label, count)]
+        return tuple(dict.fromkeys(found))
+
 
 class LatentChoice(Part):
     """Chooses latents for each label of pictures, by what changing them does to pictures apart from
@@ -93,6 +109,11 @@ class LatentChoice(Part):
     candidates: Count = Field(12, description="Single latents that are tried for each label.")
     sizes: list[Count] = Field(
         default_factory=lambda: [1, 16], min_length=1, description="Most latents of a set."
+    )
+    where: Count | None = Field(
+        None,
+        description="Change only tokens at which one of so many latents is active, of each label "
+        "that pictures are changed from; all tokens by default.",
     )
     success: str = Field("turned", description="Column of a metric.")
     kept: str = Field("others_kept", description="Column of a metric.")
@@ -147,6 +168,13 @@ class LatentChoice(Part):
     def concerns(self, item: Item, target: str) -> bool:
         """Whether a picture is one to change: of other labels, or to remove, of this one."""
         return (self.label_of(item) == target) == (self.goal == "remove")
+
+    def marks(self, means: LatentMeans, label: str) -> tuple[int, ...] | None:
+        """Latents that say which tokens are changed; None for all."""
+        if self.where is None:
+            return None
+        others = [each for each in means.labels if each != label]
+        return means.marks(others if self.goal == "add" else [label], self.where)
 
     def names(self) -> Iterator[tuple[str, str]]:
         """Every set to be chosen: its name and its label."""

@@ -1,7 +1,7 @@
 """Trials of latents: what each candidate does to a few pictures, and which are kept."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ class Trial:
 
     def as_dict(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("strength", "succeeded", "reached", "kept")}
-        return {"features": self.latents.features, "levels": self.latents.levels, **own}
+        return {**asdict(self.latents), **own}
 
 
 @dataclass(eq=False)
@@ -70,8 +70,12 @@ class Trials:
 
     def choose(self, means: LatentMeans, label: str, strengths: Sequence[float]) -> dict[str, Any]:
         """Tries the candidates of a label, then sets: the best of each size, by name."""
-        choice = self.choice
-        singles = means.candidates(label, choice.candidates)
+        choice, where = self.choice, self.choice.marks(means, label)
+        singles = [replace(one, where=where) for one in means.candidates(label, choice.candidates)]
+        if not singles:
+            raise InvalidInput(
+                f"method.choose: no latent is more active in {label!r} than elsewhere"
+            )
         tried = self.run(label, singles, strengths)
         ranked = _best_of_each(tried)
         found = {}
@@ -79,7 +83,7 @@ class Trials:
             if size == 1:
                 chosen = ranked[0]
             else:
-                sets = self._sets(means, label, size, ranked)
+                sets = [replace(s, where=where) for s in _propose(means, label, size, ranked)]
                 chosen = max(self.run(label, sets, strengths), key=lambda each: each.order)
             found[set_name(label, size)] = chosen.as_dict() | {"target": label, "size": size}
         return {"sets": found, "tried": [each.as_dict() for each in tried]}
@@ -90,23 +94,6 @@ class Trials:
         """The best strength of an edit that has no latents."""
         tried = self.run(label, [FeatureSet(())], strengths, condition)
         return max(tried, key=lambda each: each.order).as_dict()
-
-    def _sets(
-        self, means: LatentMeans, label: str, size: int, ranked: Sequence[Trial]
-    ) -> list[FeatureSet]:
-        """Sets of a size: what differs most, in both directions and in one; what did most alone."""
-        effective = [each.latents for each in ranked[:size]]
-        levels = [level for each in effective for level in each.levels or ()]
-        union = FeatureSet(tuple(j for each in effective for j in each.features), tuple(levels))
-        half = max(1, size // 2)
-        proposals = [
-            means.by_contrast(label, size, True),
-            means.by_contrast(label, half, True),
-            means.by_contrast(label, size, False),
-            means.by_contrast(label, max(1, size // 4), False),
-            FeatureSet(union.features[:half], union.levels and union.levels[:half]),
-        ]
-        return list(dict.fromkeys(proposals))
 
     def run(
         self,
@@ -189,6 +176,30 @@ class Trials:
                 self._plain[row.item.id, row.seed] = image
 
 
+def _propose(
+    means: LatentMeans, label: str, size: int, ranked: Sequence[Trial]
+) -> list[FeatureSet]:
+    """Sets of at most a size: a label's latents with and without those of others at 0, what differs
+    most in both directions, and what did most alone."""
+    few = max(1, size // 4)
+    effective = [each.latents for each in ranked[:few]]
+    alone = FeatureSet(
+        tuple(j for each in effective for j in each.features),
+        tuple(level for each in effective for level in each.levels or ()),
+    )
+    return list(
+        dict.fromkeys(
+            [
+                means.by_label(label, size, few),
+                means.by_label(label, size, max(1, few // 2)),
+                means.by_contrast(label, few, False),
+                means.by_contrast(label, max(1, size // 2), True),
+                alone,
+            ]
+        )
+    )
+
+
 def load_or_choose(
     trials: Trials,
     means: LatentMeans,
@@ -209,7 +220,11 @@ def load_or_choose(
             notes["labels"][label] = own
             folder.write(CHOICE, notes)
     return {
-        name: FeatureSet(tuple(each["features"]), tuple(each["levels"]))
+        name: FeatureSet(
+            tuple(each["features"]),
+            tuple(each["levels"]),
+            None if each["where"] is None else tuple(each["where"]),
+        )
         for own in notes["labels"].values()
         for name, each in own["sets"].items()
     }
