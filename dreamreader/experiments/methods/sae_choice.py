@@ -71,11 +71,11 @@ class LatentMeans:
         levels = [float(self.levels[n, j]) if contrast[j] > 0 else 0.0 for j in kept]
         return FeatureSet(tuple(kept), tuple(levels))
 
-    def by_label(self, label: str, size: int, on: int) -> FeatureSet:
-        """The first `on` of a label, and at 0 the first of each other label, at most `size`."""
+    def by_label(self, label: str, rivals: Sequence[str], size: int, on: int) -> FeatureSet:
+        """The first `on` of a label, and at 0 the first of its rivals, at most `size`."""
         first = self.candidates(label, on)
         kept = {each.features[0]: (each.levels or (0.0,))[0] for each in first}
-        for other in self.marks([each for each in self.labels if each != label], 1):
+        for other in self.marks(rivals, max(1, (size - on) // len(rivals))):
             if len(kept) < size:
                 kept.setdefault(other, 0.0)
         return FeatureSet(tuple(kept), tuple(kept.values()))
@@ -98,6 +98,9 @@ class LatentChoice(Part):
 
     label: str = Field(description="Column of all prompts with the label of a picture.")
     targets: list[str] | None = Field(None, description="Labels; all of fit by default.")
+    against: str | None = Field(
+        None, description="Label that pictures are changed from; all others by default."
+    )
     goal: Literal["add", "remove"] = Field(
         "add", description="Add the label to pictures of others, or remove it from its own."
     )
@@ -160,20 +163,26 @@ class LatentChoice(Part):
         known = sorted({self.label_of(item) for item in self.items("fit")})
         if len(known) < 2:
             raise InvalidInput(f"method.choose.fit: {known[0]!r} is the only label of {self.label}")
-        for each in self.targets or ():
+        for each in (*(self.targets or ()), *((self.against,) if self.against else ())):
             if each not in known:
-                raise UnknownName("label of method.choose.targets", each, known)
-        return list(self.targets or known)
+                raise UnknownName("label of method.choose", each, known)
+        return list(self.targets or (each for each in known if each != self.against))
 
     def concerns(self, item: Item, target: str) -> bool:
         """Whether a picture is one to change: of other labels, or to remove, of this one."""
-        return (self.label_of(item) == target) == (self.goal == "remove")
+        own = self.label_of(item)
+        return own == target if self.goal == "remove" else own in self.rivals(own, target)
+
+    def rivals(self, labels: str | Sequence[str], target: str) -> list[str]:
+        """Those of some labels that a target is added to."""
+        listed = [labels] if isinstance(labels, str) else labels
+        return [each for each in listed if each != target and self.against in (None, each)]
 
     def marks(self, means: LatentMeans, label: str) -> tuple[int, ...] | None:
         """Latents that say which tokens are changed; None for all."""
         if self.where is None:
             return None
-        others = [each for each in means.labels if each != label]
+        others = self.rivals(means.labels, label)
         return means.marks(others if self.goal == "add" else [label], self.where)
 
     def names(self) -> Iterator[tuple[str, str]]:
@@ -236,10 +245,17 @@ def measure_means(
     level = [means.mean("codes", n) / means.mean("active", n).clamp(min=1e-12) for n in names]
     return LatentMeans(
         tuple(names),
-        torch.stack([means.contrast("codes", name)[0] for name in names]),
+        torch.stack([_contrast(means, choice, "codes", name)[0] for name in names]),
         torch.stack([each[0] for each in level]).float(),
-        torch.stack([means.contrast("x", name).mean(0) for name in names]),
+        torch.stack([_contrast(means, choice, "x", name).mean(0) for name in names]),
     )
+
+
+def _contrast(means: LabelMeans, choice: LatentChoice, of: str, label: str) -> Tensor:
+    """What a label's mean has beside that of the label it is changed from, or of all others."""
+    if choice.against in (None, label):
+        return means.contrast(of, label)
+    return means.difference(of, choice.against, label)
 
 
 def _mean_codes(

@@ -83,7 +83,11 @@ class Trials:
             if size == 1:
                 chosen = ranked[0]
             else:
-                sets = [replace(s, where=where) for s in _propose(means, label, size, ranked)]
+                rivals = choice.rivals(means.labels, label)
+                sets = [
+                    replace(one, where=where)
+                    for one in _propose(means, label, rivals, size, ranked)
+                ]
                 chosen = max(self.run(label, sets, strengths), key=lambda each: each.order)
             found[set_name(label, size)] = chosen.as_dict() | {"target": label, "size": size}
         return {"sets": found, "tried": [each.as_dict() for each in tried]}
@@ -177,7 +181,7 @@ class Trials:
 
 
 def _propose(
-    means: LatentMeans, label: str, size: int, ranked: Sequence[Trial]
+    means: LatentMeans, label: str, rivals: Sequence[str], size: int, ranked: Sequence[Trial]
 ) -> list[FeatureSet]:
     """Sets of at most a size: a label's latents with and without those of others at 0, what differs
     most in both directions, and what did most alone."""
@@ -190,8 +194,8 @@ def _propose(
     return list(
         dict.fromkeys(
             [
-                means.by_label(label, size, few),
-                means.by_label(label, size, max(1, few // 2)),
+                means.by_label(label, rivals, size, few),
+                means.by_label(label, rivals, size, max(1, few // 2)),
                 means.by_contrast(label, few, False),
                 means.by_contrast(label, max(1, size // 2), True),
                 alone,

@@ -256,7 +256,7 @@ def test_to_remove_a_label_only_its_own_pictures_are_changed(choosing, tmp_path)
         ({}, {"features": [1]}, "give one of features and choose"),
         ({"sizes": [2, 2]}, {}, "a size is there twice"),
         ({"label": "hue"}, {}, "has no value in the column hue; it has source_color"),
-        ({"targets": ["mauve"]}, {}, "label of method.choose.targets 'mauve'"),
+        ({"targets": ["mauve"]}, {}, "label of method.choose 'mauve'"),
         (
             {"trial": {"scenes": TRIAL | {"source": {"color": "blue"}}}},
             {},
