@@ -93,7 +93,7 @@ def tables(found: dict[str, Any]) -> str:
     for each in found["by_label"]:
         by_label.setdefault(each["label"], []).append(each)
     lines = [
-        [label, *map(both_parts, own), ", ".join(map(str, own[1]["latents"]))]
+        [label, *map(both_parts, own), ", ".join(map(str, max(own, key=size_of)["latents"]))]
         for label, own in by_label.items()
     ]
     pooled = [
@@ -110,6 +110,10 @@ def tables(found: dict[str, Any]) -> str:
             markdown(["edit", "strength", *NAMES.values()], far),
         ]
     )
+
+
+def size_of(found: dict[str, Any]) -> int:
+    return len(found["latents"])
 
 
 def both_parts(found: dict[str, Any]) -> str:

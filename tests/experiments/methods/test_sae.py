@@ -8,12 +8,12 @@ import yaml
 
 import dreamreader as dr
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.experiments.methods.sae_choice import FeatureSet
+from dreamreader.experiments.methods.sae_choice import FeatureSet, LatentChoice, LatentMeans
 from dreamreader.experiments.methods.sae_trials import Trials
 from dreamreader.experiments.pages import page_of
 from dreamreader.metrics.detector import attributes, detect
 from dreamreader.sae import SAEEdit, SparseAutoencoder, TopK
-from dreamreader.specs.data import scene_items
+from dreamreader.specs.data import Item, scene_items
 from dreamreader.specs.parts import Scenes
 from dreamreader.steering import LabelMeans
 
@@ -248,6 +248,30 @@ def test_to_remove_a_label_only_its_own_pictures_are_changed(choosing, tmp_path)
     choose = made.spec.method.choose
     assert choose.succeeded({"turned": False, "others_kept": True})
     assert not choose.succeeded({"turned": True, "others_kept": True})
+
+
+def test_sets_and_places_follow_from_the_labels_that_pictures_come_from() -> None:
+    contrasts = torch.tensor(
+        [[0.0, 3.0, 2.0, -1.0, 0.0], [4.0, 0.0, 0.5, -2.0, 0.0], [0.0, -1.0, 0.0, 5.0, 1.0]]
+    )
+    means = LatentMeans(("blue", "green", "red"), contrasts, contrasts.abs() + 1, contrasts)
+    one = LatentChoice(**CHOOSE | {"against": "red", "where": 2})
+    every = LatentChoice(**CHOOSE | {"where": 1})
+    assert one.marks(means, "blue") == (3, 4) and every.marks(means, "blue") == (0, 3)
+    gone = LatentChoice(**CHOOSE | {"where": 2, "goal": "remove"})
+    assert (
+        gone.marks(means, "blue") == (1, 2) and LatentChoice(**CHOOSE).marks(means, "red") is None
+    )
+    assert one.rivals(means.labels, "blue") == ["red"]
+    assert every.rivals(means.labels, "blue") == ["green", "red"]
+    assert means.by_label("blue", ["red"], 3, 1) == FeatureSet((1, 3, 4), (4.0, 0.0, 0.0))
+    assert means.by_label("blue", ["green", "red"], 2, 1) == FeatureSet((1, 0), (4.0, 0.0))
+    red, green = (Item("0", "a", None, {"source_color": each}) for each in ("red", "green"))
+    assert one.concerns(red, "blue") and not one.concerns(green, "blue")
+    assert every.concerns(green, "blue") and not every.concerns(green, "green")
+    assert gone.concerns(red, "red") and not gone.concerns(green, "red")
+    assert list(one.labels()) == ["blue", "green"]
+    assert "red" not in LatentChoice(**CHOOSE | {"against": "red", "targets": None}).labels()
 
 
 @pytest.mark.parametrize(
