@@ -1,8 +1,7 @@
 """What selections in Triton share: orders of values, blocks of them, and candidates.
 
-The order of a value is an integer that rises where the value falls: 0 stands for NaN only where
-NaN has the largest bits there are, TOP = 2^BITS - 1 for all that is not positive. The K first of
-a selection are those of smallest order, equal ones by place, and only integers are compared.
+The order of a value is an integer that rises where the value falls; TOP = 2^BITS - 1 stands for all
+that is not positive. The K first of a selection are those of smallest order, equal ones by place.
 """
 
 from typing import Any, NamedTuple

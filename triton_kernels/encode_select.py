@@ -14,7 +14,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from dreamreader.triton_kernels._candidates import Candidates, chosen, count_digits, guess, holds
+from dreamreader.triton_kernels._candidate_kernels import chosen, count_digits, holds
+from dreamreader.triton_kernels._candidates import Candidates, guess
 from dreamreader.triton_kernels._selection import BLOCK, FORMS, block_of, order_of
 from dreamreader.triton_kernels.threshold_select import limits
 from dreamreader.triton_kernels.topk import MAX_K, RowLists

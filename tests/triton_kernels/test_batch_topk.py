@@ -103,13 +103,13 @@ def test_compiles_within_limits(dtype: str, arch: int):
     def ptx(name: str, warps: int, **constants: Any) -> str:
         return compile_selection(getattr(module, name), dtype, arch, warps, {}, **constants)
 
-    ptx("_guess_kernel", 16, POOL=True, DIGITS=digits, SAMPLE=module.SAMPLE)
-    assert re.search(WIDE, ptx("_append_kernel", warps, POOL=False, EACH=False, BLOCK=BLOCK))
-    ptx("_append_kernel", warps, POOL=True, EACH=False, BLOCK=BLOCK)
-    ptx("_bound_kernel", 4, DIGITS=digits)
+    ptx("guess_kernel", 16, POOL=True, DIGITS=digits, SAMPLE=module.SAMPLE)
+    assert re.search(WIDE, ptx("append_kernel", warps, POOL=False, EACH=False, BLOCK=BLOCK))
+    ptx("append_kernel", warps, POOL=True, EACH=False, BLOCK=BLOCK)
+    ptx("bound_kernel", 4, DIGITS=digits)
     for digit in range(digits):
-        ptx("_digit_kernel", warps, DIGIT=digit, **passes)
-    for name in ("_tally_kernel", "_write_kernel"):
+        ptx("digit_kernel", warps, DIGIT=digit, **passes)
+    for name in ("tally_kernel", "write_kernel"):
         ptx(name, warps, ALL=False, **passes)
         ptx(name, 4, ALL=False, **passes | {"AGAIN": False})
         ptx(name, warps, ALL=False, **passes | {"POOL": True})

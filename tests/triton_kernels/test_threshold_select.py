@@ -65,9 +65,9 @@ def test_compiles_within_limits(dtype: str, arch: int):
 
     one = {"POOL": False, "BLOCK": BLOCK}
     ptx = compile_selection(
-        module._append_kernel, dtype, arch, warps_of(BLOCK), {}, EACH=True, **one
+        module.append_kernel, dtype, arch, warps_of(BLOCK), {}, EACH=True, **one
     )
     assert re.search(WIDE, ptx)
     every = one | {"ALL": True, "AGAIN": False, "LIST": module.LIST}
-    for kernel in (module._tally_kernel, module._write_kernel):
+    for kernel in (module.tally_kernel, module.write_kernel):
         compile_selection(kernel, dtype, arch, 4, {}, **every)
