@@ -29,28 +29,56 @@ def evaluate(
     site: Annotated[str | None, typer.Option(help="By default that of the autoencoder.")] = None,
     branch: Annotated[str | None, typer.Option(help="Guidance branch; all by default.")] = None,
     rows: Annotated[int, typer.Option(help="Rows that are measured.", min=1)] = 65_536,
+    splice: Annotated[
+        int,
+        typer.Option(help="Prompts of the store to run with reconstructions in place.", min=0),
+    ] = 0,
+    attributes: Annotated[
+        str | None,
+        typer.Option(help="Columns that latents are probed for, such as tense,number."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Samples that are probed.", min=1)] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write a page.")] = None,
 ) -> None:
-    """Measure how an autoencoder rebuilds rows of a store, beside random and shuffled controls.
+    """Measure an autoencoder on rows of a store, beside random and shuffled controls.
 
     \b
+    Reconstruction; probes of one, two and five latents and absorption, where samples have
+    attributes, as scenes do; with --splice what the model loses with reconstructions in place.
     Example:
-      dreamreader sae eval autoencoder.safetensors --store activations --branch cond
+      dreamreader sae eval autoencoder.safetensors --store activations --branch cond -o eval.html
     """
     from dreamreader.cli.console import console, table
-    from dreamreader.training.sae_scores import compare_controls, stored_batches
+    from dreamreader.training.sae_page import describe_unsettled, write_evaluation
+    from dreamreader.training.sae_scores import evaluate_stored
 
     sae = _open(file)
-    found = compare_controls(sae, stored_batches(sae, store, site, branch, rows))
+    columns = None if attributes is None else [each for each in attributes.split(",") if each]
+    found, place = evaluate_stored(
+        sae, store, site, branch, rows, columns=columns, samples=samples, splice=splice
+    )
+    if out is not None:
+        write_evaluation(f"{file.stem}: evaluation", place, found, out)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
     names = ("fvu", "l0", "dead", "shrinkage", "lottery")
-    listed = table("", "FVU", "L0", "dead", "shrinkage", "lottery", right=names)
+    more = {
+        "AUROC of 1": lambda s: s.get("probes", {}).get("1", {}).get("auroc"),
+        "absorbed": lambda s: s.get("absorbed"),
+        "recovered": lambda s: s.get("splice", {}).get("recovered"),
+    }
+    there = {t: f for t, f in more.items() if any(f(s) is not None for s in found.values())}
+    listed = table("", "FVU", "L0", "dead", "shrinkage", "lottery", *there, right=names)
     for title, scores in found.items():
-        cells = ["–" if scores[n] is None else f"{scores[n]:.4g}" for n in names]
-        listed.add_row(title, *cells)
+        values = [scores[n] for n in names] + [each(scores) for each in there.values()]
+        listed.add_row(title, *("–" if v is None else f"{v:.4g}" for v in values))
     console().print(listed)
+    for line in describe_unsettled(found):
+        console().print(line)
+    if out is not None:
+        console().print(out)
 
 
 @app.command()
@@ -69,6 +97,10 @@ def dashboard(
     branch: Annotated[str | None, typer.Option(help="Guidance branch.")] = "cond",
     steps: Annotated[int | None, typer.Option(help="Denoising steps of a run.", min=1)] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("latents.html"),
+    neuronpedia: Annotated[
+        Path | None,
+        typer.Option(help="Of a language model: also write Neuronpedia's feature objects."),
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
 ) -> None:
@@ -80,7 +112,7 @@ def dashboard(
     """
     from dreamreader.cli.console import console
     from dreamreader.errors import InvalidInput
-    from dreamreader.sae import collect_examples, write_dashboard
+    from dreamreader.sae import collect_examples, write_dashboard, write_neuronpedia
     from dreamreader.specs.subject import is_language
     from dreamreader.zoo import SETTINGS, load
 
@@ -88,7 +120,12 @@ def dashboard(
     place = site or sae.metadata.get("site")
     if not place:
         raise InvalidInput(f"{file} does not say its site; give --site")
+    chosen = None if features is None else _numbers(features)
     reader = load(model, device, dtype)
+    if is_language(reader) and prompts is None:
+        raise InvalidInput(f"{model} reads texts: give --prompts, a file with a text a line")
+    if neuronpedia is not None and not is_language(reader):
+        raise InvalidInput("--neuronpedia: its activations are of texts, this model draws pictures")
     rows, labels = _rows(prompts, count)
     arguments = {} if is_language(reader) else dict(SETTINGS)
     if steps is not None:
@@ -103,7 +140,6 @@ def dashboard(
         branch=None if is_language(reader) else branch,
         **arguments,
     )
-    chosen = None if features is None else [int(each) for each in features.split(",")]
     page = write_dashboard(
         found.examples,
         out,
@@ -115,6 +151,11 @@ def dashboard(
         count=shown,
     )
     console().print(page)
+    if neuronpedia is not None and found.texts is not None:
+        path = write_neuronpedia(
+            found.examples, neuronpedia, found.texts, model=model, source=place, features=chosen
+        )
+        console().print(path)
 
 
 @app.command()
@@ -156,6 +197,17 @@ def _open(file: Path, of: str | None = None) -> "SparseAutoencoder":
     return read_sae(file, of)
 
 
+def _numbers(features: str) -> list[int]:
+    from dreamreader.errors import InvalidInput
+
+    try:
+        return [int(each) for each in features.split(",")]
+    except ValueError:
+        raise InvalidInput(
+            f"--features: numbers of latents with commas between, such as 3,17, got {features!r}"
+        ) from None
+
+
 def _rows(prompts: Path | None, count: int) -> tuple[list[str], dict[str, list[str | None]]]:
     """Texts of a file, or captions of scenes with their attributes."""
     from dreamreader.errors import InvalidInput
@@ -169,14 +221,10 @@ def _rows(prompts: Path | None, count: int) -> tuple[list[str], dict[str, list[s
         if not kept:
             raise InvalidInput(f"--prompts: {prompts} has no texts")
         return kept, {}
-    import random
+    from dreamreader.specs.data import scene_items
+    from dreamreader.specs.parts import Scenes
 
-    from dreamreader.zoo.scenes import sample_scene
-
-    rng = random.Random(0)
-    scenes = [sample_scene(rng, objects=1) for _ in range(count)]
-    objects = [scene.objects[0] for scene in scenes]
-    labels: dict[str, list[str | None]] = {"shape": [each.shape for each in objects]}
-    for name in ("color", "size"):  # what a caption does not say, the model chooses
-        labels[name] = [getattr(each, name) if name in each.said else None for each in objects]
-    return [scene.caption() for scene in scenes], labels
+    items = list(scene_items(Scenes(count=count)))  # as the scenes of a spec are
+    names = list(items[0].columns)
+    labels = {name.removeprefix("source_"): [i.columns[name] for i in items] for name in names}
+    return [item.prompt for item in items], labels

@@ -20,6 +20,7 @@ from dreamreader.experiments.folder import RunFolder
 from dreamreader.experiments.row import Row, RowBatch, units
 from dreamreader.experiments.spec import ExperimentFields
 from dreamreader.metrics import Metric, Outputs, build
+from dreamreader.metrics.perplexity import mean_surprisal
 from dreamreader.recording.labelled import record_batches
 from dreamreader.specs.data import Item, pairs_only, read_items
 from dreamreader.specs.parts import Part
@@ -254,7 +255,7 @@ class Job:
         with torch.inference_mode():
             own = {"seeds": [row.seed for row in rows], "progress": False}
             found = self.reader.run(listed, edits=list(edits), **own)
-            return _surprisal(found.output.logits, **encoded(self.reader, listed))
+            return mean_surprisal(found.output.logits, **encoded(self.reader, listed))
 
     def _noise(self, result: RunResult) -> dict[int, Tensor]:
         """What the denoiser gave, by step, [rows, values]."""
@@ -278,16 +279,6 @@ class Job:
         if self.noise_site is None:
             return []
         return [Record(self.noise_site, branch=self.prompt_branch)]
-
-
-def _surprisal(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """[rows] mean of -log p over the tokens behind each row's first."""
-    shown = logits[:, :-1].float().log_softmax(-1)
-    each = -shown.gather(2, input_ids[:, 1:, None]).squeeze(2)  # [rows, tokens - 1]
-    known = (attention_mask[:, :-1] * attention_mask[:, 1:]).bool()
-    if not bool(known.any(1).all()):
-        raise InvalidInput("perplexity: a text must have two tokens or more")
-    return torch.where(known, each, 0).sum(1).cpu() / known.sum(1).cpu()
 
 
 class _LastLatents:

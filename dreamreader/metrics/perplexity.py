@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dreamreader.errors import InvalidInput
 from dreamreader.metrics.base import Column, Outputs, require_field
 
 
@@ -24,3 +29,21 @@ class Perplexity:
 
     def measure(self, got: Outputs, reference: Outputs | None = None) -> dict[str, Column]:
         return {self.name: require_field(self.name, "surprisal", got).double().exp().tolist()}
+
+
+def mean_surprisal(
+    logits: Float[Tensor, "rows tokens vocabulary"],
+    input_ids: Int[Tensor, "rows tokens"],
+    attention_mask: Int[Tensor, "rows tokens"],
+) -> Float[Tensor, " rows"]:
+    """Mean of -log p (natural) over the tokens behind each row's first, padding left out.
+
+    Raises:
+        InvalidInput: a text has fewer than two tokens.
+    """
+    shown = logits[:, :-1].float().log_softmax(-1)
+    each = -shown.gather(2, input_ids[:, 1:, None]).squeeze(2)  # [rows, tokens - 1]
+    known = (attention_mask[:, :-1] * attention_mask[:, 1:]).bool()
+    if not bool(known.any(1).all()):
+        raise InvalidInput("perplexity: a text must have two tokens or more")
+    return torch.where(known, each, 0).sum(1).cpu() / known.sum(1).cpu()

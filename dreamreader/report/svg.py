@@ -1,5 +1,6 @@
 """Line charts as inline SVG: styled by the page's CSS, so that they follow light and dark."""
 
+import math
 from collections.abc import Sequence
 
 from markupsafe import Markup, escape
@@ -9,6 +10,7 @@ from dreamreader.report.blocks import Curves, Series
 # Units of the view box. Small on purpose: at the 350 px of a phone the text is still 11 px.
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 40, 12, 10, 40
+_DIGIT = 6.4  # width of a character of a label
 
 
 def draw_curves(chart: Curves) -> Markup:
@@ -22,7 +24,9 @@ def draw_curves(chart: Curves) -> Markup:
     """
     ticks = chart.ticks
     low, high = (ticks[0], ticks[-1]) if ticks else (0.0, 1.0)
-    area = _PlotArea(low, high if high > low else low + 1.0, *chart.y_range)
+    widest = max(len(label) for _, label in _levels(chart))
+    left = max(LEFT, math.ceil(_DIGIT * widest) + 9)
+    area = _PlotArea(left, low, high if high > low else low + 1.0, *chart.y_range)
     parts = [_axes(chart, area, ticks)]
     # Bands first, so that no line disappears under the band of another.
     parts += [_band(line, area) for line in chart.series]
@@ -41,12 +45,13 @@ def draw_curves(chart: Curves) -> Markup:
 class _PlotArea:
     """The map from values to places in the view box."""
 
-    def __init__(self, x_low: float, x_high: float, y_low: float, y_high: float):
+    def __init__(self, left: int, x_low: float, x_high: float, y_low: float, y_high: float):
+        self.left = left
         self.x_low, self.x_high, self.y_low, self.y_high = x_low, x_high, y_low, y_high
 
     def x(self, value: float) -> float:
         share = (value - self.x_low) / (self.x_high - self.x_low)
-        return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
+        return round(self.left + share * (WIDTH - self.left - RIGHT), 1)
 
     def y(self, value: float) -> float:
         share = (value - self.y_low) / (self.y_high - self.y_low)
@@ -56,15 +61,19 @@ class _PlotArea:
         return [f"{self.x(x)},{self.y(y)}" for x, y in zip(xs, ys, strict=True)]
 
 
-def _axes(chart: Curves, area: _PlotArea, ticks: Sequence[float]) -> str:
+def _levels(chart: Curves) -> list[tuple[float, str]]:
+    """Values of the grid lines with their labels."""
     low, high = chart.y_range
-    parts = []
-    for i in range(5):
-        value = low + (high - low) * i / 4
+    values = [low + (high - low) * i / 4 for i in range(5)]
+    return [(v, f"{100 * v:.0f}" if chart.percent else f"{v:.3g}") for v in values]
+
+
+def _axes(chart: Curves, area: _PlotArea, ticks: Sequence[float]) -> str:
+    left, parts = area.left, []
+    for value, shown in _levels(chart):
         y = area.y(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        shown = f"{100 * value:.0f}" if chart.percent else f"{value:.3g}"
-        parts.append(f'<text x="{LEFT - 7}" y="{y + 4}" text-anchor="end">{shown}</text>')
+        parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text x="{left - 7}" y="{y + 4}" text-anchor="end">{shown}</text>')
     last = -1e9
     for value in ticks:
         x = area.x(value)
@@ -73,7 +82,7 @@ def _axes(chart: Curves, area: _PlotArea, ticks: Sequence[float]) -> str:
                 f'<text x="{x}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>'
             )
             last = x
-    middle = (LEFT + WIDTH - RIGHT) / 2
+    middle = (left + WIDTH - RIGHT) / 2
     parts.append(
         f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(chart.x_label)}</text>'
     )

@@ -47,7 +47,8 @@ class AuxK:
         if not (isinstance(self.weight, int | float) and self.weight >= 0):
             raise InvalidInput(f"AuxK: weight is at least 0, got {self.weight!r}")
         for name, value in (("k", self.k), ("dead_after", self.dead_after)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and value > 0):
                 raise InvalidInput(f"AuxK: {name} is at least 1, got {value!r}")
 
 
@@ -75,6 +76,7 @@ class SaeLoss:
         groups: mse of each prefix of a Matryoshka autoencoder, [groups]; [1] without.
         fired: bool [d_sae], which latents were active.
         smallest: as `find_smallest` gives it. tokens: rows of the batch.
+        penalty: of active latents, where thresholds learn.
     """
 
     total: Float[Tensor, ""]
@@ -87,6 +89,7 @@ class SaeLoss:
     fired: Bool[Tensor, " d_sae"]
     smallest: Float[Tensor, ""]
     tokens: int
+    penalty: Float[Tensor, ""] | None = None
 
 
 def squared_error(

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from dreamreader.errors import InvalidInput
 from dreamreader.fitting import ByStep
 from dreamreader.sae.evaluate import shuffle_features
-from dreamreader.sae.synthetic import SyntheticFeatures
+from dreamreader.sae.synthetic import SyntheticConfig, SyntheticFeatures
 from dreamreader.store.dataset import StoreDataset
 from dreamreader.store.store import Store
 from dreamreader.training.sae_specs import SaeSpec
@@ -34,13 +35,15 @@ def first_rows(dataset: StoreDataset, rows: int) -> Iterator[Float[Tensor, "rows
 class RowSource(Protocol):
     """Rows by site."""
 
+    spec: SaeSpec
+
     @property
     def sites(self) -> Sequence[str]: ...
 
     def width(self, site: str) -> int: ...
 
-    def batches(self, site: str) -> Any:
-        """As `train_sae` takes them."""
+    def batches(self, site: str, rank: int = 0, world: int = 1) -> Any:
+        """As `train_sae` takes them; of a process among several, its share of each batch."""
         ...
 
     def held_out(self, site: str) -> Iterator[Float[Tensor, "rows width"]]:
@@ -73,9 +76,10 @@ class StoreSource:
     def width(self, site: str) -> int:
         return self.store.sites[site].width
 
-    def batches(self, site: str) -> StoreDataset:
+    def batches(self, site: str, rank: int = 0, world: int = 1) -> StoreDataset:
         size = self.spec.training.batch_size
-        found = self._dataset(self.store, site, size, self.spec.seeds[0])
+        share = {"rank": rank, "world": world}
+        found = self._dataset(self.store, site, size // world, self.spec.seeds[0], **share)
         if len(found) == 0:
             raise InvalidInput(
                 f"training.batch_size: {site} has {found.rows:,} rows, fewer than {size:,}"
@@ -97,21 +101,18 @@ class StoreSource:
             found[name] = {"runs": runs, "units": units}
         return found
 
-    def _dataset(
-        self, store: Store, site: str, size: int, seed: int, drop_last: bool = True
-    ) -> StoreDataset:
+    @property
+    def selection(self) -> dict[str, Any]:
+        """Which rows, as a `StoreDataset` takes it."""
         spec = self.spec
         tokens = [spec.tokens] if isinstance(spec.tokens, int) else spec.tokens
-        return StoreDataset(
-            store,
-            site,
-            batch_size=size,
-            steps=spec.chosen_steps,
-            branch=spec.branch,
-            tokens=tokens,
-            seed=seed,
-            drop_last=drop_last,
-        )
+        return {"steps": spec.chosen_steps, "branch": spec.branch, "tokens": tokens}
+
+    def _dataset(
+        self, store: Store, site: str, size: int, seed: int, drop_last: bool = True, **share: int
+    ) -> StoreDataset:
+        own = {**self.selection, "seed": seed, "drop_last": drop_last, **share}
+        return StoreDataset(store, site, batch_size=size, **own)
 
 
 class KnownSource:
@@ -121,13 +122,20 @@ class KnownSource:
 
     def __init__(self, spec: SaeSpec):
         assert spec.known_answers is not None
-        self.spec, self.world = spec, SyntheticFeatures(spec.known_answers.config)
+        self.spec, self.config = spec, spec.known_answers.config
+
+    @property
+    def world(self) -> SyntheticFeatures:
+        return _features_of(self.config)
 
     def width(self, site: str) -> int:
-        return self.world.config.d_in
+        return self.config.d_in
 
-    def batches(self, site: str) -> ByStep:
-        return self.world.batches(self.spec.training.batch_size, self.spec.seeds[0])
+    def batches(self, site: str, rank: int = 0, world: int = 1) -> ByStep:
+        whole = self.world.batches(self.spec.training.batch_size, self.spec.seeds[0])
+        if world == 1:
+            return whole
+        return ByStep(lambda step: whole.draw(step).chunk(world)[rank], of=whole.of)
 
     def held_out(self, site: str) -> Iterator[Tensor]:
         size, rows = self.spec.training.batch_size, self.spec.evaluation.rows
@@ -136,6 +144,12 @@ class KnownSource:
 
     def identity(self) -> dict[str, Any]:
         return {}
+
+
+@lru_cache(maxsize=1)
+def _features_of(config: SyntheticConfig) -> SyntheticFeatures:
+    """Made once in a process: pushing many directions apart takes a minute."""
+    return SyntheticFeatures(config)
 
 
 class Shuffling:

@@ -2,15 +2,17 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput
-from dreamreader.sae import SparseAutoencoder
+from dreamreader.sae import BatchTopK, JumpReLU, SampledTopK, SparseAutoencoder, TopK
 from dreamreader.sae.evaluate import (
+    KnownAnswerScores,
     ReconstructionScores,
     score_known_answers,
     score_reconstruction,
@@ -20,9 +22,13 @@ from dreamreader.sae.evaluate import (
 )
 from dreamreader.sae.matching import mean_correlation
 from dreamreader.store.dataset import StoreDataset
+from dreamreader.store.store import Store
+from dreamreader.training.sae_evaluation import SiteEvaluation
 from dreamreader.training.sae_rows import KnownSource, RowSource, first_rows
+from dreamreader.training.sae_splice import harvest_of
 
 _BATCH = 4096
+_AS_TRAINED = 16  # batches that are encoded by the selection of training too
 
 
 class Titled(Protocol):
@@ -41,23 +47,56 @@ def measure(sae: SparseAutoencoder, source: RowSource, site: str, shuffled: bool
     Args:
         shuffled: whether it learned from shuffled rows, and is measured on such.
     """
-    known = None
-    if isinstance(source, KnownSource) and not shuffled:
-        count = source.spec.evaluation.rows
-        known = score_known_answers(sae, source.world, count, source.spec.training.batch_size)
-        found = known.reconstruction
-    else:
-        rows = source.held_out(site)
-        found = score_reconstruction(sae, shuffle_features(rows) if shuffled else rows)
+    budget = source.spec.evaluation.inference == "budget"
+    with _keeping_budget(sae) if budget else nullcontext():
+        known, found = _score(sae, source, site, shuffled)
     sae.statistics["frequency"] = found.frequency.float()
     fired = found.fired.clamp(min=1)
     sae.statistics["mean"] = (found.strength / fired).float()  # of a latent when it is active
     histogram, scores = found.histogram(), _numbers(found)
     scores["histogram"] = {"edges": histogram.edges.tolist(), "counts": histogram.counts.tolist()}
+    if budget:
+        own = _score(sae, source, site, shuffled)[1]
+        scores |= {"own_fvu": own.fvu, "own_l0": own.l0}
     if known is not None:
         names = ("f1", "precision", "recall", "mcc", "uniqueness")
         scores |= {name: getattr(known, name) for name in names}
-    return scores
+    rows = itertools.islice(source.held_out(site), _AS_TRAINED)
+    return scores | compare_selection(sae, shuffle_features(rows) if shuffled else rows)
+
+
+def compare_selection(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> dict[str, float]:
+    """FVU and L0 as training selects, where inference does otherwise: a threshold of its own."""
+    if isinstance(sae.selection, TopK | JumpReLU) or sae.threshold is None:
+        return {}
+    if sae.inference != "threshold":
+        return {}
+    found = score_reconstruction(sae, batches, as_trained=True)
+    return {"fvu_in_training": found.fvu, "l0_in_training": found.l0}
+
+
+def _score(
+    sae: SparseAutoencoder, source: RowSource, site: str, shuffled: bool
+) -> tuple[KnownAnswerScores | None, ReconstructionScores]:
+    spec = source.spec
+    if isinstance(source, KnownSource) and not shuffled:
+        size, count = spec.training.batch_size, spec.evaluation.rows
+        known = score_known_answers(sae, source.world, count, size)
+        return known, known.reconstruction
+    rows = source.held_out(site)
+    return None, score_reconstruction(sae, shuffle_features(rows) if shuffled else rows)
+
+
+@contextmanager
+def _keeping_budget(sae: SparseAutoencoder) -> Iterator[None]:
+    """Meanwhile it keeps k of all latents on average, without a pool or a threshold."""
+    had = sae.selection, sae.inference
+    if isinstance(sae.selection, BatchTopK | SampledTopK):
+        sae.selection, sae.inference = BatchTopK(sae.selection.k), "selection"
+    try:
+        yield
+    finally:
+        sae.selection, sae.inference = had
 
 
 def seed_agreement(
@@ -79,37 +118,73 @@ def seed_agreement(
     return found
 
 
-def stored_batches(
-    sae: SparseAutoencoder, store: Path, site: str | None, branch: str | None, rows: int
-) -> list[Tensor]:
-    """Rows of a store, in an order of their own.
+def evaluate_stored(
+    sae: SparseAutoencoder,
+    store: Path,
+    site: str | None,
+    branch: str | None,
+    rows: int,
+    *,
+    columns: Sequence[str] | None = None,
+    samples: int = 256,
+    splice: int = 0,
+) -> tuple[dict[str, Any], str]:
+    """Scores of an autoencoder and its controls on a store, and the site.
 
     Args:
         site: by default the one that the autoencoder names.
+        rows: that are rebuilt. columns, samples: see `attributes_of`.
+        splice: prompts of the store's harvest that are run with reconstructions in place.
 
     Raises:
-        InvalidInput, UnknownName: there is no such site, or its rows have another width.
+        InvalidInput, UnknownName: there is no such site or column, rows have another width, or the
+            store does not say what it is from.
     """
     place = site or sae.metadata.get("site")
     if not place:
         raise InvalidInput("the autoencoder does not say its site; give one")
-    dataset = StoreDataset(store, place, batch_size=min(rows, _BATCH), branch=branch)
+    opened = Store(store)
+    dataset = StoreDataset(opened, place, batch_size=min(rows, _BATCH), branch=branch)
     if dataset.site.width != sae.d_in:
         raise InvalidInput(
             f"{place} has width {dataset.site.width}, the autoencoder has d_in={sae.d_in}"
         )
-    return list(first_rows(dataset, rows))
+    batches = list(first_rows(dataset, rows))
+    evaluation = SiteEvaluation(
+        opened,
+        place,
+        {"branch": branch},
+        columns=columns,
+        samples=samples,
+        harvest=harvest_of(opened) if splice else None,
+        prompts=splice,
+        rows=batches,
+    )
+    return compare_controls(sae, batches, evaluation), place
 
 
-def compare_controls(sae: SparseAutoencoder, batches: Sequence[Tensor]) -> dict[str, Any]:
-    """Scores of an autoencoder, of what is left without half of it, and on shuffled rows."""
-    found = {
-        "autoencoder": score_reconstruction(sae, batches),
-        "random decoder": score_reconstruction(with_random_decoder(sae), batches),
-        "random encoder": score_reconstruction(with_random_encoder(sae), batches),
-        "shuffled rows": score_reconstruction(sae, shuffle_features(batches)),
+def compare_controls(
+    sae: SparseAutoencoder,
+    batches: Sequence[Tensor],
+    evaluation: SiteEvaluation | None = None,
+) -> dict[str, Any]:
+    """Scores of an autoencoder, of what is left without half of it, and on shuffled rows.
+
+    Args:
+        evaluation: what is measured beside rows.
+    """
+    halves = {
+        "autoencoder": sae,
+        "random decoder": with_random_decoder(sae),
+        "random encoder": with_random_encoder(sae),
     }
-    return {title: _numbers(each) for title, each in found.items()}
+    found = {}
+    for title, each in halves.items():
+        found[title] = _numbers(score_reconstruction(each, batches))
+        found[title] |= compare_selection(each, batches[:_AS_TRAINED])
+        found[title] |= {} if evaluation is None else evaluation.scores(each)
+    found["shuffled rows"] = _numbers(score_reconstruction(sae, shuffle_features(batches)))
+    return found
 
 
 def _numbers(found: ReconstructionScores) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from dreamreader.errors import DreamreaderError
-from dreamreader.sae.selection import Selection, selection_from
+from dreamreader.sae.loss import AUX_RULES
+from dreamreader.sae.model import resolve_widths
+from dreamreader.sae.selection import Selection, check_selection, selection_from
 from dreamreader.sae.synthetic import SyntheticConfig
 from dreamreader.specs.call import CallArguments
 from dreamreader.specs.parts import AnySeeds, AnySubject, Batch, Count, Data, Part, Seeds
@@ -15,7 +18,8 @@ from dreamreader.training.parts import Positive
 
 Score = Literal["l2", "l2_squared", "entropy", "entropy_low", "leverage", "uniform"]
 Control = Literal["random_decoder", "random_encoder", "shuffled"]
-SWEPT = ("d_sae", "k", "l", "score", "rule")
+SWEPT = ("d_sae", "k", "l", "score", "rule", "sparsity")
+_OF_SELECTION = ("k", "l", "score", "rule", "update_every", "sparsity", "bandwidth", "warmup")
 
 
 class AutoencoderSpec(Part):
@@ -34,14 +38,23 @@ class AutoencoderSpec(Part):
         None, description="SampledTopK: the top columns, or drawn by the score."
     )
     update_every: Count | None = Field(None, description="SampledTopK: steps of a pool.")
+    sparsity: Positive | list[Positive] | None = Field(
+        None, description="JumpReLU: weight of an active latent, from which thresholds learn."
+    )
+    bandwidth: Positive | None = Field(None, description="JumpReLU: window around a threshold.")
+    warmup: Count | None = Field(None, description="JumpReLU: steps in which the weight rises.")
     groups: list[Count] | None = Field(None, description="Widths of Matryoshka prefixes.")
     rescale: bool = False
     normalise: Literal["none", "average_norm", "standardise", "constant_norm", "layer_norm"] = (
         "none"
     )
     aligned: bool = False
+    decoder_norm: Positive = Field(1.0, description="Of decoder rows in the beginning.")
     threshold_rule: Literal["dictionary_learning", "saelens"] = "dictionary_learning"
     aux: Literal["dictionary_learning", "saelens", "none"] = "dictionary_learning"
+    dead_after: Count | None = Field(
+        None, description="Rows without firing after which aux-k takes a latent for dead."
+    )
 
     @model_validator(mode="after")
     def _selections(self) -> "AutoencoderSpec":
@@ -50,7 +63,9 @@ class AutoencoderSpec(Part):
             raise ValueError(f"{empty[0]}: is empty")
         for each in self.each():
             try:
-                each.selection_for(0)
+                assert isinstance(each.d_sae, int)
+                check_selection(each.selection_for(0), each.d_sae)
+                resolve_widths(each.groups, each.d_sae)
             except DreamreaderError as error:
                 raise ValueError(str(error)) from None
         return self
@@ -66,7 +81,7 @@ class AutoencoderSpec(Part):
 
     def selection_for(self, seed: int) -> Selection:
         """The selection; the seed is of what it draws."""
-        own = {name: getattr(self, name) for name in ("k", "l", "score", "rule", "update_every")}
+        own = {name: getattr(self, name) for name in _OF_SELECTION}
         given = {name: value for name, value in own.items() if value is not None}
         if self.selection == "SampledTopK":
             given["seed"] = seed
@@ -75,21 +90,25 @@ class AutoencoderSpec(Part):
     @property
     def title(self) -> str:
         """Its name in tables."""
-        shown = {name: getattr(self, name) for name in ("k", "l", "score", "rule")}
+        shown = {name: getattr(self, name) for name in ("k", "l", "score", "rule", "sparsity")}
         parts = [
             f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in shown.items() if v
         ]
         more = [f"groups={'+'.join(map(str, self.groups))}"] if self.groups else []
         fields = type(self).model_fields
-        for name in ("update_every", "rescale", "normalise", "aligned", "threshold_rule", "aux"):
+        names = ("update_every", "bandwidth", "warmup", "rescale", "normalise", "aligned")
+        for name in (*names, "decoder_norm", "threshold_rule", "aux", "dead_after"):
             if (value := getattr(self, name)) != fields[name].default:
                 more.append(name if value is True else f"{name}={value}")
         return " ".join([self.selection, f"d={self.d_sae}", *parts, *more])
 
     def options(self) -> dict[str, Any]:
         """Arguments of `SparseAutoencoder` beside widths, selection and seed."""
-        names = ("groups", "rescale", "normalise", "aligned", "threshold_rule", "aux")
-        return {name: getattr(self, name) for name in names}
+        names = ("groups", "rescale", "normalise", "aligned", "decoder_norm")
+        own = {name: getattr(self, name) for name in (*names, "threshold_rule", "aux")}
+        if self.dead_after is not None:
+            own["aux"] = replace(AUX_RULES[self.aux], dead_after=self.dead_after)
+        return own
 
 
 class KnownAnswers(Part):
@@ -131,6 +150,7 @@ class SaeTraining(Part):
     k_start: Positive | None = Field(None, description="Active latents in the beginning.")
     k_steps: Count | None = Field(None, description="Steps over which they fall to k.")
     compute: Literal["float32", "bfloat16"] = "float32"
+    device: str = Field("cpu", description="Of autoencoders; cuda: of torchrun, one each process.")
     save_every: Count = 1000
 
     @model_validator(mode="after")
@@ -150,6 +170,24 @@ class SaeEvaluation(Part):
     rows: Count = Field(default=65_536, description="Rows that are measured.")
     store: str | None = Field(
         default=None, description="Folder of a harvest of other prompts; else rows of the training."
+    )
+    inference: Literal["own", "budget"] = Field(
+        default="own",
+        description="budget: k of all latents on average, whatever training or a threshold keeps.",
+    )
+    curve: list[Count] = Field(
+        default_factory=list, description="Rows of the training after which scores are taken too."
+    )
+    attributes: list[str] | None = Field(
+        default=None,
+        description="Columns of the data that latents are probed for, [] for none; by default what "
+        "captions of scenes say.",
+    )
+    samples: Count = Field(default=256, description="Samples that are probed.")
+    splice: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="Prompts that are run with reconstructions in place; by default 16 of a model "
+        "that is run, none of a store.",
     )
 
 
@@ -217,6 +255,10 @@ class SaeSpec(Part):
             raise ValueError(f"{given_of_run[0]}: known_answers have none")
         if self.subject is None and self.pipeline:
             raise ValueError("pipeline: is of a subject that is run")
+        own = self.evaluation
+        if self.known_answers is not None and (own.attributes or own.splice):
+            given_there = "attributes" if own.attributes else "splice"
+            raise ValueError(f"evaluation.{given_there}: is of a model, known_answers have none")
         if self.known_answers is not None and self.training.epochs:
             raise ValueError("training.epochs: known answers never end; give tokens")
         titles = [each.title for each in self.listed()]
@@ -227,6 +269,13 @@ class SaeSpec(Part):
     def listed(self) -> Sequence[AutoencoderSpec]:
         """Every autoencoder, one for each combination of listed values."""
         return [one for each in self.autoencoders for one in each.each()]
+
+    @property
+    def spliced(self) -> int:
+        """Prompts that are run with reconstructions in place."""
+        if self.evaluation.splice is not None:
+            return self.evaluation.splice
+        return 0 if self.subject is None else 16
 
     @property
     def chosen_steps(self) -> int | range | None:

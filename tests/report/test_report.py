@@ -188,3 +188,17 @@ def test_write_replaces_the_file_at_once(tmp_path):
     path = full_report("one").write(tmp_path / "report.html")
     full_report("two").write(path)
     assert "two" in path.read_text() and [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize(("top", "percent"), [(0.0123, False), (123456.0, False), (1.0, True)])
+def test_labels_of_a_chart_begin_within_it(top: float, percent: bool) -> None:
+    line = Series("a", [0.0, 1.0], [0.0, top])
+    chart = Curves("small", [line], "step", y_range=(0.0, top), percent=percent)
+    svg = str(draw_curves(chart))
+    labels = re.findall(r'<text x="(\d+)" y="[\d.]+" text-anchor="end">([^<]*)<', svg)
+    assert len(labels) == 5
+    for x, text in labels:
+        assert float(x) >= 6.4 * len(text)  # a letter of 11 pixels is that wide
+    left = {float(each) for each in re.findall(r'class="grid" x1="([\d.]+)"', svg)}
+    first = float(re.findall(r'<polyline class="line" points="([\d.]+),', svg)[0])
+    assert left == {first}  # lines begin where the grid does

@@ -99,6 +99,7 @@ def score_absorption(
     directions: Float[Tensor, "attributes d_in"] | None = None,
     least_cosine: float = 0.1,
     least_share: float = 0.4,
+    codes: SparseRows | None = None,
 ) -> AbsorptionScores:
     """Measures how often another latent carries an attribute whose main latent is silent.
 
@@ -112,6 +113,8 @@ def score_absorption(
         held_out: rows that are measured; the others choose main latents and directions.
         main: the main latent of each attribute; that of the probe with k = 1 if None.
         directions: p of each attribute; the difference of its means if None.
+        codes: of the rows, such as means over the tokens of a picture whose mean activation is
+            x; what `sae` gives for x if None.
 
     Raises:
         InvalidInput: shapes differ, or an attribute has not rows with and without it on both sides.
@@ -121,8 +124,11 @@ def score_absorption(
         first letters.
     """
     held_out = _check_labels("score_absorption", len(x), labels, held_out)
-    with inference(sae):
-        codes = encode_rows(sae, x)
+    if codes is None:
+        with inference(sae):
+            codes = encode_rows(sae, x)
+    elif codes.rows != len(x):
+        raise InvalidInput(f"score_absorption: codes of {codes.rows} rows for {len(x)} of x")
     if main is None:
         main = probe_latents(codes, labels, held_out, k=(1,))[1].latents[:, 0]
     if directions is None:

@@ -1,12 +1,13 @@
 """How well rows are rebuilt, from how many latents, and which latents are used."""
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamreader.errors import InvalidInput
 from dreamreader.ops import SparseRows
@@ -191,13 +192,14 @@ class ReconstructionSums:
 
 
 def score_reconstruction(
-    sae: Coder, batches: Iterable[Float[Tensor, "rows d_in"]]
+    sae: Coder, batches: Iterable[Float[Tensor, "rows d_in"]], *, as_trained: bool = False
 ) -> ReconstructionScores:
     """Measures how an autoencoder rebuilds batches of rows, one at a time.
 
     Args:
         sae: what has encode, decode and W_dec; measured in `eval()` mode.
         batches: activations [rows, d_in]; sizes may differ.
+        as_trained: with the selection of `train()` mode in place of thresholds, on a copy.
 
     Raises:
         InvalidInput: there are no rows, their width is another one, they do not vary, or something
@@ -213,7 +215,9 @@ def score_reconstruction(
         (0.0, 1.0, 0)
     """
     sums = ReconstructionSums(sae.W_dec)
-    with inference(sae):
+    if as_trained and isinstance(sae, nn.Module):
+        sae = copy.deepcopy(sae).train()  # a pool is drawn for each batch, which the copy keeps
+    with torch.no_grad() if as_trained else inference(sae):
         for x in batches:
             codes, rebuilt = encode_and_decode(sae, x)
             sums.add(x, rebuilt, codes)
