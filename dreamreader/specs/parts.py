@@ -223,9 +223,9 @@ class Common(Part):
 
     @property
     def seed_list(self) -> Sequence[int]:
-        return list_seeds(self.seeds)
+        return listed_seeds(self.seeds)
 
 
-def list_seeds(seeds: list[int] | Seeds) -> Sequence[int]:
+def listed_seeds(seeds: list[int] | Seeds) -> Sequence[int]:
     """The seeds one by one."""
     return seeds.listed if isinstance(seeds, Seeds) else list(seeds)

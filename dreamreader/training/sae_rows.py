@@ -16,7 +16,7 @@ from dreamreader.sae.synthetic import SyntheticConfig, SyntheticFeatures
 from dreamreader.store.dataset import StoreDataset
 from dreamreader.store.store import Store
 from dreamreader.training.sae_specs import SaeSpec
-from dreamreader.training.stored import choose_sites
+from dreamreader.training.stored import chosen_sites
 
 KNOWN = "known answers"  # the site of rows that no model made
 _HELD_OUT = 2**31  # seed of rows that are measured
@@ -68,7 +68,7 @@ class StoreSource:
     def __init__(self, spec: SaeSpec, path: Path, evaluated: Path | None):
         self.spec, self.store = spec, Store(path)
         self.evaluated = self.store if evaluated is None else Store(evaluated)
-        self.sites = choose_sites(self.store, spec.sites)
+        self.sites = chosen_sites(self.store, spec.sites)
         for site in self.sites:
             if site not in self.evaluated.sites:
                 raise InvalidInput(f"evaluation.store: {self.evaluated.path} has no {site}")

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from dreamreader.errors import DreamreaderError
 from dreamreader.specs import parts
 from dreamreader.specs.call import CallArguments
-from dreamreader.specs.parts import AnySeeds, AnySubject, Batch, Data, Part, Seeds, list_seeds
+from dreamreader.specs.parts import AnySeeds, AnySubject, Batch, Data, Part, Seeds, listed_seeds
 from dreamreader.training.labels import Named, check_detected, from_detector
 from dreamreader.training.parts import ProbeTraining, Training
 
@@ -96,7 +96,7 @@ class ProbeSpec(Part):
 
     @property
     def seed_list(self) -> Sequence[int]:
-        return list_seeds(self.seeds)
+        return listed_seeds(self.seeds)
 
     @property
     def chosen_steps(self) -> int | range | None:

@@ -49,7 +49,7 @@ class Stored:
         Raises:
             UnknownName: the store has none like it.
         """
-        return choose_sites(self.store, self.spec.sites)
+        return chosen_sites(self.store, self.spec.sites)
 
     def check(self) -> None:
         """Refuses sites, pools and labels that cannot be trained on.
@@ -143,7 +143,7 @@ class Stored:
         return wanted
 
 
-def choose_sites(store: Store, wanted: str | Sequence[str] | None) -> list[str]:
+def chosen_sites(store: Store, wanted: str | Sequence[str] | None) -> list[str]:
     """Names of a store's sites, those that patterns name or all.
 
     Raises:

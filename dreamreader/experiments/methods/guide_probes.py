@@ -20,7 +20,7 @@ from dreamreader.probes import Probe
 from dreamreader.probes import fit as fit_probe
 from dreamreader.recording.labelled import joined_rows, mean_over_tokens
 from dreamreader.specs.data import Item, read_items
-from dreamreader.specs.parts import AnySeeds, Count, Data, Seeds, list_seeds
+from dreamreader.specs.parts import AnySeeds, Count, Data, Seeds, listed_seeds
 from dreamreader.steering import LabelMeans
 from dreamreader.training.parts import ProbeTraining
 
@@ -121,7 +121,7 @@ class ProbedLabels(Method, SweptPlaces):
 
     def _fit(self, job: Job, files: dict[str, Path], means: Path) -> None:
         items = self.fit_items()
-        rows = [(item, seed) for item in items for seed in list_seeds(self.fit_seeds)]
+        rows = [(item, seed) for item in items for seed in listed_seeds(self.fit_seeds)]
         cache = self._record(job, list(files), rows)
         prompts = [item for item, _ in rows]
         labels = {attribute: self.column_of(prompts, attribute) for attribute in self.labels}

@@ -17,7 +17,7 @@ from dreamreader.experiments.job import Job, Method
 from dreamreader.experiments.methods.base import SweptPlaces, one_selection
 from dreamreader.reft import Pairs, Reft, record_pairs, train
 from dreamreader.specs.data import Item, read_items
-from dreamreader.specs.parts import AnySeeds, Count, Data, Seeds, list_seeds
+from dreamreader.specs.parts import AnySeeds, Count, Data, Seeds, listed_seeds
 from dreamreader.training.examples import examples_of
 from dreamreader.training.losses import AdaptedSites, adapters_of, loss_of
 from dreamreader.training.parts import Training
@@ -121,7 +121,7 @@ class _AdapterBuilder:
     def __init__(self, method: TrainedAdapters, job: Job):
         self.method, self.job = method, job
         self.sites = {cell.name: list(cell.sites) for cell in method.cells(job)}
-        seeds = list_seeds(method.fit_seeds)
+        seeds = listed_seeds(method.fit_seeds)
         items = method.fit_items()
         self.examples = examples_of(method.training, items, seeds, label="method.fit")
         every = list(dict.fromkeys(site for listed in self.sites.values() for site in listed))

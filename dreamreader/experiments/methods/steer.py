@@ -19,7 +19,7 @@ from dreamreader.experiments.methods.base import RowTable, SweptPlaces, alphas, 
 from dreamreader.experiments.row import Row
 from dreamreader.recording.labelled import mean_over_tokens
 from dreamreader.specs.data import Item, pairs_only, read_items
-from dreamreader.specs.parts import AnySeeds, Data, Part, Seeds, list_seeds
+from dreamreader.specs.parts import AnySeeds, Data, Part, Seeds, listed_seeds
 from dreamreader.steering import Directions, Fitter
 from dreamreader.steering.methods import NEEDS
 
@@ -184,7 +184,9 @@ class SteerMethod(Method, SweptPlaces):
 
     def _record(self, job: Job) -> Iterator[tuple[Any, Any]]:
         """Caches of both prompts of the pairs, batch by batch."""
-        pairs = [(item, seed) for item in self._fit_items() for seed in list_seeds(self.fit_seeds)]
+        pairs = [
+            (item, seed) for item in self._fit_items() for seed in listed_seeds(self.fit_seeds)
+        ]
         records = self._readings(job)
         sources = job.record([(item.prompt, seed) for item, seed in pairs], records)
         targets = job.record([(str(item.target), seed) for item, seed in pairs], records)
