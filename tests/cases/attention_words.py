@@ -253,7 +253,8 @@ def alternating(dtype: torch.dtype) -> list[Case]:
 
 
 def fewer_heads(dtype: torch.dtype) -> list[Case]:
-    """The same with two heads, of one where there are more keys than are held at once."""
+    """Two of three, and fewer in half precision, with two heads; of one where there are more keys
+    than are held at once."""
 
     def fewer(sizes: Sizes) -> Sizes:
         most = 1 if sizes.keys > 256 else 2
@@ -261,7 +262,10 @@ def fewer_heads(dtype: torch.dtype) -> list[Case]:
         key_heads = min(1 if shared else sizes.key_heads, heads)
         return sizes._replace(heads=heads, key_heads=key_heads)
 
-    return [replace(case, sizes=fewer(case.sizes)) for case in alternating(dtype)]
+    cases = alternating(dtype)
+    few = [case for number, case in enumerate(cases) if number % 3 != 1]
+    some = few if dtype == torch.float32 else [*cases[::3], cases[-1]]
+    return [replace(case, sizes=fewer(case.sizes)) for case in some]
 
 
 def idle(args: tuple, value: Tensor) -> Tensor:

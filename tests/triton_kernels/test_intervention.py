@@ -43,7 +43,7 @@ def traffic(monkeypatch: pytest.MonkeyPatch, x: Tensor, call) -> tuple[int, int]
 def test_what_an_edit_does_is_told_in_its_pass(dtype: torch.dtype):
     from dreamreader.triton_kernels.intervention import intervention
 
-    for case in CASES[::4]:
+    for case in CASES[::8] if dtype == torch.float32 else CASES[4::8]:
         program, x = case.program(), case.input(dtype)
         out, seen = torch.empty_like(x), torch.zeros(3, dtype=torch.int32)
         intervention(x, out, *program.tables(dtype), seen=seen, at=1)
