@@ -131,7 +131,7 @@ def test_a_look_gives_all_modules_and_those_with_marks(tree: Any) -> None:
     assert look() == (every, [root.a, root.a[0], root.list])
     root.b = nn.Linear(4, 4)
     assert look() is None
-    wrapper = torch.compile(nn.Linear(2, 2), backend="eager")
+    wrapper: Any = torch.compile(nn.Linear(2, 2), backend="eager")
     every = list(wrapper.modules())
     assert tree(every)() == (every, carriers(every)) and carriers(every)[0] is wrapper
 
