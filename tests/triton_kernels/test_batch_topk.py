@@ -92,6 +92,7 @@ def test_a_guess_keeps_its_distance():
 
 
 @compiled
+@pytest.mark.slow
 @by_type
 def test_compiles_within_limits(dtype: str, arch: int):
     from dreamreader.triton_kernels import _candidates as module
@@ -107,9 +108,8 @@ def test_compiles_within_limits(dtype: str, arch: int):
     assert re.search(WIDE, ptx("append_kernel", warps, POOL=False, EACH=False, BLOCK=BLOCK))
     ptx("append_kernel", warps, POOL=True, EACH=False, BLOCK=BLOCK)
     ptx("bound_kernel", 4, DIGITS=digits)
-    for digit in range(digits):
+    for digit in (0, digits - 1):
         ptx("digit_kernel", warps, DIGIT=digit, **passes)
     for name in ("tally_kernel", "write_kernel"):
-        ptx(name, warps, ALL=False, **passes)
         ptx(name, 4, ALL=False, **passes | {"AGAIN": False})
         ptx(name, warps, ALL=False, **passes | {"POOL": True})

@@ -80,6 +80,7 @@ def test_gradients_of_the_interpreter():
 
 
 @compiled
+@pytest.mark.slow
 @by_type
 def test_compiles_within_limits(dtype: str, arch: int):
     from dreamreader.triton_kernels import encode_select as module
