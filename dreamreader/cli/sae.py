@@ -97,6 +97,10 @@ def dashboard(
     branch: Annotated[str | None, typer.Option(help="Guidance branch.")] = "cond",
     steps: Annotated[int | None, typer.Option(help="Denoising steps of a run.", min=1)] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("latents.html"),
+    neuronpedia: Annotated[
+        Path | None,
+        typer.Option(help="Of a language model: also write Neuronpedia's feature objects."),
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
 ) -> None:
@@ -108,7 +112,7 @@ def dashboard(
     """
     from dreamreader.cli.console import console
     from dreamreader.errors import InvalidInput
-    from dreamreader.sae import collect_examples, write_dashboard
+    from dreamreader.sae import collect_examples, write_dashboard, write_neuronpedia
     from dreamreader.specs.subject import is_language
     from dreamreader.zoo import SETTINGS, load
 
@@ -116,7 +120,12 @@ def dashboard(
     place = site or sae.metadata.get("site")
     if not place:
         raise InvalidInput(f"{file} does not say its site; give --site")
+    chosen = None if features is None else _numbers(features)
     reader = load(model, device, dtype)
+    if is_language(reader) and prompts is None:
+        raise InvalidInput(f"{model} reads texts: give --prompts, a file with a text a line")
+    if neuronpedia is not None and not is_language(reader):
+        raise InvalidInput("--neuronpedia: its activations are of texts, this model draws pictures")
     rows, labels = _rows(prompts, count)
     arguments = {} if is_language(reader) else dict(SETTINGS)
     if steps is not None:
@@ -131,7 +140,6 @@ def dashboard(
         branch=None if is_language(reader) else branch,
         **arguments,
     )
-    chosen = None if features is None else [int(each) for each in features.split(",")]
     page = write_dashboard(
         found.examples,
         out,
@@ -143,6 +151,11 @@ def dashboard(
         count=shown,
     )
     console().print(page)
+    if neuronpedia is not None and found.texts is not None:
+        path = write_neuronpedia(
+            found.examples, neuronpedia, found.texts, model=model, source=place, features=chosen
+        )
+        console().print(path)
 
 
 @app.command()
@@ -182,6 +195,17 @@ def _open(file: Path, of: str | None = None) -> "SparseAutoencoder":
     if of is None and file.suffix == ".safetensors" and file.is_file():
         return SparseAutoencoder.load(file)
     return read_sae(file, of)
+
+
+def _numbers(features: str) -> list[int]:
+    from dreamreader.errors import InvalidInput
+
+    try:
+        return [int(each) for each in features.split(",")]
+    except ValueError:
+        raise InvalidInput(
+            f"--features: numbers of latents with commas between, such as 3,17, got {features!r}"
+        ) from None
 
 
 def _rows(prompts: Path | None, count: int) -> tuple[list[str], dict[str, list[str | None]]]:

@@ -278,16 +278,19 @@ def _may_be_turned(
 
 def _has_parts(module: nn.Module) -> bool:
     """Whether it holds other modules; `children` takes ten times as long to say."""
-    inside = module._modules
-    return bool(inside) and any(each is not None for each in inside.values())
+    for each in module._modules.values():  # in most modules there is none
+        if each is not None:
+            return True
+    return False
 
 
 def _is_rows_first(modules: Sequence[nn.Module]) -> bool:
     """Whether the code around a module is of a library that has rows before tokens."""
     for module in modules:
-        place = f"{getattr(type(module).forward, '__module__', '')}."
-        if _has_parts(module) and not place.startswith(_PASSING):
-            return place.startswith(_ROWS_FIRST)
+        if _has_parts(module):
+            place = f"{getattr(type(module).forward, '__module__', '')}."
+            if not place.startswith(_PASSING):
+                return place.startswith(_ROWS_FIRST)
     return False
 
 

@@ -108,13 +108,17 @@ class Compiled:
             return general
         apply = intervention_of(program, x)
 
+        known = False  # whether each edit has changed a value so far: then it stays so
+
         def run(x: Tensor, now: CallContext) -> Tensor:
-            return apply(x) if changed.issuperset(numbers) else general(x, now)
+            nonlocal known
+            known = known or changed.issuperset(numbers)
+            return apply(x) if known else general(x, now)
 
         def run_half(x: Tensor, now: CallContext) -> Tensor:
-            if not changed.issuperset(numbers):
-                return general(x, now)
-            return apply(x, *notes.place(now, numbers, x))
+            nonlocal known
+            known = known or changed.issuperset(numbers)
+            return apply(x, *notes.place(now, numbers, x)) if known else general(x, now)
 
         return run_half if x.dtype in HALF else run
 

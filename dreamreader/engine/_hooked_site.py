@@ -104,7 +104,7 @@ class HookedSite:
         self.recorders: list[Recorder] = []
         self.watchers: list[Watcher] = []
         self.streamers: list[Streamer] = []
-        self.fired: list[tuple[CallContext, SitePlan]] = []
+        self.fired: dict[SitePlan, list[CallContext]] = {}
         self.skipped: list[tuple[CallContext, tuple[int, ...]]] = []
         self.notes = Notes(shared.tables)
         self.shape: tuple[int, ...] | None = None
@@ -163,7 +163,7 @@ class HookedSite:
         plain = view.is_plain
         x, y = value if plain else view.read(value), None
         off = None if minus is None else view.read(minus)
-        self.fired.append((now, plan))
+        self._calls(plan).append(now)
         seen = x if off is None or (plan.edits is None and not plan.recorded) else x - off
         if plan.edits is not None:
             self.shared.subject.edited += 1
@@ -196,8 +196,12 @@ class HookedSite:
         keep = [recorder.keeper(value, held, moments) for recorder, held, moments in plan.recorded]
         if plan.edits is not None:
             run = plan.edits.specialize(value, self.notes)
-            return _edit(plan, run, keep, self.fired, self.shared.subject)
-        return _record(plan, keep, self.fired)
+            return _edit(run, keep, self._calls(plan), self.shared.subject)
+        return _record(keep, self._calls(plan))
+
+    def _calls(self, plan: SitePlan) -> list[CallContext]:
+        """The calls at which a plan was followed."""
+        return self.fired.setdefault(plan, [])
 
     def visit_attention(self, attention: Attention) -> None:
         """Record and watch an attention; probabilities are formed for recordings alone."""
@@ -205,7 +209,7 @@ class HookedSite:
         if not plan.active:
             return
         if attention.is_start:
-            self.fired.append((now, plan))
+            self._calls(plan).append(now)
         if plan.recorded:
             x = attention.probabilities().transpose(1, 2)
             for recorder, held, moments in plan.recorded:
@@ -385,18 +389,16 @@ class HookedSite:
         return compile_edits(works, tuple(x.shape))  # pyright: ignore
 
 
-def _record(
-    plan: SitePlan, keepers: list[Keeper], fired: list[tuple[CallContext, SitePlan]]
-) -> _Act:
+def _record(keepers: list[Keeper], calls: list[CallContext]) -> _Act:
     keep = keepers[0] if keepers else None  # none where all are missed
 
     def record(x: Tensor, now: CallContext) -> None:
-        fired.append((now, plan))
+        calls.append(now)
         if keep is not None:
             keep(x, now)
 
     def record_all(x: Tensor, now: CallContext) -> None:
-        fired.append((now, plan))
+        calls.append(now)
         for each in keepers:
             each(x, now)
 
@@ -404,14 +406,13 @@ def _record(
 
 
 def _edit(
-    plan: SitePlan,
     run: Callable[[Tensor, CallContext], Tensor],
     keepers: list[Keeper],
-    fired: list[tuple[CallContext, SitePlan]],
+    calls: list[CallContext],
     subject: Subject,
 ) -> _Act:
     def edit(x: Tensor, now: CallContext) -> Tensor:
-        fired.append((now, plan))
+        calls.append(now)
         subject.edited += 1
         y = run(x, now)
         for keep in keepers:

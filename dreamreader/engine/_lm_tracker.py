@@ -101,7 +101,7 @@ class LanguageTracker(WithoutSchedule):
         with ExitStack() as stack:
             stack.enter_context(listen_to_generate(self.model, self))
             for module in self._names:
-                stack.enter_context(_watch(module, self._beginner(module), self._end_call))
+                _watch(stack, module, self._beginner(module), self._end_call)
             self._stack = stack.pop_all()
         return self
 
@@ -455,9 +455,8 @@ def _adds_tokens(model: Any) -> bool:
     return bool(getattr(config, "is_prompt_learning", False))
 
 
-def read_text(modules: Iterable[nn.Module]) -> bool:
-    """Whether a model of transformers that takes tokens is among these."""
-    kinds = set(map(type, modules))
+def read_text(kinds: Iterable[type[nn.Module]]) -> bool:
+    """Whether a model of transformers that takes tokens is of one of these classes."""
     return any(_is_pretrained(each) and "input_ids" in forward_names(each) for each in kinds)
 
 

@@ -101,7 +101,7 @@ class Reader:
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
         """Every module by its path, as sites call them."""
-        return self._subject.modules()
+        return dict(self._subject.modules())
 
     def shape_of(self, site: str) -> tuple[int, ...] | None:
         """[rows, tokens, features] that a site had in the latest run; None where it had none."""

@@ -106,10 +106,13 @@ class Request:
     @property
     def is_empty(self) -> bool:
         """Whether the schedule is empty on purpose, such as `steps=[]`."""
-        return any(
-            isinstance(each, list | tuple | set | frozenset) and not len(each)
-            for each in (self.steps, self.timesteps, self.sigmas, self.fraction)
-        ) or (isinstance(self.steps, Tensor) and not bool(self.steps.any()))
+        return self.needs_time and (
+            any(
+                isinstance(each, list | tuple | set | frozenset) and not len(each)
+                for each in (self.steps, self.timesteps, self.sigmas, self.fraction)
+            )
+            or (isinstance(self.steps, Tensor) and not bool(self.steps.any()))
+        )
 
     def runs_at(self, moment: Any, total: int | None) -> bool:
         """Whether the selection holds at a moment (step, timestep, ...) of `total` steps."""
@@ -123,10 +126,10 @@ class Request:
     def describe(self) -> str:
         """The request in one line, without tensors."""
         parts = [", ".join(self.sites)]
-        for each in fields(Request)[1:]:
-            value = getattr(self, each.name)
+        for name in _SELECTIONS:
+            value = getattr(self, name)
             if value is not None:
-                parts.append(f"{each.name}={describe(value)}")
+                parts.append(f"{name}={describe(value)}")
         return f"{self.label}({', '.join(parts)})"
 
     def __eq__(self, other: object) -> bool:
@@ -138,6 +141,9 @@ class Request:
 
     def __hash__(self) -> int:
         return hash((type(self), self.sites))
+
+
+_SELECTIONS = tuple(each.name for each in fields(Request) if each.name != "site")
 
 
 @dataclass(frozen=True, eq=False)

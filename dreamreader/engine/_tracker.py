@@ -1,7 +1,7 @@
 """Trackers say what is running now: in a pipeline, a language model, a plain module."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
@@ -67,9 +67,9 @@ class PipelineTracker(AbstractContextManager):
             stack.enter_context(self.clock)
             stack.enter_context(listen_to_pipeline(self.pipe, self))
             for name, module in {**self.clock.denoisers, **self.clock.beside}.items():
-                stack.enter_context(self._follow(module, self._denoiser(name, module)))
+                self._follow(stack, module, self._denoiser(name, module))
             for name, module in self.clock.text_encoders.items():
-                stack.enter_context(self._follow(module, self._encoder(name, module)))
+                self._follow(stack, module, self._encoder(name, module))
             self._stack = stack.pop_all()
         return self
 
@@ -139,8 +139,11 @@ class PipelineTracker(AbstractContextManager):
         return self._ids.get((component, branch))
 
     def _follow(
-        self, module: nn.Module, now_of: Callable[[tuple, dict[str, Any]], CallContext]
-    ) -> AbstractContextManager[None]:
+        self,
+        stack: ExitStack,
+        module: nn.Module,
+        now_of: Callable[[tuple, dict[str, Any]], CallContext],
+    ) -> None:
         def began(args: tuple, kwargs: dict[str, Any]) -> None:
             self._outer.append(self.now)
             self.now = now_of(args, kwargs)
@@ -148,7 +151,7 @@ class PipelineTracker(AbstractContextManager):
         def ended(output: Any) -> None:
             self.now = self._outer.pop() if self._outer else None
 
-        return _watch(module, began, ended)
+        _watch(stack, module, began, ended)
 
     def _denoiser(self, name: str, module: nn.Module):
         inner = innermost(module)
@@ -236,7 +239,7 @@ class ModuleTracker(WithoutSchedule):
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            stack.enter_context(_watch(self.module, self._begin_call, self._end_call))
+            _watch(stack, self.module, self._begin_call, self._end_call)
             self._stack = stack.pop_all()
         return self
 
@@ -256,9 +259,8 @@ class ModuleTracker(WithoutSchedule):
         self.now = None
 
 
-@contextmanager
-def _watch(module: nn.Module, began, ended) -> Iterator[None]:
-    """Hooks around a module's call; they see it after the clock's own, which came first.
+def _watch(stack: ExitStack, module: nn.Module, began, ended) -> None:
+    """Put hooks around a module's call; they see it after the clock's own, which came first.
 
     Calls by other threads are not told.
     """
@@ -273,11 +275,8 @@ def _watch(module: nn.Module, began, ended) -> Iterator[None]:
         hooks.move_to_end(last.id)
 
     first = module.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        yield
-    finally:
-        for handle in (first, last):
-            handle.remove()
+    for handle in (last, first):
+        stack.callback(handle.remove)
 
 
 def _ask(ask) -> Any:

@@ -113,6 +113,11 @@ class SparseCodec(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(d_sae, **made))
         self.b_dec = nn.Parameter(torch.zeros(d_in, **made))
         start = 0.0 if isinstance(self.selection, JumpReLU) else -1.0
+        if self.learns_thresholds:
+            assert isinstance(self.selection, JumpReLU)
+            start = self.selection.start
+            log = torch.full((d_sae,), math.log(start), device=device, dtype=torch.float32)
+            self.log_threshold = nn.Parameter(log)
         wide = {"device": device, "dtype": torch.float32}
         self.register_buffer("thresholds", torch.full((d_sae,), start, **wide))
         mean = torch.tensor(self.threshold_start, dtype=torch.float64, device=device)
@@ -125,6 +130,11 @@ class SparseCodec(nn.Module):
         self.register_buffer("input_scale", torch.ones(d_in, **wide))
         for name in _ON_CPU:
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+
+    @property
+    def learns_thresholds(self) -> bool:
+        """Whether thresholds are trained, as `log_threshold`."""
+        return isinstance(self.selection, JumpReLU) and self.selection.sparsity is not None
 
     @property
     def k(self) -> float | None:
@@ -157,6 +167,9 @@ class SparseCodec(nn.Module):
                 f"SparseAutoencoder: {int(given.isnan().sum())} thresholds are NaN; give numbers"
             )
         self.thresholds.copy_(given.clamp(min=0))  # what is not positive is never active
+        if self.learns_thresholds:
+            with torch.no_grad():
+                self.log_threshold.copy_(self.thresholds.clamp(min=1e-12).log())
         if given.dim() == 0:
             self.threshold_mean.copy_(given.clamp(min=0))
 
@@ -416,10 +429,14 @@ class SparseCodec(nn.Module):
 
     def _decode_rows(self, codes: SparseRows) -> Tensor:
         """In the space of normalised inputs."""
-        if self.rescale:
-            norms = row_norms(self.W_dec).to(codes.values.dtype)
-            codes = replace(codes, values=codes.values / norms[codes.columns.clamp(min=0).long()])
-        return self._decode_unscaled(codes)
+        return self._decode_unscaled(self._unscale(codes))
+
+    def _unscale(self, codes: SparseRows) -> SparseRows:
+        """Codes as the decoder takes them."""
+        if not self.rescale:
+            return codes
+        norms = row_norms(self.W_dec).to(codes.values.dtype)
+        return replace(codes, values=codes.values / norms[codes.columns.clamp(min=0).long()])
 
     def _decode_unscaled(self, codes: SparseRows, biased: bool = True) -> Tensor:
         dtype = codes.values.dtype

@@ -76,6 +76,7 @@ class SaeLoss:
         groups: mse of each prefix of a Matryoshka autoencoder, [groups]; [1] without.
         fired: bool [d_sae], which latents were active.
         smallest: as `find_smallest` gives it. tokens: rows of the batch.
+        penalty: of active latents, where thresholds learn.
     """
 
     total: Float[Tensor, ""]
@@ -88,6 +89,7 @@ class SaeLoss:
     fired: Bool[Tensor, " d_sae"]
     smallest: Float[Tensor, ""]
     tokens: int
+    penalty: Float[Tensor, ""] | None = None
 
 
 def squared_error(

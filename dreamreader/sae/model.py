@@ -15,6 +15,7 @@ from dreamreader.ops import SparseRows
 from dreamreader.sae.codec import SparseCodec, check_switch
 from dreamreader.sae.encoder import FixedEncoder, encode_dead
 from dreamreader.sae.inputs import check_mask, layout_of
+from dreamreader.sae.jump import drop_zeros, encode_near
 from dreamreader.sae.loss import (
     AUX_RULES,
     AuxK,
@@ -174,9 +175,13 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
         if not len(rows):
             raise InvalidInput("SparseAutoencoder: no token counts in this batch")
         z = self._affine(rows).apply(rows)
-        fixed = self._fixed_encoder(z)
-        kept = self._codes(fixed.rows, fixed.weight, fixed.bias, selection or self.selection)
-        codes, whole = self._attach(kept, fixed, z), len(self.groups) == 1
+        fixed, whole, penalty = self._fixed_encoder(z), len(self.groups) == 1, None
+        if self.training and self.learns_thresholds:
+            near, penalty = self._codes_to_learn_from(*self._encoder(z))
+            codes, kept = self._unscale(near), drop_zeros(near)
+        else:
+            kept = self._codes(fixed.rows, fixed.weight, fixed.bias, selection or self.selection)
+            codes = self._attach(kept, fixed, z)
         rebuilt = [self._decode_unscaled(codes)] if whole else self._prefixes(codes)
         errors = torch.stack([squared_error(z, each) for each in rebuilt])
         fired = kept.column_counts() > 0
@@ -187,7 +192,7 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
         aux = self._aux_loss(z, fixed, residual, idle)
         weights = torch.tensor(self.group_weights, device=errors.device)
         return SaeLoss(
-            (errors * weights).sum() + aux,
+            (errors * weights).sum() + aux + (0.0 if penalty is None else penalty),
             errors[-1].detach(),
             aux.detach(),
             fraction_unexplained(z, errors[-1].detach()),
@@ -197,7 +202,17 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
             fired,
             find_smallest(kept, by_row=isinstance(self.selection, TopK)),
             len(rows),
+            None if penalty is None else penalty.detach(),
         )
+
+    def _codes_to_learn_from(
+        self, rows: Tensor, weight: Tensor, bias: Tensor
+    ) -> tuple[SparseRows, Tensor]:
+        """Codes with those of 0 near their threshold, and what active ones cost."""
+        selection = self.selection
+        assert isinstance(selection, JumpReLU)
+        codes, count = encode_near(rows, weight, bias, self.log_threshold, selection.bandwidth)
+        return codes, selection.weight(int(self.steps)) * count
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -213,6 +228,8 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
             result: of the batch that the step learned from.
         """
         self.constrain()
+        if self.learns_thresholds:
+            self.thresholds.copy_(self.log_threshold.float().exp())
         idle = self.tokens_since_fired + result.tokens
         self.tokens_since_fired.copy_(torch.where(result.fired, 0, idle))
         fitted = not isinstance(self.selection, JumpReLU)  # whose thresholds stay

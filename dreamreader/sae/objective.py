@@ -11,6 +11,7 @@ from dreamreader.errors import InvalidInput
 from dreamreader.fitting import Objective
 from dreamreader.sae.loss import SaeLoss
 from dreamreader.sae.model import SparseAutoencoder
+from dreamreader.sae.ranks import Ranks
 from dreamreader.sae.selection import JumpReLU, Selection, TopK
 
 
@@ -89,12 +90,17 @@ class Reconstruction(Objective):
 
     Args:
         name: of the autoencoder. anneal: of its k. curve: takes its scores after some steps.
+        ranks: processes that share each batch.
     """
 
     def __init__(
-        self, name: str = "", anneal: Anneal | None = None, curve: ScoreCurve | None = None
+        self,
+        name: str = "",
+        anneal: Anneal | None = None,
+        curve: ScoreCurve | None = None,
+        ranks: Ranks | None = None,
     ):
-        self.name, self.anneal, self.curve = name, anneal, curve
+        self.name, self.anneal, self.curve, self.ranks = name, anneal, curve, ranks
         self.result: SaeLoss | None = None
 
     def terms(self, module: SparseAutoencoder, batch: Any, /) -> Tensor | None:
@@ -124,11 +130,15 @@ class Reconstruction(Objective):
 
     def before_step(self, module: SparseAutoencoder, done: int) -> None:
         """Takes from the gradient of the decoder what would only change lengths."""
+        if self.ranks is not None:
+            self.ranks.average_gradients(module)
         module.before_step()
 
     def after_step(self, module: SparseAutoencoder, done: int) -> None:
         """Keeps constraints and counts what fired in the batch of this step."""
         assert self.result is not None
+        if self.ranks is not None:
+            self.result = self.ranks.combine(self.result)
         module.after_step(self.result)
         if self.curve is not None:
             self.curve.add(self.name, module, done)

@@ -113,11 +113,40 @@ class SampledTopK:
 class JumpReLU:
     """Keeps what is above the threshold of its latent; with thresholds of 0 it is ReLU.
 
-    Thresholds stay as they are in training.
+    Without `sparsity` thresholds stay as they are in training. With it they learn, by
+    straight-through gradients of a rectangle around them, and the loss has in addition
+
+    Formula: sparsity * min(1, (step + 1) / warmup) * mean over rows of the active latents.
+
+    Attributes:
+        sparsity: weight of an active latent; None where thresholds do not learn.
+        bandwidth: width of the rectangle, in pre-activations.
+        start: thresholds before the first step. warmup: steps in which the weight rises.
+
+    Raises:
+        InvalidInput: a value cannot be right.
 
     Reference:
         Rajamanoharan et al., Jumping ahead, arXiv:2407.14435.
     """
+
+    sparsity: float | None = None
+    bandwidth: float = 0.001
+    start: float = 0.001
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sparsity is not None:
+            _check_positive("JumpReLU", "sparsity", self.sparsity)
+        for name in ("bandwidth", "start"):
+            _check_positive("JumpReLU", name, getattr(self, name))
+        if isinstance(self.warmup, bool) or not isinstance(self.warmup, int) or self.warmup < 0:
+            raise InvalidInput(f"JumpReLU: warmup is a number of steps, got {self.warmup!r}")
+
+    def weight(self, step: int) -> float:
+        """Of an active latent at a step, counted from 0."""
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        return (self.sparsity or 0.0) * rise
 
 
 Selection = TopK | BatchTopK | SampledTopK | JumpReLU

@@ -14,6 +14,7 @@ from dreamreader.sae.inputs import check_mask, layout_of
 from dreamreader.sae.model import SparseAutoencoder
 from dreamreader.sae.objective import Anneal, Reconstruction, ScoreCurve, rows_of
 from dreamreader.sae.optimizer import StridedAdam
+from dreamreader.sae.ranks import Ranks
 
 Batches = ByStep | Iterable[Any] | Callable[[int], Iterable[Any]]
 _WARMUP = 1000
@@ -53,6 +54,7 @@ def train_sae(
     validate: Callable[[], Any] | None = None,
     curve: ScoreCurve | None = None,
     of: Mapping[str, Any] | None = None,
+    ranks: Ranks | None = None,
     **recipe: Any,
 ) -> Any:
     """Trains an autoencoder in place, or several in one pass over the batches; leaves `eval()`.
@@ -75,6 +77,7 @@ def train_sae(
         progress: shown by default; events have loss, FVU, L0, share of dead latents and tokens.
         validate: as in `fit`; autoencoders are in `eval()` mode meanwhile. of: as in `fit`.
         curve: takes scores after some steps, see `ScoreCurve`.
+        ranks: processes that train the same autoencoders, each on its share of every batch.
         recipe: further attributes of `Recipe`, such as `schedule`, `grad_clip` and `seed`.
 
     Returns:
@@ -103,14 +106,14 @@ def train_sae(
     for name, each in saes.items():
         _check(name, each, batches)
     anneal = None if k_start is None or k_steps is None else Anneal(k_start, k_steps)
-    goals = {name: Reconstruction(name, anneal, curve) for name in saes}
+    goals = {name: Reconstruction(name, anneal, curve, ranks) for name in saes}
     recipes = {
         name: _recipe(each, steps, epochs, lr, warmup, validate is not None, recipe)
         for name, each in saes.items()
     }
     fresh = {name: each for name, each in saes.items() if not int(each.steps)}
     if fresh:
-        _begin(fresh, first_batch(batches), center)
+        _begin(fresh, first_batch(batches), center, ranks)
     for each in saes.values():
         each.train()
         each.compute_dtype = getattr(torch, compute) if compute != "float32" else None
@@ -241,17 +244,20 @@ def _recipe(
 
 
 @torch.no_grad()
-def _begin(saes: Mapping[str, SparseAutoencoder], batch: Any, center: bool) -> None:
+def _begin(
+    saes: Mapping[str, SparseAutoencoder], batch: Any, center: bool, ranks: Ranks | None
+) -> None:
     """Scale of inputs and b_dec of autoencoders that have not learned yet."""
     for name, sae in saes.items():
         x, mask = rows_of(batch, (name, sae.metadata.get("site")))
         if x is None:
             continue
         if mask is not None:
-            batch = layout_of(x, sae.d_in, sae.reshape).batch
-            x = x.reshape(-1, sae.d_in)[check_mask(mask, batch)]
+            counted = check_mask(mask, layout_of(x, sae.d_in, sae.reshape).batch)
+            x = x.reshape(-1, sae.d_in)[counted]
         if not x.numel():
             raise InvalidInput("train_sae: no token counts in the first batch")
+        x = x if ranks is None else ranks.gather_rows(x)
         untouched = bool((sae.input_scale == 1).all() & (sae.input_shift == 0).all())
         if sae.normalise in ("average_norm", "standardise") and untouched:
             sae.fit_normalisation(x)

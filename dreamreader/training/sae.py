@@ -1,5 +1,7 @@
 """Sparse autoencoders from a spec file: on a store, on a model that is run, or known answers."""
 
+import copy
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,20 +10,30 @@ from pathlib import Path
 from typing import Any
 
 from dreamreader._files import explain_disk_errors
-from dreamreader._progress import ProgressEvent
+from dreamreader._progress import Progress, ProgressEvent
 from dreamreader.errors import InvalidInput
+from dreamreader.fitting import History
 from dreamreader.harvest import Harvest, HarvestPlan
 from dreamreader.jobs import fingerprint
 from dreamreader.jobs.fingerprint import fingerprint_of_rows, portable
-from dreamreader.jobs.job import REPORT, RunUnit, SpecJob, Work
+from dreamreader.jobs.job import REPORT, Engine, RunUnit, SpecJob, Work
 from dreamreader.sae import SparseAutoencoder, train_sae
 from dreamreader.sae.evaluate import with_random_decoder, with_random_encoder
 from dreamreader.sae.objective import ScoreCurve
+from dreamreader.sae.ranks import Ranks
 from dreamreader.store.layout import file_of
 from dreamreader.training.folder import CHECKPOINTS, RESULT, TrainingFolder
 from dreamreader.training.page import thin_curve
 from dreamreader.training.sae_evaluation import SiteEvaluation
 from dreamreader.training.sae_page import describe_scores, write_report
+from dreamreader.training.sae_ranks import (
+    announce_site,
+    check_shares,
+    device_of_rank,
+    follow_rank_0,
+    join_ranks,
+    led_by_rank_0,
+)
 from dreamreader.training.sae_rows import (
     KNOWN,
     KnownSource,
@@ -80,6 +92,7 @@ class SaeJob(SpecJob[SaeSpec]):
 
     kind, model, folder_type = "sae", SaeSpec, TrainingFolder
     counts = "sites"
+    _ranks: Ranks | None = None
 
     @property
     def autoencoders(self) -> list[Planned]:
@@ -141,7 +154,8 @@ class SaeJob(SpecJob[SaeSpec]):
 
     def begin(self, folder: TrainingFolder) -> list[str]:
         """Names of the sites."""
-        shown = self.spec.model_dump(mode="json", exclude={"name", "store", "evaluation"})
+        unseen = {"name": True, "store": True, "evaluation": True, "training": {"device"}}
+        shown = self.spec.model_dump(mode="json", exclude=unseen)
         evaluated = self.spec.evaluation.model_dump(mode="json", exclude={"store"})
         settings = {"spec": portable(shown), "evaluated": evaluated}
         if self.spec.subject is None:
@@ -234,6 +248,36 @@ class SaeJob(SpecJob[SaeSpec]):
                 lines.append(f"  {site}: {title}: {describe_scores(each['scores'])}")
         return [f"{name}: {len(lines)} autoencoders", *lines, f"report: {folder.path / REPORT}"]
 
+    def run(
+        self,
+        out: str | os.PathLike[str] | None = None,
+        *,
+        progress: Progress = True,
+        engine: Engine | None = None,
+    ) -> Any:
+        """Computes what the folder lacks, and writes the report; see `SpecJob.run`.
+
+        Started by torchrun, every process takes an equal share of each batch, and gradients are
+        averaged; rank 0 alone runs the model, writes and measures, and the others give the result
+        that it wrote. `Ranks` says what is the same as in one process.
+
+        Raises:
+            InvalidInput: as in `SpecJob.run`, or a batch cannot be shared evenly.
+        """
+        with join_ranks(self.spec.training.device) as self._ranks:
+            if self._ranks is None:
+                return self._run(out, progress, engine)
+            check_shares(self.spec.training.batch_size, self._ranks.world)
+            if self._ranks.rank:
+                return self.result(TrainingFolder(follow_rank_0(self._train_share)))
+            with led_by_rank_0(Path(out) if out is not None else self.folder):
+                return self._run(out, progress, engine)
+
+    @property
+    def follows(self) -> bool:
+        """Whether it ran as one of several processes, of which another says what was done."""
+        return self._ranks is not None and self._ranks.rank > 0
+
     def _plan_harvest(self) -> HarvestPlan:
         """What is recorded first, from a few samples.
 
@@ -252,34 +296,57 @@ class SaeJob(SpecJob[SaeSpec]):
                 )
         return plan
 
-    def _train(self, work: Work, source: RowSource, site: str) -> None:
-        """The autoencoders of a site, and what they are worth."""
-        folder, training = work.folder, self.spec.training
-        made = {each.name: _build(each, source.width(site), site) for each in self.autoencoders}
-        planned = {each.name: each for each in self.autoencoders}
-        shuffled = [name for name, each in planned.items() if each.control == "shuffled"]
-        batches = with_shuffled(source.batches(site), site, shuffled)
+    def _train_share(self, folder: Path, site: str, run: str, had: Path | None) -> None:
+        """Trains with rank 0 on a share of its batches; writes nothing that stays."""
+        self._train_site(self.source(folder), site, run, had, False, None)
+
+    def _train_site(
+        self,
+        source: RowSource,
+        site: str,
+        run: str,
+        checkpoint: Path | None,
+        progress: Progress,
+        curve: ScoreCurve | None,
+    ) -> tuple[dict[str, SparseAutoencoder], dict[str, History]]:
+        """The autoencoders of a site, trained."""
+        training, ranks = self.spec.training, self._ranks
+        device = device_of_rank(training.device)
+        made = {
+            each.name: _build(each, source.width(site), site).to(device)
+            for each in self.autoencoders
+        }
+        shuffled = [each.name for each in self.autoencoders if each.control == "shuffled"]
+        share = (0, 1) if ranks is None else (ranks.rank, ranks.world)
+        batches = with_shuffled(source.batches(site, *share), site, shuffled)
         steps = None if training.tokens is None else training.tokens // training.batch_size
-        checkpoint = folder.path / CHECKPOINTS / file_of(site)
-        options = training.model_dump(exclude={"tokens", "epochs", "batch_size"})
-        at = [max(1, rows // training.batch_size) for rows in self.spec.evaluation.curve]
-
-        def score(name: str, sae: SparseAutoencoder) -> dict[str, Any]:
-            found = measure(sae, source, site, name in shuffled)
-            return {key: value for key, value in found.items() if key != "histogram"}
-
-        curve = ScoreCurve(at, score) if at else None
+        options = training.model_dump(exclude={"tokens", "epochs", "batch_size", "device"})
         histories = train_sae(
             made,
             batches,
             steps=steps,
             epochs=training.epochs,
             folder=checkpoint,
-            progress=_of_site(work, site),
-            of={"run": folder.run, "site": site},
+            progress=progress,
+            of={"run": run, "site": site},
             seed=self.spec.seeds[0],
             curve=curve,
+            ranks=ranks,
             **options,
+        )
+        return {name: each.cpu() for name, each in made.items()}, histories
+
+    def _train(self, work: Work, source: RowSource, site: str) -> None:
+        """The autoencoders of a site, and what they are worth."""
+        folder = work.folder
+        planned = {each.name: each for each in self.autoencoders}
+        shuffled = [name for name, each in planned.items() if each.control == "shuffled"]
+        checkpoint = folder.path / CHECKPOINTS / file_of(site)
+        if self._ranks is not None:
+            announce_site(folder.path, site, folder.run, checkpoint)
+        curve = self._curve(source, site, shuffled)
+        made, histories = self._train_site(
+            source, site, folder.run, checkpoint, _of_site(work, site), curve
         )
         notes: dict[str, Any] = {}
         evaluation = self._evaluation(source, site)
@@ -302,7 +369,7 @@ class SaeJob(SpecJob[SaeSpec]):
                     "losses": list(zip(*thin_curve(histories[name].losses), strict=True)),
                     "scores": scores,
                     "curve": [
-                        {"trained": done * training.batch_size, **found}
+                        {"trained": done * self.spec.training.batch_size, **found}
                         for done, found in (curve.points[name] if curve else [])
                     ],
                 }
@@ -310,6 +377,18 @@ class SaeJob(SpecJob[SaeSpec]):
             own = {"run": folder.run, "autoencoders": notes, "seed_mcc": agreement}
             own |= {} if evaluation is None else {"activations": evaluation.baseline}
             folder.write(_notes(site), own)
+
+    def _curve(self, source: RowSource, site: str, shuffled: list[str]) -> ScoreCurve | None:
+        """What takes scores while a site is trained, after as many rows as the spec says."""
+        size = self.spec.training.batch_size
+        at = [max(1, rows // size) for rows in self.spec.evaluation.curve]
+
+        def score(name: str, sae: SparseAutoencoder) -> dict[str, Any]:
+            own = sae if sae.W_dec.is_cpu else copy.deepcopy(sae).cpu()
+            found = measure(own, source, site, name in shuffled)
+            return {key: value for key, value in found.items() if key != "histogram"}
+
+        return ScoreCurve(at, score) if at else None
 
     def _evaluation(self, source: RowSource, site: str) -> SiteEvaluation | None:
         """What autoencoders of a site are measured on beside its rows."""

@@ -42,8 +42,8 @@ class RowSource(Protocol):
 
     def width(self, site: str) -> int: ...
 
-    def batches(self, site: str) -> Any:
-        """As `train_sae` takes them."""
+    def batches(self, site: str, rank: int = 0, world: int = 1) -> Any:
+        """As `train_sae` takes them; of a process among several, its share of each batch."""
         ...
 
     def held_out(self, site: str) -> Iterator[Float[Tensor, "rows width"]]:
@@ -76,9 +76,10 @@ class StoreSource:
     def width(self, site: str) -> int:
         return self.store.sites[site].width
 
-    def batches(self, site: str) -> StoreDataset:
+    def batches(self, site: str, rank: int = 0, world: int = 1) -> StoreDataset:
         size = self.spec.training.batch_size
-        found = self._dataset(self.store, site, size, self.spec.seeds[0])
+        share = {"rank": rank, "world": world}
+        found = self._dataset(self.store, site, size // world, self.spec.seeds[0], **share)
         if len(found) == 0:
             raise InvalidInput(
                 f"training.batch_size: {site} has {found.rows:,} rows, fewer than {size:,}"
@@ -108,9 +109,9 @@ class StoreSource:
         return {"steps": spec.chosen_steps, "branch": spec.branch, "tokens": tokens}
 
     def _dataset(
-        self, store: Store, site: str, size: int, seed: int, drop_last: bool = True
+        self, store: Store, site: str, size: int, seed: int, drop_last: bool = True, **share: int
     ) -> StoreDataset:
-        own = {**self.selection, "seed": seed, "drop_last": drop_last}
+        own = {**self.selection, "seed": seed, "drop_last": drop_last, **share}
         return StoreDataset(store, site, batch_size=size, **own)
 
 
@@ -130,8 +131,11 @@ class KnownSource:
     def width(self, site: str) -> int:
         return self.config.d_in
 
-    def batches(self, site: str) -> ByStep:
-        return self.world.batches(self.spec.training.batch_size, self.spec.seeds[0])
+    def batches(self, site: str, rank: int = 0, world: int = 1) -> ByStep:
+        whole = self.world.batches(self.spec.training.batch_size, self.spec.seeds[0])
+        if world == 1:
+            return whole
+        return ByStep(lambda step: whole.draw(step).chunk(world)[rank], of=whole.of)
 
     def held_out(self, site: str) -> Iterator[Tensor]:
         size, rows = self.spec.training.batch_size, self.spec.evaluation.rows

@@ -18,7 +18,8 @@ from dreamreader.training.parts import Positive
 
 Score = Literal["l2", "l2_squared", "entropy", "entropy_low", "leverage", "uniform"]
 Control = Literal["random_decoder", "random_encoder", "shuffled"]
-SWEPT = ("d_sae", "k", "l", "score", "rule")
+SWEPT = ("d_sae", "k", "l", "score", "rule", "sparsity")
+_OF_SELECTION = ("k", "l", "score", "rule", "update_every", "sparsity", "bandwidth", "warmup")
 
 
 class AutoencoderSpec(Part):
@@ -37,6 +38,11 @@ class AutoencoderSpec(Part):
         None, description="SampledTopK: the top columns, or drawn by the score."
     )
     update_every: Count | None = Field(None, description="SampledTopK: steps of a pool.")
+    sparsity: Positive | list[Positive] | None = Field(
+        None, description="JumpReLU: weight of an active latent, from which thresholds learn."
+    )
+    bandwidth: Positive | None = Field(None, description="JumpReLU: window around a threshold.")
+    warmup: Count | None = Field(None, description="JumpReLU: steps in which the weight rises.")
     groups: list[Count] | None = Field(None, description="Widths of Matryoshka prefixes.")
     rescale: bool = False
     normalise: Literal["none", "average_norm", "standardise", "constant_norm", "layer_norm"] = (
@@ -75,7 +81,7 @@ class AutoencoderSpec(Part):
 
     def selection_for(self, seed: int) -> Selection:
         """The selection; the seed is of what it draws."""
-        own = {name: getattr(self, name) for name in ("k", "l", "score", "rule", "update_every")}
+        own = {name: getattr(self, name) for name in _OF_SELECTION}
         given = {name: value for name, value in own.items() if value is not None}
         if self.selection == "SampledTopK":
             given["seed"] = seed
@@ -84,14 +90,14 @@ class AutoencoderSpec(Part):
     @property
     def title(self) -> str:
         """Its name in tables."""
-        shown = {name: getattr(self, name) for name in ("k", "l", "score", "rule")}
+        shown = {name: getattr(self, name) for name in ("k", "l", "score", "rule", "sparsity")}
         parts = [
             f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in shown.items() if v
         ]
         more = [f"groups={'+'.join(map(str, self.groups))}"] if self.groups else []
         fields = type(self).model_fields
-        names = ("update_every", "rescale", "normalise", "aligned", "decoder_norm")
-        for name in (*names, "threshold_rule", "aux", "dead_after"):
+        names = ("update_every", "bandwidth", "warmup", "rescale", "normalise", "aligned")
+        for name in (*names, "decoder_norm", "threshold_rule", "aux", "dead_after"):
             if (value := getattr(self, name)) != fields[name].default:
                 more.append(name if value is True else f"{name}={value}")
         return " ".join([self.selection, f"d={self.d_sae}", *parts, *more])
@@ -144,6 +150,7 @@ class SaeTraining(Part):
     k_start: Positive | None = Field(None, description="Active latents in the beginning.")
     k_steps: Count | None = Field(None, description="Steps over which they fall to k.")
     compute: Literal["float32", "bfloat16"] = "float32"
+    device: str = Field("cpu", description="Of autoencoders; cuda: of torchrun, one each process.")
     save_every: Count = 1000
 
     @model_validator(mode="after")

@@ -74,6 +74,10 @@ def test_dashboard_writes_a_page(place: Path, tmp_path: Path) -> None:
     assert run("dashboard", place / "sae.safetensors", *more).exit_code == 0
     assert "Latent 3" in page.read_text() and "Latent 5" in page.read_text()
     texts.write_text("\n")
+    wrong = run("dashboard", place / "sae.safetensors", "--features", "3,x")
+    assert wrong.exit_code and "numbers of latents" in wrong.output
+    wrong = run("dashboard", place / "sae.safetensors", "--neuronpedia", tmp_path / "n.json")
+    assert wrong.exit_code and "this model draws pictures" in wrong.output
     wrong = run("dashboard", place / "sae.safetensors", "--prompts", texts)
     assert wrong.exit_code and "has no texts" in wrong.output
 
@@ -96,3 +100,23 @@ def test_what_cannot_be_opened_is_an_error_in_words(place: Path, tmp_path: Path)
     other.save(tmp_path / "narrow.safetensors")
     wrong = run("eval", tmp_path / "narrow.safetensors", "--store", place / "store")
     assert wrong.exit_code and "the autoencoder has d_in=8" in wrong.output
+
+
+@pytest.mark.llm
+def test_dashboard_of_a_language_model_shows_texts_and_exports_them(tmp_path: Path) -> None:
+    sae = SparseAutoencoder(576, 64, TopK(4), metadata={"site": "model.layers.14.mlp"})
+    sae.save(tmp_path / "sae.safetensors")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a red circle in the middle\nthe quick brown fox\n")
+    own = [tmp_path / "sae.safetensors", "-m", "smollm2-135m"]
+    wrong = run("dashboard", *own)
+    assert wrong.exit_code and "give --prompts" in wrong.output
+    more = ["--prompts", texts, "--shown", 3, "-o", tmp_path / "p.html"]
+    found = run("dashboard", *own, *more, "--neuronpedia", tmp_path / "n.json")
+    assert found.exit_code == 0, found.output
+    assert "circle" in (tmp_path / "p.html").read_text()
+    listed = json.loads((tmp_path / "n.json").read_text())
+    assert listed[0]["modelId"] == "smollm2-135m" and listed[0]["layer"] == "model.layers.14.mlp"
+    best = listed[0]["activations"][0]
+    assert "".join(best["tokens"]) in texts.read_text().splitlines()
+    assert best["maxValue"] == max(best["values"]) == best["values"][best["maxValueTokenIndex"]]
