@@ -83,6 +83,7 @@ part build $([[ -n $dry ]] && echo 600 || echo 220) bash -c "build $arch"
 part tests 110 "$python" -m pytest -m gpu -q -p no:cacheprovider tests
 part ops 50 "$python" benchmarks/gpu.py ${dry:+--check --rows 512} --output "$out/gpu-ops.json"
 part edits 50 "$python" benchmarks/gpu_edits.py ${dry:+--check} --output "$out/gpu-edits.json"
+part sae 75 "$python" benchmarks/gpu_sae.py ${dry:+--check} --output "$out/gpu-sae.json"
 part memcheck 60 bash -c "sanitize memcheck"
 part racecheck 60 bash -c "sanitize racecheck"
 if [[ -z $dry ]]; then

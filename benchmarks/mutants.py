@@ -6,13 +6,15 @@ A fault is a swapped comparison or operator, a constant off by one, a condition 
 statement or an argument left out. The tests run once with coverage, so that a fault first meets
 those that reach its line, the quick ones in front; what they let through meets the others too,
 as many as --seconds allow.
-Faults are planted in copies of the checkout, and the choice follows --seed. Some survivors change
-nothing that could be seen: read each before you write a test. Exit status 1 where fewer than
---goal are caught. Needs pytest-cov.
+Faults are planted in copies of the checkout. The choice follows --seed, each file has its share of
+them. With --record a stopped run goes on where it was, as long as the package stays as it is.
+Some survivors change nothing that could be seen: read each before you write a test. Exit status 1
+where fewer than --goal are caught. Needs pytest-cov.
 """
 
 import argparse
 import ast
+import hashlib
 import json
 import multiprocessing
 import os
@@ -22,10 +24,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,8 @@ SIZE = 256  # of buffers, caches and chunks, where one more is as good
 # What every test imports, once for all of them.
 PRELOADED = ["torch", "diffusers", "transformers", "pytest", "numpy", "pyarrow", "safetensors"]
 
+NO_TESTS = 5  # pytest's exit status
+TIME_OVER = (signal.SIGALRM, signal.SIGPROF)
 PRELOADED_ALREADY = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
 
 
@@ -70,13 +75,14 @@ class Fault:
     file: str  # below the root
     statement: int  # line
     line: int
+    column: int
     last: int
     was: str
     now: str
     source: str  # of the whole file with the fault
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.was} -> {self.now}"
+        return f"{self.file}:{self.line}:{self.column}: {self.was} -> {self.now}"
 
 
 class Planter(ast.NodeVisitor):
@@ -107,7 +113,7 @@ class Planter(ast.NodeVisitor):
         last = self.starts[node.end_lineno - 1] + node.end_col_offset
         was = self.code[first:last].decode()
         source = (self.code[:first] + now.encode() + self.code[last:]).decode()
-        lines = (self.statement, node.lineno, node.end_lineno)
+        lines = (self.statement, node.lineno, node.col_offset, node.end_lineno)
         self.faults.append(Fault(self.file, *lines, was, now, source))
 
 
@@ -203,6 +209,52 @@ def faults_of(package: Path) -> list[Fault]:
     return found
 
 
+def choose(faults: list[Fault], seed: int) -> list[Fault]:
+    """All faults in a random order, of which any first part has each file's share."""
+    draw, files = random.Random(seed), {}
+    for fault in faults:
+        files.setdefault(fault.file, []).append(fault)
+    placed = []
+    for each in files.values():
+        draw.shuffle(each)
+        placed += [((n + draw.random()) / len(each), fault) for n, fault in enumerate(each)]
+    return [fault for _, fault in sorted(placed, key=lambda pair: pair[0])]
+
+
+@dataclass
+class Record:
+    """What a run has found so far, kept in a file where one is given.
+
+    Attributes:
+        package: digest of its sources: another package is another record.
+        files: of tests that have run without a fault.
+        times: seconds of each test. lines: tests that reach each line of each file.
+        outcomes: of each fault that was tried.
+    """
+
+    package: str
+    files: list[str] = field(default_factory=list)
+    times: dict[str, float] = field(default_factory=dict)
+    lines: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    outcomes: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, file: Path | None, package: Path) -> "Record":
+        sources = sorted(package.rglob("*.py")) if package.is_dir() else [package]
+        digest = hashlib.sha256(b"\0".join(each.read_bytes() for each in sources)).hexdigest()
+        if file is None or not file.exists():
+            return cls(digest)
+        found = cls(**json.loads(file.read_text()))
+        if found.package != digest:
+            sys.exit(f"{file} is of another {package.name}: take another file")
+        return found
+
+    def write(self, file: Path | None) -> None:
+        if file is not None:
+            file.with_suffix(".part").write_text(json.dumps(asdict(self)))
+            file.with_suffix(".part").replace(file)
+
+
 class Times:
     """A pytest plugin that writes the seconds of each test by its name."""
 
@@ -216,7 +268,19 @@ class Times:
         self.file.write_text(json.dumps(self.seconds))
 
 
-def run_pytest(there: Path, arguments: Sequence[str], times: Path | None) -> None:
+class Limits:
+    """A pytest plugin that ends the process at a test that takes many times its seconds."""
+
+    def __init__(self, seconds: dict[str, float]):
+        self.seconds = seconds
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        most = 30 + 10 * self.seconds.get(nodeid, 0)
+        signal.setitimer(signal.ITIMER_PROF, most)  # of the processor: others may keep it busy
+        signal.alarm(round(8 * most))  # of one that waits
+
+
+def run_pytest(there: Path, arguments: Sequence[str], plugin: Any) -> None:
     """Runs tests in a copy; the process ends with pytest's exit status."""
     import pytest
 
@@ -225,14 +289,16 @@ def run_pytest(there: Path, arguments: Sequence[str], times: Path | None) -> Non
     log = os.open("pytest.log", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     for stream in range(3):
         os.dup2(log, stream)
-    os.environ["PYTHONPATH"] = str(there)
+    # A fault of the same length and second as the one before would not be compiled anew.
+    sys.dont_write_bytecode = True
+    os.environ |= {"PYTHONPATH": str(there), "PYTHONDONTWRITEBYTECODE": "1"}
     sys.path = [
         str(there),
         *(each for each in sys.path if ROOT not in (Path(each), *Path(each).parents)),
     ]
     status = pytest.main(
         ["-q", "-x", "-p", "no:cacheprovider", *PRELOADED_ALREADY, *arguments],
-        plugins=[] if times is None else [Times(times)],
+        plugins=[] if plugin is None else [plugin],
     )
     os._exit(int(status))
 
@@ -240,12 +306,10 @@ def run_pytest(there: Path, arguments: Sequence[str], times: Path | None) -> Non
 class Bench:
     """Copies of the checkout in which tests run."""
 
-    def __init__(self, folder: Path, package: str, tests: list[str]):
-        self.folder, self.package, self.tests = folder, package, tests
+    def __init__(self, folder: Path, package: str, record: Record):
+        self.folder, self.package, self.record = folder, package, record
         self.processes = multiprocessing.get_context("forkserver")
         self.processes.set_forkserver_preload(PRELOADED)
-        self.lines: dict[str, dict[int, set[str]]] = {}
-        self.times: dict[str, float] = {}
 
     def copy(self, name: str) -> Path:
         """A copy of what git knows and of the native module."""
@@ -260,66 +324,54 @@ class Bench:
                 shutil.copy2(ROOT / each, there / each)
         return there
 
-    def pytest(
-        self, there: Path, *arguments: str, seconds: float, times: Path | None = None
-    ) -> int | None:
-        """Exit status of tests in a copy; None where they take too long."""
-        process = self.processes.Process(target=run_pytest, args=(there, arguments, times))
+    def pytest(self, there: Path, *arguments: str, plugin: Any = None) -> int:
+        """Exit status of tests in a copy; below 0 where a signal ended them."""
+        process = self.processes.Process(target=run_pytest, args=(there, arguments, plugin))
         process.start()
-        process.join(seconds)
-        status = process.exitcode
+        process.join()
         try:
             os.killpg(process.pid or 0, signal.SIGKILL)
         except ProcessLookupError:
             pass
-        process.join()
-        return status
+        return process.exitcode or 0
 
-    def reach(self) -> None:
-        """Finds the tests that reach each line, and the seconds of each test."""
-        there, times = self.copy("reach"), self.folder / "times.json"
+    def reach(self, there: Path, tests: Path) -> None:
+        """Finds which tests of a file reach each line, and the seconds of each test."""
+        times, data = self.folder / "times.json", there / ".coverage"
         folder = self.package if (ROOT / self.package).is_dir() else Path(self.package).parent
         coverage = [f"--cov={folder}", "--cov-context=test", "--cov-report="]
-        status = self.pytest(there, *self.tests, *coverage, seconds=3600, times=times)
-        if status != 0:
-            sys.exit(f"the tests fail without a fault (exit status {status})")
-        self.times = json.loads(times.read_text())
+        data.unlink(missing_ok=True)
+        status = self.pytest(there, str(tests), *coverage, plugin=Times(times))
+        found = json.loads(times.read_text())
+        if status not in (0, NO_TESTS):
+            sys.exit(f"{tests} fails without a fault (exit status {status})")
         # A name that pytest would not find again would count as caught, whatever the fault.
-        if self.pytest(there, "--collect-only", self.listed(there, self.times), seconds=600) != 0:
-            sys.exit("pytest does not find its tests by their names: are some of them random?")
-        data = self.folder / "reach.json"
-        subprocess.run(
-            [sys.executable, "-m", "coverage", "json", "--show-contexts", "-q", "-o", str(data)],
-            cwd=there, check=True,
-        )  # fmt: skip
-        for file, each in json.loads(data.read_text())["files"].items():
-            self.lines[file] = {
-                int(line): set().union(*map(self.reached_by, names))
-                for line, names in each["contexts"].items()
-            }
+        names = self.listed(there, list(found))
+        if found and self.pytest(there, "--collect-only", names) != 0:
+            sys.exit(f"pytest does not find the tests of {tests} by name: are some of them random?")
+        self.record.files.append(str(tests))
+        self.record.times |= found
+        read = coverage_data(data)
+        for file in read.measured_files():
+            lines = self.record.lines.setdefault(str(Path(file).relative_to(there)), {})
+            for line, contexts in read.contexts_by_lineno(file).items():
+                names = set().union(*(reached_by(each, found) for each in contexts))
+                lines[str(line)] = sorted({*lines.get(str(line), ()), *names})
 
-    def reached_by(self, context: str) -> set[str]:
-        """Tests that a context of coverage stands for."""
-        name, _, phase = context.partition("|")
-        if phase == "setup":  # what a fixture makes may be looked at by any test of the file
-            file = name.partition("::")[0]
-            return {each for each in self.times if each.partition("::")[0] == file}
-        return {name} & set(self.times)
-
-    def listed(self, there: Path, tests: Sequence[str] | dict[str, float]) -> str:
+    def listed(self, there: Path, tests: Sequence[str]) -> str:
         """An argument that stands for many tests."""
         (there / "chosen-tests.txt").write_text("\n".join(tests))
         return f"@{there / 'chosen-tests.txt'}"
 
     def chosen(self, fault: Fault) -> tuple[list[str], list[str]]:
         """Tests that reach a fault, and all others, the quick ones first."""
-        lines = self.lines.get(fault.file, {})
+        lines, times = self.record.lines.get(fault.file, {}), self.record.times
         names: set[str] = set()
         for first in (fault.line, fault.statement):
             names = names or set().union(
-                *(lines.get(n, set()) for n in range(first, fault.last + 1))
+                *(lines.get(str(n), ()) for n in range(first, fault.last + 1))
             )
-        ordered = sorted(self.times, key=self.times.__getitem__)
+        ordered = sorted(times, key=times.__getitem__)
         return [n for n in ordered if n in names], [n for n in ordered if n not in names]
 
     def try_fault(self, there: Path, fault: Fault, others: float) -> str:
@@ -329,43 +381,77 @@ class Bench:
         target.write_text(fault.source)
         try:
             reaching, rest = self.chosen(fault)
-            spent = accumulate(map(self.times.__getitem__, rest))
+            spent = accumulate(map(self.record.times.__getitem__, rest))
             rest = [test for test, at in zip(rest, spent, strict=True) if at <= others]
             for tests in filter(None, (reaching, rest)):
-                seconds = 60 + 5 * sum(map(self.times.__getitem__, tests))
-                status = self.pytest(there, self.listed(there, tests), seconds=seconds)
+                limits = Limits(self.record.times)
+                status = self.pytest(there, self.listed(there, tests), plugin=limits)
                 if status != 0:
-                    return "too slow" if status is None else "caught"
+                    return "too slow" if -status in TIME_OVER else "caught"
             return "SURVIVED"
         finally:
             target.write_text(before)
 
 
+def reached_by(context: str, tests: dict[str, float]) -> set[str]:
+    """Tests of a file that a context of coverage stands for."""
+    name, _, phase = context.partition("|")
+    if phase == "setup":  # what a fixture makes may be looked at by any test of the file
+        return set(tests)
+    return {name} & set(tests)
+
+
+def coverage_data(file: Path) -> Any:
+    """What coverage has written into a file; nothing where no line was reached."""
+    from coverage import CoverageData
+
+    data = CoverageData(str(file))
+    data.read()
+    return data
+
+
+def list_tests(given: list[str]) -> list[Path]:
+    """Files of tests in folders."""
+    paths = [ROOT / each for each in given]
+    files = [f for path in paths for f in (sorted(path.rglob("test_*.py")) or [path])]
+    return [file.relative_to(ROOT) for file in files]
+
+
 def main() -> int:
     options = parse()
-    faults = faults_of((ROOT / options.package).resolve())
-    random.Random(options.seed).shuffle(faults)
-    begun, results = time.monotonic(), []
+    begun, package = time.monotonic(), (ROOT / options.package).resolve()
+    record = Record.read(options.record, package)
+    every = faults_of(package)
+    faults, writing = choose(every, options.seed)[: options.faults], threading.Lock()
+
+    def late() -> bool:
+        return time.monotonic() - begun > 60 * options.minutes
+
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), options.package, options.tests)
-        bench.reach()
-        seconds = time.monotonic() - begun
-        print(f"{len(bench.times)} tests in {seconds:.0f} s; {len(faults)} faults", flush=True)
+        bench = Bench(Path(folder), options.package, record)
+        there = bench.copy("copy-0")
+        for file in list_tests(options.tests):
+            if str(file) not in record.files and not late():
+                bench.reach(there, file)
+                record.write(options.record)
+        print(f"{sum(record.times.values()):.0f} s of tests, {len(every)} faults", flush=True)
 
         def work(number: int) -> None:
             there = bench.copy(f"copy-{number}")
-            for fault in faults[: options.faults][number :: options.processes]:
-                if time.monotonic() - begun < 60 * options.minutes:
-                    results.append(bench.try_fault(there, fault, options.seconds))
-                    print(f"{results[-1]:8} {fault}", flush=True)
+            for fault in faults[number :: options.processes]:
+                if str(fault) not in record.outcomes and not late():
+                    outcome = bench.try_fault(there, fault, options.seconds)
+                    with writing:
+                        record.outcomes[str(fault)] = outcome
+                        record.write(options.record)
+                    print(f"{outcome:8} {fault}", flush=True)
 
         with ThreadPoolExecutor(options.processes) as pool:
             list(pool.map(work, range(options.processes)))
-    caught = len(results) - results.count("SURVIVED")
-    print(
-        f"{caught} of {len(results)} faults caught, {results.count('too slow')} by their slowness"
-    )
-    return 0 if caught >= options.goal * len(results) else 1
+    found = [record.outcomes[str(each)] for each in faults if str(each) in record.outcomes]
+    caught = len(found) - found.count("SURVIVED")
+    print(f"{caught} of {len(found)} faults caught, {found.count('too slow')} by their slowness")
+    return 0 if caught >= options.goal * len(found) else 1
 
 
 def parse() -> argparse.Namespace:
@@ -379,6 +465,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60.0, help="of tests elsewhere (60)")
     parser.add_argument("--minutes", type=float, default=60.0, help="no new fault after (60)")
     parser.add_argument("--processes", type=int, default=1, help="faults tried at once (1)")
+    parser.add_argument("--record", type=Path, help="file of a run that may go on later")
     parser.add_argument("--goal", type=float, default=0.9, help="share that is caught (0.9)")
     return parser.parse_args()
 

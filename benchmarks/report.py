@@ -60,6 +60,7 @@ def table() -> str:
     parts += [peers(each) for each in found("peers-*.json")]
     parts += [gpu_ops(each) for each in found("gpu-ops*.json")]
     parts += [gpu_edits(each) for each in found("gpu-edits*.json")]
+    parts += [gpu_sae(each) for each in found("gpu-sae*.json")]
     parts += [engine(each) for each in found("gpu-engine*.json")]
     parts += [harvest(each) for each in found("gpu-harvest*.json")]
     return "\n".join(parts) if parts else "No results yet.\n"
@@ -386,6 +387,29 @@ def gpu_edits(result: dict[str, Any]) -> str:
             )
     head = ("Learned edit", "time", "against a device copy", "against plain torch")
     return titled("Learned edits on a GPU", result, head, lines)
+
+
+def gpu_sae(result: dict[str, Any]) -> str:
+    """Selections, encoding and sparse products, each beside its baseline, and training steps."""
+    lines, goals = [], result["goals"]
+    for row in result["rows"]:
+        of = f"{row['case']}, {row['dtype'].removeprefix('torch.')}"
+        if "samples" in row:
+            wanted = f"(goal at 768x4096 {goals['samples']:,})"
+            lines.append((of, f"{row['samples']:,} samples/s", wanted))
+            continue
+        for name, ratio in row["to_base"].items():
+            wanted = f" (goal {goals[name]:g}×)" if name in goals else ""
+            spent, beside = row["microseconds"], f"{times(ratio)} {row['base']}"
+            if name == "decode":
+                beside = f"{spent['decode by bags'] / spent[name]:.2f}× as fast as bags"
+            elif name == "backward":
+                beside = f"{spent['backward by gathers'] / spent[name]:.2f}× as fast as gathers"
+            lines.append((f"{of}: {name}", f"{spent[name]:.1f} µs", beside + wanted))
+        if "peak_megabytes" in row:
+            lines.append((f"{of}: peak", f"{row['peak_megabytes']} MB", ""))
+    head = ("Sparse autoencoders", "time", "against")
+    return titled("Sparse autoencoders on a GPU", result, head, lines)
 
 
 def titled(name: str, result: dict[str, Any], head: tuple[str, ...], lines: list) -> str:

@@ -116,7 +116,7 @@ struct Converted {
 };
 
 // Gives kTogether rows; returns the number of the first whose checksum is wrong, or kTogether.
-template <typename Step, typename Crc, bool kChecked>
+template <typename Step, typename Crc>
 DR_INLINE int give(const GatherFormat& format, const GatherRow* rows, const GatherRow* next) {
   using S = typename Step::Source;
   uint64_t crc[kTogether];
@@ -133,7 +133,7 @@ DR_INLINE int give(const GatherFormat& format, const GatherRow* rows, const Gath
     for (int r = 0; r < kTogether; ++r)
       for (int64_t line = 0; line < bytes; line += 64)
         __builtin_prefetch(next[r].values + at + line, 0, 2);
-    if constexpr (kChecked) {
+    if (format.checked) {
       const char* from[kTogether];
       for (int r = 0; r < kTogether; ++r) from[r] = values[r] + at;
       if (n == kBlock<float>) {
@@ -144,7 +144,7 @@ DR_INLINE int give(const GatherFormat& format, const GatherRow* rows, const Gath
     }
     Step::run(format, rows, d, n);
   }
-  if constexpr (!kChecked) return kTogether;
+  if (!format.checked) return kTogether;
   add_bytes<Crc, kTogether>(keys, 16, crc);
   if constexpr (kScaled<S>) add_bytes<Crc, kTogether>(scales, 4, crc);
   for (int r = 0; r < kTogether; ++r)
@@ -152,7 +152,7 @@ DR_INLINE int give(const GatherFormat& format, const GatherRow* rows, const Gath
   return kTogether;
 }
 
-template <typename Step, typename Crc, bool kChecked>
+template <typename Step, typename Crc>
 int64_t run_rows(const GatherFormat& format, const GatherRow* rows, int64_t count) {
   GatherRow group[2][kTogether];  // this one and the next; a short group repeats its last row
   const auto load_group = [&](int64_t at) {
@@ -173,7 +173,7 @@ int64_t run_rows(const GatherFormat& format, const GatherRow* rows, int64_t coun
     }
     const GatherRow* now = group[at / kTogether % 2];
     const GatherRow* next = group[(at / kTogether + (last ? 0 : 1)) % 2];
-    const int wrong = give<Step, Crc, kChecked>(format, now, next);
+    const int wrong = give<Step, Crc>(format, now, next);
     if (wrong < kTogether) return at + wrong;
   }
 #if defined(__AVX2__)
@@ -185,18 +185,16 @@ int64_t run_rows(const GatherFormat& format, const GatherRow* rows, int64_t coun
 using Run = int64_t (*)(const GatherFormat&, const GatherRow*, int64_t);
 
 template <typename Step>
-Run checked(const GatherFormat& format) {
-  if (!format.checked) return run_rows<Step, CrcTables, false>;
-  return crc_instruction() ? run_rows<Step, CrcInstruction, true> : run_rows<Step, CrcTables, true>;
+Run checked() {
+  return crc_instruction() ? run_rows<Step, CrcInstruction> : run_rows<Step, CrcTables>;
 }
 template <typename S, typename O>
 Run normal(const GatherFormat& format) {
-  return format.mean ? checked<Converted<S, O, true>>(format)
-                     : checked<Converted<S, O, false>>(format);
+  return format.mean ? checked<Converted<S, O, true>>() : checked<Converted<S, O, false>>();
 }
 template <typename S>
 Run from(const GatherFormat& format) {
-  if (format.copied) return checked<Copied<S>>(format);
+  if (format.copied) return checked<Copied<S>>();
   if (format.out == DType::f32) return normal<S, float>(format);
   return format.out == DType::bf16 ? normal<S, bf16>(format) : normal<S, f16>(format);
 }

@@ -173,10 +173,10 @@ Division divide(const StridedRows& in, const StridedRows& out, const Program<W>&
     components += step.kind == kProject || step.kind == kClampComponent;
   }
   if (!subspace && in.stride_channel == 1 && out.stride_channel == 1)
-    return {kernels.rows, 1, 3 * in.width};
+    return {kernels.rows, 1, 2 * in.width};
   // Each component reads the whole again.
   if (!subspace && !other && components <= 2 && in.stride_token == 1 && out.stride_token == 1)
-    return {kernels.planes, run_tokens(in, threads), kPlaneTokens * p.count};
+    return {kernels.planes, run_tokens(in, threads), kPlaneTokens * (p.count + 2)};
   const Step& only = p.steps[0];
   if (p.count == 1 && only.kind == kProject && only.mask < 0)
     return {kernels.subspace, 1, subspace_scratch(only.count, only.end - only.begin)};

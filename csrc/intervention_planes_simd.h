@@ -8,19 +8,6 @@
 namespace dreamreader {
 namespace {
 
-template <std::size_t bytes>
-struct Unsigned {
-  using type = uint16_t;
-};
-template <>
-struct Unsigned<4> {
-  using type = uint32_t;
-};
-template <>
-struct Unsigned<8> {
-  using type = uint64_t;
-};
-
 // Tokens first .. first + count - 1 of batch row b.
 template <typename T>
 struct Run {
@@ -29,37 +16,46 @@ struct Run {
   using V = typename Lanes<W>::V;
   const InterventionJob& job;
   const Program<W>& p;
-  W* strengths;  // [steps][kPlaneTokens]
-  int64_t b, first, count;
-  bool whole;                               // every token has work
-  Bits work[kPlaneTokens];                  // all bits set: some step touches the token
-  int8_t blocks[kPlaneTokens / kBlock<W>];  // tokens with work: all (1), none (0), some (-1)
+  // With 0 behind the last token:
+  W* strengths;    // [steps][kPlaneTokens]
+  Bits* work;      // all bits set: some step touches the token
+  int8_t* blocks;  // tokens with work: all (1), none (0), some (-1)
+  int64_t b = 0, first = 0, count = 0;
   W lo[kMaxSteps], hi[kMaxSteps];
+
+  Run(const InterventionJob& job, void* scratch)
+      : job(job),
+        p(*static_cast<const Program<W>*>(job.program)),
+        strengths(static_cast<W*>(scratch)),
+        work(reinterpret_cast<Bits*>(strengths + p.count * kPlaneTokens)),
+        blocks(reinterpret_cast<int8_t*>(work + kPlaneTokens)) {}
 
   // The steps that concern one channel.
   struct Concerned {
     int count = 0, steps[kMaxSteps];
   };
 
-  void prepare() {
-    __builtin_memset(work, 0, sizeof(work));
+  // Goes to the run that begins with this token.
+  void prepare(int64_t row, int64_t token) {
+    b = row;
+    first = token;
+    count = job.in.tokens - token < job.run ? job.in.tokens - token : job.run;
+    const int64_t whole = (count + kBlock<W> - 1) / kBlock<W> * kBlock<W>;
+    __builtin_memset(work, 0, std::size_t(whole) * sizeof(Bits));
     for (int i = 0; i < p.count; ++i) {
       const Step& step = p.steps[i];
       lo[i] = step.limit >= 0 ? limit_of(p, step, 0, b, job.in.entries) : W(0);
       hi[i] = step.limit >= 0 ? limit_of(p, step, 1, b, job.in.entries) : W(0);
-      for (int64_t j = 0; j < kPlaneTokens; ++j) {
-        const W s = j < count ? strength_of(p, i, b, first + j) : W(0);
-        strengths[i * kPlaneTokens + j] = s;
-        if (s != W(0)) work[j] = Bits(-1);
-      }
+      W* s = strengths + i * kPlaneTokens;
+      const W* from = &p.strength[i * p.strength_step + b * p.strength_row];
+      for (int64_t j = 0; j < count; ++j) s[j] = from[(first + j) * p.strength_token];
+      for (int64_t j = count; j < whole; ++j) s[j] = W(0);
+      for (int64_t j = 0; j < whole; ++j) work[j] |= s[j] != W(0) ? Bits(-1) : Bits(0);
     }
-    whole = true;
     for (int64_t d = 0; d < count; d += kBlock<W>) {
-      const int64_t n = valid(d);
       int64_t busy = 0;
-      for (int64_t j = d; j < d + n; ++j) busy += work[j] != 0;
-      blocks[d / kBlock<W>] = busy == n ? 1 : (busy == 0 ? 0 : -1);
-      whole &= busy == n;
+      for (int64_t j = d; j < d + kBlock<W>; ++j) busy += work[j] != 0;
+      blocks[d / kBlock<W>] = busy == 0 ? 0 : (busy == valid(d) ? 1 : -1);
     }
     for (int i = 0; i < p.count; ++i)
       if (p.steps[i].kind == kProject || p.steps[i].kind == kClampComponent) add_component(i);
@@ -88,30 +84,35 @@ struct Run {
   }
 
   // The next channel comes from other pages, where the processor does not look ahead.
-  static inline __attribute__((always_inline)) void prefetch(const T* next) {
-#pragma GCC unroll 4
-    for (int64_t byte = 0; byte < kBlock<W> * int64_t(sizeof(T)); byte += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(next) + byte, 1);
+  DR_INLINE void prefetch(const T* next) {
+    prefetch_block(reinterpret_cast<const char*>(next), kBlock<W> * int64_t(sizeof(T)));
   }
 
-  // Step i on the tokens of a block.
-  void apply(int i, int64_t c, int64_t d, Block<W>& y) const {
+  // Step i on the tokens of a block, of which each has a strength of its own.
+  inline __attribute__((always_inline)) void apply(int i, int64_t c, int64_t d, Block<W>& y) const {
     const Step& step = p.steps[i];
+    const W* strength = strengths + i * kPlaneTokens + d;
     const V one = W(1) - V{}, low = lo[i] - V{}, high = hi[i] - V{};
     const V v = (step.vector >= 0 ? p.vectors[step.vector * job.in.width + c] : W(0)) - V{};
+    const auto each = [&](auto target) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-    for (int k = 0; k < kVectors; ++k) {
-      const V s = load_lanes(strengths + i * kPlaneTokens + d + k * kWidth<W>), now = y.v[k];
-      V target = v;  // of kFill
-      if (step.kind == kSteer || step.kind == kProject || step.kind == kClampComponent) {
-        target = now + s * v;
-      } else if (step.kind == kScale) {
-        target = now * (s == one ? low : one + s * (low - one));
-      } else {
-        if (step.kind == kClamp) target = now < low ? low : (now > high ? high : now);
-        target = s == one ? target : now + s * (target - now);
+      for (int k = 0; k < kVectors; ++k) {
+        const V s = load_lanes(strength + k * kWidth<W>), now = y.v[k];
+        y.v[k] = s != V{} ? target(now, s) : now;
       }
-      y.v[k] = s != V{} ? target : now;
+    };
+    const auto blend = [&](V now, V target, V s) __attribute__((always_inline)) {
+      return s == one ? target : now + s * (target - now);
+    };
+    switch (step.kind) {
+      case kScale:
+        return each([&](V now, V s) { return now * blend(one, low, s); });
+      case kClamp:
+        return each([&](V now, V s) { return blend(now, bound(now, low, high), s); });
+      case kFill:
+        return each([&](V now, V s) { return blend(now, v, s); });
+      default:  // kSteer, kProject, kClampComponent
+        return each([&](V now, V s) { return now + s * v; });
     }
   }
 
@@ -153,75 +154,49 @@ struct Run {
     }
   }
 
-  // Writes y where some step touches the token; the others keep their bits.
-  static inline __attribute__((always_inline)) void merge(const T* from, T* to, const Bits* mask,
-                                                          const Block<W>& y, int64_t n) {
-    typedef Bits Group __attribute__((vector_size(DR_VECTOR_BYTES)));
-    constexpr int64_t kGroup = DR_VECTOR_BYTES / int64_t(sizeof(T));
-    T fresh[kBlock<W>];
-    store(fresh, y, kBlock<W>);
-    int64_t j = 0;
-    for (; j + kGroup <= n; j += kGroup) {
-      const Group which = load_vector<Group>(mask + j);
-      store_vector(to + j, (load_vector<Group>(fresh + j) & which) |
-                               (load_vector<Group>(from + j) & ~which));
-    }
-    for (; j < n; ++j) to[j] = mask[j] ? fresh[j] : from[j];
-  }
-
   void channel(int64_t c, Witness<T>& witness) const {
     const Concerned concerned = of_channel(c, p.count);
     const T* from = read_at(c);
-    T made[kPlaneTokens], *const out = write_at(c);  // made: where results go past the caches
-    T* to = job.stream && job.in.data != job.out.data ? made : out;
+    Sink<T> sink = Sink<T>::at(witness, from, write_at(c), 0, job.stream);
+    if (concerned.count == 0) return sink.keep(0, count);
     for (int64_t d = 0; d < count; d += kBlock<W>) {
       const int64_t n = valid(d);
-      const int touched = concerned.count ? blocks[d / kBlock<W>] : 0;
-      if (touched == 0 && from != to)
-        __builtin_memcpy(to + d, from + d, std::size_t(n) * sizeof(T));
-      if (touched == 0) continue;
+      const int touched = blocks[d / kBlock<W>];
+      if (touched == 0) {
+        sink.keep(d, n);
+        continue;
+      }
       prefetch(from + job.in.stride_channel + d);
       Block<W> y = load<W>(from + d, n);
       for (int i = 0; i < concerned.count; ++i) apply(concerned.steps[i], c, d, y);
-      if (touched == 1 || sizeof(T) == sizeof(W))  // unrounded lanes keep their bits
-        store(to + d, y, n);
+      if (touched == 1 || (sizeof(T) == sizeof(W) && !sink.compare))  // what is not rounded stays
+        sink.put(d, y, n);
       else
-        merge(from + d, to + d, work + d, y, n);
+        sink.put_some(d, work + d, y, n);
     }
-    if (job.seen && concerned.count) look(from, to, witness);
-    if (to != out) copy_past_caches(out, to, std::size_t(count) * sizeof(T));
+    if (sink.overflowed()) tell_overflow(from, witness);
   }
 
-  void look(const T* from, const T* to, Witness<T>& witness) const {
-    if (whole) return witness.look(from, to, count);
-    if (!witness.asks(to, count)) return;
+  // Of tokens without work nothing is told.
+  void tell_overflow(const T* from, Witness<T>& witness) const {
+    Finite<T> finite;
     for (int64_t d = 0; d < count; d += kBlock<W>) {
-      Bits before[kBlock<W>], after[kBlock<W>];
-      const int64_t n = valid(d);
-      __builtin_memcpy(before, from + d, std::size_t(n) * sizeof(T));
-      __builtin_memcpy(after, to + d, std::size_t(n) * sizeof(T));
-      for (int64_t j = 0; j < n; ++j) {  // of tokens without work nothing is told
-        before[j] &= work[d + j];
-        after[j] &= work[d + j];
-      }
-      witness.look(reinterpret_cast<T*>(before), reinterpret_cast<T*>(after), n);
+      Bits before[kBlock<W>] = {};
+      __builtin_memcpy(before, from + d, std::size_t(valid(d)) * sizeof(T));
+      for (int j = 0; j < kBlock<W>; ++j) before[j] &= work[d + j];
+      finite.see(reinterpret_cast<const T*>(before), kBlock<W>);
     }
+    witness.bits |= finite.all() ? kOverflowed : kOverflowed | kNotFinite;
   }
 };
 
 template <typename T>
 static void run_planes(const InterventionJob& job, void* scratch, int64_t first, int64_t last) {
-  using W = typename Work<T>::type;
-  const Program<W>& p = *static_cast<const Program<W>*>(job.program);
   Witness<T> witness(job.seen);
+  Run<T> run(job, scratch);
   const int64_t runs = (job.in.tokens + job.run - 1) / job.run;
   for (int64_t item = first; item < last; ++item) {
-    const int64_t token = item % runs * job.run, left = job.in.tokens - token;
-    Run<T> run{job,         p,     static_cast<W*>(scratch),
-               item / runs, token, left < job.run ? left : job.run,
-               true,        {},    {},
-               {},          {}};
-    run.prepare();
+    run.prepare(item / runs, item % runs * job.run);
     for (int64_t c = 0; c < job.in.width; ++c) run.channel(c, witness);
   }
   if (job.stream) end_past_caches();

@@ -91,6 +91,13 @@ DR_INLINE Block<W> source_block(const Action<W>& a, int64_t d, int64_t n) {
   return load_source(a, d, n);
 }
 
+// clamp_value for lanes, with lo <= hi: two instructions, where its order of choices takes three.
+template <typename V>
+DR_INLINE V bound(V x, V lo, V hi) {
+  const V below = x > hi ? hi : x;
+  return below < lo ? lo : below;
+}
+
 #define DR_EACH(EXPRESSION)                                                     \
   {                                                                             \
     _Pragma("GCC unroll 16") for (int i = 0; i < kVectors; ++i) { EXPRESSION; } \
@@ -110,9 +117,9 @@ DR_INLINE void apply(const Action<W>& a, Block<W>& y, int64_t d, int64_t n) {
     case kMultiply:
       DR_EACH(y.v[i] *= s)
     case kBound:
-      DR_EACH(y.v[i] = y.v[i] < lo ? lo : (y.v[i] > hi ? hi : y.v[i]))
+      DR_EACH(y.v[i] = bound(y.v[i], lo, hi))
     case kBoundBlend:
-      DR_EACH(y.v[i] += s * ((y.v[i] < lo ? lo : (y.v[i] > hi ? hi : y.v[i])) - y.v[i]))
+      DR_EACH(y.v[i] += s * (bound(y.v[i], lo, hi) - y.v[i]))
     case kSet:
       y = load<W>(a.v + d, n);
       break;
@@ -160,21 +167,34 @@ DR_INLINE void accumulate(Reduction<W>& r, const Block<W>& y, int64_t d, int64_t
   for (int i = 0; i < kVectors; ++i) r.total.v[i] += z.v[i] * v.v[i];
 }
 
-// One sweep: load from `from`, add up `before`, apply the pending actions, add up `after`, store to
-// `to` unless null. `next`, a row two ahead, is prefetched in step: with one ahead the memory would
-// rest while a row is summed.
+// A row between two sweeps, in the arithmetic type; where it did not change, nowhere.
+template <typename W>
+struct Between {
+  static constexpr int kBytes = sizeof(W);
+  W* row;
+
+  inline __attribute__((always_inline)) void put(int64_t d, const Block<W>& y, int64_t n) const {
+    if (row) store(row + d, y, n);
+  }
+  void finish(int64_t, int64_t) const {}
+};
+
+// Prefetches what lies `bytes` from `line` on.
+DR_INLINE void prefetch_block(const char* line, int64_t bytes) {
+#pragma GCC unroll 4
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(line + byte, 1);
+}
+
+// One sweep: load from `from`, add up `before`, apply the pending actions, add up `after`, put it
+// into `to`. `next`, a row two ahead, is prefetched in step: with one ahead the memory would rest
+// while a row is summed.
 template <typename W, typename From, typename To>
-static void sweep(const From* from, To* to, int64_t begin, int64_t end, const Action<W>* actions,
+static void sweep(const From* from, To to, int64_t begin, int64_t end, const Action<W>* actions,
                   const int* pending, int count, Reduction<W>* before, int before_count,
                   Reduction<W>* after, const char* next) {
   for (int64_t d = begin; d < end; d += kBlock<W>) {
     const int64_t n = end - d < kBlock<W> ? end - d : int64_t(kBlock<W>);
-    if (next) {
-      const char* line = next + (d - begin) * int64_t(sizeof(To));
-#pragma GCC unroll 4
-      for (int64_t byte = 0; byte < kBlock<W> * int64_t(sizeof(To)); byte += 64)
-        __builtin_prefetch(line + byte, 1);
-    }
+    if (next) prefetch_block(next + (d - begin) * To::kBytes, kBlock<W> * To::kBytes);
     Block<W> y = from ? load<W>(from + d, n) : splat(W(0));
     for (int i = 0; i < before_count; ++i) accumulate(before[i], y, d, n);
     for (int i = 0; i < count; ++i) {
@@ -191,48 +211,44 @@ static void sweep(const From* from, To* to, int64_t begin, int64_t end, const Ac
       }
     }
     if (after) accumulate(*after, y, d, n);
-    if (to) store(to + d, y, n);
+    to.put(d, y, n);
   }
+  to.finish(begin, end);
 }
 
 // The sweep of the commonest programs without the choices inside the loop: over whole blocks y += s
-// v (add), then bounds (bound), then a sum of y w (dot).
-template <bool add, bool bound, bool dot, typename W, typename From, typename To>
-static void sweep_plain(const From* from, To* to, int64_t begin, int64_t end,
-                        const Action<W>* added, const Action<W>* bounded, Reduction<W>* after,
-                        const char* next) {
+// v (add), then bounds, then a sum of y w (dot).
+template <bool add, bool bounds, bool dot, typename W, typename From, typename To>
+static void sweep_plain(const From* from, To to, int64_t begin, int64_t end, const Action<W>* added,
+                        const Action<W>* bounded, Reduction<W>* after, const char* next) {
   using V = typename Lanes<W>::V;
   const V s = (add ? added->s : W(0)) - V{};
-  const V lo = (bound ? bounded->lo : W(0)) - V{}, hi = (bound ? bounded->hi : W(0)) - V{};
+  const V lo = (bounds ? bounded->lo : W(0)) - V{}, hi = (bounds ? bounded->hi : W(0)) - V{};
   const W* v = add ? added->v : nullptr;
   const W* w = dot ? after->v : nullptr;
   Block<W> total = splat(W(0));
   for (int64_t d = begin; d < end; d += kBlock<W>) {
     const int64_t n = end - d < kBlock<W> ? end - d : int64_t(kBlock<W>);
-    if (next) {
-      const char* line = next + (d - begin) * int64_t(sizeof(To));
-#pragma GCC unroll 4
-      for (int64_t byte = 0; byte < kBlock<W> * int64_t(sizeof(To)); byte += 64)
-        __builtin_prefetch(line + byte, 1);
-    }
+    if (next) prefetch_block(next + (d - begin) * To::kBytes, kBlock<W> * To::kBytes);
     Block<W> y = load<W>(from + d, n);
     const Block<W> one = add ? load<W>(v + d, n) : y, two = dot ? load<W>(w + d, n) : y;
 #pragma GCC unroll 16
     for (int i = 0; i < kVectors; ++i) {
       if (add) y.v[i] += s * one.v[i];
-      if (bound) y.v[i] = y.v[i] < lo ? lo : (y.v[i] > hi ? hi : y.v[i]);
+      if (bounds) y.v[i] = bound(y.v[i], lo, hi);
       if (dot) total.v[i] += y.v[i] * two.v[i];
     }
-    if (to) store(to + d, y, n);
+    to.put(d, y, n);
   }
+  to.finish(begin, end);
   if (dot) after->total = total;
 }
 
 // Runs sweep_plain if it fits: no masks or part ranges, at most an addition and then bounds.
 template <typename W, typename From, typename To>
-static bool try_plain(const From* from, To* to, int64_t begin, int64_t end,
-                      const Action<W>* actions, const int* pending, int count, Reduction<W>* after,
-                      bool whole_sum, const char* next) {
+static bool try_plain(const From* from, To to, int64_t begin, int64_t end, const Action<W>* actions,
+                      const int* pending, int count, Reduction<W>* after, bool whole_sum,
+                      const char* next) {
   if (!from || count > 2 || (after && !(whole_sum && after->v))) return false;
   const Action<W>*added = nullptr, *bounded = nullptr;
   for (int i = 0; i < count; ++i) {
@@ -245,18 +261,16 @@ static bool try_plain(const From* from, To* to, int64_t begin, int64_t end,
     else
       return false;
   }
-  switch ((added ? 4 : 0) + (bounded ? 2 : 0) + (after ? 1 : 0)) {
-#define DR_CASE(ADD, BOUND, DOT)                                                        \
-  case 4 * ADD + 2 * BOUND + DOT:                                                       \
-    sweep_plain<ADD, BOUND, DOT, W>(from, to, begin, end, added, bounded, after, next); \
+  constexpr bool dot = __is_same(To, Between<W>);  // the last sweep has no sum, all others have
+  switch ((added ? 2 : 0) + (bounded ? 1 : 0)) {
+#define DR_CASE(ADD, BOUND)                                                             \
+  case 2 * ADD + BOUND:                                                                 \
+    sweep_plain<ADD, BOUND, dot, W>(from, to, begin, end, added, bounded, after, next); \
     return true;
-    DR_CASE(0, 0, 1)
-    DR_CASE(0, 1, 0)
-    DR_CASE(0, 1, 1)
-    DR_CASE(1, 0, 0)
-    DR_CASE(1, 0, 1)
-    DR_CASE(1, 1, 0)
-    DR_CASE(1, 1, 1)
+    DR_CASE(0, 0)
+    DR_CASE(0, 1)
+    DR_CASE(1, 0)
+    DR_CASE(1, 1)
 #undef DR_CASE
   }
   return false;
@@ -275,6 +289,16 @@ struct Cursor {
   }
 };
 
+template <typename T>
+static void copy_channels(const T* in, T* out, int64_t begin, int64_t end, bool stream = false) {
+  if (in == out || end <= begin) return;
+  const std::size_t bytes = std::size_t(end - begin) * sizeof(T);
+  if (stream)
+    copy_past_caches(out + begin, in + begin, bytes);
+  else
+    __builtin_memcpy(out + begin, in + begin, bytes);
+}
+
 // One row on its way through the program; kept from row to row, so that only scalars change.
 template <typename T>
 struct Row {
@@ -283,16 +307,13 @@ struct Row {
 
   const InterventionJob& job;
   const Program<W>& p;
-  W* memory;      // a row of W for element types that are not W
-  T* result;      // a row of results, where they go past the caches
+  W* scratch;     // the row, once a sweep has stored it
   T* filled;      // a row of the values of a fill, rounded
   int fill = -1;  // the step that they belong to
 
   int64_t b = 0, t = 0;
   const T* in = nullptr;
   T* out = nullptr;
-  T* made = nullptr;     // where the results are before they are in `out`, or `out` itself
-  W* scratch = nullptr;  // the row in W once a sweep has stored it; `made` itself where T is W
   Origin from = kInput;
   int count = 0;    // pending actions, by step number
   int entries = 0;  // norms on entry that the next sweep has to add up
@@ -302,10 +323,9 @@ struct Row {
   W norms[kMaxSteps];
 
   Row(const InterventionJob& job, const Program<W>& p, void* memory)
-      : job(job), p(p), memory(static_cast<W*>(memory)) {
+      : job(job), p(p), scratch(static_cast<W*>(memory)) {
     const int64_t width = job.in.width;
-    result = reinterpret_cast<T*>(this->memory + width);
-    filled = result + width;
+    filled = reinterpret_cast<T*>(scratch + width);
     for (int i = 0; i < p.count; ++i) {
       const Step& step = p.steps[i];
       Action<W>& a = actions[i];
@@ -335,11 +355,6 @@ struct Row {
     t = at.token;
     in = row_at<T>(job.in, b, t);
     out = row_at<T>(job.out, b, t);
-    made = job.stream && job.in.data != job.out.data ? result : out;
-    if constexpr (sizeof(T) == sizeof(W))
-      scratch = made;
-    else
-      scratch = memory;
     from = kInput;
     count = entries = 0;
   }
@@ -353,7 +368,7 @@ struct Row {
   }
 
   template <typename From, typename To>
-  void pass_from(const From* from, To* to, Reduction<W>* after, bool whole_sum, const char* next) {
+  void pass_from(const From* from, To to, Reduction<W>* after, bool whole_sum, const char* next) {
     if (entries == 0 &&
         try_plain(from, to, job.begin, job.end, actions, pending, count, after, whole_sum, next))
       return;
@@ -361,7 +376,7 @@ struct Row {
   }
 
   template <typename To>
-  void pass(To* to, Reduction<W>* after, bool whole_sum, const char* next) {
+  void pass(To to, Reduction<W>* after, bool whole_sum, const char* next) {
     if (from == kScratch)
       pass_from(scratch, to, after, whole_sum, next);
     else
@@ -375,35 +390,33 @@ struct Row {
   // the row if it changed.
   W reduce(const Action<W>& a, const W* v) {
     clear(inside, a, v);
-    W* to = count ? scratch : nullptr;
+    const Between<W> to{count ? scratch : nullptr};
     pass(to, &inside, a.whole, nullptr);
-    if (to) from = kScratch;
+    if (to.row) from = kScratch;
     return sum(inside.total);
   }
 
-  // Applies what is pending and leaves the result in `made`.
-  void finish(const char* next) {
-    const void* now = from == kInput ? static_cast<const void*>(in) : scratch;
+  // Applies what is pending: something is, where the row has work.
+  void finish(Witness<T>& witness, const char* next) {
     if (from == kNothing && count == 1 && actions[pending[0]].act == kSet)
-      finish_fill(pending[0]);
-    else if (count || now != made)
-      pass(made, nullptr, false, next);
+      finish_fill(pending[0], witness);
+    else
+      pass(Sink<T>::at(witness, in, out, job.begin, job.stream), nullptr, false, next);
   }
-
   // A fill has the same result in every row.
-  void finish_fill(int number) {
-    made = filled;
-    if (fill == number) return;
-    fill = number;
+  void finish_fill(int number, Witness<T>& witness) {
     const W* v = actions[number].v;
-    for (int64_t d = job.begin, n; d < job.end; d += n) {
+    for (int64_t d = job.begin, n; fill != number && d < job.end; d += n) {
       n = job.end - d < kBlock<W> ? job.end - d : int64_t(kBlock<W>);
       store(filled + d, load<W>(v + d, n), n);
     }
+    fill = number;
+    if (job.seen) witness.look(in + job.begin, filled + job.begin, job.end - job.begin);
+    copy_channels(filled, out, job.begin, job.end, job.stream && in != out);
   }
 
   void advance(int number, W s, int renorm);
-  void run(const char* next);
+  void run(Witness<T>& witness, const char* next);
 };
 
 // Turns one step into a pending action, sweeping first where it needs a sum over the row.
@@ -457,7 +470,7 @@ void Row<T>::advance(int number, W s, int renorm) {
 }
 
 template <typename T>
-void Row<T>::run(const char* next) {
+void Row<T>::run(Witness<T>& witness, const char* next) {
   W strengths[kMaxSteps];
   for (int i = 0; i < p.count; ++i) {
     strengths[i] = strength_of(p, i, b, t);
@@ -469,17 +482,7 @@ void Row<T>::run(const char* next) {
     advance(i, strengths[i], renorm);
     renorm += p.steps[i].kind == kRenorm;
   }
-  finish(next);
-}
-
-template <typename T>
-static void copy_channels(const T* in, T* out, int64_t begin, int64_t end, bool stream = false) {
-  if (in == out || end <= begin) return;
-  const std::size_t bytes = std::size_t(end - begin) * sizeof(T);
-  if (stream)
-    copy_past_caches(out + begin, in + begin, bytes);
-  else
-    __builtin_memcpy(out + begin, in + begin, bytes);
+  finish(witness, next);
 }
 
 template <typename T>
@@ -505,9 +508,7 @@ static void run_rows(const InterventionJob& job, void* scratch, int64_t first, i
     copied.advance(tokens);
     at = next;
     next = after(next);
-    row.run(next.item < last ? row.address(next) : nullptr);
-    if (job.seen) witness.look(row.in + job.begin, row.made + job.begin, job.end - job.begin);
-    copy_channels(row.made, row.out, job.begin, job.end, job.stream);
+    row.run(witness, next.item < last ? row.address(next) : nullptr);
     copy_channels(row.in, row.out, 0, job.begin);
     copy_channels(row.in, row.out, job.end, width);
   }

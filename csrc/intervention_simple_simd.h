@@ -86,7 +86,7 @@ struct SimpleRows {
     }
   }
 
-  // One row. What it tells comes from the blocks while they are in the first cache.
+  // One row.
   template <Act act>
   inline __attribute__((always_inline)) void change(int64_t i, W factor, const char* next) {
     Action<W> action{};
@@ -95,32 +95,17 @@ struct SimpleRows {
     action.s = factor;
     action.lo = lo[i];
     action.hi = hi[i];
-    const T* in = from[i];
-    T* out = to[i];
-    const bool compare = job.seen && !(witness.bits & kChanged);
-    Finite<T> finite;
+    Sink<T> sink = Sink<T>::at(witness, from[i], to[i], 0, stream);
+    const bool overlaps = copies && !stream && job.in.width > kBlock<W>;
     for (int64_t d = 0; d < job.in.width; d += kBlock<W>) {
+      if (overlaps && d + kBlock<W> > job.in.width) d = job.in.width - kBlock<W>;  // some twice
       const int64_t left = job.in.width - d, n = left < kBlock<W> ? left : int64_t(kBlock<W>);
-#pragma GCC unroll 4
-      for (int64_t byte = 0; byte < kBlock<W> * int64_t(sizeof(T)); byte += 64)
-        __builtin_prefetch(next + d * int64_t(sizeof(T)) + byte, 1);
-      Block<W> y = load<W>(in + d, n);
+      prefetch_block(next + d * int64_t(sizeof(T)), kBlock<W> * int64_t(sizeof(T)));
+      Block<W> y = load<W>(from[i] + d, n);
       apply(action, y, d, n);
-      alignas(64) T fresh[kBlock<W>];
-      const bool past = stream && n == kBlock<W>;
-      T* made = past ? fresh : out + d;
-      store(made, y, n);
-      if (compare && differ(in + d, made, n)) witness.bits |= kChanged;
-      if (!past) continue;
-      if (sizeof(T) == 2 && job.seen) finite.see(fresh, n);
-#pragma GCC unroll 4
-      for (std::size_t at = 0; at < kBlock<W>; at += 64 / sizeof(T))
-        copy_line_past_caches(out + d + at, fresh + at);
+      sink.put(d, y, n);
     }
-    if (sizeof(T) != 2 || !job.seen) return;
-    const int64_t seen = stream ? job.in.width / kBlock<W> * kBlock<W> : 0;
-    finite.see(out + seen, job.in.width - seen);
-    if (!finite.all()) witness.overflow(in, job.in.width);
+    sink.finish(0, job.in.width);
   }
 };
 

@@ -1,4 +1,5 @@
-// What an edit's own pass tells of its values: whether any changed, and whether halves overflowed.
+// Where an edit's own pass puts its values, and what it tells of them: whether any changed, and
+// whether halves overflowed.
 #pragma once
 
 #include "intervention_cpu.h"
@@ -6,6 +7,19 @@
 
 namespace dreamreader {
 namespace {
+
+template <std::size_t bytes>
+struct Unsigned {
+  using type = uint16_t;
+};
+template <>
+struct Unsigned<4> {
+  using type = uint32_t;
+};
+template <>
+struct Unsigned<8> {
+  using type = uint64_t;
+};
 
 // The lowest bit of the exponent of a half.
 template <typename T>
@@ -83,13 +97,6 @@ struct Witness {
     if (bits) __atomic_fetch_or(seen, bits, __ATOMIC_RELAXED);
   }
 
-  // Whether the results leave anything to say, or need a look at what they came from.
-  bool asks(const T* out, int64_t n) const {
-    if constexpr (sizeof(T) == 2)
-      if (!all_finite(out, n)) return true;
-    return !(bits & kChanged);
-  }
-
   // n values that follow each other, before and after; both are still in the cache.
   void look(const T* in, const T* out, int64_t n) {
     if (!(bits & kChanged) && differ(in, out, n)) bits |= kChanged;
@@ -101,6 +108,101 @@ struct Witness {
   // Of n results some are not finite.
   void overflow(const T* in, int64_t n) {
     bits |= all_finite(in, n) ? kOverflowed : kOverflowed | kNotFinite;
+  }
+};
+
+// The results of a row, or of the tokens of a channel, block by block: in memory or past the
+// caches, and looked at on their way. A copy for each row keeps its fields in registers.
+template <typename T>
+struct Sink {
+  using W = typename Work<T>::type;
+  using Bits = typename Unsigned<sizeof(T)>::type;
+  static constexpr bool kHalf = sizeof(T) == 2;
+  static constexpr int kBytes = sizeof(T);
+
+  Witness<T>& witness;
+  const T* in;
+  T* out;
+  bool past, compare;
+  Finite<T> finite;
+
+  // From element `first` on, in whole blocks.
+  DR_INLINE Sink at(Witness<T>& witness, const T* in, T* out, int64_t first, bool stream) {
+    const bool past = stream && in != out && reinterpret_cast<uintptr_t>(out + first) % 64 == 0;
+    const bool compare = witness.seen && !(witness.bits & kChanged);
+    return {witness, in, out, past, compare, {}};
+  }
+
+  // Results d .. d + n - 1.
+  inline __attribute__((always_inline)) void put(int64_t d, const Block<W>& y, int64_t n) {
+    alignas(64) T fresh[kBlock<W>];
+    const bool line = past && n >= kBlock<W>;
+    T* made = line ? fresh : out + d;
+    store(made, y, n);
+    if (compare && differ(in + d, made, n)) witness.bits |= kChanged;
+    if (kHalf && witness.seen) finite.see(made, n);
+    if (line) send(d, fresh);
+  }
+
+  // The same where only the values with work (all bits set, else 0) are results; the others keep
+  // their bits, and of them nothing is told.
+  inline __attribute__((always_inline)) void put_some(int64_t d, const Bits* work,
+                                                      const Block<W>& y, int64_t n) {
+    typedef Bits Group __attribute__((vector_size(DR_VECTOR_BYTES)));
+    constexpr int64_t kGroup = DR_VECTOR_BYTES / int64_t(sizeof(T));
+    alignas(64) T fresh[kBlock<W>], part[kBlock<W>];
+    T end[kBlock<W>];
+    const bool whole = n >= kBlock<W>;
+    const T* from = whole ? in + d : padded(end, sizeof(end), in + d, n);
+    T* made = whole && !past ? out + d : part;
+    store(fresh, y, kBlock<W>);
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < kBlock<W>; j += kGroup) {
+      const Group which = load_vector<Group>(work + j), now = load_vector<Group>(fresh + j) & which;
+      const Group before = load_vector<Group>(from + j);
+      store_vector(fresh + j, now);
+      store_vector(made + j, now | (before & ~which));
+    }
+    if (compare && differ_where(work, from, fresh)) witness.bits |= kChanged;
+    if (kHalf && witness.seen) finite.see(fresh, kBlock<W>);
+    if (!whole)
+      __builtin_memcpy(out + d, part, std::size_t(n) * sizeof(T));
+    else if (past)
+      send(d, part);
+  }
+
+  // Values that stay as they are.
+  void keep(int64_t d, int64_t n) const {
+    if (in == out) return;
+    if (past)
+      copy_past_caches(out + d, in + d, std::size_t(n) * sizeof(T));
+    else
+      __builtin_memcpy(out + d, in + d, std::size_t(n) * sizeof(T));
+  }
+
+  inline __attribute__((always_inline)) bool overflowed() const {
+    return kHalf && witness.seen && !finite.all();
+  }
+  // After the last block; the results are the values begin .. end - 1.
+  inline __attribute__((always_inline)) void finish(int64_t begin, int64_t end) const {
+    if (overflowed()) witness.overflow(in + begin, end - begin);
+  }
+
+ private:
+  inline __attribute__((always_inline)) void send(int64_t d, const T* from) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kBlock<W>; i += 64 / int64_t(sizeof(T)))
+      copy_line_past_caches(out + d + i, from + i);
+  }
+
+  // Of a whole block; the second is 0 where there is no work.
+  static __attribute__((noinline)) bool differ_where(const Bits* work, const T* x, const T* y) {
+    Bits masked[kBlock<W>];
+    __builtin_memcpy(masked, x, sizeof(masked));
+    for (int i = 0; i < kBlock<W>; ++i) masked[i] &= work[i];
+    T before[kBlock<W>];
+    __builtin_memcpy(before, masked, sizeof(masked));
+    return differ(before, y, kBlock<W>);
   }
 };
 

@@ -1,6 +1,7 @@
-// Memory for large results that is used again: a result of 32 MiB and more gets fresh pages from
-// the C library each time, and to touch them takes longer than to compute it. Blocks go back when
-// the storage of their tensor is freed, by whatever thread, and never before.
+// Memory for results that is used again: the C library gives what is freed back to the system, so
+// that a result of 32 MiB and more has fresh pages each time, and a smaller one where a few are
+// freed together; to touch them takes longer than to compute it. Blocks go back when the storage of
+// their tensor is freed, by whatever thread, and never before.
 #include <sys/mman.h>
 
 #include <cstdint>
@@ -12,6 +13,7 @@
 #include "bind.h"
 #include "dlpack.h"
 #include "refusal.h"
+#include "tensor_view.h"
 
 namespace dreamreader {
 namespace {
@@ -19,6 +21,7 @@ namespace {
 namespace py = pybind11;
 
 constexpr int64_t kPage = 2 << 20;
+constexpr int64_t kSmall = 64 << 10;  // in parts of which blocks below a huge page are counted
 constexpr int64_t kMostUnused = int64_t{256} << 20;  // bytes that are kept for later
 
 struct Memory {
@@ -30,7 +33,8 @@ class Pool {
  public:
   // A block of at least this size, and at most a quarter larger.
   Memory take(int64_t bytes) {
-    bytes = (bytes + kPage - 1) / kPage * kPage;
+    const int64_t part = bytes < kPage ? kSmall : kPage;
+    bytes = (bytes + part - 1) / part * part;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       for (size_t i = unused_.size(); i-- > 0;) {
@@ -60,12 +64,13 @@ class Pool {
   }
 
  private:
-  // Begins at a huge page, so that 2 MiB are one fault.
+  // A large one begins at a huge page, so that 2 MiB are one fault.
   static Memory fresh(int64_t bytes) {
-    const size_t room = size_t(bytes + kPage);
+    const size_t room = size_t(bytes < kPage ? bytes : bytes + kPage);
     void* map = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (map == MAP_FAILED)
       throw OutOfMemory("no memory for a result of " + std::to_string(bytes) + " bytes");
+    if (bytes < kPage) return {map, bytes};
     const auto begin = reinterpret_cast<uintptr_t>(map);
     const uintptr_t data = (begin + kPage - 1) / kPage * kPage;
     if (data > begin) munmap(map, data - begin);
@@ -88,7 +93,7 @@ Pool& pool() {
 struct Lent {
   DLManagedTensor managed;
   Memory memory;
-  int64_t shape;
+  std::vector<int64_t> shape;
 };
 
 void release(DLManagedTensor* managed) {
@@ -97,13 +102,20 @@ void release(DLManagedTensor* managed) {
   delete lent;
 }
 
-// Bytes with unspecified values, as a capsule for torch.from_dlpack.
-py::capsule reused(int64_t bytes) {
+// Dense numbers with unspecified values, as a capsule for torch.from_dlpack.
+py::capsule lend(std::vector<int64_t> shape, DLDataType type) {
   auto lent = std::make_unique<Lent>();
+  int64_t bytes = type.bits / 8;
+  for (const int64_t size : shape) bytes *= size;
   lent->memory = pool().take(bytes);
-  lent->shape = bytes;
-  lent->managed.tensor = {lent->memory.data, {kDLCPU, 0}, 1, {kDLUInt, 8, 1},
-                          &lent->shape,      nullptr,     0};
+  lent->shape = std::move(shape);
+  lent->managed.tensor = {lent->memory.data,
+                          {kDLCPU, 0},
+                          int32_t(lent->shape.size()),
+                          type,
+                          lent->shape.data(),
+                          nullptr,
+                          0};
   lent->managed.manager = lent.get();
   lent->managed.deleter = &release;
   const auto drop = [](PyObject* capsule) {  // nobody took it
@@ -120,7 +132,19 @@ py::capsule reused(int64_t bytes) {
   return py::reinterpret_steal<py::capsule>(capsule);
 }
 
-Bind bind_reuse([](py::module_& m) { m.def("reused", &reused); });
+py::capsule reused(int64_t bytes) { return lend({bytes}, {kDLUInt, 8, 1}); }
+
+py::capsule reused_like(py::handle like) {
+  const TensorView x(like);
+  std::vector<int64_t> shape(size_t(x.dims()));
+  for (int i = 0; i < x.dims(); ++i) shape[size_t(i)] = x.size(i);
+  return lend(std::move(shape), x.dtype());
+}
+
+Bind bind_reuse([](py::module_& m) {
+  m.def("reused", &reused);
+  m.def("reused_like", &reused_like);
+});
 
 }  // namespace
 }  // namespace dreamreader

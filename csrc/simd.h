@@ -340,42 +340,35 @@ DR_INLINE void transpose_lanes(VF (&v)[kWidth<float>]) {
 #endif
 }
 
+// The first n values at p, zeros behind them: the end of a row, as long as a block.
+template <typename T>
+static __attribute__((noinline)) const T* padded(T* part, std::size_t bytes, const T* p,
+                                                 int64_t n) {
+  __builtin_memset(part, 0, bytes);
+  if (n > 0) __builtin_memcpy(part, p, std::size_t(n) * sizeof(T));
+  return part;
+}
+
 // Loads the first n lanes of a block (the rest are 0), converted to W.
 template <typename W, typename T>
 DR_INLINE Block<W> load(const T* p, int64_t n) {
   Block<W> block;
-  if (__builtin_expect(n >= kBlock<W>, 1)) {
+  T part[kBlock<W>];  // so that there is one conversion, not another one for the ends of rows
+  if (__builtin_expect(n < kBlock<W>, 0)) p = padded(part, sizeof(part), p, n);
 #pragma GCC unroll 16
-    for (int i = 0; i < kVectors; ++i) block.v[i] = load_lanes(p + i * kWidth<W>);
-    return block;
-  }
-  for (int i = 0; i < kVectors; ++i) {
-    const int64_t left = n - i * kWidth<W>;
-    if (left >= kWidth<W>) {
-      block.v[i] = load_lanes(p + i * kWidth<W>);
-    } else {
-      T part[kWidth<W>] = {};
-      if (left > 0) __builtin_memcpy(part, p + i * kWidth<W>, std::size_t(left) * sizeof(T));
-      block.v[i] = load_lanes(part);
-    }
-  }
+  for (int i = 0; i < kVectors; ++i) block.v[i] = load_lanes(p + i * kWidth<W>);
   return block;
 }
 
 // Rounds the first n lanes of a block to T and stores them.
 template <typename T, typename W>
 DR_INLINE void store(T* p, const Block<W>& block, int64_t n) {
-  if (__builtin_expect(n >= kBlock<W>, 1)) {
+  T part[kBlock<W>];
+  const bool whole = __builtin_expect(n >= kBlock<W>, 1);
+  T* to = whole ? p : part;
 #pragma GCC unroll 16
-    for (int i = 0; i < kVectors; i += 2) store_pair(p + i * kWidth<W>, block.v[i], block.v[i + 1]);
-    return;
-  }
-  int i = 0;
-  for (; (i + 1) * kWidth<W> <= n; ++i) store_lanes(p + i * kWidth<W>, block.v[i]);
-  if (i * kWidth<W> == n) return;
-  T part[kWidth<W>];
-  store_lanes(part, block.v[i]);
-  __builtin_memcpy(p + i * kWidth<W>, part, std::size_t(n - i * kWidth<W>) * sizeof(T));
+  for (int i = 0; i < kVectors; i += 2) store_pair(to + i * kWidth<W>, block.v[i], block.v[i + 1]);
+  if (!whole && n > 0) __builtin_memcpy(p, part, std::size_t(n) * sizeof(T));
 }
 
 // Sum of all lanes, halving the block each time: the same order for every width of vector.

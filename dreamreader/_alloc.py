@@ -8,8 +8,9 @@ from torch import Tensor
 
 from dreamreader._register import native
 
-_LARGE = 8 << 20  # bytes; of smaller results the C library mostly hands out pages in use
+_LARGE = 256 << 10  # bytes; of smaller results the C library hands out pages in use
 _reused: Any = getattr(native()[0], "reused", None)
+_reused_like: Any = getattr(native()[0], "reused_like", None)
 
 
 def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -26,6 +27,8 @@ def empty_like(x: Tensor) -> Tensor:
     plain = type(x) is Tensor  # no tensor of a compiler, whose sizes may be symbols
     if _reused is None or not plain or not x.is_cpu or x.nbytes < _LARGE:
         return torch.empty_like(x)
+    if x.is_contiguous() and not x.requires_grad:
+        return torch.from_dlpack(_reused_like(x))
     strides = x.stride() if x.is_contiguous() else torch.empty_like(x, device="meta").stride()
     memory = torch.from_dlpack(_reused(x.nbytes)).untyped_storage()
     return torch.empty(0, dtype=x.dtype).set_(memory, 0, x.shape, strides)

@@ -121,7 +121,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked_for_reading(folder: Path) -> Iterator[None]:
+def lock_for_reading(folder: Path) -> Iterator[None]:
     """Keeps processes that write out of a folder until the block ends; needs no right to write.
 
     A folder that has no lock, and in which none can be made, is read as it is.

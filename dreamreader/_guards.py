@@ -28,7 +28,7 @@ _functorch: Any = vars(torch._C)["_functorch"]
 TransformType = _functorch.TransformType
 
 
-def written_by(op: torch._ops.OpOverload) -> tuple[int, ...]:
+def find_written(op: torch._ops.OpOverload) -> tuple[int, ...]:
     """The places of the arguments that an operator changes."""
     infos = (each.alias_info for each in op._schema.arguments)
     return tuple(at for at, info in enumerate(infos) if info is not None and info.is_write)
@@ -48,7 +48,7 @@ def guard_kernel(op: torch._ops.OpOverload, call: Callable, differentiable: bool
     tensors = tuple(at for at, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]"))
     has_lists = any(kind == "List[Tensor]" for kind in kinds)
     # Of every argument that is written, the others; lists are the operator's own matter.
-    pairs = [(at, tuple(each for each in tensors if each != at)) for at in written_by(op)]
+    pairs = [(at, tuple(each for each in tensors if each != at)) for at in find_written(op)]
     pairs = [each for each in pairs if each[1]]
 
     def kernel(*args):
@@ -88,7 +88,7 @@ def guard_dispatch(library: torch.library.Library, op: torch._ops.OpOverload) ->
     library.impl(
         op._opname, lambda *args: _apply_transformed(op, args), "FuncTorchDynamicLayerFrontMode"
     )
-    if written_by(op):
+    if find_written(op):
         library.impl(op._opname, lambda *args: _with_signs(op, args), "Negative")
 
 
@@ -199,7 +199,7 @@ def _with_signs(op: torch._ops.OpOverload, args: Sequence[Any]) -> Any:
     """An operator in place on tensors whose sign is a bit beside their memory."""
     plain = tree_map_only(Tensor, Tensor.resolve_neg, list(args))
     found = op(*plain)
-    for at in written_by(op):
+    for at in find_written(op):
         if plain[at] is not args[at]:
             args[at].copy_(plain[at])
     return found
@@ -227,7 +227,7 @@ def _apply_transformed(op: torch._ops.OpOverload, args: Sequence[Any]) -> Any:
             f"{op._opname}: torch.func.{kind.name.lower()} is not written for this operator; use "
             "torch.autograd.grad or torch.autograd.functional"
         )
-    if written_by(op):
+    if find_written(op):
         raise InvalidInput(
             f"{op._opname}: torch.vmap is not written for an operator in place; call it on the "
             "whole batch, or use the one that returns a new tensor"

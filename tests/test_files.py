@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dreamreader._files import lock_folder, locked_for_reading, replacing, write_atomic
+from dreamreader._files import lock_folder, lock_for_reading, replacing, write_atomic
 from dreamreader.errors import InvalidInput
 
 
@@ -99,16 +99,16 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, code):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr("fcntl.flock", fails)
-    for lock in (lock_folder, locked_for_reading):
+    for lock in (lock_folder, lock_for_reading):
         with pytest.raises(InvalidInput, match=f"cannot be locked \\({os.strerror(code)}\\)"):
             with lock(tmp_path):
                 pass
 
 
 def test_readers_share_a_folder_that_no_writer_has(tmp_path):
-    with locked_for_reading(tmp_path), locked_for_reading(tmp_path):
+    with lock_for_reading(tmp_path), lock_for_reading(tmp_path):
         with pytest.raises(InvalidInput, match="another process runs here"), lock_folder(tmp_path):
             pass
     with lock_folder(tmp_path):
-        with pytest.raises(InvalidInput, match="another process"), locked_for_reading(tmp_path):
+        with pytest.raises(InvalidInput, match="another process"), lock_for_reading(tmp_path):
             pass

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamreader.sae import AuxK, BatchTopK, SparseAutoencoder, TopK
+from dreamreader.sae.optimizer import StridedAdam
 
 LR = 3e-4
 Step = Callable[[Tensor], float]
@@ -37,7 +38,7 @@ class Ours:
         )
         self.sae.set_tensors({name: each.float() for name, each in weights.items()})
         self.sae.to(case.dtype).train()
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=LR, fused=True)
+        self.optimizer = StridedAdam(self.sae.parameters(), lr=LR, fused=True)
         self.clip = 1.0
 
     def __call__(self, x: Tensor) -> float:

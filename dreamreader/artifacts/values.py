@@ -51,7 +51,7 @@ def pack(value: Any, tensors: dict[str, Tensor], classes: Mapping[str, type] | N
                 return {"is": names[type(value)], "of": own}
             return {"is": names[type(value)], "of": [pack_value(each) for each in value.values()]}
         if isinstance(value, Artifact):
-            return {"is": "artifact", "of": _packed_artifact(value, tensors)}
+            return {"is": "artifact", "of": _pack_artifact(value, tensors)}
         if isinstance(value, list):
             return [pack_value(each) for each in value]
         if isinstance(value, tuple | set | frozenset):
@@ -116,7 +116,7 @@ def unpack(
     return unpack_value(value)
 
 
-def _packed_artifact(thing: Artifact, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _pack_artifact(thing: Artifact, tensors: dict[str, Tensor]) -> dict[str, Any]:
     own, content = thing.to_file()
     keys = {}
     for name, tensor in own.items():

@@ -14,7 +14,7 @@ Asked = str | Sequence[str] | Sequence[Sequence[str]] | None
 _WORD = re.compile(r"\w+")
 
 
-def asked_words(words: Asked) -> list[tuple[str, ...]] | None:
+def list_asked(words: Asked) -> list[tuple[str, ...]] | None:
     """A list of words for each row, one for all rows, or None for every word."""
     if words is None:
         return None

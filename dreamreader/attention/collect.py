@@ -9,8 +9,8 @@ import torch
 from dreamreader._progress import Progress
 from dreamreader.attention.asked import (
     Asked,
-    asked_words,
     factor,
+    list_asked,
     missing,
     positions,
     text_sites,
@@ -83,7 +83,7 @@ class WordMap:
             raise InvalidInput(f"word maps are of one branch, got {branch!r}")
         if per_layer and per_head:
             raise InvalidInput("per_layer and per_head: give one, heads name their layer too")
-        self._asked = asked_words(words)
+        self._asked = list_asked(words)
         self._chosen = sites is not None
         self._sites = text_sites(reader) if sites is None else sites
         self._when = {
@@ -108,7 +108,7 @@ class WordMap:
 
     def requests(self) -> list[Watch]:
         """What to hand to `reader.run(record=...)` or `reader.recording(...)`."""
-        return [Watch(self._sites, self._saw, **self._when)]
+        return [Watch(self._sites, self._collect, **self._when)]
 
     def result(self) -> WordMaps:
         """The maps of all rows that ran since this object was made.
@@ -123,7 +123,7 @@ class WordMap:
             raise NeverFired(f"word maps: {why}")
         return _join_rows(self._done)
 
-    def _saw(self, attention: Attention, call: Call) -> None:
+    def _collect(self, attention: Attention, call: Call) -> None:
         if not call.has_words and not self._chosen:
             return  # such as the refiners of Lumina2, which see one stream
         if factor(call) == self._skip:
@@ -242,7 +242,7 @@ def word_maps(
         torch.Size([2, 2, 16, 16])
     """
     listed = [prompts] if isinstance(prompts, str) else list(prompts)
-    asked = asked_words(words)
+    asked = list_asked(words)
     if asked is not None and len(asked) not in (1, len(listed)):
         raise InvalidInput(f"words has {len(asked)} lists, there are {len(listed)} prompts")
     for number, prompt in enumerate(listed if asked and branch == "cond" else ()):

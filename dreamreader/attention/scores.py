@@ -25,7 +25,7 @@ def iou(
     Raises:
         InvalidInput: sizes that do not fit, or another threshold.
     """
-    masks = _fitting(maps, masks)
+    masks = _expand_masks(maps, masks)
     known = masks.flatten(-2).any(-1) & maps.flatten(-2).isfinite().all(-1)
     binary = _binary(maps, masks, threshold)
     both = (binary & masks).flatten(-2).sum(-1)
@@ -44,7 +44,7 @@ def pointing(
     Raises:
         InvalidInput: sizes that do not fit.
     """
-    masks = _fitting(maps, masks).expand(maps.shape).flatten(-2)
+    masks = _expand_masks(maps, masks).expand(maps.shape).flatten(-2)
     flat = maps.flatten(-2)
     hit = masks.gather(-1, flat.argmax(-1, keepdim=True)).squeeze(-1)
     known = masks.any(-1) & flat.isfinite().all(-1)
@@ -65,7 +65,7 @@ def _binary(maps: Tensor, masks: Tensor, threshold: float | str) -> Tensor:
     return maps >= threshold * flat.amax(-1)[..., None, None]
 
 
-def _fitting(maps: Tensor, masks: Tensor) -> Tensor:
+def _expand_masks(maps: Tensor, masks: Tensor) -> Tensor:
     """Masks with the axes of the maps in between."""
     if masks.dtype != torch.bool or masks.dim() != 3:
         kind = str(masks.dtype).removeprefix("torch.")

@@ -21,7 +21,7 @@ def report_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def run_command(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
         except DreamreaderError as error:
@@ -36,7 +36,7 @@ def report_errors(command: Callable[..., Any]) -> Callable[..., Any]:
             typer.echo("\nstopped; no file was left half-written", err=True)
             raise typer.Exit(INTERRUPTED) from None
 
-    return wrapped
+    return run_command
 
 
 def check_folder(path: Path | None) -> None:

@@ -86,6 +86,11 @@ class DemoResult:
     seconds: float
 
     @property
+    def runs(self) -> list[Results]:
+        """The results of all jobs that draw."""
+        return [self.sweep, self.refined, self.test, self.dose, self.removal, self.patching]
+
+    @property
     def grid(self) -> Grid:
         """What patching restored at every place and window."""
         return effects(self.patching, "patched")

@@ -76,7 +76,7 @@ def run_demo(reader: "Reader", plan: DemoPlan, out: Path, progress: Progress = T
         sweep = chain.run("sweep", plan.spec("sweep", {**along, "group": places}))
         chosen = sorted(settings(sweep), key=lambda each: each.rank, reverse=True)[: plan.finalists]
         refined = chain.run("refine", _refine(plan, chosen, files["direction"]))
-        finalists = _drawn_again(chosen, refined)
+        finalists = _add_rows(chosen, refined)
         best = max(finalists, key=lambda each: each.rank)
         at = {
             "group": {best.cell.name: best.cell.sites},
@@ -175,7 +175,7 @@ def _refine(plan: DemoPlan, chosen: Sequence[Setting], file: str) -> Any:
     return plan.spec("refine", {"sweep": axes, "edits.0.direction.file": file})
 
 
-def _drawn_again(chosen: Sequence[Setting], refined: Results) -> list[Setting]:
+def _add_rows(chosen: Sequence[Setting], refined: Results) -> list[Setting]:
     """The settings with the rows of both sets of scenes."""
     rows, count = refined.of("edited"), len(refined.of("unedited"))
     return [

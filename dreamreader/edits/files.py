@@ -59,11 +59,11 @@ class Edits(list[EditRequest], Artifact, kind="edits"):
 
     def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors: dict[str, Tensor] = {}
-        return tensors, {"edits": [_packed_edit(each, tensors) for each in self]}
+        return tensors, {"edits": [_pack_edit(each, tensors) for each in self]}
 
     @classmethod
     def of_file(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Self:
-        return cls([_unpacked_edit(each, tensors) for each in content["edits"]])
+        return cls([_unpack_edit(each, tensors) for each in content["edits"]])
 
 
 def save(path: str | os.PathLike[str], edits: EditRequest | Sequence[EditRequest]) -> None:
@@ -88,7 +88,7 @@ def load(path: str | os.PathLike[str]) -> Edits:
     return Edits.load(path)
 
 
-def _packed_edit(edit: EditRequest, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _pack_edit(edit: EditRequest, tensors: dict[str, Tensor]) -> dict[str, Any]:
     kind = type(edit).__name__
     if kind not in _KINDS:
         raise InvalidInput(
@@ -105,7 +105,7 @@ def _packed_edit(edit: EditRequest, tensors: dict[str, Tensor]) -> dict[str, Any
     return {"kind": kind, "package": package_of(type(edit)), "fields": packed}
 
 
-def _unpacked_edit(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> EditRequest:
+def _unpack_edit(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> EditRequest:
     if content["kind"] not in _KINDS:
         import_package(content.get("package"))
     if content["kind"] not in _KINDS:

@@ -10,7 +10,7 @@ from torch import Tensor
 from dreamreader.edits.base import check_finite
 from dreamreader.engine import EditContext, same
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.ops.guide import ACTIVATIONS, MAX_LAYERS, activated
+from dreamreader.ops.guide import ACTIVATIONS, MAX_LAYERS, activate
 
 NOISE_FEATURES = 3
 
@@ -115,7 +115,7 @@ class Mlp:
         h = h.to(self.weights[0])
         biases = (self.first_bias(fraction), *self.biases[1:])
         for weight, bias in zip(self.weights[:-1], biases[:-1], strict=True):
-            h = activated(h @ weight.T + bias, self.activation)[0]
+            h = activate(h @ weight.T + bias, self.activation)[0]
         return h @ self.weights[-1].T + biases[-1]
 
     def __eq__(self, other: object) -> bool:

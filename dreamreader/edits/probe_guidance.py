@@ -158,7 +158,7 @@ class ProbeGuidance(EditRequest):
         trust = torch.inf if self.trust is None else self.trust
         wide = torch.promote_types(x.dtype, torch.float32)
         if not isinstance(probe, Mlp):
-            return self._moved_by_autograd(probe, x, strength.to(wide), place, trust)
+            return self._move_by_autograd(probe, x, strength.to(wide), place, trust)
         fraction = None if place.instant is None else place.instant.fraction
         biases = (probe.first_bias(fraction), *probe.biases[1:])
         return guide(
@@ -173,7 +173,7 @@ class ProbeGuidance(EditRequest):
             trust=trust,
         )
 
-    def _moved_by_autograd(
+    def _move_by_autograd(
         self, logits: Logits, x: Tensor, strength: Tensor, place: EditContext, trust: float
     ) -> Tensor:
         """The same for any function, which may look at several tokens: none of them is padding."""

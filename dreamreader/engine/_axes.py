@@ -96,14 +96,14 @@ _ROWS_FIRST = ("transformers.", "diffusers.")
 _PASSING = ("torch.", "peft.")
 
 
-def axes_named(layout: str, label: str) -> str:
+def parse_axes(layout: str, label: str) -> str:
     """A layout in words, checked.
 
     Raises:
         UnknownName, InvalidInput: a name that is none of the dimensions, or no rows or features.
 
     Example:
-        >>> axes_named("rows tokens  features", "Record")
+        >>> parse_axes("rows tokens  features", "Record")
         'rows tokens features'
     """
     names = layout.split() if isinstance(layout, str) else []
@@ -227,7 +227,7 @@ def _of_streams(
 def _tokens_first(modules: Sequence[nn.Module]) -> bool | None:
     """Whether tokens come before rows, by the nearest class that says so; None where none does."""
     for depth, module in enumerate(modules):
-        told = _told_first(type(module))
+        told = _look_up_class(type(module))
         if told is not None:
             return told[depth > 0]
         if isinstance(module, _SEQUENCE):
@@ -236,7 +236,7 @@ def _tokens_first(modules: Sequence[nn.Module]) -> bool | None:
 
 
 @cache
-def _told_first(kind: type) -> tuple[bool, bool] | None:
+def _look_up_class(kind: type) -> tuple[bool, bool] | None:
     """What a class, or one that it is made of, says of its values and of those inside it."""
     names = (f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
     return next((_TOKENS_FIRST[name] for name in names if name in _TOKENS_FIRST), None)
@@ -278,16 +278,19 @@ def _may_be_turned(
 
 def _has_parts(module: nn.Module) -> bool:
     """Whether it holds other modules; `children` takes ten times as long to say."""
-    inside = module._modules
-    return bool(inside) and any(each is not None for each in inside.values())
+    for each in module._modules.values():  # in most modules there is none
+        if each is not None:
+            return True
+    return False
 
 
 def _is_rows_first(modules: Sequence[nn.Module]) -> bool:
     """Whether the code around a module is of a library that has rows before tokens."""
     for module in modules:
-        place = f"{getattr(type(module).forward, '__module__', '')}."
-        if _has_parts(module) and not place.startswith(_PASSING):
-            return place.startswith(_ROWS_FIRST)
+        if _has_parts(module):
+            place = f"{getattr(type(module).forward, '__module__', '')}."
+            if not place.startswith(_PASSING):
+                return place.startswith(_ROWS_FIRST)
     return False
 
 

@@ -115,12 +115,12 @@ class Activation:
                 raise InvalidInput(f"{self.site}: no step matches {step!r}; recorded are {had}")
             positions = found._positions_at(1, kept)
             steps = tuple(found.steps[n] for n in kept)
-            found = found._kept("steps", kept, steps=steps, positions=positions)
+            found = found._select("steps", kept, steps=steps, positions=positions)
         if rows is not None:
             kept = _numbers(rows, len(found.rows), f"{self.site}: rows")
             positions = found._positions_at(0, kept)
             named = tuple(found.rows[n] for n in kept)
-            found = found._kept("rows", kept, rows=named, positions=positions)
+            found = found._select("rows", kept, rows=named, positions=positions)
         if tokens is not None:
             count = found.tensor.shape[found.axes.index("tokens")]
             chosen = normalized(tokens, f"{self.site}: tokens")
@@ -130,7 +130,7 @@ class Activation:
             places = found.tokens or tuple(range(count))
             positions = found._positions_at(2, kept)
             named = tuple(places[n] for n in kept)
-            found = found._kept("tokens", kept, tokens=named, positions=positions)
+            found = found._select("tokens", kept, tokens=named, positions=positions)
         return found
 
     def _of_branches(self, names: tuple[str, ...]) -> "Activation":
@@ -150,7 +150,7 @@ class Activation:
             return None
         return self.positions.index_select(axis, torch.tensor(kept))
 
-    def _kept(self, axis: str, kept: list[int], **coordinates: Any) -> "Activation":
+    def _select(self, axis: str, kept: list[int], **coordinates: Any) -> "Activation":
         index = torch.tensor(kept, device=self.tensor.device)
         tensor = self.tensor.index_select(self.axes.index(axis), index)
         return replace(self, tensor=tensor, **coordinates)

@@ -114,7 +114,7 @@ def beside(
     return tokens if encoder is None else replace(tokens, encoder=encoder)
 
 
-def kept_of(chosen: Any, length: int) -> tuple[int, ...] | None:
+def resolve_kept(chosen: Any, length: int) -> tuple[int, ...] | None:
     """Numbers of the tokens that `logits_to_keep` leaves, indexed as models do; None for all."""
     chosen = slice(-chosen, None) if isinstance(chosen, int) else chosen
     if chosen is None:

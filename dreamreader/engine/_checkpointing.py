@@ -30,7 +30,7 @@ def recompute_as_before(shared: SessionState, modules: Iterable[nn.Module]) -> I
     for module in modules:
         function = vars(module).get(_FUNCTION)
         if function is not None and getattr(module, "gradient_checkpointing", False):
-            vars(module)[_FUNCTION] = _guarded(function, shared, state)
+            vars(module)[_FUNCTION] = _guard(function, shared, state)
             wrapped.append((module, function))
     try:
         yield
@@ -40,7 +40,7 @@ def recompute_as_before(shared: SessionState, modules: Iterable[nn.Module]) -> I
             vars(module)[_FUNCTION] = function
 
 
-def _guarded(
+def _guard(
     checkpoint: Callable[..., Any], shared: SessionState, state: dict[str, bool]
 ) -> Callable[..., Any]:
     subject = shared.subject

@@ -118,9 +118,11 @@ class Clock:
             stack.enter_context(listen_to_pipeline(self.pipe, self))
             for name, module in {**self.denoisers, **self.beside}.items():
                 stack.enter_context(listen_to_context(module, self._contexts[name]))
-                stack.enter_context(listen_to_calls(module, self._hear(name), self._called))
+                stack.enter_context(listen_to_calls(module, self._hear(name), self._end_call))
             for name, module in self.text_encoders.items():
-                stack.enter_context(listen_to_calls(module, self._hear_text(name), self._encoded))
+                stack.enter_context(
+                    listen_to_calls(module, self._hear_text(name), self._end_encoding)
+                )
             self._stack = stack.pop_all()
         return self
 
@@ -158,7 +160,7 @@ class Clock:
         """
         if self._call is None:
             raise ClockUnknown(self._idle("step"))
-        return _known(self._call.instant)
+        return _require_known(self._call.instant)
 
     def branches(self) -> tuple[str, ...]:
         """Names of the equal chunks of the batch of the running denoiser or text encoder.
@@ -167,9 +169,9 @@ class Clock:
             ClockUnknown: neither is running, or the branch cannot be known.
         """
         if self._call is not None:
-            return _known(self._call.branches)
+            return _require_known(self._call.branches)
         if self._encoder is not None:
-            return _known(self._encoder[1])
+            return _require_known(self._encoder[1])
         raise ClockUnknown(self._idle("branch"))
 
     @property
@@ -322,7 +324,7 @@ class Clock:
 
         return began
 
-    def _called(self) -> None:
+    def _end_call(self) -> None:
         self._call = None if self._call is None else self._call.outer
 
     def _hear_text(self, name: str):
@@ -340,7 +342,7 @@ class Clock:
 
         return began
 
-    def _encoded(self) -> None:
+    def _end_encoding(self) -> None:
         self._encoder = None
 
     def _idle(self, what: str) -> str:
@@ -410,7 +412,7 @@ def _modules(pipe: Any, names: tuple[str, ...]) -> dict[str, nn.Module]:
     return found
 
 
-def _known(value: Any) -> Any:
+def _require_known(value: Any) -> Any:
     if isinstance(value, ClockUnknown):
         raise ClockUnknown(*value.args)
     return value

@@ -6,7 +6,7 @@ from typing import Any
 from dreamreader.engine._clock_guider import Passes
 from dreamreader.engine._clock_proof import Heard
 from dreamreader.engine._clock_rows import rows_of
-from dreamreader.engine._families.classes import replaced
+from dreamreader.engine._families.classes import find_replacement
 from dreamreader.engine._families.guidance import BranchLayout, chunks_of
 from dreamreader.errors import ClockUnknown
 
@@ -32,7 +32,7 @@ class Branches:
         self.rows = rows_of(own, arguments)
         self.heard = Heard(arguments)
         self.passes: Passes | None = None
-        self._replaced = replaced(own, "__call__")
+        self._replaced = find_replacement(own, "__call__")
         self._index: int | None = None
         self._calls = 0
         self._met: set[str] = set()  # the branches of calls that their embeddings alone tell
@@ -53,7 +53,7 @@ class Branches:
             ClockUnknown: nothing says it, or two facts contradict each other.
         """
         return self._confirm(
-            self._checked(self._names(context, index, batch, embedding, skips), batch), embedding
+            self._check(self._names(context, index, batch, embedding, skips), batch), embedding
         )
 
     def _names(
@@ -64,7 +64,7 @@ class Branches:
         if skips:
             return ("cond_skip",)
         if self.passes is not None:
-            return (self.passes.running(embedding).removeprefix("pred_"),)
+            return (self.passes.find_running(embedding).removeprefix("pred_"),)
         if self.layout is None:
             return (self._by_embedding(context, index, batch, embedding),)
         if self.layout.separate:
@@ -81,14 +81,14 @@ class Branches:
             names = self._chunks(batch)
             if self.rows is not None and batch == self.rows:
                 names = ("cond",)  # guess mode
-            return self._confirm(self._checked(names, batch), embedding, "beside")
+            return self._confirm(self._check(names, batch), embedding, "beside")
         owners = set() if embedding is None else self.heard.owners(embedding)
         if len(owners) != 1:
             raise ClockUnknown(
                 f"{self.family} does not say for which branch it runs its ControlNet, and the call "
                 "has no prompt embeddings that encode_prompt returned"
             )
-        return self._checked(tuple(owners), batch)
+        return self._check(tuple(owners), batch)
 
     def _by_embedding(
         self, context: str | None, index: int | None, batch: int | None, embedding: Any
@@ -157,7 +157,7 @@ class Branches:
             )
         return order[turn]
 
-    def _checked(self, names: tuple[str, ...], batch: int | None) -> tuple[str, ...]:
+    def _check(self, names: tuple[str, ...], batch: int | None) -> tuple[str, ...]:
         if batch is None:
             return names
         if batch % len(names):

@@ -26,19 +26,19 @@ def with_marks(
 ) -> tuple[list[Any], dict[str, Any]]:
     """The arguments of a pipeline's call, with every callback among them telling the listeners."""
 
-    def marked(name: str, value: Any) -> Any:
+    def mark(name: str, value: Any) -> Any:
         if "callback" not in name or not callable(value):
             return value
-        return _marked(value, lambda: _told(listeners))
+        return _mark(value, lambda: _tell(listeners))
 
     names = list(inspect.signature(function).parameters)[1 : len(args) + 1]
     names += [""] * (len(args) - len(names))
-    placed = [marked(name, value) for name, value in zip(names, args, strict=True)]
-    return placed, {name: marked(name, value) for name, value in kwargs.items()}
+    placed = [mark(name, value) for name, value in zip(names, args, strict=True)]
+    return placed, {name: mark(name, value) for name, value in kwargs.items()}
 
 
 @contextmanager
-def _told(listeners: Sequence[CallbackListener]) -> Iterator[None]:
+def _tell(listeners: Sequence[CallbackListener]) -> Iterator[None]:
     for listener in listeners:
         listener.callback_began()
     try:
@@ -48,7 +48,7 @@ def _told(listeners: Sequence[CallbackListener]) -> Iterator[None]:
             listener.callback_ended()
 
 
-def _marked(callback: Any, aside: Callable[[], AbstractContextManager[None]]) -> Any:
+def _mark(callback: Any, aside: Callable[[], AbstractContextManager[None]]) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
         with aside():
             return callback(*args, **kwargs)

@@ -20,7 +20,7 @@ class Passes:
         self.guider = guider
         self.prepared: list[Any] = []
 
-    def running(self, embedding: Any) -> str:
+    def find_running(self, embedding: Any) -> str:
         """Name of the pass that the pipeline announced last.
 
         Raises:

@@ -14,7 +14,7 @@ _GIVEN = ("prompt_embeds", "image_embeds", "class_labels")
 
 def rows_of(own: type, arguments: Mapping[str, Any]) -> int | None:
     """Pictures or videos that the call asked for; None where its arguments do not say."""
-    given = _given(own, arguments)
+    given = _count_given(own, arguments)
     return None if given is None else given * _each(own, arguments, given)
 
 
@@ -28,19 +28,19 @@ def prompts_of(own: type, arguments: Mapping[str, Any]) -> list[str] | None:
 
 
 def _prompts(own: type, arguments: Mapping[str, Any]) -> list[Any] | None:
-    found = _listed(arguments.get("prompt"))
+    found = _list_prompts(arguments.get("prompt"))
     if found is not None and embeds_negative_rows(own):
-        found += _listed(arguments.get("negative_prompt")) or []
+        found += _list_prompts(arguments.get("negative_prompt")) or []
     return found
 
 
-def _listed(prompt: Any) -> list[Any] | None:
+def _list_prompts(prompt: Any) -> list[Any] | None:
     if isinstance(prompt, str):
         return [prompt]
     return list(prompt) if isinstance(prompt, list | tuple) else None
 
 
-def _given(own: type, arguments: Mapping[str, Any]) -> int | None:
+def _count_given(own: type, arguments: Mapping[str, Any]) -> int | None:
     prompts = _prompts(own, arguments)
     if prompts is not None:
         return len(prompts)

@@ -35,7 +35,7 @@ class RunListener(CallbackListener, Protocol):
         """`encode_prompt` returned this; None where it left with an exception."""
 
 
-def bound(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+def bind_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Arguments of a call by name, with defaults; empty when they do not fit the signature."""
     signature = inspect.signature(function)
     try:
@@ -99,13 +99,13 @@ def listen_to_pipeline(pipe: Any, listener: RunListener) -> Iterator[None]:
 def _listening_class(own: type) -> type:
     listeners: list[tuple[RunListener, Owner]] = []
 
-    def heard_here() -> list[RunListener]:
+    def find_listeners() -> list[RunListener]:
         return [listener for listener, owner in listeners if owner.here()]
 
     @functools.wraps(own.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # `other_caller` knows the name
-        arguments = bound(own.__call__, self, *args, **kwargs)
-        heard = heard_here()
+        arguments = bind_call(own.__call__, self, *args, **kwargs)
+        heard = find_listeners()
         for listener in heard:
             listener.run_began(arguments)
         placed, named = with_marks(own.__call__, args, kwargs, heard)
@@ -131,8 +131,8 @@ def _listening_class(own: type) -> type:
 
         @functools.wraps(original)
         def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
-            arguments = bound(original, self, *args, **kwargs)
-            heard = heard_here()
+            arguments = bind_call(original, self, *args, **kwargs)
+            heard = find_listeners()
             for listener in heard:
                 listener.encoding_began(arguments)
             result = None

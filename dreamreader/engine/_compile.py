@@ -54,7 +54,7 @@ class Stage:
         assert self.active is not None
         if self.active.edit.selects:
             return self.active.edit.apply(x, self.active.place)
-        return _blended(x, self.active)
+        return _blend(x, self.active)
 
 
 @dataclass(eq=False)
@@ -96,7 +96,7 @@ class Compiled:
             x = y
         return x
 
-    def repeated(self, x: Tensor, notes: Notes) -> Callable[[Tensor, CallContext], Tensor]:
+    def specialize(self, x: Tensor, notes: Notes) -> Callable[[Tensor, CallContext], Tensor]:
         """`run_noted` for values of the form of x: its choices are made once."""
 
         def general(x: Tensor, now: CallContext) -> Tensor:
@@ -108,13 +108,17 @@ class Compiled:
             return general
         apply = intervention_of(program, x)
 
+        known = False  # whether each edit has changed a value so far: then it stays so
+
         def run(x: Tensor, now: CallContext) -> Tensor:
-            return apply(x) if changed.issuperset(numbers) else general(x, now)
+            nonlocal known
+            known = known or changed.issuperset(numbers)
+            return apply(x) if known else general(x, now)
 
         def run_half(x: Tensor, now: CallContext) -> Tensor:
-            if not changed.issuperset(numbers):
-                return general(x, now)
-            return apply(x, *notes.place(now, numbers, x))
+            nonlocal known
+            known = known or changed.issuperset(numbers)
+            return apply(x, *notes.place(now, numbers, x)) if known else general(x, now)
 
         return run_half if x.dtype in HALF else run
 
@@ -201,7 +205,7 @@ def _hit(each: ActiveEdit, touched: Tensor) -> Hit | None:
     return Hit(each.number, tuple(names), tuple(rows.tolist()))
 
 
-def _blended(x: Tensor, active: ActiveEdit) -> Tensor:
+def _blend(x: Tensor, active: ActiveEdit) -> Tensor:
     """A function's result where the selection is 1, the input bit for bit where it is 0."""
     y = active.edit.apply(x, active.place)
     share = active.place.selected.to(x.device).unsqueeze(-1)  # [batch or 1, tokens or 1, 1]

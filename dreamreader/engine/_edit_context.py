@@ -24,7 +24,7 @@ class RowSet:
     start: int = 0
     count: int | None = None
 
-    def resolved(self, rows: int) -> "RowSet":
+    def resolve(self, rows: int) -> "RowSet":
         """With the numbers that a call without a plan leaves open."""
         return self if self.total is not None else RowSet(rows, 0, rows)
 

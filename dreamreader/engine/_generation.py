@@ -82,7 +82,7 @@ class Generation:
         mask = arguments.get("attention_mask")
         if isinstance(mask, Tensor) and rows is not None:
             found.has_mask = True
-            found._masked(mask, rows)
+            found._apply_mask(mask, rows)
         return found
 
     def prepare(self, arguments: Mapping[str, Any]) -> None:
@@ -103,9 +103,9 @@ class Generation:
                 "generate takes its prompt in chunks and guesses its padding: give attention_mask"
             )
         else:
-            self._masked(mask, mask.shape[0])
+            self._apply_mask(mask, mask.shape[0])
 
-    def prepared(self, inputs: Any) -> None:
+    def note_inputs(self, inputs: Any) -> None:
         """What the prepared call will be given."""
         if isinstance(inputs, Mapping):
             given = (inputs.get(name) for name in _GIVEN)
@@ -191,7 +191,7 @@ class Generation:
         layout = TokenLayout(self.rows, length, starts, part, prompts)
         return layout.of_beams(beams)
 
-    def _masked(self, mask: Tensor, rows: int) -> None:
+    def _apply_mask(self, mask: Tensor, rows: int) -> None:
         if mask.dim() == 2:
             self.width = mask.shape[1]
         real = real_tokens(mask, rows, 0, self.width or 0)
@@ -218,7 +218,7 @@ class _ForwardTap:
             if earlier is not None:
                 vars(self.model)[name] = earlier
 
-    def _heard(self) -> list[GenerationListener]:
+    def _find_listeners(self) -> list[GenerationListener]:
         return [listener for listener, owner in self.listening if owner.here()]
 
     def _generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -227,7 +227,7 @@ class _ForwardTap:
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
             arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-            heard = self._heard()
+            heard = self._find_listeners()
             for listener in heard:
                 listener.generation_began(arguments)
             try:
@@ -245,7 +245,7 @@ class _ForwardTap:
         def prepare_inputs_for_generation(*args: Any, **kwargs: Any) -> Any:
             arguments = {**dict(zip(names, args, strict=False)), **kwargs}
             inputs = original(*args, **kwargs)
-            for listener in self._heard():
+            for listener in self._find_listeners():
                 listener.inputs_prepared(arguments, inputs)
             return inputs
 

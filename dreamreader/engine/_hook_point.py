@@ -54,7 +54,7 @@ class HookPoint:
                     continue
                 new = hooked.visit(value, value)
                 if new is not None:
-                    args, kwargs = argument.replaced(args, kwargs, new)
+                    args, kwargs = argument.replace(args, kwargs, new)
                     changed = True
         return (args, kwargs) if changed else None
 
@@ -68,7 +68,7 @@ class HookPoint:
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if not self.shared.ours():
             return None
-        computed = self.shared.step_caches.computed(module)
+        computed = self.shared.step_caches.has_computed(module)
         changed = False
         for hooked in self.sites:
             tap = hooked.site.tap

@@ -104,7 +104,7 @@ class HookedSite:
         self.recorders: list[Recorder] = []
         self.watchers: list[Watcher] = []
         self.streamers: list[Streamer] = []
-        self.fired: list[tuple[CallContext, SitePlan]] = []
+        self.fired: dict[SitePlan, list[CallContext]] = {}
         self.skipped: list[tuple[CallContext, tuple[int, ...]]] = []
         self.notes = Notes(shared.tables)
         self.shape: tuple[int, ...] | None = None
@@ -119,7 +119,7 @@ class HookedSite:
         `minus`, of the same shape, is taken off first; streams of an unedited site get the two
         apart, so that nothing is computed for them. `given` is what the module was called with.
         """
-        now, plan = self._planned(value, given)
+        now, plan = self._look_up(value, given)
         if self.shared.subject.rehearsing:
             return self._rehearse(plan, value, minus)
         return self._act(now, plan, value, minus)
@@ -163,7 +163,7 @@ class HookedSite:
         plain = view.is_plain
         x, y = value if plain else view.read(value), None
         off = None if minus is None else view.read(minus)
-        self.fired.append((now, plan))
+        self._calls(plan).append(now)
         seen = x if off is None or (plan.edits is None and not plan.recorded) else x - off
         if plan.edits is not None:
             self.shared.subject.edited += 1
@@ -185,7 +185,7 @@ class HookedSite:
         off = None if minus is None else view.read(minus)
         return view.back(plan.edits.run(_less(view.read(value), off)), value)
 
-    def _repeated(self, plan: SitePlan, value: Tensor) -> _Act:
+    def _specialize(self, plan: SitePlan, value: Tensor) -> _Act:
         """What `_act` does with a plan and values like these, its choices made."""
         view = plan.view
         if view is None:
@@ -195,17 +195,21 @@ class HookedSite:
             return lambda x, now: self._act(now, plan, x)
         keep = [recorder.keeper(value, held, moments) for recorder, held, moments in plan.recorded]
         if plan.edits is not None:
-            run = plan.edits.repeated(value, self.notes)
-            return _edit(plan, run, keep, self.fired, self.shared.subject)
-        return _record(plan, keep, self.fired)
+            run = plan.edits.specialize(value, self.notes)
+            return _edit(run, keep, self._calls(plan), self.shared.subject)
+        return _record(keep, self._calls(plan))
+
+    def _calls(self, plan: SitePlan) -> list[CallContext]:
+        """The calls at which a plan was followed."""
+        return self.fired.setdefault(plan, [])
 
     def visit_attention(self, attention: Attention) -> None:
         """Record and watch an attention; probabilities are formed for recordings alone."""
-        now, plan = self._planned(attention.outline(), None)
+        now, plan = self._look_up(attention.outline(), None)
         if not plan.active:
             return
         if attention.is_start:
-            self.fired.append((now, plan))
+            self._calls(plan).append(now)
         if plan.recorded:
             x = attention.probabilities().transpose(1, 2)
             for recorder, held, moments in plan.recorded:
@@ -214,7 +218,7 @@ class HookedSite:
             call = AttentionCall(held, attention.shape[3], now, self.shared)
             watcher.request.callback(attention.of(held.entries), call)
 
-    def _planned(self, value: Tensor, given: Any) -> tuple[CallContext, SitePlan]:
+    def _look_up(self, value: Tensor, given: Any) -> tuple[CallContext, SitePlan]:
         """What is running, and what to do then."""
         shared = self.shared
         now = shared.tracker.now
@@ -235,7 +239,7 @@ class HookedSite:
                 return now, plan
             self._latest = known
         if self._repeats and not known.has_form(value):
-            known.allow(form_of(value), self._repeated(known.plan, value))
+            known.allow(form_of(value), self._specialize(known.plan, value))
         return now, known.plan
 
     def pass_over(self) -> None:
@@ -286,12 +290,12 @@ class HookedSite:
         key = (*key, is_grad_enabled())
         found = self._shared_plans.get(key)
         if found is None:
-            found = self._made(now, value, view, active, wanted, numbers, key)
+            found = self._make_plan(now, value, view, active, wanted, numbers, key)
             if not found.has_graph:
                 self._shared_plans[key] = found
         return found
 
-    def _made(
+    def _make_plan(
         self,
         now: CallContext,
         value: Tensor,
@@ -310,7 +314,7 @@ class HookedSite:
             assert at is not None
             held = at.select(each.request)
             if isinstance(each, Streamer):
-                if (kept := each.kept(held, x)) is not None:
+                if (kept := each.select(held, x)) is not None:
                     streamed.append((each, kept))
             elif held.entries and (held.columns is None or held.columns.shape[-1]):
                 if isinstance(each, Recorder):
@@ -349,7 +353,7 @@ class HookedSite:
         at = Placement(self.site, now, view, x, self.shared)
         works = [ActiveEdit(n, each, at.place(each)) for n, each in active]
         empty = {each.number for each in works if not bool((each.place.selected != 0).any())}
-        found = self._compiled(works, x), empty
+        found = self._compile_edits(works, x), empty
         if common is not None and not found[0].has_graph:
             self.shared.programs[common] = found
         return found
@@ -373,7 +377,7 @@ class HookedSite:
             known[numbers] = Traits.of(requests, self.edits)
         return known[numbers]
 
-    def _compiled(self, works: list[ActiveEdit], x: Tensor) -> Compiled:
+    def _compile_edits(self, works: list[ActiveEdit], x: Tensor) -> Compiled:
         if not x.is_floating_point():
             raise InvalidInput(
                 f"{self.site.name}: holds {x.dtype}, only floating point can be edited"
@@ -385,18 +389,16 @@ class HookedSite:
         return compile_edits(works, tuple(x.shape))  # pyright: ignore
 
 
-def _record(
-    plan: SitePlan, keepers: list[Keeper], fired: list[tuple[CallContext, SitePlan]]
-) -> _Act:
+def _record(keepers: list[Keeper], calls: list[CallContext]) -> _Act:
     keep = keepers[0] if keepers else None  # none where all are missed
 
     def record(x: Tensor, now: CallContext) -> None:
-        fired.append((now, plan))
+        calls.append(now)
         if keep is not None:
             keep(x, now)
 
     def record_all(x: Tensor, now: CallContext) -> None:
-        fired.append((now, plan))
+        calls.append(now)
         for each in keepers:
             each(x, now)
 
@@ -404,14 +406,13 @@ def _record(
 
 
 def _edit(
-    plan: SitePlan,
     run: Callable[[Tensor, CallContext], Tensor],
     keepers: list[Keeper],
-    fired: list[tuple[CallContext, SitePlan]],
+    calls: list[CallContext],
     subject: Subject,
 ) -> _Act:
     def edit(x: Tensor, now: CallContext) -> Tensor:
-        fired.append((now, plan))
+        calls.append(now)
         subject.edited += 1
         y = run(x, now)
         for keep in keepers:

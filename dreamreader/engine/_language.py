@@ -18,7 +18,7 @@ from dreamreader.engine._decoding import (
 )
 from dreamreader.engine._firing import FiringReport
 from dreamreader.engine._padding import decoder_start, position_arguments
-from dreamreader.engine._prompts import TextReader, padded, tokenize
+from dreamreader.engine._prompts import TextReader, pad, tokenize
 from dreamreader.engine._recorder import Memory
 from dreamreader.engine._result import RunResult, merged
 from dreamreader.engine._rows import RowPlan
@@ -51,7 +51,7 @@ def run_language(
     """
     model = reader.subject
     ids, notes = tokenize(reader, plan.prompts, arguments.pop("add_special_tokens", None))
-    inputs = padded(reader, ids)
+    inputs = pad(reader, ids)
     for name in _DECODER:
         inputs |= {name: arguments.pop(name)} if name in arguments else {}
     _check_rows(inputs, len(plan))

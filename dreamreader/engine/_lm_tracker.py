@@ -13,11 +13,11 @@ from dreamreader.engine._call_context import CallContext
 from dreamreader.engine._call_tokens import (
     OF_ENCODER,
     beside,
-    kept_of,
     layout_after,
     layout_behind,
     makes_decoder_inputs,
     real_of,
+    resolve_kept,
     sequence_of,
     source_of,
     states_of,
@@ -31,7 +31,7 @@ from dreamreader.engine._sequences import (
     Sequences,
     cache_of,
     caches_in,
-    held_by,
+    count_held,
     keeps_state,
 )
 from dreamreader.engine._subject import (
@@ -41,7 +41,7 @@ from dreamreader.engine._subject import (
     is_encoder_decoder,
 )
 from dreamreader.engine._token_layout import RowsUnknown, TokenLayout, real_tokens
-from dreamreader.engine._tracker import WithoutSchedule, _watched
+from dreamreader.engine._tracker import WithoutSchedule, _watch
 from dreamreader.errors import ClockUnknown
 
 _FILLED = "the cache was filled before: where the prompt ends is unknown"
@@ -101,7 +101,7 @@ class LanguageTracker(WithoutSchedule):
         with ExitStack() as stack:
             stack.enter_context(listen_to_generate(self.model, self))
             for module in self._names:
-                stack.enter_context(_watched(module, self._beginner(module), self._ended))
+                _watch(stack, module, self._beginner(module), self._end_call)
             self._stack = stack.pop_all()
         return self
 
@@ -161,7 +161,7 @@ class LanguageTracker(WithoutSchedule):
     def inputs_prepared(self, arguments: Mapping[str, Any], inputs: Any) -> None:
         if self._generations:
             self._generations[-1].prepare(arguments)
-            self._generations[-1].prepared(inputs)
+            self._generations[-1].note_inputs(inputs)
 
     # what the hooks tell
 
@@ -173,7 +173,7 @@ class LanguageTracker(WithoutSchedule):
 
         return began
 
-    def _ended(self, output: Any) -> None:
+    def _end_call(self, output: Any) -> None:
         if self._frames:
             sequence = self._frames.pop().sequence
             if sequence is not None and (cache := cache_of(output)) is not None:
@@ -238,12 +238,12 @@ class LanguageTracker(WithoutSchedule):
                 rows,
             )
         generation = self._generations[0]
-        past = self._held(arguments, length, generation.is_encoder_decoder)
+        past = self._count_held(arguments, length, generation.is_encoder_decoder)
         if isinstance(past, ClockUnknown):
             return self._now(past, past, rows)
-        return self._placed(arguments, *generation.call(rows, past, length), rows, length)
+        return self._place(arguments, *generation.call(rows, past, length), rows, length)
 
-    def _placed(
+    def _place(
         self,
         arguments: Mapping[str, Any],
         tokens: TokenLayout | ClockUnknown,
@@ -252,7 +252,7 @@ class LanguageTracker(WithoutSchedule):
         length: int,
     ) -> CallContext:
         if isinstance(tokens, TokenLayout):
-            kept = kept_of(arguments.get("logits_to_keep"), length)
+            kept = resolve_kept(arguments.get("logits_to_keep"), length)
             tokens = beside(replace(tokens, kept=kept), self._encoder(arguments))
         return self._now(step if isinstance(step, ClockUnknown) else _instant(step), tokens, rows)
 
@@ -263,7 +263,7 @@ class LanguageTracker(WithoutSchedule):
         rows, length = given.shape[:2]
         of_decoder = is_encoder_decoder(module)
         caches = caches_in(arguments)
-        past = self._held(arguments, length, of_decoder)
+        past = self._count_held(arguments, length, of_decoder)
         if past == 0 and not caches and length == 1 and self._given is None:
             past = ClockUnknown(_STATE) if keeps_state(module, rows) else 0
         if isinstance(past, ClockUnknown):
@@ -272,12 +272,12 @@ class LanguageTracker(WithoutSchedule):
             return self._now(past, past, rows), None
         real = real_of(module, arguments, given, past)
         if past:
-            sequence, before = self._continued(caches, given, real, past)
+            sequence, before = self._continue_sequence(caches, given, real, past)
         else:
             source = source_of(arguments) if of_decoder else None
             ids = arguments.get("decoder_input_ids" if of_decoder else "input_ids")
             whole = None if caches else given.detach()
-            sequence, before = self._begun(real, rows, length, ids, whole, source)
+            sequence, before = self._begin_sequence(real, rows, length, ids, whole, source)
         if caches:
             sequence.keep(caches[0])
         self._sequences.add(sequence, instead_of=before)
@@ -289,9 +289,9 @@ class LanguageTracker(WithoutSchedule):
             step = sequence.total - prompt if past else 0
         elif not of_decoder:
             self._ids = prompt
-        return self._placed(arguments, sequence.layout, step, rows, length), sequence
+        return self._place(arguments, sequence.layout, step, rows, length), sequence
 
-    def _begun(
+    def _begin_sequence(
         self,
         real: Tensor | ClockUnknown | None,
         rows: int,
@@ -307,7 +307,7 @@ class LanguageTracker(WithoutSchedule):
             layout = whole_layout(real, rows, length, given)
         grown = None
         if whole is not None and self._given is None:
-            grown = self._sequences.grown(whole, layout, source)
+            grown = self._sequences.find_grown(whole, layout, source)
         prompt: int | ClockUnknown = given
         if grown is not None:
             prompt = ClockUnknown(_GROWN)
@@ -317,7 +317,7 @@ class LanguageTracker(WithoutSchedule):
         ids = ids if isinstance(ids, Tensor) else None
         return Sequence(run, rows, length, prompt, layout, ids, layout, whole, source), grown
 
-    def _continued(
+    def _continue_sequence(
         self, caches: list[Any], given: Tensor, real: Tensor | ClockUnknown | None, past: int
     ) -> tuple[Sequence, Sequence | None]:
         """A call behind cached tokens; with the sequence of this cache, where it is known."""
@@ -339,14 +339,14 @@ class LanguageTracker(WithoutSchedule):
         ids, first = before.ids, before.first
         return Sequence(before.run, rows, past + length, prompt, layout, ids, first), before
 
-    def _held(
+    def _count_held(
         self, arguments: Mapping[str, Any], length: int, of_decoder: bool
     ) -> int | ClockUnknown:
         """Tokens that the caches of a call hold, or why that is unknown."""
         caches = caches_in(arguments)
         if not caches:
             return 0
-        held = held_by(caches, of_decoder)
+        held = count_held(caches, of_decoder)
         if held is not None:
             return held
         generation = self._generations[-1] if self._generations else None
@@ -455,9 +455,8 @@ def _adds_tokens(model: Any) -> bool:
     return bool(getattr(config, "is_prompt_learning", False))
 
 
-def read_text(modules: Iterable[nn.Module]) -> bool:
-    """Whether a model of transformers that takes tokens is among these."""
-    kinds = set(map(type, modules))
+def read_text(kinds: Iterable[type[nn.Module]]) -> bool:
+    """Whether a model of transformers that takes tokens is of one of these classes."""
     return any(_is_pretrained(each) and "input_ids" in forward_names(each) for each in kinds)
 
 

@@ -13,18 +13,20 @@ HALF = (torch.float16, torch.bfloat16)
 class NoteTable:
     """Places on one device for what edits do, one for each visit; read all at once."""
 
-    __slots__ = ("values", "used", "_read")
+    __slots__ = ("values", "used", "_here", "_read")
 
     def __init__(self, device: torch.device):
         with torch.inference_mode(False):  # a block may begin inside and end outside of it
             self.values = torch.zeros(_ROOM, dtype=torch.int32, device=device)
+        self._here = self.values.numpy() if self.values.is_cpu else None  # read in less time
         self.used = 0
         self._read: list[int] = []
 
     def bits(self, at: int) -> int:
         """What was written at a place; waits for the device where it was not read since."""
         if at >= len(self._read):
-            self._read = self.values[: self.used].tolist()
+            values = self.values if self._here is None else self._here
+            self._read = values[: self.used].tolist()
         return self._read[at]
 
 
@@ -69,12 +71,12 @@ class Notes:
         self._read()
         return self.known_changed.issuperset(numbers)
 
-    def changed(self) -> set[int]:
+    def find_changed(self) -> set[int]:
         """Numbers of the edits that changed a value."""
         self._read()
         return self.known_changed
 
-    def overflowed(self) -> list[CallContext]:
+    def find_overflowed(self) -> list[CallContext]:
         """The calls in which an edit made values infinite or NaN that were not."""
         self._read()
         return self._overflowed

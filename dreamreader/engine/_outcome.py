@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dreamreader.engine._clock_schedule import StepInfo
 from dreamreader.engine._firing import Firing, FiringReport, ranges
 from dreamreader.engine._hooked_site import HookedSite, SitePlan
+from dreamreader.engine._pattern import parse
 from dreamreader.engine._request import Request
 from dreamreader.engine._selection import describe
 from dreamreader.engine._session_state import SessionState
@@ -24,9 +25,10 @@ def fill(
     lines = {(each.number, each.site): each for each in report.firings}
     for name, run in runs.items():
         visits: dict[tuple[SitePlan, int | None], int] = {}  # of equal ones, which are many
-        for now, plan in run.fired:
-            key = (plan, now.instant.step if isinstance(now.instant, StepInfo) else None)
-            visits[key] = visits.get(key, 0) + 1
+        for plan, calls in run.fired.items():
+            for now in calls:
+                key = (plan, now.instant.step if isinstance(now.instant, StepInfo) else None)
+                visits[key] = visits.get(key, 0) + 1
         for (plan, step), times in visits.items():
             _count(lines, name, step, plan, times)
         for now, numbers in run.skipped:
@@ -66,7 +68,7 @@ def require_fired(
                 f"{request.describe()}: this run had {', '.join(seen)}",
             )
         mine = [each for each in report.firings if each.number == number]
-        explicit = {text for text in request.sites if not any(c in text for c in "*[?")}
+        explicit = {text for text in request.sites if not parse(text).is_glob}
         for each in mine:
             if partial and each.missed and getattr(request, "rows", None) is not None:
                 continue  # its rows may be in another batch: see `FiringReport.require_hits`
@@ -143,7 +145,7 @@ def _touch(line: Firing, branches: Sequence[str], rows: Sequence[int], times: in
 
 
 def _note_unchanged(lines: dict[tuple[int, str], Firing], name: str, run: HookedSite) -> None:
-    changed = run.notes.changed() if run.edits else set()
+    changed = run.notes.find_changed() if run.edits else set()
     for number, _ in run.edits:
         line = lines[number, name]
         if line.calls > line.passed_over and number not in changed:
@@ -153,7 +155,7 @@ def _note_unchanged(lines: dict[tuple[int, str], Firing], name: str, run: Hooked
 def _note_overflow(lines: dict[tuple[int, str], Firing], name: str, run: HookedSite) -> None:
     steps = {
         now.instant.step if isinstance(now.instant, StepInfo) else 0
-        for now in run.notes.overflowed()
+        for now in run.notes.find_overflowed()
     }
     if steps:
         for number, _ in run.edits:

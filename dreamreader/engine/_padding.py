@@ -15,7 +15,7 @@ from dreamreader.engine._subject import (
     input_device,
     is_compiled,
     is_encoder_decoder,
-    unwrapped,
+    unwrap,
 )
 from dreamreader.errors import InvalidInput
 
@@ -45,7 +45,7 @@ def position_arguments(
     mask = inputs["attention_mask"]
     if bool(mask.all()):
         return {}
-    model = unwrapped(subject.model)
+    model = unwrap(subject.model)
     known = _tried.setdefault(model, {})
     if generates not in known:
         known[generates] = (True, "") if _is_certain(model) else _try(subject, inputs, generates)
@@ -94,14 +94,14 @@ def _is_certain(model: nn.Module) -> bool:
 
 def _try(subject: Subject, inputs: dict[str, Tensor], generates: bool) -> tuple[bool, str]:
     """(the model needs positions, why it counts padding all the same), from a few tokens."""
-    model = unwrapped(subject.model)
+    model = unwrap(subject.model)
     short, batch = _sample(inputs, is_encoder_decoder(model))
     alone = {"input_ids": short[None], "attention_mask": torch.ones_like(short)[None]}
     kind = _takes_positions(model)
     options = {"named": (True, False), "maybe": (False, True)}.get(kind, (False,))
     if generates and kind == "named":
         options = (False,)  # generate makes its own
-    logits, why = (_generated if generates else _forward), ""
+    logits, why = (_generate if generates else _forward), ""
     with _apart(subject):
         expected = logits(subject.model, alone)[-len(short) :]  # learned tokens may stand before
         for needed in options:
@@ -140,7 +140,7 @@ def _forward(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return (found.logits if hasattr(found, "logits") else found[0])[0]
 
 
-def _generated(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+def _generate(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """[new tokens, words] logits of the first row."""
     found = model.generate(
         **inputs,

@@ -13,6 +13,7 @@ from dreamreader.errors import InvalidInput, UnknownName
 WHOLE = ("out", "in", "delta")  # of any module
 PORTS = (*WHOLE, "q", "k", "v", "heads", "probs")
 STREAMS = ("image", "text")
+_SIGNS = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Pattern:
 
     @property
     def is_glob(self) -> bool:
-        return any(sign in self.path for sign in "*[?")
+        return _SIGNS.search(self.path) is not None
 
     def matches(self, path: str) -> bool:
         return _regex(self.path).fullmatch(path) is not None

@@ -19,8 +19,8 @@ from dreamreader.engine._recorder import Memory
 from dreamreader.engine._refusal import refusals
 from dreamreader.engine._request import Record
 from dreamreader.engine._result import RunResult, merged
-from dreamreader.engine._rows import RowPlan, repeated, split
-from dreamreader.engine._seeds import GlobalDraw, seeded, watched
+from dreamreader.engine._rows import RowPlan, repeat_rows, split
+from dreamreader.engine._seeds import GlobalDraw, seed_generators, watch_generators
 from dreamreader.engine._session import Session
 from dreamreader.engine._stream import Stream
 from dreamreader.engine._threads import GENERATORS
@@ -99,17 +99,17 @@ def run_pipeline(
             size, memory.held = 1, held
             continue
         report.notes += [each for each in notes if each not in report.notes]
-        made.append(_made(output, stop - start, whole=stop - start == rows))
+        made.append(_split_output(output, stop - start, whole=stop - start == rows))
         found.append(session.activations(plan.rows))
         report.merge(session.report)
         start = stop
         report_progress(ProgressEvent("rows", start, rows))
     report.require_hits()
-    return RunResult(_joined(made), Cache(merged(found)), report, tuple(plan.rows))
+    return RunResult(_join_outputs(made), Cache(merged(found)), report, tuple(plan.rows))
 
 
 def _randomness(pipe: Any, seeds: Sequence[int]) -> AbstractContextManager[list[str]]:
-    return seeded(pipe, seeds[0]) if len(seeds) == 1 else watched(pipe, seeds)
+    return seed_generators(pipe, seeds[0]) if len(seeds) == 1 else watch_generators(pipe, seeds)
 
 
 def _call(pipe: Any, plan: RowPlan, start: int, stop: int, arguments: dict[str, Any]) -> Any:
@@ -154,7 +154,7 @@ def _arguments(pipe: Any, arguments: dict[str, Any], rows: int) -> dict[str, Any
             if len(value) not in (1, rows):
                 raise InvalidInput(f"{name} has {len(value)} entries, the run has {rows} rows")
             ready[name] = list(value) * (rows // len(value))
-    return repeated(pipe, ready, rows)
+    return repeat_rows(pipe, ready, rows)
 
 
 def _check_batches(pipe: Any, arguments: dict[str, Any], size: int, rows: int) -> None:
@@ -213,7 +213,7 @@ def _check_again(
         raise InvalidInput(f"{why}, so every row needs a run of its own. {error}") from None
 
 
-def _made(output: Any, rows: int, whole: bool) -> Any:
+def _split_output(output: Any, rows: int, whole: bool) -> Any:
     """What the pipeline made of each row: pictures, videos, sounds or embeddings.
 
     Raises:
@@ -234,7 +234,7 @@ def _made(output: Any, rows: int, whole: bool) -> Any:
     return made
 
 
-def _joined(made: list[Any]) -> Any:
+def _join_outputs(made: list[Any]) -> Any:
     """What all batches made, in the order of the rows.
 
     Raises:

@@ -41,7 +41,7 @@ class Placement:
         found = site_tokens(site.name, *shape, stream, now, self._crosses)
         self.tokens: SiteTokens = replace(found, map=view.map)
         rows = batch // (len(self.branches) * self.beams)
-        rowset = shared.rowset.resolved(rows)
+        rowset = shared.rowset.resolve(rows)
         self.total = rowset.total or rows
         self.rows = range(rowset.start, rowset.start + rows)  # numbers in the run
 

@@ -47,10 +47,10 @@ def tap_for(module: nn.Module, pattern: Pattern, name: str) -> Tap:
         return _on_module(module, pattern)
     facts = families.attention_facts(module)
     if facts is None:
-        raise _lacking(module, pattern, name, "It is no attention module of a known family")
+        raise _describe_lack(module, pattern, name, "It is no attention module of a known family")
     if pattern.port == "probs":
         if facts.no_probs is not None:
-            raise _lacking(module, pattern, name, facts.no_probs)
+            raise _describe_lack(module, pattern, name, facts.no_probs)
         return Tap(module, side="probs", heads=facts.heads)
     key = pattern.port + (".text" if pattern.stream == "text" else "")
     if pattern.stream is not None and not any(each.endswith(".text") for each in facts.ports):
@@ -59,7 +59,7 @@ def tap_for(module: nn.Module, pattern: Pattern, name: str) -> Tap:
     else:
         single = facts.ports.get(key)
     if single is None:
-        raise _lacking(module, pattern, name, facts.why_not(key))
+        raise _describe_lack(module, pattern, name, facts.why_not(key))
     return single
 
 
@@ -73,7 +73,7 @@ def _on_module(module: nn.Module, pattern: Pattern) -> Tap:
     return Tap(module, side=pattern.port, element=streams[stream], argument=blocks.argument(stream))
 
 
-def _lacking(module: nn.Module, pattern: Pattern, name: str, why: str = "") -> UnknownName:
+def _describe_lack(module: nn.Module, pattern: Pattern, name: str, why: str = "") -> UnknownName:
     asked = pattern.port + (f".{pattern.stream}" if pattern.stream else "")
     has = ", ".join(ports_of(module))
     reason = f"{why}; " if why else ""

@@ -143,8 +143,8 @@ class FusedAttention(Attention):
     def of(self, entries: Sequence[int]) -> "FusedAttention":
         mask = self.mask
         if mask is not None and mask.shape[0] > 1:
-            mask = _chosen(mask, entries)
-        query, key = _chosen(self.query, entries), _chosen(self.key, entries)
+            mask = _choose(mask, entries)
+        query, key = _choose(self.query, entries), _choose(self.key, entries)
         shape = (len(entries), *self.shape[1:])
         return FusedAttention(
             shape, self.dtype, self.device, query, key, mask, self.causal, self.scale
@@ -188,7 +188,7 @@ class FormedAttention(Attention):
                 "the model forms its attention in shares (attention slicing), so there is no "
                 "tensor of all heads: use words_, or switch slicing off"
             )
-        return _chosen(self.part.unflatten(0, (-1, heads)), self.entries)
+        return _choose(self.part.unflatten(0, (-1, heads)), self.entries)
 
     def words_(
         self,
@@ -367,7 +367,7 @@ class ProbsMode(TorchFunctionMode):
             return func(*args, **kwargs)
         work = self._open[-1]
         if func is F.scaled_dot_product_attention:
-            work.fused.append(_fused(work.heads, *args, **kwargs))
+            work.fused.append(_bind_fused(work.heads, *args, **kwargs))
             return func(*args, **kwargs)
         result = func(*args, **kwargs)
         work.follow(func, args, kwargs, result)
@@ -398,7 +398,7 @@ def _axis(args: tuple, kwargs: dict[str, Any]) -> int | None:
     return kwargs.get("dim", args[1] if len(args) > 1 else None)
 
 
-def _fused(
+def _bind_fused(
     count: int,
     query: Tensor,
     key: Tensor,
@@ -433,7 +433,7 @@ def _fused(
     )
 
 
-def _chosen(x: Tensor, entries: Sequence[int]) -> Tensor:
+def _choose(x: Tensor, entries: Sequence[int]) -> Tensor:
     """Entries of the first axis: a view where they follow each other."""
     first = entries[0]
     if list(entries) == list(range(first, first + len(entries))):

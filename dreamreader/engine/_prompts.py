@@ -41,8 +41,8 @@ def render_chats(tokenizer: Any, prompts: Any) -> Any:
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         return prompts
     if _is_chat(prompts):
-        return _rendered(tokenizer, prompts)
-    return [_rendered(tokenizer, each) if _is_chat(each) else each for each in prompts]
+        return _render(tokenizer, prompts)
+    return [_render(tokenizer, each) if _is_chat(each) else each for each in prompts]
 
 
 def _is_chat(prompt: Any) -> bool:
@@ -50,7 +50,7 @@ def _is_chat(prompt: Any) -> bool:
     return listed and any(isinstance(each, Mapping) for each in prompt)
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Any]) -> ChatText:
+def _render(tokenizer: Any, messages: Sequence[Any]) -> ChatText:
     from jinja2 import TemplateError
 
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
@@ -131,7 +131,7 @@ def _repeats(ids: list[int], end: int) -> int:
     return next((n for n, each in enumerate(ordered) if each != ordered[0]), len(ordered))
 
 
-def padded(reader: TextReader, ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+def pad(reader: TextReader, ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """Tokens and their mask, [rows, tokens], where the model's inputs go.
 
     Decoders are padded on the left, so that all prompts end together; encoders on the right.
@@ -154,7 +154,7 @@ def padded(reader: TextReader, ids: Sequence[Sequence[int]]) -> dict[str, Tensor
 
 def encoded(reader: TextReader, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Tokens of prompts and their mask, both [rows, tokens], padded as `padded` says."""
-    return padded(reader, tokenize(reader, prompts)[0])
+    return pad(reader, tokenize(reader, prompts)[0])
 
 
 def check_lengths(reader: TextReader, prompts: Sequence[str]) -> None:

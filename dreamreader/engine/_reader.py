@@ -24,7 +24,7 @@ from dreamreader.engine._padding import position_arguments
 from dreamreader.engine._pipeline import run_pipeline
 from dreamreader.engine._prompts import render_chats
 from dreamreader.engine._recorder import Memory
-from dreamreader.engine._replay import Evaluation, replaying
+from dreamreader.engine._replay import Evaluation, replay_calls
 from dreamreader.engine._request import Record
 from dreamreader.engine._result import RunResult
 from dreamreader.engine._rows import RowPlan, plan_rows, seeds_of
@@ -101,7 +101,7 @@ class Reader:
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
         """Every module by its path, as sites call them."""
-        return self._subject.modules()
+        return dict(self._subject.modules())
 
     def shape_of(self, site: str) -> tuple[int, ...] | None:
         """[rows, tokens, features] that a site had in the latest run; None where it had none."""
@@ -173,10 +173,10 @@ class Reader:
             InvalidInput, UnknownName: an argument cannot be right; nothing is computed then.
             NeverFired: an edit or recording matched nothing.
         """
-        edits = _listed(edits, EditRequest, "edits")
+        edits = _list(edits, EditRequest, "edits")
         records = [
             Record(each) if isinstance(each, str) else each
-            for each in _listed(record, (str, Record, Watch, Stream), "record")
+            for each in _list(record, (str, Record, Watch, Stream), "record")
         ]
         if self._subject.kind == "module":
             raise InvalidInput(
@@ -221,7 +221,7 @@ class Reader:
             if not (isinstance(each, tuple | list) and len(each) == 2 and callable(each[1])):
                 raise InvalidInput(f"hooks: pairs (site, function) are needed, got {each!r}")
         own = [_Hook(site, fn) for site, fn in listed]
-        edits = [*own, *_listed(arguments.pop("edits", ()), EditRequest, "edits")]
+        edits = [*own, *_list(arguments.pop("edits", ()), EditRequest, "edits")]
         return self.run(prompts, edits=edits, **arguments).output
 
     @contextmanager
@@ -250,7 +250,7 @@ class Reader:
             "dtype": dtype,
             "device": device,
         }
-        listed = _listed(sites, (str, Record, Watch, Stream), "sites")
+        listed = _list(sites, (str, Record, Watch, Stream), "sites")
         records = [Record(each, **common) if isinstance(each, str) else each for each in listed]
         session = Session(
             self._subject,
@@ -284,7 +284,7 @@ class Reader:
         Raises:
             NeverFired: an edit matched nothing in the block.
         """
-        listed = _listed(edits, EditRequest, "edits")
+        listed = _list(edits, EditRequest, "edits")
         own = None if seeds is None else seeds_of(seeds)
         session = Session(
             self._subject,
@@ -332,7 +332,7 @@ class Reader:
             True
         """
         leaf = Leaf(sites, steps=steps, branch=branch)
-        with self.editing([*_listed(edits, EditRequest, "edits"), leaf]):
+        with self.editing([*_list(edits, EditRequest, "edits"), leaf]):
             yield leaf.found
 
     @contextmanager
@@ -367,7 +367,7 @@ class Reader:
             >>> with reader.replay(before=lambda call: times.append(call.moment.step)):
             ...     reader.run("a red circle")                          # doctest: +SKIP
         """
-        with replaying(self._subject, before, after, denoiser) as clock:
+        with replay_calls(self._subject, before, after, denoiser) as clock:
             yield clock
 
     def position_arguments(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -440,7 +440,7 @@ class _Hook(EditRequest):
         return apply_function(self.fn, x, place, "hook")
 
 
-def _listed(value: Any, kinds: Any, name: str) -> list[Any]:
+def _list(value: Any, kinds: Any, name: str) -> list[Any]:
     if not isinstance(value, kinds) and not hasattr(value, "__iter__"):
         raise InvalidInput(f"{name}: got {type(value).__name__} {value!r}")
     listed = [value] if isinstance(value, kinds) else list(value)

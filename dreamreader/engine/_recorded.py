@@ -28,7 +28,7 @@ def one_branch(site: str, activation: Activation) -> Float[Tensor, "rows steps t
     return values.flatten(3) if values.ndim > 4 else values
 
 
-def joined(parts: Sequence[Activation]) -> Activation:
+def join_rows(parts: Sequence[Activation]) -> Activation:
     """One site's recordings of several batches, joined along the rows.
 
     Those of a text that have fewer tokens are padded in front.

@@ -10,7 +10,7 @@ from torch import Tensor
 from dreamreader.engine._cache import Activation, RunRow
 from dreamreader.engine._call_context import CallContext
 from dreamreader.engine._clock_schedule import UNTIMED, StepInfo
-from dreamreader.engine._recorded import joined
+from dreamreader.engine._recorded import join_rows
 from dreamreader.engine._request import Record
 from dreamreader.engine._resolved import Selection
 from dreamreader.errors import ClockUnknown, InvalidInput
@@ -152,9 +152,9 @@ class Recorder:
         if held.heads and x.dim() == 3:
             x = x.unflatten(-1, (held.heads, -1))
         if self.request.reduce is not None:
-            x = self._reduced(x, held.positions(now))
+            x = self._reduce(x, held.positions(now))
         if moments < 2 and now.run not in self._parts and len(held.branches) == 1:
-            self._parts[now.run] = (self._copied(x, moments), held, now)
+            self._parts[now.run] = (self._copy_values(x, moments), held, now)
         else:
             self._file(x, held, now, moments)
 
@@ -196,7 +196,7 @@ class Recorder:
 
         return copy
 
-    def _copied(self, x: Tensor, moments: int) -> Tensor:
+    def _copy_values(self, x: Tensor, moments: int) -> Tensor:
         """A copy in memory of our own: later changes in place must not show."""
         request = self.request
         size = x.nbytes if request.dtype is None else x.numel() * request.dtype.itemsize
@@ -210,13 +210,13 @@ class Recorder:
         self._memory.add(size, self.name)
 
     def _file(self, x: Tensor, held: Selection, now: CallContext, moments: int) -> None:
-        part = self._opened(now.run, held)
+        part = self._open_run(now.run, held)
         filed = self._place(part, held, now)
         block = self._block(part, x, held, moments)
         filed.append((held.branches, block, block.used))
         block.write(x)
 
-    def _opened(self, run: int, held: Selection | None = None) -> _RecordedRun:
+    def _open_run(self, run: int, held: Selection | None = None) -> _RecordedRun:
         """A run by its number; its first value is filed once there is another, or at the end."""
         part = self._parts.get(run)
         if isinstance(part, _RecordedRun):
@@ -281,12 +281,12 @@ class Recorder:
             f"step {now.instant.step}" if isinstance(now.instant, StepInfo) else "the same moment"
         )
 
-    def _reduced(self, x: Tensor, positions: Tensor | None) -> Tensor:
+    def _reduce(self, x: Tensor, positions: Tensor | None) -> Tensor:
         """What `reduce` makes of x; row by row where there is padding, which it never sees."""
         if positions is None or not bool((positions < 0).any()):
-            return self._checked(x)
+            return self._apply_reduce(x)
         real = (positions >= 0).to(x.device)
-        parts = [self._checked(row[None, mask]) for row, mask in zip(x, real, strict=True)]
+        parts = [self._apply_reduce(row[None, mask]) for row, mask in zip(x, real, strict=True)]
         if any(each.shape != parts[0].shape for each in parts):
             raise InvalidInput(
                 f"recording {self.name}: reduce made {list(parts[0].shape)} of one row and others "
@@ -294,7 +294,7 @@ class Recorder:
             )
         return torch.cat(parts)
 
-    def _checked(self, x: Tensor) -> Tensor:
+    def _apply_reduce(self, x: Tensor) -> Tensor:
         assert self.request.reduce is not None
         y = self.request.reduce(x)
         if not isinstance(y, Tensor):
@@ -316,7 +316,7 @@ class Recorder:
         """
         if not self._parts:
             return None
-        runs, self._parts = {run: self._opened(run) for run in self._parts}, {}
+        runs, self._parts = {run: self._open_run(run) for run in self._parts}, {}
         names = self._names(list(runs.values()))
         found = []
         for run, part in runs.items():
@@ -325,7 +325,7 @@ class Recorder:
             held, positions = part.held, self._positions(part)
             assert held is not None
             tokens = held.columns
-            tensor = self._assembled(part, names, instants)
+            tensor = self._assemble(part, names, instants)
             found.append(
                 Activation(
                     self.name,
@@ -340,7 +340,7 @@ class Recorder:
                 )
             )
         self._require_same_tokens(found)
-        return joined(found)
+        return join_rows(found)
 
     def _require_same_tokens(self, found: Sequence[Activation]) -> None:
         """Refuse runs of which one selection kept different tokens, where nothing tells which."""
@@ -377,7 +377,7 @@ class Recorder:
                 )
         return tuple(names)
 
-    def _assembled(
+    def _assemble(
         self, part: _RecordedRun, names: tuple[str, ...], instants: tuple[StepInfo, ...]
     ) -> Tensor:
         """[rows, branches, steps, tokens, ...] of one part: its only block, or several in one."""

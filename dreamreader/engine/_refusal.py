@@ -27,13 +27,13 @@ def refusals(what: str, *places: str) -> Iterator[None]:
     try:
         yield
     except _ERRORS as error:
-        where = _raised_in(error)
+        where = _find_source(error)
         if isinstance(error, _NOT_OF_ARGUMENTS) or not any(f"/{each}" in where for each in places):
             raise
         raise InvalidInput(f"{what}: {first_line(error)}") from error
 
 
-def _raised_in(error: BaseException) -> str:
+def _find_source(error: BaseException) -> str:
     """The file whose code raised an error."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

@@ -13,7 +13,7 @@ from dreamreader.engine._clock import Clock, DenoiserCall
 from dreamreader.engine._clock_run import Parameters
 from dreamreader.engine._site_view import read_site
 from dreamreader.engine._sites import Site
-from dreamreader.engine._subject import Subject, is_compiled, unwrapped
+from dreamreader.engine._subject import Subject, is_compiled, unwrap
 from dreamreader.engine._taps import Argument, pick
 from dreamreader.errors import InvalidInput
 
@@ -38,8 +38,8 @@ class Evaluation:
     ):
         self.component = component
         self.module = module
-        self.args = tuple(map(_copied, args))
-        self.kwargs = {name: _copied(value) for name, value in kwargs.items()}
+        self.args = tuple(map(_copy, args))
+        self.kwargs = {name: _copy(value) for name, value in kwargs.items()}
         self._subject = subject
         self._clock = clock
         self._edited = subject.edited
@@ -74,7 +74,7 @@ class Evaluation:
         Raises:
             InvalidInput: it is no tensor.
         """
-        argument = Argument(unwrapped(self.module), None)
+        argument = Argument(unwrap(self.module), None)
         sample = argument.get(self.args, self.kwargs)
         if not isinstance(sample, Tensor):
             raise InvalidInput(
@@ -135,11 +135,11 @@ class Evaluation:
         self._need_running("gradient()")
         if torch.is_inference_mode_enabled():
             raise InvalidInput(f"{site.name}: needs gradients, which inference_mode has not")
-        denoiser, sample = unwrapped(self.module), self.sample
-        saver = _checkpointed(denoiser) if checkpoint else nullcontext()
+        denoiser, sample = unwrap(self.module), self.sample
+        saver = _keep_checkpointing(denoiser) if checkpoint else nullcontext()
         with self._beside(True), saver, torch.enable_grad():
             x = sample.detach().clone().requires_grad_()
-            args, kwargs = Argument(denoiser, None).replaced(self.args, self.kwargs, x)
+            args, kwargs = Argument(denoiser, None).replace(self.args, self.kwargs, x)
             value = objective(_value_at(site, denoiser, args, kwargs))
             (grad,) = torch.autograd.grad(value.sum(), x)
         return value.detach(), grad
@@ -168,7 +168,7 @@ After = Callable[[Evaluation, Any], Any]
 
 
 @contextmanager
-def replaying(
+def replay_calls(
     subject: Subject, before: Before | None, after: After | None, denoiser: str | None
 ) -> Iterator[Clock]:
     """See `Reader.replay`."""
@@ -187,12 +187,12 @@ def replaying(
             if denoiser in (None, name):
                 if is_compiled(module):  # hooks are not seen by code that is compiled already
                     stack.enter_context(torch.compiler.set_stance("force_eager"))
-                stack.enter_context(_handed_on(subject, clock, name, module, before, after))
+                stack.enter_context(_hand_on(subject, clock, name, module, before, after))
         yield clock
 
 
 @contextmanager
-def _handed_on(
+def _hand_on(
     subject: Subject,
     clock: Clock,
     component: str,
@@ -245,7 +245,7 @@ def _value_at(
 
     The hooks that sessions have on modules inside act as ever, and before this one looks.
     """
-    with _left_at(site):
+    with _leave_at(site):
         try:
             denoiser.forward(*args, **kwargs)  # not the module's call: the clock hears of one
         except _Reached as reached:
@@ -254,7 +254,7 @@ def _value_at(
 
 
 @contextmanager
-def _left_at(site: Site) -> Iterator[None]:
+def _leave_at(site: Site) -> Iterator[None]:
     tap, armed = site.tap, True
     argument = Argument(tap.module, tap.argument) if tap.side in ("in", "delta") else None
     given: list[Tensor] = []
@@ -285,7 +285,7 @@ def _left_at(site: Site) -> Iterator[None]:
 
 
 @contextmanager
-def _checkpointed(denoiser: nn.Module) -> Iterator[None]:
+def _keep_checkpointing(denoiser: nn.Module) -> Iterator[None]:
     """The denoiser's own gradient checkpointing, as it was before afterwards."""
     names = ("gradient_checkpointing", "_gradient_checkpointing_func")
     before = [
@@ -307,5 +307,5 @@ def _checkpointed(denoiser: nn.Module) -> Iterator[None]:
             vars(each).update(values)
 
 
-def _copied(value: Any) -> Any:
+def _copy(value: Any) -> Any:
     return type(value)(value) if type(value) in (list, dict) else value

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dreamreader._devices import device_of
-from dreamreader.engine._axes import axes_named
+from dreamreader.engine._axes import parse_axes
 from dreamreader.engine._pattern import WHOLE, parse
 from dreamreader.engine._selection import (
     describe,
@@ -55,7 +55,9 @@ class Request:
     layout: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
-        sites = _listed(self.site, f"{self.label}: site", "a site such as 'unet.mid_block:out'")
+        sites = _list_strings(
+            self.site, f"{self.label}: site", "a site such as 'unet.mid_block:out'"
+        )
         if not sites:
             raise InvalidInput(f"{self.label}: the list of sites is empty")
         for site in sites:
@@ -63,7 +65,7 @@ class Request:
         if not isinstance(self.site, str):
             object.__setattr__(self, "site", sites)
         if self.branch is not None and not isinstance(self.branch, str):
-            branches = _listed(self.branch, f"{self.label}: branch", "a name such as 'cond'")
+            branches = _list_strings(self.branch, f"{self.label}: branch", "a name such as 'cond'")
             object.__setattr__(self, "branch", branches)
         self._normalize("steps", normalized_steps)
         for name in ("timesteps", "sigmas", "fraction"):
@@ -77,7 +79,7 @@ class Request:
                         f"{self.label}: layout={self.layout!r} has no meaning at {site}: a port of "
                         f"an attention has its own dimensions. It is for {', '.join(WHOLE)}"
                     )
-            object.__setattr__(self, "layout", axes_named(self.layout, self.label))
+            object.__setattr__(self, "layout", parse_axes(self.layout, self.label))
 
     def _normalize(self, name: str, form: Callable[..., Any], **allowed: bool) -> None:
         """Bring the selection in a field to one of the forms that are understood everywhere."""
@@ -104,10 +106,13 @@ class Request:
     @property
     def is_empty(self) -> bool:
         """Whether the schedule is empty on purpose, such as `steps=[]`."""
-        return any(
-            isinstance(each, list | tuple | set | frozenset) and not len(each)
-            for each in (self.steps, self.timesteps, self.sigmas, self.fraction)
-        ) or (isinstance(self.steps, Tensor) and not bool(self.steps.any()))
+        return self.needs_time and (
+            any(
+                isinstance(each, list | tuple | set | frozenset) and not len(each)
+                for each in (self.steps, self.timesteps, self.sigmas, self.fraction)
+            )
+            or (isinstance(self.steps, Tensor) and not bool(self.steps.any()))
+        )
 
     def runs_at(self, moment: Any, total: int | None) -> bool:
         """Whether the selection holds at a moment (step, timestep, ...) of `total` steps."""
@@ -121,10 +126,10 @@ class Request:
     def describe(self) -> str:
         """The request in one line, without tensors."""
         parts = [", ".join(self.sites)]
-        for each in fields(Request)[1:]:
-            value = getattr(self, each.name)
+        for name in _SELECTIONS:
+            value = getattr(self, name)
             if value is not None:
-                parts.append(f"{each.name}={describe(value)}")
+                parts.append(f"{name}={describe(value)}")
         return f"{self.label}({', '.join(parts)})"
 
     def __eq__(self, other: object) -> bool:
@@ -136,6 +141,9 @@ class Request:
 
     def __hash__(self) -> int:
         return hash((type(self), self.sites))
+
+
+_SELECTIONS = tuple(each.name for each in fields(Request) if each.name != "site")
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +181,7 @@ class Record(Request):
             )
 
 
-def _listed(value: Any, label: str, kind: str) -> tuple[str, ...]:
+def _list_strings(value: Any, label: str, kind: str) -> tuple[str, ...]:
     """One string or several as a tuple.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 from dreamreader.engine import _html as html
 from dreamreader.engine._cache import Activation, Cache, RunRow
 from dreamreader.engine._firing import FiringReport
-from dreamreader.engine._recorded import joined
+from dreamreader.engine._recorded import join_rows
 
 
 @dataclass(eq=False)
@@ -50,4 +50,4 @@ def merged(found: Sequence[list[Activation]]) -> list[Activation]:
     parts: dict[str, list[Activation]] = {}
     for each in chain.from_iterable(found):
         parts.setdefault(each.site, []).append(each)
-    return list(map(joined, parts.values()))
+    return list(map(join_rows, parts.values()))

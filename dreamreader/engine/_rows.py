@@ -137,7 +137,7 @@ def split(pipe: Any, arguments: Mapping[str, Any], start: int, stop: int, total:
     return found
 
 
-def repeated(pipe: Any, arguments: Mapping[str, Any], total: int) -> dict[str, Any]:
+def repeat_rows(pipe: Any, arguments: Mapping[str, Any], total: int) -> dict[str, Any]:
     """Arguments with one entry for each row, also where one was given for all of them.
 
     Raises:

@@ -40,7 +40,7 @@ class GlobalDraw(Exception):
 
 
 @contextmanager
-def seeded(pipe: Any, seed: int) -> Iterator[list[str]]:
+def seed_generators(pipe: Any, seed: int) -> Iterator[list[str]]:
     """Seed all generators from one row's seed; they are as before when the block ends.
 
     Yields a list which has notes when the block has ended.
@@ -54,7 +54,7 @@ def seeded(pipe: Any, seed: int) -> Iterator[list[str]]:
             each.seed(_number(each.name, seed))
         yield notes
         _check_new(states, private(pipe, _modules(pipe)), [seed])
-        notes += _reseeded(seed)
+        notes += _note_reseeding(seed)
     finally:
         states.restore()
 
@@ -66,7 +66,7 @@ def _number(name: str, seed: int) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
-def _reseeded(seed: int) -> list[str]:
+def _note_reseeding(seed: int) -> list[str]:
     """Whether something gave torch's generator another seed, after which it is not the row's."""
     now = torch.default_generator.initial_seed()
     if now in (seed, _number("", seed)):
@@ -96,7 +96,7 @@ def _check_new(states: "_States", now: Sequence[GeneratorSource], seeds: Sequenc
 
 
 @contextmanager
-def watched(pipe: Any, seeds: Sequence[int]) -> Iterator[list[str]]:
+def watch_generators(pipe: Any, seeds: Sequence[int]) -> Iterator[list[str]]:
     """Watch all generators while several rows run together.
 
     Nothing waits for a device: the state of a CUDA generator lives on the host.
@@ -110,10 +110,10 @@ def watched(pipe: Any, seeds: Sequence[int]) -> Iterator[list[str]]:
         with ExitStack() as stack:
             for name, module in _modules(pipe).items():
                 stack.enter_context(
-                    listen_to_calls(module, lambda *_: watch.began(), watch.ended_of(name, module))
+                    listen_to_calls(module, lambda *_: watch.began(), watch.end_of(name, module))
                 )
             yield []
-        watch.ended(seeds)
+        watch.end(seeds)
     except GlobalDraw:
         watch.put_back()
         raise
@@ -130,7 +130,7 @@ class _States:
         self.sources = [*self._often, *self._rarely]
         self._before = {id(each): each.read() for each in self.sources}
 
-    def moved(self, all_of_them: bool) -> str | None:
+    def find_moved(self, all_of_them: bool) -> str | None:
         """A generator that was drawn from; numpy's and Python's own are asked only on demand."""
         for each in self.sources if all_of_them else self._often:
             if not same(each.read(), self._before[id(each)]):
@@ -157,22 +157,22 @@ class _DrawWatch:
         # numpy and Python: before the first denoising step and after it
         self._raise_if_moved(self.denoised < 2)
 
-    def ended_of(self, name: str, module: nn.Module) -> Any:
-        def ended() -> None:
+    def end_of(self, name: str, module: nn.Module) -> Any:
+        def end() -> None:
             self.denoised += name in _DENOISERS
             # only noted: an error raised here would hide one that the module itself has raised
-            if self._who is None and self.states.moved(False):
-                self._who = _drawing(name, module)
+            if self._who is None and self.states.find_moved(False):
+                self._who = _name_drawer(name, module)
 
-        return ended
+        return end
 
-    def ended(self, seeds: Sequence[int]) -> None:
+    def end(self, seeds: Sequence[int]) -> None:
         """The pipeline has returned."""
         self._raise_if_moved(True)
         _check_new(self.states, private(self.pipe, _modules(self.pipe)), seeds)
 
     def _raise_if_moved(self, all_of_them: bool) -> None:
-        what = self.states.moved(all_of_them)
+        what = self.states.find_moved(all_of_them)
         if what is not None:
             raise GlobalDraw(self._who or self._between(), what)
 
@@ -197,7 +197,7 @@ def _modules(pipe: Any) -> dict[str, nn.Module]:
     return {name: module for name, module in parts if isinstance(module, nn.Module)}
 
 
-def _drawing(name: str, module: nn.Module) -> str:
+def _name_drawer(name: str, module: nn.Module) -> str:
     """The module that drew: a dropout in train mode where there is one."""
     for path, each in module.named_modules():
         if isinstance(each, nn.modules.dropout._DropoutNd) and each.training and each.p > 0:

@@ -82,7 +82,7 @@ def normalized(chosen: Any, label: str, *, soft: bool = False, words: bool = Fal
     if chosen is None or (words and isinstance(chosen, Box)):
         return chosen
     if isinstance(chosen, slice):
-        start, stop, step = (_bound(each, label) for each in _parts(chosen))
+        start, stop, step = (_check_bound(each, label) for each in _parts(chosen))
         if step == 0:
             raise InvalidInput(f"{label}: the step of a slice is not 0, got {chosen}")
         return slice(start, stop, step)
@@ -313,7 +313,7 @@ def _is_index(value: Any) -> bool:
     return hasattr(value, "__index__") and not isinstance(value, bool | np.bool_)
 
 
-def _bound(value: Any, label: str) -> int | None:
+def _check_bound(value: Any, label: str) -> int | None:
     value = _scalar(value)
     if value is None or _is_index(value):
         return value if value is None else operator.index(value)

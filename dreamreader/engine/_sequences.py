@@ -79,7 +79,7 @@ class Sequences:
                 each.whole = None  # embeddings are large: those of the latest call alone
         self._latest = [*kept, sequence]
 
-    def grown(
+    def find_grown(
         self, whole: Tensor, layout: TokenLayout | ClockUnknown, source: Tensor | None
     ) -> Sequence | None:
         """The sequence whose tokens these are with one more, as when decoding without a cache."""
@@ -162,18 +162,18 @@ def cache_of(output: Any) -> Any:
     if isinstance(output, Mapping):
         return next(iter(caches_in(output)), None)
     if isinstance(output, tuple | list):
-        held = (each for each in output if _held(each, False) is not None)
+        held = (each for each in output if _count_in_cache(each, False) is not None)
         return next(held, None)
     return None
 
 
-def held_by(caches: list[Any], of_decoder: bool) -> int | None:
+def count_held(caches: list[Any], of_decoder: bool) -> int | None:
     """Tokens that all these caches hold; None where they do not say, or say different numbers."""
-    said = {held for each in caches if (held := _held(each, of_decoder)) is not None}
+    said = {held for each in caches if (held := _count_in_cache(each, of_decoder)) is not None}
     return said.pop() if len(said) == 1 else None
 
 
-def _held(cache: Any, of_decoder: bool) -> int | None:
+def _count_in_cache(cache: Any, of_decoder: bool) -> int | None:
     """Tokens that a cache of keys and values holds; None where it does not say."""
     length = getattr(cache, "get_seq_length", None)
     if length is not None:
@@ -222,4 +222,4 @@ def _is_state(value: Any, rows: int) -> bool:
         return any(_is_state(each, rows) for each in value)
     if isinstance(value, dict):
         return any(_is_state(each, rows) for each in value.values())
-    return hasattr(value, "get_seq_length") and bool(_held(value, False))
+    return hasattr(value, "get_seq_length") and bool(_count_in_cache(value, False))

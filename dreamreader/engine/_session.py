@@ -20,10 +20,10 @@ from dreamreader.engine._outcome import fill, require_fired
 from dreamreader.engine._recorder import Memory, Recorder
 from dreamreader.engine._request import Record, Request
 from dreamreader.engine._session_state import SessionState
-from dreamreader.engine._sites import Site, find
+from dreamreader.engine._sites import find
 from dreamreader.engine._step_caches import cache_hooks, caches_batch
 from dreamreader.engine._stream import Stream, Streamer
-from dreamreader.engine._subject import Modules, Subject, carriers, is_compiled
+from dreamreader.engine._subject import Modules, Subject, is_compiled
 from dreamreader.engine._tracker import ModuleTracker, PipelineTracker
 from dreamreader.engine._watch import Watch, Watcher
 from dreamreader.engine._words import Words
@@ -82,25 +82,19 @@ class Session(AbstractContextManager):
         points = self._resolve(modules)
         shared = self._shared
         with ExitStack() as stack:
-            marked = carriers(modules.every)
+            marked = modules.marked
             if any(map(is_compiled, marked)):
                 # Hooks are not seen by code that is compiled already: run the modules as they are.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
                 self.report.notes.append(
                     "compiled modules ran uncompiled while hooks were attached"
                 )
-            if self.edits:
+            if self.edits and marked:
                 stack.enter_context(recompute_as_before(shared, marked))
             stack.enter_context(shared.tracker)
-            taps = [
-                (run.site.name, run.site.tap.module, run.site.tap.side)
-                for run in self._runs.values()
-            ]
-            shared.step_caches.watch(taps, stack)
             hooked = [each for each in marked if each is not modules.root]
-            caches = sorted({name for each in hooked for name in cache_hooks(each)})
-            if caches:
-                self.report.notes.append(f"step caches are on: {', '.join(caches)}")
+            if marked:
+                self._watch_caches(hooked, stack)
             if any("probs" in point.sides() for point in points):
                 stack.enter_context(shared.probs)
             for point in points:
@@ -123,23 +117,31 @@ class Session(AbstractContextManager):
         found = [each.activation(described) for each in self.recorders]
         return [each for each in found if each is not None]
 
+    def _watch_caches(self, hooked: list[nn.Module], stack: ExitStack) -> None:
+        sites = [run.site for run in self._runs.values()]
+        taps = [(site.name, site.tap.module, site.tap.side) for site in sites]
+        self._shared.step_caches.watch(taps, stack)
+        caches = sorted({name for each in hooked for name in cache_hooks(each)})
+        if caches:
+            self.report.notes.append(f"step caches are on: {', '.join(caches)}")
+
     def _resolve(self, modules: Mapping[str, nn.Module]) -> list[HookPoint]:
         """Sites of every request; points in the order in which modules were first named."""
         points: dict[nn.Module, HookPoint] = {}
+        shared, firings = self._shared, self.report.firings
         for number, request in enumerate(self._requests):
-            named: dict[str, Site] = {}
-            for text in request.sites:
-                named |= {site.name: site for site in find(modules, text)}
+            named = {site.name: site for text in request.sites for site in find(modules, text)}
+            described = request.describe()
+            kind = "edit" if isinstance(request, EditRequest) else "record"
             for name, site in named.items():
                 run = self._runs.get(name)
                 if run is None:
-                    run = self._runs[name] = HookedSite(site, self._shared)
+                    run = self._runs[name] = HookedSite(site, shared)
                     module = site.tap.module
                     if module not in points:
-                        points[module] = HookPoint(module, self._shared)
+                        points[module] = HookPoint(module, shared)
                     points[module].sites.append(run)
-                kind = "edit" if isinstance(request, EditRequest) else "record"
-                self.report.firings.append(Firing(request.describe(), kind, name, number))
+                firings.append(Firing(described, kind, name, number))
                 if isinstance(request, EditRequest):
                     run.edits.append((number, request))
                 elif isinstance(request, Record):
@@ -147,12 +149,12 @@ class Session(AbstractContextManager):
                 elif isinstance(request, Watch):
                     run.watchers.append(Watcher(request, number))
                 elif isinstance(request, Stream):
-                    run.streamers.append(Streamer(request, number, site, self._shared))
-                self._shared.requests.append((site.component, request))
+                    run.streamers.append(Streamer(request, number, site, shared))
+                shared.requests.append((site.component, request))
         return list(points.values())
 
     def _record(self, request: Record, name: str, number: int, run: HookedSite) -> None:
-        if any(each.name == name for each in self.recorders):
+        if run.recorders:
             raise InvalidInput(f"{name} is recorded twice; ask for it once")
         recorder = Recorder(request, name, number, self._memory)
         self.recorders.append(recorder)
@@ -181,6 +183,6 @@ class Session(AbstractContextManager):
 def _tracker(subject: Subject, modules: Modules, prompt_length: int | None) -> Any:
     if subject.kind == "pipeline":
         return PipelineTracker(subject)
-    if subject.kind == "language" or read_text(modules.every):
+    if subject.kind == "language" or read_text(modules.kinds):
         return LanguageTracker(subject, prompt_length)
     return ModuleTracker(subject)

@@ -48,15 +48,19 @@ class Traits(NamedTuple):
     @classmethod
     def of(cls, requests: Mapping[int, Request], edits: Iterable[tuple[int, Any]]) -> "Traits":
         """Those of requests by their numbers, and of the edits among them."""
-        all_of = requests.values()
-        moving = frozenset(n for n, each in edits if each.changes_with_step)
-        tokens = [each.tokens for each in all_of if each.tokens is not None]
-        any_time = TIMELESS if tokens else PLACELESS
-        timed = any(each.needs_time for each in all_of)
-        always = not timed and all(each.branch is None for each in all_of)
-        follows_prompt = any(isinstance(each, str | tuple) for each in tokens)
-        layouts = dict.fromkeys(each.layout for each in all_of if each.layout is not None)
+        moving = frozenset([n for n, each in edits if each.changes_with_step])
+        any_time, timed, branched, follows_prompt = PLACELESS, False, False, False
+        layouts: dict[str, None] = {}
+        for each in requests.values():
+            if each.tokens is not None:
+                any_time = TIMELESS
+                follows_prompt = follows_prompt or isinstance(each.tokens, str | tuple)
+            timed = timed or each.needs_time
+            branched = branched or each.branch is not None
+            if each.layout is not None:
+                layouts[each.layout] = None
         kind = SERIAL if timed or moving else any_time
+        always = not (timed or branched)
         return cls(moving, kind, any_time, always, follows_prompt, tuple(layouts))
 
 

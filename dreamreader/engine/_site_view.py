@@ -67,7 +67,7 @@ class SiteView:
         if site.port == "probs":  # [batch, queries, heads, keys]
             view = View(("rows", "tokens", "features"), (*value.shape[:2], 1))
         else:
-            flat = tokens.opened(value.shape[0]) if tokens and value.dim() == 2 else None
+            flat = tokens.unflatten(value.shape[0]) if tokens and value.dim() == 2 else None
             flat = None if flat is not None and _is_routed(site) else flat
             view = view_of(_axes(site, now, value, layout, given), value.shape, flat)
         found = cls(site, view, None)

@@ -110,7 +110,7 @@ def _by_decoding(tokenizer: Any, ids: list[int]) -> Spelling:
     for stop in range(len(ids) + 1):
         if stop < len(ids) and ids[stop] not in apart:
             continue
-        part, found = _grown(tokenizer, ids[start:stop])
+        part, found = _decode_growing(tokenizer, ids[start:stop])
         spans[start:stop] = [
             None if at is None else (at[0] + len(text), at[1] + len(text)) for at in found
         ]
@@ -119,7 +119,7 @@ def _by_decoding(tokenizer: Any, ids: list[int]) -> Spelling:
     return Spelling(text, tuple(spans), False)
 
 
-def _grown(tokenizer: Any, ids: list[int]) -> tuple[str, list[tuple[int, int] | None]]:
+def _decode_growing(tokenizer: Any, ids: list[int]) -> tuple[str, list[tuple[int, int] | None]]:
     """The text of some tokens, and what each of them adds to that of those before it.
 
     A token that is a part of a letter covers the whole letter.
@@ -181,7 +181,7 @@ def word_positions(
     if not word.strip():
         raise InvalidInput(f"tokens={word!r}: a word of the prompt, or token numbers, are needed")
     line = spell(tokenizer, ids, prompt)
-    for wanted in (word,) if line.is_prompt else (word, _respelled(tokenizer, word)):
+    for wanted in (word,) if line.is_prompt else (word, _respell(tokenizer, word)):
         for form in _FORMS:
             found = _occurrences(line.text, wanted.strip(), form)
             if found:
@@ -204,7 +204,7 @@ def _covers(
     return not (leads and _is_space(tokenizer, token))
 
 
-def _respelled(tokenizer: Any, word: str) -> str:
+def _respell(tokenizer: Any, word: str) -> str:
     """A word as the tokenizer gives it back, which may leave out accents or put in spaces."""
     ids = tokenizer(word.strip(), add_special_tokens=False, verbose=False)["input_ids"]
     return word if tokenizer.unk_token_id in ids else _decode(tokenizer, ids).strip() or word
@@ -212,8 +212,8 @@ def _respelled(tokenizer: Any, word: str) -> str:
 
 def _occurrences(text: str, word: str, form: _Form) -> list[tuple[int, int]]:
     """First and last + 1 of the characters of each occurrence of a word."""
-    folded, spans = _folded(text, form)
-    wanted, _ = _folded(word, form)
+    folded, spans = _fold(text, form)
+    wanted, _ = _fold(word, form)
     found = []
     for match in re.finditer(f"(?={re.escape(wanted)})", folded) if wanted else ():
         start, stop = match.start(), match.start() + len(wanted)
@@ -224,7 +224,7 @@ def _occurrences(text: str, word: str, form: _Form) -> list[tuple[int, int]]:
     return found
 
 
-def _folded(text: str, form: _Form) -> tuple[str, list[tuple[int, int]]]:
+def _fold(text: str, form: _Form) -> tuple[str, list[tuple[int, int]]]:
     """A text without differences of case and of how accents are written; where each letter was."""
     if text.isascii():
         return re.sub(r"\s", " ", text.lower()), [(at, at + 1) for at in range(len(text))]

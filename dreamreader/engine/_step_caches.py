@@ -75,7 +75,7 @@ class StepCaches:
         """Whether any of the watched modules is under one."""
         return bool(self._ran)
 
-    def computed(self, module: nn.Module) -> bool:
+    def has_computed(self, module: nn.Module) -> bool:
         """Whether the call of the module that just ended computed its own result."""
         if not self._ran or module not in self._ran:
             return True

@@ -166,7 +166,7 @@ class Streamer:
         self._schedule: list[StepInfo] | None = None
         self._moments: dict[tuple[int, int], int] = {}
 
-    def kept(self, found: Selection, x: Tensor) -> Selection | None:
+    def select(self, found: Selection, x: Tensor) -> Selection | None:
         """The selection that stands for all calls of its kind; None where it holds nothing.
 
         Raises:

@@ -2,7 +2,7 @@
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -10,21 +10,44 @@ from typing import Any
 import torch
 from torch import nn
 
+from dreamreader._register import native
 from dreamreader.errors import InvalidInput
 
 
-class Modules(dict[str, nn.Module]):
-    """Modules by path.
+class Modules(Mapping[str, nn.Module]):
+    """Modules by path, as they were when it was asked for.
 
     Attributes:
-        root: holds them all, where the subject is one module.
         every: each module once, with the wrappers of `torch.compile`.
+        marked: those of them that `carriers` gives.
+        kinds: their classes.
+        root: holds them all, where the subject is one module.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.root: nn.Module | None = None
-        self.every: dict[nn.Module, None] = {}
+    __slots__ = ("every", "marked", "kinds", "root", "_places")
+
+    def __init__(
+        self,
+        places: dict[str, int],
+        every: list[nn.Module],
+        marked: list[nn.Module],
+        kinds: Set[type[nn.Module]],
+        root: nn.Module | None,
+    ):
+        self.every, self.marked, self.kinds, self.root = every, marked, kinds, root
+        self._places = places  # of paths in `every`
+
+    def __getitem__(self, path: str) -> nn.Module:
+        return self.every[self._places[path]]
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 class Subject:
@@ -67,7 +90,7 @@ class Subject:
 
     def components(self) -> dict[str, nn.Module]:
         """The modules at the top: components of a pipeline, or the model under the empty name."""
-        return {name: unwrapped(each) for name, each in self._tops().items()}
+        return {name: unwrap(each) for name, each in self._tops().items()}
 
     def _tops(self) -> dict[str, nn.Module]:
         if self.kind != "pipeline":
@@ -79,41 +102,42 @@ class Subject:
         """Every module by path, the root of a plain model left out."""
         tops = self._tops()
         found = None if self._tree is None else self._tree.modules(tops)
-        if found is None:
-            found = self._walked(tops)
-            self._tree = _Tree(tops, found)
-        return found
+        return self._walk(tops) if found is None else found
 
-    @staticmethod
-    def _walked(tops: dict[str, nn.Module]) -> Modules:
-        found = Modules()
+    def _walk(self, tops: dict[str, nn.Module]) -> Modules:
+        number: dict[nn.Module, int] = {}
+        found: dict[str, nn.Module] = {}
+        root = None
         for top, given in tops.items():
-            component = unwrapped(given)
+            component = unwrap(given)
             if component is not given:
-                found.every |= dict.fromkeys(parts(given))
+                for each in parts(given):
+                    number.setdefault(each, len(number))
             if not top:
-                found.root = component
+                root = component
             for path, module in named_parts(component, top):
-                found.every[module] = None
+                number.setdefault(module, len(number))
                 if name := _bare(path):
-                    found[name] = unwrapped(module)
-        return found
+                    found[name] = unwrap(module)
+        every, places = list(number), {path: number[each] for path, each in found.items()}
+        self._tree = _Tree(tops, every, places, None if root is None else number[root])
+        return Modules(places, every, carriers(every), self._tree.kinds, root)
 
 
 class _Tree:
     """What a walk found, without keeping any module alive: it holds while no module has others."""
 
-    def __init__(self, tops: dict[str, nn.Module], found: Modules):
-        every = list(found.every)
-        number = {each: at for at, each in enumerate(every)}
+    def __init__(
+        self,
+        tops: dict[str, nn.Module],
+        every: list[nn.Module],
+        places: dict[str, int],
+        root: int | None,
+    ):
+        self.kinds = frozenset(map(type, every))
         self._tops = {name: id(each) for name, each in tops.items()}
-        self._refs = [weakref.ref(each) for each in every]
-        held = [each._modules for each in every]
-        self._sizes = list(map(len, held))
-        self._holders = [at for at, size in enumerate(self._sizes) if size]
-        self._inside = _inside([held[at] for at in self._holders])
-        self._paths = {path: number[each] for path, each in found.items()}
-        self._root = None if found.root is None else number[found.root]
+        self._places, self._root = places, root
+        self._look = (_tree_of and _tree_of(every)) or tree_of(every)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # a copy of the subject walks its own modules
@@ -122,20 +146,42 @@ class _Tree:
         """The modules by path; None where a walk would find others."""
         if {name: id(each) for name, each in tops.items()} != self._tops:
             return None
-        every: list[Any] = [ref() for ref in self._refs]
-        try:
-            held = [each._modules for each in every]
-        except AttributeError:  # one is gone, and None has none
+        found = self._look()
+        if found is None:
             return None
-        if list(map(len, held)) != self._sizes:
+        every, marked = found
+        root = None if self._root is None else every[self._root]
+        return Modules(self._places, every, marked, self.kinds, root)
+
+
+_Look = Callable[[], tuple[list[nn.Module], list[nn.Module]] | None]
+_tree_of: Callable[[list[nn.Module]], _Look | None] | None = getattr(
+    native()[0], "module_tree_of", None
+)
+
+
+def tree_of(every: list[nn.Module]) -> _Look:
+    """A function that looks again at these modules, each once, all that they hold among them.
+
+    It gives them with those that `carriers` gives, or None where one is gone, holds others, in
+    another order or by other names, or is of another class. It keeps none alive.
+    """
+    refs, kinds = [weakref.ref(each) for each in every], list(map(type, every))
+    held = [each._modules for each in every]
+    sizes = list(map(len, held))
+    holders = [at for at, size in enumerate(sizes) if size]
+    inside = _inside([held[at] for at in holders])
+
+    def look() -> tuple[list[nn.Module], list[nn.Module]] | None:
+        every: list[Any] = [ref() for ref in refs]
+        if list(map(type, every)) != kinds:  # None, of one that is gone, is of no module's class
             return None
-        if _inside([held[at] for at in self._holders]) != self._inside:
+        held = [each._modules for each in every]
+        if list(map(len, held)) != sizes or _inside([held[at] for at in holders]) != inside:
             return None
-        found = Modules()
-        found.update(zip(self._paths, map(every.__getitem__, self._paths.values()), strict=True))  # pyright: ignore
-        found.every = dict.fromkeys(every)  # pyright: ignore[reportAttributeAccessIssue]
-        found.root = None if self._root is None else every[self._root]
-        return found
+        return every, carriers(every)
+
+    return look
 
 
 def _inside(held: list[dict[str, nn.Module | None]]) -> tuple[list[str], list[int]]:
@@ -186,7 +232,7 @@ def parts(module: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
-def unwrapped(module: Any) -> Any:
+def unwrap(module: Any) -> Any:
     """The module itself where `torch.compile` has wrapped it."""
     while "_orig_mod" in getattr(module, "_modules", ()):  # to ask for what is missing is slow
         module = module._orig_mod
@@ -196,7 +242,7 @@ def unwrapped(module: Any) -> Any:
 def innermost(model: nn.Module) -> nn.Module:
     """The model below every wrapper: those of `torch.compile` and of PEFT's adapters."""
     while True:
-        inner = unwrapped(model)
+        inner = unwrap(model)
         if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
             inner = inner.get_base_model()
         if inner is model:

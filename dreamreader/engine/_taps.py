@@ -171,7 +171,7 @@ class Argument:
             return kwargs[self.name]
         return args[self.position] if self.position < len(args) else None
 
-    def replaced(
+    def replace(
         self, args: tuple, kwargs: dict[str, Any], new: Tensor
     ) -> tuple[tuple, dict[str, Any]]:
         if self.name in kwargs:

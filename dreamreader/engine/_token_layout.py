@@ -89,7 +89,7 @@ class TokenLayout:
         found += [len(self.kept)] if self.kept is not None else []
         return (*found, self.encoder.length) if self.encoder is not None else tuple(found)
 
-    def opened(self, count: int) -> tuple[int, int] | None:
+    def unflatten(self, count: int) -> tuple[int, int] | None:
         """(rows, tokens) of a flattened batch with `count` entries; None where it is none."""
         if self.length > 1 and count == self.rows * self.length:
             return self.rows, self.length
@@ -187,7 +187,7 @@ def real_tokens(mask: Any, rows: int, past: int, length: int) -> Tensor | None |
     values or of numbers to be added; and dicts of them by kind of layer.
     """
     if isinstance(mask, dict):
-        return _agreed([real_tokens(each, rows, past, length) for each in mask.values()])
+        return _agree([real_tokens(each, rows, past, length) for each in mask.values()])
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
@@ -258,7 +258,7 @@ def _of_square(mask: Tensor, past: int, length: int) -> Tensor | ClockUnknown:
     return itself
 
 
-def _agreed(found: Sequence[Tensor | None | ClockUnknown]) -> Tensor | None | ClockUnknown:
+def _agree(found: Sequence[Tensor | None | ClockUnknown]) -> Tensor | None | ClockUnknown:
     """What the masks of several kinds of layers say together."""
     known = [each for each in found if each is not None]
     for each in known:

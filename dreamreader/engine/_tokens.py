@@ -246,7 +246,7 @@ def _of_own(chosen: Any, own: Tensor, place: SiteTokens, entry: int) -> Tensor:
         return ((own >= start) & (own < stop) & ((own - start) % step == 0) & real).float()
     if isinstance(chosen, range) and chosen and min(chosen[0], chosen[-1]) >= 0:
         return (torch.tensor([at in chosen for at in own.tolist()]) & real).float()
-    wanted = _wanted(chosen, place, entry)
+    wanted = _resolve_indices(chosen, place, entry)
     return (torch.isin(own, torch.tensor(wanted, dtype=own.dtype)) & real).float()
 
 
@@ -254,7 +254,7 @@ def _from_end(chosen: slice) -> bool:
     return any((each or 0) < 0 for each in (chosen.start, chosen.stop, chosen.step))
 
 
-def _wanted(chosen: Any, place: SiteTokens, entry: int) -> list[int]:
+def _resolve_indices(chosen: Any, place: SiteTokens, entry: int) -> list[int]:
     """Own indices that a selection means; negative ones are counted from the prompt's end."""
     if isinstance(chosen, slice):
         return list(range(*chosen.indices(place.prompt(entry))))

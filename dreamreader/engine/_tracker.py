@@ -1,7 +1,7 @@
 """Trackers say what is running now: in a pipeline, a language model, a plain module."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
@@ -67,9 +67,9 @@ class PipelineTracker(AbstractContextManager):
             stack.enter_context(self.clock)
             stack.enter_context(listen_to_pipeline(self.pipe, self))
             for name, module in {**self.clock.denoisers, **self.clock.beside}.items():
-                stack.enter_context(self._followed(module, self._denoiser(name, module)))
+                self._follow(stack, module, self._denoiser(name, module))
             for name, module in self.clock.text_encoders.items():
-                stack.enter_context(self._followed(module, self._encoder(name, module)))
+                self._follow(stack, module, self._encoder(name, module))
             self._stack = stack.pop_all()
         return self
 
@@ -138,9 +138,12 @@ class PipelineTracker(AbstractContextManager):
     def text_ids(self, component: str, branch: str) -> tuple[Tensor, Tensor | None] | None:
         return self._ids.get((component, branch))
 
-    def _followed(
-        self, module: nn.Module, now_of: Callable[[tuple, dict[str, Any]], CallContext]
-    ) -> AbstractContextManager[None]:
+    def _follow(
+        self,
+        stack: ExitStack,
+        module: nn.Module,
+        now_of: Callable[[tuple, dict[str, Any]], CallContext],
+    ) -> None:
         def began(args: tuple, kwargs: dict[str, Any]) -> None:
             self._outer.append(self.now)
             self.now = now_of(args, kwargs)
@@ -148,7 +151,7 @@ class PipelineTracker(AbstractContextManager):
         def ended(output: Any) -> None:
             self.now = self._outer.pop() if self._outer else None
 
-        return _watched(module, began, ended)
+        _watch(stack, module, began, ended)
 
     def _denoiser(self, name: str, module: nn.Module):
         inner = innermost(module)
@@ -175,8 +178,8 @@ class PipelineTracker(AbstractContextManager):
                 name,
                 "denoise",
                 self.runs,
-                _known(self.clock.time),
-                _known(self.clock.branches),
+                _ask(self.clock.time),
+                _ask(self.clock.branches),
                 batch,
                 self._layouts[key],
             )
@@ -194,7 +197,7 @@ class PipelineTracker(AbstractContextManager):
             aside = self.clock.aside()
             if aside is not None:
                 return self._aside(name, aside, batch)
-            branches = _known(self.clock.branches)
+            branches = _ask(self.clock.branches)
             if found is not None and isinstance(branches, tuple):
                 kept = mask if isinstance(mask, Tensor) and mask.shape == found.shape else None
                 self._ids[name, branches[0]] = (found, kept)
@@ -236,7 +239,7 @@ class ModuleTracker(WithoutSchedule):
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            stack.enter_context(_watched(self.module, self._began, self._ended))
+            _watch(stack, self.module, self._begin_call, self._end_call)
             self._stack = stack.pop_all()
         return self
 
@@ -248,17 +251,16 @@ class ModuleTracker(WithoutSchedule):
     def text_ids(self, component: str, branch: str) -> tuple[Tensor, Tensor | None] | None:
         return None
 
-    def _began(self, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _begin_call(self, args: tuple, kwargs: dict[str, Any]) -> None:
         self.runs += 1
         self.now = self.outside(type(self.module).__name__)
 
-    def _ended(self, output: Any) -> None:
+    def _end_call(self, output: Any) -> None:
         self.now = None
 
 
-@contextmanager
-def _watched(module: nn.Module, began, ended) -> Iterator[None]:
-    """Hooks around a module's call; they see it after the clock's own, which came first.
+def _watch(stack: ExitStack, module: nn.Module, began, ended) -> None:
+    """Put hooks around a module's call; they see it after the clock's own, which came first.
 
     Calls by other threads are not told.
     """
@@ -273,14 +275,11 @@ def _watched(module: nn.Module, began, ended) -> Iterator[None]:
         hooks.move_to_end(last.id)
 
     first = module.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        yield
-    finally:
-        for handle in (first, last):
-            handle.remove()
+    for handle in (last, first):
+        stack.callback(handle.remove)
 
 
-def _known(ask) -> Any:
+def _ask(ask) -> Any:
     try:
         return ask()
     except ClockUnknown as error:

@@ -146,7 +146,7 @@ class AttentionCall:
                         word, self._now, self.site, branch, self._seen.size
                     )
                 start, stop = text[branch_number * len(words) + row]
-                found.append(self._kept(known[word], row, start, stop))
+                found.append(self._keep(known[word], row, start, stop))
         return found
 
     def prompt(self) -> list[list[int]]:
@@ -156,14 +156,14 @@ class AttentionCall:
             places = self._words.prompt(self._now, self.site, branch, self._seen.size)
             for row in range(rows):
                 start, stop = text[branch_number * rows + row]
-                found.append(self._kept(places, row, start, stop))
+                found.append(self._keep(places, row, start, stop))
         return found
 
     @property
     def _words(self):
         return self._shared.words
 
-    def _kept(self, places: list[list[int]] | None, row: int, start: int, stop: int) -> list[int]:
+    def _keep(self, places: list[list[int]] | None, row: int, start: int, stop: int) -> list[int]:
         """Keys of one row; what the encoder or the model cut off is left out."""
         if places is None:
             return []

@@ -36,11 +36,11 @@ class Words:
         Raises:
             ClockUnknown: they should be known, but are not.
         """
-        return self._found(now, site, branch, rows, word)
+        return self._find(now, site, branch, rows, word)
 
     def prompt(self, now: CallContext, site: str, branch: str, rows: int) -> list[list[int]] | None:
         """Token numbers of each row's whole prompt, without start, end and padding."""
-        return self._found(now, site, branch, rows, None)
+        return self._find(now, site, branch, rows, None)
 
     def text(self, now: CallContext, branch: str, row: int) -> str | None:
         """The prompt of a row, as it was given or as its tokens spell it; None: not known."""
@@ -54,7 +54,7 @@ class Words:
                     return line.text.replace("\0", "").strip()
         return self._prompt(row)
 
-    def _found(
+    def _find(
         self, now: CallContext, site: str, branch: str, rows: int, word: str | None
     ) -> list[list[int]] | None:
         places: list[list[int]] = [[] for _ in range(rows)]

@@ -13,7 +13,7 @@ _GLOB = set("*?[")
 
 
 @contextmanager
-def encoded_once(reader: Reader, requests: Sequence[Request] = ()) -> Iterator[None]:
+def encode_once(reader: Reader, requests: Sequence[Request] = ()) -> Iterator[None]:
     """Lets text encoders see each distinct row of tokens once, and repeats what they give.
 
     Left alone where a request reads or changes the text encoder, or looks for words in the prompt

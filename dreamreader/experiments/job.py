@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dreamreader.engine import Cache, EditRequest, Reader, RunResult, encoded, is_encoder_decoder
 from dreamreader.errors import DreamreaderError, InvalidInput
-from dreamreader.experiments.encode import encoded_once
+from dreamreader.experiments.encode import encode_once
 from dreamreader.experiments.folder import RunFolder
 from dreamreader.experiments.row import Row, RowBatch, units
 from dreamreader.experiments.spec import ExperimentFields
@@ -183,7 +183,7 @@ class Job:
         arguments, last = {**self.settings, **changes}, _LastLatents(self, len(prompts))
         if not self.is_language:
             arguments |= {"output_type": "pt", "callback_on_step_end": last.tick}
-        with torch.inference_mode(), encoded_once(self.reader, [*edits, *record]):
+        with torch.inference_mode(), encode_once(self.reader, [*edits, *record]):
             result = self.reader.run(
                 list(prompts),
                 edits=list(edits),

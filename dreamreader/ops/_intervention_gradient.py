@@ -79,7 +79,7 @@ def backward(ctx, grad: Tensor) -> tuple:
         mask = masks[step.mask, chosen] if step.mask >= 0 else masks.new_ones(step.end - step.begin)
         on = (s != 0) & mask  # [B, T, C]
         here = torch.where(mask, g[..., chosen], 0)
-        flow = transposed(step, here, inputs[number], inputs[0], s, mask, vectors, limits, patches)
+        flow = transpose(step, here, inputs[number], inputs[0], s, mask, vectors, limits, patches)
         d_strength[number] = flow.s.squeeze(-1)
         if flow.entry is not None:
             d_entry[..., chosen] += torch.where(on, flow.entry, 0)
@@ -99,7 +99,7 @@ def backward(ctx, grad: Tensor) -> tuple:
     return (g + d_entry).to(x.dtype), None, d_strengths, d_vectors, None, None, d_patches
 
 
-def transposed(
+def transpose(
     step: Step,
     g: Tensor,
     y: Tensor,

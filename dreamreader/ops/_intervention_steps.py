@@ -88,15 +88,15 @@ def clamp(z: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
 
 def dot(z: Tensor, v: Tensor, on: Tensor) -> Tensor:
     """[B, T, m]: components of z along the rows of v [m, C], over the selected channels only."""
-    return selected(z, on) @ v.T
+    return select_read(z, on) @ v.T
 
 
 def norm(z: Tensor, on: Tensor) -> Tensor:
     """[B, T, 1]: root of the sum of squares over the selected channels."""
-    return row_norm(selected(z, on))
+    return row_norm(select_read(z, on))
 
 
-def selected(z: Tensor, on: Tensor) -> Tensor:
+def select_read(z: Tensor, on: Tensor) -> Tensor:
     """z where the instruction reads it, else 0: values outside, NaN too, do not count."""
     return z if on.shape[-1] != z.shape[-1] else torch.where(on, z, 0)
 

@@ -20,7 +20,7 @@ MAX_WIDTH = 8192
 _native: Any = native()[0]
 
 
-def taken(x: Tensor, down: Tensor) -> bool:
+def fits_kernels(x: Tensor, down: Tensor) -> bool:
     """Whether the kernels take this call."""
     fits = 1 <= down.shape[1] <= MAX_RANK and down.shape[2] <= MAX_WIDTH
     return fits and len(down) > 0 and x.numel() > 0 and x.dtype != torch.float64
@@ -30,7 +30,7 @@ def edit(launch: Callable[..., None], reference: Callable[..., Tensor]) -> Calla
     """The operator `low_rank` through launch(x, out, *tables)."""
 
     def low_rank(x: Tensor, *tables: Tensor) -> Tensor:
-        if not taken(x, tables[0]):
+        if not fits_kernels(x, tables[0]):
             return reference(x, *tables)
         out = _alloc.empty_like(x)
         launch(x, out, *tables)
@@ -43,7 +43,7 @@ def edit_(launch: Callable[..., None], reference: Callable[..., None]) -> Callab
     """The operator `low_rank_`, in the memory of x."""
 
     def low_rank_(x: Tensor, *tables: Tensor) -> None:
-        if not taken(x, tables[0]):
+        if not fits_kernels(x, tables[0]):
             return reference(x, *tables)
         launch(x, x, *tables)
         torch.autograd.graph.increment_version(x)
@@ -59,7 +59,7 @@ def gradient(launch: Callable[..., Any], reference: Callable, room: Callable) ->
 
     def low_rank_backward(grad: Tensor, x: Tensor, *rest) -> tuple[Tensor, ...]:
         *tables, needs = rest
-        if not taken(x, tables[0]):
+        if not fits_kernels(x, tables[0]):
             return reference(grad, x, *rest)
         results = room(grad, *tables[:4], needs)
         wanted = (needs[0], needs[1], needs[1], needs[2], needs[3])

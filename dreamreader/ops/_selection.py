@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dreamreader import _alloc
-from dreamreader.errors import InvalidInput
+from dreamreader.ops._arguments import refuse
 from dreamreader.ops._types import FLOATS, NEEDED
 from dreamreader.ops.sparse_rows import SparseRows
 
@@ -16,9 +16,8 @@ Rows = tuple[Tensor, Tensor, Tensor]  # values, row_ptr, columns: what has a gra
 
 def check_matrix(name: str, x: Tensor, what: str = "x") -> None:
     """Raises InvalidInput unless x is [rows, columns] of floating point."""
-    if x.dim() != 2 or x.dtype not in FLOATS:
-        got = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
-        raise InvalidInput(f"{name}: {what} must be [rows, columns] of {NEEDED}, got {got}")
+    if not isinstance(x, Tensor) or x.dim() != 2 or x.dtype not in FLOATS:
+        refuse(name, what, f"[rows, columns] of {NEEDED}", x)
 
 
 def empty_rows(x: Tensor, slots: int) -> Rows:

@@ -69,7 +69,7 @@ def attention_words_(
     """
     _check(out, query, key, weights)
     if mask is not None:
-        mask = _expanded(mask, query, key)
+        mask = _expand_mask(mask, query, key)
     factor = max(query.shape[3], 1) ** -0.5 if scale is None else float(scale)
     if torch.is_grad_enabled():
         query, key, weights = map(_constant, (query, key, weights))
@@ -180,7 +180,7 @@ def _check(out: Tensor, query: Tensor, key: Tensor, weights: Tensor) -> None:
         raise _misfit("out requires grad, and what is added to it has no gradient")
 
 
-def _expanded(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def _expand_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """The mask as [batch, heads, queries, keys], without a copy."""
     full = (*query.shape[:3], key.shape[2])
     if mask.dtype not in (torch.bool, torch.float32, query.dtype):

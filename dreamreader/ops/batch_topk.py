@@ -1,5 +1,7 @@
 """The largest positive entries of all rows together."""
 
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from dreamreader import _alloc
 from dreamreader._register import Kernel, native, register
 from dreamreader.errors import InvalidInput
+from dreamreader.ops._arguments import check_count, refuse
 from dreamreader.ops._selection import backward as _backward
 from dreamreader.ops._selection import (
     check_matrix,
@@ -22,6 +25,7 @@ from dreamreader.ops._selection import (
 )
 from dreamreader.ops.sparse_rows import SparseRows
 
+TRITON = "dreamreader.triton_kernels.batch_topk"
 Found = tuple[Tensor, Tensor, Tensor, Tensor]  # values, threshold, row_ptr, columns
 
 
@@ -45,8 +49,9 @@ def batch_topk(
         values goes to the entries that were kept; none goes through the threshold.
 
     Raises:
-        InvalidInput: x is not [rows, width] of floating point, count is negative, or the pool is
-            not int32 [columns] on the device of x, ascending and below the width.
+        InvalidInput: x is not [rows, width] of floating point, count is no whole number of 0 or
+            more, or the pool is not int32 [columns] on the device of x, ascending and below the
+            width.
 
     Example:
         >>> import torch
@@ -58,8 +63,7 @@ def batch_topk(
         Bussmann, Leask and Nanda, BatchTopK sparse autoencoders (2024), equation 3.
     """
     check_matrix("batch_topk", x)
-    if count < 0:
-        raise InvalidInput(f"batch_topk: count must be 0 or more, got {count}")
+    check_count("batch_topk", "count", count)
     if pool is not None:
         check_pool("batch_topk", pool, x)
     return sparse_rows(_batch_topk(x, count, pool), x.shape[1])
@@ -68,8 +72,10 @@ def batch_topk(
 def check_pool(name: str, pool: Tensor, x: Tensor, width: int | None = None) -> None:
     """Raises InvalidInput unless `pool` can be columns of x; those on a GPU are not read."""
     width = x.shape[1] if width is None else width
+    wanted = f"int32 [columns] on {x.device}"
+    if not isinstance(pool, Tensor):
+        refuse(name, "the pool", wanted, pool)
     if pool.dtype != torch.int32 or pool.dim() != 1 or pool.device != x.device:
-        wanted = f"int32 [columns] on {x.device}"
         got = f"{str(pool.dtype).removeprefix('torch.')} {list(pool.shape)} on {pool.device}"
         raise InvalidInput(f"{name}: the pool must be {wanted}, got {got}")
     if not pool.is_cpu or torch.compiler.is_compiling() or not len(pool):
@@ -106,6 +112,20 @@ def batch_topk_reference(x: Tensor, count: int, pool: Tensor | None) -> Found:
 
 
 def _cpu(x: Tensor, count: int, pool: Tensor | None) -> Found:
+    def run(*arguments: Any) -> None:
+        _native.batch_topk_cpu(*arguments, torch.get_num_threads())
+
+    return _select(run, x, count, pool)
+
+
+def _triton(x: Tensor, count: int, pool: Tensor | None) -> Found:
+    kernel = import_module(TRITON)
+    if not kernel.supported(x):
+        return batch_topk_reference(x, count, pool)
+    return _select(kernel.batch_topk, x, count, pool)
+
+
+def _select(run: Callable[..., None], x: Tensor, count: int, pool: Tensor | None) -> Found:
     slots = _slots(x, count, pool)
     threshold = _alloc.empty((), dtype=x.dtype, device=x.device)
     if slots == 0:
@@ -113,8 +133,7 @@ def _cpu(x: Tensor, count: int, pool: Tensor | None) -> Found:
         return values, threshold.zero_(), row_ptr, columns
     values, row_ptr, columns = empty_rows(x, slots)
     pool = None if pool is None else pool.contiguous()
-    out = values, row_ptr, columns, threshold
-    _native.batch_topk_cpu(dense_rows(x), slots, pool, *out, torch.get_num_threads())
+    run(dense_rows(x), slots, pool, values, row_ptr, columns, threshold)
     return values, threshold if slots == count else threshold.zero_(), row_ptr, columns
 
 
@@ -135,6 +154,7 @@ _batch_topk = register(
     reference=batch_topk_reference,
     fake=_fake,
     cpu=Kernel("batch_topk_cpu", _cpu),
+    triton=Kernel(TRITON, _triton),
     setup_context=setup_context,
     backward=_backward,
     twice=_backward,

@@ -1,5 +1,6 @@
 """Scores of the columns of activations: norms, entropy over rows, ridge leverage."""
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -8,9 +9,10 @@ from torch import Tensor
 
 from dreamreader import _alloc
 from dreamreader._register import Kernel, native, register
-from dreamreader.errors import InvalidInput
+from dreamreader.ops._arguments import check_choice
 from dreamreader.ops._selection import check_matrix, dense_rows, eligible
 
+TRITON = "dreamreader.triton_kernels.column_scores"
 SUMMED = ("l2", "l2_squared", "entropy", "entropy_low")
 SCORES = (*SUMMED, "leverage", "uniform")
 _RIDGE = 0.01
@@ -44,8 +46,7 @@ def column_scores(x: Float[Tensor, "rows width"], score: str = "l2") -> Float[Te
         guarantees (2015), definition 1, with samples and features exchanged.
     """
     check_matrix("column_scores", x)
-    if score not in SCORES:
-        raise InvalidInput(f"column_scores: score must be one of {', '.join(SCORES)}, got {score}")
+    check_choice("column_scores", "score", score, SCORES)
     x = x.detach()
     if score == "uniform":
         return x.new_ones(x.shape[1], dtype=torch.float32)
@@ -86,6 +87,15 @@ def _cpu(x: Tensor, score: str) -> Tensor:
     return found
 
 
+def _triton(x: Tensor, score: str) -> Tensor:
+    kernel = import_module(TRITON)
+    if not kernel.supported(x):
+        return column_scores_reference(x, score)
+    found = _fake(x, score)
+    kernel.column_scores(dense_rows(x), score, found)
+    return found
+
+
 def _fake(x: Tensor, score: str) -> Tensor:
     return _alloc.empty((x.shape[1],), dtype=torch.float32, device=x.device)
 
@@ -98,4 +108,5 @@ _column_scores = register(
     reference=column_scores_reference,
     fake=_fake,
     cpu=Kernel("column_scores_cpu", _cpu),
+    triton=Kernel(TRITON, _triton),
 )

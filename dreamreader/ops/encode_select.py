@@ -1,5 +1,7 @@
 """The encoder of a sparse autoencoder and its selection at once, without the dense activations."""
 
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -9,12 +11,14 @@ from torch import Tensor
 from dreamreader import _alloc
 from dreamreader._register import Kernel, native, register
 from dreamreader.errors import InvalidInput
-from dreamreader.ops._selection import check_matrix, empty_rows, no_entries
+from dreamreader.ops._arguments import check_choice, check_count, check_tensor
+from dreamreader.ops._selection import check_matrix, dense_rows, empty_rows, no_entries
 from dreamreader.ops.batch_topk import Found, batch_topk_reference, check_pool
 from dreamreader.ops.sparse_rows import SparseRows
 from dreamreader.ops.threshold_select import check_threshold, threshold_select_reference
 from dreamreader.ops.topk import topk_reference
 
+TRITON = "dreamreader.triton_kernels.encode_select"
 RULES = ("topk", "batch_topk", "threshold")
 _BLOCK = 4 << 20  # bytes of the activations that exist at once
 _FIRST = 256  # entries of a row for which `threshold` has room at first
@@ -120,6 +124,36 @@ def _cpu(
     threshold: Tensor | None,
     slots: int,
 ) -> Found:
+    return _select(_run_native, x, weight, bias, rule, count, pool, threshold, slots)
+
+
+def _triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rule: str,
+    count: int,
+    pool: Tensor | None,
+    threshold: Tensor | None,
+    slots: int,
+) -> Found:
+    if not import_module(TRITON).supported(x, rule, count):
+        return encode_select_reference(x, weight, bias, rule, count, pool, threshold, slots)
+    return _select(_run_triton, x, weight, bias, rule, count, pool, threshold, slots)
+
+
+def _select(
+    run: Callable[..., None],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rule: str,
+    count: int,
+    pool: Tensor | None,
+    threshold: Tensor | None,
+    slots: int,
+) -> Found:
+    """What a kernel has to know nothing of: pools, and that there may be nothing."""
     slots = _slots(x, weight, rule, count, pool, slots)
     smallest = _alloc.empty((), dtype=x.dtype, device=x.device).zero_()
     if pool is not None and len(pool) == len(weight):
@@ -138,7 +172,8 @@ def _cpu(
         values, row_ptr, columns = no_entries(x, slots)
         return values, smallest, row_ptr, columns
     values, row_ptr, columns = empty_rows(x, slots)
-    _run(x, weight, bias, rule, count, threshold, (values, row_ptr, columns, smallest))
+    threshold = None if threshold is None else threshold.contiguous()
+    run(x, weight, bias, rule, count, threshold, (values, row_ptr, columns, smallest))
     if pool is not None:
         columns = torch.where(columns < 0, -1, pool[columns.clamp(min=0)])
     if rule == "batch_topk" and asked > slots:
@@ -146,7 +181,7 @@ def _cpu(
     return values, smallest, row_ptr, columns
 
 
-def _run(
+def _run_native(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -158,24 +193,57 @@ def _run(
     """Shows the native selection one block of activations after the other, until it is sure."""
     threads, rows = torch.get_num_threads(), len(x)
     step = max(64, _BLOCK // (rows * x.element_size()) // 64 * 64)
-    firsts = range(0, len(weight), step)
+    blocks = -(-len(weight) // step)
     room = out[0].shape[0] if rule == "threshold" else count
-    threshold = None if threshold is None else threshold.contiguous()
-    selector = _native.BlockSelector(rule, x, rows, len(firsts), max(1, room), threshold)
-    if rule == "batch_topk" and len(firsts) > 1:
+    selector = _native.BlockSelector(rule, x, rows, blocks, max(1, room), threshold)
+    if rule == "batch_topk":
         some = x[:: max(1, min(64, rows // 4))]
         selector.sample(_encode(some, weight, bias), len(some) / rows, threads)
-    block = _alloc.empty((rows * min(step, len(weight)),), dtype=x.dtype, device=x.device)
+    only = list(_blocks(x, weight, bias, step)) if blocks == 1 else None  # read in each pass
     while True:
         selector.begin(threads)
-        for number, first in enumerate(firsts):
-            part = weight[first : first + step]
-            into = block[: rows * len(part)].view(rows, len(part))
-            _encode(x, part, None if bias is None else bias[first : first + step], into)
-            selector.add(number, into, first, threads)
+        for first, block in only or _blocks(x, weight, bias, step):
+            selector.add(first // step, block, first, threads)
         if selector.done(threads):
             break
     selector.emit(*out, threads)
+
+
+def _run_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rule: str,
+    count: int,
+    threshold: Tensor | None,
+    out: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    """Shows each block of activations to the Triton selection, once."""
+    kernel = import_module(TRITON)
+    x, weight = dense_rows(x), dense_rows(weight)
+    bias = None if bias is None else bias.contiguous()
+    rows, width = len(x), len(weight)
+    some = None
+    if rule == "batch_topk":  # every row and latent looks like some eighth of them
+        row, latent = (max(1, min(8, size // 64)) for size in (rows, width))
+        some = _encode(x[::row], weight[::latent], None if bias is None else bias[::latent])
+    selector = kernel.BlockSelector(x, weight, bias, rule, count, threshold, out[0].shape[0], some)
+    step, _ = kernel.columns_of(rows, width, x.element_size())
+    for first, block in _blocks(x, weight, bias, step):
+        selector.add(block, first)
+    selector.emit(*out)
+
+
+def _blocks(
+    x: Tensor, weight: Tensor, bias: Tensor | None, step: int
+) -> Iterator[tuple[int, Tensor]]:
+    """The activations of `step` latents after the other in one memory, and the first of each."""
+    rows = len(x)
+    block = _alloc.empty((rows * min(step, len(weight)),), dtype=x.dtype, device=x.device)
+    for first in range(0, len(weight), step):
+        part = weight[first : first + step]
+        into = block[: rows * len(part)].view(rows, len(part))
+        yield first, _encode(x, part, None if bias is None else bias[first : first + step], into)
 
 
 def _encode(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -245,6 +313,12 @@ def _check(
     """Raises InvalidInput unless the arguments belong together."""
     check_matrix("encode_select", x)
     check_matrix("encode_select", weight, "weight")
+    for name, each in (("bias", bias), ("threshold", threshold), ("pool", pool)):
+        if each is not None:
+            check_tensor("encode_select", name, each, "a tensor or None")
+    check_choice("encode_select", "rule", rule, RULES)
+    for name, number in (("count", count), ("slots", 0 if slots is None else slots)):
+        check_count("encode_select", name, number)
     if weight.shape[1] != x.shape[1]:
         raise InvalidInput(
             f"encode_select: x has {x.shape[1]} features, weight takes {weight.shape[1]}; it must "
@@ -259,12 +333,6 @@ def _check(
                 f"encode_select: {name} is {each.dtype} on {each.device}, x is {x.dtype} on "
                 f"{x.device}; convert one of them"
             )
-    if rule not in RULES:
-        raise InvalidInput(f"encode_select: rule must be one of {', '.join(RULES)}, got {rule}")
-    if count < 0 or (slots is not None and slots < 0):
-        raise InvalidInput(
-            f"encode_select: count and slots must be 0 or more, got {count}, {slots}"
-        )
     if (threshold is None) == (rule == "threshold"):
         raise InvalidInput(
             "encode_select: a threshold goes with the rule threshold, and only there"
@@ -284,6 +352,7 @@ _encode_select = register(
     reference=encode_select_reference,
     fake=_fake,
     cpu=Kernel("BlockSelector", _cpu),
+    triton=Kernel(TRITON, _triton),
     setup_context=_setup_context,
     backward=_backward,
     twice=_backward,

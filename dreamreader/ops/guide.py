@@ -89,7 +89,7 @@ def guide(
     Reference:
         Beyond Linear Steering: Unified Multi-Attribute Control for Language Models (2505.24535).
     """
-    arguments = _checked(x, weights, biases, coefficients, strength, activation)
+    arguments = _check_all(x, weights, biases, coefficients, strength, activation)
     whole = isinstance(iterations, int) and 1 <= iterations <= MAX_ITERATIONS
     if not whole or not trust >= 0 or not math.isfinite(gamma):
         raise InvalidInput(
@@ -166,7 +166,7 @@ def probe_gradient(
     slopes = []
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         a = h @ weight.T + bias
-        h, slope = activated(a, activation)
+        h, slope = activate(a, activation)
         slopes.append(slope)
     u = c @ weights[-1]  # [B, 1, H]
     for weight, slope in zip(reversed(weights[:-1]), reversed(slopes), strict=True):
@@ -174,7 +174,7 @@ def probe_gradient(
     return u
 
 
-def activated(a: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def activate(a: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Value and derivative of an activation."""
     match activation:
         case "relu":
@@ -202,7 +202,7 @@ def guide_backward_reference(grad: Tensor, x: Tensor, *arguments) -> Tensor:
     return out
 
 
-def _checked(
+def _check_all(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],

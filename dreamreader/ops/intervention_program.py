@@ -89,7 +89,7 @@ def live(number: int) -> "Program":
     Raises:
         InvalidInput: it is gone; a graph that was traced with it outlived it.
     """
-    program = _live.get(number, _gone)()
+    program = _live.get(number, _find_nothing)()
     if program is None:
         raise InvalidInput(
             f"intervention program {number} no longer exists; keep a reference to it"
@@ -97,7 +97,7 @@ def live(number: int) -> "Program":
     return program
 
 
-def _gone() -> None:
+def _find_nothing() -> None:
     return None
 
 

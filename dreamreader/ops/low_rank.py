@@ -104,7 +104,7 @@ def low_rank_reference(
     Returns:
         [B, T, D] like x.
     """
-    z, s = _hidden(x, down, bias, strength, index)  # [B, T, r], [B, T, 1]
+    z, s = _project_down(x, down, bias, strength, index)  # [B, T, r], [B, T, 1]
     y = x.to(s.dtype) + s * (z @ up[index])
     touched = (s != 0) & (z != 0).any(-1, keepdim=True)
     out = _alloc.empty_like(x)
@@ -135,7 +135,7 @@ def low_rank_backward_reference(
         [B, T, D] like grad, [n, r, D], [n, r], [n, r, D], [B, T], the last four like the tables;
         [0] in place of what is not needed.
     """
-    z, s = _hidden(x, down, bias, strength, index)
+    z, s = _project_down(x, down, bias, strength, index)
     on = s != 0
     g = grad.to(s.dtype)  # [B, T, D]
     along = g @ up[index].mT  # [B, T, r]: U g
@@ -167,7 +167,7 @@ def _empty_gradients(
     return dx, room(down, tables), room(bias, tables), room(up, said), room(strength, scaled)
 
 
-def _hidden(
+def _project_down(
     x: Tensor, down: Tensor, bias: Tensor, strength: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
     """A x + b, [B, T, r], and the strength as [B, T, 1]."""

@@ -64,9 +64,9 @@ def moments(
     """
     if x.dim() != 2 or x.dtype not in FLOATS:
         wanted = f"floating point [rows, features] of {NEEDED}"
-        raise InvalidInput(f"moments: x must be {wanted}, got {_seen(x)}")
+        raise InvalidInput(f"moments: x must be {wanted}, got {_describe(x)}")
     if labels.dtype != torch.int64 or labels.shape != x.shape[:1]:
-        raise InvalidInput(f"moments: labels must be int64 [{len(x)}], got {_seen(labels)}")
+        raise InvalidInput(f"moments: labels must be int64 [{len(x)}], got {_describe(labels)}")
     if labels.device != x.device:
         raise InvalidInput(f"moments: x is on {x.device}, labels on {labels.device}")
     if count < 0:
@@ -75,7 +75,9 @@ def moments(
         shift = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     elif shift.dtype != torch.float64 or shift.shape != x.shape[1:] or shift.device != x.device:
         wanted = f"float64 [{x.shape[1]}] on {x.device}"
-        raise InvalidInput(f"moments: shift must be {wanted}, got {_seen(shift)} on {shift.device}")
+        raise InvalidInput(
+            f"moments: shift must be {wanted}, got {_describe(shift)} on {shift.device}"
+        )
     return Sums(*_moments(x.detach(), labels, shift.contiguous(), count, squares))
 
 
@@ -139,7 +141,7 @@ def _check_values(labels: Tensor, count: int) -> None:
         raise InvalidInput(f"moments: {count} labels are announced, the largest is {largest}")
 
 
-def _seen(value: Tensor) -> str:
+def _describe(value: Tensor) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 

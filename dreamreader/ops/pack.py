@@ -104,17 +104,17 @@ def pack_reference(
         values = torch.stack([pooled(values[part], 0) for part in parts]) + 0.0  # zeros are +0
     if out.dtype in MOST:
         assert scales is not None
-        stored, scale = _scaled(values, out.dtype)
+        stored, scale = _scale_rows(values, out.dtype)
         scales.copy_(scale)
     else:
-        stored = _rounded(values, out.dtype)
+        stored = _round_once(values, out.dtype)
         odd |= ~stored.isfinite().all(1)
     out.copy_(stored)
     if not_finite is not None:
         not_finite += (odd | ~values.isfinite().all(1)).sum()
 
 
-def _scaled(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _scale_rows(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Values [R, D] in a type with a scale, and the scales [R]."""
     most = values.new_tensor(MOST[dtype])  # a tensor: a GPU would multiply by 1 / number
     finite = values.abs().where(values.isfinite(), 0).amax(1)
@@ -124,11 +124,11 @@ def _scaled(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if dtype == torch.int8:
         return parts.nan_to_num(0).round().to(dtype), scale
     missing = parts.isnan()
-    bits = _rounded(parts, dtype).view(torch.uint8).masked_fill(missing, 0x7F)
+    bits = _round_once(parts, dtype).view(torch.uint8).masked_fill(missing, 0x7F)
     return bits.view(dtype), scale
 
 
-def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+def _round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Values in a narrower type, to nearest even once; torch would round float64 twice."""
     if values.dtype == torch.float32 or dtype == torch.float32:
         return values.to(dtype)
@@ -143,14 +143,14 @@ def _cpu(out: Tensor, scales, not_finite, x: Tensor, places, minus, groups, pool
     _check_values(x, places, groups)
     memory, stored = _memory(out)
     _native.pack_cpu(memory, scales, not_finite, x, places, minus, groups, pool, stored, _threads())
-    _written(out, scales, not_finite)
+    _mark_written(out, scales, not_finite)
 
 
 def _cuda(out: Tensor, scales, not_finite, x: Tensor, places, minus, groups, pool: int) -> None:
     _check_values(x, places, groups)
     memory, stored = _memory(out)
     _native.pack_cuda(memory, scales, not_finite, x, places, minus, groups, pool, stored)
-    _written(out, scales, not_finite)
+    _mark_written(out, scales, not_finite)
 
 
 def _memory(out: Tensor) -> tuple[Tensor, int]:
@@ -159,7 +159,7 @@ def _memory(out: Tensor) -> tuple[Tensor, int]:
     return out.view(torch.uint8) if f8 else out, STORED.index(out.dtype)
 
 
-def _written(*tensors: Tensor | None) -> None:
+def _mark_written(*tensors: Tensor | None) -> None:
     for each in tensors:
         if each is not None:
             _increment_version(each)
@@ -172,31 +172,33 @@ def _fake(out: Tensor, scales, not_finite, x: Tensor, places, minus, groups, poo
 def _check(x, places, minus, groups, pool, out, scales, not_finite) -> None:
     """Raises InvalidInput unless the tensors belong together."""
     if x.dim() != 3 or x.dtype not in FLOATS:
-        raise _misfit(f"x must be [entries, tokens, features] of floating point, got {_seen(x)}")
+        raise _misfit(
+            f"x must be [entries, tokens, features] of floating point, got {_describe(x)}"
+        )
     if pool not in POOLS:
         raise _misfit(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
     if places.dtype != torch.int32 or places.dim() != 2 or places.shape[1] != 2:
-        raise _misfit(f"places must be int32 [places, 2], got {_seen(places)}")
+        raise _misfit(f"places must be int32 [places, 2], got {_describe(places)}")
     if minus is not None and (minus.shape != x.shape or minus.dtype != x.dtype):
-        raise _misfit(f"minus must be {_seen(x)} as x is, got {_seen(minus)}")
+        raise _misfit(f"minus must be {_describe(x)} as x is, got {_describe(minus)}")
     rows = len(places)
     if pool != "none":
         if groups is None or groups.dtype != torch.int32 or groups.dim() != 1 or not len(groups):
-            raise _misfit(f"pool {pool!r} needs int32 groups [rows + 1], got {_seen(groups)}")
+            raise _misfit(f"pool {pool!r} needs int32 groups [rows + 1], got {_describe(groups)}")
         rows = len(groups) - 1
     elif groups is not None:
         raise _misfit("groups go with a pool of mean or max, got pool 'none'")
     if out.dtype not in STORED or out.shape != (rows, x.shape[2]):
         names = ", ".join(_name(each) for each in STORED)
-        raise _misfit(f"out must be {[rows, x.shape[2]]} of {names}, got {_seen(out)}")
+        raise _misfit(f"out must be {[rows, x.shape[2]]} of {names}, got {_describe(out)}")
     if out.dtype in MOST:
         if scales is None or scales.dtype != torch.float32 or scales.shape != (rows,):
             wanted = f"{_name(out.dtype)} needs float32 scales [{rows}]"
-            raise _misfit(f"{wanted}, got {_seen(scales)}")
+            raise _misfit(f"{wanted}, got {_describe(scales)}")
     elif scales is not None:
         raise _misfit(f"scales go with float8_e4m3fn and int8, got out of {_name(out.dtype)}")
     if not_finite is not None and (not_finite.dtype != torch.int64 or not_finite.shape != (1,)):
-        raise _misfit(f"not_finite must be int64 [1], got {_seen(not_finite)}")
+        raise _misfit(f"not_finite must be int64 [1], got {_describe(not_finite)}")
     named = {"places": places, "minus": minus, "groups": groups, "out": out, "scales": scales}
     for name, each in (named | {"not_finite": not_finite}).items():
         if each is not None and each.device != x.device:
@@ -234,7 +236,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _seen(value: Tensor | None) -> str:
+def _describe(value: Tensor | None) -> str:
     return "none" if value is None else f"{_name(value.dtype)} {list(value.shape)}"
 
 

@@ -5,9 +5,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput
+from dreamreader.ops._arguments import check_choice, check_count, refuse
 from dreamreader.ops.batch_topk import batch_topk
 from dreamreader.ops.column_scores import column_scores
 from dreamreader.ops.sparse_rows import SparseRows
+
+RULES = ("top", "sampled")
 
 
 def choose_pool(
@@ -32,8 +35,8 @@ def choose_pool(
         int32 [min(size, width)], ascending, new memory.
 
     Raises:
-        InvalidInput: scores are not [width] of floating point, size is negative, or there is no
-            such rule.
+        InvalidInput: scores are not [width] of floating point, size is no whole number or negative,
+            there is no such rule, or the generator is on another device.
 
     Example:
         >>> import torch
@@ -43,19 +46,28 @@ def choose_pool(
     Reference:
         Efraimidis and Spirakis, Weighted random sampling with a reservoir (2006), algorithm A-ES.
     """
-    if scores.dim() != 1 or not scores.is_floating_point():
-        got = f"{str(scores.dtype).removeprefix('torch.')} {list(scores.shape)}"
-        raise InvalidInput(f"choose_pool: scores must be floating point [width], got {got}")
-    if size < 0:
-        raise InvalidInput(f"choose_pool: size must be 0 or more, got {size}")
-    if rule not in ("top", "sampled"):
-        raise InvalidInput(f"choose_pool: rule must be top or sampled, got {rule}")
+    if not isinstance(scores, Tensor) or scores.dim() != 1 or not scores.is_floating_point():
+        refuse("choose_pool", "scores", "floating point [width]", scores)
+    check_count("choose_pool", "size", size)
+    check_choice("choose_pool", "rule", rule, RULES)
+    if generator is not None:
+        _check_generator(generator, scores)
     scores = scores.detach()
     if rule == "sampled":
         noise = torch.empty_like(scores, dtype=torch.float64).exponential_(generator=generator)
         scores = scores / noise
     order = torch.sort(scores, descending=True, stable=True).indices[:size]
     return order.sort().values.int()
+
+
+def _check_generator(generator: torch.Generator, scores: Tensor) -> None:
+    wanted = f"a torch.Generator on {scores.device}"
+    if not isinstance(generator, torch.Generator):
+        refuse("choose_pool", "the generator", wanted, generator)
+    if generator.device != scores.device:
+        raise InvalidInput(
+            f"choose_pool: the generator must be {wanted}, got one on {generator.device}"
+        )
 
 
 def sampled_topk(

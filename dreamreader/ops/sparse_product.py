@@ -19,6 +19,7 @@ from torch import Tensor
 from dreamreader._register import Kernel, register
 from dreamreader.errors import InvalidInput
 from dreamreader.ops import _sparse_product_kernels as kernels
+from dreamreader.ops._arguments import check_tensor, refuse
 from dreamreader.ops._sparse_product_reference import (
     is_entry,
     sparse_column_sums_reference,
@@ -66,7 +67,10 @@ def sparse_decode(
         tensor([[2.5000, 6.0000],
                 [0.5000, 0.0000]])
     """
+    _check_codes("sparse_decode", codes, dtype)
     _check("sparse_decode", codes, codes.values, weight=(weight, codes.width))
+    if bias is not None:
+        check_tensor("sparse_decode", "bias", bias, "a tensor or None")
     if bias is not None and (bias.shape != weight.shape[1:] or bias.device != weight.device):
         raise InvalidInput(
             f"sparse_decode: weight has {weight.shape[1]} columns on {weight.device}, so bias must "
@@ -106,6 +110,8 @@ def sparse_dots(
         >>> sparse_dots(codes, x, weight)
         tensor([20., 20., 40.])
     """
+    _check_codes("sparse_dots", codes, dtype)
+    check_tensor("sparse_dots", "rows", rows)
     _check("sparse_dots", codes, rows, rows=(rows, codes.rows), weight=(weight, codes.width))
     if rows.shape[1] != weight.shape[1]:
         raise InvalidInput(
@@ -141,6 +147,7 @@ def sparse_outer(
         tensor([[0., 0.],
                 [2., 3.]])
     """
+    _check_codes("sparse_outer", codes, dtype)
     _check("sparse_outer", codes, codes.values, rows=(rows, codes.rows))
     return _sparse_outer(codes.row_ptr, codes.columns, codes.values, rows, codes.width, dtype)
 
@@ -168,12 +175,23 @@ def sparse_column_sums(
         >>> sparse_column_sums(SparseRows.from_dense(torch.tensor([[0.0, 2.0], [1.0, 3.0]])))
         tensor([1., 5.])
     """
+    _check_codes("sparse_column_sums", codes, dtype)
     _check("sparse_column_sums", codes, codes.values)
     return _sparse_column_sums(codes.row_ptr, codes.columns, codes.values, codes.width, dtype)
 
 
+def _check_codes(name: str, codes: SparseRows, dtype: torch.dtype | None) -> None:
+    """Raises InvalidInput unless `codes` are sparse rows, and `dtype` is one for a result."""
+    if not isinstance(codes, SparseRows):
+        refuse(name, "codes", "SparseRows, as topk and SparseRows.from_dense give them", codes)
+    if dtype is not None and dtype not in FLOATS:
+        refuse(name, "dtype", f"{NEEDED} of torch, or None", dtype)
+
+
 def _check(name: str, codes: SparseRows, first: Tensor, **matrices: tuple[Tensor, int]) -> None:
     """Raises InvalidInput unless the matrices, with as many rows as said, fit to `codes`."""
+    for label, (matrix, _) in matrices.items():
+        check_tensor(name, label, matrix)
     if first.dtype not in FLOATS:
         raise InvalidInput(f"{name}: values must be {NEEDED}, got {first.dtype}")
     for label, (matrix, count) in matrices.items():

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput
+from dreamreader.ops._arguments import check_count, check_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,11 @@ class SparseRows:
     threshold: Float[Tensor, ""] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("row_ptr", "columns", "values"):
+            check_tensor("SparseRows", name, getattr(self, name))
+        check_count("SparseRows", "width", self.width)
+        if self.threshold is not None:
+            check_tensor("SparseRows", "threshold", self.threshold, "a tensor or None")
         _expect("row_ptr", self.row_ptr, torch.int64, self.row_ptr.dim() == 1 and len(self.row_ptr))
         _expect("columns", self.columns, torch.int32, self.columns.dim() == 1)
         if self.values.shape != self.columns.shape:
@@ -67,6 +73,7 @@ class SparseRows:
         Raises:
             InvalidInput: x is not [rows, width].
         """
+        check_tensor("SparseRows", "x", x, "[rows, width]")
         if x.dim() != 2:
             raise InvalidInput(f"SparseRows: x must be [rows, width], got {list(x.shape)}")
         row, column = (x != 0).nonzero(as_tuple=True)

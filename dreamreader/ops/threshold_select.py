@@ -1,5 +1,6 @@
 """The positive entries above a threshold, one for all columns or one for each."""
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from dreamreader._register import Kernel, native, register
 from dreamreader.errors import InvalidInput
+from dreamreader.ops._arguments import check_count, refuse
 from dreamreader.ops._selection import (
     Rows,
     backward,
@@ -15,12 +17,14 @@ from dreamreader.ops._selection import (
     dense_rows,
     eligible,
     empty_rows,
+    no_entries,
     rows_of_mask,
     setup_context,
     sparse_rows,
 )
 from dreamreader.ops.sparse_rows import SparseRows
 
+TRITON = "dreamreader.triton_kernels.threshold_select"
 _FIRST = 128  # entries of a row for which there is room at first
 
 
@@ -60,8 +64,8 @@ def threshold_select(
     """
     check_matrix("threshold_select", x)
     check_threshold("threshold_select", threshold, x, x.shape[1])
-    if slots is not None and slots < 0:
-        raise InvalidInput(f"threshold_select: slots must be 0 or more, got {slots}")
+    if slots is not None:
+        check_count("threshold_select", "slots", slots)
     room = x.shape[0] * min(_FIRST, x.shape[1]) if slots is None else slots
     found = _threshold_select(x, threshold, room)
     if slots is None and (needed := int(found[1][-1])) > room:
@@ -71,6 +75,8 @@ def threshold_select(
 
 def check_threshold(name: str, threshold: Tensor, x: Tensor, width: int) -> None:
     """Raises InvalidInput unless `threshold` is float32, [] or [width], beside x."""
+    if not isinstance(threshold, Tensor):
+        refuse(name, "the threshold", f"float32 [] or [{width}] on {x.device}", threshold)
     right = threshold.dtype == torch.float32 and list(threshold.shape) in ([], [width])
     if not right or threshold.device != x.device:
         got = f"{str(threshold.dtype).removeprefix('torch.')} {list(threshold.shape)}"
@@ -104,6 +110,17 @@ def _cpu(x: Tensor, threshold: Tensor, slots: int) -> Rows:
     return found
 
 
+def _triton(x: Tensor, threshold: Tensor, slots: int) -> Rows:
+    kernel = import_module(TRITON)
+    if not kernel.supported(x):
+        return threshold_select_reference(x, threshold, slots)
+    if not x.numel():
+        return no_entries(x, slots)
+    found = empty_rows(x, slots)
+    kernel.threshold_select(dense_rows(x), threshold.contiguous(), *found)
+    return found
+
+
 def _fake(x: Tensor, threshold: Tensor, slots: int) -> Rows:
     return empty_rows(x, slots)
 
@@ -116,6 +133,7 @@ _threshold_select = register(
     reference=threshold_select_reference,
     fake=_fake,
     cpu=Kernel("threshold_select_cpu", _cpu),
+    triton=Kernel(TRITON, _triton),
     setup_context=setup_context,
     backward=backward,
     twice=backward,

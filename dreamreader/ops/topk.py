@@ -1,5 +1,7 @@
 """The k largest positive entries of each row."""
 
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -7,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader._register import Kernel, native, register
-from dreamreader.errors import InvalidInput
+from dreamreader.ops._arguments import check_count
 from dreamreader.ops._selection import (
     Rows,
     backward,
@@ -21,6 +23,8 @@ from dreamreader.ops._selection import (
     sparse_rows,
 )
 from dreamreader.ops.sparse_rows import SparseRows
+
+TRITON = "dreamreader.triton_kernels.topk"
 
 
 def topk(x: Float[Tensor, "rows width"], k: int) -> SparseRows:
@@ -39,7 +43,7 @@ def topk(x: Float[Tensor, "rows width"], k: int) -> SparseRows:
         of the values goes to the entries that were kept.
 
     Raises:
-        InvalidInput: x is not [rows, width] of floating point, or k is negative.
+        InvalidInput: x is not [rows, width] of floating point, or k is no whole number or negative.
 
     Example:
         >>> import torch
@@ -51,8 +55,7 @@ def topk(x: Float[Tensor, "rows width"], k: int) -> SparseRows:
         Gao et al., Scaling and evaluating sparse autoencoders (2024), equation 2.
     """
     check_matrix("topk", x)
-    if k < 0:
-        raise InvalidInput(f"topk: k must be 0 or more, got {k}")
+    check_count("topk", "k", k)
     return sparse_rows(_topk(x, k), x.shape[1])
 
 
@@ -73,11 +76,25 @@ def topk_reference(x: Tensor, k: int) -> Rows:
 
 
 def _cpu(x: Tensor, k: int) -> Rows:
+    def run(x: Tensor, k: int, *out: Tensor) -> None:
+        _native.topk_cpu(x, k, *out, torch.get_num_threads())
+
+    return _select(run, x, k)
+
+
+def _triton(x: Tensor, k: int) -> Rows:
+    kernel = import_module(TRITON)
+    if not kernel.supported(x, min(k, x.shape[1])):
+        return topk_reference(x, k)
+    return _select(kernel.topk, x, k)
+
+
+def _select(run: Callable[..., None], x: Tensor, k: int) -> Rows:
     rows, k = x.shape[0], min(k, x.shape[1])
     if rows * k == 0:
         return no_entries(x, 0)
     found = empty_rows(x, rows * k)
-    _native.topk_cpu(dense_rows(x), k, *found, torch.get_num_threads())
+    run(dense_rows(x), k, *found)
     return found
 
 
@@ -93,6 +110,7 @@ _topk = register(
     reference=topk_reference,
     fake=_fake,
     cpu=Kernel("topk_cpu", _cpu),
+    triton=Kernel(TRITON, _triton),
     setup_context=setup_context,
     backward=backward,
     twice=backward,

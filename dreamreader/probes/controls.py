@@ -32,13 +32,13 @@ def controls(problem: Problem, trained: TrainedMlps) -> dict[str, Any]:
     drawn = torch.stack([random_rows(each, seed + n) for n, each in enumerate(problem.x)])
     hidden = problem.design.hidden
     other = () if hidden else (WIDTH,)
-    changed = problem.changed(design=replace(problem.design, hidden=other))
+    changed = problem.replace(design=replace(problem.design, hidden=other))
     sizes = {(hidden or (0,))[0]: trained, (other or (0,))[0]: train(changed)}
     return {
         "shuffled_labels": score_attributes(
             train(shuffle_targets(problem, seed)).held_out, task, loss
         ),
-        "random_feature": score_attributes(train(problem.changed(x=drawn)).held_out, task, loss),
+        "random_feature": score_attributes(train(problem.replace(x=drawn)).held_out, task, loss),
         "capacity_sweep": {
             str(width): score_attributes(found.held_out, task, loss)
             for width, found in sorted(sizes.items())
@@ -61,7 +61,7 @@ def shuffle_targets(problem: Problem, seed: int) -> Problem:
         first.scatter_reduce_(0, place, torch.arange(len(rows), device=rows.device), "amin")
         donors = torch.randperm(len(order), generator=generator).to(rows.device)
         targets[rows] = problem.targets[rows][first[donors][place]]
-    return problem.changed(targets=targets)
+    return problem.replace(targets=targets)
 
 
 def random_rows(x: Float[Tensor, "rows features"], seed: int) -> Float[Tensor, "rows features"]:

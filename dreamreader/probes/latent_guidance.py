@@ -105,7 +105,9 @@ def latent_guidance(
         guide.attach(stack)
         yield guide.found
     if not guide.found.value and any(each != 0 for each in guide.scale):
-        raise NeverFired(f"latent_guidance by {probe!r}: no step was guided ({guide.seen()})")
+        raise NeverFired(
+            f"latent_guidance by {probe!r}: no step was guided ({guide.explain_silence()})"
+        )
 
 
 class _LatentGuide:
@@ -158,10 +160,10 @@ class _LatentGuide:
         stack.enter_context(self.reader.replay(self._after, denoiser=self.site.component))
 
     def _step(self, step: Callable[..., Any], call: inspect.BoundArguments) -> Any:
-        call.arguments["model_output"] = self.changed(call.arguments["model_output"])
+        call.arguments["model_output"] = self.take_change(call.arguments["model_output"])
         return step(*call.args, **call.kwargs)
 
-    def seen(self) -> str:
+    def explain_silence(self) -> str:
         if self.found.skipped:
             return "; ".join(f"step {n}: {why}" for n, why in self.found.skipped.items())
         return self.missed[-1] if self.missed else "the denoiser did not run"
@@ -221,7 +223,7 @@ class _LatentGuide:
             )
         return values.expand(rows, *values.shape[1:])
 
-    def changed(self, prediction: Tensor) -> Tensor:
+    def take_change(self, prediction: Tensor) -> Tensor:
         """The prediction with the change that waits for it."""
         waiting, self.change = self.change, None
         if waiting is None:

@@ -27,14 +27,16 @@ class StackedMlps(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
 
-        def drawn(*shape: int, inputs: int) -> nn.Parameter:
+        def draw_parameter(*shape: int, inputs: int) -> nn.Parameter:
             draw = torch.rand(count, *shape, generator=generator)
             return nn.Parameter((2 * draw - 1) * inputs**-0.5)
 
         pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
         self.activation = activation
-        self.weights = nn.ParameterList([drawn(out, size, inputs=size) for size, out in pairs])
-        self.biases = nn.ParameterList([drawn(out, inputs=size) for size, out in pairs])
+        self.weights = nn.ParameterList(
+            [draw_parameter(out, size, inputs=size) for size, out in pairs]
+        )
+        self.biases = nn.ParameterList([draw_parameter(out, inputs=size) for size, out in pairs])
         self.noise = nn.Parameter(torch.zeros(count, sizes[1], 3)) if noisy else None
 
     def forward(
@@ -49,7 +51,7 @@ class StackedMlps(nn.Module):
         return x
 
     @torch.no_grad()
-    def folded(
+    def fold(
         self,
         mean: Float[Tensor, "count features"],
         scale: Float[Tensor, "count features"],

@@ -101,7 +101,7 @@ class Probe(Artifact, kind="probe"):
                 is not given.
         """
         if not isinstance(x, Tensor):
-            found = self._recorded_outputs(
+            found = self._evaluate_recording(
                 x, lambda each, step, f: self.logits(each, step=step, fraction=f)
             )
             return found if self.pool == "token" else found.squeeze(2)
@@ -271,7 +271,7 @@ class Probe(Artifact, kind="probe"):
             raise InvalidInput(f"{self._name}: it has none for step {step}; trained at {had}")
         return self.steps.index(step)
 
-    def _recorded_outputs(self, recorded: Recorded, read: Any) -> Tensor:
+    def _evaluate_recording(self, recorded: Recorded, read: Any) -> Tensor:
         """[rows, steps, tokens, outputs] of a recording."""
         rows = rows_of(recorded, self.pool)
         if rows.site is not None and self.site is not None and rows.site != self.site:

@@ -99,7 +99,7 @@ def fit_batches(
     check_counts(labelled, survey.counts)
     goal = objective(labelled, loss, class_weights, survey.counts)
     run = _StreamedFit(sources, survey, goal, recipe)
-    trained = run.trained(design)
+    trained = run.train_mlps(design)
     sizes = [int(survey.counts[-1]), len(trained.validation.slot), len(trained.held_out.slot)]
     counts = dict(zip(("train", "validation", "held_out"), sizes, strict=True))
     known = {
@@ -137,12 +137,14 @@ class _StreamedFit:
         hidden, task, loss = design.hidden, self.goal.task, self.goal.loss
         other = () if hidden else (WIDTH,)
         found = {(hidden or (0,))[0]: trained}
-        found[(other or (0,))[0]] = self.trained(replace(design, hidden=other))
+        found[(other or (0,))[0]] = self.train_mlps(replace(design, hidden=other))
         return {
             "shuffled_labels": score_attributes(
-                self.trained(design, _shuffle).held_out, task, loss
+                self.train_mlps(design, _shuffle).held_out, task, loss
             ),
-            "random_feature": score_attributes(self.trained(design, _random).held_out, task, loss),
+            "random_feature": score_attributes(
+                self.train_mlps(design, _random).held_out, task, loss
+            ),
             "capacity_sweep": {
                 str(width): score_attributes(each.held_out, task, loss)
                 for width, each in sorted(found.items())
@@ -150,7 +152,7 @@ class _StreamedFit:
         }
 
     @torch.inference_mode(False)
-    def trained(self, design: Design, change: Change = lambda part, _: part) -> TrainedMlps:
+    def train_mlps(self, design: Design, change: Change = lambda part, _: part) -> TrainedMlps:
         seed, count = self.recipe.seed, len(self.survey.mean)
         learners = [
             _StreamedProbe(self.survey, n, self.goal, design, self.recipe, self.noisy)
@@ -165,7 +167,7 @@ class _StreamedFit:
                 yield from each.rest()
 
         def validate() -> dict[str, Tensor]:
-            held = self._held(self.validation, learners, change, seed)
+            held = self._predict(self.validation, learners, change, seed)
             own = [held.slot == n for n in range(count)]
             return {
                 str(n): each.losses(held.logits[own[n]], held.targets[own[n]])
@@ -175,14 +177,14 @@ class _StreamedFit:
         nets = {str(n): each.net for n, each in enumerate(learners)}
         histories = train_nets(nets, self.goal, batches, self.recipe, validate)
         held = [
-            self._held(each, learners, change, seed) for each in (self.validation, self.held_out)
+            self._predict(each, learners, change, seed) for each in (self.validation, self.held_out)
         ]
         steps = list(self.train.slots) or None
-        mlps = tuple(each.folded(None if steps is None else steps[each.slot]) for each in learners)
+        mlps = tuple(each.fold(None if steps is None else steps[each.slot]) for each in learners)
         epochs = tuple(epochs_of(each)[0] for each in histories.values())
         return TrainedMlps(mlps, held[0], held[1], epochs)
 
-    def _held(
+    def _predict(
         self,
         source: LabelledSource,
         learners: Sequence["_StreamedProbe"],
@@ -233,14 +235,14 @@ class _StreamedProbe:
         """Takes rows, and gives them as soon as there are enough for a step."""
         self.waiting.append(part)
         if sum(len(each.x) for each in self.waiting) >= self.size:
-            yield from self._steps(self._taken())
+            yield from self._steps(self._take_waiting())
 
     def rest(self) -> Iterator[TrainingRows]:
         """Gives what is left at the end of an epoch."""
         if self.waiting:
-            yield from self._steps(self._taken())
+            yield from self._steps(self._take_waiting())
 
-    def _taken(self) -> LabelledPart:
+    def _take_waiting(self) -> LabelledPart:
         waiting, self.waiting = self.waiting, []
         x, targets, fraction = (
             torch.cat([getattr(each, name) for each in waiting])
@@ -272,12 +274,12 @@ class _StreamedProbe:
             targets = (targets - middle) / spread
         return self.goal.losses(((logits - middle) / spread).unsqueeze(0), targets)
 
-    def folded(self, step: int | None) -> Any:
+    def fold(self, step: int | None) -> Any:
         """The MLP on raw rows."""
         means = self.mean.unsqueeze(0), self.scale.unsqueeze(0)
         steps = None if step is None else [step]
         labels = self.goal.task.labels
-        return self.net.folded(*means, labels, steps, self.middle, self.spread)[0]
+        return self.net.fold(*means, labels, steps, self.middle, self.spread)[0]
 
 
 def _shuffle(part: LabelledPart, draw: torch.Generator) -> LabelledPart:

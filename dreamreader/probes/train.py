@@ -87,7 +87,7 @@ class Problem:
     recipe: Recipe
     steps: tuple[int, ...] | None = None
 
-    def changed(self, **fields: Any) -> "Problem":
+    def replace(self, **fields: Any) -> "Problem":
         return replace(self, **fields)
 
     def rows(self, part: int) -> Int[Tensor, " n"]:
@@ -142,7 +142,7 @@ def train(problem: Problem) -> TrainedMlps:
         return problem.objective.losses(found, targets[proof])
 
     history = train_nets(net, problem.objective, batches, problem.recipe, validate)
-    mlps = net.folded(mean, scale, labels, problem.steps, middle, spread)
+    mlps = net.fold(mean, scale, labels, problem.steps, middle, spread)
     held = [
         _hold_out(problem, each, net(x[:, each], problem.fraction[each]).detach() * spread + middle)
         for each in (proof, problem.rows(HELD_OUT))

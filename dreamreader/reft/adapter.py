@@ -110,11 +110,11 @@ class Adapter(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         """Moves to a device; a change of type is left out, the rotation needs float32."""
 
-        def kept_wide(value: Tensor) -> Tensor:
+        def keep_wide(value: Tensor) -> Tensor:
             new = fn(value)
             return value.to(new.device) if new.dtype != value.dtype else new
 
-        return super()._apply(kept_wide, recurse)
+        return super()._apply(keep_wide, recurse)
 
     def extra_repr(self) -> str:
         steps = "" if self.steps is None else f", steps={self.steps}"

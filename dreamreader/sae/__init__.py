@@ -8,7 +8,7 @@ from dreamreader.sae.fold import fold
 from dreamreader.sae.formats import read_sae, write_sae
 from dreamreader.sae.loss import AUX_RULES, AuxK, SaeLoss
 from dreamreader.sae.model import SparseAutoencoder
-from dreamreader.sae.objective import Reconstruction
+from dreamreader.sae.objective import Reconstruction, ScoreCurve
 from dreamreader.sae.selection import BatchTopK, JumpReLU, SampledTopK, Selection, TopK
 from dreamreader.sae.threshold import THRESHOLD_RULES, ThresholdRule
 from dreamreader.sae.train import train_sae
@@ -25,6 +25,7 @@ __all__ = [
     "SAEEdit",
     "SaeLoss",
     "SampledTopK",
+    "ScoreCurve",
     "Selection",
     "SparseAutoencoder",
     "StrongestRows",

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.ops import SparseRows, sparse_decode
-from dreamreader.sae.encoder import draw_pool, encode_above, encode_budget
+from dreamreader.sae.encoder import (
+    FixedEncoder,
+    attach_gradients,
+    draw_pool,
+    encode_above,
+    encode_budget,
+)
 from dreamreader.sae.inputs import (
     NORMALISATIONS,
     PER_ROW,
@@ -22,7 +28,7 @@ from dreamreader.sae.inputs import (
     layout_of,
     row_affine,
 )
-from dreamreader.sae.norms import geometric_median, random_directions, row_norms
+from dreamreader.sae.norms import geometric_median, random_directions, row_norms, scale_rows
 from dreamreader.sae.selection import JumpReLU, SampledTopK, Selection, TopK, check_selection
 
 INFERENCES = ("threshold", "selection")
@@ -68,6 +74,16 @@ class SparseCodec(nn.Module):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise InvalidInput(f"SparseAutoencoder: {name} is at least 1, got {size!r}")
         check_selection(selection, d_sae)
+        switches = {"rescale": rescale, "apply_b_dec_to_input": apply_b_dec_to_input, "tied": tied}
+        for name, value in switches.items():
+            check_switch(name, value)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise InvalidInput(f"SparseAutoencoder: seed is a whole number, got {seed!r}")
+        if not (isinstance(decoder_norm, int | float) and 0 < decoder_norm < math.inf):
+            raise InvalidInput(
+                f"SparseAutoencoder: decoder_norm is a positive number, got {decoder_norm!r}"
+            )
+        _check_kind(dtype, device)
         chosen = inference or ("selection" if isinstance(selection, TopK) else "threshold")
         for what, given, known in (
             ("normalise", normalise, NORMALISATIONS),
@@ -136,6 +152,10 @@ class SparseCodec(nn.Module):
             self.thresholds.fill_(-1.0)
             self.threshold_mean.fill_(self.threshold_start)
             return
+        if not isinstance(value, Tensor | int | float | list | tuple):
+            raise InvalidInput(
+                f"SparseAutoencoder: threshold is a number or [{self.d_sae}], got {value!r}"
+            )
         given = torch.as_tensor(value).detach().to(self.thresholds)
         if given.shape not in ((), (self.d_sae,)):
             raise InvalidInput(
@@ -202,6 +222,11 @@ class SparseCodec(nn.Module):
         Raises:
             InvalidInput: codes have another width, or x is needed and not there.
         """
+        if not isinstance(codes, SparseRows | Tensor):
+            raise InvalidInput(
+                "SparseAutoencoder: codes are a tensor [..., d_sae] or SparseRows, got "
+                f"{type(codes).__name__}"
+            )
         width = codes.width if isinstance(codes, SparseRows) else codes.shape[-1]
         if width != self.d_sae:
             raise InvalidInput(
@@ -348,6 +373,22 @@ class SparseCodec(nn.Module):
             rows = rows - self.b_dec.to(dtype)
         return rows, weight.to(dtype), bias.to(dtype)
 
+    @torch.no_grad()
+    def _fixed_encoder(self, z: Tensor) -> FixedEncoder:
+        """What `_encoder` gives, for a step that attaches gradients to what is kept."""
+        dtype = self.compute_dtype or self.W_enc.dtype
+        weight, bias, rows, norms = self.W_enc.detach().T, self.b_enc.detach(), z.to(dtype), None
+        if self.rescale:
+            norms = row_norms(self.W_dec)
+            weight, bias = scale_rows(weight, norms, dtype), bias * norms
+        if self.apply_b_dec_to_input:
+            rows = rows - self.b_dec.to(dtype)
+        return FixedEncoder(rows, weight.to(dtype), bias.to(dtype), norms)
+
+    def _attach(self, kept: SparseRows, encoder: FixedEncoder, z: Tensor) -> SparseRows:
+        center = self.b_dec if self.apply_b_dec_to_input else None
+        return attach_gradients(kept, encoder, z, self.W_enc.T, self.b_enc, center)
+
     def _masked_codes(self, z: Tensor, mask: Tensor | None, batch: torch.Size) -> SparseRows:
         """Codes of all rows, of which those outside of the mask have none."""
         keep = None if mask is None else check_mask(mask, batch)
@@ -386,14 +427,43 @@ class SparseCodec(nn.Module):
             self.pool_size.fill_(len(found))
         return found
 
-    def _decode_rows(self, codes: SparseRows, biased: bool = True) -> Tensor:
+    def _decode_rows(self, codes: SparseRows) -> Tensor:
         """In the space of normalised inputs."""
+        return self._decode_unscaled(self._unscale(codes))
+
+    def _unscale(self, codes: SparseRows) -> SparseRows:
+        """Codes as the decoder takes them."""
+        if not self.rescale:
+            return codes
+        norms = row_norms(self.W_dec).to(codes.values.dtype)
+        return replace(codes, values=codes.values / norms[codes.columns.clamp(min=0).long()])
+
+    def _decode_unscaled(self, codes: SparseRows, biased: bool = True) -> Tensor:
         dtype = codes.values.dtype
-        if self.rescale:
-            norms = row_norms(self.W_dec).to(dtype)
-            codes = replace(codes, values=codes.values / norms[codes.columns.clamp(min=0).long()])
         bias = self.b_dec.to(dtype) if biased else None
         return sparse_decode(codes, self.W_dec.to(dtype), bias)
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Refuses what is neither True nor False, nor None where that is the default."""
+    if not isinstance(value, bool) and not (name == "unit_decoder" and value is None):
+        raise InvalidInput(f"SparseAutoencoder: {name} is True or False, got {value!r}")
+
+
+def _check_kind(dtype: Any, device: Any) -> None:
+    """Refuses dtypes and devices that weights cannot have."""
+    known = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    if dtype is not None and not known:
+        raise InvalidInput(
+            f"SparseAutoencoder: dtype is a floating one of torch, such as torch.float32, got "
+            f"{dtype!r}"
+        )
+    try:
+        torch.device(device or "cpu")
+    except (RuntimeError, TypeError) as error:
+        raise InvalidInput(
+            f"SparseAutoencoder: device is one of torch, such as 'cuda', got {device!r}"
+        ) from error
 
 
 class _Identity(Affine):

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dreamreader.edits.files import savable
 from dreamreader.engine import EditContext, EditRequest
 from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.ops import SparseRows
 from dreamreader.sae.model import SparseAutoencoder
 
 OPS = ("add", "scale", "set", "ablate", "reconstruct")
@@ -44,6 +45,7 @@ class SAEEdit(EditRequest):
         gate: a latent is changed only where it is above this, one number or one for each; without,
             everywhere.
         keep_error: whether x keeps what the autoencoder does not explain.
+        where: latents that say where: tokens at which none of them is active stay as they are.
 
     Raises:
         InvalidInput: a latent that does not exist or is named twice, values that are not finite or
@@ -69,6 +71,7 @@ class SAEEdit(EditRequest):
     alpha: float | Sequence[float] | Tensor = 1.0
     gate: Values | None = field(default=None, kw_only=True)
     keep_error: bool = field(default=True, kw_only=True)
+    where: int | Sequence[int] | None = field(default=None, kw_only=True)
 
     is_function = True
 
@@ -79,6 +82,8 @@ class SAEEdit(EditRequest):
         _check_sae(self.sae)
         keep = object.__setattr__  # frozen
         keep(self, "features", _features(self.features, self.op, self.sae.d_sae))
+        if self.where is not None:
+            keep(self, "where", _features(self.where, "where", self.sae.d_sae))
         needs_value = self.op in ("add", "scale", "set")
         if needs_value != (self.value is not None):
             raise InvalidInput(f"SAEEdit: {self.op} {'needs' if needs_value else 'takes no'} value")
@@ -88,8 +93,9 @@ class SAEEdit(EditRequest):
             given = getattr(self, name)
             if given is not None:
                 keep(self, name, _vector(name, given, len(self._chosen)))
-        alpha = torch.as_tensor(self.alpha, dtype=torch.float32)
-        if alpha.dim() > 1 or not alpha.numel() or not bool(alpha.isfinite().all()):
+        alpha = _numbers(self.alpha)
+        finite = alpha is not None and bool(alpha.isfinite().all())
+        if alpha is None or alpha.dim() > 1 or not alpha.numel() or not finite:
             raise InvalidInput(
                 f"SAEEdit: alpha must be a finite number or one for each row, got {self.alpha!r}"
             )
@@ -124,12 +130,10 @@ class SAEEdit(EditRequest):
         touched = strength != 0
         rows = x[touched]  # [n, d_in]
         wide = rows.to(torch.promote_types(rows.dtype, sae.W_dec.dtype))
-        if self.op == "reconstruct":
-            change = sae(wide) - wide
-        else:
-            change = self._change(sae, wide)
-            if not self.keep_error:
-                change = change + (sae(wide) - wide)
+        change = self._change(sae, wide)
+        if self.where is not None:
+            marked = sae.encode_features(wide, torch.tensor(self.where, device=x.device)) > 0
+            change = torch.where(marked.any(-1, keepdim=True), change, 0)
         share = strength[touched].to(change.dtype).unsqueeze(-1)
         moved = (wide + share * change).to(x.dtype)
         same = (change == 0).all(-1, keepdim=True)
@@ -138,9 +142,18 @@ class SAEEdit(EditRequest):
     def _change(
         self, sae: SparseAutoencoder, x: Float[Tensor, "rows d_in"]
     ) -> Float[Tensor, "rows d_in"]:
-        """What the changed latents add to the reconstruction of each row."""
+        """What each row becomes at strength 1, less the row."""
+        if self.op == "reconstruct":
+            return sae(x) - x
         chosen = torch.tensor(self._chosen, device=x.device)
-        old = sae.encode_features(x, chosen)
+        if self.keep_error:
+            return sae.decode_change(self._move(sae.encode_features(x, chosen)), chosen, x)
+        codes = sae.encode_sparse(x)
+        moved = sae.decode_change(self._move(_columns_of(codes, chosen)), chosen, x)
+        return sae.decode(codes, x) - x + moved
+
+    def _move(self, old: Float[Tensor, "rows m"]) -> Float[Tensor, "rows m"]:
+        """By how much the codes of the chosen latents change."""
         value = torch.zeros(()) if self.value is None else torch.as_tensor(self.value)
         value = value.to(old)
         if self.op == "add":
@@ -151,7 +164,7 @@ class SAEEdit(EditRequest):
             new = value.expand_as(old)
         if self.gate is not None:
             new = torch.where(old > torch.as_tensor(self.gate).to(old), new, old)
-        return sae.decode_change(new - old, chosen, x)
+        return new - old
 
     def _on(self, device: torch.device) -> SparseAutoencoder:
         if self.sae.W_dec.device == device:
@@ -238,12 +251,32 @@ def _features(features: object, op: str, d_sae: int) -> tuple[int, ...] | None:
     return tuple(numbers)
 
 
-def _vector(name: str, given: Values, count: int) -> Tensor:
-    found = torch.as_tensor(given, dtype=torch.float32).detach()
-    if found.shape not in ((), (1,), (count,)):
+def _columns_of(codes: SparseRows, chosen: Int[Tensor, " m"]) -> Float[Tensor, "rows m"]:
+    """Codes of some latents, zeros included."""
+    place = torch.full((codes.width,), -1, device=chosen.device)
+    place[chosen] = torch.arange(len(chosen), device=chosen.device)
+    at = torch.where(codes.columns < 0, -1, place[codes.columns.clamp(min=0).long()])
+    wanted = at >= 0
+    found = codes.values.new_zeros(len(codes.row_ptr) - 1, len(chosen))
+    return found.index_put((codes.row_of()[wanted], at[wanted]), codes.values[wanted])
+
+
+def _numbers(given: object) -> Tensor | None:
+    """As float32; None where they are no numbers."""
+    try:
+        found = torch.as_tensor(given).detach()
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    real = found.dtype != torch.bool and not found.is_complex()
+    return found.to(torch.float32) if real else None
+
+
+def _vector(name: str, given: object, count: int) -> Tensor:
+    found = _numbers(given)
+    if found is None or found.shape not in ((), (1,), (count,)):
+        got = repr(given) if found is None else f"shape {list(found.shape)}"
         raise InvalidInput(
-            f"SAEEdit: {name} must be a number or one for each of {count} latents, got "
-            f"{list(found.shape)}"
+            f"SAEEdit: {name} must be a number or one for each of {count} latents, got {got}"
         )
     if not bool(found.isfinite().all()) and name == "value":
         raise InvalidInput(f"SAEEdit: {name} has values that are not finite")

@@ -93,6 +93,10 @@ def layout_of(x: Tensor, d_in: int, reshape: str) -> Layout:
     Raises:
         InvalidInput: it is not of this width.
     """
+    if not isinstance(x, Tensor):
+        raise InvalidInput(
+            f"SparseAutoencoder: x is a tensor [..., {d_in}], got {type(x).__name__}"
+        )
     heads = reshape == "hook_z" and x.dim() > 1 and x.shape[-2] * x.shape[-1] == d_in
     if x.dim() == 0 or (x.shape[-1] != d_in and not heads):
         raise InvalidInput(
@@ -110,9 +114,11 @@ def check_mask(mask: Tensor, batch: torch.Size) -> Bool[Tensor, " rows"]:
     Raises:
         InvalidInput: it is not boolean, or of another shape.
     """
-    if mask.dtype != torch.bool or mask.shape != batch:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != batch:
+        tensor = isinstance(mask, Tensor)
+        got = f"{mask.dtype} {list(mask.shape)}" if tensor else type(mask).__name__
         raise InvalidInput(
             f"SparseAutoencoder: mask must be bool {list(batch)}, True for tokens that count, got "
-            f"{mask.dtype} {list(mask.shape)}"
+            f"{got}"
         )
     return mask.reshape(-1)

@@ -25,7 +25,7 @@ class _Jump(torch.autograd.Function):
         return grads[0] * (z > t), torch.where(near, -t / ctx.width * grads[0], 0.0), None
 
 
-class _Step(torch.autograd.Function):
+class _Heaviside(torch.autograd.Function):
     """1 where z > t, else 0; t learns -1/w within the window, z nothing."""
 
     @staticmethod
@@ -69,7 +69,7 @@ def encode_near(
     row, column = (~(wide <= threshold - width / 2)).nonzero(as_tuple=True)
     near, own = wide[row, column], threshold[column]
     codes = _Jump.apply(near, own, width)
-    count = _Step.apply(near, own, width)
+    count = _Heaviside.apply(near, own, width)
     counts = torch.bincount(row, minlength=len(z))
     row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     assert isinstance(codes, Tensor) and isinstance(count, Tensor)

@@ -47,7 +47,8 @@ class AuxK:
         if not (isinstance(self.weight, int | float) and self.weight >= 0):
             raise InvalidInput(f"AuxK: weight is at least 0, got {self.weight!r}")
         for name, value in (("k", self.k), ("dead_after", self.dead_after)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and value > 0):
                 raise InvalidInput(f"AuxK: {name} is at least 1, got {value!r}")
 
 

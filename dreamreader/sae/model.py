@@ -1,5 +1,6 @@
 """Sparse autoencoders: rows of activations as few active latents, and back."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Self
@@ -11,8 +12,8 @@ from torch import Tensor
 from dreamreader.artifacts import Artifact
 from dreamreader.errors import InvalidInput
 from dreamreader.ops import SparseRows
-from dreamreader.sae.codec import SparseCodec
-from dreamreader.sae.encoder import encode_dead
+from dreamreader.sae.codec import SparseCodec, check_switch
+from dreamreader.sae.encoder import FixedEncoder, encode_dead
 from dreamreader.sae.inputs import check_mask, layout_of
 from dreamreader.sae.jump import drop_zeros, encode_near
 from dreamreader.sae.loss import (
@@ -30,6 +31,7 @@ from dreamreader.sae.selection import (
     JumpReLU,
     Selection,
     TopK,
+    check_selection,
     describe_selection,
     selection_from,
 )
@@ -113,6 +115,10 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
         device: torch.device | str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ):
+        for name, value in (("aligned", aligned), ("unit_decoder", unit_decoder)):
+            check_switch(name, value)
+        if metadata is not None and not isinstance(metadata, Mapping):
+            raise InvalidInput(f"SparseAutoencoder: metadata are values by name, got {metadata!r}")
         own_rule = resolve_rule(
             threshold_rule, ThresholdRule, THRESHOLD_RULES, "threshold_rule", "threshold rule"
         )
@@ -132,7 +138,7 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
             dtype=dtype,
             device=device,
         )
-        self.groups = _widths(groups, d_sae)
+        self.groups = resolve_widths(groups, d_sae)
         self.group_weights = _weights(group_weights, len(self.groups))
         self.unit_decoder = not rescale if unit_decoder is None else unit_decoder
         self.aligned = aligned
@@ -160,6 +166,8 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
         Raises:
             InvalidInput: x or mask has another shape, or no token counts.
         """
+        if selection is not None:
+            check_selection(selection, self.d_sae)
         layout = layout_of(x, self.d_in, self.reshape)
         rows = x.reshape(-1, self.d_in)
         if mask is not None:
@@ -167,33 +175,32 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
         if not len(rows):
             raise InvalidInput("SparseAutoencoder: no token counts in this batch")
         z = self._affine(rows).apply(rows)
-        centred, weight, bias = self._encoder(z)
-        penalty = None
+        fixed, whole, penalty = self._fixed_encoder(z), len(self.groups) == 1, None
         if self.training and self.learns_thresholds:
-            codes, penalty = self._codes_to_learn_from(centred, weight, bias)
+            near, penalty = self._codes_to_learn_from(*self._encoder(z))
+            codes, kept = self._unscale(near), drop_zeros(near)
         else:
-            codes = self._codes(centred, weight, bias, selection or self.selection)
-        rebuilt = [self._decode_rows(codes)] if len(self.groups) == 1 else self._prefixes(codes)
+            kept = self._codes(fixed.rows, fixed.weight, fixed.bias, selection or self.selection)
+            codes = self._attach(kept, fixed, z)
+        rebuilt = [self._decode_unscaled(codes)] if whole else self._prefixes(codes)
         errors = torch.stack([squared_error(z, each) for each in rebuilt])
-        if penalty is not None:
-            codes = drop_zeros(codes)
-        fired = codes.column_counts() > 0
+        fired = kept.column_counts() > 0
         idle = self.tokens_since_fired
         if not self.aux.lagged:
             idle = torch.where(fired, 0, idle + len(rows))
         residual = (z - rebuilt[-1]).detach()
-        aux = self._aux_loss(centred, weight, bias, residual, idle)
+        aux = self._aux_loss(z, fixed, residual, idle)
         weights = torch.tensor(self.group_weights, device=errors.device)
         return SaeLoss(
             (errors * weights).sum() + aux + (0.0 if penalty is None else penalty),
             errors[-1].detach(),
             aux.detach(),
             fraction_unexplained(z, errors[-1].detach()),
-            codes.count() / len(rows),
+            kept.count() / len(rows),
             (idle >= self.aux.dead_after).float().mean(),
             errors.detach(),
             fired,
-            find_smallest(codes, by_row=isinstance(self.selection, TopK)),
+            find_smallest(kept, by_row=isinstance(self.selection, TopK)),
             len(rows),
             None if penalty is None else penalty.detach(),
         )
@@ -286,32 +293,36 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
     def _prefixes(self, codes: SparseRows) -> list[Tensor]:
         """Reconstructions from the latents of each prefix."""
         parts = [
-            self._decode_rows(each, biased=number == 0)
+            self._decode_unscaled(each, biased=number == 0)
             for number, each in enumerate(split_columns(codes, self.groups))
         ]
         for number in range(1, len(parts)):
             parts[number] = parts[number] + parts[number - 1]
         return parts
 
-    def _aux_loss(
-        self, rows: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, idle: Tensor
-    ) -> Tensor:
-        none = torch.zeros((), device=rows.device)
+    def _aux_loss(self, z: Tensor, fixed: FixedEncoder, residual: Tensor, idle: Tensor) -> Tensor:
+        none = torch.zeros((), device=z.device)
         if not self.aux.weight or not self.training:
             return none
         dead = (idle >= self.aux.dead_after).nonzero().squeeze(1).int()
         if not len(dead):
             return none
-        codes = encode_dead(self.aux, rows, weight, bias, dead)
-        rebuilt = self._decode_rows(codes, biased=False)
+        kept = encode_dead(self.aux, fixed.rows, fixed.weight, fixed.bias, dead)
+        rebuilt = self._decode_unscaled(self._attach(kept, fixed, z), biased=False)
         return residual_error(self.aux, self.d_in, len(dead), residual, rebuilt)
 
 
-def _widths(groups: Sequence[int] | None, d_sae: int) -> tuple[int, ...]:
-    widths = tuple(groups or ())
+def resolve_widths(groups: Sequence[int] | None, d_sae: int) -> tuple[int, ...]:
+    """Where Matryoshka prefixes end, d_sae the last.
+
+    Raises:
+        InvalidInput: they are no ascending widths.
+    """
+    listed = groups is None or isinstance(groups, Sequence)
+    widths = tuple(groups or ()) if listed else ()
     if not widths or widths[-1] != d_sae:
         widths = (*widths, d_sae)
-    whole = all(isinstance(each, int) and not isinstance(each, bool) for each in widths)
+    whole = listed and all(isinstance(each, int) and not isinstance(each, bool) for each in widths)
     if not whole or any(a >= b for a, b in zip((0, *widths), widths, strict=False)):
         raise InvalidInput(
             f"SparseAutoencoder: groups are ascending widths up to d_sae={d_sae}, got {groups}"
@@ -320,10 +331,13 @@ def _widths(groups: Sequence[int] | None, d_sae: int) -> tuple[int, ...]:
 
 
 def _weights(weights: Sequence[float] | None, groups: int) -> tuple[float, ...]:
-    found = tuple(1.0 for _ in range(groups)) if weights is None else tuple(map(float, weights))
-    if len(found) != groups or any(not each >= 0 for each in found) or not any(found):
+    found = [1.0] * groups if weights is None else weights
+    numbers = isinstance(found, Sequence) and all(
+        isinstance(each, int | float) and 0 <= each < math.inf for each in found
+    )
+    if not numbers or len(found) != groups or not any(found):
         raise InvalidInput(
             f"SparseAutoencoder: group_weights are {groups} numbers, at least 0, one for each "
             f"prefix and d_sae, got {weights}"
         )
-    return found
+    return tuple(float(each) for each in found)

@@ -1,6 +1,7 @@
 """What a training of autoencoders minimises in a batch, and what moves with each step."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +25,11 @@ class Anneal:
     """
 
     def __init__(self, start: float, steps: int):
-        if not start > 0 or steps < 1:
-            raise InvalidInput(f"k_start is positive and k_steps at least 1, got {start}, {steps}")
+        number = isinstance(start, int | float) and 0 < start < math.inf
+        if not number or not isinstance(steps, int) or steps < 1:
+            raise InvalidInput(
+                f"k_start is positive and k_steps at least 1, got {start!r}, {steps!r}"
+            )
         self.start, self.steps = start, steps
 
     def selection_at(self, selection: Selection, step: int, d_sae: int) -> Selection:
@@ -36,6 +40,48 @@ class Anneal:
         return replace(selection, k=round(k) if isinstance(selection, TopK) else k)
 
 
+class ScoreCurve:
+    """Scores of autoencoders after some steps of their training; checkpoints keep them.
+
+    Args:
+        steps: numbers of steps after which they are measured, the first is 1.
+        score: called with the name and the autoencoder in `eval()` mode; gives plain values.
+
+    Attributes:
+        points: by name, a list of (steps done, what `score` gave).
+    """
+
+    def __init__(
+        self, steps: Sequence[int], score: Callable[[str, SparseAutoencoder], Mapping[str, Any]]
+    ):
+        whole = isinstance(steps, Sequence) and all(isinstance(each, int) for each in steps)
+        if not whole or not steps or min(steps) < 1 or not callable(score):
+            raise InvalidInput(
+                "ScoreCurve: steps are whole numbers of at least 1 and score a function, got "
+                f"{steps!r:.60} and {score!r:.60}"
+            )
+        self.steps, self.score = frozenset(steps), score
+        self.points: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+
+    def add(self, name: str, sae: SparseAutoencoder, done: int) -> None:
+        """Measures an autoencoder where a point is due."""
+        if done not in self.steps:
+            return
+        sae.eval()
+        found = dict(self.score(name, sae))
+        sae.train()
+        self.points.setdefault(name, []).append((done, found))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"points": {name: [list(p) for p in own] for name, own in self.points.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.points = {
+            name: [(done, dict(found)) for done, found in own]
+            for name, own in state["points"].items()
+        }
+
+
 class Reconstruction(Objective):
     """The loss of an autoencoder on batches, for `fit`; counters and thresholds move with it.
 
@@ -43,11 +89,18 @@ class Reconstruction(Objective):
     to these, of which an autoencoder takes its own name's, else its site's.
 
     Args:
-        name: of the autoencoder. anneal: of its k. ranks: processes that share each batch.
+        name: of the autoencoder. anneal: of its k. curve: takes its scores after some steps.
+        ranks: processes that share each batch.
     """
 
-    def __init__(self, name: str = "", anneal: Anneal | None = None, ranks: Ranks | None = None):
-        self.name, self.anneal, self.ranks = name, anneal, ranks
+    def __init__(
+        self,
+        name: str = "",
+        anneal: Anneal | None = None,
+        curve: ScoreCurve | None = None,
+        ranks: Ranks | None = None,
+    ):
+        self.name, self.anneal, self.curve, self.ranks = name, anneal, curve, ranks
         self.result: SaeLoss | None = None
 
     def terms(self, module: SparseAutoencoder, batch: Any, /) -> Tensor | None:
@@ -87,6 +140,8 @@ class Reconstruction(Objective):
         if self.ranks is not None:
             self.result = self.ranks.combine(self.result)
         module.after_step(self.result)
+        if self.curve is not None:
+            self.curve.add(self.name, module, done)
 
 
 def rows_of(batch: Any, names: Iterable[Any] = ()) -> tuple[Tensor | None, Tensor | None]:

@@ -1,5 +1,6 @@
 """The threshold of inference: a running mean of the smallest value that training kept."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +36,11 @@ class ThresholdRule:
     idle_counts: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
+        if not (isinstance(self.decay, int | float) and 0 <= self.decay < 1):
             raise InvalidInput(f"ThresholdRule: decay is from 0 to below 1, got {self.decay!r}")
-        if self.after < 0:
+        if not (isinstance(self.start, int | float) and math.isfinite(self.start)):
+            raise InvalidInput(f"ThresholdRule: start is a finite number, got {self.start!r}")
+        if not isinstance(self.after, int) or self.after < 0:
             raise InvalidInput(f"ThresholdRule: after is a number of steps, got {self.after!r}")
 
 

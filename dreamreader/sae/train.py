@@ -10,13 +10,13 @@ import torch
 from dreamreader._progress import Progress
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.fitting import ByStep, History, Recipe, fit
+from dreamreader.sae.inputs import check_mask, layout_of
 from dreamreader.sae.model import SparseAutoencoder
-from dreamreader.sae.objective import Anneal, Reconstruction, rows_of
+from dreamreader.sae.objective import Anneal, Reconstruction, ScoreCurve, rows_of
+from dreamreader.sae.optimizer import StridedAdam
 from dreamreader.sae.ranks import Ranks
 
 Batches = ByStep | Iterable[Any] | Callable[[int], Iterable[Any]]
-# one kernel for all of a step: three times as fast on a CPU as torch's loop
-_ADAM = {"Adam": {"betas": (0.9, 0.999), "fused": True}}
 _WARMUP = 1000
 
 
@@ -52,6 +52,7 @@ def train_sae(
     save_every: int = 1000,
     progress: Progress = True,
     validate: Callable[[], Any] | None = None,
+    curve: ScoreCurve | None = None,
     of: Mapping[str, Any] | None = None,
     ranks: Ranks | None = None,
     **recipe: Any,
@@ -75,6 +76,7 @@ def train_sae(
         save_every: steps between two writings of it.
         progress: shown by default; events have loss, FVU, L0, share of dead latents and tokens.
         validate: as in `fit`; autoencoders are in `eval()` mode meanwhile. of: as in `fit`.
+        curve: takes scores after some steps, see `ScoreCurve`.
         ranks: processes that train the same autoencoders, each on its share of every batch.
         recipe: further attributes of `Recipe`, such as `schedule`, `grad_clip` and `seed`.
 
@@ -96,14 +98,15 @@ def train_sae(
     """
     several = isinstance(sae, Mapping)
     saes: dict[str, SparseAutoencoder] = dict(sae) if several else {"": sae}
+    _check_options(steps, center, validate, curve, of)
     if compute not in ("float32", "bfloat16"):
-        raise UnknownName("compute of train_sae", compute, ("float32", "bfloat16"))
+        raise UnknownName("compute of train_sae", str(compute), ("float32", "bfloat16"))
     if (k_start is None) != (k_steps is None):
         raise InvalidInput("train_sae: k_start and k_steps belong together")
     for name, each in saes.items():
         _check(name, each, batches)
     anneal = None if k_start is None or k_steps is None else Anneal(k_start, k_steps)
-    goals = {name: Reconstruction(name, anneal, ranks) for name in saes}
+    goals = {name: Reconstruction(name, anneal, curve, ranks) for name in saes}
     recipes = {
         name: _recipe(each, steps, epochs, lr, warmup, validate is not None, recipe)
         for name, each in saes.items()
@@ -127,6 +130,7 @@ def train_sae(
             after_step={name: each.after_step for name, each in goals.items()},
             of={"autoencoders": [each.describe() for each in saes.values()], "compute": compute}
             | dict(of or {}),
+            state=None if curve is None else {"curve": curve},
             save_every=save_every,
             check_every=None,
         )
@@ -152,6 +156,11 @@ def first_batch(batches: Batches) -> Any:
     if isinstance(batches, ByStep):
         return batches.draw(0)
     source: Any = batches(0) if callable(batches) else batches
+    if not isinstance(source, Iterable):
+        raise InvalidInput(
+            "train_sae: batches are a list, a dataset, ByStep, or a function of the epoch that "
+            f"gives an iterator, got {type(source).__name__}"
+        )
     iterator = iter(source)
     if iterator is source and not callable(batches):
         raise InvalidInput(
@@ -168,7 +177,23 @@ def first_batch(batches: Batches) -> Any:
             close()
 
 
-def _check(name: str, sae: Any, batches: Any) -> None:
+def _check_options(steps: Any, center: Any, validate: Any, curve: Any, of: Any) -> None:
+    """Refuses what is of another type; `fit` and `Recipe` look at the rest."""
+    whole = isinstance(steps, int) and not isinstance(steps, bool)
+    for name, value, words, right in (
+        ("steps", steps, "a whole number", steps is None or whole),
+        ("center", center, "True or False", isinstance(center, bool)),
+        ("validate", validate, "a function", validate is None or callable(validate)),
+        ("curve", curve, "a ScoreCurve", curve is None or isinstance(curve, ScoreCurve)),
+        ("of", of, "plain values by name", of is None or isinstance(of, Mapping)),
+    ):
+        if not right:
+            raise InvalidInput(f"train_sae: {name} is {words}, got {value!r:.60}")
+
+
+def _check(name: Any, sae: Any, batches: Any) -> None:
+    if not isinstance(name, str):
+        raise InvalidInput(f"train_sae: names of autoencoders are text, got {name!r}")
     title = f"{name}: " if name else ""
     if not isinstance(sae, SparseAutoencoder):
         raise InvalidInput(
@@ -203,9 +228,12 @@ def _recipe(
     for name in more:
         if name not in known:
             raise UnknownName("option of train_sae", name, known)
+    rate = 2e-4 / math.sqrt(sae.d_sae / 2**14) if lr is None else lr
+    decay = more.get("weight_decay", 0.0)
     usual: dict[str, Any] = {
-        "optimizer": _ADAM,
-        "lr": 2e-4 / math.sqrt(sae.d_sae / 2**14) if lr is None else lr,
+        # one kernel for all of a step: three times as fast on a CPU as torch's loop
+        "optimizer": lambda own: StridedAdam(own, lr=rate, weight_decay=decay, fused=True),
+        "lr": rate,
         "warmup": min(_WARMUP, (steps or 10 * _WARMUP) // 10) if warmup is None else warmup,
         "schedule": "wsd",
         "decay": 0.2,
@@ -224,7 +252,11 @@ def _begin(
         x, mask = rows_of(batch, (name, sae.metadata.get("site")))
         if x is None:
             continue
-        x = x if mask is None else x[mask]
+        if mask is not None:
+            counted = check_mask(mask, layout_of(x, sae.d_in, sae.reshape).batch)
+            x = x.reshape(-1, sae.d_in)[counted]
+        if not x.numel():
+            raise InvalidInput("train_sae: no token counts in the first batch")
         x = x if ranks is None else ranks.gather_rows(x)
         untouched = bool((sae.input_scale == 1).all() & (sae.input_shift == 0).all())
         if sae.normalise in ("average_norm", "standardise") and untouched:

@@ -31,7 +31,7 @@ _OBJECTS = (
 )  # of transformers and diffusers: they run or fetch code, or are objects
 
 
-def _known_to_be_harmless(name: str) -> str:
+def _refuse_code(name: str) -> str:
     if name in _OBJECTS or "callback" in name:
         raise ValueError("fetches or runs code, or is an object: it cannot stand in a spec")
     return name
@@ -52,7 +52,7 @@ def _plain(value: Any) -> Any:
 
 
 CallArguments = dict[
-    Annotated[str, AfterValidator(_known_to_be_harmless)], Annotated[Any, AfterValidator(_plain)]
+    Annotated[str, AfterValidator(_refuse_code)], Annotated[Any, AfterValidator(_plain)]
 ]
 
 Whole = Annotated[int, Strict()]

@@ -178,7 +178,7 @@ def scene_items(wanted: Scenes) -> Iterator[Item]:
     axes = [[wanted.source[n]] if n in wanted.source else v for n, v in values.items()]
     every = [dict(zip(values, each, strict=True)) for each in itertools.product(*axes)]
     pairs = [(each, {**each, **(wanted.target or {})}) for each in every]
-    pairs = [pair for pair in pairs if not any(_held_out(each) for each in pair)]
+    pairs = [pair for pair in pairs if not any(_is_held_out(each) for each in pair)]
     random.Random(wanted.seed).shuffle(pairs)
     stop = wanted.skip + wanted.count
     if stop > len(pairs):
@@ -201,7 +201,7 @@ def scene_items(wanted: Scenes) -> Iterator[Item]:
         yield Item(str(number), captions[0], captions[1], columns)
 
 
-def _held_out(values: Mapping[str, str]) -> bool:
+def _is_held_out(values: Mapping[str, str]) -> bool:
     from dreamreader.zoo import scenes
 
     return (values["color"], values["shape"]) in scenes.HELD_OUT_PAIRS

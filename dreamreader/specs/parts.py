@@ -20,7 +20,7 @@ Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-def _once(values: list[int]) -> list[int]:
+def _refuse_repeats(values: list[int]) -> list[int]:
     seen: set[int] = set()
     for each in values:
         if each in seen:
@@ -29,7 +29,7 @@ def _once(values: list[int]) -> list[int]:
     return values
 
 
-SeedList = Annotated[list[Seed], Field(min_length=1), AfterValidator(_once)]
+SeedList = Annotated[list[Seed], Field(min_length=1), AfterValidator(_refuse_repeats)]
 
 
 def _has_truth(value: Any) -> bool:

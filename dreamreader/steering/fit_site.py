@@ -71,7 +71,7 @@ def fit_site(
         auc_shuffled=separated[1],
         auc_random=separated[2],
     )
-    return _laid_out(_scale(vectors, norm, data.tokens).float().cpu(), data.steps), evidence
+    return _lay_out(_scale(vectors, norm, data.tokens).float().cpu(), data.steps), evidence
 
 
 def _vectors(method: str, data: FitData, options: FitOptions) -> Float[Tensor, "steps features"]:
@@ -116,7 +116,7 @@ def _scale(vectors: Tensor, norm: str, tokens: int | None) -> Tensor:
     return torch.where(length > 0, vectors / length, 0.0)
 
 
-def _laid_out(vectors: Tensor, steps: tuple[int, ...]) -> Tensor:
+def _lay_out(vectors: Tensor, steps: tuple[int, ...]) -> Tensor:
     """[features], or a row for every step of the run up to the last that was recorded."""
     if not steps:
         return vectors[0]

@@ -77,7 +77,7 @@ def pca(data: FitData, step: int, options: FitOptions) -> Float[Tensor, " featur
         found, labels, centre = data.pairs, data.halves, False
     else:
         found, labels, centre = data.statistics, [*data.source, *data.target], True
-    vector = _leading(found, labels, step, centre)
+    vector = _find_leading(found, labels, step, centre)
     return torch.where(vector @ data.difference[step] < 0, -vector, vector)
 
 
@@ -153,7 +153,7 @@ def check_method(method: str) -> None:
         raise UnknownName("method", method, METHODS)
 
 
-def _leading(found: Statistics, labels: Labels, step: int, centre: bool) -> Tensor:
+def _find_leading(found: Statistics, labels: Labels, step: int, centre: bool) -> Tensor:
     """The unit vector v [features] with the largest sum of <x, v>^2, about the mean or about 0.
 
     Zeros where no row differs.

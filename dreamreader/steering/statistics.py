@@ -111,7 +111,7 @@ class Statistics:
 
     def count(self, labels: Sequence[int]) -> int:
         """Rows of these labels together."""
-        return int(self._sums.counts[self._known_labels(labels)].sum())
+        return int(self._sums.counts[self._keep_known(labels)].sum())
 
     def mean(self, labels: Sequence[int]) -> Float[Tensor, "steps features"]:
         """Mean of the rows of these labels, float64; NaN where there are none."""
@@ -151,13 +151,13 @@ class Statistics:
         parts = [rows[torch.isin(own, wanted), step] for rows, own in self._rows]
         return torch.cat(parts).double()
 
-    def _known_labels(self, labels: Sequence[int]) -> list[int]:
+    def _keep_known(self, labels: Sequence[int]) -> list[int]:
         return [label for label in labels if label < self.labels]
 
     def _spread(self, labels: Sequence[int]) -> "tuple[_MomentSums, Tensor, Tensor]":
         """What is known of these labels, their common mean, and how far each label's is from it."""
         assert self.shape is not None
-        known = self._known_labels(labels)
+        known = self._keep_known(labels)
         found = _MomentSums(*(each[known] if len(each) else each for each in self._sums))
         if not int(found.counts.sum()):
             return found, found.mean.new_full(self.shape, torch.nan), found.mean

@@ -19,7 +19,7 @@ from dreamreader.store.buffers import Buffers
 from dreamreader.store.gather import FOUND, Gather, open_gather
 from dreamreader.store.layout import SiteLayout
 from dreamreader.store.order import BatchOrder, seed_of
-from dreamreader.store.picking import TOKENS, Picked, picked_from, tokens_of
+from dreamreader.store.picking import TOKENS, Picked, pick_rows, tokens_of
 from dreamreader.store.store import Store
 
 _OUT = (torch.float32, torch.bfloat16, torch.float16)
@@ -274,9 +274,9 @@ def _pick(store: Store, site: str, steps: Any, branch: Any, tokens: TOKENS | Non
         raise InvalidInput(
             f"{site}: its rows are pooled over tokens, so tokens={tokens!r} has none"
         )
-    picked = picked_from(segments, wanted)
+    picked = pick_rows(segments, wanted)
     if wanted is not None and picked.total:
-        picked = picked.counted(open_gather(picked).count(torch.get_num_threads()))
+        picked = picked.keep_counted(open_gather(picked).count(torch.get_num_threads()))
     if picked.total == 0:
         chosen = ", ".join(
             f"{name}={value!r}"

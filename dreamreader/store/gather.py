@@ -135,7 +135,7 @@ class ReferenceGather:
         assert tokens is not None
         return np.array(
             [
-                tokens.wanted(self._shard(file).keys[first : first + rows][:, 3]).sum()
+                tokens.is_wanted(self._shard(file).keys[first : first + rows][:, 3]).sum()
                 for file, first, rows in zip(p.file.tolist(), p.first, p.rows, strict=True)
             ],
             np.int64,
@@ -178,7 +178,7 @@ class ReferenceGather:
             zip(p.file[run].tolist(), p.first[run], p.rows[run], strict=True)
         ):
             token = self._shard(file).keys[first : first + rows][:, 3]
-            row[n] = first + np.flatnonzero(p.tokens.wanted(token))[within[n]]
+            row[n] = first + np.flatnonzero(p.tokens.is_wanted(token))[within[n]]
         return p.file[run], row
 
     def _read_rows(self, number: int, row: np.ndarray, verify: bool) -> tuple[Tensor, np.ndarray]:

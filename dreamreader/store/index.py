@@ -175,7 +175,9 @@ def add_site(sites: dict[str, SiteLayout], found: SiteLayout, where: object) -> 
     if known == found:
         return
     if replace(known, hw=None) != replace(found, hw=None):
-        first, second = (", ".join(_differing(a, b)) for a, b in ((known, found), (found, known)))
+        first, second = (
+            ", ".join(_list_differences(a, b)) for a, b in ((known, found), (found, known))
+        )
         raise InvalidInput(
             f"{where}: rows of {found.name} have {second}, those before them {first}"
         )
@@ -261,6 +263,6 @@ def _ranges(units: Sequence[int]) -> list[list[int]]:
     return [[int(part[0]), int(part[-1]) + 1] for part in parts]
 
 
-def _differing(site: SiteLayout, other: SiteLayout) -> list[str]:
+def _list_differences(site: SiteLayout, other: SiteLayout) -> list[str]:
     pairs = ((name, value, other.as_dict()[name]) for name, value in site.as_dict().items())
     return [f"{name} {value}" for name, value, theirs in pairs if value != theirs and name != "hw"]

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from dreamreader._files import explain_disk_errors, locked_for_reading, new_folder
+from dreamreader._files import explain_disk_errors, lock_for_reading, new_folder
 from dreamreader._progress import Progress, ProgressCallback, ProgressEvent, show_progress
 from dreamreader.errors import InvalidInput
 from dreamreader.store.index import add_site, sealed_units, write_index
@@ -45,7 +45,7 @@ def merge(
     with new_folder(target) as part, ExitStack() as locks:
         _check(folders)
         for folder in folders:
-            locks.enter_context(locked_for_reading(folder))
+            locks.enter_context(lock_for_reading(folder))
         with show_progress(progress) as report:
             _fill(folders, part, link, report)
     return Store(target)

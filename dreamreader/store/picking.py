@@ -30,7 +30,7 @@ class TokenFilter:
     every: int = 1
     table: bytes = b""
 
-    def wanted(self, token: Int[np.ndarray, "*n"]) -> Bool[np.ndarray, "*n"]:
+    def is_wanted(self, token: Int[np.ndarray, "*n"]) -> Bool[np.ndarray, "*n"]:
         """Whether each token is one of them."""
         at = token.astype(np.int64) - self.begin
         inside = (at >= 0) & (at < self.span)
@@ -113,7 +113,7 @@ class Picked:
         run = np.searchsorted(self.start, places, side="right") - 1
         return run, places - self.start[run]
 
-    def counted(self, wanted: Int[np.ndarray, " runs"]) -> "Picked":
+    def keep_counted(self, wanted: Int[np.ndarray, " runs"]) -> "Picked":
         """The runs that have wanted rows, of which so many are wanted."""
         some = wanted > 0
         return Picked(
@@ -126,7 +126,7 @@ class Picked:
         )
 
 
-def picked_from(segments: Segments, tokens: TokenFilter | None = None) -> Picked:
+def pick_rows(segments: Segments, tokens: TokenFilter | None = None) -> Picked:
     """All rows of segments; where tokens are chosen, in runs that are to be counted."""
     file, first, rows = (
         np.ascontiguousarray(each, kind)

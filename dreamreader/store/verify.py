@@ -166,12 +166,12 @@ def _of_shard(file: Path, name: str, unit: Unit, listed: Shard) -> Iterator[Dama
     try:
         open_shard(file, unit)
     except InvalidInput as error:
-        yield Damage(name, _without(file, error))
+        yield Damage(name, _strip_file(file, error))
     try:
         with open_file(file, at.bytes) as source:
             parts = list(_bad_rows(source, at, listed.site, listed.rows))
     except InvalidInput as error:  # cut off, or gone, since its length was compared
-        yield Damage(name, _without(file, error))
+        yield Damage(name, _strip_file(file, error))
         return
     bad = np.concatenate([np.zeros(0, int), *parts])
     if len(bad):
@@ -180,7 +180,7 @@ def _of_shard(file: Path, name: str, unit: Unit, listed: Shard) -> Iterator[Dama
         yield Damage(name, f"rows {shown} do not have their checksums", ranges)
 
 
-def _without(file: Path, error: InvalidInput) -> str:
+def _strip_file(file: Path, error: InvalidInput) -> str:
     """What an error says of a file, without its name and without the advice to verify."""
     said = str(error).removesuffix(ADVICE)
     return said.removeprefix(f"{file} ").removeprefix(f"{file}: ")

@@ -90,8 +90,8 @@ class Cell:
     @property
     def place(self) -> str:
         """Name, coordinates, heads, tokens and branch: everything but the time."""
-        said = [*self._heads_said(), *self._tokens_said(), *self._branches()]
-        return " · ".join([self.name, *self._coordinates_said(), *said])
+        said = [*self._describe_heads(), *self._describe_tokens(), *self._branches()]
+        return " · ".join([self.name, *self._describe_coordinates(), *said])
 
     @property
     def time(self) -> str:
@@ -104,7 +104,12 @@ class Cell:
     @property
     def label(self) -> str:
         """Everything that tells this cell from others, for tables."""
-        parts = [self.name, *self._coordinates_said(), *self._heads_said(), *self._tokens_said()]
+        parts = [
+            self.name,
+            *self._describe_coordinates(),
+            *self._describe_heads(),
+            *self._describe_tokens(),
+        ]
         parts += [self.time] if self.steps is not None else []
         return " · ".join([*parts, *self._branches(), *([self.note] if self.note else [])])
 
@@ -146,7 +151,7 @@ class Cell:
             ready["tokens"] = Box(*tokens["box"])
         return cls(**ready)
 
-    def _coordinates_said(self) -> list[str]:
+    def _describe_coordinates(self) -> list[str]:
         """Coordinates in words, where they are not the name itself."""
         shown = {
             key: "–".join(map(str, each)) if isinstance(each, tuple) else str(each)
@@ -156,12 +161,12 @@ class Cell:
             return []
         return [f"{key} {value}" for key, value in shown.items()]
 
-    def _heads_said(self) -> list[str]:
+    def _describe_heads(self) -> list[str]:
         if self.heads is None:
             return []
         return [("head " if len(self.heads) == 1 else "heads ") + ", ".join(map(str, self.heads))]
 
-    def _tokens_said(self) -> list[str]:
+    def _describe_tokens(self) -> list[str]:
         if self.tokens is None:
             return []
         if isinstance(self.tokens, str):

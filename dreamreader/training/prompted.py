@@ -136,7 +136,7 @@ class Prompted:
         for done, site in enumerate(sites, 1):
             found = cache[site].select(rows=kept)
             probe = fit(found, labels, **self.spec.probe.options, subject=self.model.model)
-            held = self._held_out(probe, found, labels)
+            held = self._predict_held_out(probe, found, labels)
             yield site, probe, {"rows": rows, "reliability": reliability(probe, [held])}
             report(ProgressEvent("probes", done, len(sites)))
 
@@ -203,7 +203,7 @@ class Prompted:
         images = images if isinstance(images, Tensor) else torch.stack(list(images))
         return dict(found.cache.items()), detect_labels(self.spec.labels, images)
 
-    def _held_out(self, probe: Probe, found: Activation, labels: Any) -> Predictions:
+    def _predict_held_out(self, probe: Probe, found: Activation, labels: Any) -> Predictions:
         """Probabilities and targets of the rows that `fit` holds out."""
         targets = targets_of(probe, labels)
         prompts = [row.prompt for row in found.rows]

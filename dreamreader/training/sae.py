@@ -1,5 +1,6 @@
 """Sparse autoencoders from a spec file: on a store, on a model that is run, or known answers."""
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,13 +11,15 @@ from typing import Any
 
 from dreamreader._files import explain_disk_errors
 from dreamreader._progress import Progress, ProgressEvent
+from dreamreader.errors import InvalidInput
 from dreamreader.fitting import History
-from dreamreader.harvest import Harvest
+from dreamreader.harvest import Harvest, HarvestPlan
 from dreamreader.jobs import fingerprint
 from dreamreader.jobs.fingerprint import fingerprint_of_rows, portable
 from dreamreader.jobs.job import REPORT, Engine, RunUnit, SpecJob, Work
 from dreamreader.sae import SparseAutoencoder, train_sae
 from dreamreader.sae.evaluate import with_random_decoder, with_random_encoder
+from dreamreader.sae.objective import ScoreCurve
 from dreamreader.sae.ranks import Ranks
 from dreamreader.store.layout import file_of
 from dreamreader.training.folder import CHECKPOINTS, RESULT, TrainingFolder
@@ -144,7 +147,7 @@ class SaeJob(SpecJob[SaeSpec]):
             source = self.source()
             lines += [f"rows    {site}, width {source.width(site)}" for site in source.sites]
         else:
-            lines.append(str(self.harvest.plan()))
+            lines.append(str(self._plan_harvest()))
         length = spec.training.tokens or f"{spec.training.epochs} epochs of rows"
         lines.append(f"train   {length:,} rows" if isinstance(length, int) else f"train   {length}")
         return "\n".join([*lines, *(f"        {each.name}" for each in self.autoencoders)])
@@ -179,8 +182,12 @@ class SaeJob(SpecJob[SaeSpec]):
 
     def prepare(self, work: Work) -> None:
         """Records the rows of a model that is run."""
-        if self.spec.subject is not None:
-            self.harvest.run(work.folder.path / ACTIVATIONS, progress=work.report)
+        if self.spec.subject is None:
+            return
+        rows = work.folder.path / ACTIVATIONS
+        if not rows.exists():
+            self._plan_harvest()
+        self.harvest.run(rows, progress=work.report)
 
     @contextmanager
     def open_runner(self, work: Work) -> Iterator[RunUnit]:
@@ -218,25 +225,26 @@ class SaeJob(SpecJob[SaeSpec]):
 
     @classmethod
     def write_report(cls, folder: TrainingFolder) -> Path:
-        spec = cls.of_folder(folder.path).spec
-        return write_report(spec, folder, {s: folder.need(_notes(s)) for s in _done(folder)})
+        return write_report(cls.of_folder(folder.path).spec, folder, cls.notes(folder))
+
+    @classmethod
+    def notes(cls, folder: TrainingFolder) -> dict[str, Any]:
+        """What a training wrote of each site: scores, losses, curves."""
+        return {site: folder.need(_notes(site)) for site in _done(folder)}
 
     @classmethod
     def results(cls, folder: TrainingFolder) -> Mapping[str, Any]:
         return {
-            site: {
-                name: each["scores"]
-                for name, each in folder.need(_notes(site))["autoencoders"].items()
-            }
-            for site in _done(folder)
+            site: {name: each["scores"] for name, each in notes["autoencoders"].items()}
+            for site, notes in cls.notes(folder).items()
         }
 
     @classmethod
     def summary(cls, folder: TrainingFolder) -> list[str]:
         folder.need_complete()
         name, lines = cls.of_folder(folder.path).spec.name, []
-        for site in _done(folder):
-            for title, each in folder.need(_notes(site))["autoencoders"].items():
+        for site, notes in cls.notes(folder).items():
+            for title, each in notes["autoencoders"].items():
                 lines.append(f"  {site}: {title}: {describe_scores(each['scores'])}")
         return [f"{name}: {len(lines)} autoencoders", *lines, f"report: {folder.path / REPORT}"]
 
@@ -270,12 +278,36 @@ class SaeJob(SpecJob[SaeSpec]):
         """Whether it ran as one of several processes, of which another says what was done."""
         return self._ranks is not None and self._ranks.rank > 0
 
+    def _plan_harvest(self) -> HarvestPlan:
+        """What is recorded first, from a few samples.
+
+        Raises:
+            InvalidInput: a site has fewer rows than a batch.
+        """
+        plan, size = self.harvest.plan(), self.spec.training.batch_size
+        assert plan.estimate is not None
+        for each in plan.estimate.taken:
+            rows = each.rows * plan.samples // plan.estimate.samples
+            # rows of texts depend on their lengths
+            if rows < size and not self.harvest.job.is_language:
+                raise InvalidInput(
+                    f"training.batch_size: {each.layout.name} gives {rows:,} rows, fewer than "
+                    f"{size:,}; take more prompts or seeds, or smaller batches"
+                )
+        return plan
+
     def _train_share(self, folder: Path, site: str, run: str, had: Path | None) -> None:
         """Trains with rank 0 on a share of its batches; writes nothing that stays."""
-        self._train_site(self.source(folder), site, run, had, False)
+        self._train_site(self.source(folder), site, run, had, False, None)
 
     def _train_site(
-        self, source: RowSource, site: str, run: str, checkpoint: Path | None, progress: Progress
+        self,
+        source: RowSource,
+        site: str,
+        run: str,
+        checkpoint: Path | None,
+        progress: Progress,
+        curve: ScoreCurve | None,
     ) -> tuple[dict[str, SparseAutoencoder], dict[str, History]]:
         """The autoencoders of a site, trained."""
         training, ranks = self.spec.training, self._ranks
@@ -298,6 +330,7 @@ class SaeJob(SpecJob[SaeSpec]):
             progress=progress,
             of={"run": run, "site": site},
             seed=self.spec.seeds[0],
+            curve=curve,
             ranks=ranks,
             **options,
         )
@@ -311,8 +344,9 @@ class SaeJob(SpecJob[SaeSpec]):
         checkpoint = folder.path / CHECKPOINTS / file_of(site)
         if self._ranks is not None:
             announce_site(folder.path, site, folder.run, checkpoint)
+        curve = self._curve(source, site, shuffled)
         made, histories = self._train_site(
-            source, site, folder.run, checkpoint, _of_site(work, site)
+            source, site, folder.run, checkpoint, _of_site(work, site), curve
         )
         notes: dict[str, Any] = {}
         evaluation = self._evaluation(source, site)
@@ -334,11 +368,27 @@ class SaeJob(SpecJob[SaeSpec]):
                     "control": each.control,
                     "losses": list(zip(*thin_curve(histories[name].losses), strict=True)),
                     "scores": scores,
+                    "curve": [
+                        {"trained": done * self.spec.training.batch_size, **found}
+                        for done, found in (curve.points[name] if curve else [])
+                    ],
                 }
             agreement = seed_agreement(made, planned)
             own = {"run": folder.run, "autoencoders": notes, "seed_mcc": agreement}
             own |= {} if evaluation is None else {"activations": evaluation.baseline}
             folder.write(_notes(site), own)
+
+    def _curve(self, source: RowSource, site: str, shuffled: list[str]) -> ScoreCurve | None:
+        """What takes scores while a site is trained, after as many rows as the spec says."""
+        size = self.spec.training.batch_size
+        at = [max(1, rows // size) for rows in self.spec.evaluation.curve]
+
+        def score(name: str, sae: SparseAutoencoder) -> dict[str, Any]:
+            own = sae if sae.W_dec.is_cpu else copy.deepcopy(sae).cpu()
+            found = measure(own, source, site, name in shuffled)
+            return {key: value for key, value in found.items() if key != "histogram"}
+
+        return ScoreCurve(at, score) if at else None
 
     def _evaluation(self, source: RowSource, site: str) -> SiteEvaluation | None:
         """What autoencoders of a site are measured on beside its rows."""

@@ -143,7 +143,7 @@ def _site(site: str, notes: Notes, spec: SaeSpec) -> list[Section]:
     return [
         Section(site, blocks, _lead(spec)),
         *measured_sections(site, scores, notes.get("activations")),
-        Section(f"{site}: training", [Charts([_losses(own), _frequencies(own)])]),
+        Section(f"{site}: training", [Charts([_losses(own), _frequencies(own), *_curves(own)])]),
     ]
 
 
@@ -262,6 +262,29 @@ def _losses(own: Mapping[str, Notes]) -> Curves:
         highest = max(highest, *values)
         lines.append(Series(name, [float(n) for n in steps], list(values), tone=tone))
     return Curves("loss", lines, "step", y_range=(0.0, highest or 1.0), percent=False)
+
+
+def _curves(own: Mapping[str, Notes]) -> list[Curves]:
+    """Scores along the training, where they were taken."""
+    shown = [(n, e) for n, e in own.items() if not e["control"] and e.get("curve")][:_TONES]
+    found = []
+    for column in ("fvu", "f1", "mcc"):
+        lines = [
+            Series(
+                name,
+                [each["trained"] / 1e6 for each in notes["curve"]],
+                [each[column] for each in notes["curve"]],
+                tone=tone,
+            )
+            for tone, (name, notes) in enumerate(shown, 1)
+            if column in notes["curve"][0]
+        ]
+        if lines:
+            highest = max(1.0, *(value for line in lines for value in line.y))
+            found.append(
+                Curves(COLUMNS[column], lines, "10^6 rows", y_range=(0.0, highest), percent=False)
+            )
+    return found
 
 
 def _frequencies(own: Mapping[str, Notes]) -> Curves:

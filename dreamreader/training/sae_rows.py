@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from dreamreader.errors import InvalidInput
 from dreamreader.fitting import ByStep
 from dreamreader.sae.evaluate import shuffle_features
-from dreamreader.sae.synthetic import SyntheticFeatures
+from dreamreader.sae.synthetic import SyntheticConfig, SyntheticFeatures
 from dreamreader.store.dataset import StoreDataset
 from dreamreader.store.store import Store
 from dreamreader.training.sae_specs import SaeSpec
@@ -33,6 +34,8 @@ def first_rows(dataset: StoreDataset, rows: int) -> Iterator[Float[Tensor, "rows
 
 class RowSource(Protocol):
     """Rows by site."""
+
+    spec: SaeSpec
 
     @property
     def sites(self) -> Sequence[str]: ...
@@ -119,10 +122,14 @@ class KnownSource:
 
     def __init__(self, spec: SaeSpec):
         assert spec.known_answers is not None
-        self.spec, self.world = spec, SyntheticFeatures(spec.known_answers.config)
+        self.spec, self.config = spec, spec.known_answers.config
+
+    @property
+    def world(self) -> SyntheticFeatures:
+        return _features_of(self.config)
 
     def width(self, site: str) -> int:
-        return self.world.config.d_in
+        return self.config.d_in
 
     def batches(self, site: str, rank: int = 0, world: int = 1) -> ByStep:
         whole = self.world.batches(self.spec.training.batch_size, self.spec.seeds[0])
@@ -137,6 +144,12 @@ class KnownSource:
 
     def identity(self) -> dict[str, Any]:
         return {}
+
+
+@lru_cache(maxsize=1)
+def _features_of(config: SyntheticConfig) -> SyntheticFeatures:
+    """Made once in a process: pushing many directions apart takes a minute."""
+    return SyntheticFeatures(config)
 
 
 class Shuffling:

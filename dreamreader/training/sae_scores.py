@@ -2,15 +2,17 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput
-from dreamreader.sae import JumpReLU, SparseAutoencoder, TopK
+from dreamreader.sae import BatchTopK, JumpReLU, SampledTopK, SparseAutoencoder, TopK
 from dreamreader.sae.evaluate import (
+    KnownAnswerScores,
     ReconstructionScores,
     score_known_answers,
     score_reconstruction,
@@ -45,19 +47,17 @@ def measure(sae: SparseAutoencoder, source: RowSource, site: str, shuffled: bool
     Args:
         shuffled: whether it learned from shuffled rows, and is measured on such.
     """
-    known = None
-    if isinstance(source, KnownSource) and not shuffled:
-        count = source.spec.evaluation.rows
-        known = score_known_answers(sae, source.world, count, source.spec.training.batch_size)
-        found = known.reconstruction
-    else:
-        rows = source.held_out(site)
-        found = score_reconstruction(sae, shuffle_features(rows) if shuffled else rows)
+    budget = source.spec.evaluation.inference == "budget"
+    with _keeping_budget(sae) if budget else nullcontext():
+        known, found = _score(sae, source, site, shuffled)
     sae.statistics["frequency"] = found.frequency.float()
     fired = found.fired.clamp(min=1)
     sae.statistics["mean"] = (found.strength / fired).float()  # of a latent when it is active
     histogram, scores = found.histogram(), _numbers(found)
     scores["histogram"] = {"edges": histogram.edges.tolist(), "counts": histogram.counts.tolist()}
+    if budget:
+        own = _score(sae, source, site, shuffled)[1]
+        scores |= {"own_fvu": own.fvu, "own_l0": own.l0}
     if known is not None:
         names = ("f1", "precision", "recall", "mcc", "uniqueness")
         scores |= {name: getattr(known, name) for name in names}
@@ -73,6 +73,30 @@ def compare_selection(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> dict
         return {}
     found = score_reconstruction(sae, batches, as_trained=True)
     return {"fvu_in_training": found.fvu, "l0_in_training": found.l0}
+
+
+def _score(
+    sae: SparseAutoencoder, source: RowSource, site: str, shuffled: bool
+) -> tuple[KnownAnswerScores | None, ReconstructionScores]:
+    spec = source.spec
+    if isinstance(source, KnownSource) and not shuffled:
+        size, count = spec.training.batch_size, spec.evaluation.rows
+        known = score_known_answers(sae, source.world, count, size)
+        return known, known.reconstruction
+    rows = source.held_out(site)
+    return None, score_reconstruction(sae, shuffle_features(rows) if shuffled else rows)
+
+
+@contextmanager
+def _keeping_budget(sae: SparseAutoencoder) -> Iterator[None]:
+    """Meanwhile it keeps k of all latents on average, without a pool or a threshold."""
+    had = sae.selection, sae.inference
+    if isinstance(sae.selection, BatchTopK | SampledTopK):
+        sae.selection, sae.inference = BatchTopK(sae.selection.k), "selection"
+    try:
+        yield
+    finally:
+        sae.selection, sae.inference = had
 
 
 def seed_agreement(

@@ -2,12 +2,15 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from dreamreader.errors import DreamreaderError
-from dreamreader.sae.selection import Selection, selection_from
+from dreamreader.sae.loss import AUX_RULES
+from dreamreader.sae.model import resolve_widths
+from dreamreader.sae.selection import Selection, check_selection, selection_from
 from dreamreader.sae.synthetic import SyntheticConfig
 from dreamreader.specs.call import CallArguments
 from dreamreader.specs.parts import AnySeeds, AnySubject, Batch, Count, Data, Part, Seeds
@@ -46,8 +49,12 @@ class AutoencoderSpec(Part):
         "none"
     )
     aligned: bool = False
+    decoder_norm: Positive = Field(1.0, description="Of decoder rows in the beginning.")
     threshold_rule: Literal["dictionary_learning", "saelens"] = "dictionary_learning"
     aux: Literal["dictionary_learning", "saelens", "none"] = "dictionary_learning"
+    dead_after: Count | None = Field(
+        None, description="Rows without firing after which aux-k takes a latent for dead."
+    )
 
     @model_validator(mode="after")
     def _selections(self) -> "AutoencoderSpec":
@@ -56,7 +63,9 @@ class AutoencoderSpec(Part):
             raise ValueError(f"{empty[0]}: is empty")
         for each in self.each():
             try:
-                each.selection_for(0)
+                assert isinstance(each.d_sae, int)
+                check_selection(each.selection_for(0), each.d_sae)
+                resolve_widths(each.groups, each.d_sae)
             except DreamreaderError as error:
                 raise ValueError(str(error)) from None
         return self
@@ -87,24 +96,19 @@ class AutoencoderSpec(Part):
         ]
         more = [f"groups={'+'.join(map(str, self.groups))}"] if self.groups else []
         fields = type(self).model_fields
-        for name in (
-            "update_every",
-            "bandwidth",
-            "warmup",
-            "rescale",
-            "normalise",
-            "aligned",
-            "threshold_rule",
-            "aux",
-        ):
+        names = ("update_every", "bandwidth", "warmup", "rescale", "normalise", "aligned")
+        for name in (*names, "decoder_norm", "threshold_rule", "aux", "dead_after"):
             if (value := getattr(self, name)) != fields[name].default:
                 more.append(name if value is True else f"{name}={value}")
         return " ".join([self.selection, f"d={self.d_sae}", *parts, *more])
 
     def options(self) -> dict[str, Any]:
         """Arguments of `SparseAutoencoder` beside widths, selection and seed."""
-        names = ("groups", "rescale", "normalise", "aligned", "threshold_rule", "aux")
-        return {name: getattr(self, name) for name in names}
+        names = ("groups", "rescale", "normalise", "aligned", "decoder_norm")
+        own = {name: getattr(self, name) for name in (*names, "threshold_rule", "aux")}
+        if self.dead_after is not None:
+            own["aux"] = replace(AUX_RULES[self.aux], dead_after=self.dead_after)
+        return own
 
 
 class KnownAnswers(Part):
@@ -166,6 +170,13 @@ class SaeEvaluation(Part):
     rows: Count = Field(default=65_536, description="Rows that are measured.")
     store: str | None = Field(
         default=None, description="Folder of a harvest of other prompts; else rows of the training."
+    )
+    inference: Literal["own", "budget"] = Field(
+        default="own",
+        description="budget: k of all latents on average, whatever training or a threshold keeps.",
+    )
+    curve: list[Count] = Field(
+        default_factory=list, description="Rows of the training after which scores are taken too."
     )
     attributes: list[str] | None = Field(
         default=None,

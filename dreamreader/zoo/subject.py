@@ -227,7 +227,7 @@ def _pipeline(found: NamedModel, dtype: "torch.dtype | Literal['auto']") -> Any:
     # Parts that a pipeline was saved without: diffusers wants some of them named as None.
     absent = {name: None for name, kind in found.content.items() if kind == [None, None]}
     try:
-        wanted = _stored_dtype(found) if dtype == "auto" else dtype
+        wanted = _find_dtype(found) if dtype == "auto" else dtype
         pipe = DiffusionPipeline.from_pretrained(found.source, dtype=wanted, **absent)
     except Exception as error:
         raise _not_whole(found, "diffusers pipeline", error) from error
@@ -297,7 +297,7 @@ def _not_whole(found: NamedModel, kind: str, error: Exception) -> InvalidInput:
     return InvalidInput(f"{found.name}: not a whole {kind} ({first_line(error)})")
 
 
-def _stored_dtype(found: NamedModel) -> "torch.dtype":
+def _find_dtype(found: NamedModel) -> "torch.dtype":
     """The dtype of most of the weights of a pipeline; float32 for embedded models.
 
     These are kept in float16 to be small, and were trained in float32.

@@ -158,7 +158,7 @@ def run_stage(
         done = int(event.done)
         report(replace(event, stage=stage))
         if keep is not None and (done % SAVE_EVERY == 0 or done == recipe.steps):
-            with average.applied():
+            with average.apply():
                 keep(done)
 
     model.train()
@@ -193,7 +193,7 @@ class Average:
             self.values[name].lerp_(p, 1 - decay)
 
     @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
+    def apply(self) -> Iterator[None]:
         """The model with its averaged weights, for as long as the block lasts."""
         live = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.model.load_state_dict(self.values, strict=False)

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from dreamreader._guards import written_by
+from dreamreader._guards import find_written
 from dreamreader.ops._types import FLOATS
 from tests.cases._compare import assert_close
 
@@ -37,6 +38,34 @@ class Kernel:
     ulps: int = 1
     repeat: int = 1
     launches: Callable[[Any], Sequence[int]] = lambda case: (1,)
+
+
+def triton_of(module: str, few: Sequence[Any], ulps: int = 1) -> Kernel:
+    """The Triton implementation of an operator, called as the operator is: see `gather`.
+
+    Args:
+        module: of the operator.
+        few: the cases in the interpreter, for which a program instance takes long.
+        ulps: of the largest value beyond the rule, in float32.
+    """
+
+    def load() -> Callable:
+        call = import_module(module)._triton
+        return lambda results, *args: results.extend(tree_flatten(call(*args))[0])
+
+    return Kernel(
+        load,
+        lambda dtype: few if dtype == torch.float32 else few[1::3],
+        ulps=ulps,
+        repeat=4,
+    )
+
+
+def gather(kernel: Callable, args: tuple) -> Results:
+    """Runs what `triton_of` loads."""
+    results: Results = []
+    kernel(results, *args)
+    return results
 
 
 def close(case: Any, got: Results, same: Results, exact: Results, ulps: int = 1) -> None:
@@ -96,7 +125,7 @@ class Operator:
         """Places of the arguments that are written into."""
         if self.call is not None:
             return ()
-        return written_by(getattr(torch.ops.dreamreader, self.name).default)
+        return find_written(getattr(torch.ops.dreamreader, self.name).default)
 
     def results(self, args: tuple, returned: Any) -> Results:
         """What a call gave, and what it wrote into."""

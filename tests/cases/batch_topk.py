@@ -7,7 +7,7 @@ import torch
 from dreamreader.ops import batch_topk_reference
 from tests.cases._example import Example
 from tests.cases._matrices import LAYOUTS, SHAPES, VALUES, identical, matrix
-from tests.cases._operator import Operator
+from tests.cases._operator import Operator, gather, triton_of
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,13 @@ OPERATORS = {
         Example("pool", Case((3, 8), 5, pool=0.5).arguments, learned=(0,), twice=(0,)),
     ]
 }
+INTERPRETED = [
+    *(Case((3, 60), 50, values) for values in VALUES),
+    *(Case((3, 7), count) for count in (0, 1, 20, 21, 30)),
+    *(Case(shape, 2) for shape in ((0, 5), (3, 0), (1, 1), (2, 129))),
+    *(Case((3, 30), 20, layout=layout) for layout in LAYOUTS),
+    *(Case((3, 60), count, pool=pool) for count in (1, 40) for pool in (0.0, 0.3, 1.0)),
+]
 TESTED = [
     Operator(
         "batch_topk",
@@ -64,6 +71,8 @@ TESTED = [
         arguments=Case.arguments,
         reference=batch_topk_reference,
         judge=identical,
+        launch=gather,
+        triton=triton_of("dreamreader.ops.batch_topk", INTERPRETED),
         large=[Case((300, 3000), 6000), Case((300, 3000), 6000, "half_ties")],
     )
 ]

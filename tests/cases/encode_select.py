@@ -7,7 +7,7 @@ import torch
 from dreamreader.ops import encode_select_reference
 from tests.cases._example import Example
 from tests.cases._matrices import identical
-from tests.cases._operator import Operator
+from tests.cases._operator import Operator, gather, triton_of
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,19 @@ OPERATORS = {
         for (rule, count), pool in zip(RULES, (None, 0.8, None), strict=True)
     ]
 }
+INTERPRETED = [
+    *(
+        Case(shape, *rule)
+        for shape in ((0, 4, 9), (1, 1, 1), (3, 0, 20), (3, 4, 0))
+        for rule in RULES
+    ),
+    *(Case((3, 6, 70), *rule, pool) for rule in RULES for pool in (None, 0.0, 0.3, 1.0)),
+    *(Case((3, 6, 70), *rule, bias=False, odd=torch.nan) for rule in RULES),
+    *(Case((3, 6, 70), *rule, odd=torch.inf) for rule in RULES),
+    *(Case((3, 6, 70), rule, count) for rule in ("topk", "batch_topk") for count in (0, 1, 500)),
+    Case((3, 6, 70), "threshold", each=True, pool=0.4),
+    Case((3, 6, 70), "threshold", slots=10),
+]
 TESTED = [
     Operator(
         "encode_select",
@@ -93,6 +106,8 @@ TESTED = [
         reference=encode_select_reference,
         judge=identical,
         widened=lambda args: args,
+        launch=gather,
+        triton=triton_of("dreamreader.ops.encode_select", INTERPRETED),
         large=LARGE,
     )
 ]

@@ -7,7 +7,7 @@ import torch
 from dreamreader.ops import threshold_select_reference
 from tests.cases._example import Example
 from tests.cases._matrices import LAYOUTS, SHAPES, VALUES, identical, matrix
-from tests.cases._operator import Operator
+from tests.cases._operator import Operator, gather, triton_of
 
 THRESHOLDS = (-1.0, 0.0, 1e-7, 0.7, 1.0, 1e5, torch.inf, torch.nan)
 
@@ -49,6 +49,14 @@ OPERATORS = {
         Example("each", Case((3, 8), None, room=0.7).arguments, learned=(0,), twice=(0,)),
     ]
 }
+INTERPRETED = [
+    *(Case((3, 60), None, values) for values in VALUES),
+    *(Case((3, 60), threshold, "inf") for threshold in THRESHOLDS),
+    *(Case((3, 60), threshold, "tiny") for threshold in THRESHOLDS[:3]),
+    *(Case(shape, 0.5) for shape in ((0, 5), (3, 0), (1, 1), (2, 129))),
+    *(Case((3, 30), None, layout=layout) for layout in LAYOUTS),
+    *(Case((3, 60), 0.5, room=room) for room in (0.0, 0.1)),
+]
 TESTED = [
     Operator(
         "threshold_select",
@@ -57,6 +65,8 @@ TESTED = [
         reference=threshold_select_reference,
         judge=identical,
         widened=lambda args: args,
+        launch=gather,
+        triton=triton_of("dreamreader.ops.threshold_select", INTERPRETED),
         large=[Case((300, 3000), None)],
     )
 ]

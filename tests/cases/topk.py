@@ -7,7 +7,7 @@ import torch
 from dreamreader.ops import topk_reference
 from tests.cases._example import Example
 from tests.cases._matrices import LAYOUTS, SHAPES, VALUES, identical, matrix
-from tests.cases._operator import Operator
+from tests.cases._operator import Operator, gather, triton_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,13 @@ CASES = [
     *(Case((7, 300), 4, layout=layout) for layout in LAYOUTS),
 ]
 OPERATORS = {"topk": [Example("few", Case((3, 8), 2).arguments, learned=(0,), twice=(0,))]}
+INTERPRETED = [
+    *(Case((3, 60), k, values) for values in VALUES for k in (1, 7)),
+    *(Case((3, 7), k) for k in (0, 1, 7, 8)),
+    *(Case(shape, 2) for shape in ((0, 5), (3, 0), (1, 1), (2, 129))),
+    *(Case((3, 30), 4, layout=layout) for layout in LAYOUTS),
+    Case((2, 2000), 1025),  # no list is as long
+]
 TESTED = [
     Operator(
         "topk",
@@ -41,6 +48,8 @@ TESTED = [
         arguments=Case.arguments,
         reference=topk_reference,
         judge=identical,
+        launch=gather,
+        triton=triton_of("dreamreader.ops.topk", INTERPRETED),
         large=[Case((300, 3000), 20)],
     )
 ]

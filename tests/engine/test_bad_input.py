@@ -9,6 +9,7 @@ import torch
 
 from dreamreader.edits import Edit, Scale, Steer
 from dreamreader.engine import Reader, Record
+from dreamreader.engine._taps import pick
 from dreamreader.errors import DreamreaderError, InvalidInput, NeverFired, UnknownName
 
 SITE = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
@@ -130,6 +131,7 @@ CASES: list[tuple[dict[str, Any], type[DreamreaderError], str]] = [
     ({"latents": torch.zeros(1)}, InvalidInput, r"latents: values of each row are needed, got .1"),
     ({"edits": [SITE]}, InvalidInput, "edits: got str"),
     ({"record": 3.5}, InvalidInput, "record: got float 3.5"),
+    ({"record": SITE, "memory_limit": 0}, InvalidInput, "need .* GiB are left; record fewer"),
     (
         {"record": SITE, "memory_limit": 1000},
         InvalidInput,
@@ -150,6 +152,13 @@ def test_wrong_input_is_an_error(reader: Reader, given: Any, error: Any, text: s
     arguments = {"prompts": "a red cat", "seeds": 0, **KW, **given}
     with pytest.raises(error, match=text):
         reader.run(**arguments)
+
+
+def test_a_result_without_the_entry_that_is_wanted_is_named() -> None:
+    for result, element in (((torch.ones(1),), 1), ((None,), 0), ((), None), (5, None)):
+        with pytest.raises(InvalidInput, match=f"net: the module gives {type(result).__name__}, "):
+            pick(result, element, "net")
+    assert pick((None, torch.ones(1)), None, "net") == pick((torch.ones(1),), 0, "net") == 1
 
 
 def test_hooks_are_pairs(reader: Reader) -> None:

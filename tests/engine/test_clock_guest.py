@@ -226,9 +226,9 @@ class _AskingClock(Clock):
         super().__init__(pipe)
         self.heard = heard
 
-    def _called(self) -> None:
+    def _end_call(self) -> None:
         self.heard.append(self.now())
-        super()._called()
+        super()._end_call()
 
 
 @pytest.mark.slow

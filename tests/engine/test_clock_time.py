@@ -8,7 +8,7 @@ import torch
 
 from dreamreader.engine._clock import Clock, DenoiserCall
 from dreamreader.engine._clock_schedule import Trajectory
-from dreamreader.engine._families.timestep import raw, rising, thousandth
+from dreamreader.engine._families.timestep import invert, raw, thousandth
 from dreamreader.errors import ClockUnknown
 
 from .. import tiny
@@ -287,7 +287,7 @@ class TestTrajectory:
         scheduler.set_timesteps(steps)
         return scheduler
 
-    @pytest.mark.parametrize("form", [raw, thousandth, rising])
+    @pytest.mark.parametrize("form", [raw, thousandth, invert])
     def test_place_from_the_value(self, form) -> None:
         scheduler = self.ddim()
         trajectory = Trajectory(scheduler, form, None)

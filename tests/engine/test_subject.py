@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import sys
 import weakref
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -13,7 +14,18 @@ import torch
 from torch import nn
 
 import dreamreader as dr
-from dreamreader.engine._subject import Subject, unwrapped
+from dreamreader.engine import _subject
+from dreamreader.engine._subject import Subject, carriers, tree_of, unwrap
+
+
+@pytest.fixture(autouse=True, params=["native", "python"])
+def tree(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Both ways to look again at a tree."""
+    if request.param == "python":
+        monkeypatch.setattr(_subject, "_tree_of", None)
+    elif _subject._tree_of is None:
+        pytest.skip("no native module")
+    return _subject._tree_of or tree_of
 
 
 def model() -> nn.Module:
@@ -24,7 +36,7 @@ def model() -> nn.Module:
 def expected(root: nn.Module) -> list[tuple[str, nn.Module]]:
     """By torch's own walk."""
     named = [(name, each) for name, each in root.named_modules() if name]
-    bare = [(name.replace("._orig_mod", ""), unwrapped(each)) for name, each in named]
+    bare = [(name.replace("._orig_mod", ""), unwrap(each)) for name, each in named]
     return list(dict(bare).items())
 
 
@@ -61,6 +73,11 @@ CHANGES = {
     "swapped": swap,
     "renamed": swap_names,
     "one twice": lambda m: setattr(m, "b", m.a),
+    "of another class": lambda m: setattr(m.b, "__class__", type("Other", (nn.Linear,), {})),
+    "emptied": lambda m: setattr(m.a, "_modules", {}),
+    "in a dictionary of another kind": lambda m: setattr(
+        m, "_modules", OrderedDict(reversed(m._modules.items()))
+    ),
 }
 
 
@@ -74,7 +91,8 @@ def test_a_change_between_two_looks_is_seen(change: str) -> None:
     for _ in range(2):
         found = subject.modules()
         assert list(found.items()) == expected(root)
-        assert list(found.every) == list(root.modules())
+        assert found.every == list(root.modules())
+        assert found.kinds == set(map(type, root.modules()))
         assert found.root is root
 
 
@@ -93,11 +111,35 @@ def test_a_component_that_is_replaced_or_taken_away_is_seen_and_let_go() -> None
 
 
 def test_what_a_caller_does_with_the_modules_is_its_own() -> None:
-    subject = Subject(model())
-    want = list(subject.modules().items())
-    subject.modules().clear()
-    subject.modules().every.clear()
-    assert list(subject.modules().items()) == want
+    reader = dr.Reader(model())
+    want = list(reader.modules.items())
+    reader.modules.clear()
+    reader._subject.modules().every.clear()
+    assert list(reader.modules.items()) == want
+
+
+def test_a_look_gives_all_modules_and_those_with_marks(tree: Any) -> None:
+    root: Any = model()
+    every = list(root.modules())
+    look, before = tree(every), [sys.getrefcount(each) for each in every]
+    for _ in range(3):
+        assert look() == (every, [])
+    assert [sys.getrefcount(each) for each in every] == before
+    root.a._compiled_call_impl = None
+    root.a[0]._diffusers_hook = None
+    vars(root.list)["_gradient_checkpointing_func"] = None
+    assert look() == (every, [root.a, root.a[0], root.list])
+    root.b = nn.Linear(4, 4)
+    assert look() is None
+    wrapper = torch.compile(nn.Linear(2, 2), backend="eager")
+    every = list(wrapper.modules())
+    assert tree(every)() == (every, carriers(every)) and carriers(every)[0] is wrapper
+
+
+def test_a_module_that_is_gone_is_no_part_of_a_tree(tree: Any) -> None:
+    look = tree([nn.ReLU()])
+    gc.collect()
+    assert look() is None
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])

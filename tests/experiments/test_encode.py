@@ -9,7 +9,7 @@ import torch
 
 from dreamreader.edits import Scale
 from dreamreader.engine import Reader, Record, Watch
-from dreamreader.experiments.encode import encoded_once
+from dreamreader.experiments.encode import encode_once
 
 SETTINGS = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "pt"}
 PROMPTS = ["a red circle", "a blue square", "a red circle", "a star", "a red circle"]
@@ -31,7 +31,7 @@ def drawn(reader: Reader, once: bool = True, **requests: Any) -> Any:
     with torch.inference_mode():
         if not once:
             return reader.run(PROMPTS, seeds=range(5), **requests, **SETTINGS)
-        with encoded_once(reader, listed):
+        with encode_once(reader, listed):
             return reader.run(PROMPTS, seeds=range(5), **requests, **SETTINGS)
 
 
@@ -77,14 +77,14 @@ def test_pipelines_with_several_encoders_and_masks(name) -> None:
     settings = {**tiny.arguments(name), "output_type": "pt", "seeds": [0, 1, 2]}
     prompts = ["a cat", "a red dog on a tree", "a cat"]
     plain = reader.run(prompts, **settings).images
-    with encoded_once(reader):
+    with encode_once(reader):
         once = reader.run(prompts, **settings).images
     assert (once - plain).abs().max() < 1e-3
     assert (plain[0] - plain[1]).abs().max() > 1e-3
 
 
 def test_a_language_model_is_left_alone(language) -> None:
-    with encoded_once(language):
+    with encode_once(language):
         result = language.run(["a red cat", "a red cat"])
     torch.testing.assert_close(result.output.logits[0], result.output.logits[1])
 

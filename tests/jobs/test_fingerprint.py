@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import dreamreader as dr
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
 from dreamreader.jobs import fingerprint, hash_weights
-from dreamreader.jobs.fingerprint import plain
+from dreamreader.jobs.fingerprint import plain, portable
 
 
 @pytest.fixture
@@ -167,3 +168,49 @@ def test_plain_forms():
     assert plain({3: range(2), "s": {"b", "a"}}) == {"3": [0, 1], "s": ["a", "b"]}
     one, same, other = plain(torch.ones(2)), plain(torch.ones(2).numpy()), plain(torch.zeros(2))
     assert one == same != other
+
+
+def test_objects_of_a_configuration_enter_without_their_address(module):
+    class Plain:
+        pass
+
+    class Named(Plain):
+        def __init__(self, name: str):
+            self.name = name
+
+        def __repr__(self) -> str:
+            return f"Named({self.name!r})"
+
+    digests = []
+    for value in (Plain(), Plain(), Named("a"), Named("a"), Named("b")):
+        module.config = {"value": value}
+        digests.append(fingerprint(module, {}, seeds=[0]).digest)
+        module.held = [*getattr(module, "held", []), value]  # so that no address comes again
+    assert digests[0] == digests[1] and digests[2] == digests[3]
+    assert len(set(digests)) == 3
+
+
+def test_a_module_in_two_places_counts_in_both():
+    act = torch.nn.ReLU()
+    shared, apart, fewer = (
+        torch.nn.Sequential(torch.nn.Linear(2, 2), *each)
+        for each in ((act, act), (act, torch.nn.ReLU()), (act,))
+    )
+    for each in (shared, apart, fewer):
+        each.load_state_dict(shared.state_dict())
+    digests = [fingerprint(each, {}, seeds=[0]).digest for each in (shared, apart, fewer)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_files_enter_by_name_and_numbers_that_json_lacks_as_text():
+    given = {"file": "/a/b/x.pt", "rate": 0.5, "top": [math.inf, (-math.inf, math.nan)], "n": 2}
+    assert portable(given) == {"file": "x.pt", "rate": 0.5, "top": ["inf", ["-inf", "nan"]], "n": 2}
+
+
+def test_where_a_configuration_came_from_changes_no_digest(module):
+    digests = []
+    for origin in ({}, {"_commit_hash": "1f", "transformers_version": "5"}, {"name_or_path": "a"}):
+        module.config = {"width": 4, "inner": {"depth": 2, **origin}, **origin}
+        digests.append(fingerprint(module, {}, seeds=[0]).digest)
+    module.config = {"width": 4, "inner": {"depth": 3}}
+    assert len(set(digests)) == 1 and fingerprint(module, {}, seeds=[0]).digest != digests[0]

@@ -338,6 +338,14 @@ def test_a_unit_that_nothing_is_left_for_is_not_started(tmp_path: Path):
     assert work.stopped
 
 
+def test_a_share_that_is_just_enough_is_taken(tmp_path: Path):
+    work = _work(units(), tmp_path, limit=120)
+    work.stored, work.done = 60, 2
+    budget = ByteBudget(work)
+    assert budget.take(2, 2) and budget.take(3, 1)
+    assert (budget.of(2), budget.of(3)) == (30, 30)
+
+
 def _work(harvest: Harvest, store: Path, limit: int | None = None) -> Work:
     plan = HarvestPlan(9, 1, 1)
     return Work(harvest, HarvestFolder(store), plan, list(range(9)), silent, total=9, limit=limit)

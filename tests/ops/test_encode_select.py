@@ -114,7 +114,7 @@ def test_the_dense_activations_never_exist(monkeypatch: pytest.MonkeyPatch):
         ({"rule": "threshold"}, "a threshold goes with the rule threshold"),
         ({"threshold": torch.zeros(())}, "a threshold goes with the rule threshold"),
         ({"rule": "threshold", "threshold": torch.zeros(2)}, r"float32 \[\] or \[3\]"),
-        ({"count": -1}, "count and slots must be 0 or more, got -1"),
+        ({"count": -1}, "count must be 0 or more, got -1"),
         ({"pool": torch.tensor([0, 3]).int()}, "must ascend, from 0 to below 3"),
         ({"x": torch.ones(2)}, r"x must be \[rows, columns\]"),
     ],

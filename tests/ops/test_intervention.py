@@ -193,6 +193,21 @@ def test_same_bits_every_time_on_any_number_of_threads():
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [31, 33, 63, 64, 65, 80, 96, 97, 127, 129, 200])
+def test_a_new_result_has_the_bits_of_one_in_place(dtype: torch.dtype, width: int):
+    x = torch.randn(ROWS, 5, width).to(dtype)
+    strength = torch.tensor([[0.5], [0.0], [1.0]])
+    for each in (
+        Instruction("steer", strength, vectors=torch.randn(width)),
+        Instruction("scale", strength, lo=2.0),
+        Instruction("clamp", strength, lo=-0.5, hi=0.5),
+        Instruction("fill", strength, vectors=torch.randn(width)),
+    ):
+        one = program(each, shape=(ROWS, 5, width))
+        assert torch.equal(intervene(x, one), intervene_(x.clone(), one)), each.kind
+
+
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_a_source_that_shares_memory_with_x(strength: float):
     x = torch.randn(1, TOKENS, WIDTH)

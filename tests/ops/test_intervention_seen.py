@@ -24,6 +24,7 @@ from tests.cases.intervention import CASES, KINDS, Case, lay_out
 HALVES = [torch.bfloat16, torch.float16]
 LAYOUTS = ["dense", "nchw", "unaligned", "every_second", "swapped"]
 LARGE = (2, 2048, 1280)  # above what the C library keeps: 20 MiB
+SMALL = (2, 2048, 96)  # below a huge page: 1.5 MiB, half of it in half precision
 
 
 def seen_of(x: Tensor, program: Program) -> tuple[Tensor, int]:
@@ -117,8 +118,9 @@ def pool() -> Iterator[None]:
     yield
 
 
-def test_memory_is_used_again_only_when_nobody_holds_it(pool: None):
-    x = torch.zeros(LARGE)
+@pytest.mark.parametrize("shape", [SMALL, LARGE])
+def test_memory_is_used_again_only_when_nobody_holds_it(pool: None, shape: tuple[int, ...]):
+    x = torch.zeros(shape)
     first = _alloc.empty_like(x)
     where = first.data_ptr()
     view = first[1, 5:9].T
@@ -141,9 +143,12 @@ def test_memory_may_be_freed_by_another_thread(pool: None):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-def test_large_results_look_as_those_of_torch(pool: None, dtype: torch.dtype, layout: str):
-    x = lay_out(torch.zeros(LARGE, dtype=dtype), layout)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
+@pytest.mark.parametrize("shape", [SMALL, LARGE])
+def test_results_look_as_those_of_torch(
+    pool: None, shape: tuple[int, int, int], dtype: torch.dtype, layout: str
+):
+    x = lay_out(torch.zeros(shape, dtype=dtype), layout)
     got, want = _alloc.empty_like(x), torch.empty_like(x)
     assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
     assert got.storage_offset() == 0 and not got._is_view() and not got.requires_grad

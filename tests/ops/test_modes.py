@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 import dreamreader.ops
 from dreamreader import _register
-from dreamreader._guards import written_by
+from dreamreader._guards import find_written
 from dreamreader.errors import InvalidInput
 from tests.cases import OPERATORS
 from tests.cases._example import Example
@@ -47,8 +47,8 @@ some = those(  # what takes a second each
     lambda name, example: example in OPERATORS[name][:: 1 + 5 * (len(OPERATORS[name]) > 6)]
 )
 learned = those(lambda name, example: example.learned)
-in_place = those(lambda name, example: written_by(overload(name)))
-functional = those(lambda name, example: not written_by(overload(name)))
+in_place = those(lambda name, example: find_written(overload(name)))
+functional = those(lambda name, example: not find_written(overload(name)))
 
 
 def has_gradient(name: str) -> bool:
@@ -58,7 +58,7 @@ def has_gradient(name: str) -> bool:
 def results(name: str, args: tuple) -> list[Tensor]:
     """What an operator gives, and what it wrote into."""
     found = overload(name)(*args)
-    written = [args[at] for at in written_by(overload(name)) if args[at] is not None]
+    written = [args[at] for at in find_written(overload(name)) if args[at] is not None]
     return [each for each in tree_flatten((found, written))[0] if isinstance(each, Tensor)]
 
 
@@ -80,7 +80,7 @@ def test_opcheck(name: str, example: Example):
 
 @some
 def test_compiles_without_graph_breaks(name: str, example: Example):
-    operator, written = overload(name), written_by(overload(name))
+    operator, written = overload(name), find_written(overload(name))
 
     def called(*args) -> list[Tensor]:
         returned = operator(*args)
@@ -253,7 +253,7 @@ def at_the_same_place(tensor: Tensor, memory: Tensor, offset: int) -> Tensor:
 
 @in_place
 def test_memory_that_is_shared_with_what_is_written_is_refused(name: str, example: Example):
-    written = written_by(overload(name))
+    written = find_written(overload(name))
     args = example.arguments(torch.float32)
     tensors = [at for at, each in enumerate(args) if isinstance(each, Tensor) and each.numel()]
     for at in written:

@@ -58,7 +58,10 @@ def test_a_pool_of_all_columns_is_a_batch_selection():
     ("call", "text"),
     [
         (lambda: choose_pool(torch.rand(3), -1), "size must be 0 or more, got -1"),
-        (lambda: choose_pool(torch.rand(3), 1, "best"), "rule must be top or sampled, got best"),
+        (
+            lambda: choose_pool(torch.rand(3), 1, "best"),
+            "rule must be one of top, sampled, got best",
+        ),
         (
             lambda: choose_pool(torch.rand(3, 1), 1),
             r"floating point \[width\], got float32 \[3, 1\]",

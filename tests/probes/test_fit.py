@@ -94,7 +94,7 @@ def test_folding_the_standardisation_is_exact():
         middle, spread = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([2.0, 0.5, 1.0])
         f = torch.rand(20, generator=g)
         whole = net((x - mean[:, None]) / scale[:, None], f) * spread + middle
-        for n, mlp in enumerate(net.folded(mean, scale, ("a", "b", "c"), None, middle, spread)):
+        for n, mlp in enumerate(net.fold(mean, scale, ("a", "b", "c"), None, middle, spread)):
             assert torch.allclose(mlp.logits(x[n], f), whole[n], atol=1e-4)
 
 

@@ -212,11 +212,11 @@ def test_a_row_of_scale_zero_hears_nothing_of_its_gradient():
     given = "a", None, [0.0, 2.0], "logits", None, None, False
     guide = _LatentGuide(dr.Reader(_pipe()), _probe(), *given)
     guide.change = _moment(1.0), torch.tensor([[math.nan], [3.0]])
-    left, moved = guide.changed(torch.tensor([[-0.0], [1.0]])).flatten().tolist()
+    left, moved = guide.take_change(torch.tensor([[-0.0], [1.0]])).flatten().tolist()
     assert math.copysign(1.0, left) == -1.0 and left == 0.0 and moved == 4.0
     guide.change = _moment(1.0), torch.ones(2, 1)
     with pytest.raises(InvalidInput, match=r"steps \[2, 3\], the denoiser has latents \[2, 1\]"):
-        guide.changed(torch.ones(2, 3))
+        guide.take_change(torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("family", ["sd", "sd3"])

@@ -110,6 +110,21 @@ def test_a_gate_opens_above_its_value_only():
     assert torch.equal((found != x).any(-1), high) and high.any() and not high.all()
 
 
+def test_other_latents_say_where():
+    sae, x = autoencoder(), activations()
+    z = sae.encode(x)
+    one, other = (z > 0).flatten(0, 1).sum(0).argsort(descending=True)[:2].tolist()
+    free = next(j for j in range(40) if j not in (one, other))
+    found = edited(SAEEdit(SITE, sae, free, "add", 3.0, where=[one, other]), x)
+    marked = (z[..., [one, other]] > 0).any(-1)
+    assert torch.equal((found != x).any(-1), marked) and marked.any() and not marked.all()
+    torch.testing.assert_close(found[marked], (x + 3 * sae.W_dec[free])[marked])
+    alone = edited(SAEEdit(SITE, sae, free, "add", 3.0, where=one), x)
+    assert torch.equal((alone != x).any(-1), z[..., one] > 0)
+    bare = SAEEdit(SITE, sae, free, "add", 3.0, where=one, keep_error=False)
+    assert torch.equal(edited(bare, x)[~(z[..., one] > 0)], x[~(z[..., one] > 0)])
+
+
 def test_without_the_error_it_is_the_reconstruction():
     sae, x = autoencoder(), activations()
     torch.testing.assert_close(edited(SAEEdit(SITE, sae, op="reconstruct"), x), sae(x))
@@ -118,6 +133,16 @@ def test_without_the_error_it_is_the_reconstruction():
     z[..., feature] = 0
     found = edited(SAEEdit(SITE, sae, feature, "ablate", keep_error=False), x)
     torch.testing.assert_close(found, sae.decode(z))
+
+
+def test_without_the_error_rows_are_encoded_once(monkeypatch):
+    sae, x, encoded = autoencoder(), activations(), []
+    real = SparseAutoencoder._encoder
+    monkeypatch.setattr(
+        SparseAutoencoder, "_encoder", lambda *given: encoded.append(1) or real(*given)
+    )
+    edited(SAEEdit(SITE, sae, [4, 1], "set", [1.0, 2.0], keep_error=False), x)
+    assert len(encoded) == 1
 
 
 def test_unlearning_turns_round_what_is_unusually_high():
@@ -181,6 +206,20 @@ def test_it_comes_back_from_a_file(tmp_path):
         (dict(features=1, value=1.0, gate=float("nan")), "gate is NaN"),
         (dict(features=1, op="reconstruct"), "reconstruct takes no features"),
         (dict(features=1, value=1.0, alpha=float("inf")), "alpha must be a finite number"),
+        (dict(features=1, value=1.0, alpha="a"), "one for each row, got 'a'"),
+        (dict(features=1, value=1.0, alpha=[1.0, "a"]), r"one for each row, got \[1.0, 'a'\]"),
+        (dict(features=1, value=1.0, alpha=True), "one for each row, got True"),
+        (
+            dict(features=1, value="a"),
+            "value must be a number or one for each of 1 latents, got 'a'",
+        ),
+        (dict(features=1, value={"a": 1}), "value must be a number"),
+        (dict(features=1, value=1j), "value must be a number"),
+        (dict(features=1, op="ablate", gate="a"), "gate must be a number or one for each"),
+        (dict(features=1, op="ablate", gate=[[1.0]]), r"of 1 latents, got shape \[1, 1\]"),
+        (dict(features=1, op="ablate", where=40), "latent 40 of 40 does not exist"),
+        (dict(features=1, op="ablate", where=[]), "where needs features, numbers of latents"),
+        (dict(features="blue", op="ablate"), "needs features, numbers of latents, got 'blue'"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, text):

@@ -59,7 +59,7 @@ def test_codes_reconstruction_and_gradients_are_those_of_the_dense_formulas(sele
     if options:
         with torch.no_grad():
             sae.W_dec.mul_(draw(20, 1, seed=5).abs() + 0.5)
-    x = draw(9, 6, dtype=torch.float64)
+    x = draw(9, 6, dtype=torch.float64).requires_grad_()
     norms = sae.W_dec.norm(dim=1) if sae.rescale else torch.ones(20, dtype=torch.float64)
     acts = (((x - sae.b_dec) @ sae.W_enc + sae.b_enc) * norms).relu()
     chosen = kept(acts.detach(), selection, sae.thresholds) > 0
@@ -72,16 +72,30 @@ def test_codes_reconstruction_and_gradients_are_those_of_the_dense_formulas(sele
     assert torch.allclose(sae.decode(sae.encode_sparse(x)), rebuilt, atol=1e-12)
 
     error = (x - rebuilt).square().sum(1).mean()
-    wanted = torch.autograd.grad(error, list(sae.parameters()))
+    named = [*sae.named_parameters(), ("x", x)]
+    wanted = torch.autograd.grad(error, [each for _, each in named])
     result = sae.loss(x)
     result.total.backward()
     assert result.total.item() == pytest.approx(error.item(), abs=1e-12)
-    for (name, each), gradient in zip(sae.named_parameters(), wanted, strict=True):
+    for (name, each), gradient in zip(named, wanted, strict=True):
         assert torch.allclose(each.grad, gradient, atol=1e-10), name
     assert result.fvu.item() == pytest.approx(
         ((x - rebuilt).square().sum() / (x - x.mean(0)).square().sum()).item()
     )
     assert result.l0.item() == pytest.approx(chosen.sum(1).double().mean().item())
+
+
+def test_in_bfloat16_gradients_are_not_rounded_on_the_way_to_the_weights():
+    sae, x = make(BatchTopK(2), rescale=True), draw(64, 6)
+    sae.compute_dtype = torch.bfloat16
+    result = sae.loss(x)
+    result.total.backward()
+    gradient = sae.W_enc.grad
+    assert gradient.dtype == torch.float32
+    assert not torch.equal(gradient, gradient.bfloat16().float())
+    sae.compute_dtype = None
+    exact = torch.autograd.grad(sae.loss(x).total, [sae.W_enc])[0]
+    assert (gradient - exact).norm() < 0.03 * exact.norm()
 
 
 def test_three_dimensional_inputs_are_rows_and_k_is_of_a_token():
@@ -401,6 +415,23 @@ def test_files_that_are_not_right_are_refused(change, said, tmp_path):
             "no scale follows",
         ),
         (lambda: make(normalise="standardise").fit_normalisation(draw(1, 6)), "give more rows"),
+        (lambda: make(groups=5), "ascending widths up to d_sae=20, got 5"),
+        (lambda: make(group_weights="x"), "group_weights are 1 numbers"),
+        (lambda: make(decoder_norm=0), "decoder_norm is a positive number, got 0"),
+        (lambda: make(seed=1.5), "seed is a whole number, got 1.5"),
+        (lambda: make(dtype=torch.int8), "dtype is a floating one of torch"),
+        (lambda: make(device="abacus"), "device is one of torch, such as 'cuda', got 'abacus'"),
+        (lambda: make(metadata=5), "metadata are values by name, got 5"),
+        (lambda: make(rescale="no"), "rescale is True or False, got 'no'"),
+        (lambda: make(aligned=1), "aligned is True or False, got 1"),
+        (lambda: AuxK(k=True), "k is at least 1, got True"),
+        (lambda: ThresholdRule(decay="slow"), "decay is from 0 to below 1, got 'slow'"),
+        (lambda: ThresholdRule(start=math.nan), "start is a finite number, got nan"),
+        (lambda: make().encode([1.0, 2.0]), r"x is a tensor \[..., 6\], got list"),
+        (lambda: make().encode(draw(3, 6), [True] * 3), r"mask must be bool \[3\].*got list"),
+        (lambda: make().decode([1.0]), "codes are a tensor .* or SparseRows, got list"),
+        (lambda: make().loss(draw(3, 6), selection=5), "selection is one of TopK"),
+        (lambda: setattr(make(), "threshold", "low"), r"a number or \[20\], got 'low'"),
     ],
 )
 def test_what_cannot_be_right_is_refused(wrong, said):

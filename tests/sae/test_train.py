@@ -22,6 +22,8 @@ from dreamreader.sae import (
     TopK,
     train_sae,
 )
+from dreamreader.sae.objective import ScoreCurve
+from dreamreader.sae.optimizer import StridedAdam
 from dreamreader.store import StoreDataset
 
 
@@ -312,6 +314,51 @@ def test_what_cannot_be_right_is_refused(tmp_path: Path):
         train_sae(torch.nn.Linear(8, 8), BATCHES, steps=1)
     with pytest.raises(DreamreaderError, match="no rows of|unknown site|site"):
         StoreDataset(tmp_path / "store", "unet.nowhere", batch_size=32)
+
+
+def test_arguments_of_another_type_are_refused():
+    sae, rows = SparseAutoencoder(8, 24, TopK(2)), draw(4, 8)
+    for batches, options, said in (
+        (BATCHES, {"steps": "5"}, "steps is a whole number, got '5'"),
+        (BATCHES, {"steps": 3, "center": "no"}, "center is True or False"),
+        (BATCHES, {"steps": 3, "validate": 5}, "validate is a function"),
+        (BATCHES, {"steps": 3, "curve": 5}, "curve is a ScoreCurve"),
+        (BATCHES, {"steps": 3, "of": 5}, "of is plain values by name"),
+        (BATCHES, {"steps": 3, "compute": None}, "unknown compute"),
+        (BATCHES, {"steps": 3, "k_start": "a", "k_steps": 4}, "k_start is positive"),
+        (BATCHES, {"steps": 3, "k_start": 4, "k_steps": 1.5}, "k_steps at least 1, got 4, 1.5"),
+        (5, {"steps": 3}, "batches are a list, a dataset"),
+        ([(rows, torch.ones(4))], {"steps": 1}, r"mask must be bool \[4\].*got torch.float32"),
+        ([(rows, torch.ones(3) > 0)], {"steps": 1}, r"mask must be bool \[4\].*bool \[3\]"),
+        ([(rows, torch.zeros(4) > 0)], {"steps": 1}, "no token counts in the first batch"),
+    ):
+        with pytest.raises(DreamreaderError, match=said):
+            train_sae(sae, batches, progress=False, **options)
+    with pytest.raises(InvalidInput, match="names of autoencoders are text, got 1"):
+        train_sae({1: sae}, BATCHES, steps=1)
+    with pytest.raises(InvalidInput, match="ScoreCurve: steps are whole numbers of at least 1"):
+        ScoreCurve([0], lambda name, sae: {})
+    assert bool(sae.b_dec.isfinite().all())
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "weight_decay": 0.1}], ids=str)
+def test_adam_steps_transposed_weights_to_the_bits_of_torch(options: dict[str, Any]):
+    kinds = (torch.optim.Adam, StridedAdam)
+    shapes = (draw(5), draw(6, 40).T, draw(40, 6))
+    own = [[torch.nn.Parameter(each.clone()) for each in shapes] for _ in kinds]
+    made = [kind(p, lr=0.1, fused=True, **options) for kind, p in zip(kinds, own, strict=True)]
+    assert own[1][1].stride() == (1, 40)
+    for step in range(3):
+        for parameters, optimizer in zip(own, made, strict=True):
+            for number, each in enumerate(parameters):
+                gradient = draw(*each.shape, seed=10 * step + number) / 100**step  # averages fall
+                each.grad = torch.empty_like(each).copy_(gradient)
+            if step == 2:  # another layout than that of the weights
+                parameters[1].grad = parameters[1].grad.contiguous()
+            optimizer.step()
+    for theirs, ours in zip(*own, strict=True):
+        assert torch.equal(theirs, ours)
+    assert made[1].state[own[1][1]]["exp_avg"].shape == own[1][1].shape
 
 
 def test_rows_that_are_not_finite_stop_it_and_name_the_step():

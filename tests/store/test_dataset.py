@@ -99,7 +99,7 @@ def test_epochs_and_seeds_have_orders_of_their_own(store: Path) -> None:
     second = torch.cat(list(dataset))
     assert not torch.equal(second, first) and not torch.equal(order(seed=1), first)
     assert torch.equal(order(epoch=1), second)
-    assert torch.equal(order(prefetch=0), first)
+    assert torch.equal(order(prefetch=0), first) and torch.equal(order(seed=0, epoch=0), first)
 
 
 def test_drop_last_gives_every_rank_full_batches(store: Path) -> None:
@@ -241,6 +241,8 @@ def test_normalising(store: Path) -> None:
     ):
         dataset = StoreDataset(store, HEADS, batch_size=99, normalise=normalise)
         assert torch.equal(torch.cat(list(dataset)), want)
+        named = StoreDataset(store, HEADS, batch_size=99, normalise=normalise, keys=True)
+        assert torch.equal(torch.cat([batch.values for batch in named]), want)
     half = StoreDataset(store, HEADS, batch_size=99, normalise=(mean, scale), dtype=torch.bfloat16)
     assert torch.equal(torch.cat(list(half)), ((plain - mean) * scale).bfloat16())
 

@@ -13,7 +13,7 @@ from dreamreader._register import native
 from dreamreader.errors import InvalidInput
 from dreamreader.store.gather import NativeGather, ReferenceGather, open_gather
 from dreamreader.store.layout import STORED, Moment, SiteLayout, tensors_of
-from dreamreader.store.picking import Picked, picked_from, tokens_of
+from dreamreader.store.picking import Picked, pick_rows, tokens_of
 from dreamreader.store.reference import ReferenceWriter
 from dreamreader.store.store import Store
 
@@ -55,8 +55,8 @@ def write(folder: Path, stored: torch.dtype, sites: dict[str, int], units: int =
 
 
 def picked(store: Store, site: str, tokens=None) -> Picked:
-    found = picked_from(store.segments(site), None if tokens is None else tokens_of(tokens))
-    return found if tokens is None else found.counted(ReferenceGather(found).count(1))
+    found = pick_rows(store.segments(site), None if tokens is None else tokens_of(tokens))
+    return found if tokens is None else found.keep_counted(ReferenceGather(found).count(1))
 
 
 def read(gather, rows: int, dtype: torch.dtype, position: int = 0, **options):
@@ -122,8 +122,8 @@ def test_chosen_tokens(tmp_path: Path, make, tokens) -> None:
         numbers = known[tokens]
     else:
         numbers = [tokens] if isinstance(tokens, int) else list(tokens)
-    runs = picked_from(store.segments("site"), wanted)
-    counted = runs.counted(make(runs).count(2))
+    runs = pick_rows(store.segments("site"), wanted)
+    counted = runs.keep_counted(make(runs).count(2))
     rows = store.read("site")
     mask = torch.tensor([each in numbers for each in rows.keys["token"].to_pylist()])
     assert counted.total == int(mask.sum()) > 0
@@ -163,7 +163,7 @@ def test_no_more_files_are_mapped_than_allowed(tmp_path: Path) -> None:
         )
     assert few._native.open <= 3
     assert many._native.open == 7
-    some = picked_from(chosen.segments, tokens_of([2, 3]))
+    some = pick_rows(chosen.segments, tokens_of([2, 3]))
     assert (NativeGather(some, module, most=2).count(1) == ReferenceGather(some).count(1)).all()
 
 

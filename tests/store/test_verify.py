@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from store.conftest import fill
 from dreamreader._checked import read_json, write_json
 from dreamreader.errors import InvalidInput
 from dreamreader.store import verify as module
-from dreamreader.store.index import write_index
+from dreamreader.store.index import read_index, save_index, write_index
 from dreamreader.store.layout import header_of, tensors_of
 from dreamreader.store.manifest import Job, Manifest
 from dreamreader.store.reference import ReferenceWriter
@@ -222,6 +223,14 @@ def test_an_index_of_other_units(store, written) -> None:
     other = written("other", stored=torch.bfloat16)
     write_index(other)
     shutil.copy(other / "index.parquet", store / "index.parquet")
+    text = "does not say what the shards do; delete it: it is made anew from them"
+    assert found(store) == [("index.parquet", text)]
+
+
+def test_an_index_without_some_lines(store) -> None:
+    index = read_index(store)
+    assert index is not None
+    save_index(store, replace(index, table=index.table.slice(1)))
     text = "does not say what the shards do; delete it: it is made anew from them"
     assert found(store) == [("index.parquet", text)]
 

@@ -89,6 +89,12 @@ def test_a_sealed_shard_is_a_safetensors_file(native_writer, tmp_path: Path):
     assert found["segments"][:, 3].sum() == 300 and found["moments"].shape == (3, 7)
 
 
+def open_files(folder: Path) -> list[str]:
+    """Files below a folder that this process holds open, deleted ones too."""
+    held = (each for each in Path("/proc/self/fd").iterdir() if each.is_symlink())
+    return [name for name in map(os.readlink, held) if name.startswith(str(folder))]
+
+
 def test_only_whole_units_can_be_seen(native_writer):
     writer = native_writer()
     site = writer.site(WIDE)
@@ -99,9 +105,12 @@ def test_only_whole_units_can_be_seen(native_writer):
     writer.seal(SAMPLES, MOMENTS, ["cond", "uncond"])
     assert [path.name for path in writer.shards.iterdir()] == ["000003"]
     writer.begin(4)
-    writer.put(site, *rows_of(WIDE, 40))
+    for n in range(10):
+        writer.put(site, *rows_of(WIDE, 40, n))
+    (part,) = (path for path in writer.shards.iterdir() if path.name != "000003")
+    assert part.match(".*.part") and open_files(part)  # folders of jobs drop those of this name
     writer.abandon()
-    assert [path.name for path in writer.shards.iterdir()] == ["000003"]
+    assert [path.name for path in writer.shards.iterdir()] == ["000003"] and not open_files(part)
     unit(writer, 4)
     assert sorted(path.name for path in writer.shards.iterdir()) == ["000003", "000004"]
 
@@ -258,6 +267,7 @@ def test_the_writer_that_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert isinstance(open_writer(tmp_path, RUN), ReferenceWriter)
     with pytest.raises(InvalidInput, match="pressure='drop': use one of block, sample"):
         open_writer(tmp_path, RUN, pressure="drop")  # pyright: ignore[reportArgumentType]
+    open_writer(tmp_path, RUN, ring_bytes=1 << 18, threads=1).close()
     with pytest.raises(InvalidInput, match="threads=0: both must be positive"):
         open_writer(tmp_path, RUN, threads=0)
 

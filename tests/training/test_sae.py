@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dreamreader._progress import ProgressEvent
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.harvest import Harvest
@@ -15,6 +16,7 @@ from dreamreader.store.dataset import StoreDataset
 from dreamreader.training import SaeJob
 from tests.training.jobs import DOWN, MIDDLE, SAE
 
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "sae").glob("*.yaml"))
 KNOWN = {
     "name": "known",
     "known_answers": {"features": 24, "d_in": 12, "roots": 3, "depth": 1, "min_probability": 0.05},
@@ -133,11 +135,86 @@ def test_rows_of_a_model_go_when_they_are_not_kept(reader: Reader, tmp_path: Pat
         ({"branch": "cond"}, "branch: known_answers have none"),
         ({"pipeline": {"num_inference_steps": 2}}, "pipeline: is of a subject that is run"),
         ({"autoencoders": [{"d_sae": 8, "k": []}]}, "k: is empty"),
+        ({"autoencoders": [{"d_sae": 8, "k": 9}]}, "k is at most d_sae, which is 8"),
+        ({"autoencoders": [{"d_sae": [20, 8], "k": 9}]}, "k is at most d_sae, which is 8"),
+        ({"autoencoders": [{"d_sae": 8, "k": 2, "groups": [9]}]}, "ascending widths up to d_sae=8"),
+        ({"evaluation": {"curve": [0]}}, "greater than or equal to 1"),
     ],
 )
 def test_specs_that_cannot_be_right_are_refused(changes: dict, text: str) -> None:
     with pytest.raises(InvalidInput, match=text):
         SaeJob(**KNOWN | changes)
+
+
+def test_scores_along_a_training_are_those_of_shorter_ones(tmp_path: Path) -> None:
+    training = KNOWN["training"] | {"schedule": "constant", "warmup": 0}
+    job = KNOWN | {"training": training, "evaluation": {"rows": 500, "curve": [1280, 3200]}}
+    SaeJob(**job).run(tmp_path / "whole", progress=False)
+    short = job | {"training": training | {"tokens": 3200}, "evaluation": {"rows": 500}}
+    SaeJob(**short).run(tmp_path / "short", progress=False)
+    (whole,), (part,) = (_notes(tmp_path / name) for name in ("whole", "short"))
+    assert [each.pop("trained") for each in whole["curve"]] == [1280, 3200]
+    scores = {name: each for name, each in part["scores"].items() if name != "histogram"}
+    assert whole["curve"][1] == scores and whole["curve"][0] != scores
+    assert whole["scores"] != part["scores"]
+    assert "10^6 rows" in (tmp_path / "whole" / "report.html").read_text()
+    assert part["curve"] == []
+
+
+def test_a_curve_goes_on_where_a_stopped_training_was(tmp_path: Path) -> None:
+    spec = KNOWN | {"evaluation": {"rows": 500, "curve": [640, 3200]}}
+    spec["training"] = KNOWN["training"] | {"save_every": 20}
+
+    def stop(event: ProgressEvent) -> None:
+        if event.stage == "training" and event.done == 45:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        SaeJob(**spec).run(tmp_path / "stopped", progress=stop)
+    for name in ("stopped", "whole"):
+        SaeJob(**spec).run(tmp_path / name, progress=False)
+    (stopped,), (whole,) = (_notes(tmp_path / name) for name in ("stopped", "whole"))
+    assert stopped == whole and len(whole["curve"]) == 2
+
+
+def test_at_one_budget_all_have_the_same_number_of_active_latents(tmp_path: Path) -> None:
+    autoencoders = [
+        {"d_sae": 20, "k": 2},
+        {"selection": "SampledTopK", "d_sae": 20, "k": 2, "l": 2, "dead_after": 640}
+        | {"threshold_rule": "saelens"},
+    ]
+    job = KNOWN | {"autoencoders": autoencoders}
+    job["evaluation"] = {"rows": 512, "inference": "budget"}
+    found = SaeJob(**job).run(tmp_path / "run", progress=False)["known answers"]
+    batch, sampled = _notes(tmp_path / "run")
+    assert batch["scores"]["l0"] == sampled["scores"]["l0"] == 2
+    assert sampled["scores"]["own_l0"] != 2
+    own = list(found.values())[1]
+    assert own.selection == SampledTopK(2, l=2, seed=0) and own.aux.dead_after == 640
+    assert own.inference == "threshold"
+
+
+def test_too_few_rows_are_seen_before_the_model_is_run(reader: Reader, tmp_path: Path) -> None:
+    small = SAE | {"sites": MIDDLE, "controls": [], "autoencoders": [{"d_sae": 24, "k": 2}]}
+    job = SaeJob(reader=reader, **small | {"training": {"epochs": 1, "batch_size": 100_000}})
+    with pytest.raises(InvalidInput, match=r"batch_size: .* gives \d+ rows, fewer than 100,000"):
+        job.run(tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "activations").exists()
+    with pytest.raises(InvalidInput, match="take more prompts or seeds"):
+        job.plan()
+
+
+def _notes(folder: Path) -> list[dict]:
+    text = next((folder / "autoencoders").glob("*.json")).read_text()
+    return list(json.loads(text)["autoencoders"].values())
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda each: each.stem)
+def test_examples_can_be_run(file: Path) -> None:
+    job = SaeJob.from_file(file)
+    assert job.autoencoders
+    if job.spec.known_answers is not None:
+        assert "known answers, width" in job.plan()
 
 
 def test_stores_that_do_not_fit_are_refused(store: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def entry_of(own: type, table: Mapping[str, Entry], method: str) -> Entry | None
     """
     for base in own.__mro__:
         if base.__name__ in table and is_diffusers(base):
-            return None if replaced(base, method) else table[base.__name__]
+            return None if find_replacement(base, method) else table[base.__name__]
         if method in vars(base):
             return None
     return None
@@ -26,7 +26,7 @@ def entry_of(own: type, table: Mapping[str, Entry], method: str) -> Entry | None
 def author_of(own: type, method: str) -> type | None:
     """The class of diffusers whose `method` this class runs; None where it is anybody else's."""
     owner = next((base for base in own.__mro__ if method in vars(base)), None)
-    if owner is None or not is_diffusers(owner) or replaced(owner, method):
+    if owner is None or not is_diffusers(owner) or find_replacement(owner, method):
         return None
     return owner
 
@@ -39,7 +39,7 @@ def is_diffusers(own: type) -> bool:
     return getattr(sys.modules.get(home), own.__name__, None) is own
 
 
-def replaced(own: type, method: str) -> str | None:
+def find_replacement(own: type, method: str) -> str | None:
     """What stands in the place of a method of diffusers; None where it is the method itself.
 
     Decorators of torch and diffusers belong to the method.

@@ -47,8 +47,8 @@ def attention(module: nn.Module) -> AttentionFacts | None:
     heads = sizes.head_count(module)
     width = _width(module, heads)
     key_heads = _key_heads(module, heads, width)
-    has_added = _added(module, "k") is not None
-    two_streams = has_added and _added(module, "q") is not None
+    has_added = _find_added(module, "k") is not None
+    two_streams = has_added and _find_added(module, "q") is not None
     joint = not two_streams and ("CogView" in name or "CogVideo" in name)
     ports, refused = _projections(module, processor, heads, key_heads, width)
     if "IPAdapter" in name or (has_added and not two_streams and "AddedKV" not in name):
@@ -73,7 +73,7 @@ def attention(module: nn.Module) -> AttentionFacts | None:
     )
 
 
-def _added(module: nn.Module, letter: str) -> nn.Module | None:
+def _find_added(module: nn.Module, letter: str) -> nn.Module | None:
     """The projection of the text stream."""
     return sizes.part(module, f"add_{letter}_proj") or sizes.part(module, f"to_{letter}_t")
 
@@ -84,8 +84,8 @@ def _is_of_diffusers(kind: type) -> bool:
 
 def _width(module: nn.Module, heads: int) -> int:
     """Features of one head."""
-    found = sizes.stated(module, sizes.WIDTHS)
-    inner = sizes.stated(module, ("inner_dim",))
+    found = sizes.find_stated(module, sizes.WIDTHS)
+    inner = sizes.find_stated(module, ("inner_dim",))
     if found is None and inner is not None and inner % heads == 0:
         found = inner // heads
     return found or sizes.head_width(module, sizes.part(module, "to_q"), heads)
@@ -93,7 +93,7 @@ def _width(module: nn.Module, heads: int) -> int:
 
 def _key_heads(module: nn.Module, heads: int, width: int) -> int:
     """Grouped attention has fewer key heads; the older classes state their features only."""
-    inner = sizes.stated(module, ("inner_kv_dim",), configured=False)
+    inner = sizes.find_stated(module, ("inner_kv_dim",), configured=False)
     if inner is not None and inner % width == 0:
         return inner // width
     return sizes.key_head_count(module, heads)
@@ -109,13 +109,13 @@ def _projections(
     for letter, count in (("q", heads), ("k", key_heads), ("v", key_heads)):
         for key, projection, joined in (
             (letter, sizes.part(module, f"to_{letter}"), ("to_qkv", "to_kv")),
-            (f"{letter}.text", _added(module, letter), ("to_added_qkv", "to_added_kv")),
+            (f"{letter}.text", _find_added(module, letter), ("to_added_qkv", "to_added_kv")),
         ):
             if projection is None:
                 continue
             try:
                 sizes.check(f"{key} projection", sizes.out_features(projection), count, width)
-                tap = _fused(module, letter, joined, count, width) if fused else None
+                tap = _find_fused(module, letter, joined, count, width) if fused else None
             except PortsRefused as reason:
                 refused[key] = str(reason)
             else:
@@ -146,7 +146,7 @@ def _asks_for_flag(kind: type) -> bool:
     return any("fused_projections" in each.__code__.co_names for each in functions)
 
 
-def _fused(
+def _find_fused(
     module: nn.Module, letter: str, names: tuple[str, ...], heads: int, width: int
 ) -> Tap | None:
     """The share of one letter in a projection of several, after `fuse_qkv_projections`."""
@@ -195,7 +195,7 @@ def _parallel(module: nn.Module) -> AttentionFacts:
     into = module.get_submodule("to_qkv_mlp_proj")
     out = module.get_submodule("to_out")
     hidden, times = (
-        sizes.stated(module, (name,)) or 0 for name in ("mlp_hidden_dim", "mlp_mult_factor")
+        sizes.find_stated(module, (name,)) or 0 for name in ("mlp_hidden_dim", "mlp_mult_factor")
     )
     inner, total = heads * width, 3 * heads * width + hidden * times
     if sizes.out_features(into) != total or sizes.in_features(out) != inner + hidden:

@@ -117,7 +117,7 @@ def attention(module: nn.Module) -> AttentionFacts | None:
 def _width(module: nn.Module, output: nn.Module, heads: int) -> int:
     """Features of one head: the output projection reads as many for each."""
     read = sizes.in_features(output)
-    width = sizes.stated(module, sizes.WIDTHS)
+    width = sizes.find_stated(module, sizes.WIDTHS)
     if width is None and read is not None and read % heads == 0:
         width = read // heads
     sizes.check("the input of its output projection", read, heads, width or 0)

@@ -28,7 +28,8 @@ def attention(module: nn.Module) -> AttentionFacts | None:
     sizes.check_parts(module, _KNOWN)
     heads = sizes.head_count(module)
     shared, own, value = (
-        _stated(module, name) for name in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+        _require_stated(module, name)
+        for name in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
     )
     name = "q_b_proj" if sizes.part(module, "q_proj") is None else "q_proj"
     query = module.get_submodule(name)
@@ -39,21 +40,21 @@ def attention(module: nn.Module) -> AttentionFacts | None:
     shape = (heads, own + value)
     ports = {
         "q": Tap(query, heads=heads),
-        "k": _unfolded(unfold, Channels(shape, (every, slice(own))), heads),
-        "v": _unfolded(unfold, Channels(shape, (every, slice(own, None))), heads),
+        "k": _tap_unfold(unfold, Channels(shape, (every, slice(own))), heads),
+        "v": _tap_unfold(unfold, Channels(shape, (every, slice(own, None))), heads),
         "heads": Tap(output, side="in", heads=heads),
     }
     return AttentionFacts(ports, heads)
 
 
-def _unfolded(unfold: nn.Module, channels: Channels, heads: int) -> Tap:
+def _tap_unfold(unfold: nn.Module, channels: Channels, heads: int) -> Tap:
     # transformers hands the small vector on as one head: [batch, 1, tokens, features]
     axes = ("rows", "heads", "tokens", "features")
     return Tap(unfold, channels=channels, heads=heads, axes=axes)
 
 
-def _stated(module: nn.Module, name: str) -> int:
-    found = sizes.stated(module, (name,))
+def _require_stated(module: nn.Module, name: str) -> int:
+    found = sizes.find_stated(module, (name,))
     if found is None:
         raise PortsRefused(f"neither it nor its configuration states {name}")
     return found

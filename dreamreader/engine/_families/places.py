@@ -135,7 +135,7 @@ def _unet(denoiser: nn.Module, arguments: Mapping[str, Any]) -> StreamLayout:
     return StreamLayout(grid, _text(arguments), pyramid=True)
 
 
-def _patched(denoiser: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
+def _count_patches(denoiser: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
     sample = _sample(arguments)
     patch = getattr(getattr(denoiser, "config", None), "patch_size", None)
     if sample is None or sample.dim() != 4 or not isinstance(patch, int):
@@ -144,11 +144,11 @@ def _patched(denoiser: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, in
 
 
 def _by_patch(denoiser: nn.Module, arguments: Mapping[str, Any]) -> StreamLayout:
-    return StreamLayout(_patched(denoiser, arguments), _text(arguments))
+    return StreamLayout(_count_patches(denoiser, arguments), _text(arguments))
 
 
 def _sd3(denoiser: nn.Module, arguments: Mapping[str, Any]) -> StreamLayout:
-    return StreamLayout(_patched(denoiser, arguments), _text(arguments), text_first=False)
+    return StreamLayout(_count_patches(denoiser, arguments), _text(arguments), text_first=False)
 
 
 def _flux(denoiser: nn.Module, arguments: Mapping[str, Any]) -> StreamLayout:
@@ -170,14 +170,14 @@ def _qwen_image(denoiser: nn.Module, arguments: Mapping[str, Any]) -> StreamLayo
 
 def _lumina(denoiser: nn.Module, arguments: Mapping[str, Any]) -> StreamLayout:
     lengths = text_lengths(arguments)
-    return StreamLayout(_patched(denoiser, arguments), _text(arguments), text_lengths=lengths)
+    return StreamLayout(_count_patches(denoiser, arguments), _text(arguments), text_lengths=lengths)
 
 
 def _aura_flow(denoiser: nn.Module, arguments: Mapping[str, Any]) -> StreamLayout:
     text, registers = _text(arguments), getattr(denoiser, "register_tokens", None)
     extra = registers.shape[1] if isinstance(registers, Tensor) else 0
     text = None if text is None else text + extra
-    return StreamLayout(_patched(denoiser, arguments), text, text_offset=extra)
+    return StreamLayout(_count_patches(denoiser, arguments), text, text_offset=extra)
 
 
 _FAMILIES: dict[str, Callable[[nn.Module, Mapping[str, Any]], StreamLayout]] = {

@@ -98,7 +98,7 @@ def _facts(module: nn.Module, letters: tuple[str, ...], output: str | None) -> A
         side = Channels((heads, 2, width), (slice(None), 0))
         ports["q"] = Tap(query, channels=side, heads=heads)
     refused: dict[str, str] = {}
-    value_width = sizes.stated(module, ("v_head_dim",), configured=False) or width
+    value_width = sizes.find_stated(module, ("v_head_dim",), configured=False) or width
     for letter, single, features in (("k", letters[1], width), ("v", letters[2], value_width)):
         try:
             ports[letter] = _key_or_value(module, letter, single, key_heads, features)

@@ -20,7 +20,7 @@ def part(module: nn.Module, name: str) -> nn.Module | None:
     return module._modules.get(name)  # getattr takes as long as all else here where there is none
 
 
-def stated(module: nn.Module, names: tuple[str, ...], configured: bool = True) -> int | None:
+def find_stated(module: nn.Module, names: tuple[str, ...], configured: bool = True) -> int | None:
     """The first of these numbers that the module, or else its configuration, states."""
     own = vars(module)
     found = _number(own.get, names)
@@ -42,7 +42,7 @@ def head_count(module: nn.Module) -> int:
     Raises:
         Refused: neither the module nor its configuration states them.
     """
-    found = stated(module, _HEADS)
+    found = find_stated(module, _HEADS)
     if found is None:
         raise PortsRefused("neither it nor its configuration states a number of heads")
     return found
@@ -50,16 +50,16 @@ def head_count(module: nn.Module) -> int:
 
 def key_head_count(module: nn.Module, heads: int) -> int:
     """Heads of the keys and values: fewer than those of the queries in grouped attention."""
-    found = stated(module, _KEY_HEADS, configured=False)
-    groups = stated(module, ("num_key_value_groups",), configured=False)
+    found = find_stated(module, _KEY_HEADS, configured=False)
+    groups = find_stated(module, ("num_key_value_groups",), configured=False)
     if found is None and groups is not None:
         return heads // groups
-    return found or stated(module, _KEY_HEADS) or heads
+    return found or find_stated(module, _KEY_HEADS) or heads
 
 
 def head_width(module: nn.Module, projection: Any, heads: int) -> int:
     """Features of one head, as stated; where nothing states them, an equal share of the queries."""
-    found = stated(module, WIDTHS)
+    found = find_stated(module, WIDTHS)
     if found is not None:
         return found
     features = out_features(projection)

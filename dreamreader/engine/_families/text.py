@@ -46,7 +46,7 @@ def _side_by_side(pipe: Any) -> list[Source]:
 
 def _clip_then_t5(pipe: Any) -> list[Source]:
     """Stable Diffusion 3 puts the tokens of its CLIP encoders first, those of T5 behind them."""
-    clip = _stated(pipe, "tokenizer_max_length")
+    clip = _require_number(pipe, "tokenizer_max_length")
     return [*_side_by_side(pipe), (_present(pipe, "text_encoder_3"), clip, False)]
 
 
@@ -55,10 +55,10 @@ def _second(pipe: Any) -> list[Source]:
 
 
 def _after_template(pipe: Any) -> list[Source]:
-    return [(("text_encoder",), -_stated(pipe, "prompt_template_encode_start_idx"), True)]
+    return [(("text_encoder",), -_require_number(pipe, "prompt_template_encode_start_idx"), True)]
 
 
-def _stated(pipe: Any, name: str) -> int:
+def _require_number(pipe: Any, name: str) -> int:
     number = getattr(pipe, name, None)
     if not isinstance(number, int):
         raise ClockUnknown(
@@ -68,7 +68,7 @@ def _stated(pipe: Any, name: str) -> int:
     return number
 
 
-def _cut(pipe: Any) -> list[Source]:
+def _cut_behind_longest(pipe: Any) -> list[Source]:
     """Kandinsky 3 cuts the padding off behind the longest prompt."""
     return [(("text_encoder",), 0, True)]
 
@@ -79,5 +79,5 @@ _SOURCES = {
     "SD3Transformer2DModel": _clip_then_t5,
     "FluxTransformer2DModel": _second,
     "QwenImageTransformer2DModel": _after_template,
-    "Kandinsky3UNet": _cut,
+    "Kandinsky3UNet": _cut_behind_longest,
 }

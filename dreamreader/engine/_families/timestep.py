@@ -26,12 +26,12 @@ def thousandth(timestep: float, train: float, config: Any) -> float:
     return timestep / 1000.0
 
 
-def rising(timestep: float, train: float, config: Any) -> float:
+def invert(timestep: float, train: float, config: Any) -> float:
     """1 - t / T: runs from 0 at pure noise to 1."""
     return 1.0 - timestep / train
 
 
-def scaled(timestep: float, train: float, config: Any) -> float:
+def scale(timestep: float, train: float, config: Any) -> float:
     """t times the `timestep_scale` of the denoiser's config."""
     return timestep * getattr(config, "timestep_scale", 1.0)
 
@@ -41,7 +41,7 @@ def trigonometric(timestep: float, train: float, config: Any) -> float:
     return math.sin(timestep) / (math.sin(timestep) + math.cos(timestep))
 
 
-KNOWN_FORMS: tuple[Form, ...] = (raw, thousandth, rising)
+KNOWN_FORMS: tuple[Form, ...] = (raw, thousandth, invert)
 
 _FORMS: dict[str, Form] = {
     "UNet2DConditionModel": raw,
@@ -67,8 +67,8 @@ _FORMS: dict[str, Form] = {
     "WuerstchenPrior": raw,
     "WuerstchenDiffNeXt": raw,
     "UNetSpatioTemporalConditionModel": raw,
-    "SanaTransformer2DModel": scaled,
-    "SanaControlNetModel": scaled,
+    "SanaTransformer2DModel": scale,
+    "SanaControlNetModel": scale,
     "ControlNetModel": raw,
     "ControlNetUnionModel": raw,
     "MultiControlNetModel": raw,
@@ -82,7 +82,7 @@ _FORMS: dict[str, Form] = {
     "FluxMultiControlNetModel": thousandth,
     "QwenImageControlNetModel": thousandth,
     "QwenImageMultiControlNetModel": thousandth,
-    "ZImageControlNetModel": rising,
+    "ZImageControlNetModel": invert,
     "AuraFlowTransformer2DModel": thousandth,
     "FluxTransformer2DModel": thousandth,
     "Flux2Transformer2DModel": thousandth,
@@ -90,9 +90,9 @@ _FORMS: dict[str, Form] = {
     "QwenImageTransformer2DModel": thousandth,
     "OvisImageTransformer2DModel": thousandth,
     "LongCatImageTransformer2DModel": thousandth,
-    "Lumina2Transformer2DModel": rising,
-    "LuminaNextDiT2DModel": rising,
-    "ZImageTransformer2DModel": rising,
+    "Lumina2Transformer2DModel": invert,
+    "LuminaNextDiT2DModel": invert,
+    "ZImageTransformer2DModel": invert,
 }
 
 

@@ -4,7 +4,8 @@ from typing import Any
 
 from dreamreader.experiments.pages.base import curves
 from dreamreader.experiments.pages.compared import STILL, ComparedPage, Line
-from dreamreader.experiments.results import format_interval
+from dreamreader.experiments.pages.sae_chosen import SUCCESS, ChosenLatents
+from dreamreader.experiments.results import Results, format_interval
 from dreamreader.report import Section, Table
 
 
@@ -13,7 +14,27 @@ class SaePage(ComparedPage):
 
     setting = ("features", "cell", "strength")
 
+    def __init__(self, results: Results):
+        super().__init__(results)
+        choose = self.method.choose
+        # what latents that the run chose did; None where the spec names them
+        self.chosen = None if choose is None else ChosenLatents(results, choose)
+        if self.chosen is not None:
+            self.results = self.chosen.results
+
+    @property
+    def columns(self) -> list[str]:
+        return super().columns if self.chosen is None else self.chosen.columns[:8]
+
+    def pictured_setting(self) -> dict[str, Any]:
+        if self.chosen is None:
+            return self.best()
+        first = self.chosen.edits[0]
+        return {"features": first.name, "strength": first.strength}
+
     def lines(self) -> list[Line]:
+        if self.chosen is not None:
+            return self._chosen_lines(self.chosen)
         results = self.results
         found = [self._line(n.replace("_", " "), n, {}) for n in STILL if results.of(n)]
         best = self.best()
@@ -22,7 +43,28 @@ class SaePage(ComparedPage):
             found.append(self._line("others of the same frequency", "random_features", best))
         return found
 
+    def _chosen_lines(self, chosen: ChosenLatents) -> list[Line]:
+        """Each kind of edit over all labels, at the strengths of the trials."""
+        found = []
+        for kind in chosen.kinds:
+            own = chosen.of_kind(kind)
+            means = {name: chosen.mean(own, name) for name in self.columns}
+            found.append(Line(kind, own[0].condition, {}, means))
+        return found
+
+    def summary(self) -> list[str]:
+        told = super().summary()
+        if self.chosen is None:
+            return told
+        for each in self.chosen.edits:
+            mean = format_interval(self.chosen.mean([each], SUCCESS))
+            which = f" {', '.join(map(str, each.features))}" if each.features else ""
+            told.append(f"  {each.label}: {each.kind}{which} at {each.strength:g}: {mean}")
+        return told
+
     def sections(self) -> list[Section]:
+        if self.chosen is not None:
+            return [*self.chosen.sections(), self._every()]
         best = self.best()
         at = {name: best[name] for name in ("features", "cell")}
         lines = {
