@@ -99,7 +99,7 @@ def main() -> None:
     found = gather(given.runs)
     print(table(found))
     if given.out is not None:
-        given.out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        given.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
