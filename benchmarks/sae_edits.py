@@ -92,10 +92,11 @@ def tables(found: dict[str, Any]) -> str:
     by_label: dict[str, list[dict[str, Any]]] = {}
     for each in found["by_label"]:
         by_label.setdefault(each["label"], []).append(each)
-    lines = [
-        [label, *map(both_parts, own), ", ".join(map(str, max(own, key=size_of)["latents"]))]
-        for label, own in by_label.items()
-    ]
+    lines = []
+    for label, own in by_label.items():
+        cells = {each["edit"]: both_parts(each) for each in own}
+        latents = ", ".join(map(str, max(own, key=size_of)["latents"]))
+        lines.append([label, *(cells.get(edit, "–") for edit in edits), latents])
     pooled = [
         [each["edit"], *(percent_or_number(each[n], n) for n in NAMES)] for each in found["pooled"]
     ]
