@@ -128,7 +128,9 @@ void BatchSelection<Key>::sample(const SelectBlock& x, int64_t rows, double part
 
 template <typename Key>
 void BatchSelection<Key>::guess(int threads) {
-  const int64_t rank = std::max<int64_t>(1, int64_t(rank_)), size = int64_t(sample_.size());
+  const int64_t size = int64_t(sample_.size());
+  rank_ = std::min(rank_, size ? double(size + 1) : double(kAll) * rate_);  // and with it the room
+  const int64_t rank = std::max<int64_t>(1, int64_t(rank_));
   Key bound = rank > size ? Key{0} : kth_largest(sample_.data(), size, rank, threads);
   if (guesses_++ >= kGuesses || bound < least_ || bound > most_)
     bound = Key(least_ + (most_ - least_) / 2);

@@ -78,8 +78,9 @@ class StoreSource:
 
     def batches(self, site: str, rank: int = 0, world: int = 1) -> StoreDataset:
         size = self.spec.training.batch_size
-        share = {"rank": rank, "world": world}
-        found = self._dataset(self.store, site, size // world, self.spec.seeds[0], **share)
+        found = self._dataset(
+            self.store, site, size // world, self.spec.seeds[0], True, rank, world
+        )
         if len(found) == 0:
             raise InvalidInput(
                 f"training.batch_size: {site} has {found.rows:,} rows, fewer than {size:,}"
@@ -109,9 +110,17 @@ class StoreSource:
         return {"steps": spec.chosen_steps, "branch": spec.branch, "tokens": tokens}
 
     def _dataset(
-        self, store: Store, site: str, size: int, seed: int, drop_last: bool = True, **share: int
+        self,
+        store: Store,
+        site: str,
+        size: int,
+        seed: int,
+        drop_last: bool,
+        rank: int = 0,
+        world: int = 1,
     ) -> StoreDataset:
-        own = {**self.selection, "seed": seed, "drop_last": drop_last, **share}
+        own = {**self.selection, "seed": seed, "drop_last": drop_last}
+        own |= {"rank": rank, "world": world}
         return StoreDataset(store, site, batch_size=size, **own)
 
 

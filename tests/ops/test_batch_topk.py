@@ -35,6 +35,23 @@ def test_equal_entries_are_taken_in_flat_order():
     assert float(codes.threshold or 0) == 2.0
 
 
+@NEEDS_NATIVE
+def test_a_bound_without_a_sample_needs_no_more_memory_than_entries():
+    x = matrix("equal", (400, 512), torch.float32) + torch.arange(400)[:, None] * 1e-3
+    count = 100
+    out = torch.empty(count), torch.empty(401, dtype=torch.int64), torch.empty(count).int()
+    smallest = torch.empty(())
+    selector = NATIVE.BlockSelector("batch_topk", x, 400, 1, count, None)
+    looks, done = 0, False
+    while not done:
+        selector.begin(1)
+        selector.add(0, x, 0, 1)
+        looks, done = looks + 1, selector.done(1)
+    assert 3 < looks < 40  # the range of bounds was halved
+    selector.emit(*out, smallest, 1)
+    assert float(smallest) == float(x.max()) and torch.equal(out[2], torch.arange(100).int())
+
+
 def test_fewer_than_asked_for():
     x = torch.tensor([[1.0, -1.0], [0.0, 3.0]])
     codes = batch_topk(x, 3)

@@ -67,14 +67,14 @@ def test_training_makes_codes_sparser_and_inference_uses_what_it_learned(tmp_pat
     for weight in (1e-4, 3.0):
         selection = JumpReLU(sparsity=weight, bandwidth=0.2, start=0.1, warmup=10)
         sae = SparseAutoencoder(6, 24, selection, seed=0, aux="none")
-        train_sae(sae, rows, epochs=8, lr=0.05, progress=False)
+        train_sae(sae, rows, epochs=40, lr=0.05, progress=False)
         assert torch.equal(sae.thresholds, sae.log_threshold.detach().exp())
         assert not torch.allclose(sae.thresholds, torch.tensor(0.1))
         codes = sae.encode(rows[0])
         pre = (rows[0] - sae.b_dec) @ sae.W_enc + sae.b_enc
         assert torch.equal(codes != 0, pre > sae.thresholds)
         counts[weight] = float((codes != 0).sum(1).float().mean())
-    assert counts[3.0] < 0.7 * counts[1e-4]
+    assert counts[3.0] < 0.2 * counts[1e-4]
     sae.save(tmp_path / "sae.safetensors")
     again = SparseAutoencoder.load(tmp_path / "sae.safetensors")
     assert again.selection == sae.selection and torch.equal(again(rows[0]), sae(rows[0]))

@@ -16,7 +16,11 @@ from dreamreader.store.dataset import StoreDataset
 from dreamreader.training import SaeJob
 from tests.training.jobs import DOWN, MIDDLE, SAE
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "sae").glob("*.yaml"))
+EXAMPLES = [
+    each
+    for each in sorted((Path(__file__).parents[2] / "examples" / "sae").glob("*.yaml"))
+    if "\nautoencoders:" in each.read_text()
+]
 KNOWN = {
     "name": "known",
     "known_answers": {"features": 24, "d_in": 12, "roots": 3, "depth": 1, "min_probability": 0.05},

@@ -16,6 +16,7 @@ from dreamreader.sae import SAEEdit, SparseAutoencoder, TopK
 from dreamreader.specs.data import Item, scene_items
 from dreamreader.specs.parts import Scenes
 from dreamreader.steering import LabelMeans
+from dreamreader.training.sae import SaeJob
 
 from ..conftest import PAIRS
 from .test_patch import SITES, STEPS, Blueness, blueness
@@ -302,3 +303,20 @@ def test_the_spec_of_a_choice_comes_back(choosing, tmp_path) -> None:
     spec = yaml.safe_load((tmp_path / "run" / "spec.yaml").read_text())
     assert spec["method"]["choose"]["targets"] == ["blue", "green"]
     assert spec["method"]["features"] is None
+
+
+@pytest.mark.parametrize("name", ["turn-colour", "turn-colour-dit", "remove-colour"])
+def test_examples_read_what_another_example_trains(tmp_path: Path, name: str) -> None:
+    examples = Path(__file__).parents[3] / "examples" / "sae"
+    spec = yaml.safe_load((examples / f"{name}.yaml").read_text())
+    method = spec["method"]
+    trained = Path(method["autoencoder"]["file"])
+    source = SaeJob.from_file(examples / ("colour-dit.yaml" if "dit" in name else "colour.yaml"))
+    assert trained.parts[3] == source.folder.name
+    assert method["sites"] in source.spec.sites and method["sites"] in trained.name
+
+    sae = SparseAutoencoder(8, 512, TopK(4))
+    sae.statistics["frequency"] = torch.full((512,), 4 / 512)
+    sae.save(tmp_path / "sae.safetensors")
+    method["autoencoder"]["file"] = str(tmp_path / "sae.safetensors")
+    assert method["sites"] in str(dr.Experiment(**spec).plan())
