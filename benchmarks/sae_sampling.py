@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paired import environment, write
 
 from dreamreader.sae import SparseAutoencoder
 from dreamreader.sae.matching import mean_correlation
@@ -99,7 +100,7 @@ def main() -> None:
     found = gather(given.runs)
     print(table(found))
     if given.out is not None:
-        given.out.write_text(json.dumps(found, indent=1) + "\n")
+        write(given.out, {"benchmark": "sae sampling", "environment": environment(), **found})
 
 
 if __name__ == "__main__":

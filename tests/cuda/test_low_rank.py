@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from dreamreader.ops._low_rank_gpu import MAX_RANK, MAX_WIDTH, gradient, taken
+from dreamreader.ops._low_rank_gpu import MAX_RANK, MAX_WIDTH, fits_kernels, gradient
 from dreamreader.ops.low_rank import (
     NEEDS,
     _empty_gradients,
@@ -99,7 +99,7 @@ def test_twin_leaves_rows_of_z_0(kernels: twin.LowRankTwin):
 )
 def test_twin_refuses_what_no_kernel_takes(case: Case, kernels: twin.LowRankTwin):
     x, *tables = case.inputs(torch.float32)
-    assert not taken(x, tables[0])
+    assert not fits_kernels(x, tables[0])
     with pytest.raises(AssertionError, match="CUDA error 801"):
         kernels.low_rank(x, x, *tables)
 

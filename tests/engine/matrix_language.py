@@ -227,7 +227,7 @@ def _sites(
     """
     modules = reader._subject.modules()
     model = modules.get(prefix.rstrip("."), reader._subject.components()[""])
-    path = {id(module): name for name, module in reversed(modules.items())}
+    path = {id(module): name for name, module in reversed(list(modules.items()))}
     head = path.get(id(model.get_output_embeddings()), "")
     ends = [path.get(id(model.get_input_embeddings()), ""), head]
     recorded = {name: modules[name] for name in ends if name}
