@@ -93,7 +93,7 @@ def main() -> int:
             show(rows[-1])
     for each in problems:
         print("no time:", each, file=sys.stderr)
-    if options.write and rows:
+    if (options.write or options.output) and rows:
         result = {
             "benchmark": "sae_training",
             "environment": environment(),

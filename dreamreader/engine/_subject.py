@@ -187,7 +187,8 @@ def tree_of(every: list[nn.Module]) -> _Look:
 def _inside(held: list[dict[str, nn.Module | None]]) -> tuple[list[str], list[int]]:
     """What the modules of these dictionaries are called, and which objects they are."""
     values = chain.from_iterable([each.values() for each in held])
-    return list(chain.from_iterable(held)), list(map(id, values))
+    names = chain.from_iterable([each.keys() for each in held])  # TorchScript's are no iterables
+    return list(names), list(map(id, values))
 
 
 def carriers(modules: Iterable[nn.Module]) -> list[nn.Module]:

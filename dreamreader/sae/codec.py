@@ -335,7 +335,10 @@ class SparseCodec(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         before = dict(self.named_buffers())
+        learned = self.log_threshold.detach() if self.learns_thresholds else None
         super()._apply(fn, recurse)
+        if learned is not None and self.log_threshold.dtype != learned.dtype:
+            self.log_threshold.data = learned.to(self.log_threshold.device)
         for name, had in before.items():
             now = self.get_buffer(name)
             if name in _ON_CPU:

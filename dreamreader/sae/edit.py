@@ -84,6 +84,8 @@ class SAEEdit(EditRequest):
         keep(self, "features", _features(self.features, self.op, self.sae.d_sae))
         if self.where is not None:
             keep(self, "where", _features(self.where, "where", self.sae.d_sae))
+        if not isinstance(self.keep_error, bool):
+            raise InvalidInput(f"SAEEdit: keep_error is True or False, got {self.keep_error!r}")
         needs_value = self.op in ("add", "scale", "set")
         if needs_value != (self.value is not None):
             raise InvalidInput(f"SAEEdit: {self.op} {'needs' if needs_value else 'takes no'} value")
@@ -170,9 +172,11 @@ class SAEEdit(EditRequest):
         if self.sae.W_dec.device == device:
             return self.sae
         moved: dict = self._moved  # pyright: ignore[reportAttributeAccessIssue]
-        if device not in moved:
-            moved[device] = copy.deepcopy(self.sae).to(device)
-        return moved[device]
+        tensors = (*self.sae.parameters(), *self.sae.buffers())
+        state = [None if each.is_inference() else each._version for each in tensors]
+        if device not in moved or moved[device][0] != state:  # it may have gone on learning since
+            moved[device] = state, copy.deepcopy(self.sae).to(device)
+        return moved[device][1]
 
 
 def unlearn(

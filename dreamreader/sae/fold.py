@@ -55,5 +55,7 @@ def fold(sae: SparseAutoencoder) -> SparseAutoencoder:
     made.set_tensors({"W_enc": w_enc, "b_enc": b_enc, "W_dec": w_dec, "b_dec": b_dec})
     same = ("thresholds", "threshold_mean", "tokens_since_fired", "steps", "pool", "pool_size")
     made.set_tensors({name: sae.get_buffer(name) for name in same})
+    if sae.learns_thresholds:
+        made.set_tensors({"log_threshold": sae.log_threshold.detach()})
     made.statistics = dict(sae.statistics)
     return made.train(sae.training)

@@ -168,6 +168,11 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
         """
         if selection is not None:
             check_selection(selection, self.d_sae)
+            if self.learns_thresholds and selection != self.selection:
+                raise InvalidInput(
+                    f"SparseAutoencoder: thresholds of {self.selection} learn from its own "
+                    f"selection, not from {selection}"
+                )
         layout = layout_of(x, self.d_in, self.reshape)
         rows = x.reshape(-1, self.d_in)
         if mask is not None:

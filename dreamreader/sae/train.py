@@ -15,6 +15,7 @@ from dreamreader.sae.model import SparseAutoencoder
 from dreamreader.sae.objective import Anneal, Reconstruction, ScoreCurve, rows_of
 from dreamreader.sae.optimizer import StridedAdam
 from dreamreader.sae.ranks import Ranks
+from dreamreader.sae.selection import JumpReLU
 
 Batches = ByStep | Iterable[Any] | Callable[[int], Iterable[Any]]
 _WARMUP = 1000
@@ -106,6 +107,10 @@ def train_sae(
     for name, each in saes.items():
         _check(name, each, batches)
     anneal = None if k_start is None or k_steps is None else Anneal(k_start, k_steps)
+    if anneal is not None and any(isinstance(s.selection, JumpReLU) for s in saes.values()):
+        raise InvalidInput("train_sae: k_start needs a selection with a k; JumpReLU has none")
+    if ranks is not None and not isinstance(ranks, Ranks):
+        raise InvalidInput(f"train_sae: ranks is a Ranks of torch.distributed, got {ranks!r}")
     goals = {name: Reconstruction(name, anneal, curve, ranks) for name in saes}
     recipes = {
         name: _recipe(each, steps, epochs, lr, warmup, validate is not None, recipe)

@@ -28,6 +28,7 @@ from dreamreader.training.sae_evaluation import SiteEvaluation
 from dreamreader.training.sae_page import describe_scores, write_report
 from dreamreader.training.sae_ranks import (
     announce_site,
+    check_pools,
     check_shares,
     device_of_rank,
     follow_rank_0,
@@ -158,6 +159,8 @@ class SaeJob(SpecJob[SaeSpec]):
         shown = self.spec.model_dump(mode="json", exclude=unseen)
         evaluated = self.spec.evaluation.model_dump(mode="json", exclude={"store"})
         settings = {"spec": portable(shown), "evaluated": evaluated}
+        if self._ranks is not None:  # selections and pools are of shares
+            settings["processes"] = self._ranks.world
         if self.spec.subject is None:
             source = self.source()
             taken = fingerprint_of_rows(settings | source.identity(), self.spec.seeds)
@@ -268,6 +271,7 @@ class SaeJob(SpecJob[SaeSpec]):
             if self._ranks is None:
                 return self._run(out, progress, engine)
             check_shares(self.spec.training.batch_size, self._ranks.world)
+            check_pools(each.update_every for each in self.spec.listed())
             if self._ranks.rank:
                 return self.result(TrainingFolder(follow_rank_0(self._train_share)))
             with led_by_rank_0(Path(out) if out is not None else self.folder):
@@ -298,7 +302,8 @@ class SaeJob(SpecJob[SaeSpec]):
 
     def _train_share(self, folder: Path, site: str, run: str, had: Path | None) -> None:
         """Trains with rank 0 on a share of its batches; writes nothing that stays."""
-        self._train_site(self.source(folder), site, run, had, False, None)
+        source = self.source(folder)
+        self._train_site(source, site, run, had, False, self._curve(source, site, None))
 
     def _train_site(
         self,
@@ -378,12 +383,18 @@ class SaeJob(SpecJob[SaeSpec]):
             own |= {} if evaluation is None else {"activations": evaluation.baseline}
             folder.write(_notes(site), own)
 
-    def _curve(self, source: RowSource, site: str, shuffled: list[str]) -> ScoreCurve | None:
-        """What takes scores while a site is trained, after as many rows as the spec says."""
+    def _curve(self, source: RowSource, site: str, shuffled: list[str] | None) -> ScoreCurve | None:
+        """What takes scores while a site is trained, after as many rows as the spec says.
+
+        Args:
+            shuffled: names of those that learn from shuffled rows; None where rank 0 measures.
+        """
         size = self.spec.training.batch_size
         at = [max(1, rows // size) for rows in self.spec.evaluation.curve]
 
         def score(name: str, sae: SparseAutoencoder) -> dict[str, Any]:
+            if shuffled is None:
+                return {}
             own = sae if sae.W_dec.is_cpu else copy.deepcopy(sae).cpu()
             found = measure(own, source, site, name in shuffled)
             return {key: value for key, value in found.items() if key != "histogram"}

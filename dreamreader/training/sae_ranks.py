@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -60,6 +60,19 @@ def check_shares(batch_size: int, world: int) -> None:
         raise InvalidInput(
             f"training.batch_size: {batch_size} rows cannot be shared evenly by {world} processes; "
             f"take {near}"
+        )
+
+
+def check_pools(update_every: Iterable[int | None]) -> None:
+    """Refuses pools that are kept for several steps: each process has its own, checkpoints one.
+
+    Raises:
+        InvalidInput: one is.
+    """
+    if any((each or 1) > 1 for each in update_every):
+        raise InvalidInput(
+            "autoencoders.update_every: processes choose pools by their own rows, and a checkpoint "
+            "keeps those of one; leave it out, or train in one process"
         )
 
 

@@ -19,7 +19,17 @@ from dreamreader.training.parts import Positive
 Score = Literal["l2", "l2_squared", "entropy", "entropy_low", "leverage", "uniform"]
 Control = Literal["random_decoder", "random_encoder", "shuffled"]
 SWEPT = ("d_sae", "k", "l", "score", "rule", "sparsity")
-_OF_SELECTION = ("k", "l", "score", "rule", "update_every", "sparsity", "bandwidth", "warmup")
+_OF_SELECTION = (
+    "k",
+    "l",
+    "score",
+    "rule",
+    "update_every",
+    "sparsity",
+    "bandwidth",
+    "start",
+    "warmup",
+)
 
 
 class AutoencoderSpec(Part):
@@ -42,6 +52,7 @@ class AutoencoderSpec(Part):
         None, description="JumpReLU: weight of an active latent, from which thresholds learn."
     )
     bandwidth: Positive | None = Field(None, description="JumpReLU: window around a threshold.")
+    start: Positive | None = Field(None, description="JumpReLU: thresholds before the first step.")
     warmup: Count | None = Field(None, description="JumpReLU: steps in which the weight rises.")
     groups: list[Count] | None = Field(None, description="Widths of Matryoshka prefixes.")
     rescale: bool = False
@@ -96,7 +107,7 @@ class AutoencoderSpec(Part):
         ]
         more = [f"groups={'+'.join(map(str, self.groups))}"] if self.groups else []
         fields = type(self).model_fields
-        names = ("update_every", "bandwidth", "warmup", "rescale", "normalise", "aligned")
+        names = ("update_every", "bandwidth", "start", "warmup", "rescale", "normalise", "aligned")
         for name in (*names, "decoder_norm", "threshold_rule", "aux", "dead_after"):
             if (value := getattr(self, name)) != fields[name].default:
                 more.append(name if value is True else f"{name}={value}")
@@ -226,6 +237,15 @@ class SaeSpec(Part):
     keep_activations: bool = Field(
         False, description="Keeps the rows of a model that was run, beside the result."
     )
+
+    @model_validator(mode="after")
+    def _within(self) -> "SaeSpec":
+        rows, late = self.training.tokens, self.evaluation.curve
+        if rows is not None and late and max(late) > rows:
+            raise ValueError(
+                f"evaluation.curve: {max(late):,} rows are more than training.tokens, {rows:,}"
+            )
+        return self
 
     @field_validator("seeds")
     @classmethod

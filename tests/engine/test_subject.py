@@ -160,3 +160,11 @@ def test_blocks_see_marks_that_come_between_them() -> None:
         with torch.no_grad(), reader.editing(edit) as report:
             root(x)
         assert any("uncompiled" in note for note in report.notes) == compiled
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_modules_of_torchscript_are_found():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 3)))
+    reader = dr.Reader(nn.Sequential(scripted, nn.Linear(3, 3)))
+    for _ in range(2):
+        assert {"0", "0.0", "1"} <= set(reader.modules)

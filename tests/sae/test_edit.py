@@ -209,6 +209,7 @@ def test_it_comes_back_from_a_file(tmp_path):
         (dict(features=1, value=1.0, alpha="a"), "one for each row, got 'a'"),
         (dict(features=1, value=1.0, alpha=[1.0, "a"]), r"one for each row, got \[1.0, 'a'\]"),
         (dict(features=1, value=1.0, alpha=True), "one for each row, got True"),
+        (dict(features=1, value=1.0, keep_error="no"), "keep_error is True or False, got 'no'"),
         (
             dict(features=1, value="a"),
             "value must be a number or one for each of 1 latents, got 'a'",

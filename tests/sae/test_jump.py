@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dreamreader.errors import InvalidInput
-from dreamreader.sae import JumpReLU, SparseAutoencoder, train_sae
+from dreamreader.sae import JumpReLU, SparseAutoencoder, TopK, fold, train_sae
 
 WIDTH, WEIGHT = 0.3, 0.05
 
@@ -112,3 +112,19 @@ def test_the_weight_rises_and_a_set_threshold_is_where_learning_goes_on() -> Non
 def test_values_that_cannot_be_right(options: dict[str, Any], text: str) -> None:
     with pytest.raises(InvalidInput, match=text):
         JumpReLU(**options)
+
+
+def test_folding_casting_and_other_selections_keep_what_was_learned() -> None:
+    sae = SparseAutoencoder(6, 16, JumpReLU(sparsity=0.1), normalise="average_norm", seed=0)
+    sae.fit_normalisation(torch.randn(50, 6, generator=torch.Generator().manual_seed(0)))
+    sae.threshold = 0.3
+    folded = fold(sae)
+    assert torch.equal(folded.log_threshold, sae.log_threshold)
+    half = copy.deepcopy(sae).bfloat16()
+    assert half.W_dec.dtype == torch.bfloat16
+    assert half.log_threshold.dtype == torch.float32
+    assert torch.equal(half.log_threshold, sae.log_threshold)
+    with pytest.raises(InvalidInput, match=r"learn from its own selection, not from TopK\(k=2\)"):
+        sae.loss(torch.randn(4, 6), selection=TopK(2))
+    with pytest.raises(InvalidInput, match="JumpReLU has none"):
+        train_sae(sae, [torch.randn(8, 6)], epochs=1, k_start=4, k_steps=2, progress=False)

@@ -143,6 +143,7 @@ def test_rows_of_a_model_go_when_they_are_not_kept(reader: Reader, tmp_path: Pat
         ({"autoencoders": [{"d_sae": [20, 8], "k": 9}]}, "k is at most d_sae, which is 8"),
         ({"autoencoders": [{"d_sae": 8, "k": 2, "groups": [9]}]}, "ascending widths up to d_sae=8"),
         ({"evaluation": {"curve": [0]}}, "greater than or equal to 1"),
+        ({"evaluation": {"curve": [6401]}}, "6,401 rows are more than training.tokens, 6,400"),
     ],
 )
 def test_specs_that_cannot_be_right_are_refused(changes: dict, text: str) -> None:

@@ -15,7 +15,7 @@ from dreamreader.errors import InvalidInput
 from dreamreader.sae import BatchTopK, SparseAutoencoder
 from dreamreader.sae.synthetic import SyntheticConfig, SyntheticFeatures
 from dreamreader.training import SaeJob
-from dreamreader.training.sae_ranks import check_shares
+from dreamreader.training.sae_ranks import check_pools, check_shares
 
 WORLD = {"features": 24, "d_in": 12, "roots": 3, "depth": 1, "min_probability": 0.05}
 SPEC: dict[str, Any] = {
@@ -26,7 +26,7 @@ SPEC: dict[str, Any] = {
         {"d_sae": 20, "k": 2, "threshold_rule": "saelens"},
     ],
     "training": {"tokens": 640, "batch_size": 64, "lr": 0.01, "save_every": 1},
-    "evaluation": {"rows": 200},
+    "evaluation": {"rows": 200, "curve": [128, 512]},
     "controls": [],
 }
 TOPK, BATCH = "TopK d=20 k=2, seed 0", "BatchTopK d=20 k=2 threshold_rule=saelens, seed 0"
@@ -137,3 +137,14 @@ def test_batches_that_cannot_be_shared_are_refused() -> None:
     with pytest.raises(InvalidInput, match="2 rows cannot be shared evenly by 4 .*take 4"):
         check_shares(2, 4)
     check_shares(64, 2)
+
+
+def test_pools_for_several_steps_are_refused() -> None:
+    check_pools([None, 1])
+    with pytest.raises(InvalidInput, match=r"update_every: .* train in one process"):
+        check_pools([None, 7])
+
+
+def test_the_number_of_processes_is_part_of_a_training(pair: Path) -> None:
+    notes = json.loads((pair / "fingerprint.json").read_text())
+    assert notes["settings"]["processes"] == 2

@@ -85,6 +85,10 @@ class SaeMethod(Method, SweptPlaces):
     def _some(self) -> "SaeMethod":
         if (self.features is None) == (self.choose is None):
             raise ValueError("give one of features and choose")
+        if self.choose is not None and self.choose.goal == "add" and self.op in ("scale", "ablate"):
+            raise ValueError(f"op: {self.op} changes only codes that are there; to add, take set")
+        if self.choose is not None and self.choose.goal == "remove" and self.op == "set":
+            raise ValueError("op: set brings a label's latents to their level; to remove, ablate")
         if isinstance(self.features, dict):
             empty = [name for name, own in self.features.items() if not own]
             if empty:

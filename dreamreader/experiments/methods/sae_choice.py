@@ -125,6 +125,8 @@ class LatentChoice(Part):
     def _once(self) -> "LatentChoice":
         if len(set(self.sizes)) < len(self.sizes):
             raise ValueError("sizes: a size is there twice")
+        if self.against is not None and self.against in (self.targets or ()):
+            raise ValueError(f"against: {self.against} is one of targets; take another label")
         return self
 
     def items(self, part: Literal["fit", "trial"]) -> list[Item]:

@@ -163,6 +163,11 @@ class Trials:
             raise InvalidInput(
                 f"method.choose: no metric of pictures gives {missing[0]!r}; there are {there}"
             )
+        for name in (choice.success, choice.kept):
+            if not all(each is None or isinstance(each, bool) for each in columns[name]):
+                raise InvalidInput(
+                    f"method.choose: {name} is a number, not whether something holds"
+                )
         return [
             dict(zip(columns, each, strict=True)) for each in zip(*columns.values(), strict=True)
         ]

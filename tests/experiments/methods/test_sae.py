@@ -320,3 +320,21 @@ def test_examples_read_what_another_example_trains(tmp_path: Path, name: str) ->
     sae.save(tmp_path / "sae.safetensors")
     method["autoencoder"]["file"] = str(tmp_path / "sae.safetensors")
     assert method["sites"] in str(dr.Experiment(**spec).plan())
+
+
+@pytest.mark.parametrize(
+    ("choose", "changes", "text"),
+    [
+        ({}, {"op": "scale"}, "op: scale changes only codes that are there; to add, take set"),
+        ({"goal": "remove"}, {"op": "set"}, "to remove, ablate"),
+        ({"against": "blue"}, {}, "against: blue is one of targets"),
+    ],
+)
+def test_choices_that_cannot_work_are_refused(choosing, choose, changes, text) -> None:
+    with pytest.raises(InvalidInput, match=text):
+        choosing(choose, **changes)
+
+
+def test_success_is_whether_something_holds(choosing, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="pixel_distance is a number, not whether"):
+        choosing({"success": "pixel_distance"}).run(tmp_path / "run", progress=False)
