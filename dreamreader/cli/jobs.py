@@ -296,7 +296,7 @@ def run_job(
     except KeyboardInterrupt:
         console(stderr=True).print("the same command goes on after the last unit that is whole")
         raise
-    if getattr(job, "follows", False):  # of torchrun: rank 0 says it
+    if job.follows:
         return
     for line in job.summary(job.folder_type(target)):
         console().print(line)

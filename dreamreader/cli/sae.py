@@ -224,9 +224,7 @@ def _rows(prompts: Path | None, count: int) -> tuple[list[str], dict[str, list[s
     from dreamreader.specs.data import scene_items
     from dreamreader.specs.parts import Scenes
 
-    items = list(
-        scene_items(Scenes.model_validate({"count": count}))
-    )  # as the scenes of a spec are
+    items = list(scene_items(Scenes.model_validate({"count": count})))  # as those of a spec
     names = list(items[0].columns)
     labels = {name.removeprefix("source_"): [i.columns[name] for i in items] for name in names}
     return [item.prompt for item in items], labels

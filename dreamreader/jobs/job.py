@@ -126,6 +126,11 @@ class SpecJob(Generic[S]):
         words = re.sub(r"[^a-z0-9]+", "-", self.spec.name.lower()).strip("-")  # pyright: ignore
         return RUNS / (words or "run")
 
+    @property
+    def follows(self) -> bool:
+        """Whether it ran as one of several processes, of which another says what was done."""
+        return False
+
     @abstractmethod
     def plan(self) -> Any:
         """What will be done and what it will take, to be printed; little is run."""

@@ -279,7 +279,6 @@ class SaeJob(SpecJob[SaeSpec]):
 
     @property
     def follows(self) -> bool:
-        """Whether it ran as one of several processes, of which another says what was done."""
         return self._ranks is not None and self._ranks.rank > 0
 
     def _plan_harvest(self) -> HarvestPlan:

@@ -19,6 +19,7 @@ from dreamreader.metrics.perplexity import mean_surprisal
 from dreamreader.metrics.pixel_distance import PixelDistance
 from dreamreader.sae import SAEEdit, SparseAutoencoder
 from dreamreader.store.store import Store
+from dreamreader.zoo.detector import pictures_to_tensor
 
 ROWS = 8  # run together
 
@@ -221,10 +222,6 @@ def _tensor(images: Any) -> Tensor:
     """Pictures as they are compared."""
     if isinstance(images, Tensor):
         return images.float()
-    return torch.stack([each if isinstance(each, Tensor) else _pixels(each) for each in images])
-
-
-def _pixels(image: Any) -> Tensor:
-    import numpy as np
-
-    return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1) / 255
+    if isinstance(images[0], Tensor):
+        return torch.stack(list(images))
+    return pictures_to_tensor(images)

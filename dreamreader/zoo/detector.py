@@ -7,6 +7,7 @@ shapes at the region's own area.
 
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +62,7 @@ def detect(images: Float[Tensor, "n 3 h w"] | list[Image.Image]) -> list[Reading
     Raises:
         ValueError: when the pictures are not 64 x 64 RGB.
     """
-    pixels = images if isinstance(images, Tensor) else _to_tensor(images)
+    pixels = images if isinstance(images, Tensor) else pictures_to_tensor(images)
     if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, scenes.SIZE_PX, scenes.SIZE_PX):
         raise ValueError(f"detect: expected pictures [n, 3, 64, 64], got {list(pixels.shape)}")
     pixels = pixels.detach().float().cpu()
@@ -198,7 +199,8 @@ def _place(value: float, centres: dict[str, int]) -> str:
     return min(centres, key=lambda name: abs(centres[name] - value))
 
 
-def _to_tensor(images: list[Image.Image]) -> Tensor:
+def pictures_to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """[rows, 3, h, w] from 0 to 1, of pictures of one size."""
     return (
         torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in images])).permute(
             0, 3, 1, 2
