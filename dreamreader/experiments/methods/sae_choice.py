@@ -19,6 +19,7 @@ from dreamreader.specs.parts import AnySeeds, Count, Data, Part, Seeds, listed_s
 from dreamreader.steering import LabelMeans
 
 MEANS = "latents"  # tensors of the run folder
+LEVELS = 0.75, 1.3  # what a level is multiplied with where a set is changed
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,23 @@ class LatentMeans:
                 kept.setdefault(other, 0.0)
         return FeatureSet(tuple(kept), tuple(kept.values()))
 
+    def neighbours(
+        self, latents: FeatureSet, label: str, rivals: Sequence[str], size: int, more: int
+    ) -> list[FeatureSet]:
+        """Sets of at most a size that differ in one latent: it is left out or has another level,
+        or one joins: of the `more` first of the label, or of its rivals, at 0.
+        """
+        own = dict(zip(latents.features, latents.levels or (), strict=True))
+        joining = dict.fromkeys(self.marks(rivals, max(1, more // max(1, len(rivals)))), 0.0)
+        for each in self.candidates(label, more):
+            joining |= zip(each.features, each.levels or (), strict=True)
+        room = len(own) < size
+        sets = [own | {j: level} for j, level in joining.items() if room and j not in own]
+        if len(own) > 1:
+            sets += [{j: own[j] for j in own if j != left} for left in own]
+        sets += [own | {j: level * share} for j, level in own.items() if level for share in LEVELS]
+        return [FeatureSet(tuple(each), tuple(each.values()), latents.where) for each in sets]
+
     def marks(self, labels: Sequence[str], count: int) -> tuple[int, ...]:
         """The first latents of each of these labels: where one is active, there is a label."""
         found = [each.features[0] for label in labels for each in self.candidates(label, count)]
@@ -113,6 +131,12 @@ class LatentChoice(Part):
     sizes: list[Count] = Field(
         default_factory=lambda: [1, 16], min_length=1, description="Most latents of a set."
     )
+    rounds: int = Field(
+        0,
+        ge=0,
+        description="How often the best set of each size is changed by one latent, out of all such "
+        "changes by that which does most, as long as one does more. Needs goal add.",
+    )
     where: Count | None = Field(
         None,
         description="Change only tokens at which one of so many latents is active, of each label "
@@ -125,6 +149,8 @@ class LatentChoice(Part):
     def _once(self) -> "LatentChoice":
         if len(set(self.sizes)) < len(self.sizes):
             raise ValueError("sizes: a size is there twice")
+        if self.rounds and self.goal == "remove":
+            raise ValueError("rounds: sets are changed round by round for goal add alone")
         if self.against is not None and self.against in (self.targets or ()):
             raise ValueError(f"against: {self.against} is one of targets; take another label")
         return self
