@@ -84,8 +84,8 @@ class LatentMeans:
     def neighbours(
         self, latents: FeatureSet, label: str, rivals: Sequence[str], size: int, more: int
     ) -> list[FeatureSet]:
-        """Sets of at most a size that differ in one latent: it is left out or has another level,
-        or one joins: of the `more` first of the label, or of its rivals, at 0.
+        """Sets of at most a size that differ in one thing: a latent joins, out of the `more` first
+        of the label or, at 0, of its rivals; one is left out; one or all have another level.
         """
         own = dict(zip(latents.features, latents.levels or (), strict=True))
         joining = dict.fromkeys(self.marks(rivals, max(1, more // max(1, len(rivals)))), 0.0)
@@ -95,7 +95,9 @@ class LatentMeans:
         sets = [own | {j: level} for j, level in joining.items() if room and j not in own]
         if len(own) > 1:
             sets += [{j: own[j] for j in own if j != left} for left in own]
-        sets += [own | {j: level * share} for j, level in own.items() if level for share in LEVELS]
+        switched_on = [j for j, level in own.items() if level]
+        moved = [[j] for j in switched_on] + [switched_on] * (len(switched_on) > 1)
+        sets += [own | {j: own[j] * share for j in each} for each in moved for share in LEVELS]
         return [FeatureSet(tuple(each), tuple(each.values()), latents.where) for each in sets]
 
     def marks(self, labels: Sequence[str], count: int) -> tuple[int, ...]:
@@ -134,8 +136,8 @@ class LatentChoice(Part):
     rounds: int = Field(
         0,
         ge=0,
-        description="How often the best set of each size is changed by one latent, out of all such "
-        "changes by that which does most, as long as one does more. Needs goal add.",
+        description="How often the best set of each size is changed in one thing, a latent more, "
+        "less, stronger or weaker: by what does most, as long as that does more. Needs goal add.",
     )
     where: Count | None = Field(
         None,

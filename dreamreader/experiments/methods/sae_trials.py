@@ -98,7 +98,7 @@ class Trials:
     def _improve(
         self, best: Trial, means: LatentMeans, label: str, rivals: Sequence[str], size: int
     ) -> Trial:
-        """Changes a set by one latent as long as it then does more."""
+        """Changes a set in one thing as long as it then does more."""
         more = self.choice.candidates
         for _ in range(self.choice.rounds):
             sets = means.neighbours(best.latents, label, rivals, size, more)

@@ -241,7 +241,7 @@ def test_what_was_chosen_is_not_chosen_again(choosing, tmp_path, monkeypatch) ->
     assert [row["digest"] for row in found.rows] == [row["digest"] for row in whole.rows]
 
 
-def test_rounds_change_a_set_by_one_latent_while_it_does_more(
+def test_rounds_change_a_set_in_one_thing_while_it_does_more(
     choosing, tmp_path, monkeypatch
 ) -> None:
     real, ran = Trials.run, {}
@@ -269,7 +269,7 @@ def test_rounds_change_a_set_by_one_latent_while_it_does_more(
             assert each.strength == rounds[0][0].strength
 
 
-def test_neighbours_of_a_set_differ_in_one_latent() -> None:
+def test_neighbours_of_a_set_differ_in_one_thing() -> None:
     contrasts = torch.tensor([[0.0, 3.0, 2.0, -1.0, 0.0], [0.0, -1.0, 0.0, 5.0, 1.0]])
     means = LatentMeans(("blue", "red"), contrasts, contrasts.abs() + 1, contrasts)
     own = FeatureSet((1, 3), (4.0, 0.0), (3,))
@@ -285,6 +285,8 @@ def test_neighbours_of_a_set_differ_in_one_latent() -> None:
     ]
     full = means.neighbours(own, "blue", ["red"], 2, 2)
     assert full == near[2:]  # there is no room for another one
+    pair = means.neighbours(FeatureSet((1, 2), (4.0, 2.0)), "blue", ["red"], 2, 2)
+    assert [each.levels for each in pair[-2:]] == [(3.0, 1.5), (5.2, 2.6)]
 
 
 def test_to_remove_a_label_only_its_own_pictures_are_changed(choosing, tmp_path) -> None:
