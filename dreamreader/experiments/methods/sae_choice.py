@@ -19,7 +19,7 @@ from dreamreader.specs.parts import AnySeeds, Count, Data, Part, Seeds, listed_s
 from dreamreader.steering import LabelMeans
 
 MEANS = "latents"  # tensors of the run folder
-LEVELS = 0.75, 1.3  # what a level is multiplied with where a set is changed
+LEVELS = 0.85, 1.2  # what a level is multiplied with where a set is changed
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,16 @@ class LatentMeans:
         return FeatureSet(tuple(kept), tuple(kept.values()))
 
     def neighbours(
-        self, latents: FeatureSet, label: str, rivals: Sequence[str], size: int, more: int
+        self,
+        latents: FeatureSet,
+        label: str,
+        rivals: Sequence[str],
+        size: int,
+        more: int,
+        shares: Sequence[float] = LEVELS,
     ) -> list[FeatureSet]:
         """Sets of at most a size that differ in one thing: a latent joins, out of the `more` first
-        of the label or, at 0, of its rivals; one is left out; one or all have another level.
+        of the label or, at 0, of its rivals; one is left out; one or all have a share of the level.
         """
         own = dict(zip(latents.features, latents.levels or (), strict=True))
         joining = dict.fromkeys(self.marks(rivals, max(1, more // max(1, len(rivals)))), 0.0)
@@ -97,7 +103,7 @@ class LatentMeans:
             sets += [{j: own[j] for j in own if j != left} for left in own]
         switched_on = [j for j, level in own.items() if level]
         moved = [[j] for j in switched_on] + [switched_on] * (len(switched_on) > 1)
-        sets += [own | {j: own[j] * share for j in each} for each in moved for share in LEVELS]
+        sets += [own | {j: own[j] * share for j in each} for each in moved for share in shares]
         return [FeatureSet(tuple(each), tuple(each.values()), latents.where) for each in sets]
 
     def marks(self, labels: Sequence[str], count: int) -> tuple[int, ...]:
@@ -137,7 +143,7 @@ class LatentChoice(Part):
         0,
         ge=0,
         description="How often the best set of each size is changed in one thing, a latent more, "
-        "less, stronger or weaker: by what does most, as long as that does more. Needs goal add.",
+        "less, stronger or weaker: by what does most, as long as that does more.",
     )
     where: Count | None = Field(
         None,
@@ -151,8 +157,6 @@ class LatentChoice(Part):
     def _once(self) -> "LatentChoice":
         if len(set(self.sizes)) < len(self.sizes):
             raise ValueError("sizes: a size is there twice")
-        if self.rounds and self.goal == "remove":
-            raise ValueError("rounds: sets are changed round by round for goal add alone")
         if self.against is not None and self.against in (self.targets or ()):
             raise ValueError(f"against: {self.against} is one of targets; take another label")
         return self

@@ -11,6 +11,7 @@ from dreamreader.errors import InvalidInput
 from dreamreader.experiments.job import Job
 from dreamreader.experiments.methods.base import RowTable
 from dreamreader.experiments.methods.sae_choice import (
+    LEVELS,
     FeatureSet,
     LatentChoice,
     LatentMeans,
@@ -99,9 +100,11 @@ class Trials:
         self, best: Trial, means: LatentMeans, label: str, rivals: Sequence[str], size: int
     ) -> Trial:
         """Changes a set in one thing as long as it then does more."""
-        more = self.choice.candidates
-        for _ in range(self.choice.rounds):
-            sets = means.neighbours(best.latents, label, rivals, size, more)
+        choice = self.choice
+        # what is removed has no level, and needs no latents of others
+        others, shares = (rivals, LEVELS) if choice.goal == "add" else ((), ())
+        for _ in range(choice.rounds):
+            sets = means.neighbours(best.latents, label, others, size, choice.candidates, shares)
             nearby = max(self.run(label, sets, [best.strength]), key=lambda each: each.order)
             if nearby.order <= best.order:
                 break
@@ -215,6 +218,7 @@ def _propose(
     return list(
         dict.fromkeys(
             [
+                means.by_label(label, rivals, size, max(1, size // 2)),
                 means.by_label(label, rivals, size, few),
                 means.by_label(label, rivals, size, max(1, few // 2)),
                 means.by_contrast(label, few, False),
