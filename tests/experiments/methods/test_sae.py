@@ -255,7 +255,7 @@ def test_rounds_change_a_set_in_one_thing_while_it_does_more(
     made.run(tmp_path / "run")
     for label, own in made.job.folder.need("choice.json")["labels"].items():
         _, proposed, *rounds, _ = ran[label]  # single ones before, the difference behind
-        assert len(rounds) == 1
+        assert 1 <= len(rounds) <= 3  # of each of three sets
         best = max(
             (each for trials in (proposed, *rounds) for each in trials), key=lambda t: t.order
         )
