@@ -76,9 +76,8 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     raise AssertionError(layout)
 
 
-TILES = Case(
-    "pieces_and_tiles", (8200, 2050), layout="wide_rows"
-)  # two of each, of the fewest rows
+# Two of each, of the fewest values.
+TILES = Case("pieces_and_tiles", (8200, 2050), layout="wide_rows")
 SHAPES = [(0, 5), (1, 1), (3, 1), (5, 8), (31, 7), (33, 64), (65, 100), (700, 33), (40, 2049)]
 CASES = [
     *(Case(f"{rows}x{features}", (rows, features)) for rows, features in SHAPES),
