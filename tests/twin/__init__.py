@@ -16,8 +16,8 @@ import torch
 
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dreamreader" / "twins"
-# Native instructions: like a GPU, they multiply and add with one rounding. Unfortified: threads jump
-# between stacks.
+# Native instructions: like a GPU, they multiply and add with one rounding. Fortified, a jump of a
+# thread to the stack of another is an error.
 FLAGS = (
     "-std=c++20 -O1 -march=native -shared -fPIC -DDREAMREADER_CUDA=1 -U_FORTIFY_SOURCE "
     "-Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-class-memaccess -Wno-clobbered"
