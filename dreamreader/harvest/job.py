@@ -113,10 +113,13 @@ class HarvestJob:
     def run(
         self, items: Sequence[Item], seeds: Sequence[int], record: Sequence[Any], **changes: Any
     ) -> None:
-        """Runs samples in one call of the subject; a language model that only reads, from the
-        second call on, up to the block of the last site."""
-        stopped = self._early_stop.around_forward() if record and self._early_stop else nullcontext()
-        with torch.inference_mode(), stopped:
+        """Runs samples in one call of the subject.
+
+        Where a language model only reads, calls behind the first end with the block of the last
+        site.
+        """
+        stop = self._early_stop if record else None
+        with torch.inference_mode(), stop.around_forward() if stop else nullcontext():
             self.reader.run(
                 [item.prompt for item in items],
                 record=list(record),
