@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 
-class _Reached(Exception):
+class _EndReached(Exception):
     """The block behind the last one that is read was about to run."""
 
 
@@ -40,7 +40,7 @@ class EarlyStop:
             handle = self.block.register_forward_pre_hook(_end)
             try:
                 yield
-            except _Reached:
+            except _EndReached:
                 pass
             finally:
                 handle.remove()
@@ -65,7 +65,7 @@ class EarlyStop:
 
 
 def _end(*_: Any) -> None:
-    raise _Reached
+    raise _EndReached
 
 
 def _block_behind(model: nn.Module, read: Sequence[nn.Module]) -> nn.Module | None:
