@@ -49,7 +49,7 @@ def common_file(reader, tmp_path_factory) -> str:
 @pytest.fixture
 def file(common_file: str, tmp_path: Path) -> str:
     """A copy, which a test may change."""
-    return shutil.copy(common_file, tmp_path)
+    return str(shutil.copy(common_file, tmp_path))
 
 
 def method(file: str, **changes) -> dict:
