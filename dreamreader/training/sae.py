@@ -42,7 +42,7 @@ from dreamreader.training.sae_rows import (
     StoreSource,
     with_shuffled,
 )
-from dreamreader.training.sae_scores import measure, seed_agreement
+from dreamreader.training.sae_scores import calibrate, measure, seed_agreement
 from dreamreader.training.sae_specs import AutoencoderSpec, SaeSpec
 from dreamreader.training.sae_splice import harvest_of
 
@@ -356,6 +356,8 @@ class SaeJob(SpecJob[SaeSpec]):
         evaluation = self._evaluation(source, site)
         with explain_disk_errors(folder.path):
             for number, (name, sae) in enumerate(made.items()):
+                if self.spec.evaluation.inference == "calibrated":
+                    calibrate(sae, source, site, name in shuffled)
                 scores = measure(sae, source, site, name in shuffled)
                 scores |= {} if evaluation is None else evaluation.scores(sae)
                 work.report(

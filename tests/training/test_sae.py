@@ -214,6 +214,19 @@ def _notes(folder: Path) -> list[dict]:
     return list(json.loads(text)["autoencoders"].values())
 
 
+def test_a_calibrated_threshold_keeps_what_the_budget_says(tmp_path: Path) -> None:
+    found = {}
+    for inference in ("own", "calibrated"):
+        spec = KNOWN | {
+            "autoencoders": [{"selection": "SampledTopK", "d_sae": 20, "k": 2, "l": 1}],
+            "evaluation": {"rows": 500, "inference": inference},
+        }
+        SaeJob(**spec).run(tmp_path / inference, progress=False)
+        (found[inference],) = (each["scores"] for each in _notes(tmp_path / inference))
+    assert abs(found["own"]["l0"] - 2) > 0.3
+    assert found["calibrated"]["l0"] == pytest.approx(2, abs=0.1)
+
+
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda each: each.stem)
 def test_examples_can_be_run(file: Path) -> None:
     job = SaeJob.from_file(file)
