@@ -248,7 +248,9 @@ class SaeJob(SpecJob[SaeSpec]):
         name, lines = cls.of_folder(folder.path).spec.name, []
         for site, notes in cls.notes(folder).items():
             for title, each in notes["autoencoders"].items():
-                lines.append(f"  {site}: {title}: {describe_scores(each['scores'])}")
+                lines.append(
+                    f"  {site}: {title}: {describe_scores(each['scores'])}; {each['file']}"
+                )
         return [f"{name}: {len(lines)} autoencoders", *lines, f"report: {folder.path / REPORT}"]
 
     def run(

@@ -93,7 +93,10 @@ def test_on_a_store_it_is_train_sae_by_hand(store: Path, tmp_path: Path) -> None
     assert torch.allclose(own.statistics["frequency"], want.frequency.float())
     page = (tmp_path / "run" / "report.html").read_text()
     assert "random decoder" in page and "latents by frequency" in page
-    assert "FVU" in SaeJob.summary(job.folder_type(tmp_path / "run"))[1]
+    line = SaeJob.summary(job.folder_type(tmp_path / "run"))[1]
+    assert "FVU" in line
+    file = line.rsplit("; ", 1)[1]
+    assert Path(file).name in page and (tmp_path / "run" / file).is_file()
 
 
 def test_on_known_answers_it_tells_how_many_were_found(tmp_path: Path) -> None:
