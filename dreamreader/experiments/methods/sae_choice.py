@@ -19,6 +19,7 @@ from dreamreader.specs.parts import AnySeeds, Count, Data, Part, Seeds, listed_s
 from dreamreader.steering import LabelMeans
 
 MEANS = "latents"  # tensors of the run folder
+LEVELS = 0.85, 1.2  # what a level is multiplied with where a set is changed
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,31 @@ class LatentMeans:
                 kept.setdefault(other, 0.0)
         return FeatureSet(tuple(kept), tuple(kept.values()))
 
+    def neighbours(
+        self,
+        latents: FeatureSet,
+        label: str,
+        rivals: Sequence[str],
+        size: int,
+        more: int,
+        shares: Sequence[float] = LEVELS,
+    ) -> list[FeatureSet]:
+        """Sets of at most a size that differ in one thing: a latent joins, out of the `more` first
+        of the label or, at 0, of its rivals; one is left out; one or all have a share of the level.
+        """
+        own = dict(zip(latents.features, latents.levels or (), strict=True))
+        joining = dict.fromkeys(self.marks(rivals, max(1, more // max(1, len(rivals)))), 0.0)
+        for each in self.candidates(label, more):
+            joining |= zip(each.features, each.levels or (), strict=True)
+        room = len(own) < size
+        sets = [own | {j: level} for j, level in joining.items() if room and j not in own]
+        if len(own) > 1:
+            sets += [{j: own[j] for j in own if j != left} for left in own]
+        switched_on = [j for j, level in own.items() if level]
+        moved = [[j] for j in switched_on] + [switched_on] * (len(switched_on) > 1)
+        sets += [own | {j: own[j] * share for j in each} for each in moved for share in shares]
+        return [FeatureSet(tuple(each), tuple(each.values()), latents.where) for each in sets]
+
     def marks(self, labels: Sequence[str], count: int) -> tuple[int, ...]:
         """The first latents of each of these labels: where one is active, there is a label."""
         found = [each.features[0] for label in labels for each in self.candidates(label, count)]
@@ -112,6 +138,12 @@ class LatentChoice(Part):
     candidates: Count = Field(12, description="Single latents that are tried for each label.")
     sizes: list[Count] = Field(
         default_factory=lambda: [1, 16], min_length=1, description="Most latents of a set."
+    )
+    rounds: int = Field(
+        0,
+        ge=0,
+        description="How often the best set of each size is changed in one thing, a latent more, "
+        "less, stronger or weaker: by what does most, as long as that does more.",
     )
     where: Count | None = Field(
         None,

@@ -11,6 +11,7 @@ from dreamreader.errors import InvalidInput
 from dreamreader.experiments.job import Job
 from dreamreader.experiments.methods.base import RowTable
 from dreamreader.experiments.methods.sae_choice import (
+    LEVELS,
     FeatureSet,
     LatentChoice,
     LatentMeans,
@@ -46,8 +47,10 @@ class Trial:
 
     @property
     def order(self) -> tuple[float, ...]:
-        """Larger is better: success, then what was reached and kept, then the weaker one."""
-        return self.succeeded, self.reached + self.kept, -abs(self.strength)
+        """Larger is better: success, then what was reached and kept, then the weaker and smaller
+        one."""
+        own = self.succeeded, self.reached + self.kept
+        return *own, -abs(self.strength), -len(self.latents.features)
 
     def as_dict(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("strength", "succeeded", "reached", "kept")}
@@ -78,19 +81,35 @@ class Trials:
             )
         tried = self.run(label, singles, strengths)
         ranked = _best_of_each(tried)
+        rivals = choice.rivals(means.labels, label)
         found = {}
         for size in choice.sizes:
             if size == 1:
                 chosen = ranked[0]
             else:
-                rivals = choice.rivals(means.labels, label)
                 sets = [
                     replace(one, where=where)
                     for one in _propose(means, label, rivals, size, ranked)
                 ]
                 chosen = max(self.run(label, sets, strengths), key=lambda each: each.order)
+            chosen = self._improve(chosen, means, label, rivals, size)
             found[set_name(label, size)] = chosen.as_dict() | {"target": label, "size": size}
         return {"sets": found, "tried": [each.as_dict() for each in tried]}
+
+    def _improve(
+        self, best: Trial, means: LatentMeans, label: str, rivals: Sequence[str], size: int
+    ) -> Trial:
+        """Changes a set in one thing as long as it then does more."""
+        choice = self.choice
+        # what is removed has no level, and needs no latents of others
+        others, shares = (rivals, LEVELS) if choice.goal == "add" else ((), ())
+        for _ in range(choice.rounds):
+            sets = means.neighbours(best.latents, label, others, size, choice.candidates, shares)
+            nearby = max(self.run(label, sets, [best.strength]), key=lambda each: each.order)
+            if nearby.order <= best.order:
+                break
+            best = nearby
+        return best
 
     def choose_strength(
         self, label: str, strengths: Sequence[float], condition: str
@@ -199,6 +218,7 @@ def _propose(
     return list(
         dict.fromkeys(
             [
+                means.by_label(label, rivals, size, max(1, size // 2)),
                 means.by_label(label, rivals, size, few),
                 means.by_label(label, rivals, size, max(1, few // 2)),
                 means.by_contrast(label, few, False),

@@ -241,6 +241,55 @@ def test_what_was_chosen_is_not_chosen_again(choosing, tmp_path, monkeypatch) ->
     assert [row["digest"] for row in found.rows] == [row["digest"] for row in whole.rows]
 
 
+def test_rounds_change_a_set_in_one_thing_while_it_does_more(
+    choosing, tmp_path, monkeypatch
+) -> None:
+    real, ran = Trials.run, {}
+
+    def watched(self, label, *arguments):
+        ran.setdefault(label, []).append(real(self, label, *arguments))
+        return ran[label][-1]
+
+    monkeypatch.setattr(Trials, "run", watched)
+    made = choosing({"rounds": 1, "sizes": [2], "targets": ["blue"]}, strengths=[3.0])
+    made.run(tmp_path / "run")
+    for label, own in made.job.folder.need("choice.json")["labels"].items():
+        _, proposed, *rounds, _ = ran[label]  # single ones before, the difference behind
+        assert len(rounds) == 1
+        best = max(
+            (each for trials in (proposed, *rounds) for each in trials), key=lambda t: t.order
+        )
+        kept = own["sets"][f"{label}, up to 2"]
+        assert (
+            tuple(kept["features"]) == best.latents.features and kept["succeeded"] == best.succeeded
+        )
+        before = max(proposed, key=lambda each: each.order).latents
+        for each in rounds[0]:
+            assert len(set(each.latents.features) ^ set(before.features)) <= 1
+            assert each.strength == rounds[0][0].strength
+
+
+def test_neighbours_of_a_set_differ_in_one_thing() -> None:
+    contrasts = torch.tensor([[0.0, 3.0, 2.0, -1.0, 0.0], [0.0, -1.0, 0.0, 5.0, 1.0]])
+    means = LatentMeans(("blue", "red"), contrasts, contrasts.abs() + 1, contrasts)
+    own = FeatureSet((1, 3), (4.0, 0.0), (3,))
+    near = means.neighbours(own, "blue", ["red"], 3, 2)
+    assert all(each.where == (3,) for each in near)
+    assert [(each.features, each.levels) for each in near] == [
+        ((1, 3, 4), (4.0, 0.0, 0.0)),
+        ((1, 3, 2), (4.0, 0.0, 3.0)),
+        ((3,), (0.0,)),
+        ((1,), (4.0,)),
+        ((1, 3), (3.4, 0.0)),
+        ((1, 3), (4.8, 0.0)),
+    ]
+    full = means.neighbours(own, "blue", ["red"], 2, 2)
+    assert full == near[2:]  # there is no room for another one
+    assert means.neighbours(own, "blue", (), 2, 2, ()) == near[2:4]  # levels play no part
+    pair = means.neighbours(FeatureSet((1, 2), (4.0, 2.0)), "blue", ["red"], 2, 2)
+    assert [each.levels for each in pair[-2:]] == [(3.4, 1.7), (4.8, 2.4)]
+
+
 def test_to_remove_a_label_only_its_own_pictures_are_changed(choosing, tmp_path) -> None:
     made = choosing({"goal": "remove", "targets": ["red"], "sizes": [2]}, op="ablate")
     made.spec.method.strengths[:] = [1.0]
