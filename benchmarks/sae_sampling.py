@@ -1,11 +1,13 @@
 """Gathers what jobs of `examples/sae/sampling-*.yaml` measured: a table by selection, and JSON.
 
-python benchmarks/sae_sampling.py RUN [RUN ...] [--out benchmarks/results/sae-sampling-unet.json]
+python benchmarks/sae_sampling.py RUN [RUN ...] [--out FILE.json]
 
-Runs of one spec with other seeds are taken together: means over seeds, and the largest deviation.
+Runs of parts of one spec, and of other seeds, are taken together: means over seeds, and the largest
+deviation.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,11 @@ from paired import environment, write
 
 from dreamreader.sae import SparseAutoencoder
 from dreamreader.sae.matching import mean_correlation
+from dreamreader.store.store import Store
 from dreamreader.training import SaeJob
+from dreamreader.training.sae_specs import SaeSpec
+
+SAID = ("d=", "k=", "normalise=", "threshold_rule=")  # words of a title that settings say
 
 COLUMNS = {
     "fvu": "FVU",
@@ -35,6 +41,8 @@ def numbers(scores: dict[str, Any]) -> dict[str, float | None]:
     """One number for each column."""
     probes = scores.get("probes", {})
     found = {name: scores.get(name) for name in COLUMNS}
+    if "fvu" in found and found["fvu_in_training"] is None:  # TopK keeps the same at inference
+        found["fvu_in_training"] = found["fvu"]
     found |= {f"auroc_{k}": each["auroc"] for k, each in probes.items()}
     return found | {"recovered": scores.get("splice", {}).get("recovered")}
 
@@ -48,7 +56,8 @@ def gather(runs: list[Path]) -> dict[str, Any]:
         (file,) = (run / "autoencoders").glob("*.json")
         notes = json.loads(file.read_text())
         for each in notes["autoencoders"].values():
-            name = each["title"] + (f", {each['control']}" if each["control"] else "")
+            words = [w for w in each["title"].split() if not w.startswith(SAID)]
+            name = " ".join(words) + (f", {each['control']}" if each["control"] else "")
             found.setdefault(name, []).append(numbers(each["scores"]))
             sae = SparseAutoencoder.load(run / each["file"])
             decoders.setdefault(name, []).append(sae.W_dec.detach())
@@ -60,14 +69,29 @@ def gather(runs: list[Path]) -> dict[str, Any]:
         for column in COLUMNS:
             values = [each[column] for each in listed if each.get(column) is not None]
             if values:
-                mean = sum(values) / len(values)
-                lines[name][column] = {"mean": mean, "spread": max(abs(v - mean) for v in values)}
-        if len(decoders[name]) > 1:
-            mcc = mean_correlation(*decoders[name][:2])
-            lines[name]["mcc"] = {"mean": mcc, "spread": 0.0}
+                lines[name][column] = spread(values)
+        pairs = list(itertools.combinations(decoders[name], 2))
+        if pairs:
+            lines[name]["mcc"] = spread([mean_correlation(a, b) for a, b in pairs])
         lines[name]["seeds"] = len(listed)
-    spec = SaeJob.of_folder(runs[0]).spec
-    settings = {
+    return {
+        "settings": settings_of(SaeJob.of_folder(runs[0]).spec),
+        "activations": baseline,
+        "autoencoders": lines,
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """The mean, and the largest deviation from it."""
+    mean = sum(values) / len(values)
+    return {"mean": mean, "spread": max(abs(v - mean) for v in values)}
+
+
+def settings_of(spec: SaeSpec) -> dict[str, Any]:
+    """How autoencoders of a spec were trained, and what recorded their rows."""
+    first = spec.listed()[0]
+    found: dict[str, Any] = {
+        "autoencoders": {name: getattr(first, name) for name in ("d_sae", "k", "normalise", "aux")},
         "training": spec.training.model_dump(),
         "evaluation": spec.evaluation.model_dump(),
         "site": spec.sites,
@@ -75,9 +99,15 @@ def gather(runs: list[Path]) -> dict[str, Any]:
         "subject": None if spec.subject is None else spec.subject.model_dump(),
         "pipeline": dict(spec.pipeline),
     }
-    if settings["data"] and "file" in settings["data"]:
-        settings["data"]["file"] = Path(settings["data"]["file"]).name
-    return {"settings": settings, "activations": baseline, "autoencoders": lines}
+    if spec.store is not None:
+        store = Store(spec.store)
+        (job,) = store.manifest.jobs
+        assert job.spec is not None
+        found |= {name: job.spec[name] for name in ("data", "subject", "pipeline")}
+        found["rows recorded"] = store.rows
+    if found["data"] and found["data"].get("file"):
+        found["data"] = {**found["data"], "file": Path(found["data"]["file"]).name}
+    return found
 
 
 def table(found: dict[str, Any]) -> str:
@@ -87,9 +117,14 @@ def table(found: dict[str, Any]) -> str:
     rows = ["| selection | " + " | ".join(COLUMNS[c] for c in there) + " |"]
     rows.append("| --- |" + " ---: |" * len(there))
     for name, each in lines.items():
-        cells = [f"{each[c]['mean']:.3g}" if c in each else "–" for c in there]
+        cells = [cell(each[c]) if c in each else "–" for c in there]
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+def cell(value: dict[str, float]) -> str:
+    shown = f"{value['mean']:.3g}"
+    return f"{shown} ± {value['spread']:.2g}" if value["spread"] else shown
 
 
 def main() -> None:
@@ -100,7 +135,7 @@ def main() -> None:
     found = gather(given.runs)
     print(table(found))
     if given.out is not None:
-        write(given.out, {"benchmark": "sae sampling", "environment": environment(), **found})
+        write({"benchmark": "sae sampling", "environment": environment(), **found}, given.out)
 
 
 if __name__ == "__main__":
