@@ -17,9 +17,11 @@ from paired import environment, write
 
 from dreamreader.sae import SparseAutoencoder
 from dreamreader.sae.matching import mean_correlation
+from dreamreader.store.dataset import StoreDataset
 from dreamreader.store.store import Store
 from dreamreader.training import SaeJob
 from dreamreader.training.sae_specs import SaeSpec
+from dreamreader.training.sae_splice import SpliceTest, harvest_of, splice_numbers
 
 SAID = ("d=", "k=", "normalise=", "threshold_rule=")  # words of a title that settings say
 
@@ -31,6 +33,7 @@ COLUMNS = {
     "auroc_1": "AUROC, 1",
     "auroc_5": "AUROC, 5",
     "absorbed": "absorbed",
+    "spliced": "spliced",
     "recovered": "recovered",
     "lottery": "lottery",
     "mcc": "seed MCC",
@@ -44,11 +47,28 @@ def numbers(scores: dict[str, Any]) -> dict[str, float | None]:
     if "fvu" in found and found["fvu_in_training"] is None:  # TopK keeps the same at inference
         found["fvu_in_training"] = found["fvu"]
     found |= {f"auroc_{k}": each["auroc"] for k, each in probes.items()}
-    return found | {"recovered": scores.get("splice", {}).get("recovered")}
+    splice = scores.get("splice", {})
+    return found | {c: splice.get(c) for c in ("clean", "zero", "spliced", "recovered")}
 
 
-def gather(runs: list[Path]) -> dict[str, Any]:
-    """What each selection gave, over the seeds of all runs."""
+def splices(run: Path, count: int) -> SpliceTest:
+    """A test with prompts from all over the store of a run, whose first ones may be alike."""
+    store = Store(SaeJob.of_folder(run).spec.store)
+    samples = [each for unit in store.units for each in store.samples(unit)["prompt"].to_pylist()]
+    prompts = samples[:: max(1, len(samples) // count)][:count]
+    (site,) = SaeJob.of_folder(run).source().sites
+    rows = StoreDataset(store, site, batch_size=8192, seed=1)
+    reader = harvest_of(store).job.reader
+    return SpliceTest(reader, site, prompts, mean=next(iter(rows)).mean(0))
+
+
+def gather(runs: list[Path], splice: int = 0) -> dict[str, Any]:
+    """What each selection gave, over the seeds of all runs.
+
+    Args:
+        splice: prompts that are spliced now, in place of those that the runs took.
+    """
+    test = splices(runs[0], splice) if splice else None
     found: dict[str, list[dict[str, float | None]]] = {}
     decoders: dict[str, list[torch.Tensor]] = {}
     baseline: dict[str, float | None] = {}
@@ -60,13 +80,16 @@ def gather(runs: list[Path]) -> dict[str, Any]:
             name = " ".join(words) + (f", {each['control']}" if each["control"] else "")
             found.setdefault(name, []).append(numbers(each["scores"]))
             sae = SparseAutoencoder.load(run / each["file"])
+            if test is not None:
+                scores = splice_numbers(test.score(sae))
+                found[name][-1] |= {c: scores[c] for c in ("clean", "zero", "spliced", "recovered")}
             decoders.setdefault(name, []).append(sae.W_dec.detach())
         if notes.get("activations"):
             baseline = numbers(notes["activations"])
     lines = {}
     for name, listed in found.items():
         lines[name] = {}
-        for column in COLUMNS:
+        for column in (*COLUMNS, "clean", "zero"):
             values = [each[column] for each in listed if each.get(column) is not None]
             if values:
                 lines[name][column] = spread(values)
@@ -131,8 +154,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--splice", type=int, default=0, help="prompts that are spliced now")
     given = parser.parse_args()
-    found = gather(given.runs)
+    found = gather(given.runs, given.splice)
     print(table(found))
     if given.out is not None:
         write({"benchmark": "sae sampling", "environment": environment(), **found}, given.out)
