@@ -17,9 +17,9 @@ from paired import environment, write
 
 from dreamreader.sae import SparseAutoencoder
 from dreamreader.sae.matching import mean_correlation
-from dreamreader.store.dataset import StoreDataset
 from dreamreader.store.store import Store
 from dreamreader.training import SaeJob
+from dreamreader.training.sae_rows import StoreSource
 from dreamreader.training.sae_specs import SaeSpec
 from dreamreader.training.sae_splice import SpliceTest, harvest_of, splice_numbers
 
@@ -53,13 +53,13 @@ def numbers(scores: dict[str, Any]) -> dict[str, float | None]:
 
 def splices(run: Path, count: int) -> SpliceTest:
     """A test with prompts from all over the store of a run, whose first ones may be alike."""
-    store = Store(SaeJob.of_folder(run).spec.store)
+    source = SaeJob.of_folder(run).source()
+    assert isinstance(source, StoreSource)
+    store, (site,) = source.store, source.sites
     samples = [each for unit in store.units for each in store.samples(unit)["prompt"].to_pylist()]
     prompts = samples[:: max(1, len(samples) // count)][:count]
-    (site,) = SaeJob.of_folder(run).source().sites
-    rows = StoreDataset(store, site, batch_size=8192, seed=1)
-    reader = harvest_of(store).job.reader
-    return SpliceTest(reader, site, prompts, mean=next(iter(rows)).mean(0))
+    reader, rows = harvest_of(store).job.reader, next(source.held_out(site))
+    return SpliceTest(reader, site, prompts, mean=rows.mean(0))
 
 
 def gather(runs: list[Path], splice: int = 0) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def gather(runs: list[Path], splice: int = 0) -> dict[str, Any]:
     for name, listed in found.items():
         lines[name] = {}
         for column in (*COLUMNS, "clean", "zero"):
-            values = [each[column] for each in listed if each.get(column) is not None]
+            values = [value for each in listed if (value := each.get(column)) is not None]
             if values:
                 lines[name][column] = spread(values)
         pairs = list(itertools.combinations(decoders[name], 2))
