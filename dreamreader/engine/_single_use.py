@@ -7,7 +7,8 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 from dreamreader.errors import InvalidInput
 
-_P, _T = ParamSpec("_P"), TypeVar("_T")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class SingleUse(ContextDecorator, AbstractContextManager, Generic[_T]):
