@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from dreamreader.sae import SparseAutoencoder
 
 app = typer.Typer(
-    help="Sparse autoencoders: measure, look at latents, convert. `dreamreader run` trains them.",
+    help="Sparse autoencoders: measure, look at latents, convert. `dreamreader run SPEC` trains "
+    "them; docs/sae.md shows a spec.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -1,7 +1,6 @@
 """The Reader: wraps a subject; everything starts from it."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +28,7 @@ from dreamreader.engine._request import Record
 from dreamreader.engine._result import RunResult
 from dreamreader.engine._rows import RowPlan, plan_rows, seeds_of
 from dreamreader.engine._session import Session
+from dreamreader.engine._single_use import single_use
 from dreamreader.engine._sites import SiteList, find
 from dreamreader.engine._stream import Stream
 from dreamreader.engine._subject import Subject
@@ -224,7 +224,7 @@ class Reader:
         edits = [*own, *_list(arguments.pop("edits", ()), EditRequest, "edits")]
         return self.run(prompts, edits=edits, **arguments).output
 
-    @contextmanager
+    @single_use
     def recording(
         self,
         sites: Recordable | Sequence[Recordable],
@@ -264,7 +264,7 @@ class Reader:
             yield cache
         cache._fill(session.activations())
 
-    @contextmanager
+    @single_use
     def editing(
         self,
         edits: EditRequest | Sequence[EditRequest],
@@ -297,7 +297,7 @@ class Reader:
         with session:
             yield session.report
 
-    @contextmanager
+    @single_use
     def gradients(
         self,
         sites: str | Sequence[str],
@@ -335,7 +335,7 @@ class Reader:
         with self.editing([*_list(edits, EditRequest, "edits"), leaf]):
             yield leaf.found
 
-    @contextmanager
+    @single_use
     def replay(
         self,
         after: Callable[[Evaluation, Any], Any] | None = None,

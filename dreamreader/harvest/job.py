@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from dreamreader.engine import FORWARD, Reader, innermost
 from dreamreader.errors import InvalidInput
 from dreamreader.harvest.capture import Collector, Sink
+from dreamreader.harvest.early_stop import EarlyStop
 from dreamreader.harvest.prompts import Prompts
 from dreamreader.harvest.spec import Capture, Spec, TokenChoice
 from dreamreader.specs.data import Item
@@ -81,6 +83,13 @@ class HarvestJob:
         takes = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         return {**({"logits_to_keep": 1} if takes and not read else {}), **self.settings}
 
+    @cached_property
+    def _early_stop(self) -> EarlyStop | None:
+        if not self.is_language or self.generates:
+            return None
+        sites = [site for name in self.sites for site in self.reader.sites(name)]
+        return EarlyStop(innermost(self.reader.subject), [site.tap.module for site in sites])
+
     @property
     def steps(self) -> int | None:
         """Denoising steps of a run; None for a language model."""
@@ -104,8 +113,13 @@ class HarvestJob:
     def run(
         self, items: Sequence[Item], seeds: Sequence[int], record: Sequence[Any], **changes: Any
     ) -> None:
-        """Runs samples in one call of the subject."""
-        with torch.inference_mode():
+        """Runs samples in one call of the subject.
+
+        Where a language model only reads, calls behind the first end with the block of the last
+        site.
+        """
+        stop = self._early_stop if record else None
+        with torch.inference_mode(), stop.around_forward() if stop else nullcontext():
             self.reader.run(
                 [item.prompt for item in items],
                 record=list(record),

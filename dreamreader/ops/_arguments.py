@@ -10,11 +10,17 @@ from torch import Tensor
 
 from dreamreader.errors import InvalidInput
 
+_MOST = 2**63 - 1  # of an integer of an operator
+
 
 def describe(value: Any) -> str:
     """A value for an error: dtype and shape of a tensor, else the value and its type."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        kind = str(value.dtype).removeprefix("torch.")
+        if value.is_nested:  # which has no shape
+            return f"{kind}, nested"
+        layout = "" if is_dense(value) else f", {str(value.layout).removeprefix('torch.')}"
+        return f"{kind} {list(value.shape)}{layout}"
     if value is None or isinstance(value, torch.dtype):
         return str(value)
     return f"{' '.join(shorten(value).split())} ({type(value).__name__})"
@@ -26,17 +32,26 @@ def refuse(call: str, name: str, wanted: str, value: Any) -> NoReturn:
 
 
 def check_tensor(call: str, name: str, value: Any, wanted: str = "a tensor") -> None:
-    """Raises InvalidInput unless `value` is a tensor."""
+    """Raises InvalidInput unless `value` is a dense tensor."""
     if not isinstance(value, Tensor):
         refuse(call, name, wanted, value)
+    if not is_dense(value):
+        refuse(call, name, "dense, as x.to_dense() gives it", value)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether a tensor has an entry in memory for each of its places."""
+    return x.layout is torch.strided and not x.is_nested
 
 
 def check_count(call: str, name: str, value: Any) -> None:
-    """Raises InvalidInput unless `value` is a whole number, 0 or more; True is none."""
+    """Raises InvalidInput unless `value` is a whole number from 0 to 2^63 - 1; True is none."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer | torch.SymInt):
         refuse(call, name, "a whole number, 0 or more", value)
     if value < 0:
         raise InvalidInput(f"{call}: {name} must be 0 or more, got {value}")
+    if not isinstance(value, torch.SymInt) and value > _MOST:
+        raise InvalidInput(f"{call}: {name} must be below 2^63, got {value}")
 
 
 def check_choice(call: str, name: str, value: Any, choices: Sequence[str]) -> None:

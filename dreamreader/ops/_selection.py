@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dreamreader import _alloc
-from dreamreader.ops._arguments import refuse
+from dreamreader.ops._arguments import check_tensor, refuse
 from dreamreader.ops._types import FLOATS, NEEDED
 from dreamreader.ops.sparse_rows import SparseRows
 
@@ -15,9 +15,11 @@ Rows = tuple[Tensor, Tensor, Tensor]  # values, row_ptr, columns: what has a gra
 
 
 def check_matrix(name: str, x: Tensor, what: str = "x") -> None:
-    """Raises InvalidInput unless x is [rows, columns] of floating point."""
-    if not isinstance(x, Tensor) or x.dim() != 2 or x.dtype not in FLOATS:
-        refuse(name, what, f"[rows, columns] of {NEEDED}", x)
+    """Raises InvalidInput unless x is a dense [rows, columns] of floating point."""
+    wanted = f"[rows, columns] of {NEEDED}"
+    check_tensor(name, what, x, wanted)
+    if x.dim() != 2 or x.dtype not in FLOATS:
+        refuse(name, what, wanted, x)
 
 
 def empty_rows(x: Tensor, slots: int) -> Rows:

@@ -11,7 +11,7 @@ from torch import Tensor
 from dreamreader import _alloc
 from dreamreader._register import Kernel, native, register
 from dreamreader.errors import InvalidInput
-from dreamreader.ops._arguments import check_count, refuse
+from dreamreader.ops._arguments import check_count, check_tensor
 from dreamreader.ops._selection import backward as _backward
 from dreamreader.ops._selection import (
     check_matrix,
@@ -73,8 +73,7 @@ def check_pool(name: str, pool: Tensor, x: Tensor, width: int | None = None) -> 
     """Raises InvalidInput unless `pool` can be columns of x; those on a GPU are not read."""
     width = x.shape[1] if width is None else width
     wanted = f"int32 [columns] on {x.device}"
-    if not isinstance(pool, Tensor):
-        refuse(name, "the pool", wanted, pool)
+    check_tensor(name, "the pool", pool, wanted)
     if pool.dtype != torch.int32 or pool.dim() != 1 or pool.device != x.device:
         got = f"{str(pool.dtype).removeprefix('torch.')} {list(pool.shape)} on {pool.device}"
         raise InvalidInput(f"{name}: the pool must be {wanted}, got {got}")

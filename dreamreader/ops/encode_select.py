@@ -1,6 +1,7 @@
 """The encoder of a sparse autoencoder and its selection at once, without the dense activations."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -67,14 +68,46 @@ def encode_select(
         >>> codes.columns.tolist(), codes.values.tolist()
         ([1, 2], [2.0, 3.0])
     """
-    _check(x, weight, bias, rule, count, pool, threshold, slots)
+    given = (x, weight, bias, rule, count, pool, threshold)
+    _check(*given, slots)
     width = len(weight)
     room = len(x) * min(_FIRST, width) if slots is None else slots
-    found = _encode_select(x, weight, bias, rule, count, pool, threshold, room)
+    found = _encode_select(*given, room)
     if rule == "threshold" and slots is None and (needed := int(found[2][-1])) > room:
-        found = _encode_select(x, weight, bias, rule, count, pool, threshold, needed)
+        found = _encode_select(*given, needed)
     values, smallest, row_ptr, columns = found
     return SparseRows(row_ptr, columns, values, width, smallest if rule == "batch_topk" else None)
+
+
+@dataclass(frozen=True, eq=False)
+class EncodeCall:
+    """Arguments of the operator, in its order.
+
+    Attributes:
+        x: [n, d]. weight: [F, d]. bias: [F] or None.
+        rule: one of RULES.
+        count: of topk and batch_topk.
+        pool: int32 [P], ascending, or None.
+        threshold: float32 [] or [F], of the rule threshold.
+        slots: of the rule threshold.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    rule: str
+    count: int
+    pool: Tensor | None
+    threshold: Tensor | None
+    slots: int
+
+    @property
+    def room(self) -> int:
+        """Slots of the result."""
+        rows, width = self.x.shape[0], (self.weight if self.pool is None else self.pool).shape[0]
+        if self.rule == "topk":
+            return rows * min(self.count, width)
+        return min(self.count, rows * width) if self.rule == "batch_topk" else self.slots
 
 
 def encode_select_reference(
@@ -90,12 +123,7 @@ def encode_select_reference(
     """The definition of `encode_select` in plain torch, on any device.
 
     Args:
-        x: [n, d]. weight: [F, d]. bias: [F] or None.
-        rule: one of RULES.
-        count: of topk and batch_topk.
-        pool: int32 [P], ascending, or None.
-        threshold: float32 [] or [F], of the rule threshold.
-        slots: of the rule threshold.
+        x, weight, bias, rule, count, pool, threshold, slots: as an `EncodeCall` has them.
 
     Returns:
         [slots], [], int64 [n + 1], int32 [slots].
@@ -107,63 +135,35 @@ def encode_select_reference(
         a = torch.zeros_like(a).index_copy(1, pool.long(), a.index_select(1, pool))
     if rule == "topk":
         values, row_ptr, columns = topk_reference(a, count)
-        kept = _slots(x, weight, rule, count, pool, slots)
-        return values[:kept].clone(), a.new_zeros(()), row_ptr, columns[:kept].clone()
+        room = EncodeCall(x, weight, bias, rule, count, pool, threshold, slots).room
+        return values[:room].clone(), a.new_zeros(()), row_ptr, columns[:room].clone()
     assert threshold is not None
     values, row_ptr, columns = threshold_select_reference(a, threshold, slots)
     return values, a.new_zeros(()), row_ptr, columns
 
 
-def _cpu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rule: str,
-    count: int,
-    pool: Tensor | None,
-    threshold: Tensor | None,
-    slots: int,
-) -> Found:
-    return _select(_run_native, x, weight, bias, rule, count, pool, threshold, slots)
+def _cpu(*arguments: Any) -> Found:
+    return _select(_run_native, EncodeCall(*arguments))
 
 
-def _triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rule: str,
-    count: int,
-    pool: Tensor | None,
-    threshold: Tensor | None,
-    slots: int,
-) -> Found:
-    if not import_module(TRITON).supported(x, rule, count):
-        return encode_select_reference(x, weight, bias, rule, count, pool, threshold, slots)
-    return _select(_run_triton, x, weight, bias, rule, count, pool, threshold, slots)
+def _triton(*arguments: Any) -> Found:
+    call = EncodeCall(*arguments)
+    if not import_module(TRITON).supported(call.x, call.rule, call.count):
+        return encode_select_reference(*arguments)
+    return _select(_run_triton, call)
 
 
-def _select(
-    run: Callable[..., None],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rule: str,
-    count: int,
-    pool: Tensor | None,
-    threshold: Tensor | None,
-    slots: int,
-) -> Found:
+def _select(run: Callable[..., None], call: EncodeCall) -> Found:
     """What a kernel has to know nothing of: pools, and that there may be nothing."""
-    slots = _slots(x, weight, rule, count, pool, slots)
+    x, weight, bias, rule = call.x, call.weight, call.bias, call.rule
+    count, threshold, slots = call.count, call.threshold, call.room
     smallest = _alloc.empty((), dtype=x.dtype, device=x.device).zero_()
-    if pool is not None and len(pool) == len(weight):
-        pool = None
+    pool = None if call.pool is not None and len(call.pool) == len(weight) else call.pool
     if pool is not None:
         weight = weight.index_select(0, pool)
         bias = None if bias is None else bias.index_select(0, pool)
         if threshold is not None and threshold.dim():
             threshold = threshold.index_select(0, pool)
-    asked = count
     if rule == "topk":
         count = min(count, len(weight))
     elif rule == "batch_topk":
@@ -176,7 +176,7 @@ def _select(
     run(x, weight, bias, rule, count, threshold, (values, row_ptr, columns, smallest))
     if pool is not None:
         columns = torch.where(columns < 0, -1, pool[columns.clamp(min=0)])
-    if rule == "batch_topk" and asked > slots:
+    if rule == "batch_topk" and call.count > slots:
         smallest.zero_()
     return values, smallest, row_ptr, columns
 
@@ -252,28 +252,11 @@ def _encode(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None =
     return torch.addmm(bias, x, weight.T, out=out)
 
 
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rule: str,
-    count: int,
-    pool: Tensor | None,
-    threshold: Tensor | None,
-    slots: int,
-) -> Found:
-    smallest = _alloc.empty((), dtype=x.dtype, device=x.device)
-    values, row_ptr, columns = empty_rows(x, _slots(x, weight, rule, count, pool, slots))
+def _fake(*arguments: Any) -> Found:
+    call = EncodeCall(*arguments)
+    smallest = _alloc.empty((), dtype=call.x.dtype, device=call.x.device)
+    values, row_ptr, columns = empty_rows(call.x, call.room)
     return values, smallest, row_ptr, columns
-
-
-def _slots(
-    x: Tensor, weight: Tensor, rule: str, count: int, pool: Tensor | None, slots: int
-) -> int:
-    rows, width = x.shape[0], (weight if pool is None else pool).shape[0]
-    if rule == "topk":
-        return rows * min(count, width)
-    return min(count, rows * width) if rule == "batch_topk" else slots
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dreamreader._register import Kernel, native, register
 from dreamreader.errors import InvalidInput
-from dreamreader.ops._arguments import check_count, refuse
+from dreamreader.ops._arguments import check_count, check_tensor
 from dreamreader.ops._selection import (
     Rows,
     backward,
@@ -75,8 +75,7 @@ def threshold_select(
 
 def check_threshold(name: str, threshold: Tensor, x: Tensor, width: int) -> None:
     """Raises InvalidInput unless `threshold` is float32, [] or [width], beside x."""
-    if not isinstance(threshold, Tensor):
-        refuse(name, "the threshold", f"float32 [] or [{width}] on {x.device}", threshold)
+    check_tensor(name, "the threshold", threshold, f"float32 [] or [{width}] on {x.device}")
     right = threshold.dtype == torch.float32 and list(threshold.shape) in ([], [width])
     if not right or threshold.device != x.device:
         got = f"{str(threshold.dtype).removeprefix('torch.')} {list(threshold.shape)}"

@@ -1,5 +1,6 @@
 """Sparse autoencoders: training, files of other libraries, and features that are understood."""
 
+from dreamreader.sae.calibrate import calibrate_threshold
 from dreamreader.sae.collect import Collected, collect_examples
 from dreamreader.sae.dashboard import write_dashboard, write_neuronpedia
 from dreamreader.sae.edit import SAEEdit, unlearn
@@ -31,6 +32,7 @@ __all__ = [
     "StrongestRows",
     "ThresholdRule",
     "TopK",
+    "calibrate_threshold",
     "collect_examples",
     "fold",
     "read_sae",

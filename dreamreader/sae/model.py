@@ -180,11 +180,12 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
         if not len(rows):
             raise InvalidInput("SparseAutoencoder: no token counts in this batch")
         z = self._affine(rows).apply(rows)
-        fixed, whole, penalty = self._fixed_encoder(z), len(self.groups) == 1, None
+        fixed, whole, penalty = None, len(self.groups) == 1, None
         if self.training and self.learns_thresholds:
             near, penalty = self._codes_to_learn_from(*self._encoder(z))
             codes, kept = self._unscale(near), drop_zeros(near)
         else:
+            fixed = self._fixed_encoder(z)
             kept = self._codes(fixed.rows, fixed.weight, fixed.bias, selection or self.selection)
             codes = self._attach(kept, fixed, z)
         rebuilt = [self._decode_unscaled(codes)] if whole else self._prefixes(codes)
@@ -305,13 +306,16 @@ class SparseAutoencoder(SparseCodec, Artifact, kind="sae"):
             parts[number] = parts[number] + parts[number - 1]
         return parts
 
-    def _aux_loss(self, z: Tensor, fixed: FixedEncoder, residual: Tensor, idle: Tensor) -> Tensor:
+    def _aux_loss(
+        self, z: Tensor, fixed: FixedEncoder | None, residual: Tensor, idle: Tensor
+    ) -> Tensor:
         none = torch.zeros((), device=z.device)
         if not self.aux.weight or not self.training:
             return none
         dead = (idle >= self.aux.dead_after).nonzero().squeeze(1).int()
         if not len(dead):
             return none
+        fixed = self._fixed_encoder(z) if fixed is None else fixed
         kept = encode_dead(self.aux, fixed.rows, fixed.weight, fixed.bias, dead)
         rebuilt = self._decode_unscaled(self._attach(kept, fixed, z), biased=False)
         return residual_error(self.aux, self.d_in, len(dead), residual, rebuilt)

@@ -42,7 +42,7 @@ from dreamreader.training.sae_rows import (
     StoreSource,
     with_shuffled,
 )
-from dreamreader.training.sae_scores import measure, seed_agreement
+from dreamreader.training.sae_scores import calibrate, measure, seed_agreement
 from dreamreader.training.sae_specs import AutoencoderSpec, SaeSpec
 from dreamreader.training.sae_splice import harvest_of
 
@@ -248,7 +248,9 @@ class SaeJob(SpecJob[SaeSpec]):
         name, lines = cls.of_folder(folder.path).spec.name, []
         for site, notes in cls.notes(folder).items():
             for title, each in notes["autoencoders"].items():
-                lines.append(f"  {site}: {title}: {describe_scores(each['scores'])}")
+                lines.append(
+                    f"  {site}: {title}: {describe_scores(each['scores'])}; {each['file']}"
+                )
         return [f"{name}: {len(lines)} autoencoders", *lines, f"report: {folder.path / REPORT}"]
 
     def run(
@@ -356,6 +358,8 @@ class SaeJob(SpecJob[SaeSpec]):
         evaluation = self._evaluation(source, site)
         with explain_disk_errors(folder.path):
             for number, (name, sae) in enumerate(made.items()):
+                if self.spec.evaluation.inference == "calibrated":
+                    calibrate(sae, source, site, name in shuffled)
                 scores = measure(sae, source, site, name in shuffled)
                 scores |= {} if evaluation is None else evaluation.scores(sae)
                 work.report(

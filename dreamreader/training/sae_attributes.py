@@ -140,11 +140,13 @@ class PooledRows:
 
     def _rows(self) -> Iterator[tuple[Tensor, Int[Tensor, " rows"]]]:
         options = {**self.selection, "shuffle": False, "keys": True, "batch_size": _BATCH}
-        first = torch.full((max(self.store.units) + 1,), self.samples)
+        first, last = torch.full((max(self.store.units) + 1,), self.samples), max(self._first)
         for unit, start in self._first.items():
             first[unit] = start
         for batch in StoreDataset(self.store, self.site, **options):
             assert isinstance(batch, Batch)  # as keys are asked for
+            if int(batch.unit.min()) > last:
+                return
             sample = first[batch.unit.long()] + batch.sample.long()
             own = sample < self.samples
             if own.any():

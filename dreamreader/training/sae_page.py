@@ -135,8 +135,10 @@ def _site(site: str, notes: Notes, spec: SaeSpec) -> list[Section]:
     for name, each in own.items():
         scores = [_shown(each["scores"].get(column)) for column in columns]
         mcc = agreement.get(each["title"]) if not each["control"] else None
-        rows.append((name, *scores, *([_shown(mcc)] if agreement else [])))
-    heads = ("autoencoder", *(COLUMNS[c] for c in columns), *(["seed MCC"] if agreement else []))
+        shown = [*scores, *([_shown(mcc)] if agreement else [])]
+        rows.append((name, *shown, Path(each["file"]).name))
+    agreed = ["seed MCC"] if agreement else []
+    heads = ("autoencoder", *(COLUMNS[c] for c in columns), *agreed, "file")
     table = Table(heads, rows, "Controls were trained as the others were.")
     scores = {name: each["scores"] for name, each in own.items()}
     blocks = [table, *(Text(each) for each in describe_unsettled(scores))]

@@ -10,7 +10,14 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput
-from dreamreader.sae import BatchTopK, JumpReLU, SampledTopK, SparseAutoencoder, TopK
+from dreamreader.sae import (
+    BatchTopK,
+    JumpReLU,
+    SampledTopK,
+    SparseAutoencoder,
+    TopK,
+    calibrate_threshold,
+)
 from dreamreader.sae.evaluate import (
     KnownAnswerScores,
     ReconstructionScores,
@@ -63,6 +70,13 @@ def measure(sae: SparseAutoencoder, source: RowSource, site: str, shuffled: bool
         scores |= {name: getattr(known, name) for name in names}
     rows = itertools.islice(source.held_out(site), _AS_TRAINED)
     return scores | compare_selection(sae, shuffle_features(rows) if shuffled else rows)
+
+
+def calibrate(sae: SparseAutoencoder, source: RowSource, site: str, shuffled: bool) -> None:
+    """Sets the threshold of an autoencoder that has a budget, from rows that are measured."""
+    if isinstance(sae.selection, BatchTopK | SampledTopK):
+        rows = itertools.islice(source.held_out(site), _AS_TRAINED)
+        calibrate_threshold(sae, shuffle_features(rows) if shuffled else rows)
 
 
 def compare_selection(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> dict[str, float]:

@@ -182,9 +182,10 @@ class SaeEvaluation(Part):
     store: str | None = Field(
         default=None, description="Folder of a harvest of other prompts; else rows of the training."
     )
-    inference: Literal["own", "budget"] = Field(
+    inference: Literal["own", "budget", "calibrated"] = Field(
         default="own",
-        description="budget: k of all latents on average, whatever training or a threshold keeps.",
+        description="budget: k of all latents on average, whatever training or a threshold keeps; "
+        "calibrated: the same by a threshold, from rows that are measured.",
     )
     curve: list[Count] = Field(
         default_factory=list, description="Rows of the training after which scores are taken too."

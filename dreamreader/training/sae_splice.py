@@ -47,12 +47,12 @@ class SpliceScores:
 
     @property
     def recovered(self) -> float:
-        """(zero - spliced) / (zero - clean); NaN where zeros change nothing."""
+        """(zero - spliced) / (zero - clean); NaN where zeros do no worse than the model as it is."""
         return _share(self.zero, self.spliced, self.clean)
 
     @property
     def recovered_of_mean(self) -> float:
-        """(mean - spliced) / (mean - clean); NaN where the mean changes nothing."""
+        """(mean - spliced) / (mean - clean); NaN where the mean does no worse."""
         return _share(self.mean, self.spliced, self.clean)
 
 
@@ -215,7 +215,7 @@ def splice_numbers(found: SpliceScores) -> dict[str, Any]:
 
 
 def _share(worst: float, got: float, best: float) -> float:
-    return (worst - got) / (worst - best) if worst != best else math.nan
+    return (worst - got) / (worst - best) if worst > best else math.nan
 
 
 def _tensor(images: Any) -> Tensor:

@@ -265,6 +265,30 @@ def test_one_of_several_sites_that_are_named_never_runs() -> None:
         net["a"](x)
 
 
+def test_a_block_serves_one_with() -> None:
+    net, x = torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.ones(1, 2, 4)
+    reader = Reader(net)
+    block = reader.editing(Steer("0", torch.ones(4)))
+    with block:
+        torch.testing.assert_close(net(x), net[0].forward(x) + 1)
+    with pytest.raises(InvalidInput, match=r"block of editing was .*call reader.editing\(...\) a"):
+        with block:
+            pass
+    recording = reader.recording("0")
+    with recording as cache:
+        with pytest.raises(InvalidInput, match="block of recording was entered before"):
+            recording.__enter__()
+        net(x)
+    assert len(cache) == 1  # the one that runs goes on
+
+    @reader.editing(Steer("0", torch.ones(4)))
+    def edited() -> Tensor:
+        return net(x)
+
+    assert torch.equal(edited(), edited())  # a block for each call
+    torch.testing.assert_close(edited(), net(x) + 1)
+
+
 def test_a_merged_report_adds_everything_up() -> None:
     def report(steps: list[int], skipped: list[int], row: int, note: str) -> FiringReport:
         line = Firing(

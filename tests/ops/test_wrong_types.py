@@ -30,7 +30,20 @@ WHOLE = "must be a whole number, 0 or more, got"
 encode = partial(encode_select, X, WEIGHT)
 rows_of = partial(SparseRows, CODES.row_ptr, CODES.columns, CODES.values)
 
+POOL = torch.tensor([0, 1], dtype=torch.int32)
+DENSE = r"must be dense, as x.to_dense\(\) gives it, got float32 \[2, 4\], sparse_"
+
 CASES: list[tuple[Callable[[], Any], str]] = [
+    (lambda: topk(X, 2**70), f"topk: k must be below 2\\^63, got {2**70}"),
+    (lambda: batch_topk(X, 2**63), "batch_topk: count must be below"),
+    (lambda: encode(count=np.uint64(2**63)), "encode_select: count must be below"),
+    (lambda: topk(X.to_sparse(), 2), f"topk: x {DENSE}coo"),
+    (lambda: batch_topk(X.to_sparse(), 2), f"batch_topk: x {DENSE}coo"),
+    (lambda: column_scores(X.to_sparse()), f"column_scores: x {DENSE}coo"),
+    (lambda: encode_select(X, X.to_sparse()), f"encode_select: weight {DENSE}coo"),
+    (lambda: batch_topk(X, 2, POOL.to_sparse()), "the pool must be dense, .* got int32"),
+    (lambda: encode(WEIGHT[:, 0].to_sparse()), "encode_select: bias must be dense"),
+    (lambda: sparse_decode(CODES, WEIGHT.to_sparse()), "sparse_decode: weight must be dense"),
     (lambda: topk(X, 2.5), rf"topk: k {WHOLE} 2.5 \(float\)"),
     (lambda: topk(X, True), rf"topk: k {WHOLE} True \(bool\)"),
     (lambda: topk(X, None), f"topk: k {WHOLE} None"),
@@ -110,3 +123,9 @@ def test_a_wrong_type_says_what_was_expected(call: Callable[[], Any], text: str)
 
 def test_whole_numbers_of_numpy_are_taken():
     assert topk(X, np.int64(2)).slots == batch_topk(X, np.int32(4)).slots == 4
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="topk: x must be dense, .* got float32, nested"):
+        topk(torch.nested.as_nested_tensor([X]), 2)

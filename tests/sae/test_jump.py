@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dreamreader.errors import InvalidInput
-from dreamreader.sae import JumpReLU, SparseAutoencoder, TopK, fold, train_sae
+from dreamreader.sae import AuxK, JumpReLU, SparseAutoencoder, TopK, fold, train_sae
 
 WIDTH, WEIGHT = 0.3, 0.05
 
@@ -78,6 +78,19 @@ def test_training_makes_codes_sparser_and_inference_uses_what_it_learned(tmp_pat
     sae.save(tmp_path / "sae.safetensors")
     again = SparseAutoencoder.load(tmp_path / "sae.safetensors")
     assert again.selection == sae.selection and torch.equal(again(rows[0]), sae(rows[0]))
+
+
+def test_dead_latents_learn_whether_thresholds_do_or_not() -> None:
+    x, found = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), []
+    for selection in (JumpReLU(sparsity=WEIGHT), JumpReLU()):
+        sae = SparseAutoencoder(6, 16, selection, seed=1, aux=AuxK(dead_after=1, lagged=True))
+        sae.threshold = 0.5
+        sae.tokens_since_fired[:5] = 2
+        loss = sae.train().loss(x)
+        loss.total.backward()
+        assert loss.aux > 0 and sae.W_enc.grad is not None
+        found.append(loss.aux)
+    assert torch.equal(*found)
 
 
 def test_thresholds_stay_without_sparsity() -> None:

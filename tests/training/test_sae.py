@@ -93,7 +93,10 @@ def test_on_a_store_it_is_train_sae_by_hand(store: Path, tmp_path: Path) -> None
     assert torch.allclose(own.statistics["frequency"], want.frequency.float())
     page = (tmp_path / "run" / "report.html").read_text()
     assert "random decoder" in page and "latents by frequency" in page
-    assert "FVU" in SaeJob.summary(job.folder_type(tmp_path / "run"))[1]
+    line = SaeJob.summary(job.folder_type(tmp_path / "run"))[1]
+    assert "FVU" in line
+    file = line.rsplit("; ", 1)[1]
+    assert Path(file).name in page and (tmp_path / "run" / file).is_file()
 
 
 def test_on_known_answers_it_tells_how_many_were_found(tmp_path: Path) -> None:
@@ -212,6 +215,19 @@ def test_too_few_rows_are_seen_before_the_model_is_run(reader: Reader, tmp_path:
 def _notes(folder: Path) -> list[dict]:
     text = next((folder / "autoencoders").glob("*.json")).read_text()
     return list(json.loads(text)["autoencoders"].values())
+
+
+def test_a_calibrated_threshold_keeps_what_the_budget_says(tmp_path: Path) -> None:
+    found = {}
+    for inference in ("own", "calibrated"):
+        spec = KNOWN | {
+            "autoencoders": [{"selection": "SampledTopK", "d_sae": 20, "k": 2, "l": 1}],
+            "evaluation": {"rows": 500, "inference": inference},
+        }
+        SaeJob(**spec).run(tmp_path / inference, progress=False)
+        (found[inference],) = (each["scores"] for each in _notes(tmp_path / inference))
+    assert abs(found["own"]["l0"] - 2) > 0.3
+    assert found["calibrated"]["l0"] == pytest.approx(2, abs=0.1)
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda each: each.stem)

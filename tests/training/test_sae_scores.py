@@ -19,7 +19,13 @@ from dreamreader.training import SaeJob
 from dreamreader.training.sae_attributes import PooledRows, attributes_of, score_attributes
 from dreamreader.training.sae_page import describe_unsettled, is_settled
 from dreamreader.training.sae_scores import compare_selection
-from dreamreader.training.sae_splice import SpliceTest, harvest_of, splice_test_of
+from dreamreader.training.sae_splice import (
+    SpliceScores,
+    SpliceTest,
+    harvest_of,
+    splice_numbers,
+    splice_test_of,
+)
 from tests.training.jobs import MIDDLE
 
 BLOCK = "transformer.h.1"
@@ -83,6 +89,12 @@ def test_a_spliced_language_model_is_one_with_a_plain_hook(language: Reader) -> 
     assert found.error_kept == found.clean != found.spliced
     share = (found.zero - found.spliced) / (found.zero - found.clean)
     assert found.recovered == pytest.approx(share)
+
+
+def test_nothing_is_recovered_where_zeros_do_no_worse() -> None:
+    found = SpliceScores("cross_entropy", 7.28, 7.29, 7.28, 7.23, 7.30, 3)
+    assert math.isnan(found.recovered) and found.recovered_of_mean == pytest.approx(0.5)
+    assert splice_numbers(found)["recovered"] is None
 
 
 def test_a_spliced_pipeline_draws_what_a_plain_hook_draws(reader: Reader) -> None:

@@ -1,0 +1,54 @@
+"""A threshold of inference from rows, in place of the one that followed training."""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dreamreader.errors import InvalidInput
+from dreamreader.sae.encoder import encode_budget
+from dreamreader.sae.model import SparseAutoencoder
+from dreamreader.sae.selection import BatchTopK, SampledTopK
+from dreamreader.sae.threshold import find_smallest
+
+
+@torch.no_grad()
+def calibrate_threshold(
+    sae: SparseAutoencoder, batches: Iterable[Float[Tensor, "rows d_in"]]
+) -> None:
+    """Sets the threshold at which k of all latents are active in a row on average.
+
+    A pool of few columns keeps small activations in training, and a threshold that follows them
+    keeps too many of all columns at inference.
+
+    Formula: the mean over batches of the smallest of the round(k n) largest activations of n rows.
+
+    Args:
+        sae: of a selection with a budget for the batch, `BatchTopK` or `SampledTopK`.
+        batches: rows [n, d_in], at least one batch.
+
+    Raises:
+        InvalidInput: the selection is another one, or nothing is active in any batch.
+
+    Example:
+        >>> sae = SparseAutoencoder(8, 32, SampledTopK(4, l=1.5))
+        >>> calibrate_threshold(sae, [torch.randn(500, 8) for _ in range(8)])
+        >>> 3.5 < sae.eval().encode_sparse(torch.randn(500, 8)).count() / 500 < 4.5
+        tensor(True)
+    """
+    if not isinstance(sae.selection, BatchTopK | SampledTopK):
+        raise InvalidInput(
+            f"calibrate_threshold: thresholds are of BatchTopK and SampledTopK, not of "
+            f"{sae.selection}"
+        )
+    found = []
+    for x in batches:
+        rows, weight, bias = sae._encoder(sae._affine(x).apply(x.to(sae.W_dec)))
+        smallest = find_smallest(encode_budget(rows, weight, bias, BatchTopK(sae.selection.k)))
+        if smallest > 0:
+            found.append(smallest)
+    if not found:
+        raise InvalidInput("calibrate_threshold: nothing is active in these batches")
+    sae.threshold = torch.stack(found).mean()
+    sae.inference = "threshold"
