@@ -142,8 +142,8 @@ class LatentChoice(Part):
     rounds: int = Field(
         0,
         ge=0,
-        description="How often the best set of each size is changed in one thing, a latent more, "
-        "less, stronger or weaker: by what does most, as long as that does more.",
+        description="How often each of the best three sets of a size is changed in one thing, a "
+        "latent more, less, stronger or weaker: by what does most, as long as that does more.",
     )
     where: Count | None = Field(
         None,

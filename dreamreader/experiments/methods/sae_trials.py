@@ -29,6 +29,7 @@ EditsOf = Callable[[Sequence[Row], Mapping[tuple[str, str], FeatureSet]], list[A
 
 CHOICE = "choice.json"  # of the run folder
 DIFFERENCE = "difference"  # condition of the difference of means
+STARTS = 3  # sets that are improved, as the best one may lead nowhere
 
 
 @dataclass(frozen=True)
@@ -84,31 +85,39 @@ class Trials:
         rivals = choice.rivals(means.labels, label)
         found = {}
         for size in choice.sizes:
-            if size == 1:
-                chosen = ranked[0]
-            else:
+            starts = ranked
+            if size > 1:
                 sets = [
                     replace(one, where=where)
                     for one in _propose(means, label, rivals, size, ranked)
                 ]
-                chosen = max(self.run(label, sets, strengths), key=lambda each: each.order)
-            chosen = self._improve(chosen, means, label, rivals, size)
+                starts = _best_of_each(self.run(label, sets, strengths))
+            chosen = self._improve(starts, means, label, rivals, size)
             found[set_name(label, size)] = chosen.as_dict() | {"target": label, "size": size}
         return {"sets": found, "tried": [each.as_dict() for each in tried]}
 
     def _improve(
-        self, best: Trial, means: LatentMeans, label: str, rivals: Sequence[str], size: int
+        self,
+        starts: Sequence[Trial],
+        means: LatentMeans,
+        label: str,
+        rivals: Sequence[str],
+        size: int,
     ) -> Trial:
-        """Changes a set in one thing as long as it then does more."""
-        choice = self.choice
+        """Changes the first sets in one thing as long as that does more; gives the best."""
+        choice, best = self.choice, starts[0]
         # what is removed has no level, and needs no latents of others
         others, shares = (rivals, LEVELS) if choice.goal == "add" else ((), ())
-        for _ in range(choice.rounds):
-            sets = means.neighbours(best.latents, label, others, size, choice.candidates, shares)
-            nearby = max(self.run(label, sets, [best.strength]), key=lambda each: each.order)
-            if nearby.order <= best.order:
-                break
-            best = nearby
+        for one in starts[:STARTS]:
+            for _ in range(choice.rounds):
+                sets = means.neighbours(one.latents, label, others, size, choice.candidates, shares)
+                if one.succeeded == 1 or not sets:
+                    break
+                nearby = _best_of_each(self.run(label, sets, [one.strength]))[0]
+                if nearby.order <= one.order:
+                    break
+                one = nearby
+            best = max(best, one, key=lambda each: each.order)
         return best
 
     def choose_strength(

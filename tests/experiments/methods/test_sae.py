@@ -267,7 +267,7 @@ def test_rounds_change_a_set_in_one_thing_while_it_does_more(
     made.run(tmp_path / "run")
     for label, own in made.job.folder.need("choice.json")["labels"].items():
         _, proposed, *rounds, _ = ran[label]  # single ones before, the difference behind
-        assert len(rounds) == 1
+        assert 1 <= len(rounds) <= 3  # of each of three sets
         best = max(
             (each for trials in (proposed, *rounds) for each in trials), key=lambda t: t.order
         )
@@ -365,7 +365,9 @@ def test_the_spec_of_a_choice_comes_back(chosen) -> None:
     assert spec["method"]["features"] is None
 
 
-@pytest.mark.parametrize("name", ["turn-colour", "turn-colour-dit", "turn-colour-red-dit", "remove-colour"])
+@pytest.mark.parametrize(
+    "name", ["turn-colour", "turn-colour-dit", "turn-colour-red-dit", "remove-colour"]
+)
 def test_examples_read_what_another_example_trains(tmp_path: Path, name: str) -> None:
     examples = Path(__file__).parents[3] / "examples" / "sae"
     spec = yaml.safe_load((examples / f"{name}.yaml").read_text())
