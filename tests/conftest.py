@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 # Triton warns while this is unset, and its default is about to change.
@@ -14,6 +15,7 @@ import torch
 
 from dreamreader import _alloc
 from dreamreader._register import native
+from dreamreader.zoo import fetch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,3 +73,24 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(str(error))
     yield request.param
     module.use_isa("best")
+
+
+@pytest.fixture(scope="session")
+def unpacked_once() -> Iterator[None]:
+    """Language models of GGUF files are unpacked once for all tests: each takes 20 seconds."""
+    unpack = cache(fetch.load_language_model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            fetch,
+            "load_language_model",
+            lambda path, dtype="float32": unpack(path, str(dtype).removeprefix("torch.")),
+        )
+        yield
+
+
+@pytest.fixture(scope="session")
+def smollm2(unpacked_once: None) -> None:
+    """The real language model, where it is there."""
+    pytest.importorskip("gguf", reason="needs the extra [llm]")
+    if fetch.installed("smollm2-135m") is None:
+        pytest.skip("needs `dreamreader zoo fetch smollm2-135m`")

@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 from dreamreader.cli import app
 from dreamreader.harvest import Harvest
 from dreamreader.sae import SparseAutoencoder, TopK, read_sae
-from dreamreader.zoo.fetch import installed
 
 SITE = "unet.mid_block.attentions.0"
 
@@ -104,10 +103,9 @@ def test_what_cannot_be_opened_is_an_error_in_words(place: Path, tmp_path: Path)
 
 
 @pytest.mark.llm
-def test_dashboard_of_a_language_model_shows_texts_and_exports_them(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
-    if installed("smollm2-135m") is None:
-        pytest.skip("needs `dreamreader zoo fetch smollm2-135m`")
+def test_dashboard_of_a_language_model_shows_texts_and_exports_them(
+    smollm2: None, tmp_path: Path
+) -> None:
     sae = SparseAutoencoder(576, 64, TopK(4), metadata={"site": "model.layers.14.mlp"})
     sae.save(tmp_path / "sae.safetensors")
     texts = tmp_path / "texts.txt"

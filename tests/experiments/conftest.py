@@ -28,7 +28,7 @@ def language() -> Reader:
     return Reader(*tiny.language_model("gpt2"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def experiment(reader: Reader) -> Callable[..., Experiment]:
     """Makes an experiment on the embedded model: two prompts, two steps, one edit over a sweep."""
 

@@ -10,19 +10,8 @@ from dreamreader.experiments.pages.chunked import effects
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.fixture(scope="module")
-def installed() -> None:
-    from dreamreader.zoo.fetch import installed
-
-    pytest.importorskip("gguf")
-    if installed("smollm2-135m") is None:
-        pytest.skip("needs `dreamreader zoo fetch smollm2-135m`")
-
-
 @pytest.mark.llm
-def test_the_country_is_at_its_own_token_first_and_at_the_last_one_later(
-    installed, tmp_path
-) -> None:
+def test_the_country_is_at_its_own_token_first_and_at_the_last_one_later(smollm2, tmp_path) -> None:
     layers = ["model.layers.2", "model.layers.29"]
     overrides = [f"method.sites=[{', '.join(layers)}]", "method.controls=[resampled]"]
     found = Experiment.from_file(EXAMPLES / "language-patch.yaml", overrides).run(tmp_path / "run")
@@ -37,7 +26,7 @@ def test_the_country_is_at_its_own_token_first_and_at_the_last_one_later(
 
 
 @pytest.mark.llm
-def test_a_fitted_direction_makes_the_next_word_happier(installed, tmp_path) -> None:
+def test_a_fitted_direction_makes_the_next_word_happier(smollm2, tmp_path) -> None:
     overrides = ["method.sites=[model.layers.20]", "method.strengths=[0, 4]"]
     found = Experiment.from_file(EXAMPLES / "language-steer.yaml", overrides).run(tmp_path / "run")
     name = "logit_difference"

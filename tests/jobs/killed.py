@@ -234,6 +234,7 @@ def main(folder: Path) -> None:
         return found
 
     log: dict[str, Any] = {}
+    job("patch").run(folder / "before", progress=False)  # imports what the forks need
     for kind, moments in MOMENTS.items():
         out = folder / f"{kind}-0"
         log[kind] = {"whole": forked(kind, folder / kind)}
@@ -244,7 +245,7 @@ def main(folder: Path) -> None:
         log[kind]["again"] = forked(kind, out)
     draw = random.Random(0)
     for kind, kills in KILLS.items():
-        job(kind).run(folder / kind, progress=False)  # also imports what the forks need
+        job(kind).run(folder / kind, progress=False)
         log[kind] = {"killed": [], "last": []}
         while len(log[kind]["killed"]) < kills:  # a store that is complete makes room for the next
             out = folder / f"{kind}-{len(log[kind]['last'])}"

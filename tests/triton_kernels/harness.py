@@ -16,6 +16,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
 ROWS = ("i64", "i64", "constexpr")  # strides of rows whose innermost one is 1
 WIDE = r"(ld\.global[.\w:]*\.v(4\.b32|2\.b64)|cp\.async)"
+if INTERPRETED:
+    from tests.triton_kernels.interpreter import shorten
+
+    shorten()
 compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
 

