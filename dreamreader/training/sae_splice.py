@@ -47,7 +47,7 @@ class SpliceScores:
 
     @property
     def recovered(self) -> float:
-        """(zero - spliced) / (zero - clean); NaN where zeros do no worse than the model as it is."""
+        """(zero - spliced) / (zero - clean); NaN where zeros do no worse than the model."""
         return _share(self.zero, self.spliced, self.clean)
 
     @property

@@ -365,7 +365,9 @@ def test_the_spec_of_a_choice_comes_back(chosen) -> None:
     assert spec["method"]["features"] is None
 
 
-@pytest.mark.parametrize("name", ["turn-colour", "turn-colour-dit", "turn-colour-red-dit", "remove-colour"])
+@pytest.mark.parametrize(
+    "name", ["turn-colour", "turn-colour-dit", "turn-colour-red-dit", "remove-colour"]
+)
 def test_examples_read_what_another_example_trains(tmp_path: Path, name: str) -> None:
     examples = Path(__file__).parents[3] / "examples" / "sae"
     spec = yaml.safe_load((examples / f"{name}.yaml").read_text())
