@@ -100,6 +100,7 @@ class HookedSite:
         self.site = site
         self.name = site.name
         self.shared = shared
+        self.requests: dict[int, Request] = {}
         self.edits: list[tuple[int, EditRequest]] = []
         self.recorders: list[Recorder] = []
         self.watchers: list[Watcher] = []
@@ -370,12 +371,11 @@ class HookedSite:
     @cached_property
     def _traits(self) -> Traits:
         """What its requests have in common; sites with the same requests share it."""
-        requests: dict[int, Request] = dict(self.edits)
-        requests |= {each.number: each.request for each in self._readings()}
-        numbers, known = tuple(requests), self.shared.traits
-        if numbers not in known:
-            known[numbers] = Traits.of(requests, self.edits)
-        return known[numbers]
+        numbers, known = tuple(self.requests), self.shared.traits
+        found = known.get(numbers)
+        if found is None:
+            found = known[numbers] = Traits.of(self.requests.values(), self.edits)
+        return found
 
     def _compile_edits(self, works: list[ActiveEdit], x: Tensor) -> Compiled:
         if not x.is_floating_point():
