@@ -1,6 +1,5 @@
 """What a session did: the firing report of its sites, and why a request never fired."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from dreamreader.engine._call_context import CallContext
@@ -119,10 +118,8 @@ def _count(
     lines: dict[tuple[int, str], Firing], name: str, plan: SitePlan, calls: list[CallContext]
 ) -> None:
     """Add the visits with one plan."""
-    times, steps = len(calls), Counter()
-    for now in calls:
-        if isinstance(now.instant, StepInfo):
-            steps[now.instant.step] += 1
+    times = len(calls)
+    steps = [now.instant.step for now in calls if isinstance(now.instant, StepInfo)]
     hits = {each.number: each for each in plan.edits.hits} if plan.edits else {}
     for number in plan.active:
         line = lines[number, name]
