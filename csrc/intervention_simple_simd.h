@@ -1,6 +1,6 @@
 // Programs of one step that changes every channel of a row by a formula of its own: no sums, no
-// masks, no set-up for each row. Rows are taken in chunks, of which everything but the values is
-// looked up first.
+// masks, no set-up for each row. A row is looked up two rows before its values are needed, so that
+// they can be on their way.
 #pragma once
 
 #include "intervention_rows_simd.h"
@@ -19,7 +19,13 @@ DR_INLINE bool is_simple(const Program<W>& p, int64_t width) {
 template <typename T>
 struct SimpleRows {
   using W = typename Work<T>::type;
-  static constexpr int64_t kChunk = 64;
+
+  // One row, and its place in the tables; `from` is null behind the last one.
+  struct Place {
+    const T* from;
+    T* to;
+    W s, lo, hi;
+  };
 
   const InterventionJob& job;
   const Program<W>& p;
@@ -28,10 +34,6 @@ struct SimpleRows {
   const T* filled;  // the values of a fill, rounded
   Witness<T> witness;
   const bool copies, stream;
-  int64_t count = 0;
-  const T* from[kChunk];
-  T* to[kChunk];
-  W s[kChunk], lo[kChunk], hi[kChunk];
 
   SimpleRows(const InterventionJob& job, void* scratch)
       : job(job),
@@ -49,59 +51,57 @@ struct SimpleRows {
     }
   }
 
-  // The next rows from `at` on; in place those alone that the step touches.
-  void collect(Cursor& at, int64_t last) {
-    for (count = 0; at.item < last && count < kChunk; at.advance(job.in.tokens)) {
-      const W strength = strength_of(p, 0, at.row, at.token);
-      if (strength == W(0) && !copies) continue;
-      s[count] = strength;
+  // The next row from `at` on; in place only one that the step touches.
+  Place next(Cursor& at, int64_t last) const {
+    for (; at.item < last; at.advance(job.in.tokens)) {
+      const W s = strength_of(p, 0, at.row, at.token);
+      if (s == W(0) && !copies) continue;
+      Place place{row_at<T>(job.in, at.row, at.token), row_at<T>(job.out, at.row, at.token), s};
       if (step.limit >= 0) {
-        lo[count] = limit_of(p, step, 0, at.row, job.in.entries);
-        hi[count] = limit_of(p, step, 1, at.row, job.in.entries);
+        place.lo = limit_of(p, step, 0, at.row, job.in.entries);
+        place.hi = limit_of(p, step, 1, at.row, job.in.entries);
       }
-      from[count] = row_at<T>(job.in, at.row, at.token);
-      to[count++] = row_at<T>(job.out, at.row, at.token);
+      at.advance(job.in.tokens);
+      return place;
+    }
+    return {};
+  }
+
+  void run(const Place& row, const T* ahead) {
+    if (row.s == W(0)) {
+      copy_channels(row.from, row.to, 0, job.in.width, stream);
+    } else if (step.kind == kSteer) {
+      change<kAdd>(row, row.s, ahead);
+    } else if (step.kind == kScale) {
+      change<kMultiply>(row, scale_factor(row.lo, row.s), ahead);
+    } else if (step.kind == kClamp && row.s == W(1)) {
+      change<kBound>(row, row.s, ahead);
+    } else if (step.kind == kClamp) {
+      change<kBoundBlend>(row, row.s, ahead);
+    } else if (row.s != W(1)) {
+      change<kMix>(row, row.s, ahead);
+    } else {
+      if (job.seen) witness.look(row.from, filled, job.in.width);
+      copy_channels(filled, row.to, 0, job.in.width, stream);
     }
   }
 
-  void run() {
-    for (int64_t i = 0; i < count; ++i) {
-      const char* next = reinterpret_cast<const char*>(from[i + 2 < count ? i + 2 : count - 1]);
-      if (s[i] == W(0)) {
-        copy_channels(from[i], to[i], 0, job.in.width, stream);
-      } else if (step.kind == kSteer) {
-        change<kAdd>(i, s[i], next);
-      } else if (step.kind == kScale) {
-        change<kMultiply>(i, scale_factor(lo[i], s[i]), next);
-      } else if (step.kind == kClamp && s[i] == W(1)) {
-        change<kBound>(i, s[i], next);
-      } else if (step.kind == kClamp) {
-        change<kBoundBlend>(i, s[i], next);
-      } else if (s[i] != W(1)) {
-        change<kMix>(i, s[i], next);
-      } else {
-        if (job.seen) witness.look(from[i], filled, job.in.width);
-        copy_channels(filled, to[i], 0, job.in.width, stream);
-      }
-    }
-  }
-
-  // One row.
   template <Act act>
-  inline __attribute__((always_inline)) void change(int64_t i, W factor, const char* next) {
+  inline __attribute__((always_inline)) void change(const Place& row, W factor, const T* ahead) {
     Action<W> action{};
     action.act = act;
     action.v = v;
     action.s = factor;
-    action.lo = lo[i];
-    action.hi = hi[i];
-    Sink<T> sink = Sink<T>::at(witness, from[i], to[i], 0, stream);
+    action.lo = row.lo;
+    action.hi = row.hi;
+    Sink<T> sink = Sink<T>::at(witness, row.from, row.to, 0, stream);
     const bool overlaps = copies && !stream && job.in.width > kBlock<W>;
+    const char* line = reinterpret_cast<const char*>(ahead);
     for (int64_t d = 0; d < job.in.width; d += kBlock<W>) {
       if (overlaps && d + kBlock<W> > job.in.width) d = job.in.width - kBlock<W>;  // some twice
       const int64_t left = job.in.width - d, n = left < kBlock<W> ? left : int64_t(kBlock<W>);
-      prefetch_block(next + d * int64_t(sizeof(T)), kBlock<W> * int64_t(sizeof(T)));
-      Block<W> y = load<W>(from[i] + d, n);
+      prefetch_block(line + d * int64_t(sizeof(T)), kBlock<W> * int64_t(sizeof(T)));
+      Block<W> y = load<W>(row.from + d, n);
       apply(action, y, d, n);
       sink.put(d, y, n);
     }
@@ -113,9 +113,12 @@ template <typename T>
 static void run_simple(const InterventionJob& job, void* scratch, int64_t first, int64_t last) {
   SimpleRows<T> rows(job, scratch);
   Cursor at{first, first / job.in.tokens, first % job.in.tokens};
-  while (at.item < last) {
-    rows.collect(at, last);
-    rows.run();
+  auto row = rows.next(at, last), second = rows.next(at, last);
+  while (row.from) {
+    const auto third = rows.next(at, last);
+    rows.run(row, third.from ? third.from : row.from);
+    row = second;
+    second = third;
   }
   if (job.stream) end_past_caches();
 }

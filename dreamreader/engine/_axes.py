@@ -278,10 +278,8 @@ def _may_be_turned(
 
 def _has_parts(module: nn.Module) -> bool:
     """Whether it holds other modules; `children` takes ten times as long to say."""
-    for each in module._modules.values():  # in most modules there is none
-        if each is not None:
-            return True
-    return False
+    held = module._modules  # in most modules there is none
+    return bool(held) and any(each is not None for each in held.values())
 
 
 def _is_rows_first(modules: Sequence[nn.Module]) -> bool:

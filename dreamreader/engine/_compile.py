@@ -69,6 +69,9 @@ class Compiled:
         programs = [each.program for each in self.stages if each.program is not None]
         self.has_graph = any(each.requires_grad for each in programs)
         self.has_function = len(programs) < len(self.stages)
+        # the program and its edits, where there is nothing else to do
+        lone = len(self.stages) == len(programs) == 1 and not self.has_graph
+        self._lone = (programs[0], self.stages[0].numbers) if lone else None
 
     def run(self, x: Tensor) -> Tensor:
         for stage in self.stages:
@@ -96,18 +99,26 @@ class Compiled:
             x = y
         return x
 
+    def settle(self, x: Tensor, notes: Notes) -> Callable[[Tensor], Tensor] | None:
+        """`run` for values of the form of x where nothing is left to learn of the edit, else None.
+
+        It has changed values, and in single precision and above it cannot overflow.
+        """
+        if self._lone is None or x.dtype in HALF:
+            return None
+        program, numbers = self._lone
+        return intervention_of(program, x) if notes.knows(numbers) else None
+
     def specialize(self, x: Tensor, notes: Notes) -> Callable[[Tensor, CallContext], Tensor]:
         """`run_noted` for values of the form of x: its choices are made once."""
 
         def general(x: Tensor, now: CallContext) -> Tensor:
             return self.run_noted(x, now, notes)
 
-        stage, changed = self.stages[0], notes.known_changed
-        numbers, program = stage.numbers, stage.program
-        if len(self.stages) > 1 or program is None or self.has_graph:
+        if self._lone is None:
             return general
-        apply = intervention_of(program, x)
-
+        program, numbers = self._lone
+        apply, changed = intervention_of(program, x), notes.known_changed
         known = False  # whether each edit has changed a value so far: then it stays so
 
         def run(x: Tensor, now: CallContext) -> Tensor:

@@ -30,10 +30,11 @@ class HookPoint:
         """Put the hooks on the module until the stack is closed."""
         sides, module = self.sides(), self.module
         if sides & {"in", "delta", "probs"}:
-            stack.callback(module.register_forward_pre_hook(self.before, with_kwargs=True).remove)
+            stack.push(module.register_forward_pre_hook(self.before, with_kwargs=True))
         if sides & {"out", "delta", "probs"}:
-            stack.callback(module.register_forward_hook(self._last()).remove)
-            _observers_last(module)
+            stack.push(module.register_forward_hook(self._last()))
+            if len(module._forward_hooks) > 1:
+                _observers_last(module)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not self.shared.ours():

@@ -100,6 +100,7 @@ class HookedSite:
         self.site = site
         self.name = site.name
         self.shared = shared
+        self.requests: dict[int, Request] = {}
         self.edits: list[tuple[int, EditRequest]] = []
         self.recorders: list[Recorder] = []
         self.watchers: list[Watcher] = []
@@ -132,16 +133,17 @@ class HookedSite:
         """
         shared, visit = self.shared, self.visit
         subject, tracker, thread = shared.subject, shared.tracker, shared.thread
-        numbers, kind = shared.numbers, self._traits.kind
+        site, numbers, kind = self.site, shared.numbers, self._traits.kind
         self._repeats = True
 
         def after(module: nn.Module, args: tuple, output: Any) -> Any:
             if type(output) is not Tensor or subject.paused or get_ident() != thread:
                 return general(module, args, output)
             now, latest = tracker.now, self._latest
+            if now is not None and now is not shared.latest:
+                shared.current(site)  # says the numbers of the call
             if (
                 now is not None
-                and now is shared.latest
                 and numbers[kind] == latest.call
                 and is_grad_enabled() is latest.grad
                 and (latest.run is None or latest.run == now.run)
@@ -195,6 +197,9 @@ class HookedSite:
             return lambda x, now: self._act(now, plan, x)
         keep = [recorder.keeper(value, held, moments) for recorder, held, moments in plan.recorded]
         if plan.edits is not None:
+            apply = None if keep else plan.edits.settle(value, self.notes)
+            if apply is not None:
+                return _edit_alone(apply, self._calls(plan), self.shared.subject)
             run = plan.edits.specialize(value, self.notes)
             return _edit(run, keep, self._calls(plan), self.shared.subject)
         return _record(keep, self._calls(plan))
@@ -282,7 +287,8 @@ class HookedSite:
         # Steps with the same requests at work share a plan, unless an edit differs from step to
         # step.
         traits = self._traits
-        time = now.stamp[1] if any(n in traits.moving for n, _ in active) else None
+        moves = traits.moving and any(n in traits.moving for n, _ in active)
+        time = now.stamp[1] if moves else None
         run = now.run if traits.follows_prompt else None
         numbers = tuple(n for n, _ in active) + tuple(each.number for each in wanted)
         any_time = self.shared.numbers[traits.any_time]
@@ -370,12 +376,11 @@ class HookedSite:
     @cached_property
     def _traits(self) -> Traits:
         """What its requests have in common; sites with the same requests share it."""
-        requests: dict[int, Request] = dict(self.edits)
-        requests |= {each.number: each.request for each in self._readings()}
-        numbers, known = tuple(requests), self.shared.traits
-        if numbers not in known:
-            known[numbers] = Traits.of(requests, self.edits)
-        return known[numbers]
+        numbers, known = tuple(self.requests), self.shared.traits
+        found = known.get(numbers)
+        if found is None:
+            found = known[numbers] = Traits.of(self.requests.values(), self.edits)
+        return found
 
     def _compile_edits(self, works: list[ActiveEdit], x: Tensor) -> Compiled:
         if not x.is_floating_point():
@@ -403,6 +408,17 @@ def _record(keepers: list[Keeper], calls: list[CallContext]) -> _Act:
             each(x, now)
 
     return record if len(keepers) < 2 else record_all
+
+
+def _edit_alone(
+    apply: Callable[[Tensor], Tensor], calls: list[CallContext], subject: Subject
+) -> _Act:
+    def edit(x: Tensor, now: CallContext) -> Tensor:
+        calls.append(now)
+        subject.edited += 1
+        return apply(x)
+
+    return edit
 
 
 def _edit(

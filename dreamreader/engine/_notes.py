@@ -18,15 +18,16 @@ class NoteTable:
     def __init__(self, device: torch.device):
         with torch.inference_mode(False):  # a block may begin inside and end outside of it
             self.values = torch.zeros(_ROOM, dtype=torch.int32, device=device)
-        self._here = self.values.numpy() if self.values.is_cpu else None  # read in less time
+        self._here = memoryview(self.values.numpy()) if self.values.is_cpu else None
         self.used = 0
         self._read: list[int] = []
 
     def bits(self, at: int) -> int:
         """What was written at a place; waits for the device where it was not read since."""
+        if self._here is not None:
+            return self._here[at]
         if at >= len(self._read):
-            values = self.values if self._here is None else self._here
-            self._read = values[: self.used].tolist()
+            self._read = self.values[: self.used].tolist()
         return self._read[at]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from dreamreader.engine._call_context import CallContext
 from dreamreader.engine._clock_schedule import StepInfo
 from dreamreader.engine._firing import Firing, FiringReport, ranges
 from dreamreader.engine._hooked_site import HookedSite, SitePlan
@@ -24,13 +25,8 @@ def fill(
     """Turn what the sites noted into the lines of the report."""
     lines = {(each.number, each.site): each for each in report.firings}
     for name, run in runs.items():
-        visits: dict[tuple[SitePlan, int | None], int] = {}  # of equal ones, which are many
         for plan, calls in run.fired.items():
-            for now in calls:
-                key = (plan, now.instant.step if isinstance(now.instant, StepInfo) else None)
-                visits[key] = visits.get(key, 0) + 1
-        for (plan, step), times in visits.items():
-            _count(lines, name, step, plan, times)
+            _count(lines, name, plan, calls)
         for now, numbers in run.skipped:
             for number in numbers:
                 step = now.instant.step if isinstance(now.instant, StepInfo) else 0
@@ -56,8 +52,9 @@ def require_fired(
     """
     seen, rows = shared.branches_seen, shared.rowset
     partial = rows.count != rows.total
+    silent = {each.number for each in report.firings if each.calls == 0}
     for number, request in enumerate(requests):
-        if request.is_empty:
+        if number not in silent and request.branch is None or request.is_empty:
             continue
         unknown = [each for each in request.branches or () if each not in seen]
         if unknown and seen:
@@ -118,9 +115,11 @@ def _why_missed(request: Request, line: Firing, run: HookedSite) -> str:
 
 
 def _count(
-    lines: dict[tuple[int, str], Firing], name: str, step: int | None, plan: SitePlan, times: int
+    lines: dict[tuple[int, str], Firing], name: str, plan: SitePlan, calls: list[CallContext]
 ) -> None:
-    """Add visits of one step with one plan."""
+    """Add the visits with one plan."""
+    times = len(calls)
+    steps = [now.instant.step for now in calls if isinstance(now.instant, StepInfo)]
     hits = {each.number: each for each in plan.edits.hits} if plan.edits else {}
     for number in plan.active:
         line = lines[number, name]
@@ -128,8 +127,8 @@ def _count(
             line.missed += times
             continue
         line.calls += times
-        if step is not None:
-            line.steps[step] += times
+        if steps:
+            line.steps.update(steps)
         if number in plan.passed:
             line.passed_over += times
         elif number in hits:

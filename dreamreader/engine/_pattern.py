@@ -6,7 +6,7 @@ number of parts, `[012]` one of these characters.
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from dreamreader.errors import InvalidInput, UnknownName
 
@@ -24,7 +24,7 @@ class Pattern:
     port: str = "out"
     stream: str | None = None
 
-    @property
+    @cached_property
     def is_glob(self) -> bool:
         return _SIGNS.search(self.path) is not None
 

@@ -83,24 +83,16 @@ class Session(AbstractContextManager):
         shared = self._shared
         with ExitStack() as stack:
             marked = modules.marked
-            if any(map(is_compiled, marked)):
-                # Hooks are not seen by code that is compiled already: run the modules as they are.
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-                self.report.notes.append(
-                    "compiled modules ran uncompiled while hooks were attached"
-                )
-            if self.edits and marked:
-                stack.enter_context(recompute_as_before(shared, marked))
-            stack.enter_context(shared.tracker)
-            hooked = [each for each in marked if each is not modules.root]
             if marked:
-                self._watch_caches(hooked, stack)
-            if any("probs" in point.sides() for point in points):
+                self._run_as_written(marked, stack)
+            stack.enter_context(shared.tracker)
+            if marked:
+                self._watch_caches([each for each in marked if each is not modules.root], stack)
+            if any(run.site.port == "probs" for run in self._runs.values()):
                 stack.enter_context(shared.probs)
             for point in points:
                 point.attach(stack)
             self._stack = stack.pop_all()
-        shared.drops_branch = any(map(caches_batch, hooked))
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -117,6 +109,15 @@ class Session(AbstractContextManager):
         found = [each.activation(described) for each in self.recorders]
         return [each for each in found if each is not None]
 
+    def _run_as_written(self, marked: list[nn.Module], stack: ExitStack) -> None:
+        """Let compiled and checkpointed modules run in a way that hooks can follow."""
+        if any(map(is_compiled, marked)):
+            # Hooks are not seen by code that is compiled already: run the modules as they are.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            self.report.notes.append("compiled modules ran uncompiled while hooks were attached")
+        if self.edits:
+            stack.enter_context(recompute_as_before(self._shared, marked))
+
     def _watch_caches(self, hooked: list[nn.Module], stack: ExitStack) -> None:
         sites = [run.site for run in self._runs.values()]
         taps = [(site.name, site.tap.module, site.tap.side) for site in sites]
@@ -124,6 +125,7 @@ class Session(AbstractContextManager):
         caches = sorted({name for each in hooked for name in cache_hooks(each)})
         if caches:
             self.report.notes.append(f"step caches are on: {', '.join(caches)}")
+        self._shared.drops_branch = any(map(caches_batch, hooked))
 
     def _resolve(self, modules: Mapping[str, nn.Module]) -> list[HookPoint]:
         """Sites of every request; points in the order in which modules were first named."""
@@ -142,7 +144,8 @@ class Session(AbstractContextManager):
                         points[module] = HookPoint(module, shared)
                     points[module].sites.append(run)
                 firings.append(Firing(described, kind, name, number))
-                if isinstance(request, EditRequest):
+                run.requests[number] = request
+                if kind == "edit":
                     run.edits.append((number, request))
                 elif isinstance(request, Record):
                     self._record(request, name, number, run)

@@ -1,6 +1,6 @@
 """What the hooks of one session have in common."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -46,12 +46,12 @@ class Traits(NamedTuple):
     layouts: tuple[str, ...]
 
     @classmethod
-    def of(cls, requests: Mapping[int, Request], edits: Iterable[tuple[int, Any]]) -> "Traits":
-        """Those of requests by their numbers, and of the edits among them."""
+    def of(cls, requests: Iterable[Request], edits: Iterable[tuple[int, Any]]) -> "Traits":
+        """Those of requests, and of the edits among them by their numbers."""
         moving = frozenset([n for n, each in edits if each.changes_with_step])
         any_time, timed, branched, follows_prompt = PLACELESS, False, False, False
         layouts: dict[str, None] = {}
-        for each in requests.values():
+        for each in requests:
             if each.tokens is not None:
                 any_time = TIMELESS
                 follows_prompt = follows_prompt or isinstance(each.tokens, str | tuple)

@@ -9,6 +9,7 @@ from torch import nn
 from dreamreader.engine import _html as html
 from dreamreader.engine._pattern import Pattern, join, parse
 from dreamreader.engine._ports import can_run, ports_of, tap_for
+from dreamreader.engine._subject import Modules
 from dreamreader.engine._taps import Tap
 from dreamreader.errors import DreamreaderError, UnknownName
 
@@ -94,7 +95,7 @@ _HEADER = ("site", "module", "shape", "heads")
 
 
 def find(
-    modules: Mapping[str, nn.Module],
+    modules: Modules,
     text: str,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> SiteList:
@@ -111,7 +112,7 @@ def find(
         if module is None:
             raise _unknown(modules, pattern, text)
         return SiteList([_site(modules, pattern.path, pattern, shapes)])
-    hits = [path for path in modules if pattern.matches(path) and can_run(modules[path])]
+    hits = [path for path in modules.matching(pattern) if can_run(modules[path])]
     if not hits:
         raise _unknown(modules, pattern, text)
     found, failure = [], None
@@ -126,7 +127,7 @@ def find(
 
 
 def _site(
-    modules: Mapping[str, nn.Module],
+    modules: Modules,
     path: str,
     pattern: Pattern,
     shapes: Mapping[str, tuple[int, ...]] | None,
@@ -147,16 +148,8 @@ def _site(
         (shapes or {}).get(name),
         # Worked out for people only: a run asks for thousands of sites.
         tuple(ports_of(module)) if shapes is not None else (),
-        _around(modules, path),
+        modules.around(path),
     )
-
-
-def _around(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, ...]:
-    parts = path.split(".")
-    above = (".".join(parts[:stop]) for stop in range(len(parts) - 1, 0, -1))
-    found = tuple(modules[each] for each in above if each in modules)
-    root = getattr(modules, "root", None)
-    return found if root is None else (*found, root)
 
 
 def _unknown(modules: Mapping[str, nn.Module], pattern: Pattern, text: str) -> UnknownName:

@@ -11,7 +11,35 @@ import torch
 from torch import nn
 
 from dreamreader._register import native
+from dreamreader.engine._pattern import Pattern
 from dreamreader.errors import InvalidInput
+
+
+class _Paths:
+    """Where the modules of a tree stand in the list of them all, and what follows from that."""
+
+    def __init__(self, places: dict[str, int], root: int | None):
+        self.places, self.root = places, root
+        self._around: dict[str, tuple[int, ...]] = {}
+        self._matches: dict[str, tuple[str, ...]] = {}
+
+    def around(self, path: str) -> tuple[int, ...]:
+        """Of the modules that hold the one at a path, the nearest first."""
+        found = self._around.get(path)
+        if found is None:
+            parts = path.split(".")
+            above = (".".join(parts[:stop]) for stop in range(len(parts) - 1, 0, -1))
+            held = tuple(self.places[each] for each in above if each in self.places)
+            found = held if self.root is None else (*held, self.root)
+            self._around[path] = found
+        return found
+
+    def matching(self, pattern: Pattern) -> tuple[str, ...]:
+        found = self._matches.get(pattern.path)
+        if found is None:
+            found = tuple(path for path in self.places if pattern.matches(path))
+            self._matches[pattern.path] = found
+        return found
 
 
 class Modules(Mapping[str, nn.Module]):
@@ -24,18 +52,26 @@ class Modules(Mapping[str, nn.Module]):
         root: holds them all, where the subject is one module.
     """
 
-    __slots__ = ("every", "marked", "kinds", "root", "_places")
+    __slots__ = ("every", "marked", "kinds", "root", "_paths", "_places")
 
     def __init__(
         self,
-        places: dict[str, int],
+        paths: _Paths,
         every: list[nn.Module],
         marked: list[nn.Module],
         kinds: Set[type[nn.Module]],
-        root: nn.Module | None,
     ):
-        self.every, self.marked, self.kinds, self.root = every, marked, kinds, root
-        self._places = places  # of paths in `every`
+        self.every, self.marked, self.kinds = every, marked, kinds
+        self.root = None if paths.root is None else every[paths.root]
+        self._paths, self._places = paths, paths.places
+
+    def around(self, path: str) -> tuple[nn.Module, ...]:
+        """The modules that hold the one at a path, the nearest first."""
+        return tuple([self.every[at] for at in self._paths.around(path)])
+
+    def matching(self, pattern: Pattern) -> tuple[str, ...]:
+        """The paths that a pattern takes, in the order of the model."""
+        return self._paths.matching(pattern)
 
     def __getitem__(self, path: str) -> nn.Module:
         return self.every[self._places[path]]
@@ -120,23 +156,18 @@ class Subject:
                 if name := _bare(path):
                     found[name] = unwrap(module)
         every, places = list(number), {path: number[each] for path, each in found.items()}
-        self._tree = _Tree(tops, every, places, None if root is None else number[root])
-        return Modules(places, every, carriers(every), self._tree.kinds, root)
+        paths = _Paths(places, None if root is None else number[root])
+        self._tree = _Tree(tops, every, paths)
+        return Modules(paths, every, carriers(every), self._tree.kinds)
 
 
 class _Tree:
     """What a walk found, without keeping any module alive: it holds while no module has others."""
 
-    def __init__(
-        self,
-        tops: dict[str, nn.Module],
-        every: list[nn.Module],
-        places: dict[str, int],
-        root: int | None,
-    ):
+    def __init__(self, tops: dict[str, nn.Module], every: list[nn.Module], paths: _Paths):
         self.kinds = frozenset(map(type, every))
         self._tops = {name: id(each) for name, each in tops.items()}
-        self._places, self._root = places, root
+        self._paths = paths
         self._look = (_tree_of and _tree_of(every)) or tree_of(every)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -149,9 +180,7 @@ class _Tree:
         found = self._look()
         if found is None:
             return None
-        every, marked = found
-        root = None if self._root is None else every[self._root]
-        return Modules(self._places, every, marked, self.kinds, root)
+        return Modules(self._paths, *found, self.kinds)
 
 
 _Look = Callable[[], tuple[list[nn.Module], list[nn.Module]] | None]

@@ -17,7 +17,7 @@ from dreamreader.engine._families.places import (
     leaves_padding_out,
     text_lengths,
 )
-from dreamreader.engine._subject import Subject, innermost
+from dreamreader.engine._subject import Subject, innermost, unwrap
 from dreamreader.engine._threads import Owner
 from dreamreader.errors import ClockUnknown
 
@@ -231,7 +231,7 @@ class ModuleTracker(WithoutSchedule):
     """Follows a plain module: each call is a run, without time or branch."""
 
     def __init__(self, subject: Subject):
-        self.module = subject.components()[""]
+        self.module = unwrap(subject.model)
         self.now: CallContext | None = None
         self.runs = 0
         self.rows: int | None = None
@@ -264,19 +264,24 @@ def _watch(stack: ExitStack, module: nn.Module, began, ended) -> None:
 
     Calls by other threads are not told.
     """
-    owner = Owner()
-    began, ended = owner.only(began), owner.only(ended)
-    last = module.register_forward_hook(lambda _, __, output: ended(output), always_call=True)
+    is_here = Owner().here
+
+    def after(_: nn.Module, args: tuple, output: Any) -> None:
+        if is_here():
+            ended(output)
+
+    last = module.register_forward_hook(after, always_call=True)
 
     def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        began(args, kwargs)
+        if is_here():
+            began(args, kwargs)
         # The subject's own outputs are a site too: `ended` has to run after every hook on them.
         hooks: Any = module._forward_hooks  # an ordered dictionary, whatever its annotation says
         hooks.move_to_end(last.id)
 
     first = module.register_forward_pre_hook(before, with_kwargs=True)
-    for handle in (last, first):
-        stack.callback(handle.remove)
+    stack.push(last)
+    stack.push(first)
 
 
 def _ask(ask) -> Any:

@@ -16,6 +16,7 @@ from torch import nn
 import dreamreader as dr
 from dreamreader.engine import _subject
 from dreamreader.engine._subject import Subject, carriers, tree_of, unwrap
+from dreamreader.errors import UnknownName
 
 
 @pytest.fixture(autouse=True, params=["native", "python"])
@@ -94,6 +95,27 @@ def test_a_change_between_two_looks_is_seen(change: str) -> None:
         assert found.every == list(root.modules())
         assert found.kinds == set(map(type, root.modules()))
         assert found.root is root
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_sites_follow_a_change_between_two_blocks(change: str) -> None:
+    root = model()
+    reader = dr.Reader(root)
+    texts = ("**", "a.*", "?", "a.**")
+    for text in (*texts, *texts):
+        reader.sites(text)
+    CHANGES[change](root)
+    for text in texts:
+        assert places(reader, text) == places(dr.Reader(root), text), text
+
+
+def places(reader: dr.Reader, text: str) -> list[tuple[str, int, list[int]]]:
+    """Names of the sites that a pattern finds, with the modules there and around."""
+    try:
+        found = reader.sites(text)
+    except UnknownName:
+        return []
+    return [(each.name, id(each.tap.module), list(map(id, each.around))) for each in found]
 
 
 def test_a_component_that_is_replaced_or_taken_away_is_seen_and_let_go() -> None:

@@ -145,6 +145,17 @@ def test_modes_of_torch_are_followed_within_a_block() -> None:
         assert torch.equal(run(x), plain)
 
 
+@pytest.mark.parametrize("acts", [0, 1, 5, 6, None])
+def test_a_note_tells_whether_an_edit_ever_changed_a_value(acts: int | None) -> None:
+    model, zero, one = Model(), torch.zeros(1, 2, 8), torch.ones(1, 2, 8)
+    with torch.no_grad(), dr.Reader(model).editing(dr.Scale("layer", 2.0)) as report:
+        for call in range(7):
+            x = one if call == acts else zero
+            assert torch.equal(model(x), 2 * x)
+    idle = ["strength above 0, but no value changed"]
+    assert report[0].calls == 7 and report[0].notes == (idle if acts is None else [])
+
+
 def test_a_long_block_notes_the_last_overflow_of_each_site() -> None:
     model = nn.Sequential(nn.Identity(), nn.Identity())
     x = torch.ones(1, 1, 8).half()
