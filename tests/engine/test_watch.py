@@ -253,6 +253,19 @@ def test_image_and_text_are_known() -> None:
     assert two.prompt() == [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7]]
 
 
+def test_as_many_text_tokens_as_image_tokens_are_not_taken_for_each_other() -> None:
+    seen: dict[str, Call] = {}
+    pipe = tiny.pipeline("sd")
+    pipe.tokenizer.model_max_length = 24  # as the middle has
+    watch = Watch(
+        "unet.mid_block.**.attn[12]:probs", lambda _, call: seen.update({call.site: call})
+    )
+    run("sd", watch, steps=1, pipe=pipe)
+    one, two = seen.values()
+    assert one.image[0] == two.image[0] == two.text[0] == (0, 24)
+    assert two.has_words and not one.has_words
+
+
 def test_two_text_encoders_behind_each_other() -> None:
     seen: list[Call] = []
     site = "transformer.transformer_blocks.0.attn:probs"
