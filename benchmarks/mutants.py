@@ -26,7 +26,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -380,7 +379,7 @@ class Bench:
 
     def ordered(self, tests: Set[str]) -> list[str]:
         """Tests with the quick files in front: what a file's tests share is made once."""
-        times, files = self.record.times, Counter[str]()
+        times, files = self.record.times, dict.fromkeys(map(file_of, tests), 0.0)
         for test in tests:
             files[file_of(test)] += times[test]
         return sorted(tests, key=lambda test: (files[file_of(test)], file_of(test), times[test]))
