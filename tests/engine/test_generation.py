@@ -1,5 +1,6 @@
 """What generate will really do: sampling, seeds, beams; positions of models of every kind."""
 
+import threading
 import warnings
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from tiny.weights import settle
 
 from dreamreader.engine import Reader
+from dreamreader.engine._threads import GENERATORS
 from dreamreader.errors import InvalidInput
 
 PROMPTS = ["a red dog", "the small blue house on a tree"]
@@ -54,6 +56,27 @@ WRAPPERS = [lambda model: model, adapted, compiled, hidden]
 
 def sampled(reader: Reader, **arguments: Any) -> Any:
     return reader.run(PROMPTS, seeds=[5, 6], **NEW, **arguments)
+
+
+def test_runs_that_draw_have_the_global_generator_for_themselves(reader: Reader) -> None:
+    held: list[bool] = []
+
+    def ask() -> None:
+        held.append(not GENERATORS.acquire(blocking=False))
+        if not held[-1]:
+            GENERATORS.release()
+
+    def called(*_: Any) -> None:
+        other = threading.Thread(target=ask)
+        other.start()
+        other.join()
+
+    reader.subject.register_forward_pre_hook(called)
+    sampled(reader, do_sample=True)
+    assert all(held) and held
+    held.clear()
+    sampled(reader, do_sample=False)
+    assert not any(held) and held
 
 
 @pytest.mark.parametrize("how", ["config", "argument", "adapter"])
