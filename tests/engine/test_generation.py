@@ -8,8 +8,10 @@ import pytest
 import tiny
 import torch
 from tiny.weights import settle
+from transformers.modeling_outputs import BaseModelOutput
 
 from dreamreader.engine import Reader
+from dreamreader.engine._generation import Generation
 from dreamreader.engine._threads import GENERATORS
 from dreamreader.errors import InvalidInput
 
@@ -270,3 +272,16 @@ def test_learned_tokens_before_the_prompt_are_tried() -> None:
     with pytest.raises(InvalidInput, match="PeftModelForCausalLM counts padding"):
         reader.run(PROMPTS)
     assert reader.run(PROMPTS[0]).output.logits.shape[1] == 4 + 3
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"encoder_outputs": (torch.zeros(3, 5, 8),)},
+        {"encoder_outputs": BaseModelOutput(last_hidden_state=torch.zeros(3, 5, 8))},  # pyright: ignore
+        {"input_features": torch.zeros(3, 80, 10)},
+        {"input_ids": torch.zeros(3, 4).long()},
+    ],
+)
+def test_rows_of_an_encoder_are_those_of_whatever_it_is_given(given: dict[str, Any]) -> None:
+    assert Generation.of(given, is_encoder_decoder=True).rows == 3
