@@ -226,6 +226,7 @@ def test_a_range_of_queries_of_a_causal_attention(dtype: torch.dtype) -> None:
     swapped = torch.zeros(2, 4, 3, 7)
     attention.of([1, 0]).words_(swapped, weights.flip(0))
     close(swapped, expected.flip(0))
+    assert attention.of([0, 1]).query.data_ptr() == q.data_ptr(), "neighbours are not copied"
 
 
 def test_image_and_text_are_known() -> None:
