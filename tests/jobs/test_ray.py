@@ -280,7 +280,7 @@ def test_a_worker_has_its_cores_and_its_gpu_for_itself(tmp_path: Path, cluster):
 
 def _is_free(cpus: int, gpus: int = 1) -> bool:
     """Whether the cluster comes to have so much free."""
-    for _ in range(300):
+    for _ in range(600):
         free = ray.available_resources()
         if (free.get("CPU", 0), free.get("GPU", 0)) == (cpus, gpus):
             return True
