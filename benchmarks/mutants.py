@@ -26,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
@@ -269,10 +269,13 @@ class Times:
 
 
 class Limits:
-    """A pytest plugin that ends the process at a test that takes many times its seconds."""
+    """A pytest plugin that keeps the order of tests, and ends one that takes far too long."""
 
-    def __init__(self, seconds: dict[str, float]):
-        self.seconds = seconds
+    def __init__(self, seconds: dict[str, float], order: Sequence[str]):
+        self.seconds, self.place = seconds, {test: n for n, test in enumerate(order)}
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items.sort(key=lambda item: self.place[item.nodeid])  # the conftest has slow files first
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         most = 30 + 10 * self.seconds.get(nodeid, 0)
@@ -364,15 +367,22 @@ class Bench:
         return f"@{there / 'chosen-tests.txt'}"
 
     def chosen(self, fault: Fault) -> tuple[list[str], list[str]]:
-        """Tests that reach a fault, and all others, the quick ones first."""
+        """Tests that reach a fault, and all others."""
         lines, times = self.record.lines.get(fault.file, {}), self.record.times
         names: set[str] = set()
         for first in (fault.line, fault.statement):
             names = names or set().union(
                 *(lines.get(str(n), ()) for n in range(first, fault.last + 1))
             )
-        ordered = sorted(times, key=times.__getitem__)
-        return [n for n in ordered if n in names], [n for n in ordered if n not in names]
+        rest = times.keys() - names
+        return self.ordered(names & times.keys()), self.ordered(rest)
+
+    def ordered(self, tests: Set[str]) -> list[str]:
+        """Tests with the quick files in front: what a file's tests share is made once."""
+        times, files = self.record.times, dict.fromkeys(map(file_of, tests), 0.0)
+        for test in tests:
+            files[file_of(test)] += times[test]
+        return sorted(tests, key=lambda test: (files[file_of(test)], file_of(test), times[test]))
 
     def try_fault(self, there: Path, fault: Fault, others: float) -> str:
         """What becomes of a fault: "caught", "too slow" or "SURVIVED"."""
@@ -384,13 +394,17 @@ class Bench:
             spent = accumulate(map(self.record.times.__getitem__, rest))
             rest = [test for test, at in zip(rest, spent, strict=True) if at <= others]
             for tests in filter(None, (reaching, rest)):
-                limits = Limits(self.record.times)
+                limits = Limits(self.record.times, tests)
                 status = self.pytest(there, self.listed(there, tests), plugin=limits)
                 if status != 0:
                     return "too slow" if -status in TIME_OVER else "caught"
             return "SURVIVED"
         finally:
             target.write_text(before)
+
+
+def file_of(test: str) -> str:
+    return test.partition("::")[0]
 
 
 def reached_by(context: str, tests: dict[str, float]) -> set[str]:

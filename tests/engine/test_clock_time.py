@@ -161,6 +161,15 @@ def test_a_run_after_one_that_failed_starts_anew(scheduler: str) -> None:
     assert log.moments[failed].step == 0
 
 
+def test_a_call_that_fails_is_over() -> None:
+    pipe = with_scheduler("sd", "DDIMScheduler")
+    with Clock(pipe) as clock:
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            pipe.unet(torch.zeros(1, 4, 8, 12), 500, torch.zeros(1, 4, 3))  # text of another width
+        with pytest.raises(ClockUnknown, match="no denoiser"):
+            clock.now()
+
+
 def test_a_denoiser_called_directly_has_no_time() -> None:
     pipe = with_scheduler("sd", "DDIMScheduler")
     with Clock(pipe) as clock, Log(clock) as log:

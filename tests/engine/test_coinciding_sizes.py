@@ -304,3 +304,16 @@ def test_tokens_that_logits_to_keep_leaves_are_those_of_the_head(chosen: Any, ke
     assert found.positions is not None and found.positions[0, 0].tolist() == kept
     whole = hooked(model, "lm_head", arguments)
     assert torch.allclose(found.tensor[:, 0], whole[:, kept], atol=1e-5)
+
+
+def test_what_stands_between_encoder_and_decoder_may_be_of_either() -> None:
+    small = {"vocab_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = transformers.BertConfig(hidden_size=16, intermediate_size=16, **small)
+    decoder = transformers.BertConfig(hidden_size=WIDTH, intermediate_size=16, **small)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    site, model = "enc_to_dec_proj", transformers.EncoderDecoderModel(config).eval()
+    ids = torch.arange(3, 7).view(1, 4)
+    found = recorded(dr.Reader(model), [site], {"input_ids": ids, "decoder_input_ids": ids[:, 1:]})
+    assert found[site].shape == (1, 1, 4, WIDTH) and found[site].positions is None
+    found = recorded(dr.Reader(model), [site], {"input_ids": ids, "decoder_input_ids": ids})
+    assert "its 4 tokens may be those of the encoder or of the decoder" in str(found[site])

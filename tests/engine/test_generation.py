@@ -1,5 +1,6 @@
 """What generate will really do: sampling, seeds, beams; positions of models of every kind."""
 
+import threading
 import warnings
 from typing import Any
 
@@ -7,8 +8,11 @@ import pytest
 import tiny
 import torch
 from tiny.weights import settle
+from transformers.modeling_outputs import BaseModelOutput
 
 from dreamreader.engine import Reader
+from dreamreader.engine._generation import Generation
+from dreamreader.engine._threads import GENERATORS
 from dreamreader.errors import InvalidInput
 
 PROMPTS = ["a red dog", "the small blue house on a tree"]
@@ -54,6 +58,27 @@ WRAPPERS = [lambda model: model, adapted, compiled, hidden]
 
 def sampled(reader: Reader, **arguments: Any) -> Any:
     return reader.run(PROMPTS, seeds=[5, 6], **NEW, **arguments)
+
+
+def test_runs_that_draw_have_the_global_generator_for_themselves(reader: Reader) -> None:
+    held: list[bool] = []
+
+    def ask() -> None:
+        held.append(not GENERATORS.acquire(blocking=False))
+        if not held[-1]:
+            GENERATORS.release()
+
+    def called(*_: Any) -> None:
+        other = threading.Thread(target=ask)
+        other.start()
+        other.join()
+
+    reader.subject.register_forward_pre_hook(called)
+    sampled(reader, do_sample=True)
+    assert all(held) and held
+    held.clear()
+    sampled(reader, do_sample=False)
+    assert not any(held) and held
 
 
 @pytest.mark.parametrize("how", ["config", "argument", "adapter"])
@@ -247,3 +272,16 @@ def test_learned_tokens_before_the_prompt_are_tried() -> None:
     with pytest.raises(InvalidInput, match="PeftModelForCausalLM counts padding"):
         reader.run(PROMPTS)
     assert reader.run(PROMPTS[0]).output.logits.shape[1] == 4 + 3
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"encoder_outputs": (torch.zeros(3, 5, 8),)},
+        {"encoder_outputs": BaseModelOutput(last_hidden_state=torch.zeros(3, 5, 8))},  # pyright: ignore
+        {"input_features": torch.zeros(3, 80, 10)},
+        {"input_ids": torch.zeros(3, 4).long()},
+    ],
+)
+def test_rows_of_an_encoder_are_those_of_whatever_it_is_given(given: dict[str, Any]) -> None:
+    assert Generation.of(given, is_encoder_decoder=True).rows == 3

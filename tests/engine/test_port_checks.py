@@ -217,13 +217,20 @@ def test_names_alone_make_no_attention() -> None:
     assert plain is not None and sorted(plain.ports) == ["heads", "k", "q", "v"]
 
 
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [
+        ("LlamaForCausalLM", "model.layers.{}.self_attn"),
+        ("GPTNeoXForCausalLM", "gpt_neox.layers.{}.attention"),
+    ],
+)
 @pytest.mark.parametrize("part", [nn.Linear(32, 32), nn.LayerNorm(32), nn.Parameter(torch.ones(4))])
-def test_a_part_that_is_not_known_is_refused(part: Any) -> None:
-    model = decoders.build("LlamaForCausalLM")
-    model.model.layers[0].self_attn.extra = part
+def test_a_part_that_is_not_known_is_refused(name: str, site: str, part: Any) -> None:
+    model = decoders.build(name)
+    model.get_submodule(site.format(0)).extra = part
     with pytest.raises(UnknownName, match="its (part|parameter) extra .*is none that is known"):
-        Reader(model).sites("model.layers.0.self_attn:heads")
-    assert len(Reader(model).sites("model.layers.*.self_attn:heads")) == decoders.LAYERS - 1
+        Reader(model).sites(f"{site.format(0)}:heads")
+    assert len(Reader(model).sites(f"{site.format('*')}:heads")) == decoders.LAYERS - 1
 
 
 def test_unfused_projections_are_read_again() -> None:

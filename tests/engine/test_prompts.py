@@ -72,6 +72,14 @@ def test_an_end_token_is_given_once() -> None:
     assert shown[0].count("</s>") == 1 and "ends with '</s>' already" in notes[0]
 
 
+def test_longer_prompts_are_cut_where_the_reader_says_so(reader: Reader) -> None:
+    cut = Reader(reader.subject, reader.tokenizer, max_tokens=3)
+    text = "a red dog on a tree"
+    first = reader.tokenizer.decode(reader.tokenizer(text)["input_ids"][:3])
+    assert read(cut, [text, "a"])[0] == [first, "<s>a"]
+    assert read(reader, text)[0] == [f"<s>{text}"]
+
+
 def test_chat_messages_are_a_prompt(reader: Reader) -> None:
     rendered = "<s>system: a red user: dog bot:"
     assert read(reader, CHAT) == ([rendered], [])

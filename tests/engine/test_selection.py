@@ -265,6 +265,15 @@ def test_what_other_rows_lack_does_not_matter(reader: Reader) -> None:
         reader.run(UNEQUAL, record=Record(LAYER, tokens=-5))
 
 
+def test_a_word_is_the_same_tokens_of_a_padded_prompt_that_goes_on(reader: Reader) -> None:
+    prompts, record = ["a cat", "a red dog on a cat"], Record(LAYER, tokens="cat", steps=0)
+    written = reader.run(prompts, record=record, max_new_tokens=2, do_sample=False).cache[LAYER]
+    alone = [reader.run(each, record=Record(LAYER, tokens="cat")).cache[LAYER] for each in prompts]
+    assert torch.equal(written.positions, torch.cat([each.positions for each in alone]))
+    expected = torch.cat([each.tensor for each in alone])
+    torch.testing.assert_close(written.tensor, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("chosen", [slice(1, None), slice(0, -1), slice(-3, None), range(0, 3)])
 def test_slices_of_unequal_prompts_are_padded_in_front(reader: Reader, chosen: Any) -> None:
     record = Record(LAYER, tokens=chosen)

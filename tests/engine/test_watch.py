@@ -226,6 +226,7 @@ def test_a_range_of_queries_of_a_causal_attention(dtype: torch.dtype) -> None:
     swapped = torch.zeros(2, 4, 3, 7)
     attention.of([1, 0]).words_(swapped, weights.flip(0))
     close(swapped, expected.flip(0))
+    assert attention.of([0, 1]).query.data_ptr() == q.data_ptr(), "neighbours are not copied"
 
 
 def test_image_and_text_are_known() -> None:
@@ -251,6 +252,19 @@ def test_image_and_text_are_known() -> None:
     assert two.positions(["red", "tree"]) == [[2], [5, 6, 7]]
     assert two.positions(["cat", "cat"]) == [[3, 4], []]
     assert two.prompt() == [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7]]
+
+
+def test_as_many_text_tokens_as_image_tokens_are_not_taken_for_each_other() -> None:
+    seen: dict[str, Call] = {}
+    pipe = tiny.pipeline("sd")
+    pipe.tokenizer.model_max_length = 24  # as the middle has
+    watch = Watch(
+        "unet.mid_block.**.attn[12]:probs", lambda _, call: seen.update({call.site: call})
+    )
+    run("sd", watch, steps=1, pipe=pipe)
+    one, two = seen.values()
+    assert one.image[0] == two.image[0] == two.text[0] == (0, 24)
+    assert two.has_words and not one.has_words
 
 
 def test_two_text_encoders_behind_each_other() -> None:

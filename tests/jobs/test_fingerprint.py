@@ -10,7 +10,7 @@ import dreamreader as dr
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
 from dreamreader.jobs import fingerprint, hash_weights
-from dreamreader.jobs.fingerprint import plain, portable
+from dreamreader.jobs.fingerprint import machine_facts, plain, portable
 
 
 @pytest.fixture
@@ -51,6 +51,14 @@ def test_machine_is_beside_the_hash(module):
     moved = dataclasses.replace(base, machine={"processor": "another"})
     assert moved.digest == base.digest and moved.as_dict()["machine"] == {"processor": "another"}
     assert "machine" not in base.content and base.machine["cores"]
+
+
+def test_a_machine_of_one_core_has_a_name(monkeypatch):
+    told = "processor\t: 0\nmodel name\t: a chip @ 2 GHz\n"
+    monkeypatch.setattr(Path, "read_text", lambda self: told)
+    assert machine_facts()["processor"] == "a chip @ 2 GHz"
+    monkeypatch.setattr(Path, "read_text", lambda self: "processor\t: 0\n")
+    assert machine_facts()["processor"]
 
 
 def test_weights_hash_sees_buffers_names_and_dtype(module):

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +26,8 @@ from dreamreader.harvest import Harvest, RayEngine
 from dreamreader.harvest.folder import HarvestFolder
 from dreamreader.harvest.plan import HarvestPlan
 from dreamreader.jobs.job import Work
-from dreamreader.jobs.ray import ByteBudget, Machine, threads_of
-from dreamreader.jobs.ray_worker import JobWorker, WorkerOrder
+from dreamreader.jobs.ray import ByteBudget, Machine, WorkerPool, threads_of
+from dreamreader.jobs.ray_worker import ComputedUnit, JobWorker, WorkerOrder
 from dreamreader.store import Manifest, Store
 from dreamreader.training import ReftJob
 from tests.training.jobs import REFT
@@ -55,6 +56,8 @@ def act(name):
     if name == "start":
         os.close(os.open(wanted["mark"] + str(os.getpid()), os.O_CREAT))
         os.kill(os.getpid(), signal.SIGKILL)
+    if "error" in wanted:
+        raise RuntimeError(wanted["error"])
     try:
         mark = os.open(wanted["mark"], os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
@@ -125,7 +128,7 @@ def control(tmp_path_factory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def cluster(control: Path) -> Iterator[None]:
     options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
-    ray.init(address="local", num_cpus=2, object_store_memory=80 * 2**20, **options)
+    ray.init(address="local", num_cpus=2, num_gpus=1, object_store_memory=80 * 2**20, **options)
     yield
     ray.shutdown()
 
@@ -250,6 +253,39 @@ def test_an_error_of_the_harvest_ends_it_with_the_same_words(tmp_path: Path, clu
         job.run(tmp_path / "ray", engine=RayEngine(1))
     assert str(error.value) == str(local.value)
     assert not content(tmp_path / "ray") and not list(tmp_path.rglob("*.part"))
+    assert _is_free(cpus=2), error  # also while an error is held whose frames refer to the workers
+
+
+@pytest.mark.slow
+def test_an_error_that_nobody_foresaw_ends_the_workers_too(tmp_path: Path, cluster, control: Path):
+    control.write_text(json.dumps({"at": "000001", "error": "the moon is full"}))
+    try:
+        with pytest.raises(RuntimeError, match="the moon is full") as error:
+            units(data={"prompts": PROMPTS[:2]}).run(tmp_path / "store", engine=RayEngine(1))
+    finally:
+        control.unlink()
+    assert _is_free(cpus=2), error
+    assert list(Store(tmp_path / "store").units) == [0]
+
+
+@pytest.mark.slow
+def test_a_worker_has_its_cores_and_its_gpu_for_itself(tmp_path: Path, cluster):
+    harvest = units(data={"prompts": PROMPTS[:1]})
+    harvest.run(tmp_path / "store")
+    pool = WorkerPool(_work(harvest, tmp_path / "store"), workers=1, threads=2, cuda=True)
+    assert _is_free(cpus=0, gpus=0)
+    pool.dismiss()
+    assert _is_free(cpus=2, gpus=1)
+
+
+def _is_free(cpus: int, gpus: int = 1) -> bool:
+    """Whether the cluster comes to have so much free."""
+    for _ in range(600):
+        free = ray.available_resources()
+        if (free.get("CPU", 0), free.get("GPU", 0)) == (cpus, gpus):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def test_without_ray_the_error_names_the_package(monkeypatch: pytest.MonkeyPatch):
@@ -339,11 +375,11 @@ def test_a_unit_that_nothing_is_left_for_is_not_started(tmp_path: Path):
 
 
 def test_a_share_that_is_just_enough_is_taken(tmp_path: Path):
-    work = _work(units(), tmp_path, limit=120)
+    work = _work(units(), tmp_path, limit=114)
     work.stored, work.done = 60, 2
     budget = ByteBudget(work)
     assert budget.take(2, 2) and budget.take(3, 1)
-    assert (budget.of(2), budget.of(3)) == (30, 30)
+    assert budget.of(2) == budget.of(3) == 27 == work.job.expected_bytes(work, 2)
 
 
 def _work(harvest: Harvest, store: Path, limit: int | None = None) -> Work:
@@ -360,6 +396,18 @@ def order(tmp_path: Path) -> Callable[..., WorkerOrder]:
     store, threads = str(tmp_path / "store"), torch.get_num_threads()
     asked = WorkerOrder("harvest", harvest.spec, os.getcwd(), store, run, threads)
     return lambda **changes: replace(asked, **changes)
+
+
+def test_a_worker_counts_what_is_in_each_unit(tmp_path: Path, order: Callable[..., WorkerOrder]):
+    before, threads = content(tmp_path / "store"), torch.get_num_threads()
+    worker = JobWorker(order())
+    assert worker.open() is None and torch.get_num_threads() == threads
+    found = [worker.compute(0, None) for _ in range(2)]
+    assert found[0] == found[1] and isinstance(found[0], ComputedUnit)
+    whole = Store(tmp_path / "store")
+    assert found[0].numbers["rows"] == whole.rows > 0 and found[0].bytes == whole.nbytes
+    assert content(tmp_path / "store") == before
+    assert worker.compute(0, found[0].bytes - 1) is None
 
 
 def test_a_worker_says_what_it_sees_otherwise(tmp_path: Path, order: Callable[..., WorkerOrder]):
