@@ -18,7 +18,7 @@ class NoteTable:
     def __init__(self, device: torch.device):
         with torch.inference_mode(False):  # a block may begin inside and end outside of it
             self.values = torch.zeros(_ROOM, dtype=torch.int32, device=device)
-        self._here = memoryview(self.values.numpy()) if self.values.is_cpu else None
+        self._here = self.values.numpy().data if self.values.is_cpu else None
         self.used = 0
         self._read: list[int] = []
 

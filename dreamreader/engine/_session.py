@@ -1,6 +1,6 @@
 """A session: hooks on a subject for the length of a with block, and what they found."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from typing import Any, Self
@@ -127,14 +127,14 @@ class Session(AbstractContextManager):
             self.report.notes.append(f"step caches are on: {', '.join(caches)}")
         self._shared.drops_branch = any(map(caches_batch, hooked))
 
-    def _resolve(self, modules: Mapping[str, nn.Module]) -> list[HookPoint]:
+    def _resolve(self, modules: Modules) -> list[HookPoint]:
         """Sites of every request; points in the order in which modules were first named."""
         points: dict[nn.Module, HookPoint] = {}
         shared, firings = self._shared, self.report.firings
         for number, request in enumerate(self._requests):
             named = {site.name: site for text in request.sites for site in find(modules, text)}
             described = request.describe()
-            kind = "edit" if isinstance(request, EditRequest) else "record"
+            is_edit = isinstance(request, EditRequest)
             for name, site in named.items():
                 run = self._runs.get(name)
                 if run is None:
@@ -143,9 +143,9 @@ class Session(AbstractContextManager):
                     if module not in points:
                         points[module] = HookPoint(module, shared)
                     points[module].sites.append(run)
-                firings.append(Firing(described, kind, name, number))
+                firings.append(Firing(described, "edit" if is_edit else "record", name, number))
                 run.requests[number] = request
-                if kind == "edit":
+                if is_edit:
                     run.edits.append((number, request))
                 elif isinstance(request, Record):
                     self._record(request, name, number, run)
