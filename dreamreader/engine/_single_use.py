@@ -32,7 +32,8 @@ class SingleUse(ContextDecorator, AbstractContextManager, Generic[_T]):
         return self._block.__enter__()
 
     def __exit__(self, *error: Any) -> bool | None:
-        assert self._block is not None
+        if self._block is None:
+            raise InvalidInput(f"this block of {self._name} was never entered: use it in a `with`")
         return self._block.__exit__(*error)
 
     def _recreate_cm(self) -> "SingleUse[_T]":

@@ -1,13 +1,14 @@
 """Ends a language model's forward where nothing that is read comes any more."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import Any
 
 from torch import nn
 
 
-class _EndReached(Exception):
+class _EndReached(BaseException):  # which no model takes for an error of its own
     """The block behind the last one that is read was about to run."""
 
 
@@ -37,7 +38,7 @@ class EarlyStop:
         if self.block is None or self._in_order is False:
             yield
         elif self._in_order:
-            handle = self.block.register_forward_pre_hook(_end)
+            handle = self.block.register_forward_pre_hook(_end_here())
             try:
                 yield
             except _EndReached:
@@ -51,12 +52,12 @@ class EarlyStop:
     @contextmanager
     def _watched(self, block: nn.Module) -> Iterator[None]:
         """Sees whether everything that is read has run when the block begins."""
-        began, late = [], []
+        began, late, here = [], [], get_ident()
         with ExitStack() as stack:
             for module, events in [(block, began), *((each, late) for each in self._read)]:
 
                 def note(*_: Any, events: list[int] = events) -> None:
-                    if events is began or began:
+                    if get_ident() == here and (events is began or began):
                         events.append(1)
 
                 stack.callback(module.register_forward_pre_hook(note).remove)
@@ -64,8 +65,15 @@ class EarlyStop:
         self._in_order = bool(began) and not late
 
 
-def _end(*_: Any) -> None:
-    raise _EndReached
+def _end_here() -> Callable[..., None]:
+    """A hook that ends forwards of this thread; others of the same model run on."""
+    here = get_ident()
+
+    def end(*_: Any) -> None:
+        if get_ident() == here:
+            raise _EndReached
+
+    return end
 
 
 def _block_behind(model: nn.Module, read: Sequence[nn.Module]) -> nn.Module | None:

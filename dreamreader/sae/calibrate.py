@@ -22,14 +22,16 @@ def calibrate_threshold(
     A pool of few columns keeps small activations in training, and a threshold that follows them
     keeps too many of all columns at inference.
 
-    Formula: the mean over batches of the smallest of the round(k n) largest activations of n rows.
+    Formula: the mean over batches, each of the weight n of its rows, of the smallest of the
+        round(k n) largest activations.
 
     Args:
         sae: of a selection with a budget for the batch, `BatchTopK` or `SampledTopK`.
         batches: rows [n, d_in], at least one batch.
 
     Raises:
-        InvalidInput: the selection is another one, or nothing is active in any batch.
+        InvalidInput: the selection is another one, a batch is not [rows, d_in] or not finite, or
+            nothing is active in any batch.
 
     Example:
         >>> sae = SparseAutoencoder(8, 32, SampledTopK(4, l=1.5))
@@ -42,13 +44,24 @@ def calibrate_threshold(
             f"calibrate_threshold: thresholds are of BatchTopK and SampledTopK, not of "
             f"{sae.selection}"
         )
-    found = []
-    for x in batches:
+    found, sizes = [], []
+    for number, x in enumerate(batches):
+        if x.dim() != 2 or x.shape[1] != sae.d_in:
+            raise InvalidInput(
+                f"calibrate_threshold: batch {number} must be [rows, {sae.d_in}], got "
+                f"{list(x.shape)}"
+            )
+        if not bool(x.isfinite().all()):
+            raise InvalidInput(
+                f"calibrate_threshold: batch {number} has values that are not finite"
+            )
         rows, weight, bias = sae._encoder(sae._affine(x).apply(x.to(sae.W_dec)))
         smallest = find_smallest(encode_budget(rows, weight, bias, BatchTopK(sae.selection.k)))
         if smallest > 0:
             found.append(smallest)
+            sizes.append(len(x))
     if not found:
         raise InvalidInput("calibrate_threshold: nothing is active in these batches")
-    sae.threshold = torch.stack(found).mean()
+    share = torch.tensor(sizes, dtype=torch.float32, device=found[0].device)
+    sae.threshold = (torch.stack(found).float() @ share) / share.sum()
     sae.inference = "threshold"

@@ -1,5 +1,6 @@
 """A language model is run only as far as something is read."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tiny
@@ -56,6 +57,18 @@ def test_nothing_is_ended_where_blocks_run_in_another_order() -> None:
                 model(torch.zeros(1, 2))
         assert stop.block is model.blocks[2]
         assert [len(each) for each in counts[1:]] == [2, 1 if ended else 2], order
+
+
+def test_the_same_model_runs_on_in_other_threads() -> None:
+    model = Blocks([0, 1])
+    stop = EarlyStop(model, [model.blocks[0]])
+    counts = [calls_of(each) for each in model.blocks]
+    with ThreadPoolExecutor(1) as others:
+        for _ in range(2):
+            with stop.around_forward():
+                others.submit(model, torch.zeros(1, 2)).result()
+                model(torch.zeros(1, 2))
+    assert [len(each) for each in counts] == [4, 3]
 
 
 def test_there_is_no_block_behind_the_last_one_or_outside_a_list() -> None:

@@ -51,3 +51,28 @@ def test_what_has_no_budget_or_no_rows_is_refused() -> None:
     for rows in ([], [torch.zeros(4, 8)]):
         with pytest.raises(InvalidInput, match="nothing is active in these batches"):
             calibrate_threshold(SparseAutoencoder(8, 16, BatchTopK(2)), rows)
+
+
+def test_a_batch_counts_by_its_rows() -> None:
+    sae = SparseAutoencoder(8, 48, BatchTopK(2)).eval()
+    thresholds = []
+    for batches in (ROWS[:1], ROWS[1:2], [ROWS[0], ROWS[1][:7]]):
+        calibrate_threshold(sae, batches)
+        assert sae.threshold is not None
+        thresholds.append(float(sae.threshold[0]))
+    calibrate_threshold(sae, [ROWS[1][:7]])
+    last = float(sae.threshold[0])
+    assert thresholds[2] == pytest.approx((400 * thresholds[0] + 7 * last) / 407, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "text"),
+    [
+        (torch.full((3, 8), float("nan")), "batch 1 has values that are not finite"),
+        (torch.zeros(3, 7), r"batch 1 must be \[rows, 8\], got \[3, 7\]"),
+        (torch.zeros(8), r"batch 1 must be \[rows, 8\], got \[8\]"),
+    ],
+)
+def test_a_batch_that_says_nothing_is_refused(batch: torch.Tensor, text: str) -> None:
+    with pytest.raises(InvalidInput, match=text):
+        calibrate_threshold(SparseAutoencoder(8, 16, BatchTopK(2)), [ROWS[0], batch])
