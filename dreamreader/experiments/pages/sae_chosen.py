@@ -21,7 +21,7 @@ class ChosenEdit:
     Attributes:
         label: what it adds or removes. kind: what it is, for all labels. condition: of its rows.
         name: of its rows' `features`. strength: see there. features: latents, none of a difference.
-        tried: share of the trial's pictures that succeeded.
+        tried: share of the trial's pictures that succeeded; None of random latents, not tried.
     """
 
     label: str
@@ -30,7 +30,7 @@ class ChosenEdit:
     name: str
     strength: float
     features: tuple[int, ...]
-    tried: float
+    tried: float | None
 
     def rows(self, results: Results, strength: float | None = None) -> list[Found]:
         """Its rows, of the chosen strength or of another."""
@@ -131,7 +131,7 @@ class ChosenLatents:
         lines = [
             (
                 *(each.label, each.kind, ", ".join(map(str, each.features)), f"{each.strength:g}"),
-                f"{each.tried:.2f}",
+                "–" if each.tried is None else f"{each.tried:.2f}",
                 *self._cells([each], shown),
             )
             for each in self.edits
@@ -172,5 +172,7 @@ def _count(size: int) -> str:
 
 
 def _edit(label: str, kind: str, condition: str, name: str, note: Mapping[str, Any]) -> ChosenEdit:
-    features = () if condition == "random_features" else tuple(note["features"])
-    return ChosenEdit(label, kind, condition, name, note["strength"], features, note["succeeded"])
+    features, tried = tuple(note["features"]), note["succeeded"]
+    if condition == "random_features":
+        features, tried = (), None
+    return ChosenEdit(label, kind, condition, name, note["strength"], features, tried)

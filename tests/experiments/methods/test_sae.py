@@ -226,6 +226,7 @@ def test_chosen_latents_are_measured_on_other_pictures(chosen) -> None:
         success = [row["turned"] and row["others_kept"] for row in own]
         assert found["success"]["n"] == len(own) > 0
         assert found["success"]["value"] == pytest.approx(sum(success) / len(own))
+        assert (found["trial"] is None) == (edit.condition == "random_features")
     assert [each.kind for each in shown.edits[:5]] == [
         *("one latent", "up to 4 latents"),
         *("one latent, random", "up to 4 latents, random", "difference of means"),
