@@ -25,6 +25,8 @@ from dreamreader.training.sae_splice import SpliceTest, harvest_of, splice_numbe
 
 SAID = ("d=", "k=", "normalise=", "threshold_rule=")  # words of a title that settings say
 
+SPLICED = ("clean", "zero", "spliced", "recovered")  # of the scores of a splice
+
 COLUMNS = {
     "fvu": "FVU",
     "fvu_in_training": "FVU as trained",
@@ -44,11 +46,11 @@ def numbers(scores: dict[str, Any]) -> dict[str, float | None]:
     """One number for each column."""
     probes = scores.get("probes", {})
     found = {name: scores.get(name) for name in COLUMNS}
-    if "fvu" in found and found["fvu_in_training"] is None:  # TopK keeps the same at inference
+    if found["fvu_in_training"] is None:  # TopK keeps the same at inference
         found["fvu_in_training"] = found["fvu"]
     found |= {f"auroc_{k}": each["auroc"] for k, each in probes.items()}
     splice = scores.get("splice", {})
-    return found | {c: splice.get(c) for c in ("clean", "zero", "spliced", "recovered")}
+    return found | {name: splice.get(name) for name in SPLICED}
 
 
 def splices(run: Path, count: int) -> SpliceTest:
@@ -82,7 +84,7 @@ def gather(runs: list[Path], splice: int = 0) -> dict[str, Any]:
             sae = SparseAutoencoder.load(run / each["file"])
             if test is not None:
                 scores = splice_numbers(test.score(sae))
-                found[name][-1] |= {c: scores[c] for c in ("clean", "zero", "spliced", "recovered")}
+                found[name][-1] |= {column: scores[column] for column in SPLICED}
             decoders.setdefault(name, []).append(sae.W_dec.detach())
         if notes.get("activations"):
             baseline = numbers(notes["activations"])
