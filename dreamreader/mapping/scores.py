@@ -1,0 +1,315 @@
+"""How good a map is on held-out pairs, beside maps that know nothing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dreamreader.errors import InvalidInput
+from dreamreader.mapping.base import ActivationMap
+from dreamreader.mapping.controls import MapControl, random_maps, shuffled_pairs
+from dreamreader.mapping.fit import BY_GRADIENT
+from dreamreader.mapping.maps import AffineMap
+from dreamreader.mapping.moments import CrossMoments
+from dreamreader.mapping.problem import Data
+from dreamreader.mapping.rows import PairedRows
+
+SAMPLE = 2048
+
+
+@dataclass(frozen=True)
+class MapReport:
+    """What a map reaches on pairs that it was not fitted to.
+
+    With y the target rows, z the mapped ones, and means over the rows:
+
+    Attributes:
+        rows: pairs that were measured.
+        fvu: sum |z - y|^2 / sum |y - mean|^2, with a mean for each dimension; of the mean 1.
+        fvu_scalar: the same error over the variance about one mean of all dimensions, as code
+            derived from arXiv:2503.04429 divides it; never above `fvu`.
+        r2: mean over dimensions of 1 - their FVU, those that do not vary left out.
+        cosine: mean cosine of z and y, neither less its mean; None from moments.
+        cka_source: linear CKA of source and target, which no map changes. cka: of z and y. None
+            where products of the target with itself were not kept.
+        retrieval: share of sampled pairs whose z is nearest to its own y among all that were
+            sampled, by the cosine about the mean of y; None from moments. sampled: how many.
+        fvu_by_dimension: [d_target], NaN where the target does not vary.
+        method: of the map. controls: by name, see `score_map`.
+
+    Reference:
+        Kornblith et al., Similarity of neural network representations revisited,
+        arXiv:1905.00414 (CKA).
+    """
+
+    rows: int
+    fvu: float
+    fvu_scalar: float
+    r2: float
+    cosine: float | None
+    cka_source: float | None
+    cka: float | None
+    retrieval: float | None
+    sampled: int
+    fvu_by_dimension: Float[Tensor, " d_target"]
+    method: str
+    controls: Mapping[str, MapControl] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for a card or JSON; all but the dimensions."""
+        names = ("rows", "fvu", "fvu_scalar", "r2", "cosine", "cka_source", "cka", "retrieval")
+        own = {name: getattr(self, name) for name in (*names, "sampled", "method")}
+        return own | {"controls": {name: each.as_dict() for name, each in self.controls.items()}}
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Head and lines: the map, and below it each control with its quantiles and p value."""
+        head = ["", "FVU", "FVU scalar", "R2", "cosine", "CKA", "top-1", "p"]
+        return head, [self.line(self.method), *(_line(*each) for each in self.controls.items())]
+
+    def line(self, name: str) -> list[str]:
+        """Its own line of a table."""
+        numbers = (self.fvu, self.fvu_scalar, self.r2, self.cosine, self.cka, self.retrieval)
+        return [name, *map(_shown, numbers), ""]
+
+    def __str__(self) -> str:
+        return _aligned(*self.table())
+
+
+def score_map(
+    own: ActivationMap,
+    held_out: Data,
+    *,
+    draws: int = 1000,
+    sample: int = SAMPLE,
+    seed: int = 0,
+) -> MapReport:
+    """Measures a map on pairs that it was not fitted to, and what maps that know nothing reach.
+
+    Controls: `mean`, the mean of these target rows; `random`, linear maps with normal entries,
+    between the means, scaled so that what they give varies as much as what the map gives;
+    `random, scaled`, the same with the best scale of each; `shuffled`, the map's rows beside those
+    of other pairs (of a sample, so only from rows). p is the share of draws that are as good as the
+    map, or (1 + hits) / (1 + draws).
+
+    Args:
+        own: any map. held_out: pairs; or their moments (with gram=True for CKA) for an affine map,
+            which give the same numbers, but no cosine, retrieval or shuffled pairs.
+        draws: of random maps and of shuffled pairs. sample: pairs for retrieval and shuffling.
+        seed: of the draws and the sample.
+
+    Raises:
+        InvalidInput: widths differ, there are no rows, a row is not finite, the target does not
+            vary, or the map is not affine and there are only moments.
+
+    Example:
+        >>> x = torch.randn(300, 4)
+        >>> rows = PairedRows(x, x.flip(1))
+        >>> report = score_map(AffineMap(torch.zeros(4), torch.eye(4).flip(1), torch.zeros(4)), rows)
+        >>> round(report.fvu, 6), report.retrieval, report.controls["random"].p < 0.01
+        (0.0, 1.0, True)
+    """
+    if (held_out.d_source, held_out.d_target) != (own.d_source, own.d_target):
+        raise InvalidInput(
+            f"{own.name}: it leads from {own.d_source} to {own.d_target} features, the pairs from "
+            f"{held_out.d_source} to {held_out.d_target}"
+        )
+    cosine = similar = None
+    if isinstance(held_out, PairedRows):
+        measured = _Measured(own, held_out, sample, seed)
+        pairs, mapped, cosine = measured.pairs, measured.mapped, measured.cosine
+        similar = measured.similarities()
+    elif not isinstance(own, AffineMap):
+        raise InvalidInput(
+            f"{own.name}: only an affine map is measured from moments; give pairs of rows"
+        )
+    else:
+        pairs = held_out
+        mapped = held_out.through(own.weight.double(), own.bias.double())
+    if pairs.rows < 2:
+        raise InvalidInput(f"{own.name}: {pairs.rows} held-out pairs have no variance; give more")
+    variances = pairs.target_squares
+    total = float(variances.sum())
+    if not total > 0:
+        raise InvalidInput(f"{own.name}: the held-out target rows are all equal")
+    errors = squared_errors(mapped)
+    error, mean = float(errors.sum()), pairs.target_mean
+    apart = pairs.weight * float((mean - mean.mean()).square().sum())
+    by_dimension = torch.where(variances > 0, errors / variances, torch.nan)
+    fvu = error / total
+    controls = {"mean": MapControl((1.0,), None, _cosine_of_mean(held_out, mean))}
+    generator = torch.Generator().manual_seed(seed)
+    controls |= random_maps(pairs, float(mapped.source_scatter.trace()), fvu, draws, generator)
+    retrieval, sampled = None, 0
+    if similar is not None:
+        sampled = len(similar.cross)
+        retrieval = similar.retrieval()
+        controls["shuffled"] = shuffled_pairs(similar.cross, *similar.squares, draws, generator)
+    return MapReport(
+        pairs.rows,
+        fvu,
+        error / (total + apart),
+        float((1 - by_dimension[variances > 0]).mean()),
+        cosine,
+        linear_cka(pairs),
+        linear_cka(mapped),
+        retrieval,
+        sampled,
+        by_dimension,
+        own.card.method,
+        controls,
+    )
+
+
+def compare_maps(reports: Mapping[str, MapReport]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of several maps on the same pairs, the best first.
+
+    The last line says whether a map by gradients beats the best closed form, which is the bar.
+
+    Args:
+        reports: by name.
+
+    Raises:
+        InvalidInput: there are none, or they are of other numbers of pairs.
+
+    Example:
+        >>> x = torch.randn(300, 4)
+        >>> rows = PairedRows(x, x.flip(1))
+        >>> found = {name: score_map(fit_map(rows, name), rows) for name in ("mean", "ridge")}
+        >>> [line[0] for line in compare_maps(found)[1]]
+        ['ridge', 'mean']
+    """
+    if not reports or len({each.rows for each in reports.values()}) > 1:
+        raise InvalidInput("compare_maps: reports of the same held-out pairs are needed")
+    order = sorted(reports, key=lambda name: reports[name].fvu)
+    lines = [reports[name].line(name) for name in order]
+    trained = [name for name in order if reports[name].method in BY_GRADIENT]
+    closed = [name for name in order if reports[name].method not in BY_GRADIENT]
+    if trained and closed:
+        best, bar = reports[trained[0]].fvu, reports[closed[0]].fvu
+        verdict = "beats" if best < bar else "does not beat"
+        lines.append([f"{trained[0]} {verdict} {closed[0]}", _shown(best - bar), *[""] * 6])
+    return ["", "FVU", "FVU scalar", "R2", "cosine", "CKA", "top-1", "p"], lines
+
+
+def squared_errors(mapped: CrossMoments) -> Float[Tensor, " d_target"]:
+    """Sum of w (z - y)^2 by dimension, from moments of mapped and target rows."""
+    cross = mapped.cross_scatter.diagonal()
+    varied = mapped.source_scatter.diagonal() - 2 * cross + mapped.target_squares
+    apart = mapped.source_mean - mapped.target_mean
+    return varied.clamp(min=0) + mapped.weight * apart.square()
+
+
+def linear_cka(moments: CrossMoments) -> float | None:
+    """Linear CKA of both sides: |scatter_xy|^2 / (|scatter_xx| |scatter_yy|), of Frobenius norms.
+
+    Returns:
+        0 to 1, also 0 where a side does not vary; None where products of y were not kept.
+    """
+    if not moments.gram:
+        return None
+    size = moments.source_scatter.norm() * moments.target_scatter.norm()
+    return float(moments.cross_scatter.square().sum() / size) if size > 0 else 0.0
+
+
+class _Similarities:
+    """Products of sampled mapped and target rows, both less the mean of the target."""
+
+    def __init__(self, z: Tensor, y: Tensor, chunk: int = 512):
+        self.cross = torch.cat([part @ y.T for part in z.split(chunk)])  # [n, n]
+        self.squares = float(z.square().sum()), float(y.square().sum())
+        self._lengths = y.norm(dim=1).clamp(min=1e-300)
+
+    def retrieval(self) -> float:
+        """Share of rows nearest to their own; of equal ones each is as likely."""
+        score = self.cross / self._lengths
+        own = score.diagonal().unsqueeze(1)
+        reach = 1e-9 * score.abs().amax(1, keepdim=True)
+        above = (score > own + reach).any(1)
+        ties = ((score - own).abs() <= reach).sum(1)
+        return float(torch.where(above, 0.0, 1.0 / ties).mean())
+
+
+class _Measured:
+    """Sums over blocks of pairs and of what a map makes of them."""
+
+    def __init__(self, own: ActivationMap, held: PairedRows, sample: int, seed: int):
+        device = held.x.device
+        self.pairs = CrossMoments(own.d_source, own.d_target, gram=True, device=device)
+        self.mapped = CrossMoments(own.d_target, own.d_target, gram=True, device=device)
+        cosines = weight = 0.0
+        real = None if held.weights is None else (held.weights > 0).flatten()
+        count = held.x.shape[0] * held.tokens if real is None else int(real.sum())
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:sample]
+        wanted, seen = order.sort().values.to(device), 0
+        kept: list[tuple[Tensor, Tensor]] = []
+        for block in held.blocks():
+            x, y, w = block.flat()
+            z = map_rows(own, block)
+            z = z.flatten(0, 1) if w is None else z.flatten(0, 1)[block.weights.flatten() > 0]  # pyright: ignore
+            _check_finite(own, z)
+            self.pairs.add(x, y, w)
+            self.mapped.add(z, y, w)
+            similarity = torch.cosine_similarity(z.double(), y.double(), dim=1)
+            cosines += float(similarity.sum() if w is None else (similarity * w).sum())
+            weight += float(len(x) if w is None else w.sum())
+            inside = wanted[(wanted >= seen) & (wanted < seen + len(x))] - seen
+            kept.append((z[inside].double(), y[inside].double()))
+            seen += len(x)
+        if not weight:
+            raise InvalidInput(f"{own.name}: there are no held-out rows that count")
+        self.cosine = cosines / weight
+        self._kept = [torch.cat(each) for each in zip(*kept, strict=True)]
+
+    def similarities(self) -> _Similarities:
+        z, y = (each - self.pairs.target_mean for each in self._kept)
+        return _Similarities(z, y)
+
+
+def map_rows(own: ActivationMap, block: PairedRows) -> Float[Tensor, "sequences tokens d_target"]:
+    """What a map makes of the source rows of pairs, float32 at least; padding included."""
+    x = block.x.to(torch.promote_types(block.x.dtype, torch.float32))
+    if block.weights is not None:  # what stands in padding may not be finite
+        x = torch.where((block.weights > 0).unsqueeze(2), x, 0)
+    return own.apply(x, step=block.steps, level=block.levels)
+
+
+def _check_finite(own: ActivationMap, rows: Tensor) -> None:
+    bad = int((~rows.isfinite().all(1)).sum())
+    if bad:
+        raise InvalidInput(f"{own.name}: {bad} of {len(rows)} mapped rows are not finite")
+
+
+def _cosine_of_mean(held: Data, mean: Tensor) -> float | None:
+    """Mean cosine of the mean of the target with its rows."""
+    if not isinstance(held, PairedRows):
+        return None
+    total = weight = 0.0
+    for block in held.blocks():
+        _, y, w = block.flat()
+        similarity = torch.cosine_similarity(y.double(), mean.unsqueeze(0), dim=1)
+        total += float(similarity.sum() if w is None else (similarity * w).sum())
+        weight += float(len(y) if w is None else w.sum())
+    return total / weight
+
+
+def _line(name: str, control: MapControl) -> list[str]:
+    low, middle, high = control.quantiles()
+    fvu = _shown(middle) if low == high else f"{middle:.3f} ({low:.3f} to {high:.3f})"
+    p = "" if control.p is None else f"{control.p:.4f}"
+    return [name, fvu, "", "", _shown(control.cosine), "", "", p]
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _aligned(head: list[str], lines: list[list[str]]) -> str:
+    """Columns of equal width."""
+    sizes = [max(len(line[n]) for line in [head, *lines]) for n in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(size) for cell, size in zip(line, sizes, strict=True)).rstrip()
+        for line in [head, *lines]
+    )
