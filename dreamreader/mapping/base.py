@@ -72,7 +72,7 @@ class ActivationMap(Artifact, kind="map"):
         step: int | Tensor | None = None,
         level: float | Tensor | None = None,
     ) -> Float[Tensor, "*batch d_target"]:
-        """Target activations that belong to source activations, in the dtype and on the device of x.
+        """Target activations that belong to source activations, in dtype and device of x.
 
         Args:
             x: source activations. The weights are cast to its type, as those of a model are.

@@ -14,7 +14,7 @@ from dreamreader.mapping.base import ActivationMap
 from dreamreader.mapping.linear import describe_path
 from dreamreader.mapping.local import LocalMap, square_grid
 from dreamreader.mapping.problem import MapProblem
-from dreamreader.mapping.ridge import LAMBDAS, solve_ridge
+from dreamreader.mapping.ridge import LAMBDAS, is_choice, solve_ridge
 from dreamreader.mapping.rows import PairedRows
 from dreamreader.mapping.timed import NoiseConditionedMap, StepMaps, noise_powers
 
@@ -49,7 +49,7 @@ def fit_local(
         maps = block.x.double().mT.reshape(len(block), -1, height, width)
         return unfold(maps, k, padding=k // 2).mT  # [sequences, tokens, d_source k k]
 
-    split = problem.split() if _several(lambdas) else problem
+    split = problem.split() if is_choice(lambdas) else problem
     path = solve_ridge(split.through(neighbours), lambdas)
     weight = path.weight.reshape(rows.d_target, rows.d_source, k, k)
     values = (split.moments.source_mean, weight, path.bias)
@@ -91,7 +91,7 @@ def fit_noise(
         own = powers[:, None, 1:].expand(-1, block.tokens, -1)
         return torch.cat([terms.flatten(2), own], 2)
 
-    split = problem.split() if _several(lambdas) else problem
+    split = problem.split() if is_choice(lambdas) else problem
     path = solve_ridge(split.through(features), lambdas)
     products = (degree + 1) * rows.d_source
     weight = path.weight[:, :products].reshape(-1, degree + 1, rows.d_source).transpose(0, 1)
@@ -139,10 +139,6 @@ def fit_steps(
     maps = [one.with_card(method=each) for one in maps]
     made = StepMaps(problem.moments.source_mean.float().cpu(), maps, steps, levels)
     return replace(made, card=replace(made.card, settings=settings))
-
-
-def _several(lambdas: float | Sequence[float]) -> bool:
-    return not isinstance(lambdas, int | float) and len(lambdas) > 1
 
 
 def _check_width(what: str, width: int) -> None:

@@ -1,7 +1,7 @@
 """Maps that are trained by gradients: affine, and with one hidden layer."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -118,7 +118,7 @@ def _train(
     recipe: Recipe,
     folder: str | os.PathLike[str] | None,
     progress: Progress,
-) -> tuple[_Scales, Mapping[str, Any]]:
+) -> tuple[_Scales, dict[str, Any]]:
     """Trains a net on scaled pairs; it ends as the best on held-out pairs."""
     split = problem.split()
     scales, device = _Scales(split), split.rows.x.device

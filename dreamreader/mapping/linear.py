@@ -9,7 +9,7 @@ from torch import Tensor
 from dreamreader.errors import InvalidInput
 from dreamreader.mapping.maps import AffineMap
 from dreamreader.mapping.problem import FEW, MapProblem
-from dreamreader.mapping.ridge import LAMBDAS, RidgePath, reduce_rank, solve_ridge
+from dreamreader.mapping.ridge import LAMBDAS, RidgePath, is_choice, reduce_rank, solve_ridge
 
 
 def fit_identity(problem: MapProblem) -> AffineMap:
@@ -48,8 +48,8 @@ def fit_procrustes(problem: MapProblem, *, scale: bool = False) -> AffineMap:
     rank = int((s > s.max() * max(u.shape[0], vh.shape[1]) * torch.finfo(s.dtype).eps).sum())
     if rank < least or moments.rows <= least:
         raise InvalidInput(
-            f"procrustes: {moments.rows} pairs have a cross-covariance of rank {rank}, which leaves "
-            f"part of a rotation of {least} dimensions open; valid with so few: {FEW}"
+            f"procrustes: {moments.rows} pairs have a cross-covariance of rank {rank}, which "
+            f"leaves part of a rotation of {least} dimensions open; valid with so few: {FEW}"
         )
     rotation = u @ vh
     factor = 1.0
@@ -70,6 +70,7 @@ def fit_ridge(problem: MapProblem, *, lambdas: float | Sequence[float] = LAMBDAS
     Raises:
         InvalidInput: see `solve_ridge`.
     """
+    problem = problem.split() if is_choice(lambdas) else problem
     path = solve_ridge(problem, lambdas)
     return make_affine(problem, path.weight, path.bias, describe_path(path, lambdas))
 
@@ -94,14 +95,12 @@ def fit_reduced_rank(
     Reference:
         Izenman, Reduced-rank regression for the multivariate linear model (1975).
     """
-    moments = problem.moments
-    full = min(moments.d_source, moments.d_target)
+    full = min(problem.train.d_source, problem.train.d_target)
     powers = [2**power for power in range(full.bit_length()) if 2**power < full]
     ranks = [*powers, full] if rank is None else [rank] if isinstance(rank, int) else list(rank)
     if not ranks or any(isinstance(r, bool) or not 1 <= r <= full for r in ranks):
         raise InvalidInput(f"reduced_rank: ranks are from 1 to {full}, got {rank!r}")
-    if len(ranks) > 1:
-        problem = problem.split()
+    problem = problem.split() if len(ranks) > 1 or is_choice(lambdas) else problem
     path = solve_ridge(problem, lambdas)
     weight, bias, best, errors = reduce_rank(problem, path, ranks)
     settings = describe_path(path, lambdas) | {"rank": best, "ranks": ranks}

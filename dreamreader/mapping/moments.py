@@ -1,7 +1,5 @@
 """Cross moments of paired rows: what linear maps are fitted and measured from, in one pass."""
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -10,18 +8,19 @@ from dreamreader.errors import InvalidInput
 
 _BLOCK = 4096  # rows of a product: adding it up costs nothing beside it
 _BUFFER = 2**24  # numbers that wait for it, 128 MB
+_CACHED = 2**17  # numbers that are copied at once, 1 MB
+_SOURCE, _TARGET = False, True
 
 
 class CrossMoments:
     """Number, means and products of paired rows, batch by batch: memory grows with no row.
 
     Rows wait in a buffer until there are enough for one product, so that batches of any size cost
-    the same. Each product is of differences from its own mean and is joined with those before, so
-    that means far from 0, or that drift, cost no digits. All is float64.
+    the same. Products are of differences from the mean of the first block, so that means far from 0
+    cost no digits, and both of them (x with x, x with y) are one product. All is float64.
 
-    Formula: for n_a and n_b rows with d = mean_b - mean_a:  mean = mean_a + d n_b / n,
-        scatter = sum w (u - mean)(u - mean)' = scatter_a + scatter_b + d d' n_a n_b / n
-        with u = (x, y); the last term goes into the product as one more row.
+    Formula: of u = (x, y) and the shift c: t = sum w (u - c), S = sum w (x - c_x)(u - c)';
+        mean = c + t / n, scatter = sum w (x - mean_x)(u - mean)' = S - t_x t' / n
 
     Args:
         d_source, d_target: widths of x and y.
@@ -59,13 +58,14 @@ class CrossMoments:
         width = d_source + d_target
         wide = {"dtype": torch.float64, "device": self.device}
         self._weight = 0.0  # of the rows that are summed
-        self._mean = torch.zeros(width, **wide)
-        self._cross = torch.zeros(d_source, width, **wide)
+        self._shift = torch.zeros(width, **wide)
+        self._total = torch.zeros(width, **wide)
+        self._cross = torch.zeros(d_source, width, **wide)  # S
         self._target = torch.zeros(*([d_target] * (2 if gram else 1)), **wide)
         self._block = max(1, min(_BLOCK, _BUFFER // width))
-        self._waiting: Tensor | None = None  # [block + 1, width], made with the first row
-        self._weights = torch.ones(self._block, **wide)
-        self._filled, self._weighted = 0, False
+        self._waiting: Tensor | None = None  # [block, width], made with the first row
+        self._piece = max(1, _CACHED // width)
+        self._filled = 0
 
     def add(
         self,
@@ -114,36 +114,33 @@ class CrossMoments:
     @property
     def weight(self) -> float:
         """Sum of the weights; the number of rows where each weighs 1."""
-        self._flush()
         return self._weight
 
     @property
     def source_mean(self) -> Float[Tensor, " d_source"]:
-        self._flush()
-        return self._mean[: self.d_source]
+        return self._mean()[: self.d_source]
 
     @property
     def target_mean(self) -> Float[Tensor, " d_target"]:
-        self._flush()
-        return self._mean[self.d_source :]
+        return self._mean()[self.d_source :]
 
     @property
     def source_scatter(self) -> Float[Tensor, "d_source d_source"]:
         """Sum of w (x - mean)(x - mean)'."""
-        self._flush()
-        return self._cross[:, : self.d_source]
+        return self._scatter(self._cross[:, : self.d_source], _SOURCE, _SOURCE)
 
     @property
     def cross_scatter(self) -> Float[Tensor, "d_source d_target"]:
         """Sum of w (x - mean)(y - mean)'."""
-        self._flush()
-        return self._cross[:, self.d_source :]
+        return self._scatter(self._cross[:, self.d_source :], _SOURCE, _TARGET)
 
     @property
     def target_squares(self) -> Float[Tensor, " d_target"]:
         """Sum of w (y - mean)^2 by dimension."""
         self._flush()
-        return self._target.diagonal() if self.gram else self._target
+        squares = self._target.diagonal() if self.gram else self._target
+        total = self._total[self.d_source :]
+        return (squares - total.square() / (self._weight or 1.0)).clamp(min=0)
 
     @property
     def target_scatter(self) -> Float[Tensor, "d_target d_target"]:
@@ -153,11 +150,8 @@ class CrossMoments:
             InvalidInput: they were not kept.
         """
         if not self.gram:
-            raise InvalidInput(
-                "products of the target with itself were not kept; ask for gram=True"
-            )
-        self._flush()
-        return self._target
+            raise InvalidInput("products of the target were not kept; ask for gram=True")
+        return self._scatter(self._target, _TARGET, _TARGET)
 
     def __add__(self, other: "CrossMoments") -> "CrossMoments":
         """The moments of both, for instance from two processes.
@@ -176,32 +170,62 @@ class CrossMoments:
                 "moments of {} -> {} features {} gram cannot be joined with those of {} -> {} "
                 "features {} gram".format(*mine, *theirs)
             )
+        larger, smaller = (self, other) if self.weight >= other.weight else (other, self)
         found = CrossMoments(self.d_source, self.d_target, gram=self.gram, device=self.device)
-        parts = [each for each in (self, other) if each.weight]
         found.rows = self.rows + other.rows
-        found._weight = sum(each._weight for each in parts)
-        for part in parts:
-            found._mean += part._mean.to(self.device) * (part._weight / found._weight)
-            found._cross += part._cross.to(self.device)
-            found._target += part._target.to(self.device)
-        if len(parts) == 2:
-            apart = (other._mean.to(self.device) - self._mean) * math.sqrt(
-                self._weight * other._weight / found._weight
-            )
-            found._join(apart.unsqueeze(0))
+        for part in (larger, smaller):
+            found._take_sums(part)
         return found
 
     def through(
         self, weight: Float[Tensor, "d_new d_source"], bias: Float[Tensor, " d_new"]
     ) -> "CrossMoments":
         """Moments of the pairs (W x + b, y), as if those rows had been added."""
+        self._flush()
         found = CrossMoments(len(weight), self.d_target, gram=self.gram, device=self.device)
-        w, b = weight.to(self._mean), bias.to(self._mean)
-        cross = torch.cat([w @ self.source_scatter @ w.T, w @ self.cross_scatter], 1)
-        found._mean = torch.cat([w @ self.source_mean + b, self.target_mean])
-        found._cross, found._target = cross, self._target.clone()
+        w, b, d = weight.to(self._total), bias.to(self._total), self.d_source
+        found._shift = torch.cat([w @ self._shift[:d] + b, self._shift[d:]])
+        found._total = torch.cat([w @ self._total[:d], self._total[d:]])
+        found._cross = torch.cat([w @ self._cross[:, :d] @ w.T, w @ self._cross[:, d:]], 1)
+        found._target = self._target.clone()
         found.rows, found._weight = self.rows, self._weight
         return found
+
+    def _mean(self) -> Tensor:
+        """[width], of both sides."""
+        return self._shift + self._total / (self._weight or 1.0)
+
+    def _scatter(self, products: Tensor, one: bool, other: bool) -> Tensor:
+        """Products about the means of two sides, from those about the shift."""
+        self._flush()
+        d = self.d_source
+        left, right = (self._total[d:] if side else self._total[:d] for side in (one, other))
+        return torch.addr(products, left, right, alpha=-1 / (self._weight or 1.0))
+
+    def _take_sums(self, part: "CrossMoments") -> None:
+        """Adds what another one has summed, about this one's shift."""
+        part._flush()
+        if not part._weight:
+            return
+        if not self._weight:
+            self._shift = part._shift.to(self.device)
+        d, n = self.d_source, part._weight
+        apart = part._shift.to(self.device) - self._shift
+        total = part._total.to(self.device)
+        moved = total + n * apart  # sum of w (u - c) about this shift
+
+        def products(sums: Tensor, left: slice, right: slice) -> Tensor:
+            own = torch.addr(sums.to(self.device), total[left], apart[right])
+            return own.addr_(apart[left], moved[right])
+
+        self._cross += products(part._cross, slice(0, d), slice(None))
+        if self.gram:
+            self._target += products(part._target, slice(d, None), slice(d, None))
+        else:
+            self._target += part._target.to(self.device)
+            self._target += total[d:] * apart[d:] + apart[d:] * moved[d:]
+        self._total += moved
+        self._weight += n
 
     def _flat(self, side: str, value: Tensor, width: int) -> Tensor:
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -216,47 +240,48 @@ class CrossMoments:
     def _take(self, x: Tensor, y: Tensor, weight: Tensor | None) -> int:
         """Copies the first rows to those that wait; how many."""
         if self._waiting is None:
-            self._waiting = self._mean.new_empty(self._block + 1, len(self._mean))
-        count = min(len(x), self._block - self._filled)
-        own = slice(self._filled, self._filled + count)
-        self._waiting[own, : self.d_source] = x[:count]
-        self._waiting[own, self.d_source :] = y[:count]
-        self._weights[own] = 1.0 if weight is None else weight[:count]
-        self._weighted |= weight is not None
+            self._waiting = self._total.new_empty(self._block, len(self._total))
+        if not self._weight:
+            first = slice(0, self._block)
+            self._shift = torch.cat([x[first].double().mean(0), y[first].double().mean(0)]).to(
+                self.device
+            )
+        count, d = min(len(x), self._block - self._filled), self.d_source
+        for start in range(0, count, self._piece):  # all that is done to it while it is in cache
+            own = slice(start, min(start + self._piece, count))
+            piece = self._waiting[self._filled + own.start : self._filled + own.stop]
+            piece[:, :d], piece[:, d:] = x[own], y[own]
+            piece -= self._shift
+            if weight is None:
+                self._total += piece.sum(0)
+                self._weight += len(piece)
+            else:
+                self._total += weight[own] @ piece
+                self._weight += float(weight[own].sum())
+                piece *= weight[own].sqrt().unsqueeze(1)
+            if not self.gram:
+                self._target += piece[:, d:].square().sum(0)
         self._filled += count
         if self._filled == self._block:
             self._flush()
         return count
 
     def _flush(self) -> None:
-        """Joins the rows that wait with the sums."""
+        """Joins the products of the rows that wait with those before."""
         if not self._filled:
             return
         assert self._waiting is not None
-        block, w = self._waiting[: self._filled + 1], self._weights[: self._filled]
-        total = float(w.sum())
-        mean = (w @ block[:-1]) / total
-        block[:-1] -= mean
-        if self._weighted:
-            block[:-1] *= w.sqrt().unsqueeze(1)
-        weight = self._weight + total
-        apart = mean - self._mean
-        block[-1] = apart * math.sqrt(self._weight * total / weight)
-        self._join(block)
-        self._mean += apart * (total / weight)
-        self._weight, self._filled, self._weighted = weight, 0, False
-
-    def _join(self, block: Tensor) -> None:
-        """Adds the products of rows [n, width] that are differences from means."""
-        source, target = block[:, : self.d_source], block[:, self.d_source :]
-        self._cross.addmm_(source.T, block)
+        block = self._waiting[: self._filled]
+        self._cross.addmm_(block[:, : self.d_source].T, block)
         if self.gram:
+            target = block[:, self.d_source :]
             self._target.addmm_(target.T, target)
-        else:
-            self._target += target.square().sum(0)
+        self._filled = 0
 
 
 def _check_rows(side: str, rows: Tensor) -> None:
+    if bool(rows.sum().isfinite()):  # which it is of no sum with a value that is not
+        return
     bad = (~rows.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
         raise InvalidInput(

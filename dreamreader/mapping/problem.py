@@ -13,8 +13,8 @@ Data = PairedRows | CrossMoments
 
 # what is valid with fewer pairs than the source has dimensions
 FEW = (
-    "ridge and reduced_rank with every lambda above 0, mean, identity, anchors, and affine and mlp, "
-    "whose gradients are stopped early"
+    "ridge and reduced_rank with every lambda above 0, mean, identity, anchors, and affine and "
+    "mlp, whose gradients are stopped early"
 )
 
 

@@ -61,12 +61,14 @@ def solve_ridge(problem: MapProblem, lambdas: float | Sequence[float]) -> RidgeP
         A penalty costs d_source^2 more to judge: with D = (L + lambda s)^-1 and P = Q' scatter_xy,
         the error is  v - 2 diag(Q' V_xy P')' D + D' ((Q' V_xx Q) * (P P')) D  of held-out V.
 
+    Args:
+        problem: with something held out, where there are several lambdas.
+        lambdas: one or several.
+
     Raises:
         InvalidInput: a lambda is below 0, or 0 where the scatter of x has not full rank.
     """
     listed = check_lambdas(problem.what, lambdas)
-    if len(listed) > 1:
-        problem = problem.split()
     train = problem.moments
     values, vectors = torch.linalg.eigh(train.source_scatter)
     values = values.clamp(min=0)
@@ -141,6 +143,11 @@ def check_full_rank(what: str, train: CrossMoments, eigenvalues: Tensor) -> None
             f"{what}: the source covariance has rank {rank} of {d}, so lambda = 0 has no unique "
             "answer; give lambdas above 0"
         )
+
+
+def is_choice(lambdas: float | Sequence[float]) -> bool:
+    """Whether there are several, of which held-out pairs choose."""
+    return not isinstance(lambdas, int | float) and len(lambdas) > 1
 
 
 def check_lambdas(what: str, lambdas: float | Sequence[float]) -> list[float]:

@@ -104,12 +104,9 @@ class PairedRows:
         """
         if weigh not in WEIGHTS:
             raise UnknownName("weighting of pairs", weigh, WEIGHTS)
-        for side, name, values in (
-            ("source", source, pairs.source),
-            ("target", target, pairs.target),
-        ):
-            if name not in values:
-                raise UnknownName(f"{side} site of pairs", name, values)
+        for side, name in (("source", source), ("target", target)):
+            if name not in getattr(pairs, side):
+                raise UnknownName(f"{side} site of pairs", name, getattr(pairs, side))
         x, y = pairs.source[source], pairs.target[target]
         if x.shape[2] != y.shape[2]:
             raise InvalidInput(
@@ -126,17 +123,18 @@ class PairedRows:
             if weigh == "tokens":
                 weights = (weights > 0).double()
             weights = weights.repeat_interleave(calls, 0)
+        each_row = {
+            name: None if values is None else torch.tensor(list(values)).repeat(rows)
+            for name, values in (("steps", steps), ("levels", levels))
+        }
         return cls(
             x.flatten(0, 1),
             y.flatten(0, 1),
             weights,
             torch.arange(rows).repeat_interleave(calls),
-            None if steps is None else torch.tensor(list(steps)).repeat(rows),
-            None
-            if levels is None
-            else torch.tensor(list(levels), dtype=torch.float64).repeat(rows),
-            source,
-            target,
+            source_site=source,
+            target_site=target,
+            **each_row,
         )
 
     def __len__(self) -> int:

@@ -36,8 +36,8 @@ class StepMaps(ActivationMap, form="steps"):
         whole = count and len(set(self.steps)) == count and len(self.levels) in (0, count)
         if not whole:
             raise InvalidInput(
-                f"StepMaps: a map for each step is needed, got {count} maps, steps {self.steps} and "
-                f"{len(self.levels)} levels"
+                f"StepMaps: a map for each step is needed, got {count} maps, steps {self.steps} "
+                f"and {len(self.levels)} levels"
             )
         widths = {(each.d_source, each.d_target) for each in self.maps}
         if widths != {(self.d_source, self.maps[0].d_target)}:
