@@ -30,7 +30,7 @@ class RidgePath(NamedTuple):
     penalty: float
 
 
-class _Held(NamedTuple):
+class _HeldProducts(NamedTuple):
     """Products of held-out pairs about the means of those that were fitted to."""
 
     source: Tensor
@@ -39,7 +39,7 @@ class _Held(NamedTuple):
     variance: float  # about their own mean
 
     @classmethod
-    def of(cls, held: CrossMoments, train: CrossMoments) -> "_Held":
+    def of(cls, held: CrossMoments, train: CrossMoments) -> "_HeldProducts":
         n = held.weight
         dx, dy = held.source_mean - train.source_mean, held.target_mean - train.target_mean
         variance = float(held.target_squares.sum())
@@ -83,7 +83,7 @@ def solve_ridge(problem: MapProblem, lambdas: float | Sequence[float]) -> RidgeP
     shrink = [1 / (values + each * scale) for each in listed]
     errors: list[float] = []
     if len(listed) > 1:
-        held = _Held.of(problem.held_moments, train)
+        held = _HeldProducts.of(problem.held_moments, train)
         quadratic = (vectors.T @ held.source @ vectors) * (cross @ cross.T)
         first = ((vectors.T @ held.cross) * cross).sum(1)
         for d in shrink:
@@ -112,7 +112,7 @@ def reduce_rank(
     vectors = torch.linalg.eigh(fitted)[1].flip(1)  # largest first
     errors: tuple[float, ...] = ()
     if len(ranks) > 1:
-        held = _Held.of(problem.held_moments, train)
+        held = _HeldProducts.of(problem.held_moments, train)
         own = vectors.T @ weight  # [d_target, d_source]
         gain = ((own @ held.source) * own).sum(1) - 2 * ((own @ held.cross) * vectors.T).sum(1)
         total = held.squares + gain.cumsum(0)
