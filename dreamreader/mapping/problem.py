@@ -1,7 +1,8 @@
 """What a map is fitted to: pairs or their moments, and what is held out to choose by."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -33,7 +34,6 @@ class MapProblem:
     share: float = 0.2
     seed: int = 0
     what: str = "map"
-    _moments: CrossMoments | None = field(default=None, init=False)
 
     def __post_init__(self):
         for data in (self.train, self.held_out):
@@ -78,14 +78,12 @@ class MapProblem:
         """The held-out pairs themselves."""
         return self._rows(self.held_out)
 
-    @property
+    @cached_property
     def moments(self) -> CrossMoments:
         """Of the pairs to fit to."""
-        if self._moments is None:
-            self._moments = _moments_of(self.train)
-        return self._moments
+        return _moments_of(self.train)
 
-    @property
+    @cached_property
     def held_moments(self) -> CrossMoments:
         """Of the held-out pairs."""
         assert self.held_out is not None

@@ -154,8 +154,8 @@ class PairedRows:
         """Places of a sequence."""
         return self.x.shape[1]
 
-    def select(self, index: Tensor) -> "PairedRows":
-        """Some sequences, by number or by True and False."""
+    def select(self, index: Tensor | slice) -> "PairedRows":
+        """Some sequences, by number, by True and False, or as a view by a slice."""
         fields = ("x", "y", "weights", "groups", "steps", "levels")
         values = {name: getattr(self, name) for name in fields}
         return replace(
@@ -187,7 +187,7 @@ class PairedRows:
         """Whole sequences, together at most about so many rows; at least one sequence."""
         size = max(1, rows // max(1, self.tokens))
         for start in range(0, len(self), size):
-            yield self.select(torch.arange(start, min(start + size, len(self))))
+            yield self.select(slice(start, start + size))
 
     def flat(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """x [rows, d_source], y [rows, d_target] and weights [rows] of all tokens that count."""

@@ -169,20 +169,23 @@ class NoiseConditionedMap(ActivationMap, form="noise"):
         self.check(x)
         if level is None:
             raise InvalidInput(f"{self.name}: it depends on the noise; give level=")
-        powers = noise_powers(level, self.centre, self.scale, self.degree).to(x)
-        weight = self._cast.get("weight", self.weight, x)
-        bias = self._cast.get("bias", self.bias, x)
+        powers = noise_powers(level, self.centre, self.scale, self.degree)
+        powers = powers.to(x.device, torch.promote_types(x.dtype, torch.float32))
         if powers.dim() == 1:
-            return linear(x, torch.tensordot(powers, weight, 1), powers @ bias)
+            weight = self._cast.get("weight", self.weight, powers)
+            bias = powers @ self._cast.get("bias", self.bias, powers)
+            return linear(x, torch.tensordot(powers, weight, 1).to(x), bias.to(x))
         if powers.shape[:-1] != x.shape[:1]:
             raise InvalidInput(
                 f"{self.name}: levels are one for all or [{len(x)}], got {list(powers.shape[:-1])}"
             )
-        found = x.new_zeros(*x.shape[:-1], self.d_target)
+        weight = self._cast.get("weight", self.weight, x)
+        bias = self._cast.get("bias", self.bias, x)
+        found = powers.new_zeros(*x.shape[:-1], self.d_target)
         for p in range(len(weight)):
             share = powers[:, p].reshape(-1, *[1] * (x.dim() - 1))
             found = found + share * linear(x, weight[p], bias[p])
-        return found
+        return found.to(x.dtype)
 
 
 def log_level(level: float) -> float:
