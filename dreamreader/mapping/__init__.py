@@ -9,6 +9,7 @@ from dreamreader.mapping.moments import CrossMoments
 from dreamreader.mapping.rows import PairedRows
 from dreamreader.mapping.scores import MapReport, compare_maps, score_map
 from dreamreader.mapping.timed import NoiseConditionedMap, StepMaps
+from dreamreader.mapping.transfer import map_direction, map_loreft, map_mlp
 
 __all__ = [
     "METHODS",
@@ -25,5 +26,8 @@ __all__ = [
     "StepMaps",
     "compare_maps",
     "fit_map",
+    "map_direction",
+    "map_loreft",
+    "map_mlp",
     "score_map",
 ]
