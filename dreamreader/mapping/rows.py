@@ -162,6 +162,16 @@ class PairedRows:
             self, **{name: None if each is None else each[index] for name, each in values.items()}
         )
 
+    def reversed(self) -> "PairedRows":
+        """The same pairs from the target's side: for a map back."""
+        return replace(
+            self,
+            x=self.y,
+            y=self.x,
+            source_site=self.target_site,
+            target_site=self.source_site,
+        )
+
     def split(self, share: float = 0.2, seed: int = 0) -> "tuple[PairedRows, PairedRows]":
         """To fit, and held out: groups are drawn whole.
 

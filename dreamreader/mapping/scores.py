@@ -178,6 +178,7 @@ def compare_maps(reports: Mapping[str, MapReport]) -> tuple[list[str], list[list
     Example:
         >>> x = torch.randn(300, 4)
         >>> rows = PairedRows(x, x.flip(1))
+        >>> from dreamreader.mapping import fit_map
         >>> found = {name: score_map(fit_map(rows, name), rows) for name in ("mean", "ridge")}
         >>> [line[0] for line in compare_maps(found)[1]]
         ['ridge', 'mean']

@@ -147,6 +147,7 @@ def test_reduced_rank_is_the_best_of_its_rank() -> None:
         weight = affine(rows, "reduced_rank", rank=rank, lambdas=0.0).weight.double().numpy()
         assert np.linalg.matrix_rank(weight, tol=1e-4) == rank
         left = np.random.default_rng(0).normal(size=(5, rank))  # alternating least squares
+        right = np.zeros((rank, 6))
         for _ in range(300):
             right = np.linalg.lstsq(x, y @ np.linalg.pinv(left).T)[0].T
             left = np.linalg.lstsq(x @ right.T, y)[0].T

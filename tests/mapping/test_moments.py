@@ -142,7 +142,7 @@ def test_bad_input() -> None:
     with pytest.raises(InvalidInput, match="d_target is at least 1, got 0"):
         CrossMoments(3, 0)
     with pytest.raises(InvalidInput, match="3 -> 2 features with gram cannot be joined"):
-        CrossMoments(3, 2, gram=True) + found
+        _ = CrossMoments(3, 2, gram=True) + found
 
 
 def test_pairs_of_a_recording_are_rows_with_their_calls_and_without_padding() -> None:
@@ -162,6 +162,14 @@ def test_pairs_of_a_recording_are_rows_with_their_calls_and_without_padding() ->
     by_row = PairedRows.of(pairs, "a", "b", weigh="rows").moments(gram=True)
     weights = torch.tensor([0.25] * 12 + [1.0] * 3, dtype=torch.float64)
     assert_equal(by_row, own.double(), other.double(), weights)
+
+
+def test_pairs_are_read_from_either_side() -> None:
+    x, y = draw(5)
+    back = PairedRows(x, y, steps=torch.arange(5), source_site="a", target_site="b").reversed()
+    assert torch.equal(back.x.squeeze(1), y) and torch.equal(back.y.squeeze(1), x)
+    assert (back.source_site, back.target_site, back.d_source) == ("b", "a", 2)
+    assert back.steps is not None and back.steps.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_groups_are_held_out_whole() -> None:
