@@ -1,6 +1,7 @@
 """Fits against independent solutions: least squares, SciPy's Procrustes, brute force."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,11 +141,14 @@ def test_procrustes_of_unequal_widths_is_semi_orthogonal_and_the_best(
     assert errors[0] < min(errors[1:])
 
 
-def test_reduced_rank_is_the_best_of_its_rank() -> None:
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_reduced_rank_is_the_best_of_its_rank(share: float) -> None:
     rows = draw(300, 6, 5, noise=3.0)
     x, y = (each - each.mean(0) for each in sides(rows))
+    penalty = np.sqrt(share * (x**2).sum() / 6) * np.eye(6)
+    x, y = np.vstack([x, penalty]), np.vstack([y, np.zeros((6, 5))])
     for rank in (1, 3):
-        weight = affine(rows, "reduced_rank", rank=rank, lambdas=0.0).weight.double().numpy()
+        weight = affine(rows, "reduced_rank", rank=rank, lambdas=share).weight.double().numpy()
         assert np.linalg.matrix_rank(weight, tol=1e-4) == rank
         left = np.random.default_rng(0).normal(size=(5, rank))  # alternating least squares
         right = np.zeros((rank, 6))
@@ -372,3 +376,22 @@ def test_nothing_is_drawn_from_the_generator_of_torch(reseeded: Any) -> None:
 
     one, other = reseeded(fits)
     assert all(map(torch.equal, one, other))
+
+
+def test_gradients_know_nothing_of_padding_and_go_on_from_a_folder(tmp_path: Path) -> None:
+    rows = draw(90)
+    weights = torch.ones(30, 3)
+    weights[::2, 1:] = 0
+    kept = weights.flatten() > 0
+    x, y = rows.x.view(30, 3, 5).clone(), rows.y.view(30, 3, 4).clone()
+    x[weights == 0], y[weights == 0] = torch.nan, torch.nan
+    padded = PairedRows(x, y, weights)
+    recipe = replace(FAST, epochs=3)
+    options: dict[str, Any] = {"recipe": recipe, "progress": False}
+    found = affine(padded, "affine", validation=padded, folder=tmp_path, **options)
+    plain = PairedRows(rows.x[kept], rows.y[kept])
+    expected = affine(plain, "affine", validation=plain, **options)
+    torch.testing.assert_close(found.weight, expected.weight, atol=1e-4, rtol=1e-4)
+    assert fit_map(padded, "affine", validation=padded, folder=tmp_path, **options) == found
+    with pytest.raises(InvalidInput, match="holds a training with batches=.*use another folder"):
+        fit_map(plain, "affine", validation=plain, folder=tmp_path, **options)
