@@ -87,7 +87,7 @@ class ActivationMap(Artifact, kind="map"):
     def direction(
         self,
         v: Float[Tensor, "*batch d_source"],
-        at: Float[Tensor, "*batch d_source"] | None = None,
+        at: Float[Tensor, "*place d_source"] | None = None,
         alpha: float = 1.0,
         *,
         step: int | Tensor | None = None,

@@ -51,7 +51,7 @@ class AffineMap(ActivationMap, form="affine"):
     def direction(
         self,
         v: Float[Tensor, "*batch d_source"],
-        at: Float[Tensor, "*batch d_source"] | None = None,
+        at: Float[Tensor, "*place d_source"] | None = None,
         alpha: float = 1.0,
         *,
         step: int | Tensor | None = None,
