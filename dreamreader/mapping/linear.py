@@ -108,18 +108,19 @@ def fit_reduced_rank(
 
 
 def fit_anchors(
-    problem: MapProblem, *, count: int = 512, rcond: float = 1e-2, seed: int = 0
+    problem: MapProblem, *, count: int = 512, rcond: float = 0.1, seed: int = 0
 ) -> AffineMap:
     """Through similarities to anchors: pairs of rows of which both sides are known.
 
     Formula: with anchors a_i of the source and t_i of the target, less their mean and scaled to
         length 1, as the rows of A and T: y - mean_y = g T^+ A (x - mean_x); A (x - mean_x) is the
-        cosines to the anchors times the length of x - mean_x, and g the ratio of the root mean
-        square lengths. No product of x and y enters: only which anchor belongs to which.
+        cosines to the anchors times the length of x - mean_x, and g the factor of the least error.
+        But for g no product of x and y enters: only which anchor belongs to which.
 
     Args:
         count: anchors, drawn from the pairs; at most as many as there are.
-        rcond: singular values of T below this share of the largest count as 0.
+        rcond: singular values of T below this share of the largest count as 0; small ones magnify
+            what the two sides do not have in common.
         seed: of the draw.
 
     Raises:
@@ -137,8 +138,9 @@ def fit_anchors(
     chosen = torch.randperm(len(x), generator=generator)[:count].to(x.device)
     source = _unit(x[chosen].to(moments.source_mean) - moments.source_mean)
     target = _unit(y[chosen].to(moments.target_mean) - moments.target_mean)
-    lengths = moments.target_squares.sum() / moments.source_scatter.trace()
-    weight = lengths.sqrt() * (torch.linalg.pinv(target, rtol=rcond) @ source)
+    weight = torch.linalg.pinv(target, rtol=rcond) @ source
+    given = ((weight @ moments.source_scatter) * weight).sum()
+    weight *= (weight.T * moments.cross_scatter).sum() / given.clamp(min=1e-300)
     bias = moments.target_mean - weight @ moments.source_mean
     return make_affine(problem, weight, bias, {"count": len(chosen), "rcond": rcond, "seed": seed})
 
