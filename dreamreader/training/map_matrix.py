@@ -297,7 +297,9 @@ class MapMatrixJob(SpecJob[MapMatrixSpec]):
             **found,
             "random": {"low": low, "median": middle, "high": high},
             "p": report.controls["random"].p,
-            "settings": dict(own.card.settings),
+            "settings": {
+                k: v for k, v in own.card.settings.items() if not isinstance(v, list | tuple)
+            },
             "success": self.success.get(pair),
         }
 
