@@ -57,6 +57,7 @@ _MODULES = (
     "fitting",
     "harvest",
     "localise",
+    "mapping",
     "metrics",
     "ops",
     "probes",

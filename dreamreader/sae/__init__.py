@@ -1,6 +1,7 @@
 """Sparse autoencoders: training, files of other libraries, and features that are understood."""
 
 from dreamreader.sae.calibrate import calibrate_threshold
+from dreamreader.sae.carry import map_sae
 from dreamreader.sae.collect import Collected, collect_examples
 from dreamreader.sae.dashboard import write_dashboard, write_neuronpedia
 from dreamreader.sae.edit import SAEEdit, unlearn
@@ -35,6 +36,7 @@ __all__ = [
     "calibrate_threshold",
     "collect_examples",
     "fold",
+    "map_sae",
     "read_sae",
     "train_sae",
     "unlearn",

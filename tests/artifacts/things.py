@@ -14,6 +14,7 @@ from dreamreader.edits import Ablate, Box, Edits, Mlp, Patch, ProbeGuidance, Sca
 from dreamreader.engine import Activation, Cache, Firing, FiringReport, Row
 from dreamreader.engine._clock_schedule import StepInfo
 from dreamreader.fitting.checkpoint import TrainingState
+from dreamreader.mapping import AffineMap, LocalMap, StepMaps
 from dreamreader.probes import Probe, fit
 from dreamreader.reft import Reft
 from dreamreader.steering import Directions, Evidence
@@ -96,6 +97,15 @@ def reft() -> Reft:
     return Reft({"unet.a": 6, "unet.b": 4}, 2, "direft", steps=2, tokens=[0, -1], init="pyreft")
 
 
+def steps_of_maps() -> StepMaps:
+    """Two maps of unlike forms, with scores that are no numbers."""
+    one = AffineMap(torch.zeros(2), torch.ones(3, 2).bfloat16(), torch.zeros(3))
+    other = LocalMap(torch.ones(2), torch.ones(3, 2, 1, 1), torch.zeros(3), (1, 4))
+    made = StepMaps(torch.zeros(2), [one, other], [0, 3], [float("inf"), 0.5])
+    card = {"method": "steps", "target_site": "unet.a", "settings": {"each": "local"}}
+    return made.with_card(**card, scores={"fvu": NAN})
+
+
 def state() -> TrainingState:
     optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "lr": 1e-3, "betas": (0.9, 0.99)}
     return TrainingState(of={"seed": 1}, done=3, best=float("-inf"), modules=[optimizer, None])
@@ -106,6 +116,7 @@ THINGS = {
     "directions": directions,
     "edits": edits,
     "grid": grid,
+    "map": steps_of_maps,
     "probe": probe,
     "reft": reft,
     "training": state,

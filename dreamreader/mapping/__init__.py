@@ -1,0 +1,33 @@
+"""Maps from the activations of one model to those of another: fitting, measuring, using them."""
+
+from dreamreader.mapping.base import ActivationMap, MapCard
+from dreamreader.mapping.controls import MapControl
+from dreamreader.mapping.fit import METHODS, fit_map
+from dreamreader.mapping.local import LocalMap
+from dreamreader.mapping.maps import AffineMap, MLPMap
+from dreamreader.mapping.moments import CrossMoments
+from dreamreader.mapping.rows import PairedRows
+from dreamreader.mapping.scores import MapReport, compare_maps, score_map
+from dreamreader.mapping.timed import NoiseConditionedMap, StepMaps
+from dreamreader.mapping.transfer import map_direction, map_loreft, map_mlp
+
+__all__ = [
+    "METHODS",
+    "ActivationMap",
+    "AffineMap",
+    "CrossMoments",
+    "LocalMap",
+    "MLPMap",
+    "MapCard",
+    "MapControl",
+    "MapReport",
+    "NoiseConditionedMap",
+    "PairedRows",
+    "StepMaps",
+    "compare_maps",
+    "fit_map",
+    "map_direction",
+    "map_loreft",
+    "map_mlp",
+    "score_map",
+]
