@@ -20,7 +20,6 @@ from dreamreader.jobs.fingerprint import portable
 from dreamreader.jobs.job import REPORT, RunUnit, SpecJob, Work
 from dreamreader.jobs.subject import describe_subject
 from dreamreader.mapping import MomentMatrix, correlate_success, fit_map, score_map
-from dreamreader.mapping.measure import MappedPairs
 from dreamreader.recording import Pairs, record_between
 from dreamreader.specs.data import read_items
 from dreamreader.specs.files import FileRows
@@ -284,9 +283,9 @@ class MapMatrixJob(SpecJob[MapMatrixSpec]):
             fit.moments(*pair), spec.map, validation=choose.moments(*pair), **spec.options
         )
         report = score_map(own, score.moments(*pair), draws=spec.draws)
-        rows = MappedPairs(own, score.rows(*pair), spec.sample, 0)
+        rows = score_map(own, score.rows(*pair), draws=1, sample=spec.sample)
         found = {name: getattr(report, name) for name in SCORES}
-        found |= {"cosine": rows.cosine, "retrieval": rows.similarities().retrieval()}
+        found |= {"cosine": rows.cosine, "retrieval": rows.retrieval}
         low, middle, high = report.controls["random"].quantiles()
         return {
             "source": source,
