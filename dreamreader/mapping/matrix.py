@@ -22,7 +22,7 @@ _BLOCK = 4096  # rows of it at least, which a product is made of
 
 
 @dataclass(frozen=True, eq=False)
-class _Group:
+class _SiteGroup:
     """Target sites with the same tokens, and the source sites that these pair with.
 
     Attributes:
@@ -63,7 +63,7 @@ class MomentMatrix:
         self.sample, self.seed, self.resample = sample, seed, resample
         self.batches = 0
         self.refused: dict[tuple[str, str], str] = {}
-        self._groups: list[_Group] = []
+        self._groups: list[_SiteGroup] = []
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """The pairs of sites, target by target."""
@@ -136,7 +136,7 @@ class MomentMatrix:
             found._groups.append(group)
         return found
 
-    def _group(self, pairs: Pairs) -> Iterator[_Group]:
+    def _group(self, pairs: Pairs) -> Iterator[_SiteGroup]:
         """Target sites that the same source sites pair with, at as many tokens."""
         found: dict[Any, tuple[list[str], list[str]]] = {}
         for target, values in pairs.target.items():
@@ -159,7 +159,7 @@ class MomentMatrix:
         if not any(sources for sources, _ in found.values()):
             raise InvalidInput(f"no two sites pair: {next(iter(self.refused.values()))}")
 
-    def _add(self, group: _Group, pairs: Pairs) -> None:
+    def _add(self, group: _SiteGroup, pairs: Pairs) -> None:
         first = next(iter(group.target))
         tokens = pairs.target[first].shape[2]
         weights = None
@@ -188,7 +188,7 @@ class MomentMatrix:
         order = torch.randperm(len(real), generator=generator)[: self.sample]
         return real[order.sort().values]
 
-    def _of(self, source: str, target: str) -> _Group:
+    def _of(self, source: str, target: str) -> _SiteGroup:
         for group in self._groups:
             if source in group.source and target in group.target:
                 return group
@@ -226,9 +226,9 @@ def correlate_success(
     }
 
 
-def _empty(source: Mapping[str, int], target: Mapping[str, int]) -> _Group:
+def _empty(source: Mapping[str, int], target: Mapping[str, int]) -> _SiteGroup:
     moments = CrossMoments(sum(source.values()), sum(target.values()), gram=True)
-    return _Group(_columns(source), _columns(target), moments, [])
+    return _SiteGroup(_columns(source), _columns(target), moments, [])
 
 
 def _columns(sizes: Mapping[str, int]) -> dict[str, slice]:
