@@ -67,7 +67,7 @@ def main() -> None:
         content["specs"][name] = found
         print(f"{name}: {found['seconds']} s, {found['processor_seconds']} s of processor")
         print("\n".join(table(found)))
-        write(asked.out, content)
+        write(content, asked.out)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from dreamreader.jobs.job import REPORT, RunUnit, SpecJob, Work
 from dreamreader.jobs.subject import describe_subject
 from dreamreader.mapping import MomentMatrix, correlate_success, fit_map, score_map
 from dreamreader.recording import Pairs, record_between
+from dreamreader.recording.pairs import in_denoiser
 from dreamreader.specs.data import read_items
 from dreamreader.specs.files import FileRows
 from dreamreader.specs.parts import Subject
@@ -252,9 +253,9 @@ class MapMatrixJob(SpecJob[MapMatrixSpec]):
     def _record(self, prompts: Sequence[str]) -> Pairs:
         spec, settings = self.spec, self._settings()
         language = is_language(self.readers[0])
-        timed = {} if language else {"schedule": spec.schedule, "trajectory": spec.trajectory}
-        if not any(name.split(".")[0] in self.readers[0].denoisers for name in self.sites[0]):
-            timed = {}
+        timed: dict[str, Any] = {}
+        if not language and in_denoiser(self.readers[0], self.sites[0]):
+            timed = {"schedule": spec.schedule, "trajectory": spec.trajectory}
         return record_between(
             *self.readers,
             [each for each in prompts for _ in spec.seed_list],
