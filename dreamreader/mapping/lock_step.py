@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,12 @@ class LockStep:
         """Steps of the target to which a call of the source belongs."""
         return sorted({step for step, _ in self.partners})
 
+    def reading(self, *sites: str) -> "LockStep":
+        """The same that reads some of its sites alone."""
+        for site in sites:
+            self._check(site)
+        return replace(self, sites=sites, _running=None, _found=None)
+
     def at(self, site: str, rows: Sequence[int] | None = None) -> "LockStepSite":
         """A site as the source of a `Stitch`.
 
@@ -70,9 +76,12 @@ class LockStep:
         Raises:
             UnknownName: the site is none of those that are read.
         """
+        self._check(site)
+        return LockStepSite(self, site, None if rows is None else tuple(rows))
+
+    def _check(self, site: str) -> None:
         if site not in self.sites:
             raise UnknownName("site of the source in lock-step", site, self.sites)
-        return LockStepSite(self, site, None if rows is None else tuple(rows))
 
     @contextmanager
     def follow(self) -> Iterator[None]:
