@@ -47,6 +47,15 @@ class Calls:
         """[rows, calls, ...] of the denoiser's input."""
         return self.moving[(self.sample,)]
 
+    def select(self, numbers: Sequence[int]) -> "Calls":
+        """Some of the calls, by number, in that order."""
+        moving = {path: value[:, list(numbers)] for path, value in self.moving.items()}
+        return replace(self, moments=tuple(self.moments[n] for n in numbers), moving=moving)
+
+    def with_latents(self, latents: Tensor) -> "Calls":
+        """The calls with other latents, [rows, calls, ...]."""
+        return replace(self, moving=self.moving | {(self.sample,): latents})
+
     def steps(self, moments: Tensor) -> list[int]:
         """The scheduler's step of calls given by their numbers."""
         return [self.moments[number].step for number in moments.tolist()]
