@@ -11,11 +11,14 @@ from torch import Tensor
 from dreamreader.edits import Donation
 from dreamreader.engine import DenoiserCall, EditContext, Evaluation, Reader, Record, ranges
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.recording import Calls, record_calls
+from dreamreader.recording import Calls, convert_latents, record_calls, resample_grid
 from dreamreader.recording.calls import row_seeds
-from dreamreader.recording.schedules import match_calls, noise_levels
+from dreamreader.recording.levels import call_at_levels, split_levels
+from dreamreader.recording.schedules import SCHEDULES, match_calls, noise_levels
+from dreamreader.recording.trajectories import DenoiserRuns, check_shared
 
 TRAJECTORIES = ("target", "own")
+SCHEDULES_OF_STITCHES = (*SCHEDULES, "target")
 _Key = tuple[int, int]  # step and evaluation
 
 
@@ -43,7 +46,7 @@ class LockStep:
     lacking: tuple[int, ...] = ()
     trajectory: str = "target"
     _running: Evaluation | None = None
-    _found: dict[str, Tensor] | None = None
+    _found: dict[str, tuple[Tensor, tuple[int, int] | None]] | None = None
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -109,7 +112,7 @@ class LockStep:
         if number is None:
             return None
         if self._found is None:
-            self._found = self._run(self._running, number, chosen)
+            self._found = self._run(self._running, number, key, chosen)
         names = self._running.moment.branches
         on = place.selected.any(1).expand(place.batch).reshape(len(names), -1).any(1).tolist()
         missing = [name for name, edited in zip(names, on, strict=True) if edited]
@@ -122,10 +125,15 @@ class LockStep:
             )
         known = [name for name in names if name in self.branches]
         order = [known.index(name) if name in known else 0 for name in names]
-        return Donation(self._found[site][:, order], level=self.levels.get(key))
+        values, grid = self._found[site]
+        if grid is not None and place.hw is not None:
+            values = resample_grid(values, grid, place.hw)
+        return Donation(values[:, order], level=self.levels.get(key))
 
-    def _run(self, call: Evaluation, number: int, chosen: Sequence[int]) -> dict[str, Tensor]:
-        """By site [rows, branches, tokens, features], of the branches that both have."""
+    def _run(
+        self, call: Evaluation, number: int, key: _Key, chosen: Sequence[int]
+    ) -> dict[str, tuple[Tensor, tuple[int, int] | None]]:
+        """By site [rows, branches, tokens, features] of branches that both have, and the grid."""
         names = call.moment.branches
         known = [name for name in names if name in self.branches]
         parts = [self.branches.index(name) * self.rows for name in known]
@@ -134,6 +142,8 @@ class LockStep:
         if self.trajectory == "target":
             shown = call.sample.chunk(len(names))
             latents = torch.cat([shown[names.index(name)] for name in known])
+            schedulers = self.target.subject.scheduler, self.source.subject.scheduler
+            latents = convert_latents(latents, self.levels[key], *schedulers)
             latents = latents.to(self.calls.latents)
         records = [Record(site, device=None) for site in self.sites]
         with self.source.recording(records) as cache, torch.no_grad():
@@ -142,7 +152,7 @@ class LockStep:
         for site in self.sites:
             tensor = cache[site].tensor.squeeze(1)  # [branches x rows, tokens, ...]
             flat = tensor.flatten(2).unflatten(0, (len(known), len(chosen)))
-            found[site] = flat.transpose(0, 1)
+            found[site] = flat.transpose(0, 1), cache[site].hw
         return found
 
 
@@ -189,10 +199,12 @@ def lock_step(
         prompts: of both. source_prompts: of the source instead, row by row.
         sites: of the source, in its denoiser.
         seeds: of the rows.
-        schedule: which calls belong together, see `recording.schedules.match_calls`; calls of the
-            target without a partner are left as they are.
-        trajectory: of the latents that the source sees: `target`, those of the target's call, or
-            its `own`, from its own seeds.
+        schedule: which calls belong together: `equal`, `noise` or `fraction` of two runs, see
+            `recording.schedules.match_calls`; or `target`: the source is called at the noise
+            levels of the target. Calls of the target without a partner are left as they are.
+        trajectory: of the latents that the source sees: `target`, those of the target's call,
+            converted where they are mixed of signal and noise in another way, or its `own`, from
+            its own seeds.
         batch_size: rows of the source that are computed together.
         arguments: of both runs, their `progress` too. source_arguments, target_arguments: of one.
 
@@ -200,31 +212,40 @@ def lock_step(
         InvalidInput: calls have no partners, or latents of the target are none of the source.
         UnknownName: there is no such site, schedule or trajectory.
     """
-    if trajectory not in TRAJECTORIES:
-        raise UnknownName("trajectory", trajectory, TRAJECTORIES)
+    for name, value, known in (
+        ("trajectory", trajectory, TRAJECTORIES),
+        ("schedule of stitches", schedule, SCHEDULES_OF_STITCHES),
+    ):
+        if value not in known:
+            raise UnknownName(name, value, known)
     listed = [sites] if isinstance(sites, str) else list(sites)
     names = dict.fromkeys(name for each in listed for name in source.sites(each).names)
     _check_apart(source, target)
     own = list(prompts if source_prompts is None else source_prompts)
     if len(own) != len(prompts):
         raise InvalidInput(f"{len(own)} prompts of the source for {len(prompts)} of the target")
+    _check_choice(schedule, trajectory)
     numbers = row_seeds(seeds, len(own))
-    asked = {**arguments, **(source_arguments or {})}
-    calls = record_calls(source, own, seeds=numbers, branch=None, batch_size=batch_size, **asked)
     asked = {**arguments, **(target_arguments or {})}
-    of_target = record_calls(target, list(prompts[:1]), seeds=numbers[:1], **asked)
-    moments = of_target.moments
-    levels = [_known_levels(each, made.moments) for each, made in
-              ((source, calls), (target, of_target))]  # fmt: skip
-    matched = match_calls(calls.moments, moments, _both(levels, schedule), schedule)
+    shown = record_calls(target, list(prompts[:1]), seeds=numbers[:1], **asked)
+    asked = {**arguments, **(source_arguments or {})}
+    if schedule == "target":
+        asked = {k: v for k, v in asked.items() if k not in ("timesteps", "sigmas")}
+        asked |= {"num_inference_steps": 2}  # for what the denoiser is told of the prompts
+    calls = record_calls(source, own, seeds=numbers, branch=None, batch_size=batch_size, **asked)
     if trajectory == "target":
-        _check_latents(source, target, calls, of_target, schedule)
-    partners = {_key(moments[b]): a for a, b in matched}
-    shown = levels[1]
-    found = {} if isinstance(shown, InvalidInput) else dict(
-        zip(map(_key, moments), shown, strict=True)
-    )  # fmt: skip
-    lacking = sorted({each.step for each in moments} - {step for step, _ in partners})
+        runs = DenoiserRuns((source, target), (own, prompts), ({}, {}), numbers, "cond", batch_size)
+        check_shared(runs, (calls, shown))
+    levels = _levels(source, calls, schedule), _levels(target, shown, schedule)
+    if schedule == "target":
+        calls, partners = _at_levels(source, calls, shown, levels[1])
+    else:
+        both = None if schedule == "fraction" else levels
+        matched = match_calls(calls.moments, shown.moments, both, schedule)  # pyright: ignore
+        partners = {_key(shown.moments[b]): a for a, b in matched}
+    lacking = sorted({each.step for each in shown.moments} - {step for step, _ in partners})
+    keys = map(_key, shown.moments)
+    found = {} if levels[1] is None else dict(zip(keys, levels[1], strict=True))
     return LockStep(
         source, target, calls, tuple(names), partners, found, tuple(lacking), trajectory
     )
@@ -241,23 +262,48 @@ def _key(moment: DenoiserCall) -> _Key:
     return moment.step, moment.evaluation
 
 
-def _known_levels(reader: Reader, moments: Sequence[DenoiserCall]) -> list[float] | InvalidInput:
-    """Noise levels of calls, or why they are not known."""
+def _check_choice(schedule: str, trajectory: str) -> None:
+    if trajectory == "target" and schedule not in ("equal", "target"):
+        raise InvalidInput(
+            f"latents of the target have one noise level, and schedule={schedule!r} pairs calls of "
+            "nearby ones; choose schedule='target', which calls the source at those of the target, "
+            "or trajectory='own'"
+        )
+    if trajectory == "own" and schedule == "target":
+        raise InvalidInput(
+            "with its own trajectory the source takes its own steps: choose schedule='equal', "
+            "'noise' or 'fraction'"
+        )
+
+
+def _levels(reader: Reader, calls: Calls, schedule: str) -> list[float] | None:
+    """Noise levels of calls; None where they are neither known nor needed."""
     try:
-        return noise_levels(reader.subject.scheduler, moments)
-    except InvalidInput as error:
-        return error
-
-
-def _both(
-    levels: Sequence[list[float] | InvalidInput], schedule: str
-) -> tuple[list[float], list[float]] | None:
-    if schedule == "fraction":
+        return noise_levels(reader.subject.scheduler, calls.moments)
+    except InvalidInput:
+        if schedule != "fraction":
+            raise
         return None
-    for each in levels:
-        if isinstance(each, InvalidInput):
-            raise each
-    return levels[0], levels[1]  # pyright: ignore[reportReturnType]
+
+
+def _at_levels(
+    source: Reader, calls: Calls, shown: Calls, levels: Sequence[float] | None
+) -> tuple[Calls, dict[_Key, int]]:
+    """Calls of the source at the noise levels of the target's, with its partners' numbers."""
+    assert levels is not None
+    there, beyond = split_levels(source.subject.scheduler, levels)
+    if not there:
+        raise InvalidInput(
+            f"the source's {type(source.subject.scheduler).__name__} has none of the noise levels "
+            f"of the target, {max(beyond):.4g} to {min(beyond):.4g} times the signal"
+        )
+    moments = [shown.moments[number] for number, _, _ in there]
+    names = calls.moments[0].branches
+    times = [(time, level) for _, time, level in there]
+    latents = calls.latents[:, :1].expand(-1, len(there), *calls.latents.shape[2:])
+    found = call_at_levels(source, calls, moments, times, latents)
+    found = replace(found, moments=tuple(replace(m, branches=names) for m in found.moments))
+    return found, {_key(each): number for number, each in enumerate(moments)}
 
 
 def _check_apart(source: Reader, target: Reader) -> None:
@@ -270,26 +316,4 @@ def _check_apart(source: Reader, target: Reader) -> None:
         raise InvalidInput(
             "source and target share a denoiser, which cannot run within its own call; load the "
             "model twice, or give one reader for both, whose source site comes before the target's"
-        )
-
-
-def _check_latents(
-    source: Reader, target: Reader, calls: Calls, of_target: Calls, schedule: str
-) -> None:
-    """Refuse latents of the target that are none of the source."""
-    hint = "choose trajectory='own'"
-    if schedule != "equal":
-        raise InvalidInput(
-            f"latents of the target have one noise, so the source needs schedule='equal'; {hint}"
-        )
-    shapes = [list(each.latents.shape[2:]) for each in (calls, of_target)]
-    if shapes[0] != shapes[1]:
-        raise InvalidInput(
-            f"latents of the source are {shapes[0]}, those of the target {shapes[1]}; {hint}"
-        )
-    kinds = [type(each.subject.scheduler).__name__ for each in (source, target)]
-    if kinds[0] != kinds[1]:
-        raise InvalidInput(
-            f"latents are shared by schedulers of one class, which scale them alike, got "
-            f"{kinds[0]} and {kinds[1]}; {hint}"
         )

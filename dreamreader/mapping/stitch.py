@@ -92,7 +92,7 @@ def stitch(
     """
     listed = [prompts] if isinstance(prompts, str) else list(prompts)
     numbers = row_seeds(seeds, len(listed))
-    _check_maps(source, target, sites)
+    sites = _named(source, target, sites)
     chosen = {"strength": strength, "branch": branch, "tokens": tokens}
     asked = {**arguments, **(target_arguments or {})}
     made = Stitches()
@@ -306,26 +306,45 @@ def _of_texts(
     return Stitches(edits)
 
 
-def _check_maps(source: Reader, target: Reader, sites: Sites) -> None:
-    """Refuse sites that are not there, and maps that were fitted elsewhere."""
+def _named(source: Reader, target: Reader, sites: Sites) -> Sites:
+    """The sites by their full names.
+
+    Raises:
+        InvalidInput: a pattern stands for several, or a map was fitted elsewhere.
+        UnknownName: there is no such site.
+    """
     if not sites:
         raise InvalidInput("stitch: give sites, {target site: (source site, map)}")
+    found = {}
     for place, pair in sites.items():
         if not (isinstance(pair, tuple | list) and len(pair) == 2):
             raise InvalidInput(
                 f"stitch: {place} needs (source site, map), got {type(pair).__name__}"
             )
         site, own = pair
-        source.sites(site)
-        target.sites(place)
-        if own is None:
-            continue
-        if not isinstance(own, ActivationMap):
+        if own is not None and not isinstance(own, ActivationMap):
             raise InvalidInput(
                 f"stitch: {place} needs a map of dreamreader.mapping or None, got "
                 f"{type(own).__name__}"
             )
-        check_card(own, site, place)
+        one, other = only_site(source, site), only_site(target, place)
+        if own is not None:
+            check_card(own, one, other)
+        found[other] = (one, own)
+    return found
+
+
+def only_site(reader: Reader, site: str) -> str:
+    """The full name of a site.
+
+    Raises:
+        InvalidInput: a pattern stands for several.
+        UnknownName: there is no such site.
+    """
+    names = reader.sites(site).names
+    if len(names) > 1:
+        raise InvalidInput(f"{site} stands for {len(names)} sites; name each pair")
+    return names[0]
 
 
 def check_card(own: ActivationMap, source_site: str, target_site: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -255,7 +256,7 @@ def test_calls_without_a_partner_are_left_and_named() -> None:
     more = {"source_arguments": {"num_inference_steps": 2}} | RUN | {"num_inference_steps": 4}
     with pytest.raises(InvalidInput, match="called 2 times, the target's 4 times"):
         stitch(a(), b(), PROMPTS, pair, **more)
-    with pytest.raises(InvalidInput, match="needs schedule='equal'; choose trajectory='own'"):
+    with pytest.raises(InvalidInput, match="one noise level, and schedule='noise'"):
         stitch(a(), b(), PROMPTS, pair, schedule="noise", **more)
     found = stitch(
         a(), b(), PROMPTS, pair, schedule="fraction", trajectory="own", record=BLOCK, **more
@@ -268,6 +269,51 @@ def test_calls_without_a_partner_are_left_and_named() -> None:
     assert found.firing.notes[-1].startswith("steps ")
     assert "were not stitched: no call of the source belongs to them" in found.firing.notes[-1]
     assert set(found.firing[0].steps) == set(run.steps)
+
+
+def test_a_flow_model_gets_the_source_at_its_own_noise_on_its_own_grid() -> None:
+    dit = model("shapes-dit")
+    site, place = "unet.up_blocks.2", "transformer.transformer_blocks.3"
+    x = widths(site)[0]
+    own = AffineMap(torch.zeros(x), draw(128, x), draw(1, 128)[0])
+    unet, scheduler = a().subject.unet, a().subject.scheduler
+    embeds, negative = a().subject.encode_prompt(PROMPTS, "cpu", 1, True)
+    states = torch.cat([negative, embeds])
+    table = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).double().sqrt().log()
+    given: list[Tensor] = []
+
+    def begin(module: Any, args: Any, kwargs: Any) -> None:
+        t = float(kwargs["timestep"][0]) / 1000
+        ratio = t / (1 - t) if t < 1 else float("inf")
+        scale = (1 + ratio**2) ** -0.5 / (1 - t) if t < 1 else 1.0
+        timestep = np.interp(np.log(ratio), table.numpy(), np.arange(1000))
+        unet(kwargs["hidden_states"] * scale, torch.tensor(timestep).float(), states)
+
+    def keep(module: Any, args: Any, out: Tensor) -> None:
+        given.append(torch.nn.functional.avg_pool2d(out, 2).flatten(2).mT)
+
+    def replace(module: Any, args: Any, out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return out[0], given.pop() @ own.weight.T + own.bias
+
+    blocks = dit.subject.transformer.transformer_blocks
+    hooks = [
+        dit.subject.transformer.register_forward_pre_hook(begin, with_kwargs=True),
+        unet.up_blocks[2].register_forward_hook(keep),
+        blocks[3].register_forward_hook(replace),
+    ]
+    try:
+        with torch.no_grad():
+            drawn = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+            arguments = {k: v for k, v in CALL.items() if k != "progress"}
+            wanted = dit.subject(PROMPTS, generator=drawn, **arguments).images
+    finally:
+        for hook in hooks:
+            hook.remove()
+    pair = {place: (site, own)}
+    got = stitch(a(), dit, PROMPTS, pair, schedule="target", **RUN)
+    torch.testing.assert_close(got.output, wanted, rtol=1e-3, atol=1e-3)
+    with pytest.raises(InvalidInput, match="call 0 has noise"):
+        stitch(a(), dit, PROMPTS, pair, **RUN)
 
 
 # language models

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from dreamreader.edits import Stitch
-from dreamreader.engine import Activation, Reader
+from dreamreader.edits import Patch, Stitch
+from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.job import Job, Method
 from dreamreader.experiments.methods.base import RowTable, alphas, check_size
@@ -25,8 +25,8 @@ from dreamreader.experiments.methods.stitch_maps import (
 )
 from dreamreader.experiments.row import Row
 from dreamreader.jobs.subject import hash_weights
-from dreamreader.mapping import ActivationMap, LockStep, lock_step
-from dreamreader.mapping.stitch import record_encoders
+from dreamreader.mapping import ActivationMap, AffineMap, LockStep, lock_step
+from dreamreader.mapping.stitch import only_site, record_encoders
 from dreamreader.recording.pairs import in_denoiser
 from dreamreader.specs.call import CallArguments
 from dreamreader.specs.data import read_items
@@ -67,11 +67,15 @@ class StitchMethod(Method):
         default_factory=lambda: [1.0], min_length=1, description="0 is the subject's own."
     )
     branch: str | list[str] | None = Field(None, description="Guidance branch; all by default.")
-    schedule: Literal["equal", "noise", "fraction"] = Field(
-        "equal", description="Which calls of both denoisers belong together."
+    schedule: Literal["equal", "noise", "fraction", "target"] = Field(
+        "equal",
+        description="Which calls belong together; target: the source at the subject's levels.",
     )
     trajectory: Literal["target", "own"] = Field(
         "target", description="Latents that the source sees: those of the subject, or its own."
+    )
+    align: Literal["index", "place"] = Field(
+        "index", description="Tokens of one number, or places of grids of other sizes."
     )
     source_pipeline: CallArguments = Field(
         default_factory=dict, description="Arguments of the source's call beside `pipeline`."
@@ -107,11 +111,10 @@ class StitchMethod(Method):
         source = self.reader(job)
         for pair in self.sites:
             for reader, site in ((source, pair.source), (job.reader, pair.target)):
-                found = reader.sites(site).names
-                if len(found) > 1:
-                    raise InvalidInput(
-                        f"method.sites: {site} stands for {len(found)} sites; name each pair"
-                    )
+                try:
+                    only_site(reader, site)
+                except InvalidInput as error:
+                    raise InvalidInput(f"method.sites: {error}") from error
         inside = {in_denoiser(source, [pair.source]) for pair in self.sites}
         if len(inside) > 1:
             raise InvalidInput(
@@ -157,21 +160,28 @@ class StitchMethod(Method):
 
     def edits_of(self, job: Job, rows: Sequence[Row]) -> list[Any]:
         job.memory["following"] = None
+        sources = job.memory["sources"]
         found: list[Any] = []
-        for (_, cell, label, amount), strength in alphas(rows, "map", "fit_prompts").items():
+        for (condition, cell, label, amount), strength in alphas(
+            rows, "map", "fit_prompts"
+        ).items():
             pair = next(each for each in self.sites if each.label == cell.name)
+            site = only_site(self.reader(job), pair.source)
             own: ActivationMap = job.memory["maps"][cell.name, label, amount]
-            entries = [row.entry for row in rows]
-            sources = job.memory["sources"]
             more: dict[str, Any] = {"strength": strength, "branch": self.branch}
             if isinstance(sources, LockStep):
-                run = job.memory["following"] or sources
-                run = job.memory["following"] = run.reading(pair.source)
-                more["steps"] = run.steps
-                found.append(Stitch(cell.sites, run.at(pair.source, entries), own, **more))
+                more["steps"] = sources.steps
+            if condition == "mean_ablated":  # which asks nothing of the source
+                assert isinstance(own, AffineMap)
+                found.append(Patch(cell.sites, own.bias, **more))
+                continue
+            entries = [row.entry for row in rows]
+            if isinstance(sources, LockStep):
+                run = (job.memory["following"] or sources).reading(site)
+                job.memory["following"] = run
+                found.append(Stitch(cell.sites, run.at(site, entries), own, **more))
             else:
-                given: Activation = sources[pair.source]
-                found.append(Stitch(cell.sites, given, own, from_rows=entries, **more))
+                found.append(Stitch(cell.sites, sources[site], own, from_rows=entries, **more))
         return found
 
     def around(self, job: Job) -> AbstractContextManager[Any]:
@@ -179,7 +189,7 @@ class StitchMethod(Method):
         return nullcontext() if following is None else following.follow()
 
     def _amounts(self) -> list[int]:
-        items, most = read_items(self.fit, "method.fit"), 0
+        items = read_items(self.fit, "method.fit")
         most = len(items) - max(1, round(self.held_out * len(items)))
         if most < 1:
             raise InvalidInput(
@@ -213,7 +223,6 @@ class StitchMethod(Method):
         source = self.reader(job)
         asked = {**job.spec.pipeline, **self.source_pipeline}
         branch = [self.branch] if isinstance(self.branch, str) else self.branch
-        guided = ("cond", "uncond") if job.prompt_branch else ("cond",)
         return MapFitter(
             job,
             source,
@@ -223,7 +232,8 @@ class StitchMethod(Method):
             self.held_out,
             self.schedule,
             self.trajectory,
-            branch or guided,
+            self.align,
+            branch or ["cond"],
             (call_settings(source, self.source, asked), job.settings),
         )
 
@@ -231,7 +241,7 @@ class StitchMethod(Method):
         """The source in lock-step, or what it has outside its denoiser, for every row."""
         pairs = [(item.prompt, seed) for item in job.items for seed in job.seeds]
         prompts, seeds = map(list, zip(*pairs, strict=True))
-        sites = list(dict.fromkeys(each.source for each in self.sites))
+        sites = list(dict.fromkeys(only_site(fitter.source, each.source) for each in self.sites))
         asked: dict[str, Any] = {"seeds": seeds, "batch_size": job.batch, "progress": False}
         if not in_denoiser(fitter.source, sites):
             return record_encoders(fitter.source, prompts, sites, **asked, **fitter.settings[0])

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,12 +13,14 @@ from torch import Tensor
 from dreamreader._checked import write_json
 from dreamreader._files import explain_disk_errors
 from dreamreader.engine import Reader
-from dreamreader.errors import InvalidInput
+from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.experiments.job import Job
+from dreamreader.fitting import Recipe
 from dreamreader.mapping import METHODS, ActivationMap, AffineMap, PairedRows, fit_map, score_map
+from dreamreader.mapping.fit import BY_GRADIENT
+from dreamreader.mapping.gradient import RECIPE
 from dreamreader.recording import record_between
 from dreamreader.recording.pairs import in_denoiser
-from dreamreader.recording.schedules import noise_levels
 from dreamreader.specs.data import Item
 from dreamreader.specs.parts import Part, Shorthand
 
@@ -29,12 +31,15 @@ class MapSpec(Part):
     """How a map is fitted."""
 
     method: Literal[METHODS] = Field(description="See `dreamreader.mapping.fit_map`.")  # pyright: ignore
-    options: dict[str, Any] = Field(default_factory=dict, description="Of the method, such as k.")
+    name: str | None = Field(None, description="In tables; method and options by default.")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Of the method, such as k; recipe as a mapping."
+    )
 
     @property
     def label(self) -> str:
         """Its name in tables."""
-        return " ".join([self.method, *(f"{k}={v}" for k, v in self.options.items())])
+        return self.name or " ".join([self.method, *(f"{k}={v}" for k, v in self.options.items())])
 
 
 _METHOD = Shorthand("method")
@@ -95,6 +100,7 @@ class MapFitter:
     held: float
     schedule: str
     trajectory: str
+    align: str
     branches: Sequence[str]
     settings: tuple[dict[str, Any], dict[str, Any]]
 
@@ -118,7 +124,7 @@ class MapFitter:
             prompts, seeds, order = [*prompts, ""], [*seeds, 0], [*order, 0]
         parts = []
         for branch in self.branches if inside else self.branches[:1]:
-            more: dict[str, Any] = {"branch": branch}
+            more: dict[str, Any] = {"branch": branch, "align": self.align}
             if inside:
                 more |= {"schedule": self.schedule, "trajectory": self.trajectory}
             found = record_between(
@@ -126,13 +132,12 @@ class MapFitter:
                 seeds=seeds, batch_size=self.job.batch, progress=False,
                 source_arguments=self.settings[0], target_arguments=self.settings[1], **more,
             )  # fmt: skip
-            levels = None
-            if found.times is not None:
-                levels = noise_levels(self.job.reader.subject.scheduler, found.times[1])
-            parts.append(PairedRows.of(found, pair.source, pair.target, levels=levels))
+            (one,), (other,) = found.source, found.target  # by their full names
+            rows = PairedRows.of(found, one, other)
+            groups = torch.tensor(order).repeat_interleave(found.calls)
+            parts.append(replace(rows, groups=groups))
         rows = _joined(parts)
         assert rows.groups is not None
-        rows = replace(rows, groups=torch.tensor(order)[rows.groups])
         return rows.select(rows.groups < self.most), rows.select(rows.groups >= self.most)
 
     def fit(self, key: MapKey, spec: MapSpec | None, rows: PairedRows) -> ActivationMap:
@@ -143,14 +148,30 @@ class MapFitter:
         if key.label == RANDOM:
             return random_map(own).with_card(
                 source_model=one, target_model=other,
-                source_site=key.pair.source, target_site=key.pair.target,
+                source_site=own.source_site, target_site=own.target_site,
             )  # fmt: skip
         method, options = (MEAN, {}) if spec is None else (spec.method, spec.options)
+        options = dict(options)
+        if method in BY_GRADIENT:
+            options["progress"] = False
         try:
+            if "recipe" in options:
+                options["recipe"] = _recipe(options["recipe"])
             return fit_map(own, method, source_model=one, target_model=other, **options)
         except InvalidInput as error:
             where = f"{key.pair.label}, {key.label}, {key.amount} prompts"
             raise InvalidInput(f"method.maps ({where}): {error}") from error
+
+
+def _recipe(given: Any) -> Recipe:
+    """The usual recipe with some of its fields changed."""
+    known = [each.name for each in fields(Recipe)]
+    if not isinstance(given, dict):
+        raise InvalidInput(f"recipe is a mapping of {', '.join(known)}, got {given!r}")
+    for name in given:
+        if name not in known:
+            raise UnknownName("field of a recipe", str(name), known)
+    return replace(RECIPE, **given)
 
 
 def _joined(parts: Sequence[PairedRows]) -> PairedRows:

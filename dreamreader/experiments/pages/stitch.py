@@ -40,7 +40,7 @@ class StitchPage(MethodPage):
         """The setting of a pair that keeps most; of equals the first."""
         shares = {
             setting: self.share("stitched", cell=cell, **dict(zip(SETTING, setting, strict=True)))
-            for setting in self._settings(cell)
+            for setting in self.settings(cell)
         }
         chosen = max(shares, key=lambda each: getattr(shares[each], "value", 0.0))
         return {"cell": cell, **dict(zip(SETTING, chosen, strict=True))}
@@ -78,7 +78,8 @@ class StitchPage(MethodPage):
             told.append(f"  {cell}: of native {self.effect}: {', '.join(parts)}")
         return told
 
-    def _settings(self, cell: str) -> list[tuple[Any, ...]]:
+    def settings(self, cell: str) -> list[tuple[Any, ...]]:
+        """Map, prompts and strength of all that was stitched at a pair."""
         rows = self.results.of("stitched", cell=cell)
         return list(dict.fromkeys(tuple(row[name] for name in SETTING) for row in rows))
 
@@ -114,7 +115,7 @@ class StitchPage(MethodPage):
         scores = self.scores()
         rows = []
         for cell in self.cells:
-            for own, amount, strength in self._settings(cell):
+            for own, amount, strength in self.settings(cell):
                 at = {"cell": cell, "map": own, "fit_prompts": amount, "strength": strength}
                 mean = self.results.mean("stitched", self.effect, **at)
                 found = scores.get((cell, own, amount), {})
