@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -108,7 +109,7 @@ class StitchMethod(Method):
         check_size(
             prompts=len(job.items), seeds=len(job.seeds), pairs=len(self.sites), settings=each
         )
-        source = self.reader(job)
+        source = self.reader
         for pair in self.sites:
             for reader, site in ((source, pair.source), (job.reader, pair.target)):
                 try:
@@ -126,14 +127,13 @@ class StitchMethod(Method):
         prompts = [item.prompt for item in read_items(self.fit, "method.fit")]
         return {
             "fit": hashlib.sha256(repr(prompts).encode()).hexdigest(),
-            "source": hash_weights(self.reader(job).subject),
+            "source": hash_weights(self.reader.subject),
         }
 
-    def reader(self, job: Job) -> Reader:
+    @cached_property
+    def reader(self) -> Reader:
         """Of the source, opened once."""
-        if "source" not in job.memory:
-            job.memory["source"] = open_subject(self.source)
-        return job.memory["source"]
+        return open_subject(self.source)
 
     def rows(self, job: Job) -> list[Row]:
         table = RowTable()
@@ -166,7 +166,7 @@ class StitchMethod(Method):
             rows, "map", "fit_prompts"
         ).items():
             pair = next(each for each in self.sites if each.label == cell.name)
-            site = only_site(self.reader(job), pair.source)
+            site = only_site(self.reader, pair.source)
             own: ActivationMap = job.memory["maps"][cell.name, label, amount]
             more: dict[str, Any] = {"strength": strength, "branch": self.branch}
             if isinstance(sources, LockStep):
@@ -220,7 +220,7 @@ class StitchMethod(Method):
             yield pair, MapKey(pair, label, amount), spec
 
     def _fitter(self, job: Job) -> MapFitter:
-        source = self.reader(job)
+        source = self.reader
         asked = {**job.spec.pipeline, **self.source_pipeline}
         branch = [self.branch] if isinstance(self.branch, str) else self.branch
         return MapFitter(

@@ -20,11 +20,11 @@ from dreamreader.mapping import ActivationMap, AffineMap, PairedRows, stitch
 from .alone import STEPS, Stopping
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "mapping"
-SITE = "unet.up_blocks.1"
+SITE, UP = "unet.up_blocks.1", "unet.up_blocks.2"
 METHOD: dict[str, Any] = {
     "kind": "stitch",
     "source": "shapes-unet",
-    "sites": [SITE, {"source": "unet.mid_block", "target": "unet.mid_block"}],
+    "sites": [SITE, {"source": UP, "target": UP}],
     "fit": {"scenes": {"count": 4, "seed": 6}},
     "held_out": 0.25,
     "maps": ["ridge", {"method": "procrustes", "options": {"scale": True}}],
@@ -76,7 +76,7 @@ def test_rows_conditions_and_their_columns(results) -> None:
         dict.fromkeys(tuple(row[name] for name in names) for row in results.of(condition))
         for condition in results.conditions
     ]
-    cells = [SITE, "unet.mid_block"]
+    cells = [SITE, UP]
     assert list(settings[0]) == [(None, None, None, None)]
     assert list(settings[1]) == [(cell, "mean", 3, 1.0) for cell in cells]
     assert list(settings[2]) == [(cell, "random", 3, 1.0) for cell in cells]
@@ -113,7 +113,7 @@ def test_scores_and_shares_are_those_of_the_rows(results, made) -> None:
     scores = page.scores()
     assert set(scores) == {
         (cell, label, amount)
-        for cell in (SITE, "unet.mid_block")
+        for cell in (SITE, UP)
         for label in ("ridge", "procrustes scale=True")
         for amount in (2, 3)
     }
