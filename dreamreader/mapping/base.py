@@ -11,6 +11,7 @@ from torch import Tensor
 from dreamreader.artifacts import Artifact, pack, unpack
 from dreamreader.engine import same
 from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.mapping.checks import check_number
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,17 @@ class MapCard:
     method: str = "given"
     settings: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Any] = field(default_factory=dict)
+
+    def inverted(self) -> "MapCard":
+        """That of the inverse: from target to source, without scores."""
+        return MapCard(
+            self.target_model,
+            self.source_model,
+            self.target_site,
+            self.source_site,
+            f"inverse of {self.method}",
+            self.settings,
+        )
 
 
 _FORMS: "dict[str, type[ActivationMap]]" = {}
@@ -54,6 +66,12 @@ class ActivationMap(Artifact, kind="map"):
         if form:
             cls.form = form
             _FORMS[form] = cls
+
+    def __post_init__(self):
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Tensor):  # part of no graph, and of use in any later one
+                object.__setattr__(self, each.name, plain_tensor(value))
 
     @property
     def d_source(self) -> int:
@@ -104,7 +122,7 @@ class ActivationMap(Artifact, kind="map"):
         Raises:
             InvalidInput: as `apply`.
         """
-        self.check(v)
+        self.check_direction(v, at, alpha)
         place = (self.source_mean if at is None else at).to(v.device, torch.float64)
         place = place.expand(torch.broadcast_shapes(place.shape, v.shape))
         moved = self.apply(place + alpha * v.double(), step=step, level=level)
@@ -136,21 +154,38 @@ class ActivationMap(Artifact, kind="map"):
         """The same map with other words on its card."""
         return replace(self, card=replace(self.card, **values))
 
-    def check(self, x: Tensor) -> None:
+    def check(self, x: Tensor, what: str = "x") -> None:
         """Refuses what is not [..., d_source].
+
+        Args:
+            x: activations. what: they are, for the error.
 
         Raises:
             InvalidInput: says so where x is as wide as the target.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise InvalidInput(f"{self.name}: x must be floating point, got {kind}")
+            raise InvalidInput(f"{self.name}: {what} must be a floating point tensor, got {kind}")
         if x.dim() == 0 or x.shape[-1] != self.d_source:
             back = x.dim() > 0 and x.shape[-1] == self.d_target
             hint = "; that is the width of its target: is it used backwards?" if back else ""
             raise InvalidInput(
-                f"{self.name}: x must be [..., {self.d_source}], got {list(x.shape)}{hint}"
+                f"{self.name}: {what} must be [..., {self.d_source}], got {list(x.shape)}{hint}"
             )
+
+    def check_direction(self, v: Tensor, at: Tensor | None, alpha: float) -> None:
+        """Refuses what `direction` cannot take."""
+        self.check(v, "a direction")
+        check_number(f"{self.name}: alpha", alpha)
+        if at is None:
+            return
+        self.check(at, "at=")
+        try:
+            torch.broadcast_shapes(at.shape, v.shape)
+        except RuntimeError:
+            raise InvalidInput(
+                f"{self.name}: directions {list(v.shape)} cannot start at places {list(at.shape)}"
+            ) from None
 
     def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Its tensors under their names, the rest as plain values."""
@@ -210,8 +245,15 @@ class CastTensors:
             return value
         key = name, like.device, like.dtype
         if key not in self._known:
-            self._known[key] = value.to(like)
+            with torch.inference_mode(False):  # it outlives the mode in which it is first asked for
+                self._known[key] = value.to(like.device, like.dtype)
         return self._known[key]
+
+
+def plain_tensor(value: Tensor) -> Tensor:
+    """The tensor without its graph; one of inference mode as a copy that a graph may have."""
+    with torch.inference_mode(False):
+        return value.clone() if value.is_inference() else value.detach()
 
 
 def check_shape(owner: str, name: str, value: Any, *shape: int) -> None:

@@ -1,15 +1,17 @@
 """What maps reach that know nothing of the pairs: random ones, and pairs that were shuffled."""
 
+import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from dreamreader.errors import InvalidInput
 from dreamreader.mapping.moments import CrossMoments
+from dreamreader.mapping.rows import PairedRows
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,7 @@ def random_maps(
             maps of `random` are scaled to give as much, those of `random, scaled` have the s that
             is best for each, t / q.
         fvu: of the map. draws: how many.
-
-    Raises:
-        InvalidInput: draws is below 1.
     """
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise InvalidInput(f"controls: draws is at least 1, got {draws!r}")
     values, vectors = torch.linalg.eigh(pairs.source_scatter)
     sizes = (vectors.T @ pairs.cross_scatter).norm(dim=1).cpu()
     values = values.clamp(min=0).cpu()
@@ -88,23 +85,77 @@ def random_maps(
     }
 
 
+def find_exchangeable(
+    held: PairedRows, sample: int, generator: torch.Generator
+) -> Int[Tensor, "groups places"] | None:
+    """Rows at the same places of all groups: what a group has may stand for what another has there.
+
+    The rows of a group (a prompt's tokens and calls) depend on each other, so that shuffling them
+    one by one would count one picture as many. A place is a step, the number among the sequences of
+    this group and step, and a token.
+
+    Args:
+        sample: rows that are drawn: groups, then places that all of these have.
+
+    Returns:
+        Their numbers among all rows; None where there are fewer than two groups or no such place.
+    """
+    tokens = held.tokens
+    groups = torch.arange(len(held)) if held.groups is None else held.groups.cpu()
+    steps = torch.zeros_like(groups) if held.steps is None else held.steps.cpu()
+    known = groups.unique()
+    if len(known) < 2:
+        return None
+    known = known[torch.randperm(len(known), generator=generator)[:sample]]
+    table = _sequences_by_place(groups, steps, known)
+    real = torch.ones(table.shape[1], tokens, dtype=torch.bool)
+    if held.weights is not None:
+        real = (held.weights.cpu() > 0)[table].all(0)
+    places = real.flatten().nonzero().flatten()
+    if not len(places):
+        return None
+    chosen = torch.randperm(len(places), generator=generator)[: max(1, sample // len(table))]
+    places = places[chosen]
+    return (table[:, places // tokens] * tokens + places % tokens).to(held.x.device)
+
+
+def _sequences_by_place(groups: Tensor, steps: Tensor, known: Tensor) -> Tensor:
+    """[known groups, places]: the sequence at each place that all of them have."""
+    own = torch.isin(groups, known).nonzero().flatten()
+    known, _ = known.sort()
+    group = torch.searchsorted(known, groups[own])
+    step = steps[own].unique(return_inverse=True)[1]
+    key = group * len(own) + step
+    order = key.argsort(stable=True)
+    number = torch.empty_like(order)  # among the sequences of this group and step
+    number[order] = torch.arange(len(own)) - torch.searchsorted(key[order], key[order])
+    place = step * (int(number.max()) + 1) + number
+    table = torch.full((len(known), int(place.max()) + 1), -1)
+    table[group, place] = own
+    return table[:, (table >= 0).all(0)]
+
+
 def shuffled_pairs(
-    cross: Float[Tensor, "n n"],
-    mapped: float,
-    target: float,
+    z: Float[Tensor, "groups places d"],
+    y: Float[Tensor, "groups places d"],
     draws: int,
     generator: torch.Generator,
 ) -> MapControl:
-    """The FVU of a map's rows beside target rows of other pairs.
+    """The FVU of a map's groups of rows beside the target rows of other groups.
 
     Args:
-        cross: products of mapped and target rows, both less the mean of the target.
-        mapped, target: sums of their squares.
-        draws: how many orders.
+        z, y: mapped and target rows, both less the mean of the target; see `find_exchangeable`.
+        draws: how many orders of the groups, each once where there are not more: then p cannot be
+            below one over their number.
     """
-    n = len(cross)
+    n = len(z)
+    cross = z.flatten(1) @ y.flatten(1).T
+    mapped, target = float(z.square().sum()), float(y.square().sum())
     mass = max(target, 1e-300)
-    order = torch.stack([torch.randperm(n, generator=generator) for _ in range(draws)])
+    if math.factorial(min(n, 20)) - 1 <= draws:
+        order = torch.tensor(list(itertools.permutations(range(n)))[1:])
+    else:
+        order = torch.stack([torch.randperm(n, generator=generator) for _ in range(draws)])
     flat = cross.flatten().cpu()
     sums = flat[torch.arange(n) * n + order].sum(1)
     own = (mapped + target - 2 * float(cross.trace())) / mass

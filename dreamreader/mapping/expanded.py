@@ -11,10 +11,11 @@ from torch.nn.functional import unfold
 
 from dreamreader.errors import InvalidInput
 from dreamreader.mapping.base import ActivationMap
+from dreamreader.mapping.checks import check_whole
 from dreamreader.mapping.linear import describe_path
 from dreamreader.mapping.local import LocalMap, square_grid
 from dreamreader.mapping.problem import MapProblem
-from dreamreader.mapping.ridge import LAMBDAS, is_choice, solve_ridge
+from dreamreader.mapping.ridge import LAMBDAS, check_lambdas, solve_ridge
 from dreamreader.mapping.rows import PairedRows
 from dreamreader.mapping.timed import NoiseConditionedMap, StepMaps, noise_powers
 
@@ -37,24 +38,28 @@ def fit_local(
     Raises:
         InvalidInput: tokens are not those of the grid, padding is among them, or k is not odd.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1 or not k % 2:
+    k = check_whole("local: k", k, 1)
+    if not k % 2:
         raise InvalidInput(f"local: k is odd and at least 1, got {k!r}")
     rows = problem.rows
     height, width = square_grid(rows.tokens, grid)
-    if rows.weights is not None and not bool((rows.weights > 0).all()):
-        raise InvalidInput("local: sequences with padding have no grid")
+    for given in [rows] if problem.held_out is None else [rows, problem.held_rows]:
+        square_grid(given.tokens, (height, width))
+        if given.weights is not None and not bool((given.weights > 0).all()):
+            raise InvalidInput("local: sequences with padding have no grid")
     _check_width("local", rows.d_source * k * k)
 
     def neighbours(block: PairedRows) -> Tensor:
         maps = block.x.double().mT.reshape(len(block), -1, height, width)
         return unfold(maps, k, padding=k // 2).mT  # [sequences, tokens, d_source k k]
 
-    split = problem.split() if is_choice(lambdas) else problem
-    path = solve_ridge(split.through(neighbours), lambdas)
+    listed = check_lambdas(problem.what, lambdas)
+    split = problem.split() if len(listed) > 1 else problem
+    path = solve_ridge(split.through(neighbours), listed)
     weight = path.weight.reshape(rows.d_target, rows.d_source, k, k)
     values = (split.moments.source_mean, weight, path.bias)
     made = LocalMap(*(each.float().cpu() for each in values), grid=(height, width))
-    return made.with_card(settings=describe_path(path, lambdas) | {"k": k})
+    return made.with_card(settings=describe_path(path, listed) | {"k": k})
 
 
 def fit_noise(
@@ -69,14 +74,11 @@ def fit_noise(
     Raises:
         InvalidInput: the noise levels of the pairs are not known, or all are equal.
     """
-    if isinstance(degree, bool) or not isinstance(degree, int) or degree < 0:
-        raise InvalidInput(f"noise: degree is a number from 0, got {degree!r}")
+    degree = check_whole("noise: degree", degree, 0)
     rows = problem.rows
-    if rows.levels is None:
-        raise InvalidInput(
-            "noise: the noise levels of these pairs are not known; give PairedRows levels="
-        )
-    logs = rows.levels.double().log()
+    logs = _levels_of(rows, "these pairs").double().log()
+    if problem.held_out is not None:
+        _levels_of(problem.held_rows, "the held-out pairs (validation=)")
     known = logs[logs.isfinite()]
     low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 0.0)
     if not high > low:
@@ -85,20 +87,21 @@ def fit_noise(
     _check_width("noise", (degree + 1) * (rows.d_source + 1) - 1)
 
     def features(block: PairedRows) -> Tensor:
-        assert block.levels is not None
-        powers = noise_powers(block.levels, centre, scale, degree).to(block.x.device)
+        levels = _levels_of(block, "these pairs")
+        powers = noise_powers(levels, centre, scale, degree).to(block.x.device)
         terms = powers[:, None, :, None] * block.x.double().unsqueeze(2)
         own = powers[:, None, 1:].expand(-1, block.tokens, -1)
         return torch.cat([terms.flatten(2), own], 2)
 
-    split = problem.split() if is_choice(lambdas) else problem
-    path = solve_ridge(split.through(features), lambdas)
+    listed = check_lambdas(problem.what, lambdas)
+    split = problem.split() if len(listed) > 1 else problem
+    path = solve_ridge(split.through(features), listed)
     products = (degree + 1) * rows.d_source
     weight = path.weight[:, :products].reshape(-1, degree + 1, rows.d_source).transpose(0, 1)
     bias = torch.cat([path.bias.unsqueeze(0), path.weight[:, products:].T])
     values = (split.moments.source_mean, weight.contiguous(), bias)
     made = NoiseConditionedMap(*(each.float().cpu() for each in values), centre=centre, scale=scale)
-    return made.with_card(settings=describe_path(path, lambdas) | {"degree": degree})
+    return made.with_card(settings=describe_path(path, listed) | {"degree": degree})
 
 
 def fit_steps(
@@ -114,31 +117,59 @@ def fit_steps(
         fit: what fits one. each: its method. options: of that method.
 
     Raises:
-        InvalidInput: the steps of the pairs are not known, or a step cannot be fitted; says which.
+        InvalidInput: the steps of the pairs are not known, a step has several noise levels, or
+            cannot be fitted; says which.
     """
     rows = problem.rows
-    if rows.steps is None:
-        raise InvalidInput("steps: the steps of these pairs are not known; give PairedRows steps=")
     maps, levels = [], []
-    steps = rows.steps.unique().tolist()
+    steps = _steps_of(rows, "these pairs").unique().tolist()
     for step in steps:
-        own = rows.select(rows.steps == step)
-        held = None
-        if problem.held_out is not None:
-            kept = problem.held_rows
-            assert kept.steps is not None
-            held = kept.select(kept.steps == step)
-        part = MapProblem(own, held, problem.share, problem.seed, each)
+        own, held = _at_step(rows, step, "these pairs"), None
         try:
+            if problem.held_out is not None:
+                held = _at_step(problem.held_rows, step, "the held-out pairs (validation=)")
+            part = MapProblem(own, held, problem.share, problem.seed, each)
+            if own.levels is not None:
+                levels.append(_one_level(own.levels))
             maps.append(fit(part, **options))
         except InvalidInput as error:
             raise InvalidInput(f"step {step}: {error}") from error
-        if own.levels is not None:
-            levels.append(float(own.levels[0]))
     settings = {"each": each, "steps": [dict(one.card.settings) for one in maps]}
     maps = [one.with_card(method=each) for one in maps]
     made = StepMaps(problem.moments.source_mean.float().cpu(), maps, steps, levels)
     return replace(made, card=replace(made.card, settings=settings))
+
+
+def _steps_of(rows: PairedRows, which: str) -> Tensor:
+    if rows.steps is None:
+        raise InvalidInput(f"steps: the steps of {which} are not known; give PairedRows steps=")
+    return rows.steps
+
+
+def _levels_of(rows: PairedRows, which: str) -> Tensor:
+    if rows.levels is None:
+        raise InvalidInput(
+            f"noise: the noise levels of {which} are not known; give PairedRows levels="
+        )
+    return rows.levels
+
+
+def _at_step(rows: PairedRows, step: int, which: str) -> PairedRows:
+    found = rows.select(_steps_of(rows, which) == step)
+    if not len(found):
+        raise InvalidInput(f"{which} have no such step")
+    return found
+
+
+def _one_level(levels: Tensor) -> float:
+    """The noise level that all pairs of a step have."""
+    low, high = float(levels.min()), float(levels.max())
+    if high > low * (1 + 1e-6):  # which infinite ones are not
+        raise InvalidInput(
+            f"its pairs have noise levels from {low:.4g} to {high:.4g}, and its map would be that "
+            "of none; fit 'noise', or give the pairs steps by their level"
+        )
+    return low
 
 
 def _check_width(what: str, width: int) -> None:

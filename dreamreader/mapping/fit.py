@@ -5,8 +5,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.mapping.base import ActivationMap
+from dreamreader.mapping.checks import check_number, check_whole
 from dreamreader.mapping.expanded import fit_local, fit_noise, fit_steps
 from dreamreader.mapping.gradient import fit_affine, fit_mlp
 from dreamreader.mapping.linear import (
@@ -36,6 +39,8 @@ METHODS = (*_FITS, "steps")
 BY_GRADIENT = ("affine", "mlp")
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def fit_map(
     data: Data,
     method: str = "ridge",
@@ -76,6 +81,7 @@ def fit_map(
     """
     if method not in METHODS:
         raise UnknownName("method of maps", str(method), METHODS)
+    seed, share = check_whole("fit_map: seed", seed), check_number("fit_map: share", share)
     each = str(options.pop("each", "ridge")) if method == "steps" else method
     if each not in _FITS:
         raise UnknownName("method of maps", each, _FITS)

@@ -1,6 +1,8 @@
 """Maps that are trained by gradients: affine, and with one hidden layer."""
 
+import math
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ from dreamreader._hashing import hash_values
 from dreamreader._progress import Progress
 from dreamreader.errors import InvalidInput
 from dreamreader.fitting import Recipe, fit
+from dreamreader.mapping.checks import check_whole
 from dreamreader.mapping.maps import AffineMap, MLPMap
 from dreamreader.mapping.problem import MapProblem
 from dreamreader.mapping.rows import PairedRows
@@ -58,9 +61,8 @@ def fit_mlp(
         InvalidInput: hidden is below 1.
     """
     d_source, d_target = problem.train.d_source, problem.train.d_target
-    width = int((d_source * d_target) ** 0.5) if hidden is None else hidden
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        raise InvalidInput(f"mlp: hidden is at least 1, got {hidden!r}")
+    width = int((d_source * d_target) ** 0.5)
+    width = width if hidden is None else check_whole("mlp: hidden", hidden, 1)
     first, second = nn.Linear(d_source, width), nn.Linear(width, d_target)
     net = nn.Sequential(first, nn.ReLU(), second)
     scales, settings = _train(problem, net, recipe, folder, progress)
@@ -74,16 +76,20 @@ def fit_mlp(
 
 
 class _Scales:
-    """Means, and one deviation for all dimensions, of both sides; float64."""
+    """Means, and one standard deviation for all dimensions, of both sides; float64."""
 
     def __init__(self, problem: MapProblem):
         moments = problem.moments
         self.x_mean, self.y_mean = moments.source_mean, moments.target_mean
-        self.x = _deviation(moments.source_scatter.trace(), moments.weight * moments.d_source)
-        self.y = _deviation(moments.target_squares.sum(), moments.weight * moments.d_target)
+        self.x = _standard_deviation(
+            moments.source_scatter.trace(), moments.weight * moments.d_source
+        )
+        self.y = _standard_deviation(
+            moments.target_squares.sum(), moments.weight * moments.d_target
+        )
 
     def apply(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Both sides with mean 0 and deviation 1, float32."""
+        """Both sides with mean 0 and standard deviation 1, float32."""
         one = (x.double() - self.x_mean.to(x.device)) / self.x
         return one.float(), ((y.double() - self.y_mean.to(y.device)) / self.y).float()
 
@@ -91,25 +97,36 @@ class _Scales:
 class _RowBatches:
     """Batches of scaled rows in an order of their epoch."""
 
-    def __init__(self, rows: PairedRows, scales: _Scales, size: int, seed: int):
-        self.x, self.y, self.weights = rows.flat()
+    def __init__(
+        self, rows: PairedRows, where: Tensor | None, scales: _Scales, size: int, seed: int
+    ):
+        self.x, self.y = rows.x.flatten(0, 1), rows.y.flatten(0, 1)
+        self.weights = None if rows.weights is None else rows.weights.flatten()
+        counted = torch.ones(len(rows), rows.tokens, dtype=torch.bool, device=rows.x.device)
+        if rows.weights is not None:
+            counted &= rows.weights.to(counted.device) > 0
+        if where is not None:
+            counted &= where.to(counted.device).unsqueeze(1)
+        self.index = counted.flatten().nonzero().flatten()  # rows are not copied
         self.scales, self.size, self.seed, self.epoch = scales, size, seed, 0
 
     def __len__(self) -> int:
-        return -(-len(self.x) // self.size)
+        return -(-len(self.index) // self.size)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.x), generator=generator).to(self.x.device)
-        for chosen in order.split(self.size):
+        order = torch.randperm(len(self.index), generator=generator).to(self.x.device)
+        for part in order.split(self.size):
+            chosen = self.index[part]
             weights = None if self.weights is None else self.weights[chosen].float()
             yield *self.scales.apply(self.x[chosen], self.y[chosen]), weights
 
     def identity(self) -> Any:
-        return hash_values([self.x, self.y, self.weights, self.size, self.seed])
+        rows = [self.index, self.x, self.y, self.weights]
+        return hash_values([*rows, self.size, self.seed])
 
 
 def _train(
@@ -120,15 +137,18 @@ def _train(
     progress: Progress,
 ) -> tuple[_Scales, dict[str, Any]]:
     """Trains a net on scaled pairs; it ends as the best on held-out pairs."""
+    if not isinstance(recipe, Recipe):
+        raise InvalidInput(f"{problem.what}: recipe is a fitting.Recipe, got {recipe!r}")
     split = problem.split()
     scales, device = _Scales(split), split.rows.x.device
+    varied = float(split.held_moments.target_squares.sum())  # which refuses what is not finite
     generator = torch.Generator().manual_seed(recipe.seed)
     for layer in net:
         if isinstance(layer, nn.Linear):
             _draw(layer, generator)
     net.to(device)
-    batches = _RowBatches(split.rows, scales, recipe.batch_size, recipe.seed)
-    proof = _RowBatches(split.held_rows, scales, 4096, 0)
+    batches = _RowBatches(split.rows, split.fitted, scales, recipe.batch_size, recipe.seed)
+    proof = _RowBatches(split.held_rows, split.chosen, scales, 4096, 0)
 
     @torch.no_grad()
     def validate() -> float:
@@ -140,10 +160,19 @@ def _train(
         return total / weight
 
     history = fit(net, _loss, batches, recipe, folder, progress, validate=validate)
+    squares = validate() * split.held_moments.weight * problem.train.d_target * scales.y**2
+    fvu = squares / varied if varied > 0 else math.nan
+    if fvu >= 1:
+        warnings.warn(
+            f"{problem.what}: after {len(history.losses)} steps its FVU on held-out pairs is "
+            f"{fvu:.3g}, no better than their mean; train longer or at another rate (recipe=), or "
+            "take a closed form, such as ridge",
+            stacklevel=6,
+        )
     net.cpu()
     scales.x_mean, scales.y_mean = scales.x_mean.cpu(), scales.y_mean.cpu()
-    found = {"recipe": recipe.describe(), "steps": len(history.losses), "best": history.best}
-    return scales, found
+    done = {"steps": len(history.losses), "best": history.best, "held_out_fvu": fvu}
+    return scales, {"recipe": recipe.describe()} | done
 
 
 def _loss(net: nn.Module, batch: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
@@ -160,6 +189,6 @@ def _draw(layer: nn.Linear, generator: torch.Generator) -> None:
         value.copy_((2 * torch.rand(value.shape, generator=generator) - 1) * reach)
 
 
-def _deviation(squares: Tensor, count: float) -> float:
+def _standard_deviation(squares: Tensor, count: float) -> float:
     found = float(squares / count) ** 0.5
     return found if found > 0 else 1.0

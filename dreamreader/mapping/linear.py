@@ -1,15 +1,23 @@
 """Linear maps in closed form: identity, mean, Procrustes, ridge, reduced rank, anchors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput
+from dreamreader.mapping.checks import check_number, check_whole
 from dreamreader.mapping.maps import AffineMap
 from dreamreader.mapping.problem import FEW, MapProblem
-from dreamreader.mapping.ridge import LAMBDAS, RidgePath, is_choice, reduce_rank, solve_ridge
+from dreamreader.mapping.ridge import (
+    LAMBDAS,
+    RidgePath,
+    check_lambdas,
+    reduce_rank,
+    solve_ridge,
+)
 
 
 def fit_identity(problem: MapProblem) -> AffineMap:
@@ -37,11 +45,15 @@ def fit_procrustes(problem: MapProblem, *, scale: bool = False) -> AffineMap:
         scale: whether s is fitted.
 
     Raises:
-        InvalidInput: the pairs do not determine R.
+        InvalidInput: the pairs do not determine R, or `scale` is no truth value.
 
     Reference:
         Schönemann, A generalized solution of the orthogonal Procrustes problem (1966).
     """
+    if not isinstance(scale, bool | np.bool_):
+        raise InvalidInput(
+            f"procrustes: scale is True or False, for whether s is fitted, got {scale!r}"
+        )
     moments = problem.moments
     u, s, vh = torch.linalg.svd(moments.cross_scatter.T, full_matrices=False)
     least = min(moments.d_source, moments.d_target)
@@ -70,9 +82,10 @@ def fit_ridge(problem: MapProblem, *, lambdas: float | Sequence[float] = LAMBDAS
     Raises:
         InvalidInput: see `solve_ridge`.
     """
-    problem = problem.split() if is_choice(lambdas) else problem
-    path = solve_ridge(problem, lambdas)
-    return make_affine(problem, path.weight, path.bias, describe_path(path, lambdas))
+    listed = check_lambdas(problem.what, lambdas)
+    problem = problem.split() if len(listed) > 1 else problem
+    path = solve_ridge(problem, listed)
+    return make_affine(problem, path.weight, path.bias, describe_path(path, listed))
 
 
 def fit_reduced_rank(
@@ -97,13 +110,17 @@ def fit_reduced_rank(
     """
     full = min(problem.train.d_source, problem.train.d_target)
     powers = [2**power for power in range(full.bit_length()) if 2**power < full]
-    ranks = [*powers, full] if rank is None else [rank] if isinstance(rank, int) else list(rank)
-    if not ranks or any(isinstance(r, bool) or not 1 <= r <= full for r in ranks):
+    given = rank if isinstance(rank, Iterable) and not isinstance(rank, str) else [rank]
+    ranks = [*powers, full]
+    if rank is not None:
+        ranks = [check_whole("reduced_rank: a rank", each, 1) for each in given]
+    if not ranks or max(ranks) > full:
         raise InvalidInput(f"reduced_rank: ranks are from 1 to {full}, got {rank!r}")
-    problem = problem.split() if len(ranks) > 1 or is_choice(lambdas) else problem
-    path = solve_ridge(problem, lambdas)
+    listed = check_lambdas(problem.what, lambdas)
+    problem = problem.split() if len(ranks) > 1 or len(listed) > 1 else problem
+    path = solve_ridge(problem, listed)
     weight, bias, best, errors = reduce_rank(problem, path, ranks)
-    settings = describe_path(path, lambdas) | {"rank": best, "ranks": ranks}
+    settings = describe_path(path, listed) | {"rank": best, "ranks": ranks}
     return make_affine(problem, weight, bias, settings | {"held_out_fvu_of_ranks": list(errors)})
 
 
@@ -130,8 +147,10 @@ def fit_anchors(
         Kim and Han, Cross-family universality of behavioral axes via anchor-projected
         representations, arXiv:2605.09875, which carries directions so; lengths are ours.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1 or not 0 <= rcond < 1:
-        raise InvalidInput(f"anchors: count from 1, rcond from 0 to 1, got {count!r} and {rcond!r}")
+    count = check_whole("anchors: count", count, 1)
+    seed = check_whole("anchors: seed", seed)
+    if not 0 <= check_number("anchors: rcond", rcond) < 1:
+        raise InvalidInput(f"anchors: rcond is from 0 to below 1, got {rcond!r}")
     moments = problem.moments
     x, y, _ = problem.rows.flat()
     generator = torch.Generator().manual_seed(seed)
@@ -154,10 +173,9 @@ def make_affine(
     return made.with_card(settings=settings)
 
 
-def describe_path(path: RidgePath, lambdas: float | Sequence[float]) -> dict[str, Any]:
+def describe_path(path: RidgePath, lambdas: Sequence[float]) -> dict[str, Any]:
     """What was chosen, for the card."""
-    listed = [lambdas] if isinstance(lambdas, int | float) else list(lambdas)
-    return {"lambda": path.chosen, "lambdas": listed, "held_out_fvu": list(path.held_out)}
+    return {"lambda": path.chosen, "lambdas": list(lambdas), "held_out_fvu": list(path.held_out)}
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Maps that read a place together with its neighbours on a grid."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -9,6 +11,7 @@ from torch.nn.functional import conv2d, linear
 
 from dreamreader.errors import InvalidInput
 from dreamreader.mapping.base import ActivationMap, CastTensors, check_shape
+from dreamreader.mapping.checks import check_whole
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -28,7 +31,8 @@ class LocalMap(ActivationMap, form="local"):
     _cast: CastTensors = field(default_factory=CastTensors, init=False, repr=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "grid", tuple(self.grid))
+        super().__post_init__()
+        object.__setattr__(self, "grid", check_grid(self.grid))
         check_shape("LocalMap", "source_mean", self.source_mean, len(self.source_mean))
         out, _, k, _ = self.weight.shape if self.weight.dim() == 4 else (1, 1, 1, 1)
         check_shape("LocalMap", "weight", self.weight, out, self.d_source, k, k)
@@ -75,9 +79,21 @@ class LocalMap(ActivationMap, form="local"):
         level: float | Tensor | None = None,
     ) -> Float[Tensor, "*batch d_target"]:
         """(sum of W_ij) (alpha v): of a step along v at all places, away from the border."""
-        self.check(v)
+        self.check_direction(v, at, alpha)
         whole = self.weight.to(v.device, torch.float64).sum((2, 3))
         return linear(alpha * v.double(), whole).to(v.dtype)
+
+
+def check_grid(grid: Any) -> tuple[int, int]:
+    """(height, width) as whole numbers.
+
+    Raises:
+        InvalidInput: it is no such pair.
+    """
+    if isinstance(grid, str | Tensor) or not isinstance(grid, Iterable) or len(list(grid)) != 2:
+        raise InvalidInput(f"local map: grid is (height, width), got {grid!r}")
+    height, width = (check_whole("local map: height and width of grid", each, 1) for each in grid)
+    return height, width
 
 
 def square_grid(tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
@@ -87,8 +103,8 @@ def square_grid(tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
         InvalidInput: they are not as many.
     """
     side = round(tokens**0.5)
-    height, width = grid or (side, side)
+    height, width = check_grid((side, side) if grid is None else grid)
     if height * width != tokens:
-        what = f"a grid of {height} x {width}" if grid else "a square grid"
+        what = "a square grid" if grid is None else f"a grid of {height} x {width}"
         raise InvalidInput(f"local map: {tokens} tokens are not those of {what}; give grid=(h, w)")
     return height, width

@@ -1,4 +1,4 @@
-"""Maps of single rows: everything that is linear, and a perceptron with one hidden layer."""
+"""Maps of single rows: everything that is linear, and an MLP with one hidden layer."""
 
 from dataclasses import dataclass, field
 
@@ -29,6 +29,7 @@ class AffineMap(ActivationMap, form="affine"):
     _cast: CastTensors = field(default_factory=CastTensors, init=False, repr=False)
 
     def __post_init__(self):
+        super().__post_init__()
         check_shape("AffineMap", "source_mean", self.source_mean, len(self.source_mean))
         check_matrix("AffineMap", "weight", self.weight, self.d_source)
         check_shape("AffineMap", "bias", self.bias, len(self.weight))
@@ -58,7 +59,7 @@ class AffineMap(ActivationMap, form="affine"):
         level: float | Tensor | None = None,
     ) -> Float[Tensor, "*batch d_target"]:
         """W (alpha v), the same everywhere."""
-        self.check(v)
+        self.check_direction(v, at, alpha)
         return linear(alpha * v.double(), self.weight.to(v.device, torch.float64)).to(v.dtype)
 
     @property
@@ -84,16 +85,8 @@ class AffineMap(ActivationMap, form="affine"):
         bias = self.bias.double()
         mean = linear(self.source_mean.double(), self.weight.double(), bias)
         values = mean, back, -(back @ bias)
-        card = self.card
-        made = AffineMap(*(each.to(self.weight.dtype) for each in values))
-        return made.with_card(
-            source_model=card.target_model,
-            target_model=card.source_model,
-            source_site=card.target_site,
-            target_site=card.source_site,
-            method=f"inverse of {card.method}",
-            settings=card.settings,
-        )
+        made = (each.to(self.weight.dtype) for each in values)
+        return AffineMap(*made, card=self.card.inverted())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -116,6 +109,7 @@ class MLPMap(ActivationMap, form="mlp"):
     _cast: CastTensors = field(default_factory=CastTensors, init=False, repr=False)
 
     def __post_init__(self):
+        super().__post_init__()
         check_shape("MLPMap", "source_mean", self.source_mean, len(self.source_mean))
         check_matrix("MLPMap", "weight_in", self.weight_in, self.d_source)
         check_shape("MLPMap", "bias_in", self.bias_in, len(self.weight_in))

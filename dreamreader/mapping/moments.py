@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput
+from dreamreader.mapping.checks import as_tensor, check_rows, check_whole
 
 _BLOCK = 4096  # rows of a product: adding it up costs nothing beside it
 _BUFFER = 2**24  # numbers that wait for it, 128 MB
@@ -41,6 +42,7 @@ class CrossMoments:
         Chan, Golub and LeVeque, Algorithms for computing the sample variance (1983).
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         d_source: int,
@@ -49,9 +51,8 @@ class CrossMoments:
         gram: bool = False,
         device: torch.device | str = "cpu",
     ):
-        for name, size in (("d_source", d_source), ("d_target", d_target)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise InvalidInput(f"moments of pairs: {name} is at least 1, got {size!r}")
+        d_source = check_whole("moments of pairs: d_source", d_source, 1)
+        d_target = check_whole("moments of pairs: d_target", d_target, 1)
         self.d_source, self.d_target, self.gram = d_source, d_target, gram
         self.rows = 0
         self.device = torch.device(device)
@@ -67,6 +68,7 @@ class CrossMoments:
         self._piece = max(1, _CACHED // width)
         self._filled = 0
 
+    @torch.inference_mode(False)
     def add(
         self,
         x: Float[Tensor, "*rows d_source"],
@@ -76,7 +78,7 @@ class CrossMoments:
         """Adds pairs of rows.
 
         Args:
-            x, y: of any floating point type.
+            x, y: tensors or NumPy arrays, of any floating point type.
             weights: [*rows], 1 each by default; rows of weight 0, such as padding, do not exist.
 
         Raises:
@@ -91,6 +93,7 @@ class CrossMoments:
             )
         weight = None
         if weights is not None:
+            weights = as_tensor("moments of pairs: weights", weights)
             if weights.shape != x.shape[:-1]:
                 raise InvalidInput(
                     f"moments of pairs: weights must be {list(x.shape[:-1])}, got "
@@ -153,6 +156,7 @@ class CrossMoments:
             raise InvalidInput("products of the target were not kept; ask for gram=True")
         return self._scatter(self._target, _TARGET, _TARGET)
 
+    @torch.inference_mode(False)
     def __add__(self, other: "CrossMoments") -> "CrossMoments":
         """The moments of both, for instance from two processes.
 
@@ -177,6 +181,7 @@ class CrossMoments:
             found._take_sums(part)
         return found
 
+    @torch.inference_mode(False)
     def through(
         self, weight: Float[Tensor, "d_new d_source"], bias: Float[Tensor, " d_new"]
     ) -> "CrossMoments":
@@ -228,14 +233,12 @@ class CrossMoments:
         self._weight += n
 
     def _flat(self, side: str, value: Tensor, width: int) -> Tensor:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise InvalidInput(f"moments of pairs: {side} must be floating point, got {kind}")
+        value = check_rows(f"moments of pairs: {side}", value)
         if value.dim() < 2 or value.shape[-1] != width:
             raise InvalidInput(
                 f"moments of pairs: {side} must be [..., rows, {width}], got {list(value.shape)}"
             )
-        return value.detach().reshape(-1, width)
+        return value.reshape(-1, width)
 
     def _take(self, x: Tensor, y: Tensor, weight: Tensor | None) -> int:
         """Copies the first rows to those that wait; how many."""
@@ -266,6 +269,7 @@ class CrossMoments:
             self._flush()
         return count
 
+    @torch.inference_mode(False)
     def _flush(self) -> None:
         """Joins the products of the rows that wait with those before."""
         if not self._filled:
@@ -286,5 +290,6 @@ def _check_rows(side: str, rows: Tensor) -> None:
     if bad:
         raise InvalidInput(
             f"moments of pairs: {len(bad)} of {len(rows)} {side} rows are not finite, the first is "
-            f"row {bad[0]} of those that count"
+            f"row {bad[0]} of those that count; no method takes them: leave them out, or give them "
+            "the weight 0"
         )

@@ -1,13 +1,13 @@
 """Ridge regression and its reduced ranks, in closed form from moments."""
 
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput
+from dreamreader.mapping.checks import check_number
 from dreamreader.mapping.moments import CrossMoments
 from dreamreader.mapping.problem import FEW, MapProblem
 
@@ -53,7 +53,7 @@ class _HeldProducts(NamedTuple):
         )
 
 
-def solve_ridge(problem: MapProblem, lambdas: float | Sequence[float]) -> RidgePath:
+def solve_ridge(problem: MapProblem, lambdas: Sequence[float]) -> RidgePath:
     """Ridge regression with an intercept, its penalty chosen on what is held out.
 
     Formula: minimises sum |y - W x - b|^2 + lambda s |W|^2, s = trace(scatter of x) / d_source, so
@@ -63,12 +63,11 @@ def solve_ridge(problem: MapProblem, lambdas: float | Sequence[float]) -> RidgeP
 
     Args:
         problem: with something held out, where there are several lambdas.
-        lambdas: one or several.
+        lambdas: one or several, see `check_lambdas`.
 
     Raises:
-        InvalidInput: a lambda is below 0, or 0 where the scatter of x has not full rank.
+        InvalidInput: a lambda is 0 where the scatter of x has not full rank.
     """
-    listed = check_lambdas(problem.what, lambdas)
     train = problem.moments
     values, vectors = torch.linalg.eigh(train.source_scatter)
     values = values.clamp(min=0)
@@ -77,22 +76,22 @@ def solve_ridge(problem: MapProblem, lambdas: float | Sequence[float]) -> RidgeP
         raise InvalidInput(
             f"{problem.what}: all source rows are equal, so nothing follows from them"
         )
-    if 0.0 in listed:
+    if 0.0 in lambdas:
         check_full_rank(problem.what, train, values)
     cross = vectors.T @ train.cross_scatter  # [d_source, d_target]
-    shrink = [1 / (values + each * scale) for each in listed]
+    shrink = [1 / (values + each * scale) for each in lambdas]
     errors: list[float] = []
-    if len(listed) > 1:
+    if len(lambdas) > 1:
         held = _HeldProducts.of(problem.held_moments, train)
         quadratic = (vectors.T @ held.source @ vectors) * (cross @ cross.T)
         first = ((vectors.T @ held.cross) * cross).sum(1)
         for d in shrink:
             error = held.squares - 2 * float(first @ d) + float(d @ quadratic @ d)
             errors.append(error / held.variance)
-    best = min(range(len(listed)), key=lambda n: errors[n]) if errors else 0
+    best = min(range(len(lambdas)), key=lambda n: errors[n]) if errors else 0
     weight = (vectors @ (shrink[best].unsqueeze(1) * cross)).T
     bias = train.target_mean - weight @ train.source_mean
-    chosen = listed[best]
+    chosen = lambdas[best]
     return RidgePath(weight, bias, chosen, tuple(errors), chosen * scale)
 
 
@@ -141,23 +140,27 @@ def check_full_rank(what: str, train: CrossMoments, eigenvalues: Tensor) -> None
     if rank < d:
         raise InvalidInput(
             f"{what}: the source covariance has rank {rank} of {d}, so lambda = 0 has no unique "
-            "answer; give lambdas above 0"
+            f"answer; valid with such a covariance: {FEW}"
         )
 
 
-def is_choice(lambdas: float | Sequence[float]) -> bool:
-    """Whether there are several, of which held-out pairs choose."""
-    return not isinstance(lambdas, int | float) and len(lambdas) > 1
-
-
 def check_lambdas(what: str, lambdas: float | Sequence[float]) -> list[float]:
-    """Penalties as a list.
+    """Penalties as a list; of several, held-out pairs choose.
 
     Raises:
         InvalidInput: there are none, or one is no number from 0.
     """
-    listed = [lambdas] if isinstance(lambdas, int | float) else list(lambdas)
-    good = all(isinstance(each, int | float) and 0 <= each < math.inf for each in listed)
-    if not listed or not good:
-        raise InvalidInput(f"{what}: lambdas are numbers from 0, got {lambdas!r}")
-    return [float(each) for each in listed]
+    listed: list[Any] = [lambdas]
+    if (
+        isinstance(lambdas, Iterable)
+        and getattr(lambdas, "ndim", 1)
+        and not isinstance(lambdas, str)
+    ):
+        listed = list(lambdas)
+    try:
+        found = [check_number(what, each) for each in listed]
+    except InvalidInput:
+        found = []
+    if not found or min(found) < 0:
+        raise InvalidInput(f"{what}: lambdas are numbers from 0, one or several, got {lambdas!r}")
+    return found

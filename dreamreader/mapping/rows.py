@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.mapping.checks import as_tensor, check_number, check_rows, check_whole
 from dreamreader.mapping.moments import CrossMoments
 
 if TYPE_CHECKING:
@@ -26,8 +27,9 @@ class PairedRows:
     A sequence is what was recorded at once: the tokens of one row at one call.
 
     Attributes:
-        x, y: [sequences, tokens, features] of source and target, on any device and of any floating
-            point type; [rows, features] are sequences of one token.
+        x, y: [sequences, tokens, features] of source and target, tensors on any device (without
+            their graph) or NumPy arrays, of any floating point type; [rows, features] are
+            sequences of one token.
         weights: of the tokens, 0 where there is none (padding); 1 each where None.
         groups: number of what sequences have in common, such as their prompt, by which they are
             held out together; each its own by default.
@@ -55,28 +57,33 @@ class PairedRows:
 
     def __post_init__(self):
         for name in ("x", "y"):
-            value = getattr(self, name)
-            if value.dim() not in (2, 3) or not value.is_floating_point():
+            value = check_rows(f"pairs: {name}", getattr(self, name))
+            if value.dim() not in (2, 3):
                 raise InvalidInput(
-                    f"pairs: {name} must be floating point [rows, features] or [sequences, tokens, "
-                    f"features], got {value.dtype} {list(value.shape)}"
+                    f"pairs: {name} must be [rows, features] or [sequences, tokens, features], got "
+                    f"{list(value.shape)}"
                 )
-            if value.dim() == 2:
-                object.__setattr__(self, name, value.unsqueeze(1))
+            object.__setattr__(self, name, value if value.dim() == 3 else value.unsqueeze(1))
         if self.x.shape[:2] != self.y.shape[:2]:
             raise InvalidInput(
                 f"pairs: as many rows and tokens on both sides are needed, got source "
                 f"{list(self.x.shape)} and target {list(self.y.shape)}"
             )
-        count = len(self.x)
-        for name in ("groups", "steps", "levels"):
-            value = getattr(self, name)
-            if value is not None and value.shape != (count,):
-                raise InvalidInput(f"pairs: {name} must be [{count}], got {list(value.shape)}")
-        if self.weights is not None and self.weights.shape != self.x.shape[:2]:
-            raise InvalidInput(
-                f"pairs: weights must be {list(self.x.shape[:2])}, got {list(self.weights.shape)}"
-            )
+        shape = list(self.x.shape[:2])
+        for name in ("groups", "steps", "levels", "weights"):
+            if getattr(self, name) is None:
+                continue
+            value = as_tensor(f"pairs: {name}", getattr(self, name))
+            wanted = shape if name == "weights" else shape[:1]
+            if list(value.shape) != wanted:
+                raise InvalidInput(f"pairs: {name} must be {wanted}, got {list(value.shape)}")
+            if name in ("groups", "steps") and (
+                value.is_floating_point() or value.dtype.is_complex
+            ):
+                raise InvalidInput(f"pairs: {name} are whole numbers, got {value.dtype}")
+            if name in ("levels", "weights") and not bool((value >= 0).all()):
+                raise InvalidInput(f"pairs: {name} are numbers from 0, some are not")
+            object.__setattr__(self, name, value)
 
     @classmethod
     def of(
@@ -106,7 +113,12 @@ class PairedRows:
             InvalidInput: the sites have other numbers of tokens, or levels are not as many.
         """
         if weigh not in WEIGHTS:
-            raise UnknownName("weighting of pairs", weigh, WEIGHTS)
+            raise UnknownName("weighting of pairs", str(weigh), WEIGHTS)
+        if not hasattr(pairs, "values_at"):
+            raise InvalidInput(
+                f"PairedRows.of: what record_between gives is needed, got {type(pairs).__name__}; "
+                "PairedRows(x, y) takes tensors"
+            )
         x, y = pairs.values_at(source, target, resample)
         rows, calls = pairs.rows, pairs.calls
         levels = pairs.levels if levels is None else levels
@@ -153,7 +165,17 @@ class PairedRows:
         return self.x.shape[1]
 
     def select(self, index: Tensor | slice) -> "PairedRows":
-        """Some sequences, by number, by True and False, or as a view by a slice."""
+        """Some sequences, by number, by True and False, or as a view by a slice.
+
+        Raises:
+            InvalidInput: the index is neither a slice nor a list.
+        """
+        if not isinstance(index, slice):
+            index = as_tensor("pairs: an index", index)
+            if index.dim() != 1:
+                raise InvalidInput(
+                    f"pairs: sequences are chosen by a slice or a list, got {list(index.shape)}"
+                )
         fields = ("x", "y", "weights", "groups", "steps", "levels")
         values = {name: getattr(self, name) for name in fields}
         return replace(
@@ -171,7 +193,7 @@ class PairedRows:
         )
 
     def split(self, share: float = 0.2, seed: int = 0) -> "tuple[PairedRows, PairedRows]":
-        """To fit, and held out: groups are drawn whole.
+        """To fit, and held out: groups are drawn whole. Both are copies.
 
         Args:
             share: of the groups that is held out, at least one. seed: of the draw.
@@ -179,6 +201,12 @@ class PairedRows:
         Raises:
             InvalidInput: there is one group only, or nothing is left on a side.
         """
+        chosen = self.draw_held_out(share, seed)
+        return self.select(~chosen), self.select(chosen)
+
+    def draw_held_out(self, share: float = 0.2, seed: int = 0) -> Bool[Tensor, " sequences"]:
+        """Which sequences are held out by `split`."""
+        share, seed = check_number("pairs: share", share), check_whole("pairs: seed", seed)
         groups = torch.arange(len(self)) if self.groups is None else self.groups
         known = groups.unique()
         held = max(1, round(share * len(known)))
@@ -188,14 +216,23 @@ class PairedRows:
                 "of more prompts, or a share above 0 and below 1"
             )
         order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
-        chosen = torch.isin(groups, known[order[:held].to(known.device)])
-        return self.select(~chosen), self.select(chosen)
+        return torch.isin(groups, known[order[:held].to(known.device)])
 
-    def blocks(self, rows: int = 4096) -> "Iterator[PairedRows]":
-        """Whole sequences, together at most about so many rows; at least one sequence."""
+    def blocks(
+        self, rows: int = 4096, *, where: Bool[Tensor, " sequences"] | None = None
+    ) -> "Iterator[PairedRows]":
+        """Whole sequences, together at most about so many rows; at least one sequence.
+
+        Args:
+            rows: of a block. where: sequences that are taken; all by default, which copies nothing.
+        """
         size = max(1, rows // max(1, self.tokens))
         for start in range(0, len(self), size):
-            yield self.select(slice(start, start + size))
+            part = slice(start, start + size)
+            block = self.select(part)
+            block = block if where is None else block.select(where[part])
+            if len(block):
+                yield block
 
     def flat(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """x [rows, d_source], y [rows, d_target] and weights [rows] of all tokens that count."""
@@ -211,18 +248,19 @@ class PairedRows:
         features: "Callable[[PairedRows], Tensor] | None" = None,
         *,
         gram: bool = False,
+        where: Bool[Tensor, " sequences"] | None = None,
     ) -> CrossMoments:
         """The cross moments of all pairs, block by block.
 
         Args:
             features: what stands for x, [sequences, tokens, features] of a block.
-            gram: see `CrossMoments`.
+            gram: see `CrossMoments`. where: sequences that count; all by default.
 
         Raises:
             InvalidInput: a row is not finite, or no row counts.
         """
         found: CrossMoments | None = None
-        for block in self.blocks():
+        for block in self.blocks(where=where):
             x = block.x if features is None else features(block)
             if found is None:
                 found = CrossMoments(x.shape[-1], self.d_target, gram=gram, device=x.device)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from dreamreader.errors import InvalidInput
 from dreamreader.mapping.base import ActivationMap
+from dreamreader.mapping.checks import check_whole
 from dreamreader.mapping.controls import MapControl, random_maps, shuffled_pairs
 from dreamreader.mapping.fit import BY_GRADIENT
 from dreamreader.mapping.maps import AffineMap
-from dreamreader.mapping.measure import MappedPairs, linear_cka, squared_errors
-from dreamreader.mapping.problem import Data
+from dreamreader.mapping.measure import MappedPairs, linear_cka, retrieval, squared_errors
+from dreamreader.mapping.problem import Data, check_data
 from dreamreader.mapping.rows import PairedRows
 
 SAMPLE = 2048
@@ -37,6 +38,7 @@ class MapReport:
             where products of the target with itself were not kept.
         retrieval: share of sampled pairs whose z is nearest to its own y among all that were
             sampled, by the cosine about the mean of y; None from moments. sampled: how many.
+        groups: how many groups (prompts) the shuffled pairs had to exchange; 0 where none could be.
         fvu_by_dimension: [d_target], NaN where the target does not vary.
         method: of the map. controls: by name, see `score_map`.
 
@@ -54,6 +56,7 @@ class MapReport:
     cka: float | None
     retrieval: float | None
     sampled: int
+    groups: int
     fvu_by_dimension: Float[Tensor, " d_target"]
     method: str
     controls: Mapping[str, MapControl] = field(default_factory=dict)
@@ -61,7 +64,7 @@ class MapReport:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for a card or JSON; all but the dimensions."""
         names = ("rows", "fvu", "fvu_scalar", "r2", "cosine", "cka_source", "cka", "retrieval")
-        own = {name: getattr(self, name) for name in (*names, "sampled", "method")}
+        own = {name: getattr(self, name) for name in (*names, "sampled", "groups", "method")}
         return own | {"controls": {name: each.as_dict() for name, each in self.controls.items()}}
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -78,6 +81,8 @@ class MapReport:
         return _aligned(*self.table())
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def score_map(
     own: ActivationMap,
     held_out: Data,
@@ -90,9 +95,12 @@ def score_map(
 
     Controls: `mean`, the mean of these target rows; `random`, linear maps with normal entries,
     between the means, scaled so that what they give varies as much as what the map gives;
-    `random, scaled`, the same with the best scale of each; `shuffled`, the map's rows beside those
-    of other pairs (of a sample, so only from rows). p is the share of draws that are as good as the
-    map, or (1 + hits) / (1 + draws).
+    `random, scaled`, the same with the best scale of each; `shuffled`, what the map gives for one
+    group (prompt) beside the target rows of another, at the same places (of a sample, so only from
+    rows). p is (1 + hits) / (1 + draws), hits being the draws that are as good as the map. The p of
+    `random` says that the map is not one of random ones, for these rows; that of `shuffled` that it
+    knows one prompt from another. Rows of a prompt depend on each other, so whole groups change
+    places, and of n groups there are n! orders: with 3, p is 1/6 at least.
 
     Args:
         own: any map. held_out: pairs; or their moments (with gram=True for CKA) for an affine map,
@@ -112,16 +120,22 @@ def score_map(
         >>> round(report.fvu, 6), report.retrieval, report.controls["random"].p < 0.01
         (0.0, 1.0, True)
     """
+    if not isinstance(own, ActivationMap):
+        raise InvalidInput(
+            f"score_map: a map is needed, got {type(own).__name__}; fit_map fits one"
+        )
+    check_data("score_map", held_out)
+    draws, seed = check_whole("score_map: draws", draws, 1), check_whole("score_map: seed", seed)
+    sample = check_whole("score_map: sample", sample, 2)
     if (held_out.d_source, held_out.d_target) != (own.d_source, own.d_target):
         raise InvalidInput(
             f"{own.name}: it leads from {own.d_source} to {own.d_target} features, the pairs from "
             f"{held_out.d_source} to {held_out.d_target}"
         )
-    cosine = similar = None
+    cosine = measured = None
     if isinstance(held_out, PairedRows):
         measured = MappedPairs(own, held_out, sample, seed)
         pairs, mapped, cosine = measured.pairs, measured.mapped, measured.cosine
-        similar = measured.similarities()
     elif not isinstance(own, AffineMap):
         raise InvalidInput(
             f"{own.name}: only an affine map is measured from moments; give pairs of rows"
@@ -143,11 +157,12 @@ def score_map(
     controls = {"mean": MapControl((1.0,), None, _cosine_of_mean(held_out, mean))}
     generator = torch.Generator().manual_seed(seed)
     controls |= random_maps(pairs, float(mapped.source_scatter.trace()), fvu, draws, generator)
-    retrieval, sampled = None, 0
-    if similar is not None:
-        sampled = len(similar.cross)
-        retrieval = similar.retrieval()
-        controls["shuffled"] = shuffled_pairs(similar.cross, *similar.squares, draws, generator)
+    nearest, sampled, groups = None, 0, 0
+    if measured is not None:
+        nearest, sampled = retrieval(*measured.sampled), len(measured.sampled[0])
+        if measured.groups is not None:
+            groups = len(measured.groups[0])
+            controls["shuffled"] = shuffled_pairs(*measured.groups, draws, generator)
     return MapReport(
         pairs.rows,
         fvu,
@@ -156,8 +171,9 @@ def score_map(
         cosine,
         linear_cka(pairs),
         linear_cka(mapped),
-        retrieval,
+        nearest,
         sampled,
+        groups,
         by_dimension,
         own.card.method,
         controls,

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,6 +13,7 @@ from torch.nn.functional import linear
 
 from dreamreader.errors import InvalidInput
 from dreamreader.mapping.base import ActivationMap, CastTensors, check_shape
+from dreamreader.mapping.checks import as_tensor, check_whole
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -30,8 +33,11 @@ class StepMaps(ActivationMap, form="steps"):
     levels: Sequence[float] = ()
 
     def __post_init__(self):
-        for name in ("maps", "steps", "levels"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        super().__post_init__()
+        steps = tuple(check_whole("StepMaps: a step", each) for each in self.steps)
+        for name, value in (("maps", tuple(self.maps)), ("steps", steps)):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "levels", tuple(map(float, self.levels)))
         count = len(self.maps)
         whole = count and len(set(self.steps)) == count and len(self.levels) in (0, count)
         if not whole:
@@ -55,13 +61,14 @@ class StepMaps(ActivationMap, form="steps"):
                 its levels than they are apart there.
         """
         if step is not None:
+            step = check_whole(f"{self.name}: step", step)
             if step not in self.steps:
                 had = ", ".join(map(str, self.steps))
                 raise InvalidInput(f"{self.name}: it has no map for step {step}, but for {had}")
             return self.maps[self.steps.index(step)]
         if level is None:
             raise InvalidInput(f"{self.name}: it has a map for each step; give step= or level=")
-        return self.maps[self._nearest(level)]
+        return self.maps[self._nearest(check_level(self.name, level))]
 
     def apply(
         self,
@@ -105,10 +112,11 @@ class StepMaps(ActivationMap, form="steps"):
         """The inverse of each."""
         maps = [each.inverse() for each in self.maps]
         mean = torch.stack([each.source_mean for each in maps]).mean(0)
-        return StepMaps(mean, maps, self.steps, self.levels, card=maps[0].card)
+        return StepMaps(mean, maps, self.steps, self.levels, card=self.card.inverted())
 
     def _at(self, step: int | Tensor | None, level: float | Tensor | None) -> ActivationMap:
-        return self.at(None if step is None else int(step), None if level is None else float(level))
+        number = None if step is None else check_whole(f"{self.name}: step", step)
+        return self.at(number, None if level is None else check_level(self.name, level))
 
     def _nearest(self, level: float) -> int:
         if not self.levels:
@@ -145,6 +153,7 @@ class NoiseConditionedMap(ActivationMap, form="noise"):
     _cast: CastTensors = field(default_factory=CastTensors, init=False, repr=False)
 
     def __post_init__(self):
+        super().__post_init__()
         check_shape("NoiseConditionedMap", "source_mean", self.source_mean, len(self.source_mean))
         terms, out = self.weight.shape[:2] if self.weight.dim() == 3 else (1, 1)
         check_shape("NoiseConditionedMap", "weight", self.weight, terms, out, self.d_source)
@@ -188,6 +197,18 @@ class NoiseConditionedMap(ActivationMap, form="noise"):
         return found.to(x.dtype)
 
 
+def check_level(what: str, level: Any) -> float:
+    """A ratio of noise to signal, which may be infinite, as a float.
+
+    Raises:
+        InvalidInput: it is no number from 0.
+    """
+    given = level.item() if isinstance(level, Tensor) and level.numel() == 1 else level
+    if isinstance(given, bool) or not isinstance(given, Real) or not float(given) >= 0:
+        raise InvalidInput(f"{what}: level is a ratio of noise to signal from 0, got {level!r}")
+    return float(given)
+
+
 def log_level(level: float) -> float:
     """The logarithm of a ratio of noise to signal; infinite at pure noise and at none."""
     return math.log(level) if level > 0 else -math.inf
@@ -201,7 +222,7 @@ def noise_powers(
     Raises:
         InvalidInput: a level is NaN or below 0.
     """
-    levels = torch.as_tensor(level, dtype=torch.float64)
+    levels = as_tensor("noise levels", level).double()
     if not bool((levels >= 0).all()):
         raise InvalidInput(f"noise levels are ratios of noise to signal from 0, got {level}")
     s = ((levels.log() - centre) / scale).clamp(-1, 1)

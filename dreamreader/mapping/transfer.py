@@ -14,32 +14,45 @@ from dreamreader.mapping.timed import StepMaps
 
 
 def map_direction(
-    forward: ActivationMap, vector: Float[Tensor, "*steps d_source"], alpha: float = 1.0
+    forward: ActivationMap,
+    vector: Float[Tensor, "*steps d_source"],
+    alpha: float = 1.0,
+    *,
+    level: float | Float[Tensor, " steps"] | None = None,
 ) -> Float[Tensor, "*steps d_target"]:
     """A direction of the source as one of the target: map(r + alpha v) - map(r).
 
     Args:
         forward: from source to target. With a map for each step, a vector for each is mapped by its
-            own, and one for all steps is refused.
+            own; one for all steps is refused, but for that of a single noise level.
         vector: [d_source], or [steps, d_source], row i for step i of the scheduler; rows of zeros,
             of steps without a direction, stay zero.
         alpha: how far; of no meaning but a factor where the map is affine.
+        level: ratio of noise to signal, of all or of each row; a map that depends on the noise
+            needs it.
 
     Raises:
-        InvalidInput: another width, or the map has none for a step that has a direction.
+        InvalidInput: another width, the map has none for a step that has a direction, or it
+            depends on the noise and no level is given.
 
     Example:
         >>> double = AffineMap(torch.zeros(2), 2 * torch.eye(2), torch.ones(2))
         >>> map_direction(double, torch.tensor([[1.0, 0.0], [0.0, 0.0]])).tolist()
         [[2.0, 0.0], [0.0, 0.0]]
     """
-    forward.check(vector)
+    if not isinstance(forward, ActivationMap):
+        raise InvalidInput(
+            f"map_direction: a map from source to target is needed, got {type(forward).__name__}"
+        )
+    forward.check(vector, "a direction")
     if not isinstance(forward, StepMaps):
-        return forward.direction(vector, alpha=alpha)
+        return forward.direction(vector, alpha=alpha, level=level)
+    if vector.dim() == 1 and level is not None:
+        return forward.direction(vector, alpha=alpha, level=level)
     if vector.dim() != 2:
         raise InvalidInput(
             f"{forward.name}: it has a map for each step, so a direction is [steps, "
-            f"{forward.d_source}], got {list(vector.shape)}"
+            f"{forward.d_source}], got {list(vector.shape)}; or give the level= of one"
         )
     found = vector.new_zeros(len(vector), forward.d_target)
     for step in vector.any(1).nonzero().flatten().tolist():

@@ -102,7 +102,8 @@ def steps_of_maps() -> StepMaps:
     one = AffineMap(torch.zeros(2), torch.ones(3, 2).bfloat16(), torch.zeros(3))
     other = LocalMap(torch.ones(2), torch.ones(3, 2, 1, 1), torch.zeros(3), (1, 4))
     made = StepMaps(torch.zeros(2), [one, other], [0, 3], [float("inf"), 0.5])
-    return made.with_card(method="steps", settings={"each": "local"}, scores={"fvu": NAN})
+    card = {"method": "steps", "target_site": "unet.a", "settings": {"each": "local"}}
+    return made.with_card(**card, scores={"fvu": NAN})
 
 
 def state() -> TrainingState:

@@ -1,4 +1,4 @@
-"""Fits against independent solutions: least squares, SciPy's Procrustes, brute force."""
+"""Fits against independent solutions: least squares, polar decomposition, brute force."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
@@ -103,14 +102,16 @@ def test_ridge_with_weights_ignores_padding() -> None:
 
 
 @pytest.mark.parametrize("scale", [False, True])
-def test_procrustes_is_that_of_scipy(scale: bool) -> None:
+def test_procrustes_is_the_orthogonal_factor_of_the_products(scale: bool) -> None:
     rows = draw(d_source=5, d_target=5)
     x, y = sides(rows)
     a, b = x - x.mean(0), y - y.mean(0)
-    rotation, size = scipy.linalg.orthogonal_procrustes(a, b)
-    factor = size / (a**2).sum() if scale else 1.0
+    polar = b.T @ a
+    for _ in range(60):  # Newton's iteration to the nearest orthogonal matrix
+        polar = (polar + np.linalg.inv(polar).T) / 2
+    factor = (polar * (b.T @ a)).sum() / (a**2).sum() if scale else 1.0
     found = affine(rows, "procrustes", scale=scale)
-    np.testing.assert_allclose(found.weight, factor * rotation.T, atol=1e-5)
+    np.testing.assert_allclose(found.weight, factor * polar, atol=1e-5)
     np.testing.assert_allclose(found.apply(rows.x).mean((0, 1)), y.mean(0), rtol=1e-4)
     assert found.card.settings["scale"] == pytest.approx(factor)
 
@@ -270,8 +271,14 @@ def test_a_perceptron_beats_lines_where_there_is_a_bend() -> None:
     assert score_map(found, held).fvu < 0.1 < 0.3 < score_map(ridge, held).fvu
     again = fit_map(train, "mlp", hidden=16, recipe=FAST, progress=False)
     assert again == found
-    usual = fit_map(train, "mlp", recipe=Recipe(steps=1, validate_every=None), progress=False)
+    with pytest.warns(UserWarning, match="mlp: after 1 steps its FVU on held-out pairs is 1"):
+        usual = fit_map(train, "mlp", recipe=Recipe(steps=1, validate_every=None), progress=False)
     assert isinstance(usual, MLPMap) and usual.hidden == 3
+    part, kept = train.split()
+    assert usual.card.settings["held_out_fvu"] == pytest.approx(
+        score_map(usual, kept).fvu, rel=1e-4
+    )
+    assert len(part) + len(kept) == len(train)
 
 
 def test_names_of_models_and_sites_are_on_the_card() -> None:
@@ -294,15 +301,34 @@ def test_fewer_pairs_than_dimensions() -> None:
         fit_map(square, "procrustes")
     for method in ("ridge", "reduced_rank", "mean", "identity", "anchors"):
         fit_map(square, method)
+    options: dict[str, Any] = {"recipe": FAST, "progress": False}
+    for method in ("affine", "mlp"):
+        assert fit_map(square, method, validation=square, **options).d_target == 30
+    few = PairedRows(torch.randn(9, 4, 3), torch.randn(9, 4, 3), levels=torch.arange(9) + 1.0)
+    with pytest.raises(
+        InvalidInput, match="local: 36 pairs .* from 75 source dimensions.*" + valid
+    ):
+        fit_map(few, "local", k=5, lambdas=0.0)
+    with pytest.raises(InvalidInput, match="noise: 36 pairs .* from 51 source dimens.*" + valid):
+        fit_map(few, "noise", degree=12, lambdas=0.0)
+    with pytest.raises(InvalidInput, match="^step 0: ridge: 3 pairs .*" + valid):
+        timed = PairedRows(few.x[:, :3], few.y[:, :3], steps=torch.arange(9))
+        fit_map(timed.select(slice(0, 1)), "steps", lambdas=0.0, validation=timed)
 
 
 def test_a_covariance_without_full_rank() -> None:
     rows = draw()
     x = torch.cat([rows.x, rows.x[..., :1] + rows.x[..., 1:2]], 2)
     flat = PairedRows(x.double(), rows.y)
-    with pytest.raises(InvalidInput, match="the source covariance has rank 5 of 6, so lambda = 0"):
+    rank = "the source covariance has rank 5 of 6, so lambda = 0 .* valid .*every lambda above 0"
+    with pytest.raises(InvalidInput, match="ridge: " + rank):
         fit_map(flat, "ridge", lambdas=[0.0, 0.1])
-    fit_map(flat, "ridge")
+    with pytest.raises(InvalidInput, match="reduced_rank: " + rank):
+        fit_map(flat, "reduced_rank", lambdas=0.0)
+    with pytest.raises(InvalidInput, match="procrustes: 200 pairs .* of rank 5, which leaves part"):
+        fit_map(PairedRows(flat.x, flat.x), "procrustes")
+    for method in ("ridge", "reduced_rank", "mean", "identity", "anchors"):
+        fit_map(flat, method)
     with pytest.raises(InvalidInput, match="all source rows are equal"):
         fit_map(PairedRows(torch.ones(9, 3), torch.randn(9, 3)), "ridge")
     with pytest.raises(InvalidInput, match="target rows are all equal"):
@@ -316,7 +342,7 @@ def test_bad_input() -> None:
         fit_map(rows, "ridgy")
     with pytest.raises(UnknownName, match="option of ridge 'lambda_'; nearest: lambdas"):
         fit_map(rows, "ridge", lambda_=1)
-    with pytest.raises(InvalidInput, match="lambdas are numbers from 0, got -1"):
+    with pytest.raises(InvalidInput, match="lambdas are numbers from 0, one or several, got -1"):
         fit_map(rows, "ridge", lambdas=-1)
     with pytest.raises(InvalidInput, match="it chooses on held-out pairs, which moments do not"):
         fit_map(moments, "ridge")
@@ -329,7 +355,7 @@ def test_bad_input() -> None:
             fit_map(moments, method)
     with pytest.raises(InvalidInput, match="ranks are from 1 to 4, got 5"):
         fit_map(rows, "reduced_rank", rank=5)
-    with pytest.raises(InvalidInput, match="hidden is at least 1, got 0"):
+    with pytest.raises(InvalidInput, match="hidden is a whole number from 1, got 0"):
         fit_map(rows, "mlp", hidden=0)
     with pytest.raises(InvalidInput, match="k is odd and at least 1, got 2"):
         fit_map(rows, "local", k=2)
@@ -348,12 +374,83 @@ def test_bad_input() -> None:
         fit_map(few, "steps")
     with pytest.raises(InvalidInput, match="PairedRows or CrossMoments are needed, got Tensor"):
         fit_map(rows.x, "mean")  # pyright: ignore[reportArgumentType]
+    sides: Any = (rows.x, rows.y)
+    with pytest.raises(InvalidInput, match=r"got tuple; PairedRows\(x, y\) makes them of rows"):
+        fit_map(sides, "mean")
+    with pytest.raises(InvalidInput, match=r"got tuple; PairedRows\(x, y\) makes them of rows"):
+        fit_map(rows, "ridge", validation=sides)
     bad = rows.x.clone()
     bad[2, 0, 0] = torch.nan
     for method in METHODS:
         if method not in ("local", "noise", "steps"):
-            with pytest.raises(InvalidInput, match="1 of .* source rows are not finite"):
+            with pytest.raises(
+                InvalidInput, match="1 of .* source rows are not finite.*no method takes them"
+            ):
                 fit_map(PairedRows(bad, rows.y), method)
+    timed = {"steps": torch.arange(200) % 2, "levels": torch.arange(200) % 2 + 1.0}
+    for method in ("local", "noise", "steps"):
+        with pytest.raises(InvalidInput, match="source rows are not finite"):
+            fit_map(PairedRows(bad, rows.y, **timed), method)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "text"),
+    [
+        ("ridge", {"lambdas": True}, "lambdas are numbers from 0, one or several, got True"),
+        ("ridge", {"lambdas": None}, "lambdas are numbers from 0, one or several, got None"),
+        ("ridge", {"lambdas": "0.1"}, "lambdas are numbers from 0, one or several, got '0.1'"),
+        ("ridge", {"lambdas": [0.1, torch.inf]}, "lambdas are numbers from 0"),
+        ("ridge", {"lambdas": []}, r"lambdas are numbers from 0, one or several, got \[\]"),
+        ("procrustes", {"scale": 2.0}, "scale is True or False, .* got 2.0"),
+        ("reduced_rank", {"rank": 2.0}, "a rank is a whole number from 1, got 2.0"),
+        ("reduced_rank", {"rank": [1.5]}, "a rank is a whole number from 1, got 1.5"),
+        ("reduced_rank", {"rank": True}, "a rank is a whole number from 1, got True"),
+        ("reduced_rank", {"rank": []}, r"ranks are from 1 to 4, got \[\]"),
+        ("anchors", {"count": 2.5}, "anchors: count is a whole number from 1, got 2.5"),
+        ("anchors", {"rcond": 1.0}, "rcond is from 0 to below 1, got 1.0"),
+        ("anchors", {"rcond": None}, "rcond is a number, got None"),
+        ("local", {"k": 3.0}, "local: k is a whole number from 1, got 3.0"),
+        ("local", {"grid": 3}, r"grid is \(height, width\), got 3"),
+        ("local", {"grid": (1, 0.5)}, "height and width of grid is a whole number from 1, got 0.5"),
+        ("noise", {"degree": 1.5}, "noise: degree is a whole number from 0, got 1.5"),
+        ("mlp", {"hidden": 2.0}, "mlp: hidden is a whole number from 1, got 2.0"),
+        ("affine", {"recipe": {"lr": 1.0}}, "affine: recipe is a fitting.Recipe, got {"),
+        ("ridge", {"seed": None}, "fit_map: seed is a whole number, got None"),
+        ("ridge", {"share": "a"}, "fit_map: share is a number, got 'a'"),
+        ("ridge", {"share": 1.5}, "1.5 of 200 groups .prompts. cannot be held out"),
+    ],
+)
+def test_options_that_cannot_be_right(method: str, options: dict[str, Any], text: str) -> None:
+    with pytest.raises(InvalidInput, match=text):
+        fit_map(draw(), method, **options)
+
+
+def test_a_step_has_one_noise_level() -> None:
+    rows, steps = draw(), torch.arange(200) % 2
+    levels = 1.0 + steps
+    levels[1::4] = 5
+    with pytest.raises(InvalidInput, match="^step 1: its pairs have noise levels from 2 to 5"):
+        fit_map(PairedRows(rows.x, rows.y, steps=steps, levels=levels), "steps")
+    levels[1::2] = torch.inf
+    found = fit_map(PairedRows(rows.x, rows.y, steps=steps, levels=levels), "steps")
+    assert isinstance(found, StepMaps) and found.levels == (1.0, torch.inf)
+
+
+def test_held_out_pairs_that_do_not_fit_the_method() -> None:
+    rows, steps = draw(), torch.arange(200) % 2
+    timed = PairedRows(rows.x, rows.y, steps=steps, levels=1.0 + steps)
+    with pytest.raises(InvalidInput, match="noise levels of the held-out pairs .* are not known"):
+        fit_map(timed, "noise", validation=rows)
+    with pytest.raises(InvalidInput, match="steps of the held-out pairs .* are not known"):
+        fit_map(timed, "steps", validation=rows)
+    with pytest.raises(InvalidInput, match="step 1: the held-out pairs .* have no such step"):
+        fit_map(timed, "steps", validation=timed.select(timed.steps == 0))  # pyright: ignore
+    grid = PairedRows(torch.randn(9, 4, 5), torch.randn(9, 4, 4))
+    with pytest.raises(InvalidInput, match="1 tokens are not those of a grid of 2 x 2"):
+        fit_map(grid, "local", validation=rows)
+    padded = PairedRows(grid.x, grid.y, torch.ones(9, 4).index_fill(1, torch.tensor(3), 0))
+    with pytest.raises(InvalidInput, match="sequences with padding have no grid"):
+        fit_map(grid, "local", validation=padded)
 
 
 def test_padding_has_no_grid() -> None:
@@ -386,7 +483,7 @@ def test_gradients_know_nothing_of_padding_and_go_on_from_a_folder(tmp_path: Pat
     x, y = rows.x.view(30, 3, 5).clone(), rows.y.view(30, 3, 4).clone()
     x[weights == 0], y[weights == 0] = torch.nan, torch.nan
     padded = PairedRows(x, y, weights)
-    recipe = replace(FAST, epochs=3)
+    recipe = replace(FAST, epochs=40)
     options: dict[str, Any] = {"recipe": recipe, "progress": False}
     found = affine(padded, "affine", validation=padded, folder=tmp_path, **options)
     plain = PairedRows(rows.x[kept], rows.y[kept])

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -151,6 +152,8 @@ def test_there_and_back() -> None:
     torch.testing.assert_close(back.source_mean, made.apply(made.source_mean))
     assert back.card == MapCard("b", "a", "y", "x", "inverse of ridge")
     several = StepMaps(torch.zeros(5), [made, affine(5, 5)], [1, 2])
+    several = several.with_card(**vars(card) | {"method": "steps", "scores": {"fvu": 0.5}})
+    assert several.inverse().card == MapCard("b", "a", "y", "x", "inverse of steps")
     again = several.inverse().apply(several.apply(x, step=2), step=2)
     torch.testing.assert_close(again, x, atol=1e-3, rtol=1e-3)
 
@@ -189,13 +192,51 @@ def test_the_map_of_a_step_is_found_by_number_or_noise() -> None:
         unknown.apply(x, level=1.0)
 
 
+def test_places_and_lengths_of_directions() -> None:
+    v = torch.ones(2, 4)
+    own = {"step": 0, "level": 1.0}
+    for make in EACH.values():
+        with pytest.raises(InvalidInput, match=r"at= must be \[\.\.\., 4\], got \[5\]"):
+            make().direction(v, at=torch.zeros(5), **own)
+        with pytest.raises(
+            InvalidInput, match=r"directions \[2, 4\] cannot start at places \[3, 4\]"
+        ):
+            make().direction(v, at=torch.zeros(3, 4), **own)
+        with pytest.raises(InvalidInput, match="alpha is a number, got None"):
+            make().direction(v, alpha=None, **own)  # pyright: ignore[reportArgumentType]
+
+
+def test_steps_are_whole_and_levels_not_negative() -> None:
+    made, x, bad = steps(), torch.zeros(2, 4), "step is a whole number, got "
+    for step, shown in ((1.7, "1.7"), (True, "True"), (torch.tensor(2.0), "tensor")):
+        with pytest.raises(InvalidInput, match=bad + shown):
+            made.apply(x, step=step)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InvalidInput, match=bad + "1.7"):
+        made.apply(x, step=torch.tensor([1.7, 2.0]))
+    assert torch.equal(made.apply(x, step=np.int64(2)), made.apply(x, step=torch.tensor(2)))
+    for level in (-1.0, float("nan"), "high"):
+        with pytest.raises(InvalidInput, match="level is a ratio of noise to signal from 0, got"):
+            made.apply(x, level=level)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InvalidInput, match="noise levels must be numbers, got str"):
+        noise().apply(x, level="high")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InvalidInput, match="StepMaps: a step is a whole number, got 0.5"):
+        StepMaps(torch.zeros(4), [affine()], [0.5])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InvalidInput, match=r"grid is \(height, width\), got 6"):
+        one = local()
+        LocalMap(one.source_mean, one.weight, one.bias, 6)  # pyright: ignore[reportArgumentType]
+
+
 def test_bad_input() -> None:
+    with pytest.raises(InvalidInput, match="x must be a floating point tensor, got ndarray"):
+        affine().apply(np.zeros((2, 4)))  # pyright: ignore[reportArgumentType]
     named = affine().with_card(source_site="mid", target_site="up")
     with pytest.raises(InvalidInput, match=r"map mid -> up .*must be \[\.\.\., 4\], got \[2, 5\]$"):
         named.apply(torch.zeros(2, 5))
     with pytest.raises(InvalidInput, match="the width of its target: is it used backwards"):
         named.apply(torch.zeros(2, 3))
-    with pytest.raises(InvalidInput, match="x must be floating point, got torch.int64"):
+    with pytest.raises(
+        InvalidInput, match="a direction must be a floating point tensor, got torch.int64"
+    ):
         named.direction(torch.zeros(4).long())
     with pytest.raises(InvalidInput, match=r"the tokens of a grid of 2 x 3, got \[5, 4\]"):
         local().apply(torch.zeros(5, 4))

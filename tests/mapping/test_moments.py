@@ -1,5 +1,7 @@
 """Streaming cross moments: equal to two passes over all rows, whatever the batches."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -135,11 +137,11 @@ def test_bad_input() -> None:
         found.add(x, y, torch.ones(8, 1))
     with pytest.raises(InvalidInput, match="weights are finite and at least 0"):
         found.add(x, y, -torch.ones(8))
-    with pytest.raises(InvalidInput, match="source must be floating point, got torch.int64"):
+    with pytest.raises(InvalidInput, match="source must be floating point, .* got torch.int64"):
         found.add(x.long(), y)
     with pytest.raises(InvalidInput, match="ask for gram=True"):
         _ = found.target_scatter
-    with pytest.raises(InvalidInput, match="d_target is at least 1, got 0"):
+    with pytest.raises(InvalidInput, match="d_target is a whole number from 1, got 0"):
         CrossMoments(3, 0)
     with pytest.raises(InvalidInput, match="3 -> 2 features with gram cannot be joined"):
         _ = CrossMoments(3, 2, gram=True) + found
@@ -172,6 +174,15 @@ def test_pairs_are_read_from_either_side() -> None:
     assert back.steps is not None and back.steps.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_blocks_have_the_sequences_that_were_chosen() -> None:
+    rows = PairedRows(torch.randn(9, 4, 2), torch.randn(9, 4, 2))
+    where = torch.tensor([0, 0, 1, 1, 0, 1, 0, 0, 0]).bool()
+    found = list(rows.blocks(8, where=where))
+    assert [len(each) for each in found] == [2, 1]  # and no empty ones
+    assert torch.equal(torch.cat([each.x for each in found]), rows.x[where])
+    assert len(list(rows.blocks(8))) == 5
+
+
 def test_groups_are_held_out_whole() -> None:
     rows = PairedRows(torch.randn(12, 2, 3), torch.randn(12, 2, 3), groups=torch.arange(12) // 3)
     for seed in range(5):
@@ -194,9 +205,28 @@ def test_pairs_that_do_not_belong_together() -> None:
     same = Pairs({"a": torch.zeros(2, 1, 4, 5)}, {"b": torch.zeros(2, 1, 4, 5)}, None)
     with pytest.raises(InvalidInput, match="1 calls, but 2 noise levels"):
         PairedRows.of(same, "a", "b", levels=[1.0, 2.0])
+    x: Any = torch.zeros(4, 2)
+    with pytest.raises(InvalidInput, match=r"got list; torch.tensor\(\.\.\.\) makes one of a list"):
+        PairedRows(x.tolist(), x)
+    with pytest.raises(InvalidInput, match=r"x must be \[rows, features\] or .*, got \[4\]"):
+        PairedRows(x[:, 0], x[:, 0])
+    with pytest.raises(InvalidInput, match="groups must be numbers, got list"):
+        PairedRows(x, x, groups=["a", "b", "a", "b"])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InvalidInput, match="steps are whole numbers, got torch.float32"):
+        PairedRows(x, x, steps=torch.ones(4))
+    with pytest.raises(InvalidInput, match="levels are numbers from 0, some are not"):
+        PairedRows(x, x, levels=torch.tensor([1.0, torch.nan, 1.0, 1.0]))
+    with pytest.raises(InvalidInput, match="weights are numbers from 0, some are not"):
+        PairedRows(x, x, weights=-torch.ones(4, 1))
+    with pytest.raises(InvalidInput, match="record_between gives is needed, got Tensor"):
+        PairedRows.of(x, "a", "b")
+    with pytest.raises(InvalidInput, match=r"chosen by a slice or a list, got \[\]"):
+        PairedRows(x, x).select(2)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InvalidInput, match="seed is a whole number, got None"):
+        PairedRows(x, x).split(seed=None)  # pyright: ignore[reportArgumentType]
     with pytest.raises(InvalidInput, match=r"groups must be \[4\], got \[3\]"):
         PairedRows(torch.zeros(4, 2), torch.zeros(4, 2), groups=torch.arange(3))
-    with pytest.raises(InvalidInput, match=r"x must be floating point .* torch.int64 \[4, 2\]"):
+    with pytest.raises(InvalidInput, match="x must be floating point, .* got torch.int64"):
         PairedRows(torch.zeros(4, 2).long(), torch.zeros(4, 2))
     with pytest.raises(InvalidInput, match="no rows that count"):
         PairedRows(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), torch.zeros(1, 2)).moments()

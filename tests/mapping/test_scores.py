@@ -1,8 +1,11 @@
 """Scores against brute force over all rows, and controls against maps that are really drawn."""
 
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from torch import Tensor
 
@@ -16,6 +19,7 @@ from dreamreader.mapping import (
     fit_map,
     score_map,
 )
+from dreamreader.mapping.controls import find_exchangeable
 
 
 def draw(rows: int = 300, d_source: int = 5, d_target: int = 4) -> PairedRows:
@@ -27,6 +31,14 @@ def draw(rows: int = 300, d_source: int = 5, d_target: int = 4) -> PairedRows:
 def perceptron(d_source: int = 5, d_target: int = 4) -> MLPMap:
     shapes = ((d_source,), (6, d_source), (6,), (d_target, 6), (d_target,))
     return MLPMap(*(torch.randn(shape) for shape in shapes))
+
+
+def alike(one: Sequence[float], other: Sequence[float] | np.ndarray) -> bool:
+    """Whether the test of Kolmogorov and Smirnov finds nothing at p = 0.001."""
+    a, b = np.sort(one), np.sort(other)
+    both = np.concatenate([a, b])
+    shares = [np.searchsorted(each, both, "right") / len(each) for each in (a, b)]
+    return np.abs(shares[0] - shares[1]).max() < 1.95 * np.sqrt(1 / len(a) + 1 / len(b))
 
 
 def cka(a: Tensor, b: Tensor) -> float:
@@ -113,7 +125,7 @@ def test_random_maps_are_as_if_they_were_drawn() -> None:
     total = float(b.square().sum())
     for name, drawn in (("random", equal), ("random, scaled", scaled)):
         values = np.array(drawn) / total
-        assert scipy.stats.ks_2samp(report.controls[name].fvu, values).pvalue > 1e-3, name
+        assert alike(report.controls[name].fvu, values), name
         found = report.controls[name].quantiles()
         np.testing.assert_allclose(found, np.quantile(values, [0.05, 0.5, 0.95]), rtol=0.05)
 
@@ -143,7 +155,62 @@ def test_shuffled_pairs_are_what_they_say() -> None:
     z, y = own.apply(rows.x).flatten(0, 1).double(), rows.y.flatten(0, 1).double()
     total = (y - y.mean(0)).square().sum()
     drawn = [float((z[torch.randperm(80)] - y).square().sum() / total) for _ in range(3000)]
-    assert scipy.stats.ks_2samp(report.controls["shuffled"].fvu, drawn).pvalue > 1e-3
+    assert alike(report.controls["shuffled"].fvu, drawn)
+
+
+def test_groups_change_places_whole() -> None:
+    """Against permutations of pictures; rows of one picture say nothing of another."""
+    picture, noise = torch.randn(5, 1, 1, 3), 0.01 * torch.randn(5, 4, 6, 3)
+    y = picture + noise + torch.arange(4).view(1, 4, 1, 1)  # which the step tells
+    order = torch.randperm(20)
+    rows = PairedRows(
+        y.reshape(20, 6, 3)[order],
+        y.reshape(20, 6, 3)[order],
+        groups=torch.arange(20)[order] // 4 + 7,
+        steps=torch.arange(20)[order] % 4,
+    )
+    exact = AffineMap(torch.zeros(3), torch.eye(3), torch.zeros(3))
+    report = score_map(exact, rows)
+    control = report.controls["shuffled"]
+    assert report.groups == 5 and len(control.fvu) == 119  # 5! orders, less that of the map
+    assert control.p == pytest.approx(1 / 120)
+    total = (y - y.mean((0, 1, 2))).square().sum()
+    drawn = [
+        float((y[list(own)] - y).square().sum() / total) for own in itertools.permutations(range(5))
+    ]
+    np.testing.assert_allclose(control.fvu, sorted(drawn)[1:], rtol=1e-4)
+    blind = AffineMap(torch.zeros(3), torch.zeros(3, 3), torch.zeros(3))
+    assert score_map(blind, rows).controls["shuffled"].p == 1
+    one = PairedRows(rows.x, rows.y, groups=torch.zeros(20, dtype=torch.long))
+    alone = score_map(exact, one)
+    assert alone.groups == 0 and "shuffled" not in alone.controls
+    assert alone.as_dict()["groups"] == 0
+
+
+def test_a_p_of_rows_that_depend_on_each_other_is_not_small() -> None:
+    """Two pictures of many equal rows: a map that tells them apart has one of two orders."""
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat_interleave(500, 0).view(2, 500, 2)
+    rows = PairedRows(x, x + 0.01 * torch.randn(2, 500, 2))
+    exact = AffineMap(torch.zeros(2), torch.eye(2), torch.zeros(2))
+    assert score_map(exact, rows).controls["shuffled"].p == 0.5
+
+
+def test_only_places_that_all_groups_have_change() -> None:
+    rows = PairedRows(torch.randn(9, 4, 3), torch.randn(9, 4, 3), groups=torch.arange(9) // 2)
+    assert rows.weights is None
+    counts = torch.tensor([4, 1, 3, 4, 4, 4, 2, 4, 4])
+    weights = (torch.arange(4) < counts.unsqueeze(1)).double()
+    padded = PairedRows(rows.x, rows.y, weights, rows.groups)
+    numbers = find_exchangeable(padded, 1000, torch.Generator().manual_seed(0))
+    assert numbers is not None
+    first = torch.tensor([0, 2, 4, 6, 8])  # the last group has one sequence
+    expected = (first.unsqueeze(1) * 4 + torch.arange(2)).sort(0).values
+    assert torch.equal(numbers.sort(0).values.sort(1).values, expected)
+    assert torch.equal(numbers // 4 % 2, torch.zeros_like(numbers))
+    few = find_exchangeable(padded, 3, torch.Generator().manual_seed(0))
+    assert few is not None and few.shape == (3, 1)
+    nowhere = PairedRows(rows.x, rows.y, weights, rows.groups, steps=torch.arange(9))
+    assert find_exchangeable(nowhere, 1000, torch.Generator()) is None
 
 
 def test_equal_rows_are_no_misses() -> None:
@@ -205,7 +272,17 @@ def test_bad_input() -> None:
         score_map(own, PairedRows(rows.x, torch.ones_like(rows.y)))
     with pytest.raises(InvalidInput, match="1 of 300 source rows are not finite"):
         score_map(own, PairedRows(rows.x.index_fill(0, torch.tensor(5), torch.nan), rows.y))
-    with pytest.raises(InvalidInput, match="draws is at least 1, got 0"):
+    given: Any = (rows.x, rows.y)
+    with pytest.raises(InvalidInput, match=r"got tuple; PairedRows\(x, y\) makes them of rows"):
+        score_map(own, given)
+    with pytest.raises(InvalidInput, match="score_map: a map is needed, got tuple"):
+        score_map(given, rows)
+    for sample in (0, 1, 2.5, True):
+        with pytest.raises(InvalidInput, match="sample is a whole number from 2, got"):
+            score_map(own, rows, sample=sample)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InvalidInput, match="seed is a whole number, got None"):
+        score_map(own, rows, seed=None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InvalidInput, match="draws is a whole number from 1, got 0"):
         score_map(own, rows, draws=0)
     with pytest.raises(InvalidInput, match="no held-out rows that count"):
         score_map(own, PairedRows(rows.x, rows.y, torch.zeros(300, 1)))

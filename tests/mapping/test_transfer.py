@@ -11,6 +11,7 @@ from dreamreader.errors import InvalidInput
 from dreamreader.mapping import (
     AffineMap,
     MLPMap,
+    NoiseConditionedMap,
     StepMaps,
     map_direction,
     map_loreft,
@@ -48,6 +49,22 @@ def test_directions_of_steps_are_mapped_by_their_own() -> None:
         map_direction(maps, torch.ones(4))
 
 
+def test_directions_of_a_map_that_depends_on_the_noise() -> None:
+    made = NoiseConditionedMap(torch.zeros(4), torch.randn(2, 6, 4), torch.randn(2, 6), 0.0, 1.0)
+    v, levels = torch.randn(3, 4), torch.tensor([0.5, 1.0, 2.0])
+    found = map_direction(made, v, level=levels)
+    for row, level in enumerate(levels.tolist()):
+        expected = made.direction(v[row], level=level)
+        torch.testing.assert_close(found[row], expected)
+        torch.testing.assert_close(map_direction(made, v[row], level=level), expected)
+    assert not torch.allclose(found[0] / v[0].norm(), map_direction(made, v[0], level=2.0))
+    with pytest.raises(InvalidInput, match="it depends on the noise; give level="):
+        map_direction(made, v)
+    several = StepMaps(torch.zeros(4), [there_and_back()[0], made], [0, 1], [4.0, 1.0])
+    near = map_direction(several, v[0], level=3.5)
+    torch.testing.assert_close(near, several.maps[0].direction(v[0]))
+
+
 @pytest.mark.parametrize("noise", [None, torch.ones(5, 3)])
 def test_a_mapped_mlp_says_of_mapped_rows_what_it_said(noise: Tensor | None) -> None:
     forward, backward = there_and_back()
@@ -81,6 +98,8 @@ def test_a_mapped_edit_changes_mapped_rows_as_it_did(stacked: tuple[int, ...], n
 
 def test_what_cannot_be_carried() -> None:
     forward, backward = there_and_back()
+    with pytest.raises(InvalidInput, match="a map from source to target is needed, got Tensor"):
+        map_direction(forward.weight, torch.ones(4))  # pyright: ignore[reportArgumentType]
     mlp = Mlp([torch.zeros(2, 4)], [torch.zeros(2)])
     edit = LoReFT("mid", torch.zeros(2, 4), torch.zeros(2), torch.zeros(2, 4))
     with pytest.raises(InvalidInput, match="the MLP reads 4 features, .* gives 6"):
