@@ -135,9 +135,15 @@ class Stitch(EditRequest):
         given = self._donation(place)
         if given is None:
             return x
-        y = self._mapped(given, place).to(x)  # [rows, branches, tokens, width]
-        y = y.repeat_interleave(place.beams, 0).expand(-1, len(place.branches), -1, -1)
-        y = y.transpose(0, 1).flatten(0, 1)
+        rows, branches = given.values.shape[:2]
+        if rows != place.rows or branches not in (1, len(place.branches)):
+            raise InvalidInput(
+                f"Stitch at {place.site}: the source has {rows} rows in {branches} branches for "
+                f"{place.rows} rows in {len(place.branches)}"
+            )
+        y = self._mapped(given, place).to(x)  # [branches, rows, tokens, width]
+        y = y.repeat_interleave(place.beams, 1) if place.beams > 1 else y
+        y = y.expand(len(place.branches), -1, -1, -1).flatten(0, 1)
         if given.positions is not None and place.own is not None:
             y, strength = self._at_tokens(y, given.positions, strength, place)
         elif y.shape[1] not in (1, place.tokens):
@@ -165,7 +171,7 @@ class Stitch(EditRequest):
         return Donation(values[rows], own, level)
 
     def _mapped(self, given: Donation, place: EditContext) -> Tensor:
-        values = given.values.to(place.device)
+        values = given.values.transpose(0, 1).to(place.device)
         if self.map is not None:
             step = None if place.instant is None else place.instant.step
             try:

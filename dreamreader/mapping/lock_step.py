@@ -128,7 +128,9 @@ class LockStep:
         values, grid = self._found[site]
         if grid is not None and place.hw is not None:
             values = resample_grid(values, grid, place.hw)
-        return Donation(values[:, order], level=self.levels.get(key))
+        if order != list(range(len(known))):
+            values = values[:, order]
+        return Donation(values, level=self.levels.get(key))
 
     def _run(
         self, call: Evaluation, number: int, key: _Key, chosen: Sequence[int]

@@ -12,7 +12,7 @@ from tiny import tokenizers
 from torch import Tensor
 
 from dreamreader import load
-from dreamreader.edits import Ablate, Stitch
+from dreamreader.edits import Ablate, Donation, Stitch
 from dreamreader.engine import Reader, Record
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.mapping import (
@@ -421,6 +421,13 @@ def test_tokenizers_that_cut_otherwise_are_stitched_at_the_ends_of_pieces() -> N
 # bad input
 
 
+class Loose:
+    """A source of rows and branches that do not fit."""
+
+    def donate(self, place: Any) -> Donation:
+        return Donation(torch.zeros(2, 3, place.tokens, 96))
+
+
 def refused(text: str, call: Callable[[], Any], kind: type[Exception] = InvalidInput) -> None:
     with pytest.raises(kind, match=text):
         call()
@@ -471,6 +478,8 @@ def test_what_does_not_belong_together_is_refused() -> None:
         PROMPTS, Stitch(BLOCK, given[BLOCK], levels), **RUN))  # fmt: skip
     told = Stitch(BLOCK, given[BLOCK], levels, levels=[9.0, 1.0])
     assert b().run(PROMPTS, told, **RUN).firing[0].calls == 2
+    refused("has 2 rows in 3 branches for 3 rows in 2", lambda: b().run(
+        PROMPTS, Stitch(BLOCK, Loose(), own), **RUN))  # fmt: skip
     refused("3 levels for the 2 steps", lambda: Stitch(BLOCK, given[BLOCK], levels=[1.0] * 3))
     refused("of a Cache give one site", lambda: Stitch(BLOCK, given))
     refused("has 3 rows, the run 2", lambda: b().run(
