@@ -3,7 +3,8 @@
     dreamreader run examples/mapping/stitch-unet-b.yaml --out runs/stitch-unet-b
     python benchmarks/stitching.py stitch-unet-b=runs/stitch-unet-b ... [--write]
 
-A spec that is not named keeps what was found before.
+Of a spec whose sites were run apart there are several folders, with commas between. A spec that is
+not named keeps what was found before.
 """
 
 import argparse
@@ -27,8 +28,9 @@ def main() -> int:
     file = RESULTS / "stitching-cpu.json"
     found = json.loads(file.read_text())["specs"] if file.is_file() else {}
     for each in options.runs:
-        name, _, folder = each.partition("=")
-        found[name] = read(StitchPage(load_results(folder)))
+        name, _, folders = each.partition("=")
+        parts = [read(StitchPage(load_results(folder))) for folder in folders.split(",")]
+        found[name] = parts[0] | {"lines": [one for part in parts for one in part["lines"]]}
     found = dict(sorted(found.items()))
     if options.runs:
         write({"benchmark": "stitching", "environment": environment(), "specs": found}, "stitching")
@@ -52,7 +54,7 @@ def read(page: StitchPage) -> dict[str, Any]:
             own = scores.get((cell, at["map"], at["fit_prompts"]), {})
             lines.append(line(page, "stitched", at, own))
     return {
-        "source": spec.method.source.model,
+        "source": page.method.source.model,
         "target": spec.subject.model,
         "effect": effect,
         "prompts": len(results.of("unedited")),
@@ -98,8 +100,8 @@ def row(each: dict[str, Any]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="*", help="name=folder of a complete run")
+    parser = argparse.ArgumentParser(description="Tables of stitched runs.")
+    parser.add_argument("runs", nargs="*", help="name=folder[,folder] of complete runs")
     parser.add_argument("--write", action="store_true", help="put the tables into the docs")
     return parser.parse_args()
 

@@ -83,17 +83,18 @@ class StitchMethod(Method):
     )
     effect: str | None = Field(None, description="Column of a metric that success is read from.")
     controls: list[Literal["mean_ablated", "random_map"]] = Field(
-        default_factory=lambda: list(CONTROLS)
+        default_factory=lambda: ["mean_ablated", "random_map"]
     )
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> "StitchMethod":
-        for name, values in (
-            ("sites", [each.label for each in self.sites]),
-            ("maps", [each.label for each in self.maps]),
-            ("amounts", self.amounts or []),
-            ("strengths", self.strengths),
-        ):
+        axes: dict[str, Sequence[Any]] = {
+            "sites": [each.label for each in self.sites],
+            "maps": [each.label for each in self.maps],
+            "amounts": self.amounts or [],
+            "strengths": self.strengths,
+        }
+        for name, values in axes.items():
             again = next((v for v in values if values.count(v) > 1), None)
             if again is not None:
                 raise ValueError(f"{name}: {again} is there twice")
