@@ -20,6 +20,7 @@ METHODS = [
     "lens.LensMethod",
     "heatmap.HeatMapMethod",
     "sae.SaeMethod",
+    "stitch.StitchMethod",
 ]
 """Module and class of each; a new method is one line here."""
 
