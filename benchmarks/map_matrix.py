@@ -3,7 +3,7 @@
 python benchmarks/map_matrix.py [SPEC ...] [--runs FOLDER] [--stitched FILE] [--out FILE.json]
 
 A spec runs in this process, so that its time and memory are known; a run that is complete is read.
-`--stitched` is rows.parquet of `examples/mapping/stitch-matrix.yaml`, whose success is compared with
+`--stitched` is rows.parquet of `examples/mapping/stitch-matrix.yaml`: its success is compared with
 the scores of the first spec.
 """
 
