@@ -18,6 +18,7 @@ PAGES = {
     "reft": "reft.ReftPage",
     "sae": "sae.SaePage",
     "steer": "steer.SteerPage",
+    "transfer": "transfer.TransferPage",
     "windows": "chunked.PatchingPage",
 }
 """Module and class of the page of each kind of method."""
