@@ -79,9 +79,24 @@ def test_what_is_added_is_the_direction_that_was_mapped(experiment, tmp_path) ->
         rows = [row for row in job.rows if row.axes.get("map") == name]
         (edit,) = method.edits_of(job, rows)
         added = edit.direction[SITE]
-        assert torch.equal(added, job.memory["directions"][name][SITE])
-        cosine = torch.cosine_similarity(added, job.memory["directions"]["native"][SITE])
+        assert torch.equal(added, job.memory["carried"][name][SITE])
+        cosine = torch.cosine_similarity(added, job.memory["carried"]["native"][SITE])
         assert added.shape == (2, 96) and bool((cosine < 0.999).all())
+
+
+def test_an_edit_of_the_model_itself_has_the_whole_effect(experiment, tmp_path) -> None:
+    method = transfer(carry="loreft", rank=2, training={"steps": 3, "batch_size": 16})
+    made = experiment(data={"pairs": PAIRS}, method=method, batch={"rows": 4})
+    results = made.run(tmp_path / "run")
+    native = [row["digest"] for row in results.of("native")]
+    assert [row["digest"] for row in results.of("edited", map="same")] == native
+    assert [row["digest"] for row in results.of("unmapped")] == native
+    assert [row["digest"] for row in results.of("unedited")] != native
+    page = page_of(results)
+    assert isinstance(page, TransferPage) and page.shares()["same"].value == 1
+    assert page.sections()
+    back = ActivationMap.load(results.spec.method.map_file(tmp_path / "run", "ridge", SITE, "back"))
+    assert (back.card.source_model, back.d_source) == ("shapes-unet", 96)
 
 
 def test_what_cannot_be_carried(experiment, tmp_path) -> None:
@@ -90,6 +105,8 @@ def test_what_cannot_be_carried(experiment, tmp_path) -> None:
 
     with pytest.raises(InvalidInput, match="maps.a: unknown method 'ridgy'; nearest: ridge"):
         run(maps={"a": {"method": "ridgy"}})
+    with pytest.raises(InvalidInput, match="an edit is read and written by affine maps .*, noise"):
+        run(carry="loreft", maps={"a": {"method": "noise"}})
     with pytest.raises(InvalidInput, match="native is the name of a condition; choose another"):
         run(maps={"native": {}})
     with pytest.raises(UnknownName, match="source_sites: site of the cells 'unet.mid_block'"):
