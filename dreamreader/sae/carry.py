@@ -37,7 +37,9 @@ def map_sae(sae: SparseAutoencoder, forward: LinearMap, backward: LinearMap) -> 
 
     Returns:
         A new autoencoder in float32, in `eval()` mode where the old one is; as a beginning of
-        training too, then with counters at 0.
+        training too, with counters at 0. Its decoder rows have the lengths that the map gives them,
+        so it is neither `unit_decoder` nor `aligned`: a step of training would change what it is.
+        Train it with `center=False`, as its b_dec is one already.
 
     Raises:
         InvalidInput: widths do not fit, or each row is normalised by itself, which no affine map
@@ -86,6 +88,8 @@ def map_sae(sae: SparseAutoencoder, forward: LinearMap, backward: LinearMap) -> 
         "threshold_rule": plain.threshold_rule,
         "aux": plain.aux,
         "apply_b_dec_to_input": False,
+        "unit_decoder": False,
+        "aligned": False,
         "reshape": "none",
     }
     made = SparseAutoencoder(**options, dtype=torch.float32, device=w_dec.device)
