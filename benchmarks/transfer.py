@@ -6,7 +6,6 @@ python benchmarks/transfer.py [--only transfer-colour] [--runs DIR] [--write]
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,6 @@ def main() -> int:
 
 def run(spec: Path, folder: Path) -> dict[str, Any]:
     """What a spec found; a run that is in its folder already is read."""
-    begun = time.perf_counter()
     if (folder / "rows.parquet").is_file():
         results = load_results(folder)
     else:
@@ -64,7 +62,6 @@ def run(spec: Path, folder: Path) -> dict[str, Any]:
             }
         )
     return {
-        "seconds": time.perf_counter() - begun,
         "prompts": len({row["item"] for row in results.rows}),
         "rows": len(results.rows),
         "effect": page.effect,

@@ -28,7 +28,9 @@ class Carried(Method, SweptPlaces):
         description="Site of the source for each site of the subject; of the same name by default.",
     )
     maps: dict[str, MapChoice] = Field(
-        default_factory=lambda: {"ridge": MapChoice()}, min_length=1, description="Maps by name."
+        default_factory=lambda: {"ridge": MapChoice(method="ridge")},
+        min_length=1,
+        description="Maps by name.",
     )
     map_data: Data = Field(description="Prompts that the maps are fitted to.")
     map_seeds: AnySeeds = Field(

@@ -94,17 +94,9 @@ def _fit_directions(method: Carried, job: Job, names: Sequence[str]) -> dict[str
 
 
 def _directions(method: Carried, job: Job, sites: Sequence[str]) -> Directions:
-    own = SteerMethod(
-        sites=list(dict.fromkeys(sites)),
-        group="all",
-        branch=method.branch,
-        tokens=method.tokens,
-        fit=method.fit,
-        fit_seeds=method.fit_seeds,
-        direction=method.direction,
-        per_step=method.per_step,
-        strengths=[1.0],
-        controls=[],
+    own = SteerMethod.model_validate(
+        _common(method, sites)
+        | {"direction": method.direction, "per_step": method.per_step, "strengths": [1.0]}
     )
     return own.fit_directions(_alone(job), ["edited"])["edited"]
 
@@ -112,22 +104,22 @@ def _directions(method: Carried, job: Job, sites: Sequence[str]) -> Directions:
 def _train(method: Carried, job: Job, sites: Sequence[str], name: str) -> dict[str, Reft]:
     """Adapters of one model by condition, in a folder of their own within that of the run."""
     assert job.folder is not None
-    own = ReftMethod(
-        sites=list(dict.fromkeys(sites)),
-        group="all",
-        branch=method.branch,
-        tokens=method.tokens,
-        fit=method.fit,
-        fit_seeds=method.fit_seeds,
-        ranks=[method.rank],
-        training=method.training,
-        controls=["untrained"],
+    own = ReftMethod.model_validate(
+        _common(method, sites)
+        | {"ranks": [method.rank], "training": method.training, "controls": ["untrained"]}
     )
     alone = _alone(job)
     alone.folder = RunFolder(job.folder.path / "artifacts" / name)
     with job.pause_counting():
         made = load_or_train(own, alone).adapters
     return {condition: adapter for (condition, *_), adapter in made.items()}
+
+
+def _common(method: Carried, sites: Sequence[str]) -> dict[str, Any]:
+    """What a method that is fitted at these sites shares with the transfer."""
+    names = ("branch", "tokens", "fit", "fit_seeds")
+    own = {name: getattr(method, name) for name in names}
+    return own | {"sites": list(dict.fromkeys(sites)), "group": "all", "controls": []}
 
 
 def _alone(job: Job) -> Job:
@@ -237,7 +229,7 @@ def _pairs(method: Carried, job: Job) -> Iterator[tuple[str, PairedRows, Tensor 
             )
         levels = by_step = None
         if pairs.times is not None:
-            calls = pairs.times[1]
+            calls: Any = pairs.times[1]
             levels = noise_levels(job.reader.subject.scheduler, calls)
             known = dict(zip((each.step for each in calls), levels, strict=True))
             by_step = torch.tensor([known[step] for step in sorted(known)])
