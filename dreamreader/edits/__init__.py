@@ -9,12 +9,14 @@ from dreamreader.edits.patch import Patch
 from dreamreader.edits.probe_guidance import ProbeGuidance
 from dreamreader.edits.simple import Clamp, Scale
 from dreamreader.edits.steer import Steer
+from dreamreader.edits.stitch import Donation, Stitch, StitchSource
 from dreamreader.engine import Box
 
 __all__ = [
     "Ablate",
     "Box",
     "Clamp",
+    "Donation",
     "Edit",
     "Edits",
     "LoReFT",
@@ -23,6 +25,8 @@ __all__ = [
     "ProbeGuidance",
     "Scale",
     "Steer",
+    "Stitch",
+    "StitchSource",
     "load",
     "save",
 ]

@@ -84,7 +84,7 @@ class Patch(ChannelEdit):
         own = place.own
         if own is not None and not bool((own == own[:1]).all()):
             strength = place.strength(self.strength, "strength")
-            token = _same_tokens(own[entries], place, "Patch", strength).to(x.device)
+            token = same_tokens(own[entries], place, "Patch", strength).to(x.device)
             y = y.gather(1, token.unsqueeze(-1).expand_as(y))
         share = place.per_row(self.strength, "strength").to(x.device)
         share = share.reshape(-1, 1, 1) if share.dim() else share
@@ -106,7 +106,7 @@ def source_table(
     """
     positions: Tensor | None = None
     if isinstance(source, Activation | Cache):
-        values, positions = _of_cache(source, place, label)  # [rows, branches, tokens, width]
+        values, positions = cached_values(source, place, label)  # [rows, branches, tokens, width]
     else:
         value = per_site(source, place.site, f"{label}: source")
         values = _of_tensor(value, place, label)
@@ -122,20 +122,13 @@ def source_table(
             f"{label} at {place.site}: the batch has padding, and which of the {length} tokens of "
             "the source belong to which of a row's own is unknown; give an Activation or a Cache"
         )
-    if from_rows is None and count not in (1, place.total):
-        raise InvalidInput(
-            f"{label} at {place.site}: the source has {count} rows, the run {place.total}; say "
-            "which row takes which with from_rows"
-        )
-    default = 0 if count == 1 else list(range(place.total))
-    chosen = default if from_rows is None else from_rows
-    rows = torch.tensor(_row_numbers(chosen, count, place, f"{label}: from_rows"))
+    rows = torch.tensor(take_rows(from_rows, count, place, label))
     rows = rows.repeat_interleave(place.beams)
     branch = (
         torch.arange(len(place.branches)) if chunks > 1 else torch.zeros(len(place.branches)).long()
     )
     if by_position:
-        token = _same_tokens(positions[rows], place, label, strength)  # pyright: ignore
+        token = same_tokens(positions[rows], place, label, strength)  # pyright: ignore
     else:
         token = torch.arange(place.tokens) if length > 1 else torch.zeros(place.tokens).long()
     entry = rows[None, :] * chunks + branch[:, None]  # [branches, rows * beams]
@@ -143,7 +136,7 @@ def source_table(
     return values.reshape(-1, width), index
 
 
-def _same_tokens(positions: Tensor, place: EditContext, label: str, strength: Tensor) -> Tensor:
+def same_tokens(positions: Tensor, place: EditContext, label: str, strength: Tensor) -> Tensor:
     """[batch, tokens] for each token of the batch the column of the source that is the same token.
 
     Args:
@@ -168,6 +161,22 @@ def _same_tokens(positions: Tensor, place: EditContext, label: str, strength: Te
             "with tokens, or record them"
         )
     return same.int().argmax(2)
+
+
+def take_rows(from_rows: Any, count: int, place: EditContext, label: str) -> list[int]:
+    """For each row of the batch the number of the one that it takes, of a source of `count` rows.
+
+    Raises:
+        InvalidInput: it is not said, or there is no such row.
+    """
+    if from_rows is None and count not in (1, place.total):
+        raise InvalidInput(
+            f"{label} at {place.site}: the source has {count} rows, the run {place.total}; say "
+            "which row takes which with from_rows"
+        )
+    default = 0 if count == 1 else list(range(place.total))
+    chosen = default if from_rows is None else from_rows
+    return _row_numbers(chosen, count, place, f"{label}: from_rows")
 
 
 def _row_numbers(chosen: Any, count: int, place: EditContext, name: str) -> list[int]:
@@ -200,7 +209,7 @@ def _of_tensor(value: Tensor, place: EditContext, label: str) -> Tensor:
     )
 
 
-def _of_cache(source: Any, place: EditContext, label: str) -> tuple[Tensor, Tensor | None]:
+def cached_values(source: Any, place: EditContext, label: str) -> tuple[Tensor, Tensor | None]:
     """Values and positions of a cache at the running step.
 
     Returns:

@@ -13,6 +13,7 @@ from dreamreader.engine._clock_schedule import StepInfo as StepInfo
 from dreamreader.engine._edit_context import EditContext as EditContext
 from dreamreader.engine._edit_request import EditRequest as EditRequest
 from dreamreader.engine._families import attention_facts as attention_facts
+from dreamreader.engine._families.timestep import form_of as form_of
 from dreamreader.engine._firing import Firing as Firing
 from dreamreader.engine._firing import FiringReport as FiringReport
 from dreamreader.engine._firing import ranges as ranges

@@ -94,6 +94,7 @@ class PairedRows:
         *,
         weigh: str = "tokens",
         levels: Sequence[float] | None = None,
+        resample: str = "area",
     ) -> "PairedRows":
         """The rows of one site of each side.
 
@@ -102,8 +103,10 @@ class PairedRows:
             source, target: sites.
             weigh: `tokens`: each token counts the same; `rows`: each row does, however many tokens
                 it has. Padding never counts.
-            levels: ratio of noise to signal at each call of the target, as
-                `recording.schedules.noise_levels` tells from its scheduler.
+            levels: ratio of noise to signal at each call of the target; by default those that the
+                pairs have.
+            resample: how the source comes to the grid of the target where theirs differ; see
+                `recording.resample_grid`.
 
         Raises:
             UnknownName: a side has no such site.
@@ -111,30 +114,25 @@ class PairedRows:
         """
         if weigh not in WEIGHTS:
             raise UnknownName("weighting of pairs", str(weigh), WEIGHTS)
-        if not hasattr(pairs, "source"):
+        if not hasattr(pairs, "values_at"):
             raise InvalidInput(
                 f"PairedRows.of: what record_between gives is needed, got {type(pairs).__name__}; "
                 "PairedRows(x, y) takes tensors"
             )
-        for side, name in (("source", source), ("target", target)):
-            if name not in getattr(pairs, side):
-                raise UnknownName(f"{side} site of pairs", name, getattr(pairs, side))
-        x, y = pairs.source[source], pairs.target[target]
-        if x.shape[2] != y.shape[2]:
-            raise InvalidInput(
-                f"{source} has {x.shape[2]} tokens and {target} {y.shape[2]}: they do not belong "
-                "together one by one"
-            )
+        x, y = pairs.values_at(source, target, resample)
         rows, calls = pairs.rows, pairs.calls
+        levels = pairs.levels if levels is None else levels
         if levels is not None and len(levels) != calls:
             raise InvalidInput(f"pairs: {calls} calls, but {len(levels)} noise levels")
         steps = pairs.steps if pairs.times is None else [each.step for each in pairs.times[1]]
         weights = None
-        if pairs.counts is not None or weigh == "rows":
+        if pairs.counts is not None:
             weights = pairs.token_weights(source, torch.arange(rows))
-            if weigh == "tokens":
-                weights = (weights > 0).double()
-            weights = weights.repeat_interleave(calls, 0)
+            weights = (weights > 0).double() if weigh == "tokens" else weights
+        elif weigh == "rows":
+            weights = torch.full((rows, y.shape[2]), 1 / y.shape[2], dtype=torch.float64)
+        weights = None if weights is None else weights.repeat_interleave(calls, 0)
+        groups = torch.arange(rows) if pairs.groups is None else pairs.groups
         each_row = {
             name: None if values is None else torch.tensor(list(values)).repeat(rows)
             for name, values in (("steps", steps), ("levels", levels))
@@ -143,7 +141,7 @@ class PairedRows:
             x.flatten(0, 1),
             y.flatten(0, 1),
             weights,
-            torch.arange(rows).repeat_interleave(calls),
+            groups.repeat_interleave(calls),
             source_site=source,
             target_site=target,
             **each_row,

@@ -26,6 +26,7 @@ _BUILT_IN = {
     "perplexity": "Perplexity",
     "pixel_distance": "PixelDistance",
     "probability": "Probability",
+    "scene": "SceneRight",
     "shape_margin": "ShapeMargin",
     "tint": "Tint",
 }

@@ -1,13 +1,13 @@
 """Activations of the same prompts in two models: unequal widths, tokens and noise schedules."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dreamreader.engine import DenoiserCall, Reader, Record, tokenize
+from dreamreader.engine import Reader, Record, tokenize
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.recording.alignment import (
     ALIGNMENTS,
@@ -19,12 +19,18 @@ from dreamreader.recording.alignment import (
     token_spans,
 )
 from dreamreader.recording.buffer import MEMORY, ActivationBuffer
-from dreamreader.recording.calls import Calls, record_calls, row_seeds
+from dreamreader.recording.calls import row_seeds
 from dreamreader.recording.labelled import mean_over_tokens
-from dreamreader.recording.pairs import Pairs, check_pairs, in_denoiser, outside, replay_calls
-from dreamreader.recording.schedules import SCHEDULES, match_calls, noise_levels
-
-TRAJECTORIES = ("own", "source", "target")
+from dreamreader.recording.pairs import (
+    Pairs,
+    check_pairs,
+    in_denoiser,
+    number_prompts,
+    outside,
+    replay_calls,
+)
+from dreamreader.recording.schedules import LEADS, SCHEDULES
+from dreamreader.recording.trajectories import TRAJECTORIES, DenoiserRuns, pair_calls
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,15 +80,19 @@ def record_between(
             patterns stand for all that they match.
         align: which tokens belong together. `index`: those of one number among the row's own, where
             both models cut the text alike; places of the picture and text tokens where there are as
-            many. `spans`: the shortest pieces of the text that both tokenizers cut at their ends.
-            `mean`: the means over each row's own tokens.
+            many. `place`: those of one place of the picture, on grids of any size, which
+            `Pairs.values_at` brings together. `spans`: the shortest pieces of the text that both
+            tokenizers cut at their ends. `mean`: the means over each row's own tokens.
         span: what stands for a piece of several tokens: the `last`, which has read the others, or
             their `mean`.
-        schedule: which calls of two denoisers belong together: `equal`, `noise` or `fraction`; see
-            `match_calls`. `Pairs.times` says which they were.
+        schedule: which calls of two denoisers belong together: `equal`, `noise` or `fraction` of
+            two runs; see `match_calls`. `source` or `target`: those of one of them, at whose noise
+            levels the other is called as well, between its timesteps where need be; calls at
+            levels that the other's schedule does not have are left out. `Pairs.times` says which
+            they were, `Pairs.unpaired` how many have no partner.
         trajectory: of the latents that the denoisers see: `own`, each its own from the same seeds;
-            `source` or `target`: those of one of them for both, where latents, scheduler and
-            schedule are the same.
+            `source` or `target`: those of one of them for both, converted where they are mixed of
+            signal and noise in another way (`convert_latents`); of one shape and autoencoder.
         seeds: of the rows. branch: guidance branch. batch_size: rows computed together.
         memory: bytes of activations of a side above which they go to a file, in bfloat16.
         arguments: of both runs, their `progress` too. source_arguments, target_arguments: of one.
@@ -103,7 +113,7 @@ def record_between(
     for name, value, known in (
         ("alignment of tokens", align, ALIGNMENTS),
         ("span", span, SPANS),
-        ("schedule of pairs", schedule, SCHEDULES),
+        ("schedule of pairs", schedule, (*SCHEDULES, *LEADS)),
         ("trajectory", trajectory, TRAJECTORIES),
     ):
         if value not in known:
@@ -120,33 +130,37 @@ def record_between(
             f"{sites_of[0].sites[0]} is in a denoiser, which is called at every step, and "
             f"{sites_of[1].sites[0]} is not: their calls have no partners"
         )
+    groups = number_prompts(prompts, other)
     if inside[0]:
         _check_places(align, one, two)
-        calls = tuple(
-            record_calls(s.reader, s.prompts, seeds=numbers, branch=branch, batch_size=batch_size,
-                         **s.arguments)
-            for s in (one, two)
+        runs = DenoiserRuns(
+            (source, target), (one.prompts, two.prompts), (one.arguments, two.arguments), numbers,
+            branch, batch_size,
         )  # fmt: skip
-        return _of_calls(one, two, calls, align, schedule, trajectory, batch_size, memory)
+        found = _of_calls(one, two, runs, align, schedule, trajectory, memory)
+        return replace(found, groups=groups)
     if (schedule, trajectory) != ("equal", "own"):
         raise InvalidInput(
             f"schedule={schedule!r} and trajectory={trajectory!r} are for sites in denoisers; "
             f"{one.sites[0]} and {two.sites[0]} have no steps"
         )
-    if not (one.is_language and two.is_language):
+    if not (one.is_language and two.is_language) or align == "place":
         _check_places(align, one, two)
     pieces = _pieces(one, two, align)
     found = [_outside(each, align, numbers, batch_size, memory) for each in (one, two)]
     if pieces is None:
         _check_tokens((one, two), found, align)
-        return Pairs(found[0].values, found[1].values, None)
+        grids = None if align == "mean" else (found[0].grids, found[1].grids)
+        return Pairs(found[0].values, found[1].values, None, groups=groups, grids=grids)
     counts = torch.tensor([len(each) for each in pieces])
     values = [
         _gather(side, buffer, [[each[number] for each in row] for row in pieces], span, memory)
         for number, (side, buffer) in enumerate(zip((one, two), found, strict=True))
     ]
     named = {site: counts for each in values for site in each}
-    return Pairs(values[0], values[1], None, named, _positions(pieces))
+    positions = _positions(pieces)
+    left = _count_unpaired(one, two, pieces)
+    return Pairs(values[0], values[1], None, named, positions, groups=groups, unpaired=left)
 
 
 def _side(
@@ -160,39 +174,31 @@ def _side(
 def _of_calls(
     one: _Side,
     two: _Side,
-    calls: tuple[Calls, ...],
+    runs: DenoiserRuns,
     align: str,
     schedule: str,
     trajectory: str,
-    batch_size: int,
     memory: int,
 ) -> Pairs:
     """Both denoisers' activations at the calls that belong together."""
-    a, b = calls
-    levels = None
-    if schedule != "fraction":
-        levels = tuple(
-            noise_levels(side.reader.subject.scheduler, each.moments)
-            for side, each in ((one, a), (two, b))
+    paired = pair_calls(runs, schedule, trajectory)
+    found = [
+        replay_calls(
+            side.reader, calls, calls.latents, side.records(align), runs.batch_size, memory
         )
-    matched = match_calls(a.moments, b.moments, levels, schedule)  # pyright: ignore
-    if trajectory != "own":
-        _check_shared(one, two, calls, schedule)
-    chosen = [[pair[side] for pair in matched] for side in (0, 1)]
-    found: list[ActivationBuffer] = []
-    for number, (side, own) in enumerate(((one, a), (two, b))):
-        along = {"own": number, "source": 0, "target": 1}[trajectory]
-        latents = calls[along].latents[:, chosen[along]].to(own.latents)
-        records = side.records(align)
-        found.append(
-            replay_calls(side.reader, own, latents, records, batch_size, memory, chosen[number])
-        )
-    _check_tokens((one, two), found, align)
-    times: list[tuple[DenoiserCall, ...]] = [
-        tuple(own.moments[n] for n in kept) for own, kept in zip(calls, chosen, strict=True)
+        for side, calls in zip((one, two), paired.calls, strict=True)
     ]
-    steps = tuple(each.step for each in times[0])
-    return Pairs(found[0].values, found[1].values, steps, times=(times[0], times[1]))
+    _check_tokens((one, two), found, align)
+    times = paired.calls[0].moments, paired.calls[1].moments
+    return Pairs(
+        found[0].values,
+        found[1].values,
+        tuple(each.step for each in times[0]),
+        times=times,
+        levels=paired.levels,
+        grids=None if align == "mean" else (found[0].grids, found[1].grids),
+        unpaired=dict(zip(("source calls", "target calls"), paired.unpaired, strict=True)),
+    )
 
 
 def _outside(
@@ -266,6 +272,15 @@ def _gather(
     return {site: value.unsqueeze(1) for site, value in made.values.items()}
 
 
+def _count_unpaired(one: _Side, two: _Side, pieces: Sequence[Pieces]) -> dict[str, int]:
+    """How many tokens of each side are in no piece."""
+    found = {}
+    for number, (name, side) in enumerate((("source tokens", one), ("target tokens", two))):
+        own = sum(map(len, tokenize(side.reader, side.prompts)[0]))
+        found[name] = own - sum(len(piece[number]) for row in pieces for piece in row)
+    return found
+
+
 def _positions(pieces: Sequence[Pieces]) -> tuple[Tensor, Tensor]:
     """Of both sides, [rows, pieces]: the last token of each piece, -1 behind them."""
     width = max(map(len, pieces))
@@ -284,6 +299,11 @@ def _check_places(align: str, one: _Side, two: _Side) -> None:
             "align='spans' is for two language models: what a pipeline's tokens say is not all "
             "text; choose 'index' or 'mean'"
         )
+    if align == "place" and (one.is_language or two.is_language):
+        raise InvalidInput(
+            "align='place' is for places of a picture, which a language model's tokens are not; "
+            "choose 'spans', 'index' or 'mean'"
+        )
     if align == "index" and one.is_language != two.is_language:
         raise InvalidInput(
             "tokens of a language model and of a pipeline's text encoder have no common number; "
@@ -297,6 +317,15 @@ def _check_tokens(
     """Refuse sites of pipelines whose tokens of one number are not at one place."""
     if align == "mean":
         return
+    if align == "place":
+        for each in found:
+            for site, grid in each.grids.items():
+                if grid is None:
+                    raise InvalidInput(
+                        f"{site}: the places of its {each.values[site].shape[2]} tokens in the "
+                        "picture are not known; choose align='index' or 'mean'"
+                    )
+        return
     (first, grid, count), *others = [
         (site, each.grids[site], value.shape[2])
         for each in found
@@ -306,7 +335,8 @@ def _check_tokens(
         if (hw, tokens) != (grid, count):
             raise InvalidInput(
                 f"{first} has {_size(grid, count)} and {site} {_size(hw, tokens)}, so tokens of "
-                "one number do not belong together; choose sites of one size, or align='mean'"
+                "one number do not belong together; choose sites of one size, align='place' for "
+                "places of the picture, or 'mean'"
             )
     if grid is None:
         one, two = sides
@@ -315,21 +345,3 @@ def _check_tokens(
 
 def _size(grid: tuple[int, int] | None, tokens: int) -> str:
     return f"{tokens} tokens" if grid is None else f"a grid of {grid[0]} x {grid[1]}"
-
-
-def _check_shared(one: _Side, two: _Side, calls: tuple[Calls, ...], schedule: str) -> None:
-    """Refuse latents of one model that are not latents of the other."""
-    if schedule != "equal":
-        raise InvalidInput("a shared trajectory needs schedule='equal': latents have one noise")
-    shapes = [list(each.latents.shape[2:]) for each in calls]
-    if shapes[0] != shapes[1]:
-        raise InvalidInput(
-            f"a shared trajectory needs latents of one shape, the source's are {shapes[0]}, the "
-            f"target's {shapes[1]}"
-        )
-    kinds = [type(each.reader.subject.scheduler).__name__ for each in (one, two)]
-    if kinds[0] != kinds[1]:
-        raise InvalidInput(
-            f"a shared trajectory needs schedulers of one class, which scale latents alike, got "
-            f"{kinds[0]} and {kinds[1]}"
-        )

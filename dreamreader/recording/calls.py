@@ -1,7 +1,7 @@
 """Calls of a denoiser kept from a run, to be made again for any rows and steps."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,15 @@ class Calls:
         """[rows, calls, ...] of the denoiser's input."""
         return self.moving[(self.sample,)]
 
+    def select(self, numbers: Sequence[int]) -> "Calls":
+        """Some of the calls, by number, in that order."""
+        moving = {path: value[:, list(numbers)] for path, value in self.moving.items()}
+        return replace(self, moments=tuple(self.moments[n] for n in numbers), moving=moving)
+
+    def with_latents(self, latents: Tensor) -> "Calls":
+        """The calls with other latents, [rows, calls, ...]."""
+        return replace(self, moving=self.moving | {(self.sample,): latents})
+
     def steps(self, moments: Tensor) -> list[int]:
         """The scheduler's step of calls given by their numbers."""
         return [self.moments[number].step for number in moments.tolist()]
@@ -74,7 +83,7 @@ def record_calls(
     prompts: Sequence[str],
     *,
     seeds: int | Sequence[int] = 0,
-    branch: str = "cond",
+    branch: str | None = "cond",
     batch_size: int = 16,
     progress: Progress = True,
     **arguments: Any,
@@ -84,29 +93,38 @@ def record_calls(
     Args:
         reader: of a pipeline with one denoiser.
         prompts, seeds: rows, as in `Reader.run`.
-        branch: guidance branch.
+        branch: guidance branch; None for all, the rows of one branch after those of another, as
+            `branches` of the calls' moments name them.
         batch_size: rows computed together.
         progress: as in `Reader.run`.
         arguments: of the pipeline, such as `num_inference_steps`.
 
     Raises:
-        InvalidInput: the reader has no pipeline, it has several denoisers, or prompts have
-            embeddings of different lengths.
+        InvalidInput: the reader has no pipeline, it has several denoisers, prompts have
+            embeddings of different lengths, or branches are called at different steps.
         UnknownName: the run has no such branch.
     """
     listed = list(prompts)
     numbers = row_seeds(seeds, len(listed))
     asked: dict[str, Any] = {"output_type": "latent"} | arguments
-    parts: list[_CallBatch] = []
+    parts: dict[str, list[_CallBatch]] = {}
     with show_progress(progress) as report:
         for start in range(0, len(listed), batch_size):
             chosen = slice(start, start + batch_size)
-            recorder = CallRecorder(branch)
+            recorder = _BranchRecorders(branch)
             own = {"seeds": numbers[chosen], "progress": part_of(report, start, len(listed))}
             with reader.replay(before=recorder.keep):
                 reader.run(listed[chosen], **own, **asked)
-            parts.append(recorder.batch(len(listed[chosen])))
-    return _join(parts)
+            for name, each in recorder.recorders.items():
+                parts.setdefault(name, []).append(each.batch(len(listed[chosen])))
+    if branch is not None:
+        return _join(parts[branch])
+    counts = {name: len(of_branch[0].moments) for name, of_branch in parts.items()}
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{name} {count} times" for name, count in counts.items())
+        raise InvalidInput(f"the denoiser's branches are called at different steps: {said}")
+    found = _join([batch for of_branch in parts.values() for batch in of_branch])
+    return replace(found, moments=tuple(replace(m, branches=tuple(parts)) for m in found.moments))
 
 
 @dataclass(eq=False)
@@ -142,6 +160,20 @@ class CallRecorder:
         return _CallBatch(
             self.kept[0][0], [each for _, each, _ in self.kept], [each for *_, each in self.kept]
         )
+
+
+class _BranchRecorders:
+    """Keeps the calls in one branch, or in every branch that there is."""
+
+    def __init__(self, branch: str | None):
+        self.all = branch is None
+        self.recorders = {} if branch is None else {branch: CallRecorder(branch)}
+
+    def keep(self, call: Evaluation) -> None:
+        for name in call.moment.branches if self.all else ():
+            self.recorders.setdefault(name, CallRecorder(name))
+        for each in self.recorders.values():
+            each.keep(call)
 
 
 def _flat(arguments: Mapping[str, Any], above: Path = ()) -> dict[Path, Any]:

@@ -1,7 +1,7 @@
 """Activations of paired prompts at several sites, on one trajectory or each on its own."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from dreamreader.engine import Reader, Record, StepInfo, ranges, tokenize
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.recording.buffer import MEMORY, ActivationBuffer
 from dreamreader.recording.calls import Calls, record_calls, row_seeds
+from dreamreader.recording.grids import resample_grid
 
 TRAJECTORIES = ("base", "teacher", "own")
+Grid = tuple[int, int] | None
 
 
 @dataclass(eq=False)
@@ -32,6 +34,11 @@ class Pairs:
             among the row's own tokens of what stands at each place (of several, the last), -1
             behind the count. None where places are those of the recording, or means.
         times: of the base and of the teacher: the time of each call.
+        levels: ratio of noise to signal at each call of the teacher, where it is known.
+        groups: int64 [rows]: rows of one prompt have one number.
+        grids: of the base and of the teacher, by site: height and width of the grid that tokens of
+            the picture are, None of others.
+        unpaired: what has no partner and was left out, by name: `source tokens`, `target calls`.
     """
 
     base: dict[str, Tensor]
@@ -40,6 +47,10 @@ class Pairs:
     counts: dict[str, Tensor] | None = None
     positions: tuple[Tensor, Tensor] | None = None
     times: tuple[tuple[StepInfo, ...], tuple[StepInfo, ...]] | None = None
+    levels: tuple[float, ...] | None = None
+    groups: Tensor | None = None
+    grids: tuple[dict[str, Grid], dict[str, Grid]] | None = None
+    unpaired: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.base or not self.teacher:
@@ -66,6 +77,53 @@ class Pairs:
     def target(self) -> dict[str, Tensor]:
         """The teacher, as mappings from model to model call it."""
         return self.teacher
+
+    def few(self, count: int, start: int = 0) -> "Pairs":
+        """Some of the rows, as views."""
+        part = slice(start, start + count)
+        one, other = (
+            {site: each[part] for site, each in side.items()} for side in (self.base, self.teacher)
+        )
+        counts, positions, groups = self.counts, self.positions, self.groups
+        return replace(
+            self,
+            base=one,
+            teacher=other,
+            counts=None if counts is None else {site: each[part] for site, each in counts.items()},
+            positions=None if positions is None else (positions[0][part], positions[1][part]),
+            groups=None if groups is None else groups[part],
+        )
+
+    def values_at(self, source: str, target: str, resample: str = "area") -> tuple[Tensor, Tensor]:
+        """A site of each side, token by token: [rows, calls, tokens, features] of both.
+
+        Where their grids differ, the source is brought to the grid of the target.
+
+        Args:
+            source, target: sites. resample: see `resample_grid`.
+
+        Raises:
+            UnknownName: a side has no such site.
+            InvalidInput: they have other numbers of tokens whose places are not known, or grids of
+                another shape.
+        """
+        for side, values, site in (
+            ("source", self.source, source),
+            ("target", self.target, target),
+        ):
+            if site not in values:
+                raise UnknownName(f"{side} site of pairs", site, values)
+        x, y = self.source[source], self.target[target]
+        grids = ({}, {}) if self.grids is None else self.grids
+        one, other = grids[0].get(source), grids[1].get(target)
+        if one is not None and other is not None:
+            return resample_grid(x, one, other, resample), y
+        if x.shape[2] != y.shape[2] or one != other:
+            raise InvalidInput(
+                f"{source} has {_size(x, one)} and {target} {_size(y, other)}: they do not belong "
+                "together one by one"
+            )
+        return x, y
 
     def check_same_sites(self) -> None:
         """Refuse sides that cannot be subtracted.
@@ -277,6 +335,17 @@ def _longest(
         return None
     counts = list(map(len, tokenize(reader, [*base, *teacher])[0]))
     return max(counts) if min(counts) < max(counts) else None
+
+
+def _size(values: Tensor, grid: Grid) -> str:
+    return f"{values.shape[2]} tokens" if grid is None else f"a grid of {grid[0]} x {grid[1]}"
+
+
+def number_prompts(prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
+    """[rows]: the same number where prompt and target prompt are the same."""
+    seen: dict[tuple[str, str], int] = {}
+    both = zip(map(str, prompts), map(str, targets), strict=True)
+    return torch.tensor([seen.setdefault(each, len(seen)) for each in both])
 
 
 def _check_counts(base: dict[str, Tensor], teacher: dict[str, Tensor]) -> None:

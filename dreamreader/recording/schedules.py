@@ -6,8 +6,10 @@ from typing import Any
 
 from dreamreader.engine import DenoiserCall
 from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.recording.levels import is_flow
 
-SCHEDULES = ("equal", "noise", "fraction")
+SCHEDULES = ("equal", "noise", "fraction")  # of two runs
+LEADS = ("source", "target")  # of one run, at whose levels the other denoiser is called
 _EQUAL = 1e-3  # relative: tables of schedulers are rounded
 
 
@@ -20,12 +22,7 @@ def noise_levels(scheduler: Any, moments: Sequence[DenoiserCall]) -> list[float]
     Raises:
         InvalidInput: the scheduler does not say its noise.
     """
-    config = getattr(scheduler, "config", {})
-    flow = (
-        type(scheduler).__name__.startswith("FlowMatch")
-        or bool(config.get("use_flow_sigmas"))
-        or config.get("prediction_type") == "flow_prediction"
-    )
+    flow = is_flow(scheduler)
     found = []
     for each in moments:
         if each.sigma is None or math.isnan(each.sigma):

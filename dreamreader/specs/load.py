@@ -106,7 +106,7 @@ def check_spec(
         content: what the file, or Python, says.
         where: place of every key, for messages; `source` where it has none.
         source: name of the whole, for messages.
-        folder: what a relative `data.file` is meant from.
+        folder: what a relative path is meant from.
 
     Raises:
         InvalidInput: as `load_spec` does.
@@ -249,7 +249,7 @@ def _resolve(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _anchor_files(spec: S, folder: Path) -> S:
-    """The spec with every `file` and `store` as an absolute path, which its folder finds too."""
+    """The spec with absolute paths of files, stores and adapters, which its folder finds too."""
 
     def anchor(part: Any) -> Any:
         if isinstance(part, list):
@@ -260,7 +260,7 @@ def _anchor_files(spec: S, folder: Path) -> S:
         changes = {}
         for name in type(part).model_fields:
             value = getattr(part, name)
-            if name in ("file", "store") and isinstance(value, str):
+            if name in ("file", "store", "adapter") and isinstance(value, str):
                 changes[name] = str((folder / value).resolve())
             elif (inner := anchor(value)) is not value:
                 changes[name] = inner

@@ -93,6 +93,9 @@ class Subject(Part):
         "float32", description="Of the weights; auto: the one in which they are stored."
     )
     device: str = Field("cpu", description="Device of torch, such as cpu or cuda:0.")
+    adapter: str | None = Field(
+        None, description="Folder of PEFT, or LoRA weights of a pipeline, merged into the weights."
+    )
 
 
 _MODEL = Shorthand("model")

@@ -13,7 +13,7 @@ def open_subject(subject: Subject) -> Reader:
     """A reader of the named model, in the dtype and on the device that the spec says."""
     from dreamreader.zoo import load
 
-    return load(subject.model, subject.device, subject.dtype)
+    return load(subject.model, subject.device, subject.dtype, subject.adapter)
 
 
 def with_padding(reader: Reader) -> Reader:

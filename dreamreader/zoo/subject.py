@@ -43,6 +43,7 @@ def load(
     name: str | Path,
     device: "str | int | torch.device" = "cpu",
     dtype: "str | torch.dtype" = "float32",
+    adapter: str | Path | None = None,
 ) -> "Reader":
     """A `Reader` of an embedded model, a language model of `zoo fetch`, a folder, or a hub id.
 
@@ -54,11 +55,13 @@ def load(
         device: where it computes: `cpu`, `cuda`, `cuda:1`, `mps` and so on.
         dtype: of its weights: `float32`, `bfloat16`, `float16`, `float64` or one of torch, or
             `auto`: the one in which they are stored. Embedded models are float32 then.
+        adapter: what PEFT saved beside a language model, or LoRA weights of a pipeline, merged into
+            the weights, see `merge_adapter`.
 
     Raises:
         UnknownName: nothing has this name; the nearest that exist are named.
-        InvalidInput: this torch has no such device, the model is not whole, or the hub does not
-            give it.
+        InvalidInput: this torch has no such device, the model is not whole, the hub does not give
+            it, or the adapter belongs to another one.
 
     Example:
         >>> reader = dreamreader.load("shapes-unet")
@@ -75,6 +78,10 @@ def load(
             model, tokenizer = _pipeline(found, wanted), None
         else:
             model, tokenizer = _language_model(found, wanted)
+        if adapter is not None:
+            from dreamreader.zoo.adapter import merge_adapter
+
+            model = merge_adapter(model, adapter)
         if target.type != "cpu":
             move(model, target, None)
     return Reader(model, tokenizer=tokenizer)
@@ -181,8 +188,7 @@ def _in_folder(name: str, folder: Path) -> NamedModel:
         return _model(name, str(folder), folder / LANGUAGE)
     if (folder / "adapter_config.json").is_file():
         raise InvalidInput(
-            f"{folder}: an adapter of PEFT; open its base model, and give that with the adapter to "
-            "dreamreader.Reader"
+            f"{folder}: an adapter of PEFT; open its base model, with adapter={folder.name!r}"
         )
     raise InvalidInput(f"{folder}: {NEITHER}")
 

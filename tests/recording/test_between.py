@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.recording import Pairs, record_between
+from dreamreader.recording import Pairs, record_between, resample_grid
+from dreamreader.recording.alignment import align_spans
 from dreamreader.reft import ActivationMatch
 
 TEXTS = ["a red cat on a tree", "the blue house, well-known", " don't  love  dogs"]
@@ -47,6 +48,7 @@ def unet() -> Reader:
 @cache
 def wide() -> Reader:
     pipe = stable_diffusion_xl(widths=(16, 24))
+    pipe.vae = unet().subject.vae  # whose latents both denoisers can share
     pipe.set_progress_bar_config(disable=True)
     return Reader(pipe)
 
@@ -90,6 +92,11 @@ def test_spans_of_two_tokenizers_are_those_of_hand_made_hooks(span: str) -> None
     )  # fmt: skip
     assert found.positions is not None and found.counts is not None and found.steps is None
     assert found.source[SOURCE].shape[3] == 24 and found.target[TARGET].shape[3] == 32
+    own = [sum(len(r.tokenizer(text).input_ids) for text in TEXTS) for r in (small(), large())]
+    pieces = [each for text in TEXTS for each in cut((small(), large()), text)]
+    paired = [sum(len(each[side]) for each in pieces) for side in (0, 1)]
+    assert list(found.unpaired.values()) == [own[0] - paired[0], own[1] - paired[1]]
+    assert found.unpaired["target tokens"] >= 3  # the beginnings of the texts
     several = 0
     for row, prompt in enumerate(TEXTS):
         pieces = cut((small(), large()), prompt)
@@ -164,6 +171,25 @@ def test_a_tokenizer_that_says_no_characters_is_read_where_it_gives_the_text_bac
         Reader(large().subject, slow), large(), ["a red cat"], TARGET, TARGET, align="spans"
     )
     torch.testing.assert_close(found.source[TARGET], found.target[TARGET])
+
+
+def test_tokenizers_without_offsets_that_change_the_text_are_refused() -> None:
+    class Lower(Slow):
+        def __call__(self, prompts: Any, *args: Any, **more: Any) -> Any:
+            lower = prompts.lower() if isinstance(prompts, str) else [p.lower() for p in prompts]
+            return self._own(lower, *args, **more)
+
+    reader = Reader(large().subject, Lower(text.gemma_tokenizer()))
+    with pytest.raises(InvalidInput, match="row 0: Lower gives 'A Cat' back as 'a cat', .*'mean'"):
+        record_between(reader, large(), ["A Cat"], TARGET, TARGET, align="spans")
+
+
+def test_parts_of_a_text_with_tokens_of_one_model_only_are_left_out() -> None:
+    one, other = [(0, 1), (1, 2), (2, 3)], [(0, 1), (2, 3)]
+    assert align_spans("abc", one, other) == [([0], [0]), ([2], [1])]
+    assert align_spans("abc", other, one) == [([0], [0]), ([1], [2])]
+    with pytest.raises(InvalidInput, match="'abc' has no characters that tokens of both models"):
+        align_spans("abc", [(0, 1)], [(1, 3)])
 
 
 class Slow:
@@ -253,7 +279,7 @@ def test_on_a_shared_trajectory_both_denoisers_see_the_same_latents() -> None:
     handle.remove()
     # three calls of the run, then the replayed ones in one batch
     torch.testing.assert_close(seen["source"][-1], torch.stack([each[1] for each in inputs]))
-    with pytest.raises(InvalidInput, match="a shared trajectory needs schedule='equal'"):
+    with pytest.raises(InvalidInput, match="pairs calls of nearby ones; choose schedule='source'"):
         record_between(
             unet(), wide(), PROMPTS[:1], UNET, UNET, trajectory="source", schedule="noise",
             **arguments(),
@@ -264,9 +290,10 @@ def test_what_has_no_partner_is_refused() -> None:
     asked = (unet(), wide(), PROMPTS)
     block = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2"
     for pair, text_, more in (
-        ((block, UNET), r"grid of 8 x 12 and unet.mid.* a grid of 4 x 6.* align='mean'", {}),
+        ((block, UNET), r"grid of 8 x 12 and unet.mid.* a grid of 4 x 6.* align='place'", {}),
         ((UNET, "text_encoder.encoder.layers.0"), "their calls have no partners", {}),
         ((UNET, UNET), "align='spans' is for two language models", {"align": "spans"}),
+        ((f"{UNET}:k", UNET), "k: the places of its 77 tokens in the picture", {"align": "place"}),
     ):
         with pytest.raises(InvalidInput, match=text_):
             record_between(*asked, *pair, **arguments(2), **more)
@@ -283,8 +310,45 @@ def test_what_has_no_partner_is_refused() -> None:
             record_between(*asked, UNET, UNET, **arguments(2), **more)
     with pytest.raises(InvalidInput, match="'own' are for sites in denoisers; model.layers.1 and"):
         record_between(large(), large(), TEXTS, TARGET, TARGET, schedule="noise")
+    with pytest.raises(InvalidInput, match="align='place' is for places of a picture"):
+        record_between(large(), large(), TEXTS, TARGET, TARGET, align="place")
     with pytest.raises(InvalidInput, match="as many teacher prompts as base prompts"):
         record_between(*asked, UNET, UNET, target_prompts=["a dog"])
+
+
+@pytest.mark.parametrize("resample", ["area", "bilinear"])
+def test_places_of_grids_of_any_size_are_brought_to_that_of_the_target(resample: str) -> None:
+    block = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+    found = record_between(
+        unet(), unet(), PROMPTS, [block, UNET], [block, UNET], align="place", **arguments(2)
+    )
+    assert found.grids is not None
+    assert [(g[block], g[UNET]) for g in found.grids] == [((8, 12), (4, 6))] * 2
+    fine, coarse = found.source[block], found.source[UNET]
+    x, y = found.values_at(block, UNET, resample)
+    means = fine.reshape(2, 2, 4, 2, 6, 2, -1).mean((3, 5)).flatten(2, 3)  # both ways, at one half
+    torch.testing.assert_close(x, means)
+    assert y is found.target[UNET]
+    x, _ = found.values_at(UNET, block, resample)
+    # by hand: halves lie a quarter of a place beside the middles
+    grid = coarse.reshape(2, 2, 4, 6, -1)
+    wanted = 0.75 * (0.75 * grid[..., 1, 2, :] + 0.25 * grid[..., 1, 1, :])
+    wanted += 0.25 * (0.75 * grid[..., 0, 2, :] + 0.25 * grid[..., 0, 1, :])
+    torch.testing.assert_close(x[:, :, 2 * 12 + 4], wanted)
+    same, _ = found.values_at(block, block, resample)
+    assert same is fine
+
+
+def test_grids_that_have_no_places_in_common_are_refused() -> None:
+    values = torch.randn(3, 8, 5)
+    with pytest.raises(
+        InvalidInput, match="grids of 2 x 4 and of 2 x 2 are of pictures of another"
+    ):
+        resample_grid(values, (2, 4), (2, 2))
+    with pytest.raises(InvalidInput, match="a grid of 2 x 2 has 4 tokens, got 8"):
+        resample_grid(values, (2, 2), (4, 4))
+    with pytest.raises(UnknownName, match="unknown resampling of grids 'nearest'"):
+        resample_grid(values, (2, 4), (4, 8), "nearest")
 
 
 def test_pairs_of_two_models_have_rows_and_calls_in_common_and_need_no_more() -> None:

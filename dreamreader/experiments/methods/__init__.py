@@ -20,6 +20,7 @@ METHODS = [
     "lens.LensMethod",
     "heatmap.HeatMapMethod",
     "sae.SaeMethod",
+    "stitch.StitchMethod",
     "transfer.TransferMethod",
 ]
 """Module and class of each; a new method is one line here."""

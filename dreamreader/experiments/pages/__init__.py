@@ -18,6 +18,7 @@ PAGES = {
     "reft": "reft.ReftPage",
     "sae": "sae.SaePage",
     "steer": "steer.SteerPage",
+    "stitch": "stitch.StitchPage",
     "transfer": "transfer.TransferPage",
     "windows": "chunked.PatchingPage",
 }

@@ -1,0 +1,110 @@
+"""Tables of stitched runs from their folders, into docs/stitching.md.
+
+    dreamreader run examples/mapping/stitch-unet-b.yaml --out runs/stitch-unet-b
+    python benchmarks/stitching.py stitch-unet-b=runs/stitch-unet-b ... [--write]
+
+Of a spec whose sites were run apart there are several folders, with commas between. A spec that is
+not named keeps what was found before.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from paired import RESULTS, environment, write
+
+from dreamreader.experiments import load_results
+from dreamreader.experiments.pages.stitch import CONTROLS, SETTING, StitchPage
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "stitching.md"
+START, END = "<!-- stitched -->", "<!-- /stitched -->"
+
+
+def main() -> int:
+    options = parse()
+    file = RESULTS / "stitching-cpu.json"
+    found = json.loads(file.read_text())["specs"] if file.is_file() else {}
+    for each in options.runs:
+        name, _, folders = each.partition("=")
+        parts = [read(StitchPage(load_results(folder))) for folder in folders.split(",")]
+        found[name] = parts[0] | {"lines": [one for part in parts for one in part["lines"]]}
+    found = dict(sorted(found.items()))
+    if options.runs:
+        write({"benchmark": "stitching", "environment": environment(), "specs": found}, "stitching")
+    if options.write:
+        text = PAGE.read_text()
+        head, tail = text.split(START)[0], text.split(END)[1]
+        PAGE.write_text(f"{head}{START}\n\n{tables(found)}\n{END}{tail}")
+    return 0
+
+
+def read(page: StitchPage) -> dict[str, Any]:
+    """Native successes, and what is left of them under every setting of every pair."""
+    results, effect, scores = page.results, page.effect, page.scores()
+    spec = results.spec
+    lines = []
+    for cell in page.cells:
+        for name in CONTROLS:
+            lines.append(line(page, name, {"cell": cell}, {}))
+        for each in page.settings(cell):
+            at = {"cell": cell, **dict(zip(SETTING, each, strict=True))}
+            own = scores.get((cell, at["map"], at["fit_prompts"]), {})
+            lines.append(line(page, "stitched", at, own))
+    return {
+        "source": page.method.source.model,
+        "target": spec.subject.model,
+        "effect": effect,
+        "prompts": len(results.of("unedited")),
+        "steps": spec.pipeline.get("num_inference_steps"),
+        "native": sum(bool(row[effect]) for row in results.of("unedited")),
+        "lines": lines,
+    }
+
+
+def line(page: StitchPage, name: str, at: dict[str, Any], own: Any) -> dict[str, Any]:
+    share = page.share(name, **at)
+    shown = None if share is None else [share.value, share.low, share.high]
+    hits = sum(bool(row[page.effect]) for row in page.results.of(name, **at))
+    scores = {each: own.get(each) for each in ("fvu", "r2", "cka")}
+    return {"condition": name, **at, "hits": hits, "share": shown, **scores}
+
+
+def tables(found: dict[str, Any]) -> str:
+    """A table for each spec."""
+    parts = []
+    for name, each in found.items():
+        parts.append(
+            f"**`examples/mapping/{name}.yaml`**: {each['source']} into {each['target']}, "
+            f"{each['prompts']} captions, {each['steps']} steps; {each['native']} of them are "
+            "right in every attribute without a stitch\n\n"
+            "| target site | map | captions to fit | right | share of native | FVU |\n"
+            "| --- | --- | --- | --- | --- | --- |\n" + "\n".join(map(row, each["lines"])) + "\n"
+        )
+    return "\n".join(parts)
+
+
+def row(each: dict[str, Any]) -> str:
+    own = each.get("map") or each["condition"].replace("_", " ")
+    if each.get("strength", 1.0) != 1.0:
+        own += f", strength {each['strength']:g}"
+    share = "–"
+    if each["share"] is not None:
+        value, low, high = each["share"]
+        share = f"{value:.0%} ({low:.0%} to {high:.0%})"
+    fvu = "" if each.get("fvu") is None else f"{each['fvu']:.3f}"
+    amount = each.get("fit_prompts", "")
+    return f"| `{each['cell']}` | {own} | {amount} | {each['hits']} | {share} | {fvu} |"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Tables of stitched runs.")
+    parser.add_argument("runs", nargs="*", help="name=folder[,folder] of complete runs")
+    parser.add_argument("--write", action="store_true", help="put the tables into the docs")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""What stitched runs keep of the subject's own success: beside controls, over data and strength."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dreamreader.experiments.pages.base import MethodPage, curves, interval_number
+from dreamreader.experiments.results import Found, format_interval
+from dreamreader.report import Number, Section, Table
+from dreamreader.stats import Interval, ratio_of_means
+
+CONTROLS = ("mean_ablated", "random_map")
+SETTING = ("map", "fit_prompts", "strength")
+DESTROYED = 0.25  # share of native that a mean may leave: above it a site proves little
+
+
+class StitchPage(MethodPage):
+    """The best map of each pair beside its controls, every setting, and scores before stitching."""
+
+    @property
+    def effect(self) -> str:
+        """The column that success is read from."""
+        return self.results.effect_column(self.method.effect, "stitched", "unedited")
+
+    @property
+    def cells(self) -> list[str]:
+        """Pairs in the order of the spec."""
+        return list(dict.fromkeys(row["cell"] for row in self.results.of("stitched")))
+
+    def share(self, condition: str, **where: Any) -> Interval | None:
+        """Of the effect's sum over the unedited rows, with an interval over prompts."""
+        rows = self.results.of(condition, **where)
+        if not rows:
+            return None
+        native = {row["row"]: row for row in self.results.of("unedited")}
+        return _share(rows, native, self.effect)
+
+    def best(self, cell: str) -> dict[str, Any]:
+        """The setting of a pair that keeps most; of equals the first."""
+        shares = {
+            setting: self.share("stitched", cell=cell, **dict(zip(SETTING, setting, strict=True)))
+            for setting in self.settings(cell)
+        }
+        chosen = max(shares, key=lambda each: getattr(shares[each], "value", 0.0))
+        return {"cell": cell, **dict(zip(SETTING, chosen, strict=True))}
+
+    def numbers(self) -> list[Number]:
+        found = []
+        for cell in self.cells[:4]:
+            share = self.share("stitched", **self.best(cell))
+            if share is not None:
+                found.append(interval_number(share, f"of native, {cell}"))
+        return found
+
+    def pictured_setting(self) -> Mapping[str, Any]:
+        return self.best(self.cells[0])
+
+    def sections(self) -> list[Section]:
+        lead = (
+            f"Share of the unedited {self.effect} that is left, with 95 % intervals over prompts. "
+            f"Where the mean leaves more than {DESTROYED:.0%}, the site carries little and proves "
+            "little."
+        )
+        return [
+            Section("Pairs", [self._pairs()], lead),
+            *self._curves(),
+            Section("Every map", [self._every()], "FVU, R2 and CKA on held-out prompts."),
+        ]
+
+    def summary(self) -> list[str]:
+        told = []
+        for cell in self.cells:
+            at = self.best(cell)
+            parts = [f"{at['map']} {_shown(self.share('stitched', **at))}"]
+            parts += [f"{name.replace('_', ' ')} {_shown(self.share(name, cell=cell))}"
+                      for name in CONTROLS if self.results.of(name)]  # fmt: skip
+            told.append(f"  {cell}: of native {self.effect}: {', '.join(parts)}")
+        return told
+
+    def settings(self, cell: str) -> list[tuple[Any, ...]]:
+        """Map, prompts and strength of all that was stitched at a pair."""
+        rows = self.results.of("stitched", cell=cell)
+        return list(dict.fromkeys(tuple(row[name] for name in SETTING) for row in rows))
+
+    def _pairs(self) -> Table:
+        rows = []
+        for cell in self.cells:
+            at = self.best(cell)
+            controls = [_shown(self.share(name, cell=cell)) for name in CONTROLS]
+            where = f"{at['map']}, {at['fit_prompts']} prompts"
+            where += "" if at["strength"] == 1 else f", strength {at['strength']:g}"
+            rows.append((cell, where, _shown(self.share("stitched", **at)), *controls))
+        return Table(("pair", "best map", "stitched", "mean ablated", "random map"), rows)
+
+    def _curves(self) -> list[Section]:
+        found = []
+        for axis, title in (("fit_prompts", "Amount of data"), ("strength", "Strength")):
+            values = {row[axis] for row in self.results.of("stitched")}
+            if len(values) < 2:
+                continue
+            for cell in self.cells:
+                best = self.best(cell)
+                other = "strength" if axis == "fit_prompts" else "fit_prompts"
+                lines = {
+                    own.label: self.results.of(
+                        "stitched", cell=cell, map=own.label, **{other: best[other]}
+                    )
+                    for own in self.method.maps
+                }
+                found.append(Section(f"{title}, {cell}", [curves(self.results, axis, lines)]))
+        return found
+
+    def _every(self) -> Table:
+        scores = self.scores()
+        rows = []
+        for cell in self.cells:
+            for own, amount, strength in self.settings(cell):
+                at = {"cell": cell, "map": own, "fit_prompts": amount, "strength": strength}
+                mean = self.results.mean("stitched", self.effect, **at)
+                found = scores.get((cell, own, amount), {})
+                shown = [_number(found.get(name)) for name in ("fvu", "r2", "cka")]
+                share = _shown(self.share("stitched", **at))
+                rows.append((cell, own, amount, strength, share, format_interval(mean), *shown))
+        heads = ("pair", "map", "prompts", "strength", "of native", self.effect, "FVU", "R2", "CKA")
+        return Table(heads, rows)
+
+    def scores(self) -> dict[tuple[str, str, int], Mapping[str, Any]]:
+        """What maps reached on held-out prompts, by pair, map and number of prompts."""
+        from dreamreader.experiments.methods.stitch_maps import MapKey
+
+        found = {}
+        for pair in self.method.sites:
+            for row in self.results.of("stitched", cell=pair.label):
+                name = pair.label, row["map"], row["fit_prompts"]
+                if name not in found:
+                    file = MapKey(pair, row["map"], row["fit_prompts"]).file
+                    read = self.results.folder.read(f"artifacts/{file}.json") or {}
+                    found[name] = read.get("scores", {})
+        return found
+
+
+def _share(rows: Sequence[Found], native: Mapping[int, Found], name: str) -> Interval:
+    """Of sums over prompts: rows of one prompt are drawn together."""
+    over: dict[str, float] = {}
+    under: dict[str, float] = {}
+    for row in rows:
+        item = row["item"]
+        over[item] = over.get(item, 0.0) + float(row[name] or 0.0)
+        under[item] = under.get(item, 0.0) + float(native[row["base"]][name] or 0.0)
+    return ratio_of_means(np.array([list(over.values())]), list(under.values()))[0]
+
+
+def _shown(share: Interval | None) -> str:
+    return "–" if share is None else format_interval(share)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
