@@ -4,8 +4,8 @@
 
 An autoencoder is trained on a site of shapes-unet, carried through ridge maps there and back, and
 trained on the same site of shapes-unet-b, beside one that begins with random weights: the same
-rows, order, rate and size. FVU is that of rows of held-out captions. A third begins with carried
-latents whose features change places, so that nothing but scales is carried.
+rows, order, rate and size. FVU is that of rows of held-out captions. A third begins with the
+carried one whose decoder rows are brought to length 1, and encoder columns with them.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> int:
     arms = {
         "random": begin(options, train.d_target),
         "carried": carried,
-        "exchanged": map_sae(source, *exchange(there, back)),
+        "carried, rows of length 1": scaled(map_sae(source, there, back)),
     }
     source_fvu = fvu(source, x_held)
     curves = {}
@@ -111,13 +111,14 @@ def fvu(sae: SparseAutoencoder, x: Tensor) -> float:
     return float((sae(x) - x).square().sum() / (x - x.mean(0)).square().sum())
 
 
-def exchange(there: AffineMap, back: AffineMap) -> tuple[AffineMap, AffineMap]:
-    """Maps there and back with the features of the target in another order."""
-    order = torch.randperm(there.d_target, generator=torch.Generator().manual_seed(0))
-    return (
-        AffineMap(there.source_mean, there.weight[order], there.bias[order]),
-        AffineMap(back.source_mean[order], back.weight[:, order], back.bias),
-    )
+@torch.no_grad()
+def scaled(sae: SparseAutoencoder) -> SparseAutoencoder:
+    """The same with decoder rows of length 1; codes are as large as what they add."""
+    length = sae.W_dec.norm(dim=1).clamp(min=1e-12)
+    sae.W_dec /= length.unsqueeze(1)
+    sae.W_enc *= length
+    sae.b_enc *= length
+    return sae
 
 
 def reached(curve: list[tuple[int, float]], goal: float) -> int | None:
@@ -128,7 +129,7 @@ def reached(curve: list[tuple[int, float]], goal: float) -> int | None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Autoencoders from carried ones.")
     parser.add_argument("--captions", type=int, default=40)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--every", type=int, default=25, help="steps between two measurements")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--latents", type=int, default=512)

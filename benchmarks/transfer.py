@@ -74,7 +74,7 @@ def map_scores(results: Results) -> dict[str, list[float]]:
     """FVU on held-out prompts of each map, site by site."""
     method, folder = results.spec.method, results.folder.path
     found: dict[str, list[float]] = {}
-    for name in method.maps:
+    for name in method.named_maps:
         stem = method.map_file(folder, name, "*").name
         files = sorted((folder / "artifacts").glob(stem))
         found[name] = [ActivationMap.load(file).card.scores["fvu"] for file in files]

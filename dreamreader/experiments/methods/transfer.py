@@ -16,7 +16,6 @@ from dreamreader.experiments.methods.transfer_fits import carried_directions, ca
 from dreamreader.experiments.row import Row
 from dreamreader.jobs import hash_weights
 from dreamreader.localise import ablate_edits
-from dreamreader.mapping import METHODS
 from dreamreader.recording.labelled import joined_rows
 from dreamreader.specs.data import pairs_only, read_items
 from dreamreader.specs.parts import listed_seeds
@@ -50,9 +49,9 @@ class TransferMethod(Carried):
 
     @model_validator(mode="after")
     def _known_maps(self) -> "TransferMethod":
-        for name, each in self.maps.items():
-            if each.method not in METHODS:
-                raise ValueError(f"maps.{name}: {UnknownName('method', each.method, METHODS)}")
+        if len(self.named_maps) < len(self.maps):
+            raise ValueError("maps: two have one name; give them a name each")
+        for name, each in self.named_maps.items():
             if self.carry == "loreft" and each.method not in AFFINE:
                 raise ValueError(
                     f"maps.{name}: an edit is read and written by affine maps "
@@ -103,7 +102,7 @@ class TransferMethod(Carried):
     def _sweeps(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Conditions that are run at every cell and strength."""
         yield "native", {}
-        for name in self.maps:
+        for name in self.named_maps:
             yield "edited", {"map": name}
         for name in ("random_direction", "unmapped"):
             if name in self.controls:

@@ -1,22 +1,16 @@
 """Where a transfer takes what it carries from, and the maps that carry it."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from dreamreader.experiments.job import Job, Method
 from dreamreader.experiments.methods.base import SweptPlaces
-from dreamreader.specs.parts import AnySeeds, AnySubject, Count, Data, Part, Seeds
+from dreamreader.experiments.methods.stitch_maps import AnyMap, MapSpec
+from dreamreader.specs.parts import AnySeeds, AnySubject, Count, Data, Seeds
 from dreamreader.specs.subject import open_subject
 from dreamreader.training.parts import Training
-
-
-class MapChoice(Part):
-    """How a map from the source to the subject is fitted."""
-
-    method: str = Field("ridge", description="Of `dreamreader.mapping.fit_map`.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Of that method.")
 
 
 class Carried(Method, SweptPlaces):
@@ -27,10 +21,10 @@ class Carried(Method, SweptPlaces):
         default_factory=dict,
         description="Site of the source for each site of the subject; of the same name by default.",
     )
-    maps: dict[str, MapChoice] = Field(
-        default_factory=lambda: {"ridge": MapChoice(method="ridge")},
+    maps: list[AnyMap] = Field(
+        default_factory=lambda: [MapSpec(method="ridge", name=None)],
         min_length=1,
-        description="Maps by name.",
+        description="Maps, methods of `dreamreader.mapping.fit_map` or mappings with options.",
     )
     map_data: Data = Field(description="Prompts that the maps are fitted to.")
     map_seeds: AnySeeds = Field(
@@ -47,6 +41,11 @@ class Carried(Method, SweptPlaces):
     per_step: bool = Field(True, description="A direction for every step, or one for all.")
     rank: Count = Field(4, description="Of learned edits.")
     training: Training = Field(default_factory=Training, description="Of learned edits.")
+
+    @property
+    def named_maps(self) -> dict[str, MapSpec]:
+        """The maps by their names in tables."""
+        return {each.label: each for each in self.maps}
 
     @property
     def has_unmapped(self) -> bool:

@@ -15,6 +15,7 @@ from dreamreader.experiments.job import Job
 from dreamreader.experiments.methods.reft import ReftMethod
 from dreamreader.experiments.methods.reft_adapters import load_or_train
 from dreamreader.experiments.methods.steer import SteerMethod
+from dreamreader.experiments.methods.stitch_maps import fit_options
 from dreamreader.experiments.methods.transfer_base import Carried
 from dreamreader.mapping import (
     ActivationMap,
@@ -44,7 +45,7 @@ def carried_directions(method: Carried, job: Job) -> dict[str, Directions]:
     """
     assert job.folder is not None
     folder = job.folder.path
-    names = ["native", *method.maps, *(["unmapped"] if method.has_unmapped else [])]
+    names = ["native", *method.named_maps, *(["unmapped"] if method.has_unmapped else [])]
     files = {name: method.directions_file(folder, name) for name in names}
     if not all(file.is_file() for file in files.values()):
         with job.pause_counting():
@@ -83,7 +84,7 @@ def _fit_directions(method: Carried, job: Job, names: Sequence[str]) -> dict[str
         vector = theirs[partner[site]]
         by_step = levels if vector.dim() == 2 else None
         train, held = rows.split(0.2)
-        for name in method.maps:
+        for name in method.named_maps:
             own = _fit_map(method, job, train, held, name, site)
             found[name][site] = map_direction(own, vector, level=by_step)
         if "unmapped" in found:
@@ -131,15 +132,17 @@ def _affine_maps(method: Carried, job: Job) -> dict[str, dict[str, tuple[AffineM
     """Maps there and back by name and site; those that are missing are fitted and written."""
     assert job.folder is not None
     folder, partner = job.folder.path, method.partners(job)
-    files = [method.map_file(folder, n, site, "back") for n in method.maps for site in partner]
+    files = [
+        method.map_file(folder, n, site, "back") for n in method.named_maps for site in partner
+    ]
     if not all(file.is_file() for file in files):
         for site, rows, _ in _pairs(method, job):
             train, held = rows.split(0.2)
-            for name in method.maps:
+            for name in method.named_maps:
                 _fit_map(method, job, train, held, name, site)
                 _fit_map(method, job, train.reversed(), held.reversed(), name, site, "back")
     found: dict[str, dict[str, tuple[AffineMap, AffineMap]]] = {}
-    for name in method.maps:
+    for name in method.named_maps:
         found[name] = {}
         for site in partner:
             one, two = (
@@ -189,10 +192,11 @@ def _fit_map(
 ) -> ActivationMap:
     """Fits a map, and writes it with its scores."""
     assert job.folder is not None
-    choice, models = method.maps[name], [method.source.model, job.spec.subject.model]
+    choice, models = method.named_maps[name], [method.source.model, job.spec.subject.model]
     one, two = models if way == "map" else models[::-1]
     try:
-        own = fit_map(train, choice.method, source_model=one, target_model=two, **choice.options)
+        options = fit_options(choice.method, choice.options)
+        own = fit_map(train, choice.method, source_model=one, target_model=two, **options)
     except InvalidInput as error:
         raise InvalidInput(f"method.maps.{name}: {error}") from error
     own = own.with_card(scores=score_map(own, held, draws=200).as_dict())

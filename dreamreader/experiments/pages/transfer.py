@@ -36,7 +36,7 @@ class TransferPage(ComparedPage):
         results = self.results
         found = [self._line(n.replace("_", " "), n, {}) for n in STILL if results.of(n)]
         found.append(self._line("native", "native", self.best("native")))
-        for name in self.method.maps:
+        for name in self.method.named_maps:
             found.append(self._line(name, "edited", self.best(map=name)))
         for name in FIXED[1:]:
             if results.of(name):
@@ -79,7 +79,7 @@ class TransferPage(ComparedPage):
         cells = dict.fromkeys(r["cell_json"] for r in self.results.of("edited"))
         chosen = (next(r for r in self.results.of("edited") if r["cell_json"] == c) for c in cells)
         sites = dict.fromkeys(site for row in chosen for site in self.results.cell(row).sites)
-        for name in self.method.maps:
+        for name in self.method.named_maps:
             for site in sites:
                 scores = ActivationMap.load(self.method.map_file(folder, name, site)).card.scores
                 numbers = (scores[key] for key in ("fvu", "cosine", "cka", "retrieval"))

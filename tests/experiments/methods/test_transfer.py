@@ -26,7 +26,10 @@ def transfer(**changes: Any) -> dict[str, Any]:
         "source": "shapes-unet",
         "sites": SITE,
         "map_data": MAPPED,
-        "maps": {"same": {"method": "identity"}, "ridge": {"options": {"lambdas": 0.001}}},
+        "maps": [
+            {"method": "identity", "name": "same"},
+            {"method": "ridge", "name": "ridge", "options": {"lambdas": 0.001}},
+        ],
         "fit": FIT,
         "fit_seeds": [7, 8],
         "branch": "cond",
@@ -67,7 +70,7 @@ def test_a_direction_of_the_model_itself_has_the_whole_effect(experiment, tmp_pa
 
 def test_what_is_added_is_the_direction_that_was_mapped(experiment, tmp_path) -> None:
     """From another site: the map of it, not the subject's own direction."""
-    maps = {"steps": {"method": "steps", "options": {"lambdas": 0.1}}, "noise": {"method": "noise"}}
+    maps = [{"method": "steps", "name": "steps", "options": {"lambdas": 0.1}}, "noise"]
     method = transfer(source_sites={SITE: TWIN}, maps=maps, controls=[])
     made = experiment(data={"pairs": PAIRS}, method=method, batch={"rows": 4})
     results = made.run(tmp_path / "run")
@@ -103,13 +106,15 @@ def test_what_cannot_be_carried(experiment, tmp_path) -> None:
     def run(**changes: Any) -> None:
         experiment(data={"pairs": PAIRS}, method=transfer(**changes)).run(tmp_path / "run")
 
-    with pytest.raises(InvalidInput, match="maps.a: unknown method 'ridgy'; nearest: ridge"):
-        run(maps={"a": {"method": "ridgy"}})
+    with pytest.raises(InvalidInput, match="method.*maps.*ridgy"):
+        run(maps=["ridgy"])
+    with pytest.raises(InvalidInput, match="two have one name; give them a name each"):
+        run(maps=["ridge", "ridge"])
     with pytest.raises(InvalidInput, match="an edit is read and written by affine maps .*, noise"):
-        run(carry="loreft", maps={"a": {"method": "noise"}})
+        run(carry="loreft", maps=["noise"])
     with pytest.raises(InvalidInput, match="native is the name of a condition; choose another"):
-        run(maps={"native": {}})
+        run(maps=[{"method": "ridge", "name": "native"}])
     with pytest.raises(UnknownName, match="source_sites: site of the cells 'unet.mid_block'"):
         run(source_sites={"unet.mid_block": SITE})
     with pytest.raises(InvalidInput, match="method.maps.a: .*rank"):
-        run(maps={"a": {"method": "reduced_rank", "options": {"rank": 0}}})
+        run(maps=[{"method": "reduced_rank", "name": "a", "options": {"rank": 0}}])
