@@ -1,8 +1,10 @@
 """Maps between all sites of two models: runs specs of `examples/mapping`, and gathers their scores.
 
-python benchmarks/map_matrix.py [SPEC ...] [--runs FOLDER] [--out FILE.json]
+python benchmarks/map_matrix.py [SPEC ...] [--runs FOLDER] [--stitched FILE] [--out FILE.json]
 
 A spec runs in this process, so that its time and memory are known; a run that is complete is read.
+`--stitched` is rows.parquet of `examples/mapping/stitch-matrix.yaml`: its success is compared with
+the scores of the first spec.
 """
 
 import argparse
@@ -12,10 +14,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from paired import environment, write
 
+from dreamreader.mapping import correlate_success
 from dreamreader.training import MapMatrixJob
 from dreamreader.training.map_matrix_page import best_pairs
+from dreamreader.training.map_matrix_success import read_success
 
 ROOT = Path(__file__).parents[1]
 SPECS = ("matrix", "matrix-dit")
@@ -44,6 +49,24 @@ def measure(spec: Path, out: Path) -> dict[str, Any]:
     return {**took, "prompts": found["prompts"], "sites": found["sites"], "pairs": pairs}
 
 
+def predict(found: dict[str, Any], rows: Path) -> dict[str, Any]:
+    """Success of stitching by pair of sites, and its rank correlation with each score."""
+    one, other = found["sites"]
+    success = read_success(rows, (one, other), "scene_right", "ridge", 0.5)
+    known = [each for each in found["pairs"] if (each["source"], each["target"]) in success]
+    values = np.array([success[each["source"], each["target"]] for each in known])
+    signs = {"fvu": -1, "cosine": 1, "cka_source": 1, "retrieval": 1}
+    scores = {name: sign * np.array([each[name] for each in known]) for name, sign in signs.items()}
+    correlated = correlate_success(scores, values)
+    return {
+        "pairs": [[*pair, round(value, 4)] for pair, value in success.items()],
+        "predicts": {
+            name: [round(x, 3) for x in (each.value, each.low, each.high)]
+            for name, each in correlated.items()
+        },
+    }
+
+
 def table(found: dict[str, Any]) -> list[str]:
     """Lines in Markdown: of each target site the best source, and its own name where it has one."""
     lines = ["| target | best source | FVU | R2 | cosine | CKA | top-1 |", "|" + " --- |" * 7]
@@ -59,6 +82,7 @@ def main() -> None:
     parser.add_argument("specs", nargs="*", default=SPECS)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/map-matrix-cpu.json")
+    parser.add_argument("--stitched", type=Path)
     asked = parser.parse_args()
     content: dict[str, Any] = {"specs": {}}
     if asked.out.is_file():
@@ -69,6 +93,8 @@ def main() -> None:
         content["specs"][name] = found
         print(f"{name}: {found['seconds']} s, {found['processor_seconds']} s of processor")
         print("\n".join(table(found)))
+        if asked.stitched and name == asked.specs[0]:
+            content["stitching"] = predict(found, asked.stitched)
         write(content, asked.out)
 
 

@@ -78,7 +78,7 @@ MOMENTS: dict[str, list[Moment]] = {
         renamed("result.json"),
     ],
     "map-matrix": [
-        *(renamed("fingerprint.json"), renamed("fit.safetensors"), call(20)),
+        *(renamed("fingerprint.json"), renamed("fit.safetensors"), call(4)),
         *(renamed("fit.safetensors"), renamed("score.safetensors"), renamed("result.json")),
         renamed("report.html"),
     ],

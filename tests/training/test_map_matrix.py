@@ -72,6 +72,29 @@ def test_pairs_of_sites_have_the_scores_of_maps_that_are_fitted_alone(whole: Any
         assert each["rows"] == [len(fit.flat()[0]), len(score.flat()[0])]
 
 
+def test_models_run_as_often_for_many_sites_as_for_one(tmp_path: Path) -> None:
+    counts = []
+    for number, sites in enumerate((["unet.mid_block"], ["unet.mid_block", "unet.up_blocks.*"])):
+        calls = [0, 0]
+
+        def count(side: int, calls: list[int] = calls) -> Any:
+            def hook(*_: Any) -> None:
+                calls[side] += 1
+
+            return hook
+
+        handles = [
+            reader.subject.unet.register_forward_pre_hook(count(side))
+            for side, reader in enumerate(readers())
+        ]
+        found = job(sites=sites, draws=1).run(tmp_path / str(number), progress=False)
+        for handle in handles:
+            handle.remove()
+        counts.append(calls)
+        assert len(found["pairs"]) == len(found["sites"][0]) ** 2
+    assert counts[0] == counts[1] and min(counts[0]) > 0
+
+
 def test_a_stopped_matrix_goes_on_to_the_same_numbers(whole: Any, tmp_path: Path) -> None:
     class Stop(Exception):
         pass
