@@ -460,6 +460,12 @@ def test_what_does_not_belong_together_is_refused() -> None:
     refused("needs a map of dreamreader.mapping or None, got int", lambda: run({BLOCK: (BLOCK, 3)}))
     refused("not both in a denoiser", lambda: run({"text_encoder": (BLOCK, own)}))
     refused("unknown trajectory .mine.; nearest", lambda: run(pair, trajectory="mine"), UnknownName)
+    other = {"transformer.h.0": (BLOCK, None)}
+    refused("have no common number", lambda: stitch(a(), small(), TEXTS, other, progress=False))
+    words = {"transformer.h.1": ("transformer.h.0", None)}
+    refused("only the prompt of a language model is stitched", lambda: stitch(
+        small(), _gpt2(32, 2), TEXTS, words, steps=2, progress=False))  # fmt: skip
+    refused("unet.up_blocks.* stands for 4 sites", lambda: run({"unet.up_blocks.*": (BLOCK, own)}))
     refused("selects none of the 2 steps", lambda: run(pair, steps=[]))
     refused(
         "load the model twice", lambda: lock_step(a(), Reader(a().subject), PROMPTS, BLOCK, **CALL)
