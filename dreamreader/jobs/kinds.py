@@ -35,6 +35,7 @@ KINDS = {
     "harvest": Kind("dreamreader.harvest.harvest:Harvest", "capture"),
     "probes": Kind("dreamreader.training.probes:ProbeJob", "labels"),
     "sae": Kind("dreamreader.training.sae:SaeJob", "autoencoders"),
+    "map-matrix": Kind("dreamreader.training.map_matrix:MapMatrixJob", "target_sites"),
     "reft": Kind("dreamreader.training.reft:ReftJob", "sites"),  # probes have sites too
 }
 

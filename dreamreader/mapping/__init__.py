@@ -6,6 +6,7 @@ from dreamreader.mapping.fit import METHODS, fit_map
 from dreamreader.mapping.local import LocalMap
 from dreamreader.mapping.lock_step import LockStep, lock_step
 from dreamreader.mapping.maps import AffineMap, MLPMap
+from dreamreader.mapping.matrix import MomentMatrix, correlate_success
 from dreamreader.mapping.moments import CrossMoments
 from dreamreader.mapping.rows import PairedRows
 from dreamreader.mapping.scores import MapReport, compare_maps, score_map
@@ -24,10 +25,12 @@ __all__ = [
     "MapCard",
     "MapControl",
     "MapReport",
+    "MomentMatrix",
     "NoiseConditionedMap",
     "PairedRows",
     "StepMaps",
     "compare_maps",
+    "correlate_success",
     "fit_map",
     "lock_step",
     "map_direction",

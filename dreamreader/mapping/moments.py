@@ -1,5 +1,7 @@
 """Cross moments of paired rows: what linear maps are fitted and measured from, in one pass."""
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -195,6 +197,50 @@ class CrossMoments:
         found._target = self._target.clone()
         found.rows, found._weight = self.rows, self._weight
         return found
+
+    def part(self, source: slice, target: slice) -> "CrossMoments":
+        """Moments of some dimensions of each side, as if only they had been added."""
+        self._flush()
+        d = self.d_source
+        here = torch.arange(d, device=self.device)[source]
+        there = torch.arange(self.d_target, device=self.device)[target]
+        both = torch.cat([here, d + there])
+        found = CrossMoments(len(here), len(there), gram=self.gram, device=self.device)
+        found._shift, found._total = self._shift[both], self._total[both]
+        found._cross = self._cross[source][:, both]
+        found._target = (
+            self._target[target, target] if self.gram else self._target[target]
+        ).clone()
+        found.rows, found._weight = self.rows, self._weight
+        return found
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What `load_state_dict` goes on from, without the rows that wait: all are summed first."""
+        self._flush()
+        self._waiting = None
+        counts = torch.tensor([self.rows, self._weight], dtype=torch.float64)
+        return {
+            "counts": counts,
+            "shift": self._shift,
+            "total": self._total,
+            "cross": self._cross,
+            "target": self._target,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes the sums of other moments of the same widths in the place of its own.
+
+        Raises:
+            InvalidInput: they are of other widths, or keep something else.
+        """
+        own = self.state_dict()
+        shapes = [{name: list(each.shape) for name, each in one.items()} for one in (own, state)]
+        if shapes[0] != shapes[1]:
+            raise InvalidInput(f"moments of pairs: sums of {shapes[0]} are needed, got {shapes[1]}")
+        values = {name: each.to(own[name], copy=True) for name, each in state.items()}
+        self.rows, self._weight = int(values["counts"][0]), float(values["counts"][1])
+        self._shift, self._total = values["shift"], values["total"]
+        self._cross, self._target = values["cross"], values["target"]
 
     def _mean(self) -> Tensor:
         """[width], of both sides."""

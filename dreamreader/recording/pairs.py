@@ -1,7 +1,7 @@
 """Activations of paired prompts at several sites, on one trajectory or each on its own."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -77,6 +77,22 @@ class Pairs:
     def target(self) -> dict[str, Tensor]:
         """The teacher, as mappings from model to model call it."""
         return self.teacher
+
+    def few(self, count: int, start: int = 0) -> "Pairs":
+        """Some of the rows, as views."""
+        part = slice(start, start + count)
+        one, other = (
+            {site: each[part] for site, each in side.items()} for side in (self.base, self.teacher)
+        )
+        counts, positions, groups = self.counts, self.positions, self.groups
+        return replace(
+            self,
+            base=one,
+            teacher=other,
+            counts=None if counts is None else {site: each[part] for site, each in counts.items()},
+            positions=None if positions is None else (positions[0][part], positions[1][part]),
+            groups=None if groups is None else groups[part],
+        )
 
     def values_at(self, source: str, target: str, resample: str = "area") -> tuple[Tensor, Tensor]:
         """A site of each side, token by token: [rows, calls, tokens, features] of both.

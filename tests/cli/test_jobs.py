@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from training.jobs import DOWN, PROBES, REFT
+from training.jobs import DOWN, MATRIX, PROBES, REFT
 from typer.testing import CliRunner
 
 from dreamreader.cli import app
@@ -36,6 +36,7 @@ SPECS = {
     },
     "reft": REFT,
     "probes": {**PROBES, "sites": DOWN},
+    "map-matrix": {**MATRIX, "sites": "unet.mid_block"},
 }
 KINDS = list(SPECS)
 

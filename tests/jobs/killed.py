@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from training.jobs import DOWN, MIDDLE, PROBES, REFT, SAE
+from training.jobs import DOWN, MATRIX, MIDDLE, PROBES, REFT, SAE
 
 PAIRS = [
     {"source": "a small red circle", "target": "a small blue circle"},
@@ -77,6 +77,11 @@ MOMENTS: dict[str, list[Moment]] = {
         *(renamed("plan.json"), renamed(f"{DOWN}.json"), renamed(f"{MIDDLE}.safetensors")),
         renamed("result.json"),
     ],
+    "map-matrix": [
+        *(renamed("fingerprint.json"), renamed("fit.safetensors"), call(20)),
+        *(renamed("fit.safetensors"), renamed("score.safetensors"), renamed("result.json")),
+        renamed("report.html"),
+    ],
     "sae": [
         *(renamed("fingerprint.json"), call(2), Moment("step", nth=3), Moment("step", nth=7)),
         *(renamed(f"{DOWN}-2.safetensors"), renamed(f"{DOWN}.json"), Moment("step", nth=4)),
@@ -88,6 +93,7 @@ BATCHES = {"texts": 14, "pictures": 6}  # of a whole run
 KINDS = [*MOMENTS, *KILLS]
 UNITS = {
     "reft": "none",
+    "map-matrix": "none",  # sums that grow
     "probes": "probes/[!.]*.safetensors",
     "sae": "autoencoders/[!.]*.json",
 } | dict.fromkeys(KILLS, "shards/[0-9]*/unit.json")  # files of finished units
@@ -108,9 +114,10 @@ def main(folder: Path) -> None:
     from dreamreader.engine import Reader
     from dreamreader.experiments import Experiment
     from dreamreader.harvest import Harvest
-    from dreamreader.training import ProbeJob, ReftJob, SaeJob
+    from dreamreader.training import MapMatrixJob, ProbeJob, ReftJob, SaeJob
 
     torch.set_num_threads(1)
+    other = dreamreader.load("shapes-unet-b")
     unet, gpt2 = dreamreader.load("shapes-unet"), Reader(*tiny.language_model("gpt2"))
 
     def job(kind: str) -> Any:
@@ -121,6 +128,8 @@ def main(folder: Path) -> None:
             return ProbeJob(reader=unet, **{**PROBES, "sites": [DOWN, MIDDLE]})
         if kind == "sae":
             return SaeJob(reader=unet, **SAE)
+        if kind == "map-matrix":
+            return MapMatrixJob(reader=unet, target_reader=other, **MATRIX)
         if kind == "texts":
             return Harvest(
                 name=kind,

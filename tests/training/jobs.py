@@ -47,3 +47,16 @@ SAE: dict[str, Any] = {
     "evaluation": {"rows": 128},
     "batch": {"rows": 3},
 }
+
+MATRIX: dict[str, Any] = {
+    "name": "maps",
+    "kind": "map-matrix",
+    "subject": "shapes-unet",
+    "target": "shapes-unet-b",
+    "data": {"prompts": ["a red circle", "a blue square", "a green star", "a red star"]},
+    "pipeline": {"num_inference_steps": 2},
+    "sites": ["unet.mid_block", "unet.up_blocks.1"],
+    "draws": 20,
+    "sample": 64,
+    "unit": 1,
+}
