@@ -60,14 +60,16 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/map-matrix-cpu.json")
     asked = parser.parse_args()
-    content = json.loads(asked.out.read_text()) if asked.out.is_file() else {"specs": {}}
+    content: dict[str, Any] = {"specs": {}}
+    if asked.out.is_file():
+        content |= json.loads(asked.out.read_text())
     content |= {"benchmark": "map matrix", "environment": environment()}
     for name in asked.specs:
         found = measure(ROOT / "examples/mapping" / f"{name}.yaml", asked.runs / name)
         content["specs"][name] = found
         print(f"{name}: {found['seconds']} s, {found['processor_seconds']} s of processor")
         print("\n".join(table(found)))
-        write(asked.out, content)
+        write(content, asked.out)
 
 
 if __name__ == "__main__":

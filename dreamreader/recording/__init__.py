@@ -12,6 +12,7 @@ from dreamreader.recording.labelled import (
 )
 from dreamreader.recording.levels import convert_latents, find_timestep, mix_weights
 from dreamreader.recording.pairs import Pairs, pairs_of_calls, record_pairs
+from dreamreader.recording.stored import StoredPairs, StorePairs
 
 __all__ = [
     "Calls",
@@ -19,6 +20,8 @@ __all__ = [
     "Pairs",
     "convert_latents",
     "find_timestep",
+    "StorePairs",
+    "StoredPairs",
     "joined_rows",
     "mean_over_tokens",
     "mix_weights",

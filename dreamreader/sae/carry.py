@@ -26,10 +26,11 @@ def map_sae(sae: SparseAutoencoder, forward: LinearMap, backward: LinearMap) -> 
     """An autoencoder of the target that has the latents of one of the source.
 
     Formula: with x = G y + g (`backward`) and y = F x + f (`forward`), of weights as `fold` gives
-        them: W_enc <- G' W_enc, b_enc <- b_enc + (g - b_dec) W_enc (g alone where b_dec is not
-        taken from inputs); W_dec <- W_dec F', b_dec <- F b_dec + f. Thresholds are in units of
-        codes and stay. Where G is the inverse of F, the codes of y are those of G y, and the
-        reconstruction is F applied to theirs.
+        them: W_dec <- W_dec F', b_dec' = F b_dec + f, W_enc <- G' W_enc and
+        b_enc <- b_enc + (g + G b_dec' - b_dec) W_enc, which stays near b_enc where G undoes F (g
+        alone where b_dec is not taken from inputs). Thresholds are in units of codes and stay.
+        Where G is the inverse of F, the codes of y are those of G y, and the reconstruction is F
+        applied to theirs.
 
     Args:
         sae: of the source. forward: from source to target, for the decoder.
@@ -37,7 +38,9 @@ def map_sae(sae: SparseAutoencoder, forward: LinearMap, backward: LinearMap) -> 
 
     Returns:
         A new autoencoder in float32, in `eval()` mode where the old one is; as a beginning of
-        training too, then with counters at 0.
+        training too, with counters at 0. Its decoder rows have the lengths that the map gives them,
+        so it is neither `unit_decoder` nor `aligned`: a step of training would change what it is.
+        Train it with `center=False`, as its b_dec is one already.
 
     Raises:
         InvalidInput: widths do not fit, or each row is normalised by itself, which no affine map
@@ -79,13 +82,16 @@ def map_sae(sae: SparseAutoencoder, forward: LinearMap, backward: LinearMap) -> 
     w_enc, b_enc, w_dec, b_dec = (
         getattr(plain, name).detach().double() for name in ("W_enc", "b_enc", "W_dec", "b_dec")
     )
-    origin = back[1] - b_dec if plain.apply_b_dec_to_input else back[1]
+    centre, origin = there[0] @ b_dec + there[1], back[1]
+    if plain.apply_b_dec_to_input:
+        origin = origin + back[0] @ centre - b_dec
     options: dict[str, Any] = plain.describe() | {
         "d_in": d_new,
         "selection": plain.selection,
         "threshold_rule": plain.threshold_rule,
         "aux": plain.aux,
-        "apply_b_dec_to_input": False,
+        "unit_decoder": False,
+        "aligned": False,
         "reshape": "none",
     }
     made = SparseAutoencoder(**options, dtype=torch.float32, device=w_dec.device)
@@ -94,7 +100,7 @@ def map_sae(sae: SparseAutoencoder, forward: LinearMap, backward: LinearMap) -> 
             "W_enc": back[0].T @ w_enc,
             "b_enc": b_enc + origin @ w_enc,
             "W_dec": w_dec @ there[0].T,
-            "b_dec": there[0] @ b_dec + there[1],
+            "b_dec": centre,
         }
     )
     for name in ("thresholds", "threshold_mean", "pool", "pool_size"):

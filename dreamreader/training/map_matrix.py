@@ -14,21 +14,22 @@ import numpy as np
 
 from dreamreader._progress import ProgressEvent
 from dreamreader.engine import Reader
-from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.errors import InvalidInput
 from dreamreader.jobs import fingerprint, hash_weights
 from dreamreader.jobs.fingerprint import portable
 from dreamreader.jobs.job import REPORT, RunUnit, SpecJob, Work
 from dreamreader.jobs.subject import describe_subject
 from dreamreader.mapping import MomentMatrix, correlate_success, fit_map, score_map
 from dreamreader.recording import Pairs, record_between
+from dreamreader.recording.pairs import in_denoiser
 from dreamreader.specs.data import read_items
-from dreamreader.specs.files import FileRows
 from dreamreader.specs.parts import Subject
 from dreamreader.specs.subject import call_settings, is_language, open_subject, with_padding
 from dreamreader.training.folder import RESULT, TrainingFolder
 from dreamreader.training.map_matrix_page import best_pairs, write_report
 from dreamreader.training.map_matrix_spec import MapMatrixSpec
 from dreamreader.training.map_matrix_state import FOLDS, STATES, read_state, write_state
+from dreamreader.training.map_matrix_success import Success, read_success
 
 SCORES = ("fvu", "fvu_scalar", "r2", "cosine", "cka_source", "cka", "retrieval")
 
@@ -120,11 +121,13 @@ class MapMatrixJob(SpecJob[MapMatrixSpec]):
         return list(dict.fromkeys(item.prompt for item in read_items(self.spec.data)))
 
     @cached_property
-    def success(self) -> dict[tuple[str, str], float]:
+    def success(self) -> Success:
         """Of stitching, by (source, target)."""
         if self.spec.stitching is None:
             return {}
-        return read_success((self._home or Path()) / self.spec.stitching.file, self.sites)
+        own = self.spec.stitching
+        path = (self._home or Path()) / own.file
+        return read_success(path, self.sites, own.effect, self.spec.map, own.harmed)
 
     def plan(self) -> MatrixPlan:
         """Sites, maps and prompts; nothing is run."""
@@ -252,9 +255,9 @@ class MapMatrixJob(SpecJob[MapMatrixSpec]):
     def _record(self, prompts: Sequence[str]) -> Pairs:
         spec, settings = self.spec, self._settings()
         language = is_language(self.readers[0])
-        timed = {} if language else {"schedule": spec.schedule, "trajectory": spec.trajectory}
-        if not any(name.split(".")[0] in self.readers[0].denoisers for name in self.sites[0]):
-            timed = {}
+        timed: dict[str, Any] = {}
+        if not language and in_denoiser(self.readers[0], self.sites[0]):
+            timed = {"schedule": spec.schedule, "trajectory": spec.trajectory}
         return record_between(
             *self.readers,
             [each for each in prompts for _ in spec.seed_list],
@@ -338,34 +341,6 @@ def split_prompts(prompts: Sequence[str], spec: MapMatrixSpec) -> dict[str, list
         )
     parts = order[held + chosen :], order[held : held + chosen], order[:held]
     return dict(zip(FOLDS, parts, strict=True))
-
-
-def read_success(
-    path: Path, sites: tuple[Sequence[str], Sequence[str]]
-) -> dict[tuple[str, str], float]:
-    """The success of stitching by pair of sites.
-
-    Raises:
-        InvalidInput: a row lacks a column, or its success is no number.
-        UnknownName: a row names another site.
-    """
-    found = {}
-    for row, where in FileRows(path):
-        pair = []
-        for name, known in zip(("source", "target"), sites, strict=True):
-            if row.get(name) not in known:
-                raise UnknownName(f"{where}: {name} site", str(row.get(name)), known)
-            pair.append(str(row[name]))
-        try:
-            value = float(row["success"])
-        except (KeyError, TypeError, ValueError):
-            raise InvalidInput(
-                f"{where}: success must be a number, got {row.get('success')!r}"
-            ) from None
-        if not math.isfinite(value):
-            raise InvalidInput(f"{where}: success must be finite, got {value}")
-        found[pair[0], pair[1]] = value
-    return found
 
 
 def _listed(sites: str | list[str]) -> list[str]:

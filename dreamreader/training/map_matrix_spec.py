@@ -14,7 +14,13 @@ Sites = str | list[str]
 class Stitched(Part):
     """How well stitching went at pairs of sites, as another job has measured it."""
 
-    file: str = Field(description="CSV, JSONL or Parquet with the columns source, target, success.")
+    file: str = Field(
+        description="With columns source, target, success; or rows.parquet of a stitch experiment."
+    )
+    effect: str = Field("scene_right", description="Of an experiment, the metric that is success.")
+    harmed: float = Field(
+        0.5, gt=0, le=1, description="Of an experiment, sites are left out that keep more ablated."
+    )
 
 
 class MapMatrixSpec(parts.Common):

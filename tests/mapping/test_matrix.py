@@ -1,5 +1,7 @@
 """Moments of all pairs of sites are those of each pair alone, whatever the batches and grids."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,13 @@ import torch
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.mapping import CrossMoments, MomentMatrix, PairedRows, correlate_success, fit_map
 from dreamreader.recording import Pairs, resample_grid
+
+
+@pytest.fixture(params=[2**24, 1], ids=["at once", "row by row"], autouse=True)
+def blocks(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large recordings are added in blocks of rows."""
+    monkeypatch.setattr("dreamreader.mapping.matrix._FLOATS", request.param)
+    monkeypatch.setattr("dreamreader.mapping.matrix._BLOCK", min(4096, request.param))
 
 
 def recording(rows: int = 5, seed: int = 0) -> Pairs:

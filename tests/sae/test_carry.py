@@ -62,8 +62,13 @@ def test_mapped_rows_have_the_same_latents(selection: Any, options: Any, d_targe
 
 def test_a_carried_autoencoder_can_be_trained() -> None:
     sae = fitted(BatchTopK(3)).train()
+    assert sae.unit_decoder
     found = map_sae(sae, *maps())
     assert found.training and int(found.steps) == 0
+    x = torch.randn(20, 6)
+    before = found(x)
+    found.constrain()  # as each step ends
+    assert torch.equal(found(x), before)
     loss = found.loss(torch.randn(20, 6)).total
     loss.backward()
     assert found.W_enc.grad is not None and bool(found.W_enc.grad.any())

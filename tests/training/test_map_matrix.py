@@ -11,15 +11,18 @@ import tiny
 from dreamreader import load
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.jobs.kinds import kind_of_file
 from dreamreader.mapping import PairedRows, fit_map, score_map
 from dreamreader.recording import record_between
 from dreamreader.training import MapMatrixJob
 from dreamreader.training.map_matrix import split_prompts
+from dreamreader.training.map_matrix_success import read_success
 from dreamreader.zoo import settings
 
 from .jobs import MATRIX
 
 SITES = MATRIX["sites"]
+EXAMPLES = Path(__file__).parents[2] / "examples" / "mapping"
 
 
 @cache
@@ -106,6 +109,36 @@ def test_the_report_shows_matrices_and_what_predicts_success(tmp_path: Path) -> 
     page = (tmp_path / "out" / "report.html").read_text()
     for text in ("Explained by the map", "Linear CKA", "Retrieval", "What predicts stitching"):
         assert text in page
+
+
+def test_success_is_that_of_a_stitching_experiment_where_ablation_harms(tmp_path: Path) -> None:
+    rows = [{"condition": "unedited", "cell": None, "map": None, "strength": None, "scene_right": x}
+            for x in (True, True, True, False)]  # fmt: skip
+    for cell, ablated, stitched in (("a > x", 0.25, 0.5), ("b", 0.75, 0.75), ("c", 0.0, 0.25)):
+        own = {"cell": cell, "strength": 1.0}
+        rows.append({**own, "condition": "mean_ablated", "map": "mean", "scene_right": ablated})
+        rows.append({**own, "condition": "stitched", "map": "ridge", "scene_right": stitched})
+        rows.append({**own, "condition": "stitched", "map": "local k=3", "scene_right": 1.0})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    sites = ["a", "b", "c"], ["x", "b", "c"]
+    found = read_success(file, sites, "scene_right", "ridge", 0.5)
+    assert found == {("a", "x"): pytest.approx(2 / 3), ("c", "c"): pytest.approx(1 / 3)}
+    with pytest.raises(UnknownName, match="effect 'scene_riht'; nearest: scene_right"):
+        read_success(file, sites, "scene_riht", "ridge", 0.5)
+    with pytest.raises(InvalidInput, match="no pair of sites where procrustes was stitched and"):
+        read_success(file, sites, "scene_right", "procrustes", 0.5)
+    with pytest.raises(UnknownName, match="source site 'a'"):
+        read_success(file, (["b", "c"], sites[1]), "scene_right", "ridge", 0.5)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("matrix*.yaml")), ids=lambda path: path.stem)
+def test_examples_are_specs(path: Path) -> None:
+    made = MapMatrixJob.from_file(path)
+    assert kind_of_file(path) == "map-matrix"
+    if made.spec.subject.model == "shapes-unet":
+        plan = made.plan()
+        assert len(plan.source) >= 14 and len(plan.target) >= 12 and plan.prompts["fit"] >= 30
 
 
 def test_models_of_other_kinds_sites_and_files_that_cannot_be_are_refused(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ METHODS = [
     "heatmap.HeatMapMethod",
     "sae.SaeMethod",
     "stitch.StitchMethod",
+    "transfer.TransferMethod",
 ]
 """Module and class of each; a new method is one line here."""
 

@@ -123,7 +123,7 @@ class SteerMethod(Method, SweptPlaces):
         if missing and self.directions is not None:
             fitted["edited"] = self.directions.load()
         elif missing:
-            fitted = self._fit(job, missing)
+            fitted = self.fit_directions(job, missing)
         found: dict[str, Directions] = {}
         for name, file in files.items():
             if name in missing:
@@ -154,7 +154,7 @@ class SteerMethod(Method, SweptPlaces):
     def directions_file(self, folder: Path, condition: str = "edited") -> Path:
         return folder / "artifacts" / f"{_FILES[condition]}.safetensors"
 
-    def _fit(self, job: Job, conditions: Sequence[str]) -> dict[str, Directions]:
+    def fit_directions(self, job: Job, conditions: Sequence[str]) -> dict[str, Directions]:
         """Directions of the fit's pairs in one pass; where labels are shuffled, source and target
         are swapped in a random half of the pairs."""
         steps = "each" if self.per_step and not job.is_language else "shared"

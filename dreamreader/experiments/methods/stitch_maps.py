@@ -1,7 +1,7 @@
 """The maps of stitching experiments: recorded, fitted, kept in the run folder with their scores."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -151,16 +151,26 @@ class MapFitter:
                 source_site=own.source_site, target_site=own.target_site,
             )  # fmt: skip
         method, options = (MEAN, {}) if spec is None else (spec.method, spec.options)
-        options = dict(options)
-        if method in BY_GRADIENT:
-            options["progress"] = False
         try:
-            if "recipe" in options:
-                options["recipe"] = _recipe(options["recipe"])
+            options = fit_options(method, options)
             return fit_map(own, method, source_model=one, target_model=other, **options)
         except InvalidInput as error:
             where = f"{key.pair.label}, {key.label}, {key.amount} prompts"
             raise InvalidInput(f"method.maps ({where}): {error}") from error
+
+
+def fit_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a spec as `fit_map` takes them.
+
+    Raises:
+        InvalidInput, UnknownName: they have a recipe that is none.
+    """
+    found = dict(options)
+    if method in BY_GRADIENT:
+        found["progress"] = False
+    if "recipe" in found:
+        found["recipe"] = _recipe(found["recipe"])
+    return found
 
 
 def _recipe(given: Any) -> Recipe:

@@ -19,6 +19,7 @@ PAGES = {
     "sae": "sae.SaePage",
     "steer": "steer.SteerPage",
     "stitch": "stitch.StitchPage",
+    "transfer": "transfer.TransferPage",
     "windows": "chunked.PatchingPage",
 }
 """Module and class of the page of each kind of method."""

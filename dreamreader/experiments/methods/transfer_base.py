@@ -1,0 +1,79 @@
+"""Where a transfer takes what it carries from, and the maps that carry it."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from dreamreader.experiments.job import Job, Method
+from dreamreader.experiments.methods.base import SweptPlaces
+from dreamreader.experiments.methods.stitch_maps import AnyMap, MapSpec
+from dreamreader.specs.parts import AnySeeds, AnySubject, Count, Data, Seeds
+from dreamreader.specs.subject import open_subject
+from dreamreader.training.parts import Training
+
+
+class Carried(Method, SweptPlaces):
+    """Base of methods that carry something from a source model to the subject."""
+
+    source: AnySubject = Field(description="The model that it comes from.")
+    source_sites: dict[str, str] = Field(
+        default_factory=dict,
+        description="Site of the source for each site of the subject; of the same name by default.",
+    )
+    maps: list[AnyMap] = Field(
+        default_factory=lambda: [MapSpec(method="ridge", name=None)],
+        min_length=1,
+        description="Maps, methods of `dreamreader.mapping.fit_map` or mappings with options.",
+    )
+    map_data: Data = Field(description="Prompts that the maps are fitted to.")
+    map_seeds: AnySeeds = Field(
+        default_factory=lambda: Seeds(start=300_000), description="Seeds of these prompts."
+    )
+    trajectory: Literal["own", "source", "target"] = Field(
+        "own", description="Latents of the pairs of the maps: own, or those of one for both."
+    )
+    fit: Data = Field(description="Pairs that directions are fitted from, in both models.")
+    fit_seeds: AnySeeds = Field(
+        default_factory=lambda: Seeds(start=100_000), description="Seeds of the pairs."
+    )
+    direction: Literal["mean", "caa", "pca", "lda", "logistic"] = "mean"
+    per_step: bool = Field(True, description="A direction for every step, or one for all.")
+    rank: Count = Field(4, description="Of learned edits.")
+    training: Training = Field(default_factory=Training, description="Of learned edits.")
+
+    @property
+    def named_maps(self) -> dict[str, MapSpec]:
+        """The maps by their names in tables."""
+        return {each.label: each for each in self.maps}
+
+    @property
+    def has_unmapped(self) -> bool:
+        """Whether what was not mapped is a control."""
+        return False
+
+    def directions_file(self, folder: Path, name: str) -> Path:
+        """Of `native`, `unmapped` or the name of a map."""
+        return folder / "artifacts" / f"directions-{name.replace(' ', '-')}.safetensors"
+
+    def map_file(self, folder: Path, name: str, site: str, way: str = "map") -> Path:
+        """The map of a name to a site, with its scores on held-out prompts on its card.
+
+        Args:
+            way: `map`, or `back` for the one from the subject to the source.
+        """
+        return folder / "artifacts" / f"{way}-{name.replace(' ', '-')}-{site}.safetensors"
+
+    def source_job(self, job: Job) -> Job:
+        """The same call on the source."""
+        if "source" not in job.memory:
+            spec = job.spec.model_copy(update={"subject": self.source})
+            job.memory["source"] = Job(
+                spec, open_subject(self.source), job.items, [], job.folder, job.batch
+            )
+        return job.memory["source"]
+
+    def partners(self, job: Job) -> dict[str, str]:
+        """For each site of the cells that of the source."""
+        sites = dict.fromkeys(site for cell in self.cells(job) for site in cell.sites)
+        return {site: self.source_sites.get(site, site) for site in sites}
