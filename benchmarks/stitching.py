@@ -47,7 +47,7 @@ def read(page: StitchPage) -> dict[str, Any]:
     spec = results.spec
     lines = []
     for cell in page.cells:
-        for name in CONTROLS:
+        for name in [each for each in CONTROLS if results.of(each, cell=cell)]:
             lines.append(line(page, name, {"cell": cell}, {}))
         for each in page.settings(cell):
             at = {"cell": cell, **dict(zip(SETTING, each, strict=True))}
@@ -80,7 +80,7 @@ def tables(found: dict[str, Any]) -> str:
             f"**`examples/mapping/{name}.yaml`**: {each['source']} into {each['target']}, "
             f"{each['prompts']} captions, {each['steps']} steps; {each['native']} of them are "
             "right in every attribute without a stitch\n\n"
-            "| target site | map | captions to fit | right | share of native | FVU |\n"
+            "| pair | map | captions to fit | right | share of native | FVU |\n"
             "| --- | --- | --- | --- | --- | --- |\n" + "\n".join(map(row, each["lines"])) + "\n"
         )
     return "\n".join(parts)

@@ -295,6 +295,7 @@ def test_a_flow_model_gets_the_source_at_its_own_noise_on_its_own_grid() -> None
     def replace(module: Any, args: Any, out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return out[0], given.pop() @ own.weight.T + own.bias
 
+    run = RUN | {"num_inference_steps": 3}  # one call amid noise, where scales differ
     blocks = dit.subject.transformer.transformer_blocks
     hooks = [
         dit.subject.transformer.register_forward_pre_hook(begin, with_kwargs=True),
@@ -304,13 +305,13 @@ def test_a_flow_model_gets_the_source_at_its_own_noise_on_its_own_grid() -> None
     try:
         with torch.no_grad():
             drawn = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-            arguments = {k: v for k, v in CALL.items() if k != "progress"}
+            arguments = {k: v for k, v in run.items() if k not in ("progress", "seeds")}
             wanted = dit.subject(PROMPTS, generator=drawn, **arguments).images
     finally:
         for hook in hooks:
             hook.remove()
     pair = {place: (site, own)}
-    got = stitch(a(), dit, PROMPTS, pair, schedule="target", **RUN)
+    got = stitch(a(), dit, PROMPTS, pair, schedule="target", **run)
     torch.testing.assert_close(got.output, wanted, rtol=1e-3, atol=1e-3)
     with pytest.raises(InvalidInput, match="call 0 has noise"):
         stitch(a(), dit, PROMPTS, pair, **RUN)
@@ -460,6 +461,12 @@ def test_what_does_not_belong_together_is_refused() -> None:
     refused("needs a map of dreamreader.mapping or None, got int", lambda: run({BLOCK: (BLOCK, 3)}))
     refused("not both in a denoiser", lambda: run({"text_encoder": (BLOCK, own)}))
     refused("unknown trajectory .mine.; nearest", lambda: run(pair, trajectory="mine"), UnknownName)
+    other = {"transformer.h.0": (BLOCK, None)}
+    refused("have no common number", lambda: stitch(a(), small(), TEXTS, other, progress=False))
+    words = {"transformer.h.1": ("transformer.h.0", None)}
+    refused("only the prompt of a language model is stitched", lambda: stitch(
+        small(), _gpt2(32, 2), TEXTS, words, steps=2, progress=False))  # fmt: skip
+    refused("unet.up_blocks.* stands for 4 sites", lambda: run({"unet.up_blocks.*": (BLOCK, own)}))
     refused("selects none of the 2 steps", lambda: run(pair, steps=[]))
     refused(
         "load the model twice", lambda: lock_step(a(), Reader(a().subject), PROMPTS, BLOCK, **CALL)

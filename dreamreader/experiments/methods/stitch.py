@@ -224,6 +224,7 @@ class StitchMethod(Method):
         source = self.reader
         asked = {**job.spec.pipeline, **self.source_pipeline}
         branch = [self.branch] if isinstance(self.branch, str) else self.branch
+        guided = ("cond", "uncond") if job.prompt_branch else ("cond",)
         return MapFitter(
             job,
             source,
@@ -234,7 +235,7 @@ class StitchMethod(Method):
             self.schedule,
             self.trajectory,
             self.align,
-            branch or ["cond"],
+            branch or guided,
             (call_settings(source, self.source, asked), job.settings),
         )
 
