@@ -44,10 +44,11 @@ def main() -> int:
         "carried, rows of length 1": scaled(map_sae(source, there, back)),
     }
     source_fvu = fvu(source, x_held)
-    curves = {}
+    curves, live = {}, {}
     for name, sae in arms.items():
-        start = fvu(sae, y_held)
+        start, alive = fvu(sae, y_held), share_live(sae, y_held)
         curves[name] = [(0, start), *learn(options, sae, y, y_held)]
+        live[name] = [alive, share_live(sae, y_held)]
         print(f"{name}: {start:.3f} at first, {curves[name][-1][1]:.3f} at last", flush=True)
     goal = curves["random"][-1][1]
     result = {
@@ -62,10 +63,14 @@ def main() -> int:
         "map_fvu": [score_map(there, held).fvu, score_map(back, held.reversed()).fvu],
         "source_fvu": source_fvu,
         "goal_fvu": goal,
-        "steps_to_goal": {name: reached(curve, goal) for name, curve in curves.items()},
+        "steps_to": {
+            f"{level:.3f}": {name: reached(curve, level) for name, curve in curves.items()}
+            for level in (0.2, 0.15, 0.1, goal)
+        },
+        "live": {"source": [share_live(source, x_held)], **live},
         "curves": curves,
     }
-    print(f"steps to FVU {goal:.3f}: {result['steps_to_goal']}")
+    print(f"steps to FVU: {result['steps_to']}; live latents: {result['live']}")
     print(write(result, options.output or "carried-sae"))
     return 0
 
@@ -109,6 +114,12 @@ def learn(
 @torch.no_grad()
 def fvu(sae: SparseAutoencoder, x: Tensor) -> float:
     return float((sae(x) - x).square().sum() / (x - x.mean(0)).square().sum())
+
+
+@torch.no_grad()
+def share_live(sae: SparseAutoencoder, x: Tensor) -> float:
+    """Share of latents that are active in some row."""
+    return float((sae.encode(x) > 0).any(0).double().mean())
 
 
 @torch.no_grad()
