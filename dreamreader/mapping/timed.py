@@ -54,21 +54,23 @@ class StepMaps(ActivationMap, form="steps"):
         return self.maps[0].d_target
 
     def at(self, step: int | None = None, level: float | None = None) -> ActivationMap:
-        """The map of a step; without one, that of the nearest noise level.
+        """The map of the nearest noise level, where it is known here and there; else of the step.
+
+        Steps of schedules of other lengths have one number and another noise.
 
         Raises:
             InvalidInput: neither is given, it has no such step, or the level lies further beyond
                 its levels than they are apart there.
         """
+        if level is not None and self._by_level(step, level):
+            return self.maps[self._nearest(check_level(self.name, level))]
         if step is not None:
             step = check_whole(f"{self.name}: step", step)
             if step not in self.steps:
                 had = ", ".join(map(str, self.steps))
                 raise InvalidInput(f"{self.name}: it has no map for step {step}, but for {had}")
             return self.maps[self.steps.index(step)]
-        if level is None:
-            raise InvalidInput(f"{self.name}: it has a map for each step; give step= or level=")
-        return self.maps[self._nearest(check_level(self.name, level))]
+        raise InvalidInput(f"{self.name}: it has a map for each step; give step= or level=")
 
     def apply(
         self,
@@ -78,7 +80,8 @@ class StepMaps(ActivationMap, form="steps"):
         level: float | Tensor | None = None,
     ) -> Float[Tensor, "*batch d_target"]:
         self.check(x)
-        given = level if step is None else step
+        by_level = self._by_level(step, level)
+        given = level if by_level else step
         if not isinstance(given, Tensor) or given.dim() == 0:
             return self._at(step, level).apply(x)
         if given.shape != x.shape[:1]:
@@ -89,7 +92,7 @@ class StepMaps(ActivationMap, form="steps"):
         found = x.new_empty(*x.shape[:-1], self.d_target)
         for value in given.unique().tolist():
             own = given == value
-            which = (None, value) if step is None else (value, None)
+            which = (None, value) if by_level else (value, None)
             found[own] = self._at(*which).apply(x[own])
         return found
 
@@ -103,7 +106,7 @@ class StepMaps(ActivationMap, form="steps"):
         level: float | Tensor | None = None,
     ) -> Float[Tensor, "*batch d_target"]:
         """That of the map of one step, around the mean of this step."""
-        given = level if step is None else step
+        given = level if self._by_level(step, level) else step
         if isinstance(given, Tensor) and given.dim():
             raise InvalidInput(f"{self.name}: a direction is of one step, got {list(given.shape)}")
         return self._at(step, level).direction(v, at, alpha)
@@ -117,6 +120,9 @@ class StepMaps(ActivationMap, form="steps"):
     def _at(self, step: int | Tensor | None, level: float | Tensor | None) -> ActivationMap:
         number = None if step is None else check_whole(f"{self.name}: step", step)
         return self.at(number, None if level is None else check_level(self.name, level))
+
+    def _by_level(self, step: Any, level: Any) -> bool:
+        return level is not None and (bool(self.levels) or step is None)
 
     def _nearest(self, level: float) -> int:
         if not self.levels:

@@ -107,6 +107,7 @@ def find_timestep(scheduler: Any, level: float) -> tuple[float, float]:
     Raises:
         InvalidInput: the schedule has no such level, or its mixture is not known.
     """
+    _check_timesteps(scheduler)
     train = scheduler.config.get("num_train_timesteps", 1000)
     signal, noise = mix_weights(scheduler, level)
     if is_flow(scheduler):
@@ -128,10 +129,21 @@ def find_timestep(scheduler: Any, level: float) -> tuple[float, float]:
     return float(place), level
 
 
+def _check_timesteps(scheduler: Any) -> None:
+    """Refuse schedulers that tell their denoiser no place among the steps of the training."""
+    kind = getattr(scheduler, "config", {}).get("timestep_type", "discrete")
+    if kind != "discrete":
+        raise InvalidInput(
+            f"{type(scheduler).__name__} tells its denoiser {kind} timesteps, which are known at "
+            "the levels of its own runs alone; choose schedule='equal' or 'noise'"
+        )
+
+
 def split_levels(
     scheduler: Any, levels: Sequence[float]
 ) -> tuple[list[tuple[int, float, float]], list[float]]:
     """Of levels those that a schedule has, as (number, timestep, level), and the others."""
+    _check_timesteps(scheduler)
     there, beyond = [], []
     for number, level in enumerate(levels):
         mix_weights(scheduler, level)  # what is not known at any level is not left out

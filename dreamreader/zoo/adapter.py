@@ -73,14 +73,37 @@ def _merge_into_pipeline(pipe: Any, path: Path) -> Any:
     if not hasattr(pipe, "load_lora_weights"):
         raise InvalidInput(f"adapter: {type(pipe).__name__} takes no LoRA weights")
     try:
+        stored = _count_stored(pipe, path)
         pipe.load_lora_weights(str(path))
-        if not any(pipe.get_list_adapters().values()):
-            raise ValueError("none of its weights is one of the pipeline's")
+        if (held := _count_held(pipe)) != stored:
+            raise ValueError(
+                f"it has {stored} tensors, and {held} have a place in the pipeline: some are of "
+                "another model, or lack their partner"
+            )
         pipe.fuse_lora(safe_fusing=True)
         pipe.unload_lora_weights()
     except Exception as error:  # whatever diffusers and PEFT say of files, keys and shapes
         raise _foreign(path, pipe, first_line(error)) from error
     return pipe
+
+
+def _count_stored(pipe: Any, path: Path) -> int:
+    """Tensors of a file of LoRA weights, without their scales."""
+    found = pipe.lora_state_dict(str(path))
+    state = found[0] if isinstance(found, tuple) else found
+    return sum(not name.endswith(".alpha") for name in state)
+
+
+def _count_held(pipe: Any) -> int:
+    """Tensors of adapters in all parts of a pipeline, where those that a file lacks are made up."""
+    from peft import get_peft_model_state_dict
+
+    parts = [each for each in pipe.components.values() if getattr(each, "peft_config", None)]
+    return sum(
+        len(get_peft_model_state_dict(each, adapter_name=name))
+        for each in parts
+        for name in each.peft_config
+    )
 
 
 def _foreign(path: Path, model: Any, why: str) -> InvalidInput:

@@ -187,6 +187,11 @@ def test_the_map_of_a_step_is_found_by_number_or_noise() -> None:
         made.apply(x)
     with pytest.raises(InvalidInput, match=r"one for all or \[3\], got \[2\]"):
         made.apply(x, step=torch.tensor([0, 2]))
+    x = torch.randn(3, 4)  # of a step of another schedule, the noise is what tells its map
+    assert torch.equal(made.apply(x, step=5, level=2.1), made.maps[1].apply(x))
+    levels = torch.tensor([8.0, 0.5, 2.0])
+    own = torch.stack([made.maps[n].apply(each) for n, each in zip((0, 2, 1), x, strict=True)])
+    torch.testing.assert_close(made.apply(x, step=0, level=levels), own)
     unknown = StepMaps(made.source_mean, made.maps, made.steps)
     with pytest.raises(InvalidInput, match="the noise levels of its steps are not known"):
         unknown.apply(x, level=1.0)

@@ -108,6 +108,11 @@ def _sigmas(scheduler: Any) -> list[float]:
 def test_levels_beyond_a_schedule_are_its_end_where_that_is_as_good_as_the_same() -> None:
     ddim = unet().subject.scheduler
     last = float(ddim.alphas_cumprod[-1])
+    words = diffusers.EulerDiscreteScheduler(
+        timestep_type="continuous", prediction_type="v_prediction"
+    )
+    with pytest.raises(InvalidInput, match="continuous timesteps.*choose schedule='equal'"):
+        find_timestep(words, 1.0)
     assert find_timestep(ddim, math.inf) == (999, pytest.approx(math.sqrt((1 - last) / last)))
     short = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012)
     with pytest.raises(InvalidInput, match="DDIMScheduler has no noise level 60: .* are 25.15 to"):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from tiny.embedded import untrained
 from torch import Tensor
 
@@ -136,11 +137,26 @@ def test_lora_of_a_pipeline_is_merged(tmp_path) -> None:
     assert not torch.allclose(plain.run("a", seeds=0, **settings).images, beside, atol=1e-3)
     with pytest.raises(InvalidInput, match="does not fit this StableDiffusionPipeline"):
         dr.load(tmp_path / "model", adapter=tmp_path / "model")
+    for name, change in CHANGES.items():
+        (tmp_path / name).mkdir()
+        file = "pytorch_lora_weights.safetensors"
+        save_file(change(load_file(tmp_path / "lora" / file)), tmp_path / name / file)
+        with pytest.raises(InvalidInput, match=f"{name} does not fit .*have a place in"):
+            dr.load(tmp_path / "model", adapter=tmp_path / name)
+
+
+CHANGES = {
+    "half": lambda all: {k: v for k, v in all.items() if not ("up_blocks" in k and _down(k))},
+    "renamed": lambda all: {k.replace("up_blocks.1", "up_blocks.9"): v for k, v in all.items()},
+    "more": lambda all: all | {f"unet.more.{k}": v.clone() for k, v in all.items()},
+}
+
+
+def _down(name: str) -> bool:
+    return "lora.down" in name or "lora_A" in name
 
 
 def _rename(folder: Path, old: str, new: str, value: float | None = None) -> None:
-    from safetensors.torch import load_file, save_file
-
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
     if value is not None:

@@ -49,15 +49,15 @@ class TransferMethod(Carried):
 
     @model_validator(mode="after")
     def _known_maps(self) -> "TransferMethod":
-        if len(self.named_maps) < len(self.maps):
-            raise ValueError("maps: two have one name; give them a name each")
+        if len({name.replace(" ", "-") for name in self.named_maps}) < len(self.maps):
+            raise ValueError("maps: two have one name, or the same but for spaces; name them apart")
         for name, each in self.named_maps.items():
             if self.carry == "loreft" and each.method not in AFFINE:
                 raise ValueError(
                     f"maps.{name}: an edit is read and written by affine maps "
                     f"({', '.join(AFFINE)}), {each.method} is none"
                 )
-            if name in ("native", *CONTROLS):
+            if name.replace(" ", "_") in ("native", "unedited", *CONTROLS):
                 raise ValueError(f"maps: {name} is the name of a condition; choose another")
         return self
 

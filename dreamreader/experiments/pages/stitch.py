@@ -37,10 +37,16 @@ class StitchPage(MethodPage):
         return _share(rows, native, self.effect)
 
     def best(self, cell: str) -> dict[str, Any]:
-        """The setting of a pair that keeps most; of equals the first."""
+        """The setting of a pair that keeps most, at strength 1 or what is nearest to it.
+
+        A weak stitch leaves the subject's own, which says nothing of the map.
+        """
+        settings = self.settings(cell)
+        nearest = min((each[2] for each in settings), key=lambda strength: abs(strength - 1))
         shares = {
             setting: self.share("stitched", cell=cell, **dict(zip(SETTING, setting, strict=True)))
-            for setting in self.settings(cell)
+            for setting in settings
+            if setting[2] == nearest
         }
         chosen = max(shares, key=lambda each: getattr(shares[each], "value", 0.0))
         return {"cell": cell, **dict(zip(SETTING, chosen, strict=True))}
@@ -48,9 +54,10 @@ class StitchPage(MethodPage):
     def numbers(self) -> list[Number]:
         found = []
         for cell in self.cells[:4]:
-            share = self.share("stitched", **self.best(cell))
+            at = self.best(cell)
+            share = self.share("stitched", **at)
             if share is not None:
-                found.append(interval_number(share, f"of native, {cell}"))
+                found.append(interval_number(share, f"of native, {cell}{_strength(at)}"))
         return found
 
     def pictured_setting(self) -> Mapping[str, Any]:
@@ -72,7 +79,7 @@ class StitchPage(MethodPage):
         told = []
         for cell in self.cells:
             at = self.best(cell)
-            parts = [f"{at['map']} {_shown(self.share('stitched', **at))}"]
+            parts = [f"{at['map']}{_strength(at)} {_shown(self.share('stitched', **at))}"]
             parts += [f"{name.replace('_', ' ')} {_shown(self.share(name, cell=cell))}"
                       for name in CONTROLS if self.results.of(name)]  # fmt: skip
             told.append(f"  {cell}: of native {self.effect}: {', '.join(parts)}")
@@ -89,8 +96,9 @@ class StitchPage(MethodPage):
             at = self.best(cell)
             controls = [_shown(self.share(name, cell=cell)) for name in CONTROLS]
             where = f"{at['map']}, {at['fit_prompts']} prompts"
-            where += "" if at["strength"] == 1 else f", strength {at['strength']:g}"
-            rows.append((cell, where, _shown(self.share("stitched", **at)), *controls))
+            rows.append(
+                (cell, where + _strength(at), _shown(self.share("stitched", **at)), *controls)
+            )
         return Table(("pair", "best map", "stitched", "mean ablated", "random map"), rows)
 
     def _curves(self) -> list[Section]:
@@ -157,3 +165,8 @@ def _shown(share: Interval | None) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def _strength(setting: Mapping[str, Any]) -> str:
+    """The strength of a setting, where it is not that of a whole stitch."""
+    return "" if setting["strength"] == 1 else f", strength {setting['strength']:g}"

@@ -21,7 +21,7 @@ class TransferPage(ComparedPage):
         """Share of the native effect of each line, with an interval over prompts.
 
         Formula: (mean effect - mean of unedited rows) / (the same of `native`), of the same prompts
-            and seeds, which are drawn whole.
+            and seeds. Prompts are drawn whole, with all of their seeds.
         """
         base = self._values(self.results.of("unedited"))
         keys = [key for key, value in base.items() if value is not None]
@@ -29,7 +29,11 @@ class TransferPage(ComparedPage):
         gains = {}
         for line in lines:
             found = self._values(self.results.of(line.condition, **_known(line.setting)))
-            gains[line.label] = [float(found[key] or 0) - float(base[key] or 0) for key in keys]
+            sums: dict[str, float] = {}
+            for key in keys:
+                gain = float(found[key] or 0) - float(base[key] or 0)
+                sums[key[0]] = sums.get(key[0], 0.0) + gain
+            gains[line.label] = list(sums.values())
         return dict(zip(gains, ratio_of_means(list(gains.values()), gains["native"]), strict=True))
 
     def lines(self) -> list[Line]:

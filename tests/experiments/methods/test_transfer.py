@@ -39,7 +39,7 @@ def transfer(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_direction_of_the_model_itself_has_the_whole_effect(experiment, tmp_path) -> None:
-    made = experiment(data={"pairs": PAIRS}, method=transfer(), batch={"rows": 4})
+    made = experiment(data={"pairs": PAIRS}, method=transfer(), seeds=[3, 4], batch={"rows": 4})
     results = made.run(tmp_path / "run")
     assert results.conditions == [
         "unedited", "target_prompt", "native", "edited", "random_direction", "unmapped",
@@ -55,6 +55,7 @@ def test_a_direction_of_the_model_itself_has_the_whole_effect(experiment, tmp_pa
     assert isinstance(page, TransferPage)
     shares = page.shares()
     assert (shares["same"].value, shares["same"].low, shares["native"].value) == (1, 1, 1)
+    assert shares["ridge"].n == len(PAIRS) == len(results.of("native")) / 2  # seeds are no prompts
     assert shares["unmapped"].value == pytest.approx(1) and shares["random direction"].value < 0.9
     assert shares["ridge"].value == pytest.approx(1, abs=0.1)  # of rows that are equal
     own = ActivationMap.load(method.map_file(folder, "ridge", SITE))
@@ -108,8 +109,12 @@ def test_what_cannot_be_carried(experiment, tmp_path) -> None:
 
     with pytest.raises(InvalidInput, match="method.*maps.*ridgy"):
         run(maps=["ridgy"])
-    with pytest.raises(InvalidInput, match="two have one name; give them a name each"):
+    with pytest.raises(InvalidInput, match="two have one name, or the same but for spaces"):
         run(maps=["ridge", "ridge"])
+    with pytest.raises(InvalidInput, match="two have one name, or the same but for spaces"):
+        run(maps=[{"method": "ridge", "name": "a b"}, {"method": "identity", "name": "a-b"}])
+    with pytest.raises(InvalidInput, match="mean ablated is the name of a condition"):
+        run(maps=[{"method": "ridge", "name": "mean ablated"}])
     with pytest.raises(InvalidInput, match="an edit is read and written by affine maps .*, noise"):
         run(carry="loreft", maps=["noise"])
     with pytest.raises(InvalidInput, match="native is the name of a condition; choose another"):
