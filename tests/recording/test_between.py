@@ -312,6 +312,14 @@ def test_what_has_no_partner_is_refused() -> None:
         record_between(large(), large(), TEXTS, TARGET, TARGET, schedule="noise")
     with pytest.raises(InvalidInput, match="align='place' is for places of a picture"):
         record_between(large(), large(), TEXTS, TARGET, TARGET, align="place")
+    for prompts, more, text_ in (
+        ("a dog", {}, "prompts is a list of strings, got 'a dog'; give"),
+        (["a dog"], {"target_prompts": "a dog"}, "prompts is a list of strings, got 'a dog'"),
+        ([], {}, "prompts is a list of strings, got an empty one"),
+        (["a dog"], {"batch_size": 0}, "batch_size is a whole number of at least 1, got 0"),
+    ):
+        with pytest.raises(InvalidInput, match=text_):
+            record_between(unet(), wide(), prompts, UNET, UNET, **more)
     with pytest.raises(InvalidInput, match="as many teacher prompts as base prompts"):
         record_between(*asked, UNET, UNET, target_prompts=["a dog"])
 
