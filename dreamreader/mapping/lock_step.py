@@ -14,6 +14,7 @@ from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.recording import Calls, convert_latents, record_calls, resample_grid
 from dreamreader.recording.calls import row_seeds
 from dreamreader.recording.levels import call_at_levels, split_levels
+from dreamreader.recording.pairs import check_prompts
 from dreamreader.recording.schedules import SCHEDULES, match_calls, noise_levels
 from dreamreader.recording.trajectories import DenoiserRuns, check_shared
 
@@ -33,7 +34,7 @@ class LockStep:
         sites: of the source, that are read.
         partners: number of the source's call by step and evaluation of the target's.
         levels: ratio of noise to signal at calls of the target, where known.
-        lacking: steps of the target to which no call of the source belongs.
+        lacking: steps of the target of which to some call no call of the source belongs.
         trajectory: of the latents that the source sees, see `lock_step`.
     """
 
@@ -214,18 +215,14 @@ def lock_step(
         InvalidInput: calls have no partners, or latents of the target are none of the source.
         UnknownName: there is no such site, schedule or trajectory.
     """
-    for name, value, known in (
-        ("trajectory", trajectory, TRAJECTORIES),
-        ("schedule of stitches", schedule, SCHEDULES_OF_STITCHES),
-    ):
-        if value not in known:
-            raise UnknownName(name, value, known)
+    check_names(schedule, trajectory)
+    own = prompts if source_prompts is None else source_prompts
+    check_prompts(prompts, own, batch_size=batch_size)
     listed = [sites] if isinstance(sites, str) else list(sites)
     names = dict.fromkeys(name for each in listed for name in source.sites(each).names)
     _check_apart(source, target)
-    own = list(prompts if source_prompts is None else source_prompts)
-    if len(own) != len(prompts):
-        raise InvalidInput(f"{len(own)} prompts of the source for {len(prompts)} of the target")
+    own = list(own)
+    check_as_many(own, prompts)
     _check_choice(schedule, trajectory)
     numbers = row_seeds(seeds, len(own))
     asked = {**arguments, **(target_arguments or {})}
@@ -245,7 +242,7 @@ def lock_step(
         both = None if schedule == "fraction" else levels
         matched = match_calls(calls.moments, shown.moments, both, schedule)  # pyright: ignore
         partners = {_key(shown.moments[b]): a for a, b in matched}
-    lacking = sorted({each.step for each in shown.moments} - {step for step, _ in partners})
+    lacking = sorted({each.step for each in shown.moments if _key(each) not in partners})
     keys = map(_key, shown.moments)
     found = {} if levels[1] is None else dict(zip(keys, levels[1], strict=True))
     return LockStep(
@@ -255,9 +252,35 @@ def lock_step(
 
 def describe_lacking(run: LockStep) -> list[str]:
     """A note where calls of the target are left as they are."""
-    if not run.lacking:
-        return []
-    return [f"steps {ranges(run.lacking)} were not stitched: no call of the source belongs to them"]
+    whole = [step for step in run.lacking if step not in run.steps]
+    parts = [step for step in run.lacking if step in run.steps]
+    notes = []
+    if whole:
+        notes.append(
+            f"steps {ranges(whole)} were not stitched: no call of the source belongs to them"
+        )
+    if parts:
+        notes.append(
+            f"steps {ranges(parts)} were stitched in part: no call of the source belongs to some "
+            "of their calls"
+        )
+    return notes
+
+
+def check_names(schedule: str, trajectory: str) -> None:
+    """Refuse a schedule or trajectory that there is not."""
+    for name, value, known in (
+        ("trajectory", trajectory, TRAJECTORIES),
+        ("schedule of stitches", schedule, SCHEDULES_OF_STITCHES),
+    ):
+        if value not in known:
+            raise UnknownName(name, value, known)
+
+
+def check_as_many(own: Sequence[str], prompts: Sequence[str]) -> None:
+    """Refuse prompts of the source that are not one for each of the target's."""
+    if len(own) != len(prompts):
+        raise InvalidInput(f"{len(own)} prompts of the source for {len(prompts)} of the target")
 
 
 def _key(moment: DenoiserCall) -> _Key:

@@ -168,7 +168,7 @@ class PairedRows:
         """Some sequences, by number, by True and False, or as a view by a slice.
 
         Raises:
-            InvalidInput: the index is neither a slice nor a list.
+            InvalidInput: the index is neither a slice nor a list, or names none of the sequences.
         """
         if not isinstance(index, slice):
             index = as_tensor("pairs: an index", index)
@@ -176,11 +176,24 @@ class PairedRows:
                 raise InvalidInput(
                     f"pairs: sequences are chosen by a slice or a list, got {list(index.shape)}"
                 )
+            self._check_index(index)
         fields = ("x", "y", "weights", "groups", "steps", "levels")
         values = {name: getattr(self, name) for name in fields}
         return replace(
             self, **{name: None if each is None else each[index] for name, each in values.items()}
         )
+
+    def _check_index(self, index: Tensor) -> None:
+        """Refuse numbers of sequences that there are not, and masks of another length."""
+        count = len(self)
+        if index.dtype == torch.bool:
+            if len(index) != count:
+                raise InvalidInput(f"pairs: the mask has {len(index)} values for {count} sequences")
+        elif index.is_floating_point() or index.dtype.is_complex:
+            raise InvalidInput(f"pairs: sequences are chosen by whole numbers, got {index.dtype}")
+        elif len(index) and not -count <= int(index.min()) <= int(index.max()) < count:
+            wrong = int(index.max()) if int(index.max()) >= count else int(index.min())
+            raise InvalidInput(f"pairs: sequence {wrong} asked for, there are {count}")
 
     def reversed(self) -> "PairedRows":
         """The same pairs from the target's side: for a map back."""

@@ -20,13 +20,20 @@ from dreamreader.engine import (
     StepInfo,
     Stream,
     in_steps,
+    normalized_steps,
 )
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.mapping.base import ActivationMap
-from dreamreader.mapping.lock_step import LockStep, describe_lacking, lock_step
+from dreamreader.mapping.lock_step import (
+    LockStep,
+    check_as_many,
+    check_names,
+    describe_lacking,
+    lock_step,
+)
 from dreamreader.recording import record_between
 from dreamreader.recording.calls import row_seeds
-from dreamreader.recording.pairs import in_denoiser
+from dreamreader.recording.pairs import check_prompts, in_denoiser
 
 Sites = Mapping[str, tuple[str, ActivationMap | None]]
 
@@ -91,6 +98,13 @@ def stitch(
         ... })
     """
     listed = [prompts] if isinstance(prompts, str) else list(prompts)
+    if isinstance(source_prompts, str):
+        source_prompts = [source_prompts]
+    texts = listed if source_prompts is None else list(source_prompts)
+    check_prompts(listed, texts, batch_size=batch_size)
+    check_names(schedule, trajectory)
+    check_as_many(texts, listed)
+    steps = normalized_steps(steps, "stitch: steps")
     numbers = row_seeds(seeds, len(listed))
     sites = _named(source, target, sites)
     chosen = {"strength": strength, "branch": branch, "tokens": tokens}
@@ -104,7 +118,6 @@ def stitch(
                 "source_prompts and source_arguments have no meaning; load the model twice"
             )
     elif target.kind == "language" or source.kind == "language":
-        texts = listed if source_prompts is None else list(source_prompts)
         made = _of_texts(
             source, target, texts, listed, sites, align, batch_size, chosen | {"steps": steps}
         )
@@ -257,15 +270,32 @@ def _of_encoders(
     chosen: Mapping[str, Any],
     own: dict[str, Any],
 ) -> Stitches:
-    for name in ("schedule", "trajectory", "target_arguments"):
+    for name in ("schedule", "trajectory"):
         own.pop(name)
-    own |= own.pop("source_arguments") or {}
-    texts = own.pop("source_prompts") or prompts
+    one, other = own.pop("source_arguments") or {}, own.pop("target_arguments") or {}
+    _check_negative(one, other, own.get("negative_prompt"), chosen["branch"])
+    own |= one
+    texts = own.pop("source_prompts")
+    texts = prompts if texts is None else texts
     names = list(dict.fromkeys(site for site, _ in sites.values()))
     cache = record_encoders(source, texts, names, **own)
     return Stitches(
         [Stitch(place, cache[site], each, **chosen) for place, (site, each) in sites.items()]
     )
+
+
+def _check_negative(
+    one: Mapping[str, Any], other: Mapping[str, Any], both: Any, branch: Any
+) -> None:
+    """Refuse a negative prompt of the target alone, which the source would put its own for."""
+    name = "negative_prompt"
+    alone = name in other and name not in one and other[name] != both
+    if alone and branch not in ("cond", ["cond"], ("cond",)):
+        raise InvalidInput(
+            f"stitch: the target has {name} {other[name]!r}, which the source's text encoder has "
+            f"not read; give {name} to both, or to each in source_arguments too, or stitch "
+            "branch='cond' alone"
+        )
 
 
 def _of_texts(

@@ -24,6 +24,7 @@ from dreamreader.recording.labelled import mean_over_tokens
 from dreamreader.recording.pairs import (
     Pairs,
     check_pairs,
+    check_prompts,
     in_denoiser,
     number_prompts,
     outside,
@@ -119,6 +120,7 @@ def record_between(
         if value not in known:
             raise UnknownName(name, value, known)
     other = prompts if target_prompts is None else target_prompts
+    check_prompts(prompts, other, batch_size=batch_size)
     check_pairs(prompts, other)
     one = _side(source, prompts, sites, {**arguments, **(source_arguments or {})})
     two = _side(target, other, target_sites, {**arguments, **(target_arguments or {})})

@@ -260,6 +260,21 @@ def check_pairs(base: Sequence[str], teacher: Sequence[str]) -> None:
         )
 
 
+def check_prompts(*prompts: Any, batch_size: Any) -> None:
+    """Refuse what are no prompts, and batches of nothing.
+
+    Raises:
+        InvalidInput: a list of prompts is one string or empty; a batch has no row.
+    """
+    for listed in prompts:
+        if isinstance(listed, str):
+            raise InvalidInput(f"prompts is a list of strings, got {listed!r}; give [{listed!r}]")
+        if not len(listed):
+            raise InvalidInput("prompts is a list of strings, got an empty one")
+    if type(batch_size) is not int or batch_size < 1:
+        raise InvalidInput(f"batch_size is a whole number of at least 1, got {batch_size!r}")
+
+
 def in_denoiser(reader: Reader, names: Sequence[str]) -> bool:
     """Whether sites are in the denoiser of a pipeline.
 

@@ -75,6 +75,12 @@ class StorePairs:
         branch: str | None = "cond",
         by: str = "step",
     ):
+        for store in (source, target):
+            if not isinstance(store, Store):
+                raise InvalidInput(
+                    f"StorePairs: two open stores are needed, got {type(store).__name__}; "
+                    "Store(path) opens one"
+                )
         if by not in KEYS:
             raise UnknownName("key of stored pairs", by, KEYS)
         self.source, self.target, self.branch, self.by = source, target, branch, by

@@ -20,7 +20,8 @@ def read_success(
 
     Args:
         path: a table with the columns source, target and success; or rows.parquet of a stitching
-            experiment, of which success is the mean of `effect`, as a share of the unedited rows'.
+            experiment, of which success is the mean of `effect`, as a share of the unedited rows',
+            with the map that was fitted to the most prompts.
         sites: of both models. method: of the map that was stitched, of an experiment.
         harmed: pairs of an experiment at sites whose ablation keeps more than this share are left
             out, as any map does well there.
@@ -50,8 +51,12 @@ def _of_experiment(
     if effect not in rows[0]:
         raise UnknownName(f"{path}: effect", effect, rows[0])
     values: dict[tuple[str, str | None], list[float]] = defaultdict(list)
-    for row in rows:
-        if row["condition"] != "stitched" or (row["map"] == method and row["strength"] == 1):
+    own = {"condition": "stitched", "map": method, "strength": 1}
+    chosen = [row for row in rows if all(row[key] == each for key, each in own.items())]
+    most = max((_fit_prompts(row) for row in chosen), default=0)
+    others = [row for row in rows if row["condition"] != "stitched"]
+    for row in [*others, *chosen]:
+        if row["condition"] != "stitched" or _fit_prompts(row) == most:
             values[row["condition"], row["cell"]].append(_number(row, effect, str(path)))
     native = fmean(values["unedited", None] or [0])
     if not native:
@@ -74,6 +79,11 @@ def _of_experiment(
             f"{harmed:.0%} of {effect} at most"
         )
     return found
+
+
+def _fit_prompts(row: Mapping[str, Any]) -> int:
+    """To how many prompts the map of a row was fitted; 0 where the row does not say."""
+    return row.get("fit_prompts") or 0
 
 
 def _pair(

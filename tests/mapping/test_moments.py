@@ -222,6 +222,14 @@ def test_pairs_that_do_not_belong_together() -> None:
         PairedRows.of(x, "a", "b")
     with pytest.raises(InvalidInput, match=r"chosen by a slice or a list, got \[\]"):
         PairedRows(x, x).select(2)  # pyright: ignore[reportArgumentType]
+    for index, text in (
+        ([999], "sequence 999 asked for, there are 4"),
+        ([0, -5], "sequence -5 asked for, there are 4"),
+        ([True, False], "the mask has 2 values for 4 sequences"),
+        ([0.0], "chosen by whole numbers, got torch.float32"),
+    ):
+        with pytest.raises(InvalidInput, match=text):
+            PairedRows(x, x).select(index)  # pyright: ignore[reportArgumentType]
     with pytest.raises(InvalidInput, match="seed is a whole number, got None"):
         PairedRows(x, x).split(seed=None)  # pyright: ignore[reportArgumentType]
     with pytest.raises(InvalidInput, match=r"groups must be \[4\], got \[3\]"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import HeunDiscreteScheduler
 from tiny import tokenizers
 from torch import Tensor
 
@@ -271,6 +272,30 @@ def test_calls_without_a_partner_are_left_and_named() -> None:
     assert set(found.firing[0].steps) == set(run.steps)
 
 
+def test_calls_without_a_partner_in_a_step_of_two_evaluations_are_named() -> None:
+    target = load("shapes-unet-b")
+    target.subject.scheduler = HeunDiscreteScheduler.from_config(target.subject.scheduler.config)
+    found = stitch(
+        a(), target, PROMPTS[:1], {BLOCK: (BLOCK, affine(BLOCK))}, schedule="fraction",
+        trajectory="own", **CALL,
+    )  # fmt: skip
+    note = "steps 0 were stitched in part: no call of the source belongs to some of their calls"
+    assert found.firing.notes[-1] == note  # the last step has one evaluation
+
+
+def test_stitches_of_text_encoders_refuse_what_stitches_of_denoisers_do() -> None:
+    encoder = "text_encoder"
+    run = partial(stitch, a(), b(), PROMPTS, {encoder: (encoder, None)}, **RUN)
+    refused("unknown trajectory 'mine'", lambda: run(trajectory="mine"), UnknownName)
+    refused("unknown schedule of stitches", lambda: run(schedule="mine"), UnknownName)
+    refused("1 prompts of the source for 3", lambda: run(source_prompts=["a"]))
+    refused("got an empty one", lambda: run(source_prompts=[]))
+    other = {"negative_prompt": "a cat"}
+    refused(
+        "has negative_prompt 'a cat', which the source's text", lambda: run(target_arguments=other)
+    )
+
+
 def test_a_flow_model_gets_the_source_at_its_own_noise_on_its_own_grid() -> None:
     dit = model("shapes-dit")
     site, place = "unet.up_blocks.2", "transformer.transformer_blocks.3"
@@ -475,6 +500,12 @@ def test_what_does_not_belong_together_is_refused() -> None:
     refused("the source ran the branches cond, uncond is stitched too", lambda: run(pair, **alone))
     assert run(pair, branch="cond", **alone).firing[0].calls == 2
     refused("1 prompts of the source for 3", lambda: run(pair, source_prompts=["a"]))
+    refused("prompts is a list of strings, got 'a'", lambda: lock_step(a(), b(), "a", BLOCK))
+    refused("got an empty one", lambda: stitch(a(), b(), [], pair))
+    refused(
+        "batch_size is a whole number of at", lambda: stitch(a(), b(), ["a"], pair, batch_size=0)
+    )
+    refused("stitch: steps must be a number, slice", lambda: run(pair, steps="x"))
     refused("has not run before it in the same call", lambda: stitch(
         a(), a(), PROMPTS, {"unet.mid_block:in": ("unet.mid_block", None)}, **RUN))  # fmt: skip
     levels = NoiseConditionedMap(

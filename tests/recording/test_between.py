@@ -312,6 +312,14 @@ def test_what_has_no_partner_is_refused() -> None:
         record_between(large(), large(), TEXTS, TARGET, TARGET, schedule="noise")
     with pytest.raises(InvalidInput, match="align='place' is for places of a picture"):
         record_between(large(), large(), TEXTS, TARGET, TARGET, align="place")
+    for prompts, more, text_ in (
+        ("a dog", {}, "prompts is a list of strings, got 'a dog'; give"),
+        (["a dog"], {"target_prompts": "a dog"}, "prompts is a list of strings, got 'a dog'"),
+        ([], {}, "prompts is a list of strings, got an empty one"),
+        (["a dog"], {"batch_size": 0}, "batch_size is a whole number of at least 1, got 0"),
+    ):
+        with pytest.raises(InvalidInput, match=text_):
+            record_between(unet(), wide(), prompts, UNET, UNET, **more)
     with pytest.raises(InvalidInput, match="as many teacher prompts as base prompts"):
         record_between(*asked, UNET, UNET, target_prompts=["a dog"])
 
@@ -339,8 +347,23 @@ def test_places_of_grids_of_any_size_are_brought_to_that_of_the_target(resample:
     assert same is fine
 
 
+def test_a_coarser_grid_has_the_means_over_its_areas_where_sizes_do_not_divide() -> None:
+    line = torch.tensor([[0.0, 3.0, 0.0]] * 3).reshape(9, 1)
+    torch.testing.assert_close(resample_grid(line, (3, 3), (2, 2)), torch.ones(4, 1))
+    values = torch.randn(2, 6 * 9, 5, dtype=torch.float64)
+    # on squares that both grids consist of
+    fine = values.reshape(2, 6, 9, 5).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    wanted = fine.reshape(2, 4, 3, 6, 3, 5).mean((2, 4)).flatten(1, 2)
+    torch.testing.assert_close(resample_grid(values, (6, 9), (4, 6)), wanted)
+
+
 def test_grids_that_have_no_places_in_common_are_refused() -> None:
     values = torch.randn(3, 8, 5)
+    for grid in (None, (0, 0), (8,), (2.0, 4.0)):
+        with pytest.raises(InvalidInput, match="a grid is its .height, width., whole numbers"):
+            resample_grid(values, (2, 4), grid)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InvalidInput, match="are of floating point, got torch.int64"):
+        resample_grid(values.long(), (2, 4), (1, 2))
     with pytest.raises(
         InvalidInput, match="grids of 2 x 4 and of 2 x 2 are of pictures of another"
     ):

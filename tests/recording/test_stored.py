@@ -69,6 +69,8 @@ def test_what_only_one_store_has_is_counted_and_left_out(stores: Any) -> None:
 
 def test_stores_that_do_not_belong_together_are_refused(stores: Any, tmp_path: Path) -> None:
     one, other, _ = stores
+    with pytest.raises(InvalidInput, match=r"open stores are needed, got str; Store\(path\) opens"):
+        StorePairs(one, "other", MIDDLE, MIDDLE)  # pyright: ignore[reportArgumentType]
     with pytest.raises(UnknownName, match="unknown key of stored pairs 'time'"):
         StorePairs(one, other, MIDDLE, MIDDLE, by="time")
     strange = pictures(data={"prompts": ["a green circle"]}).run(tmp_path / "s", progress=False)

@@ -147,6 +147,10 @@ def test_success_is_that_of_a_stitching_experiment_where_ablation_harms(tmp_path
     sites = ["a", "b", "c"], ["x", "b", "c"]
     found = read_success(file, sites, "scene_right", "ridge", 0.5)
     assert found == {("a", "x"): pytest.approx(2 / 3), ("c", "c"): pytest.approx(1 / 3)}
+    few = {"condition": "stitched", "map": "ridge", "strength": 1.0, "scene_right": 0.0}
+    more = [{"fit_prompts": 8} | row for row in rows] + [few | {"cell": "c", "fit_prompts": 2}]
+    file.write_text("\n".join(map(json.dumps, more)))
+    assert read_success(file, sites, "scene_right", "ridge", 0.5) == found  # of the most prompts
     with pytest.raises(UnknownName, match="effect 'scene_riht'; nearest: scene_right"):
         read_success(file, sites, "scene_riht", "ridge", 0.5)
     with pytest.raises(InvalidInput, match="no pair of sites where procrustes was stitched and"):
