@@ -158,7 +158,7 @@ def test_the_schema_knows_specs(tmp_path) -> None:
     assert schema["additionalProperties"] is False
     assert {"name", "subject", "data", "method"} <= set(schema["required"])
     kinds = set(schema["properties"]["method"]["discriminator"]["mapping"])
-    learned = {"reft", "guide", "stitch"}
+    learned = {"reft", "guide", "stitch", "transfer"}
     assert (
         kinds == {"edit", "steer", "patch", "ablate", "windows", "lens", "heatmap", "sae"} | learned
     )

@@ -70,8 +70,8 @@ def test_the_same_spec_as_an_object(tmp_path: Path) -> None:
         (
             "kind: edit",
             "kind: edti",
-            "spec.yaml:9: method: unknown kind 'edti'; nearest: edit, reft; all: edit, steer, "
-            "reft, guide, patch, ablate, windows, lens, heatmap",
+            "spec.yaml:9: method: unknown kind 'edti'; nearest: edit, reft, stitch; all: edit, "
+            "steer, reft, guide, patch, ablate, windows, lens, heatmap",
         ),
         ("kind: edit", "stepz: 3", "spec.yaml:9: method: kind is missing: it says which one"),
         (
@@ -221,7 +221,8 @@ def test_an_override_below_a_plain_value_keeps_what_that_stands_for(tmp_path: Pa
             "metrics.0.detector.target=red",
         ],
     ).model_dump()
-    assert spec["subject"] == {"model": "shapes-unet", "device": "cuda", "dtype": "bfloat16"}
+    subject = {"model": "shapes-unet", "device": "cuda", "dtype": "bfloat16", "adapter": None}
+    assert spec["subject"] == subject
     assert spec["seeds"] == {"start": 10, "count": 2}
     assert spec["data"]["prompts"][0] == {"prompt": "a red circle", "id": "first"}
     assert spec["data"]["prompts"][1] == {"prompt": "a star", "id": "blue"}
