@@ -27,7 +27,6 @@ from dreamreader.mapping import (
     score_map,
 )
 from dreamreader.recording import record_between
-from dreamreader.recording.schedules import noise_levels
 from dreamreader.reft import Reft
 from dreamreader.specs.data import read_items
 from dreamreader.specs.parts import listed_seeds
@@ -231,13 +230,11 @@ def _pairs(method: Carried, job: Job) -> Iterator[tuple[str, PairedRows, Tensor 
                 source_arguments=source.settings,
                 target_arguments=job.settings,
             )
-        levels = by_step = None
-        if pairs.times is not None:
-            calls: Any = pairs.times[1]
-            levels = noise_levels(job.reader.subject.scheduler, calls)
-            known = dict(zip((each.step for each in calls), levels, strict=True))
+        by_step = None
+        if pairs.times is not None and pairs.levels is not None:
+            known = dict(zip((each.step for each in pairs.times[1]), pairs.levels, strict=True))
             by_step = torch.tensor([known[step] for step in sorted(known)])
-        yield site, PairedRows.of(pairs, theirs, site, levels=levels), by_step
+        yield site, PairedRows.of(pairs, theirs, site), by_step
 
 
 def _with_norms(vector: Tensor, like: Tensor) -> Tensor:
