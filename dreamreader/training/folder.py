@@ -35,6 +35,10 @@ class TrainingFolder(JobFolder):
 
     noun = "training"
 
+    def numbers(self) -> dict[str, Any]:
+        """The result, without its files and their hashes."""
+        return {k: v for k, v in self.need(RESULT).items() if k not in ("files", "sha256")}
+
     @property
     def is_complete(self) -> bool:
         return (self.path / RESULT).is_file()

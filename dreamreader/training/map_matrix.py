@@ -225,7 +225,7 @@ class MapMatrixJob(SpecJob[MapMatrixSpec]):
 
     @classmethod
     def results(cls, folder: TrainingFolder) -> Mapping[str, Any]:
-        return {k: v for k, v in folder.need(RESULT).items() if k not in ("files", "sha256")}
+        return folder.numbers()
 
     @classmethod
     def summary(cls, folder: TrainingFolder) -> list[str]:

@@ -146,7 +146,7 @@ class ReftJob(SpecJob[ReftSpec]):
 
     @classmethod
     def results(cls, folder: TrainingFolder) -> Mapping[str, Any]:
-        return {k: v for k, v in folder.need(RESULT).items() if k not in ("files", "sha256")}
+        return folder.numbers()
 
     @classmethod
     def summary(cls, folder: TrainingFolder) -> list[str]:

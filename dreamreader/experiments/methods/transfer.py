@@ -11,7 +11,7 @@ from dreamreader.engine import Cache, row_means
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.experiments.job import Job
 from dreamreader.experiments.methods.base import RowTable, alphas, selection_of
-from dreamreader.experiments.methods.transfer_base import Carried
+from dreamreader.experiments.methods.transfer_base import Carried, in_file
 from dreamreader.experiments.methods.transfer_fits import carried_directions, carried_edits
 from dreamreader.experiments.row import Row
 from dreamreader.jobs import hash_weights
@@ -49,7 +49,7 @@ class TransferMethod(Carried):
 
     @model_validator(mode="after")
     def _known_maps(self) -> "TransferMethod":
-        if len({name.replace(" ", "-") for name in self.named_maps}) < len(self.maps):
+        if len(set(map(in_file, self.named_maps))) < len(self.maps):
             raise ValueError("maps: two have one name, or the same but for spaces; name them apart")
         for name, each in self.named_maps.items():
             if self.carry == "loreft" and each.method not in AFFINE:

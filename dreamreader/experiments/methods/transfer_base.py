@@ -54,7 +54,7 @@ class Carried(Method, SweptPlaces):
 
     def directions_file(self, folder: Path, name: str) -> Path:
         """Of `native`, `unmapped` or the name of a map."""
-        return folder / "artifacts" / f"directions-{name.replace(' ', '-')}.safetensors"
+        return folder / "artifacts" / f"directions-{in_file(name)}.safetensors"
 
     def map_file(self, folder: Path, name: str, site: str, way: str = "map") -> Path:
         """The map of a name to a site, with its scores on held-out prompts on its card.
@@ -62,7 +62,7 @@ class Carried(Method, SweptPlaces):
         Args:
             way: `map`, or `back` for the one from the subject to the source.
         """
-        return folder / "artifacts" / f"{way}-{name.replace(' ', '-')}-{site}.safetensors"
+        return folder / "artifacts" / f"{way}-{in_file(name)}-{site}.safetensors"
 
     def source_job(self, job: Job) -> Job:
         """The same call on the source."""
@@ -77,3 +77,8 @@ class Carried(Method, SweptPlaces):
         """For each site of the cells that of the source."""
         sites = dict.fromkeys(site for cell in self.cells(job) for site in cell.sites)
         return {site: self.source_sites.get(site, site) for site in sites}
+
+
+def in_file(name: str) -> str:
+    """The name of a map as files of the run folder have it."""
+    return name.replace(" ", "-")
