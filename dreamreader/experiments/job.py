@@ -24,7 +24,13 @@ from dreamreader.metrics.perplexity import mean_surprisal
 from dreamreader.recording.labelled import record_batches
 from dreamreader.specs.data import Item, pairs_only, read_items
 from dreamreader.specs.parts import Part
-from dreamreader.specs.subject import call_settings, is_language, open_subject, steps_of
+from dreamreader.specs.subject import (
+    call_settings,
+    is_language,
+    open_subject,
+    steps_of,
+    with_padding,
+)
 
 
 def _ignore(rows: float) -> None:
@@ -312,7 +318,8 @@ def open_job(spec: MethodSpec, reader: Reader | None = None, metrics: Sequence[M
     if spec.method.pairs:
         pairs_only(items, f"data, for method {spec.method.kind}")
     found = [*_build_metrics(spec.metrics), *metrics]
-    return Job(spec, reader if reader is not None else open_subject(spec.subject), items, found)
+    opened = reader if reader is not None else with_padding(open_subject(spec.subject))
+    return Job(spec, opened, items, found)
 
 
 def _build_metrics(named: Sequence[Any]) -> list[Metric]:

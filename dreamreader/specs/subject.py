@@ -46,6 +46,15 @@ def call_settings(reader: Reader, subject: Subject, pipeline: Mapping[str, Any])
     return settings(**own) if subject.model in MODELS else own
 
 
+def forward_settings(reader: Reader) -> dict[str, Any]:
+    """Arguments of a call that reads prompts of a language model and writes nothing.
+
+    Logits of the last position alone: those of all positions may take more than all else.
+    """
+    known = inspect.signature(reader.subject.forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+
+
 def steps_of(reader: Reader, settings: Mapping[str, Any]) -> int | None:
     """Denoising steps of a run with these arguments; None for a language model."""
     if is_language(reader):

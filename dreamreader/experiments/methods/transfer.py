@@ -8,14 +8,15 @@ from pydantic import Field, model_validator
 
 from dreamreader import edits as kinds
 from dreamreader.engine import Cache, row_means
-from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.errors import UnknownName
 from dreamreader.experiments.job import Job
 from dreamreader.experiments.methods.base import RowTable, alphas, selection_of
 from dreamreader.experiments.methods.transfer_base import Carried, in_file
 from dreamreader.experiments.methods.transfer_fits import carried_directions, carried_edits
+from dreamreader.experiments.methods.transfer_language import check_kinds, token_means
 from dreamreader.experiments.row import Row
 from dreamreader.jobs import hash_weights
-from dreamreader.localise import ablate_edits
+from dreamreader.localise import ablate_edits, patch_edits
 from dreamreader.recording.labelled import joined_rows
 from dreamreader.specs.data import pairs_only, read_items
 from dreamreader.specs.parts import listed_seeds
@@ -31,8 +32,8 @@ class TransferMethod(Carried):
     Conditions: `edited`, what each map gives (column `map`); `native`, the subject's own of the
     same pairs; `random_direction`, of the norms of the native one, or an edit that was not trained;
     `unmapped`, cut, or padded with zeros, a direction with the norms of the native one;
-    `mean_ablated`, the means of the prompts of `map_data` at the cell; the target prompt itself
-    where `data` are pairs.
+    `mean_ablated`, the means of the prompts of `map_data` at the cell (of a language model one
+    mean of all paired tokens); the target prompt itself where `data` are pairs.
     """
 
     kind: Literal["transfer"] = "transfer"
@@ -65,9 +66,12 @@ class TransferMethod(Carried):
     def has_unmapped(self) -> bool:
         return "unmapped" in self.controls
 
+    @property
+    def has_edits(self) -> bool:
+        return self.carry == "loreft"
+
     def check(self, job: Job) -> None:
-        if job.is_language:
-            raise InvalidInput("method.kind: transfer is of pipelines; this is a language model")
+        check_kinds(self, job)
         conditions = len(self.maps) + len(self.controls) + 1
         self.check_cells(job, strengths=len(self.strengths), conditions=conditions)
         known = self.partners(job)
@@ -127,7 +131,11 @@ class TransferMethod(Carried):
                 vectors = carried.only(*cell.sites).vectors
                 found.append(kinds.Steer(cell.sites, vectors, alpha, **cell.selection))
         ablated = [row.cell if row.condition == "mean_ablated" else None for row in rows]
-        if any(ablated):
+        if any(ablated) and job.is_language:
+            if "means" not in job.memory:
+                job.memory["means"] = token_means(self, job)
+            found += patch_edits(ablated, job.memory["means"])
+        elif any(ablated):
             found += ablate_edits(ablated, "mean", self._means(job))
         return found
 

@@ -1,15 +1,19 @@
 """Where a transfer takes what it carries from, and the maps that carry it."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
+from dreamreader.engine import Reader
+from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.experiments.job import Job, Method
-from dreamreader.experiments.methods.base import SweptPlaces
+from dreamreader.experiments.methods.base import SweptPlaces, Tokens
 from dreamreader.experiments.methods.stitch_maps import AnyMap, MapSpec
+from dreamreader.mapping.stitch import only_site
 from dreamreader.specs.parts import AnySeeds, AnySubject, Count, Data, Seeds
-from dreamreader.specs.subject import open_subject
+from dreamreader.specs.subject import open_subject, with_padding
 from dreamreader.training.parts import Training
 
 
@@ -33,9 +37,17 @@ class Carried(Method, SweptPlaces):
     trajectory: Literal["own", "source", "target"] = Field(
         "own", description="Latents of the pairs of the maps: own, or those of one for both."
     )
+    align: Literal["index", "spans"] | None = Field(
+        None,
+        description="Tokens of the pairs of the maps: of one number, or pieces of the text that "
+        "both language models cut, which are their default.",
+    )
     fit: Data = Field(description="Pairs that directions are fitted from, in both models.")
     fit_seeds: AnySeeds = Field(
         default_factory=lambda: Seeds(start=100_000), description="Seeds of the pairs."
+    )
+    fit_tokens: Tokens = Field(
+        None, description="Tokens of prompts to fit at, such as -1; by default those of tokens."
     )
     direction: Literal["mean", "caa", "pca", "lda", "logistic"] = "mean"
     per_step: bool = Field(True, description="A direction for every step, or one for all.")
@@ -51,6 +63,16 @@ class Carried(Method, SweptPlaces):
     def has_unmapped(self) -> bool:
         """Whether what was not mapped is a control."""
         return False
+
+    @property
+    def has_edits(self) -> bool:
+        """Whether learned edits are carried, no directions."""
+        return False
+
+    @cached_property
+    def source_reader(self) -> Reader:
+        """Of the source, opened once."""
+        return with_padding(open_subject(self.source))
 
     def directions_file(self, folder: Path, name: str) -> Path:
         """Of `native`, `unmapped` or the name of a map."""
@@ -69,14 +91,28 @@ class Carried(Method, SweptPlaces):
         if "source" not in job.memory:
             spec = job.spec.model_copy(update={"subject": self.source})
             job.memory["source"] = Job(
-                spec, open_subject(self.source), job.items, [], job.folder, job.batch
+                spec, self.source_reader, job.items, [], job.folder, job.batch
             )
         return job.memory["source"]
 
     def partners(self, job: Job) -> dict[str, str]:
-        """For each site of the cells that of the source."""
+        """For each site of the cells that of the source, by their full names.
+
+        Raises:
+            InvalidInput: the source has no such site, or several.
+        """
         sites = dict.fromkeys(site for cell in self.cells(job) for site in cell.sites)
-        return {site: self.source_sites.get(site, site) for site in sites}
+        found = {}
+        for site in sites:
+            theirs = self.source_sites.get(site, site)
+            try:
+                found[site] = only_site(self.source_reader, theirs)
+            except (InvalidInput, UnknownName) as error:
+                raise InvalidInput(
+                    f"method.source_sites: the site that belongs to {site}, in "
+                    f"{self.source.model}: {error}"
+                ) from error
+        return found
 
 
 def in_file(name: str) -> str:

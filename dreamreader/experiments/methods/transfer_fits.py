@@ -17,6 +17,7 @@ from dreamreader.experiments.methods.reft_adapters import load_or_train
 from dreamreader.experiments.methods.steer import SteerMethod
 from dreamreader.experiments.methods.stitch_maps import fit_options
 from dreamreader.experiments.methods.transfer_base import Carried
+from dreamreader.experiments.methods.transfer_language import language_pairs, prompt_job
 from dreamreader.mapping import (
     ActivationMap,
     AffineMap,
@@ -119,12 +120,14 @@ def _common(method: Carried, sites: Sequence[str]) -> dict[str, Any]:
     """What a method that is fitted at these sites shares with the transfer."""
     names = ("branch", "tokens", "fit", "fit_seeds")
     own = {name: getattr(method, name) for name in names}
+    if method.fit_tokens is not None:
+        own["tokens"] = method.fit_tokens
     return own | {"sites": list(dict.fromkeys(sites)), "group": "all", "controls": []}
 
 
 def _alone(job: Job) -> Job:
     """The same job, with a memory of its own: cells are those of another method."""
-    return replace(job, memory={})
+    return prompt_job(job) if job.is_language else replace(job, memory={})
 
 
 def _affine_maps(method: Carried, job: Job) -> dict[str, dict[str, tuple[AffineMap, AffineMap]]]:
@@ -209,8 +212,11 @@ def _fit_map(
 def _pairs(method: Carried, job: Job) -> Iterator[tuple[str, PairedRows, Tensor | None]]:
     """For each site its rows in both models, and the noise level of each step.
 
-    Sites are recorded one by one: their grids may differ, and only one is in memory.
+    Sites of pipelines are recorded one by one: grids may differ, and only one is in memory.
     """
+    if job.is_language:
+        yield from ((site, rows, None) for site, rows in language_pairs(method, job))
+        return
     source = method.source_job(job)
     items = read_items(method.map_data, "method.map_data")
     drawn = [(item.prompt, seed) for item in items for seed in listed_seeds(method.map_seeds)]
