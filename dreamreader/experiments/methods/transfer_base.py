@@ -11,6 +11,7 @@ from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.experiments.job import Job, Method
 from dreamreader.experiments.methods.base import SweptPlaces, Tokens
 from dreamreader.experiments.methods.stitch_maps import AnyMap, MapSpec
+from dreamreader.mapping import PairedRows
 from dreamreader.mapping.stitch import only_site
 from dreamreader.specs.parts import AnySeeds, AnySubject, Count, Data, Seeds
 from dreamreader.specs.subject import open_subject, with_padding
@@ -42,7 +43,9 @@ class Carried(Method, SweptPlaces):
         description="Tokens of the pairs of the maps: of one number, or pieces of the text that "
         "both language models cut, which are their default.",
     )
-    fit: Data = Field(description="Pairs that directions are fitted from, in both models.")
+    fit: Data | None = Field(
+        None, description="Pairs that directions are fitted from, in both models."
+    )
     fit_seeds: AnySeeds = Field(
         default_factory=lambda: Seeds(start=100_000), description="Seeds of the pairs."
     )
@@ -68,6 +71,9 @@ class Carried(Method, SweptPlaces):
     def has_edits(self) -> bool:
         """Whether learned edits are carried, no directions."""
         return False
+
+    def check_rows(self, rows: PairedRows) -> None:
+        """Refuse what does not fit the paired rows of a site, before maps are fitted to them."""
 
     @cached_property
     def source_reader(self) -> Reader:
