@@ -52,8 +52,8 @@ def map_probe(
         >>> torch.allclose(found.logits(y), probe.logits(x), atol=1e-5)
         True
     """
-    tables = [getattr(backward, name, None) for name in ("weight", "bias")]
-    if not all(isinstance(each, Tensor) for each in tables) or tables[0].dim() != 2:
+    weight, bias = (getattr(backward, name, None) for name in ("weight", "bias"))
+    if not isinstance(weight, Tensor) or not isinstance(bias, Tensor) or weight.dim() != 2:
         raise InvalidInput(
             f"map_probe: a probe becomes one through an affine map, got {type(backward).__name__}; "
             "through another, give what the map makes of activations to the probe itself"
@@ -63,7 +63,6 @@ def map_probe(
             "map_probe: the probe reads the tokens of a row side by side, which a map of single "
             "tokens does not give; fit it with pool='mean' or 'token'"
         )
-    weight, bias = tables
     if len(weight) != probe.width:
         hint = (
             "; that is the map there, take the one back" if weight.shape[1] == probe.width else ""
