@@ -42,7 +42,7 @@ def carried(file: str, feature: dict[str, Any] | None = None, **changes: Any) ->
     own = {"autoencoder": {"file": file}, "features": [3, 100], "native": {"file": file}}
     own = own | {"native_features": [3, 100]} | (feature or {})
     own = {name: value for name, value in own.items() if value is not None}
-    method = transfer(carry="sae_feature", feature=own, **{"strengths": [4.0], **changes})
+    method = transfer(**{"carry": "sae_feature", "feature": own, "strengths": [4.0], **changes})
     return {name: value for name, value in method.items() if value is not None}
 
 
