@@ -47,6 +47,8 @@ def test_probes_that_cannot_be_carried() -> None:
     shapes = ((6,), (5, 6), (5,), (4, 5), (4,))
     with pytest.raises(InvalidInput, match="an affine map, got MLPMap; through another, give what"):
         probes.map_probe(probe, MLPMap(*map(torch.randn, shapes)))  # pyright: ignore
+    with pytest.raises(InvalidInput, match=r"reads 4 features, .* \[4, 6\] and a bias \[5\]"):
+        probe.mlps[0].after(torch.randn(4, 6), torch.randn(5))
     tokens = torch.randn(24, 1, 2, 4)
     flat = probes.fit(tokens, LABELS, pool="flat", epochs=1, controls=False)
     with pytest.raises(InvalidInput, match="reads the tokens of a row side by side"):

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 from dreamreader.edits import Steer
 from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.experiments import Experiment
 from dreamreader.experiments.pages import page_of
 from dreamreader.experiments.pages.transfer import TransferPage
 from dreamreader.mapping import ActivationMap, AffineMap, map_direction
@@ -149,6 +151,47 @@ def test_latents_are_chosen_in_each_model_by_what_they_do(experiment, tmp_path, 
     assert list(edit.features) == chosen["features"] and list(edit.where) == chosen["where"]
     assert edit.value.tolist() == pytest.approx([4 * each for each in chosen["levels"]])
     assert notes["native"] == notes["source"]  # the same model, and the same seeds
+
+
+def test_latents_of_a_language_model(tmp_path) -> None:
+    model, tokenizer = tiny.language_model("gpt2")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "gpt2")
+    sae = both_signs(model.config.n_embd)
+    sae.save(tmp_path / "sae.safetensors")
+    file = {"file": str(tmp_path / "sae.safetensors")}
+
+    def run(name: str, **feature: Any) -> Any:
+        method = {
+            "kind": "transfer",
+            "carry": "sae_feature",
+            "source": str(tmp_path / "gpt2"),
+            "sites": "transformer.h.1",
+            "map_data": {
+                "prompts": [f"a {c} {s}" for c in ("red", "blue") for s in ("cat", "dog")]
+            },
+            "maps": [{"method": "identity", "name": "same"}],
+            "feature": {"autoencoder": file, "native": file, **feature},
+            "strengths": [4.0],
+            "controls": ["mean_ablated"],
+        }
+        return Experiment(
+            name="carried",
+            subject=str(tmp_path / "gpt2"),
+            data={"prompts": [{"prompt": "the star is", "answer": 40, "wrong_answer": 41}]},
+            pipeline={},
+            method=method,
+            metrics=["logit_difference"],
+        ).run(tmp_path / name)
+
+    for use in ("autoencoder", "direction"):
+        results = run(use, use=use, features=[3], native_features=[3])
+        (native, same, plain) = (
+            results.of(name)[0]["logit_difference"] for name in ("native", "edited", "unedited")
+        )
+        assert native == same != plain
+    with pytest.raises(InvalidInput, match="chosen by pictures, which a language model lacks"):
+        run("chosen", choose=CHOOSE)
 
 
 def test_latents_that_cannot_be_carried(experiment, tmp_path, file) -> None:
