@@ -30,8 +30,8 @@ from dreamreader.stats import Interval
 from dreamreader.zoo import settings
 
 SITES = (
-    "unet.up_blocks.1",
     "unet.up_blocks.2.attentions.1.transformer_blocks.0.attn2",
+    "unet.up_blocks.2",
 )
 MAPS = ("ridge", "procrustes")
 PAGE = Path(__file__).parents[1] / "docs" / "mapping.md"
