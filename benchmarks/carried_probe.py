@@ -42,8 +42,8 @@ def main() -> int:
     options = parse()
     items = list(scene_items(Scenes(count=options.captions, seed=3)))
     colours = [str(each.columns["source_color"]) for each in items]
-    pairs = record(options, [each.prompt for each in items])
-    found = {site: measure(PairedRows.of(pairs, site, site), colours) for site in SITES}
+    captions = [each.prompt for each in items]
+    found = {site: measure(record(options, captions, site), colours) for site in SITES}
     file = options.output or RESULTS / "carried-probe-cpu.json"
     counts = {"captions": options.captions, "steps": options.steps, "colours": len(set(colours))}
     result = {"benchmark": "carried-probe", "environment": environment(), **counts, "sites": found}
@@ -57,14 +57,13 @@ def main() -> int:
     return 0
 
 
-def record(options: argparse.Namespace, captions: list[str]) -> Any:
+def record(options: argparse.Namespace, captions: list[str], site: str) -> PairedRows:
     """Both models on their own trajectories."""
     one, two = dreamreader.load("shapes-unet"), dreamreader.load("shapes-unet-b")
     seeds = range(300_000, 300_000 + len(captions))
     own: dict[str, Any] = settings(num_inference_steps=options.steps)
-    return record_between(
-        one, two, captions, list(SITES), list(SITES), seeds=seeds, progress=False, **own
-    )
+    pairs = record_between(one, two, captions, site, site, seeds=seeds, progress=False, **own)
+    return PairedRows.of(pairs, site, site)
 
 
 def measure(rows: PairedRows, colours: list[str]) -> dict[str, Any]:
