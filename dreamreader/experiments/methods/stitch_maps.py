@@ -120,7 +120,7 @@ class MapFitter:
                 f"method.sites: {pair.source} and {pair.target} are not both in a denoiser, so "
                 "their calls have no partners"
             )
-        if not inside:  # what other branches read is the empty text
+        if not inside and not self.job.is_language:  # other branches read the empty text
             prompts, seeds, order = [*prompts, ""], [*seeds, 0], [*order, 0]
         parts = []
         for branch in self.branches if inside else self.branches[:1]:
