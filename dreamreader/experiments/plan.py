@@ -67,8 +67,8 @@ def make_plan(job: Job, batch: int | None = None, estimates: bool = True) -> Exp
     sized = estimates or (batch is None and job.spec.batch.rows == "auto")
     with job.pause_counting():
         row_bytes = probe(job) if sized else 0
-        seconds = time_of_row(job) if estimates else 0.0
-    job.use_batch(batch or rows_that_fit(job.spec.batch, row_bytes))
+        job.use_batch(batch or rows_that_fit(job.spec.batch, row_bytes))
+        seconds = time_of_row(job, min(job.batch, len(job.rows))) if estimates else 0.0
     rows = job.rows
     _check_axes(rows)
     conditions: dict[str, int] = {}
@@ -96,17 +96,22 @@ def probe(job: Job) -> int:
     )
 
 
-def time_of_row(job: Job) -> float:
-    """Seconds of one row in a batch, without edits, from a run of one step and one of three."""
-    rows = [job.items[0].prompt] * TIMED_ROWS
+def time_of_row(job: Job, batch: int) -> float:
+    """Seconds of one row in a batch of so many, without edits.
 
-    def time_call(changes: dict[str, Any]) -> float:
+    What a call takes whatever its rows, and a denoiser's run whatever its steps, is told apart by
+    two runs: of a few rows, or few steps, and of more.
+    """
+
+    def time_call(rows: int, **changes: Any) -> float:
         began = time.perf_counter()
-        job.draw(rows, [0] * len(rows), **changes)
+        job.draw([job.items[0].prompt] * rows, [0] * rows, **changes)
         return time.perf_counter() - began
 
     if job.is_language:
-        return time_call({}) / len(rows)
-    once, thrice = (time_call({"num_inference_steps": n}) for n in (1, 3))
+        few, many = time_call(1), time_call(TIMED_ROWS)
+        row = max(many - few, 0.0) / (TIMED_ROWS - 1)
+        return row + max(few - row, 0.0) / batch
+    once, thrice = (time_call(TIMED_ROWS, num_inference_steps=n) for n in (1, 3))
     step = max(thrice - once, 0.0) / 2
-    return (max(once - step, 0.0) + step * (job.steps or 1)) / len(rows)
+    return (max(once - step, 0.0) + step * (job.steps or 1)) / TIMED_ROWS

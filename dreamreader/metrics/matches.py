@@ -10,29 +10,45 @@ from dreamreader.metrics.base import Column, Outputs, require_field
 
 @dataclass(frozen=True)
 class Matches:
-    """Whether a regular expression is found in the text that a language model generated.
+    """Whether a regular expression, or a text of each row, is found in what was generated.
 
     Args:
-        pattern: as Python's `re` has it.
+        pattern: as Python's `re` has it, for all rows.
+        column: of the rows instead, such as "answer": each row's own text, as it stands. Rows
+            without it have no value.
 
     Raises:
-        InvalidInput: the pattern is no regular expression.
+        InvalidInput: not one of both is given, or the pattern is no regular expression.
     """
 
-    pattern: str
+    pattern: str | None = None
+    column: str | None = None
 
     name: ClassVar[str] = "matches"
     needs: ClassVar[frozenset[str]] = frozenset({"text"})
     compares: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        if (self.pattern is None) == (self.column is None):
+            raise InvalidInput(
+                "matches: give one of pattern, a regular expression, and column, of each row's text"
+            )
+        if self.column is not None:
+            return
         try:
-            re.compile(self.pattern)
+            re.compile(self.pattern)  # pyright: ignore[reportCallIssue, reportArgumentType]
         except (re.error, TypeError) as error:
             raise InvalidInput(
                 f"matches: pattern {self.pattern!r} is no regular expression: {error}"
             ) from error
 
     def measure(self, got: Outputs, reference: Outputs | None = None) -> dict[str, Column]:
-        found = require_field(self.name, "text", got)
-        return {self.name: [re.search(self.pattern, each) is not None for each in found]}
+        texts = require_field(self.name, "text", got)
+        pattern = self.pattern
+        if pattern is not None:
+            return {self.name: [re.search(pattern, each) is not None for each in texts]}
+        wanted = got.column(str(self.column))
+        if not any(isinstance(each, str) and each for each in wanted):
+            raise InvalidInput(f"matches: no row has a text in the column {self.column!r}")
+        found = zip(wanted, texts, strict=True)
+        return {self.name: [None if not each else str(each) in text for each, text in found]}

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dreamreader.errors import InvalidInput
-from dreamreader.stats.intervals import Interval, _check
+from dreamreader.stats.intervals import Interval, _check, wilson
 
 
 def ratio_of_means(
@@ -13,6 +13,7 @@ def ratio_of_means(
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    within: bool = False,
 ) -> list[Interval]:
     """Gives `sum_i a_i / sum_i b_i` of each line of numerators, with percentile bootstrap bounds.
 
@@ -25,6 +26,9 @@ def ratio_of_means(
         confidence: coverage, between 0 and 1.
         resamples: how many times the observations are drawn with replacement.
         seed: of the draws; equal inputs give equal bounds.
+        within: whether a_i is a part of b_i, as counts of successes are. Where all of them are
+            nothing, or the whole, the bootstrap has no width, and the bounds are Wilson's over the
+            observations whose b_i is not 0.
 
     Returns:
         One interval for each line; NaN where the denominators add up to 0.
@@ -59,7 +63,19 @@ def ratio_of_means(
     found = (draws @ over.T) / below[:, None]  # [resamples, lines]
     low, high = np.quantile(found, [tail, 1 - tail], axis=0)
     values = over.sum(1) / whole
-    return [
+    intervals = [
         Interval(float(v), float(a), float(b), count)
         for v, a, b in zip(values, low, high, strict=True)
     ]
+    if not within:
+        return intervals
+    known = int(np.count_nonzero(under))
+    return [_at_ends(each, known, confidence) for each in intervals]
+
+
+def _at_ends(found: Interval, known: int, confidence: float) -> Interval:
+    """Wilson's bounds where every observation was 0, or every one was the whole."""
+    if found.low != found.high or found.value not in (0.0, 1.0):
+        return found
+    bounds = wilson(known if found.value else 0, known, confidence)
+    return Interval(found.value, bounds.low, bounds.high, found.n)

@@ -7,7 +7,7 @@ import pytest
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments import Experiment
-from dreamreader.experiments.plan import probe
+from dreamreader.experiments.plan import probe, time_of_row
 from dreamreader.specs.batch import MOST_ROWS
 
 from .conftest import MIDDLE, PAIRS
@@ -168,6 +168,18 @@ def test_a_language_model_has_a_plan(language) -> None:
             ),
             reader=language,
         ).plan()
+
+
+def test_what_a_call_takes_is_shared_by_its_rows(language, monkeypatch) -> None:
+    method = {"kind": "ablate", "sites": "transformer.h.*.attn:heads", "heads": [0]}
+    job = Experiment(
+        name="heads", reader=language, data={"prompts": ["a red cat"]}, method=method
+    ).job
+    monkeypatch.setattr(
+        type(job), "draw", lambda self, prompts, seeds, **_: time.sleep(0.08 + 0.02 * len(prompts))
+    )
+    assert time_of_row(job, 1) == pytest.approx(0.1, rel=0.2)
+    assert time_of_row(job, 40) == pytest.approx(0.022, rel=0.3)
 
 
 def test_a_column_of_the_data_that_is_an_axis(experiment) -> None:

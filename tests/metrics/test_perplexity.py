@@ -113,6 +113,18 @@ def test_a_pattern_is_found_anywhere_in_a_text(pattern, found) -> None:
     assert build({"matches": {"pattern": pattern}}).measure(got, None) == {"matches": found}
 
 
+def test_each_row_has_a_text_of_its_own() -> None:
+    rows = [{"answer": "Oslo."}, {"answer": "Rome"}, {"answer": None}, {"answer": "Oslo."}]
+    got = Outputs(rows, text=[" Oslo.", " Oslo.", " Rome", " Oslos"])
+    found = build({"matches": {"column": "answer"}}).measure(got, None)
+    assert found == {"matches": [True, False, None, False]}
+    with pytest.raises(InvalidInput, match="matches: no row has a text in the column 'city'"):
+        build({"matches": {"column": "city"}}).measure(got, None)
+    for options in ({}, {"pattern": "a", "column": "answer"}):
+        with pytest.raises(InvalidInput, match="matches: give one of pattern"):
+            build({"matches": options})
+
+
 def test_patterns_and_outputs_that_cannot_be_matched() -> None:
     with pytest.raises(InvalidInput, match=r"matches: pattern '\(' is no regular expression: miss"):
         build({"matches": {"pattern": "("}})

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dreamreader.errors import InvalidInput
-from dreamreader.stats import bootstrap, ratio_of_means
+from dreamreader.stats import bootstrap, ratio_of_means, wilson
 
 
 def test_agrees_with_the_plain_bootstrap() -> None:
@@ -49,3 +49,13 @@ def test_nothing_to_restore_is_no_number() -> None:
 def test_refuses_what_does_not_fit(over, under, text) -> None:
     with pytest.raises(InvalidInput, match=text):
         ratio_of_means(over, under)
+
+
+def test_shares_at_the_ends_have_the_bounds_of_counts() -> None:
+    whole = [1.0, 2.0, 0.0, 1.0, 1.0]
+    lines = [np.zeros(5), whole, [1.0, 0.0, 0.0, 1.0, 1.0]]
+    none, every, some = ratio_of_means(lines, whole, within=True)
+    assert (none.value, none.low, none.high) == (0.0, 0.0, wilson(0, 4).high)
+    assert (every.value, every.low, every.high) == (1.0, wilson(4, 4).low, 1.0)
+    assert some == ratio_of_means(lines, whole)[2]
+    assert ratio_of_means(lines, whole)[1].low == 1.0

@@ -99,7 +99,9 @@ def _curve(name: str, axis: str, lines: Mapping[str, Sequence[Mapping[str, Any]]
     return Curves(name.replace("_", " "), series, axis, y_range=(low, high), percent=truth)
 
 
-def interval_number(mean: Interval, label: str) -> Number:
-    """A mean in large, its bounds below."""
-    text = label.replace("_", " ")
-    return Number(f"{mean.value:.3g}", text, f"{mean.low:.2g} to {mean.high:.2g}")
+def interval_number(mean: Interval, label: str, where: str = "") -> Number:
+    """A mean in large, its bounds below, after the name of a place, which stays as it is."""
+    bounds = f"{mean.low:.2g} to {mean.high:.2g}"
+    return Number(
+        f"{mean.value:.3g}", label.replace("_", " "), f"{where}: {bounds}" if where else bounds
+    )

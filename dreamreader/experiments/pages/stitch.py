@@ -71,15 +71,25 @@ class StitchPage(MethodPage):
 
     def numbers(self) -> list[Number]:
         found = []
-        for cell in self.cells[:4]:
+        for cell in self._telling()[:4]:
             at = self.best(cell)
             share = self.share("stitched", **at)
             if share is not None:
-                found.append(interval_number(share, f"{self._whole}, {cell}{_strength(at)}"))
+                found.append(interval_number(share, self._whole, f"{cell}{_strength(at)}"))
         return found
 
     def pictured_setting(self) -> Mapping[str, Any]:
-        return self.best(self.cells[0])
+        return self.best(self._telling()[0])
+
+    def _telling(self) -> list[str]:
+        """Pairs by what their best map keeps; last those that a mean does not destroy."""
+
+        def rank(cell: str) -> tuple[bool, float]:
+            mean = self.share("mean_ablated", cell=cell)
+            stitched = self.share("stitched", **self.best(cell))
+            return mean is None or mean.value <= DESTROYED, getattr(stitched, "value", 0.0)
+
+        return sorted(self.cells, key=rank, reverse=True)
 
     def sections(self) -> list[Section]:
         lead = (
@@ -179,7 +189,8 @@ def _share(rows: Sequence[Found], native: Mapping[int, Found], name: str) -> Int
         item = row["item"]
         over[item] = over.get(item, 0.0) + float(row[name] or 0.0)
         under[item] = under.get(item, 0.0) + float(native[row["base"]][name] or 0.0)
-    return ratio_of_means(np.array([list(over.values())]), list(under.values()))[0]
+    counts = all(isinstance(row[name], bool | None) for row in rows)
+    return ratio_of_means(np.array([list(over.values())]), list(under.values()), within=counts)[0]
 
 
 def _recovered(rows: Sequence[Found], means: Sequence[Found], name: str) -> Interval:

@@ -26,6 +26,7 @@ class TransferPage(ComparedPage):
         base = self._values(self.results.of("unedited"))
         keys = [key for key, value in base.items() if value is not None]
         lines = [line for line in self.lines() if line.condition not in STILL]
+        counts = all(isinstance(base[key], bool) for key in keys)
         gains = {}
         for line in lines:
             found = self._values(self.results.of(line.condition, **_known(line.setting)))
@@ -34,7 +35,11 @@ class TransferPage(ComparedPage):
                 gain = float(found[key] or 0) - float(base[key] or 0)
                 sums[key[0]] = sums.get(key[0], 0.0) + gain
             gains[line.label] = list(sums.values())
-        return dict(zip(gains, ratio_of_means(list(gains.values()), gains["native"]), strict=True))
+        native = gains.pop("native")
+        found = ratio_of_means(list(gains.values()), native, within=counts)
+        return {"native": ratio_of_means([native], native)[0]} | dict(
+            zip(gains, found, strict=True)
+        )
 
     def lines(self) -> list[Line]:
         results = self.results

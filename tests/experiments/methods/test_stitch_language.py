@@ -36,7 +36,7 @@ def target() -> Reader:
 
 @pytest.fixture
 def stitched(saved, tmp_path) -> Callable[..., Results]:
-    """Runs stitches of another language model into the tiny Gemma, whose texts begin with a token."""
+    """Runs stitches of another language model into the tiny Gemma."""
 
     def run(source: str = "gpt2", metrics: Any = ("next_token_kl",), pipeline: Any = None, **own):
         method = {
