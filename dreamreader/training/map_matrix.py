@@ -270,6 +270,7 @@ class MapMatrixJob(SpecJob[MapMatrixSpec]):
             *self.sites,
             align=spec.align or ("spans" if language else "place"),
             span=spec.span,
+            skip=spec.skip,
             seeds=[*spec.seed_list] * len(prompts),
             branch=spec.branch,
             batch_size=spec.batch.rows if isinstance(spec.batch.rows, int) else 16,

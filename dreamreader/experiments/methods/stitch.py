@@ -90,6 +90,7 @@ class StitchMethod(Method):
         description="Tokens of one number (of pipelines the default), places of grids of other "
         "sizes, or pieces of the text that both language models cut (their default).",
     )
+    skip: int = Field(0, ge=0, description="First pairs of tokens of each text that are left out.")
     source_pipeline: CallArguments = Field(
         default_factory=dict, description="Arguments of the source's call beside `pipeline`."
     )
@@ -136,6 +137,8 @@ class StitchMethod(Method):
     def _check_pipelines(self) -> None:
         if self.align == "spans":
             raise InvalidInput("method.align: spans are of language models; choose index or place")
+        if self.skip:
+            raise InvalidInput("method.skip: is of texts of language models; leave it out")
 
     def _check_language(self, job: Job) -> None:
         if self.align == "place":
@@ -202,7 +205,7 @@ class StitchMethod(Method):
             if isinstance(sources, LockStep):
                 more["steps"] = sources.steps
             if job.is_language:  # at the prompt's tokens that the source has, whatever the map
-                more |= {"steps": 0, "partial": self._alignment(job) == "spans"}
+                more |= {"steps": 0, "partial": self.skip > 0 or self._alignment(job) == "spans"}
             elif condition == "mean_ablated":  # which asks nothing of the source
                 assert isinstance(own, AffineMap)
                 found.append(Patch(cell.sites, own.bias, **more))
@@ -282,6 +285,7 @@ class StitchMethod(Method):
             self._alignment(job),
             branch or guided,
             settings,
+            self.skip,
         )
 
     def _sources(self, job: Job, fitter: MapFitter) -> Any:
@@ -293,7 +297,7 @@ class StitchMethod(Method):
             places = [only_site(job.reader, self.sites[0].target)]
             return record_texts(
                 fitter.source, job.reader, prompts, sites, places, align=fitter.align,
-                batch_size=job.batch,
+                batch_size=job.batch, skip=self.skip,
                 source_arguments=fitter.settings[0], target_arguments=fitter.settings[1],
             )  # fmt: skip
         asked: dict[str, Any] = {"seeds": seeds, "batch_size": job.batch, "progress": False}

@@ -27,6 +27,8 @@ def check_kinds(method: Carried, job: Job) -> None:
             raise InvalidInput(
                 "method.align: spans are of the texts of language models; leave it out"
             )
+        if method.skip:
+            raise InvalidInput("method.skip: is of texts of language models; leave it out")
         return
     if method.trajectory != "own":
         raise InvalidInput(
@@ -64,6 +66,7 @@ def language_pairs(method: Carried, job: Job) -> Iterator[tuple[str, PairedRows]
             list(dict.fromkeys(partner.values())),
             list(partner),
             align=method.align or "spans",
+            skip=method.skip,
             batch_size=job.batch,
             progress=False,
             source_arguments=forward_settings(source),

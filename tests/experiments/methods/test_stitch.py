@@ -194,6 +194,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"maps": ["ridge", "ridge"]}, "maps: ridge is there twice"),
     ({"maps": ["rigde"]}, "ridge"),
     ({"align": "spans"}, "method.align: spans are of language models"),
+    ({"skip": 1}, "method.skip: is of texts of language models"),
     ({"source_pipeline": {"num_inference_steps": 3}}, "called 3 times, the target's 2 times"),
     ({"maps": [{"method": "ridge", "options": {"k": 3}}]}, "unknown option of ridge 'k'"),
     ({"maps": [{"method": "mlp", "options": {"recipe": {"ephocs": 1}}}]}, "field of a recipe"),
