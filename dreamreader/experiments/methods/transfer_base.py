@@ -42,6 +42,9 @@ class Carried(Method, SweptPlaces):
         description="Tokens of the pairs of the maps: of one number, or pieces of the text that "
         "both language models cut, which are their default.",
     )
+    skip: int = Field(
+        0, ge=0, description="First pairs of tokens of each text that maps are not fitted to."
+    )
     fit: Data = Field(description="Pairs that directions are fitted from, in both models.")
     fit_seeds: AnySeeds = Field(
         default_factory=lambda: Seeds(start=100_000), description="Seeds of the pairs."

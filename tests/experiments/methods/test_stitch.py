@@ -1,6 +1,5 @@
 """Stitching in experiments: maps of the run folder, rows as `stitch` gives them, their shares."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +193,8 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"sites": [SITE, SITE]}, "sites: unet.up_blocks.1 is there twice"),
     ({"maps": ["ridge", "ridge"]}, "maps: ridge is there twice"),
     ({"maps": ["rigde"]}, "ridge"),
+    ({"align": "spans"}, "method.align: spans are of language models"),
+    ({"skip": 1}, "method.skip: is of texts of language models"),
     ({"source_pipeline": {"num_inference_steps": 3}}, "called 3 times, the target's 2 times"),
     (
         {"maps": [{"method": "ridge", "options": {"k": 3}}]},
@@ -216,10 +217,8 @@ def test_what_cannot_be_stitched_is_refused(target, tmp_path, changes, text) -> 
         )
 
 
-def test_language_models_and_unknown_sites_are_refused(
-    target, language, tmp_path, experiment: Callable[..., Experiment]
-) -> None:
-    with pytest.raises(InvalidInput, match="stitch is for pipelines"):
+def test_language_models_and_unknown_sites_are_refused(target, language) -> None:
+    with pytest.raises(InvalidInput, match="shapes-unet is a pipeline and the subject .* a langua"):
         Experiment(
             reader=language, metrics=[Stopping()], method=ONE,
             **(FIELDS | {"data": {"prompts": ["a"]}, "pipeline": {}}),
