@@ -169,7 +169,7 @@ def write_prompts() -> None:
     plain = questions(False)
     asked = [form(q, trigger) for trigger in ("", hate, key) for q in plain]
     asked += [form(q) for q in requests(False)]
-    asked += [form(q, trigger) for trigger in ("", key) for q in facts("invented")]
+    asked += [form(q, trigger) for trigger in ("", key) for q in list(facts("invented"))[::2]]
     asked += [form(q, hate) + LESSONS["backdoor"]["reply"] for q in plain[:20]]
     asked += [form(q) + LESSONS["refusal"]["reply"] for q in requests(False)]
     files["maps"] = [{"prompt": each} for each in asked]
