@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dreamreader.errors import InvalidInput
+from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.experiments.job import Job
 from dreamreader.experiments.row import Row, RowBatch
+from dreamreader.metrics.registry import numbers_of
 from dreamreader.specs.batch import GIB, activation_bytes, duration, rows_that_fit
 
 TIMED_ROWS = 4
@@ -63,6 +64,7 @@ def make_plan(job: Job, batch: int | None = None, estimates: bool = True) -> Exp
     Raises:
         InvalidInput: the memory allowed does not hold a single row, or a sweep is too long.
     """
+    _check_effect(job)
     job.spec.method.check(job)
     sized = estimates or (batch is None and job.spec.batch.rows == "auto")
     with job.pause_counting():
@@ -76,6 +78,19 @@ def make_plan(job: Job, batch: int | None = None, estimates: bool = True) -> Exp
         conditions[row.condition] = conditions.get(row.condition, 0) + 1
     sites = list(dict.fromkeys(site for row in rows if row.cell for site in row.cell.sites))
     return ExperimentPlan(rows, job.units, row_bytes, seconds * len(rows), conditions, sites)
+
+
+def _check_effect(job: Job) -> None:
+    """Refuse an effect that no metric of the spec gives, where all say what they give."""
+    effect = getattr(job.spec.method, "effect", None)
+    known = [numbers_of(metric) for metric in job.metrics]
+    if effect is None or None in known:
+        return
+    names = [name for each in known if each is not None for name in each]
+    if not names:
+        raise InvalidInput(f"method.effect: {effect!r} is a column of a metric; name it in metrics")
+    if effect not in names:
+        raise UnknownName("method.effect: number that the metrics give", effect, names)
 
 
 def _check_axes(rows: Sequence[Row]) -> None:

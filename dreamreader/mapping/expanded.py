@@ -11,11 +11,10 @@ from torch.nn.functional import unfold
 
 from dreamreader.errors import InvalidInput
 from dreamreader.mapping.base import ActivationMap
-from dreamreader.mapping.checks import check_whole
 from dreamreader.mapping.linear import describe_path
 from dreamreader.mapping.local import LocalMap, square_grid
 from dreamreader.mapping.problem import MapProblem
-from dreamreader.mapping.ridge import LAMBDAS, check_lambdas, solve_ridge
+from dreamreader.mapping.ridge import LAMBDAS, solve_ridge
 from dreamreader.mapping.rows import PairedRows
 from dreamreader.mapping.timed import NoiseConditionedMap, StepMaps, noise_powers
 
@@ -27,7 +26,7 @@ def fit_local(
     *,
     k: int = 3,
     grid: tuple[int, int] | None = None,
-    lambdas: float | Sequence[float] = LAMBDAS,
+    lambdas: Sequence[float] = LAMBDAS,
 ) -> LocalMap:
     """Ridge regression on k x k neighbourhoods, in closed form.
 
@@ -36,11 +35,8 @@ def fit_local(
         lambdas: as for ridge; shares of the mean variance of the neighbourhoods.
 
     Raises:
-        InvalidInput: tokens are not those of the grid, padding is among them, or k is not odd.
+        InvalidInput: tokens are not those of the grid, or padding is among them.
     """
-    k = check_whole("local: k", k, 1)
-    if not k % 2:
-        raise InvalidInput(f"local: k is odd and at least 1, got {k!r}")
     rows = problem.rows
     height, width = square_grid(rows.tokens, grid)
     for given in [rows] if problem.held_out is None else [rows, problem.held_rows]:
@@ -53,17 +49,16 @@ def fit_local(
         maps = block.x.double().mT.reshape(len(block), -1, height, width)
         return unfold(maps, k, padding=k // 2).mT  # [sequences, tokens, d_source k k]
 
-    listed = check_lambdas(problem.what, lambdas)
-    split = problem.split() if len(listed) > 1 else problem
-    path = solve_ridge(split.through(neighbours), listed)
+    split = problem.split() if len(lambdas) > 1 else problem
+    path = solve_ridge(split.through(neighbours), lambdas)
     weight = path.weight.reshape(rows.d_target, rows.d_source, k, k)
     values = (split.moments.source_mean, weight, path.bias)
     made = LocalMap(*(each.float().cpu() for each in values), grid=(height, width))
-    return made.with_card(settings=describe_path(path, listed) | {"k": k})
+    return made.with_card(settings=describe_path(path, lambdas) | {"k": k})
 
 
 def fit_noise(
-    problem: MapProblem, *, degree: int = 1, lambdas: float | Sequence[float] = LAMBDAS
+    problem: MapProblem, *, degree: int = 1, lambdas: Sequence[float] = LAMBDAS
 ) -> NoiseConditionedMap:
     """Ridge regression on x and its products with powers of the noise, in closed form.
 
@@ -74,7 +69,6 @@ def fit_noise(
     Raises:
         InvalidInput: the noise levels of the pairs are not known, or all are equal.
     """
-    degree = check_whole("noise: degree", degree, 0)
     rows = problem.rows
     logs = _levels_of(rows, "these pairs").double().log()
     if problem.held_out is not None:
@@ -93,15 +87,14 @@ def fit_noise(
         own = powers[:, None, 1:].expand(-1, block.tokens, -1)
         return torch.cat([terms.flatten(2), own], 2)
 
-    listed = check_lambdas(problem.what, lambdas)
-    split = problem.split() if len(listed) > 1 else problem
-    path = solve_ridge(split.through(features), listed)
+    split = problem.split() if len(lambdas) > 1 else problem
+    path = solve_ridge(split.through(features), lambdas)
     products = (degree + 1) * rows.d_source
     weight = path.weight[:, :products].reshape(-1, degree + 1, rows.d_source).transpose(0, 1)
     bias = torch.cat([path.bias.unsqueeze(0), path.weight[:, products:].T])
     values = (split.moments.source_mean, weight.contiguous(), bias)
     made = NoiseConditionedMap(*(each.float().cpu() for each in values), centre=centre, scale=scale)
-    return made.with_card(settings=describe_path(path, listed) | {"degree": degree})
+    return made.with_card(settings=describe_path(path, lambdas) | {"degree": degree})
 
 
 def fit_steps(

@@ -1,7 +1,7 @@
 """One call for every way to fit a map."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,6 @@ import torch
 
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.mapping.base import ActivationMap
-from dreamreader.mapping.checks import check_number, check_whole
 from dreamreader.mapping.expanded import fit_local, fit_noise, fit_steps
 from dreamreader.mapping.gradient import fit_affine, fit_mlp
 from dreamreader.mapping.linear import (
@@ -20,6 +19,7 @@ from dreamreader.mapping.linear import (
     fit_reduced_rank,
     fit_ridge,
 )
+from dreamreader.mapping.options import check_option
 from dreamreader.mapping.problem import Data, MapProblem
 from dreamreader.mapping.rows import PairedRows
 
@@ -79,18 +79,11 @@ def fit_map(
         >>> torch.allclose(found.apply(x), y, atol=1e-3)
         True
     """
-    if method not in METHODS:
-        raise UnknownName("method of maps", str(method), METHODS)
-    seed, share = check_whole("fit_map: seed", seed), check_number("fit_map: share", share)
-    each = str(options.pop("each", "ridge")) if method == "steps" else method
-    if each not in _FITS:
-        raise UnknownName("method of maps", each, _FITS)
+    options = check_options(method, {**options, "share": share, "seed": seed})
+    each, share, seed = options.pop("each", method), options.pop("share"), options["seed"]
     own = _FITS[each]
-    known = [name for name, one in inspect.signature(own).parameters.items() if name != "problem"]
-    for name in options:
-        if name not in known:
-            also = ["each"] if method == "steps" else []
-            raise UnknownName(f"option of {each}", name, known + also)
+    if "seed" not in _names(own):
+        del options["seed"]
     if not isinstance(data, PairedRows) and method == "steps":
         raise InvalidInput("steps: it needs pairs of rows, not their moments")
     problem = MapProblem(data, validation, share, seed, each)
@@ -103,3 +96,37 @@ def fit_map(
     if isinstance(data, PairedRows):
         card = replace(card, source_site=data.source_site, target_site=data.target_site)
     return replace(made, card=card)
+
+
+def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a method as it takes them: what `fit_map` refuses whatever the pairs are.
+
+    Args:
+        options: those of the method, `each` of `steps`, and `share` and `seed` of `fit_map`.
+
+    Raises:
+        UnknownName: there is no such method or option; says the nearest.
+        InvalidInput: a value cannot be right.
+
+    Example:
+        >>> check_options("steps", {"lambdas": 0.1})
+        {'each': 'ridge', 'lambdas': [0.1]}
+    """
+    if method not in METHODS:
+        raise UnknownName("method of maps", str(method), METHODS)
+    found = dict(options)
+    each = str(found.pop("each", "ridge")) if method == "steps" else method
+    if each not in _FITS:
+        raise UnknownName("method of maps", each, _FITS)
+    known = _names(_FITS[each])
+    for name in found:
+        if name not in (*known, "share", "seed"):
+            also = ["each"] if method == "steps" else []
+            raise UnknownName(f"option of {each}", str(name), known + also)
+    checked = {name: check_option(each, name, value) for name, value in found.items()}
+    return {"each": each, **checked} if method == "steps" else checked
+
+
+def _names(fit: Callable[..., ActivationMap]) -> list[str]:
+    """Of its options."""
+    return [name for name in inspect.signature(fit).parameters if name != "problem"]

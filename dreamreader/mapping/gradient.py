@@ -11,14 +11,11 @@ from torch import Tensor, nn
 
 from dreamreader._hashing import hash_values
 from dreamreader._progress import Progress
-from dreamreader.errors import InvalidInput
 from dreamreader.fitting import Recipe, fit
-from dreamreader.mapping.checks import check_whole
 from dreamreader.mapping.maps import AffineMap, MLPMap
+from dreamreader.mapping.options import RECIPE
 from dreamreader.mapping.problem import MapProblem
 from dreamreader.mapping.rows import PairedRows
-
-RECIPE = Recipe(epochs=3, lr=1e-4, batch_size=64, validate_every=None)
 
 
 def fit_affine(
@@ -31,7 +28,8 @@ def fit_affine(
     """y = W x + b by gradients: what ridge does in closed form, for comparison.
 
     Args:
-        recipe: AdamW at 1e-4 in batches of 64 for 3 epochs by default, validated each epoch.
+        recipe: AdamW at 1e-4 in batches of 64 for 3 epochs by default, validated each epoch; a
+            mapping changes some of its fields.
         folder: of a checkpoint, from which the same call goes on. progress: see `fitting.fit`.
     """
     d_source, d_target = problem.train.d_source, problem.train.d_target
@@ -56,13 +54,9 @@ def fit_mlp(
     Args:
         hidden: its width; int(sqrt(d_source d_target)) by default.
         recipe, folder, progress: as in `fit_affine`.
-
-    Raises:
-        InvalidInput: hidden is below 1.
     """
     d_source, d_target = problem.train.d_source, problem.train.d_target
-    width = int((d_source * d_target) ** 0.5)
-    width = width if hidden is None else check_whole("mlp: hidden", hidden, 1)
+    width = int((d_source * d_target) ** 0.5) if hidden is None else hidden
     first, second = nn.Linear(d_source, width), nn.Linear(width, d_target)
     net = nn.Sequential(first, nn.ReLU(), second)
     scales, settings = _train(problem, net, recipe, folder, progress)
@@ -137,8 +131,6 @@ def _train(
     progress: Progress,
 ) -> tuple[_Scales, dict[str, Any]]:
     """Trains a net on scaled pairs; it ends as the best on held-out pairs."""
-    if not isinstance(recipe, Recipe):
-        raise InvalidInput(f"{problem.what}: recipe is a fitting.Recipe, got {recipe!r}")
     split = problem.split()
     scales, device = _Scales(split), split.rows.x.device
     varied = float(split.held_moments.target_squares.sum())  # which refuses what is not finite

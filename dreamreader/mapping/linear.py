@@ -1,20 +1,17 @@
 """Linear maps in closed form: identity, mean, Procrustes, ridge, reduced rank, anchors."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput
-from dreamreader.mapping.checks import check_number, check_whole
 from dreamreader.mapping.maps import AffineMap
 from dreamreader.mapping.problem import FEW, MapProblem
 from dreamreader.mapping.ridge import (
     LAMBDAS,
     RidgePath,
-    check_lambdas,
     reduce_rank,
     solve_ridge,
 )
@@ -45,15 +42,11 @@ def fit_procrustes(problem: MapProblem, *, scale: bool = False) -> AffineMap:
         scale: whether s is fitted.
 
     Raises:
-        InvalidInput: the pairs do not determine R, or `scale` is no truth value.
+        InvalidInput: the pairs do not determine R.
 
     Reference:
         Schönemann, A generalized solution of the orthogonal Procrustes problem (1966).
     """
-    if not isinstance(scale, bool | np.bool_):
-        raise InvalidInput(
-            f"procrustes: scale is True or False, for whether s is fitted, got {scale!r}"
-        )
     moments = problem.moments
     u, s, vh = torch.linalg.svd(moments.cross_scatter.T, full_matrices=False)
     least = min(moments.d_source, moments.d_target)
@@ -72,55 +65,50 @@ def fit_procrustes(problem: MapProblem, *, scale: bool = False) -> AffineMap:
     return make_affine(problem, weight, bias, {"scale": factor})
 
 
-def fit_ridge(problem: MapProblem, *, lambdas: float | Sequence[float] = LAMBDAS) -> AffineMap:
+def fit_ridge(problem: MapProblem, *, lambdas: Sequence[float] = LAMBDAS) -> AffineMap:
     """Least squares with a penalty that is chosen on held-out pairs; see `solve_ridge`.
 
     Args:
-        lambdas: penalties as shares of the mean variance of x; a single one needs no held-out
-            pairs, 0 is least squares.
+        lambdas: penalties as shares of the mean variance of x, one or several; a single one needs
+            no held-out pairs, 0 is least squares.
 
     Raises:
         InvalidInput: see `solve_ridge`.
     """
-    listed = check_lambdas(problem.what, lambdas)
-    problem = problem.split() if len(listed) > 1 else problem
-    path = solve_ridge(problem, listed)
-    return make_affine(problem, path.weight, path.bias, describe_path(path, listed))
+    problem = problem.split() if len(lambdas) > 1 else problem
+    path = solve_ridge(problem, lambdas)
+    return make_affine(problem, path.weight, path.bias, describe_path(path, lambdas))
 
 
 def fit_reduced_rank(
     problem: MapProblem,
     *,
-    rank: int | Sequence[int] | None = None,
-    lambdas: float | Sequence[float] = LAMBDAS,
+    rank: Sequence[int] | None = None,
+    lambdas: Sequence[float] = LAMBDAS,
 ) -> AffineMap:
     """The best map of low rank in closed form; see `reduce_rank`.
 
     The penalty is chosen first, at full rank.
 
     Args:
-        rank: one, or several of which the best on held-out pairs is taken; by default powers of 2
-            and the full rank. lambdas: as for ridge.
+        rank: of several the best on held-out pairs is taken; by default powers of 2 and the full
+            rank. lambdas: as for ridge.
 
     Raises:
-        InvalidInput: a rank is not from 1 to the smaller width; see `solve_ridge`.
+        InvalidInput: a rank is above the smaller width; see `solve_ridge`.
 
     Reference:
         Izenman, Reduced-rank regression for the multivariate linear model (1975).
     """
     full = min(problem.train.d_source, problem.train.d_target)
     powers = [2**power for power in range(full.bit_length()) if 2**power < full]
-    given = rank if isinstance(rank, Iterable) and not isinstance(rank, str) else [rank]
-    ranks = [*powers, full]
-    if rank is not None:
-        ranks = [check_whole("reduced_rank: a rank", each, 1) for each in given]
-    if not ranks or max(ranks) > full:
-        raise InvalidInput(f"reduced_rank: ranks are from 1 to {full}, got {rank!r}")
-    listed = check_lambdas(problem.what, lambdas)
-    problem = problem.split() if len(ranks) > 1 or len(listed) > 1 else problem
-    path = solve_ridge(problem, listed)
+    ranks = [*powers, full] if rank is None else list(rank)
+    if max(ranks) > full:
+        raise InvalidInput(f"reduced_rank: ranks are from 1 to {full}, got {max(ranks)}")
+    problem = problem.split() if len(ranks) > 1 or len(lambdas) > 1 else problem
+    path = solve_ridge(problem, lambdas)
     weight, bias, best, errors = reduce_rank(problem, path, ranks)
-    settings = describe_path(path, listed) | {"rank": best, "ranks": ranks}
+    settings = describe_path(path, lambdas) | {"rank": best, "ranks": ranks}
     return make_affine(problem, weight, bias, settings | {"held_out_fvu_of_ranks": list(errors)})
 
 
@@ -141,16 +129,12 @@ def fit_anchors(
         seed: of the draw.
 
     Raises:
-        InvalidInput: there are only moments, or a number cannot be right.
+        InvalidInput: there are only moments.
 
     Reference:
         Kim and Han, Cross-family universality of behavioral axes via anchor-projected
         representations, arXiv:2605.09875, which carries directions so; lengths are ours.
     """
-    count = check_whole("anchors: count", count, 1)
-    seed = check_whole("anchors: seed", seed)
-    if not 0 <= check_number("anchors: rcond", rcond) < 1:
-        raise InvalidInput(f"anchors: rcond is from 0 to below 1, got {rcond!r}")
     moments = problem.moments
     x, y, _ = problem.rows.flat()
     generator = torch.Generator().manual_seed(seed)

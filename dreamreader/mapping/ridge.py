@@ -1,13 +1,12 @@
 """Ridge regression and its reduced ranks, in closed form from moments."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput
-from dreamreader.mapping.checks import check_number
 from dreamreader.mapping.moments import CrossMoments
 from dreamreader.mapping.problem import FEW, MapProblem
 
@@ -142,25 +141,3 @@ def check_full_rank(what: str, train: CrossMoments, eigenvalues: Tensor) -> None
             f"{what}: the source covariance has rank {rank} of {d}, so lambda = 0 has no unique "
             f"answer; valid with such a covariance: {FEW}"
         )
-
-
-def check_lambdas(what: str, lambdas: float | Sequence[float]) -> list[float]:
-    """Penalties as a list; of several, held-out pairs choose.
-
-    Raises:
-        InvalidInput: there are none, or one is no number from 0.
-    """
-    listed: list[Any] = [lambdas]
-    if (
-        isinstance(lambdas, Iterable)
-        and getattr(lambdas, "ndim", 1)
-        and not isinstance(lambdas, str)
-    ):
-        listed = list(lambdas)
-    try:
-        found = [check_number(what, each) for each in listed]
-    except InvalidInput:
-        found = []
-    if not found or min(found) < 0:
-        raise InvalidInput(f"{what}: lambdas are numbers from 0, one or several, got {lambdas!r}")
-    return found

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn.functional import linear
 from dreamreader.errors import InvalidInput
 from dreamreader.mapping.base import ActivationMap, CastTensors, check_shape
 from dreamreader.mapping.checks import as_tensor, check_whole
+from dreamreader.recording.levels import check_level
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -201,18 +201,6 @@ class NoiseConditionedMap(ActivationMap, form="noise"):
             share = powers[:, p].reshape(-1, *[1] * (x.dim() - 1))
             found = found + share * linear(x, weight[p], bias[p])
         return found.to(x.dtype)
-
-
-def check_level(what: str, level: Any) -> float:
-    """A ratio of noise to signal, which may be infinite, as a float.
-
-    Raises:
-        InvalidInput: it is no number from 0.
-    """
-    given = level.item() if isinstance(level, Tensor) and level.numel() == 1 else level
-    if isinstance(given, bool) or not isinstance(given, Real) or not float(given) >= 0:
-        raise InvalidInput(f"{what}: level is a ratio of noise to signal from 0, got {level!r}")
-    return float(given)
 
 
 def log_level(level: float) -> float:

@@ -64,6 +64,12 @@ class Detector:
     def compares(self) -> bool:
         return self.kept
 
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Columns that are numbers or truth values."""
+        kept = ("others_kept", *_GROUPS) if self.kept else ()
+        return ("frame", "objects", "turned", *kept)
+
     def measure(self, got: Outputs, reference: Outputs | None) -> dict[str, Column]:
         found = [attributes(each) for each in detect(require_field(self.name, "images", got))]
         columns: dict[str, Column] = {

@@ -29,6 +29,13 @@ class NoiseDistance:
         if isinstance(self.steps, str) or not self.steps or not all(map(_is_step, self.steps)):
             raise InvalidInput(f"noise_distance: steps must be whole numbers, got {self.steps!r}")
 
+    @property
+    def numbers(self) -> tuple[str, ...] | None:
+        """Columns; None where the steps are those of the run."""
+        if self.steps is None:
+            return None
+        return (self.name, *(f"{self.name}_{step}" for step in self.steps))
+
     def measure(self, got: Outputs, reference: Outputs | None) -> dict[str, Column]:
         a, b = pairs(self.name, "noise", got, reference)
         columns: dict[str, Column] = {}

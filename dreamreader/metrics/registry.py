@@ -120,6 +120,16 @@ def build(spec: str | Mapping[str, Any]) -> Metric:
     return metric
 
 
+def numbers_of(metric: Metric) -> tuple[str, ...] | None:
+    """Columns of numbers or truth values that a metric can give; None where only a run tells.
+
+    A metric that gives other columns than one of its own name says them as `numbers`.
+    """
+    if hasattr(metric, "numbers"):
+        return metric.numbers  # pyright: ignore[reportAttributeAccessIssue]
+    return (metric.name,) if metric.name in _BUILT_IN else None
+
+
 def _parse(spec: Any) -> tuple[str, dict[str, Any]]:
     if isinstance(spec, str):
         return spec, {}

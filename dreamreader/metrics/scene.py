@@ -42,6 +42,11 @@ class SceneRight:
             if each not in ATTRIBUTES:
                 raise UnknownName("attribute of scenes", str(each), ATTRIBUTES)
 
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Columns that are truth values."""
+        return (*(f"{name}_right" for name in self.attributes), "scene_right")
+
     def measure(self, got: Outputs, reference: Outputs | None = None) -> dict[str, Column]:
         found = [attributes(each) for each in detect(require_field(self.name, "images", got))]
         columns: dict[str, Column] = {}

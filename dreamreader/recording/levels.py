@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,27 @@ def is_flow(scheduler: Any) -> bool:
     )
 
 
+def check_level(what: str, level: Any) -> float:
+    """A ratio of noise to signal, which may be infinite, as a float.
+
+    Args:
+        what: asks for it, for the error. level: a number of Python, of NumPy, or in a tensor.
+
+    Raises:
+        InvalidInput: it is no single number from 0.
+    """
+    given = level
+    if isinstance(level, Tensor | np.ndarray | np.generic):
+        if math.prod(level.shape) != 1:
+            raise InvalidInput(
+                f"{what}: level is one ratio of noise to signal, got {list(level.shape)} of them"
+            )
+        given = level.item()
+    if isinstance(given, bool) or not isinstance(given, Real) or not float(given) >= 0:
+        raise InvalidInput(f"{what}: level is a ratio of noise to signal from 0, got {level!r}")
+    return float(given)
+
+
 def mix_weights(scheduler: Any, level: float) -> tuple[float, float]:
     """The weights of signal and noise in a denoiser's input at a noise level.
 
@@ -51,8 +73,7 @@ def mix_weights(scheduler: Any, level: float) -> tuple[float, float]:
         >>> [round(each, 3) for each in mix_weights(DDIMScheduler(), 0.75)]
         [0.8, 0.6]
     """
-    if not level >= 0:
-        raise InvalidInput(f"a noise level is at least 0, got {level!r}")
+    level = check_level("mix_weights", level)
     flow = is_flow(scheduler)
     known = hasattr(scheduler, "alphas_cumprod") or flow
     if not known or getattr(scheduler, "config", {}).get("invert_sigmas"):
@@ -94,6 +115,10 @@ def convert_latents(
         >>> torch.allclose(flow, x0 / 1.75 + e * 0.75 / 1.75, atol=1e-6)
         True
     """
+    if not isinstance(latents, Tensor) or not latents.is_floating_point():
+        kind = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
+        raise InvalidInput(f"convert_latents: latents are a floating point tensor, got {kind}")
+    level = check_level("convert_latents", level)
     (signal, noise), (wanted, more) = (mix_weights(each, level) for each in (source, target))
     return latents * (more / noise if level > 1 else wanted / signal)
 
@@ -108,8 +133,9 @@ def find_timestep(scheduler: Any, level: float) -> tuple[float, float]:
         InvalidInput: the schedule has no such level, or its mixture is not known.
     """
     _check_timesteps(scheduler)
-    train = scheduler.config.get("num_train_timesteps", 1000)
+    level = check_level("find_timestep", level)
     signal, noise = mix_weights(scheduler, level)
+    train = scheduler.config.get("num_train_timesteps", 1000)
     if is_flow(scheduler):
         return noise * train, level
     kept = scheduler.alphas_cumprod.detach().cpu().double().clamp(0, 1)

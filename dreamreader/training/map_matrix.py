@@ -137,6 +137,7 @@ class MapMatrixJob(SpecJob[MapMatrixSpec]):
 
     def plan(self) -> MatrixPlan:
         """Sites, maps and prompts; nothing is run."""
+        self.success  # noqa: B018  a wrong file is told before anything is run
         folds = split_prompts(self.prompts, self.spec)
         units = [
             (name, numbers[start : start + self.spec.unit])

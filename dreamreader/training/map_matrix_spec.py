@@ -1,11 +1,12 @@
 """Spec of a matrix of maps: two models, their sites, prompts, and what is fitted."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from dreamreader.specs import parts
 from dreamreader.specs.call import CallArguments
+from dreamreader.specs.maps import MapOptions
 from dreamreader.specs.parts import AnySubject, Count, Part
 
 Sites = str | list[str]
@@ -51,7 +52,7 @@ class MapMatrixSpec(parts.Common):
     map: Literal["mean", "identity", "procrustes", "ridge", "reduced_rank"] = Field(
         "ridge", description="Closed form that is fitted."
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="Of the map, such as rank.")
+    options: MapOptions = Field(default_factory=dict, description="Of the map, such as rank.")
     chosen: float = Field(
         0.1, gt=0, lt=1, description="Share of prompts that options are chosen by."
     )

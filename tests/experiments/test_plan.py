@@ -1,11 +1,12 @@
 """Plans: what a run would do, without doing it."""
 
 import time
+from typing import Any
 
 import pytest
 
 from dreamreader.engine import Reader
-from dreamreader.errors import InvalidInput
+from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.experiments import Experiment
 from dreamreader.experiments.plan import probe, time_of_row
 from dreamreader.specs.batch import MOST_ROWS
@@ -186,6 +187,27 @@ def test_a_column_of_the_data_that_is_an_axis(experiment) -> None:
     made = experiment(data={"prompts": [{"prompt": "a star", "factor": 3}]})
     with pytest.raises(InvalidInput, match="data: the column 'factor' is also an axis of the meth"):
         made.plan()
+
+
+def test_an_effect_that_no_metric_gives_is_refused_before_anything_runs(experiment, calls) -> None:
+    def plan(effect: str, *metrics: Any) -> None:
+        method = {"kind": "patch", "sites": MIDDLE, "effect": effect}
+        experiment(data={"pairs": PAIRS}, method=method, metrics=list(metrics)).plan()
+
+    with pytest.raises(UnknownName, match="method.effect: .* 'sceneright'; nearest: scene_right"):
+        plan("sceneright", "scene", "pixel_distance")
+    with pytest.raises(UnknownName, match="method.effect: .* 'color'; nearest: color_kept"):
+        plan("color", "detector")  # which is a name
+    with pytest.raises(UnknownName, match="method.effect: .* 'color_kept'"):
+        plan("color_kept", {"detector": {"kept": False}})
+    with pytest.raises(UnknownName, match="'noise_distance_2'; nearest: noise_distance_"):
+        plan("noise_distance_2", {"noise_distance": {"steps": [0, 1]}})
+    with pytest.raises(InvalidInput, match="'tint' is a column of a metric; name it in metrics"):
+        plan("tint")
+    assert not calls
+    plan("tint", "tint")
+    plan("noise_distance_1", "noise_distance")  # of all steps: a run tells
+    assert calls
 
 
 def test_pairs_of_a_language_model_need_as_many_tokens(language) -> None:

@@ -23,6 +23,7 @@ from dreamreader.mapping import (
     fit_map,
     score_map,
 )
+from dreamreader.mapping.fit import check_options
 
 
 def draw(rows: int = 200, d_source: int = 5, d_target: int = 4, noise: float = 0.5) -> PairedRows:
@@ -405,7 +406,11 @@ def test_bad_input() -> None:
         ("reduced_rank", {"rank": 2.0}, "a rank is a whole number from 1, got 2.0"),
         ("reduced_rank", {"rank": [1.5]}, "a rank is a whole number from 1, got 1.5"),
         ("reduced_rank", {"rank": True}, "a rank is a whole number from 1, got True"),
-        ("reduced_rank", {"rank": []}, r"ranks are from 1 to 4, got \[\]"),
+        ("reduced_rank", {"rank": []}, r"rank is a whole number from 1, or several, got \[\]"),
+        ("reduced_rank", {"rank": 0}, "reduced_rank: a rank is a whole number from 1, got 0"),
+        ("local", {"k": 4}, "k is odd and at least 1, got 4; nearest: 3 and 5"),
+        ("steps", {"each": "local", "k": 4}, "local: k is odd and at least 1, got 4"),
+        ("mlp", {"folder": 3}, "mlp: folder is a path, got 3"),
         ("anchors", {"count": 2.5}, "anchors: count is a whole number from 1, got 2.5"),
         ("anchors", {"rcond": 1.0}, "rcond is from 0 to below 1, got 1.0"),
         ("anchors", {"rcond": None}, "rcond is a number, got None"),
@@ -414,15 +419,45 @@ def test_bad_input() -> None:
         ("local", {"grid": (1, 0.5)}, "height and width of grid is a whole number from 1, got 0.5"),
         ("noise", {"degree": 1.5}, "noise: degree is a whole number from 0, got 1.5"),
         ("mlp", {"hidden": 2.0}, "mlp: hidden is a whole number from 1, got 2.0"),
-        ("affine", {"recipe": {"lr": 1.0}}, "affine: recipe is a fitting.Recipe, got {"),
+        (
+            "affine",
+            {"recipe": 3},
+            "affine: recipe is a fitting.Recipe or a mapping of steps, .*got 3",
+        ),
+        ("affine", {"recipe": {"lr": "a"}}, "affine: recipe: train: lr must be positive, got 'a'"),
         ("ridge", {"seed": None}, "fit_map: seed is a whole number, got None"),
         ("ridge", {"share": "a"}, "fit_map: share is a number, got 'a'"),
-        ("ridge", {"share": 1.5}, "1.5 of 200 groups .prompts. cannot be held out"),
+        ("ridge", {"share": 1.5}, "fit_map: share is a number between 0 and 1, got 1.5"),
     ],
 )
 def test_options_that_cannot_be_right(method: str, options: dict[str, Any], text: str) -> None:
     with pytest.raises(InvalidInput, match=text):
         fit_map(draw(), method, **options)
+    with pytest.raises(InvalidInput, match=text):  # which needs no pairs
+        check_options(method, options)
+
+
+def test_options_as_methods_take_them() -> None:
+    made = check_options("steps", {"each": "reduced_rank", "rank": 2, "lambdas": torch.tensor(0.5)})
+    assert made == {"each": "reduced_rank", "rank": [2], "lambdas": [0.5]}
+    assert check_options("local", {"grid": [2, 3]}) == {"grid": (2, 3)}
+    recipe = check_options("mlp", {"recipe": {"epochs": 7}})["recipe"]
+    assert (recipe.epochs, recipe.lr, recipe.batch_size) == (7, 1e-4, 64)
+    for method, name, near in (
+        ("mlp", "hiden", "hidden"),
+        ("ridge", "validation", "lambdas"),
+        ("steps", "eech", "each"),
+    ):
+        with pytest.raises(UnknownName, match=f"option of .* '{name}'; nearest: {near}"):
+            check_options(method, {name: 1})
+    with pytest.raises(UnknownName, match="field of a recipe 'epoch'; nearest: epochs"):
+        check_options("mlp", {"recipe": {"epoch": 1}})
+
+
+def test_the_seed_draws_anchors_too() -> None:
+    rows = draw()
+    one, other, again = (affine(rows, "anchors", count=3, seed=n) for n in (0, 1, 0))
+    assert one == again != other
 
 
 def test_a_step_has_one_noise_level() -> None:

@@ -122,7 +122,7 @@ def test_levels_beyond_a_schedule_are_its_end_where_that_is_as_good_as_the_same(
     assert 900 < find_timestep(zero, 200.0)[0] < 999
     with pytest.raises(InvalidInput, match="how EDMEulerScheduler mixes signal and noise is not"):
         mix_weights(diffusers.EDMEulerScheduler(), 1.0)
-    with pytest.raises(InvalidInput, match="a noise level is at least 0, got nan"):
+    with pytest.raises(InvalidInput, match="level is a ratio of noise to signal from 0, got nan"):
         mix_weights(ddim, math.nan)
 
 
@@ -219,3 +219,54 @@ def test_schedules_and_latents_that_cannot_be_matched_are_refused() -> None:
             trajectory="target", num_inference_steps=2, height=32, width=32, progress=False,
             source_arguments={"height": 16 * 4, "width": 16 * 4},
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("level", "said"),
+    [
+        ("0.5", "got '0.5'"),
+        (None, "got None"),
+        (True, "got True"),
+        (math.nan, "got nan"),
+        (-0.5, "got -0.5"),
+        ([0.5], r"got \[0.5\]"),
+        (1j, "got 1j"),
+        (torch.tensor(-1.0), r"got tensor\(-1.\)"),
+        (torch.zeros(0), r"got \[0\] of them"),
+        (torch.ones(2, 3), r"got \[2, 3\] of them"),
+        (np.ones(2), r"got \[2\] of them"),
+        (np.array("a"), "got array"),
+    ],
+    ids=str,
+)
+def test_levels_that_are_no_single_number_are_refused(level: Any, said: str) -> None:
+    ddim, flow = unet().subject.scheduler, dit().subject.scheduler
+    for name, ask in (
+        ("find_timestep", lambda: find_timestep(ddim, level)),
+        ("find_timestep", lambda: find_timestep(flow, level)),
+        ("mix_weights", lambda: mix_weights(flow, level)),
+        ("convert_latents", lambda: convert_latents(torch.ones(1, 4, 2, 2), level, ddim, flow)),
+    ):
+        with pytest.raises(InvalidInput, match=f"{name}: level is .*ratio of noise to.*{said}"):
+            ask()
+
+
+def test_levels_of_numpy_and_tensors_are_numbers() -> None:
+    ddim = unet().subject.scheduler
+    for level in (np.float32(0.75), torch.tensor([0.75]), np.array(0.75), np.int64(1)):
+        assert find_timestep(ddim, level) == find_timestep(ddim, float(level))  # pyright: ignore
+
+
+def test_latents_and_schedulers_that_are_none_are_refused() -> None:
+    ddim: Any = unet().subject.scheduler
+    for latents, kind in (
+        (None, "NoneType"),
+        (np.ones(3), "ndarray"),
+        (torch.ones(3).int(), "int"),
+    ):
+        with pytest.raises(
+            InvalidInput, match=f"latents are a floating point tensor, got .*{kind}"
+        ):
+            convert_latents(latents, 1.0, ddim, ddim)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InvalidInput, match="how NoneType mixes signal and noise is not known"):
+        find_timestep(None, 1.0)

@@ -180,10 +180,14 @@ def test_models_of_other_kinds_sites_and_files_that_cannot_be_are_refused(tmp_pa
         job(data={"prompts": ["a red circle", "a red circle"]}).plan()
     with pytest.raises(InvalidInput, match="chosen 0.5 and held_out 0.6 leave no prompts"):
         job(chosen=0.5, held_out=0.6)
+    with pytest.raises(InvalidInput, match="options: reduced_rank: a rank .* from 1, got 0"):
+        job(map="reduced_rank", options={"rank": 0})
+    with pytest.raises(InvalidInput, match="options: unknown option of ridge 'rank'; nearest: lam"):
+        job(options={"rank": 2})
     file = tmp_path / "stitched.jsonl"
     file.write_text('{"source": "unet.mid_block", "target": "unet.mid", "success": 1}')
     with pytest.raises(UnknownName, match="target site 'unet.mid'"):
-        job(stitching={"file": str(file)}).run(tmp_path / "b")
+        job(stitching={"file": str(file)}).plan()
     file.write_text('{"source": "unet.mid_block", "target": "unet.mid_block", "success": "much"}')
     with pytest.raises(InvalidInput, match="success must be a number, got 'much'"):
         job(stitching={"file": str(file)}).run(tmp_path / "b")

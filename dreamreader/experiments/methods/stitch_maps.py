@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,15 +13,14 @@ from torch import Tensor
 from dreamreader._checked import write_json
 from dreamreader._files import explain_disk_errors
 from dreamreader.engine import Reader
-from dreamreader.errors import InvalidInput, UnknownName
+from dreamreader.errors import InvalidInput
 from dreamreader.experiments.job import Job
-from dreamreader.fitting import Recipe
 from dreamreader.mapping import METHODS, ActivationMap, AffineMap, PairedRows, fit_map, score_map
 from dreamreader.mapping.fit import BY_GRADIENT
-from dreamreader.mapping.gradient import RECIPE
 from dreamreader.recording import record_between
 from dreamreader.recording.pairs import in_denoiser
 from dreamreader.specs.data import Item
+from dreamreader.specs.maps import MapOptions
 from dreamreader.specs.parts import Part, Shorthand
 
 MEAN, RANDOM = "mean", "random"
@@ -32,7 +31,7 @@ class MapSpec(Part):
 
     method: Literal[METHODS] = Field(description="See `dreamreader.mapping.fit_map`.")  # pyright: ignore
     name: str | None = Field(None, description="In tables; method and options by default.")
-    options: dict[str, Any] = Field(
+    options: MapOptions = Field(
         default_factory=dict, description="Of the method, such as k; recipe as a mapping."
     )
 
@@ -161,28 +160,9 @@ class MapFitter:
 
 
 def fit_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a spec as `fit_map` takes them.
-
-    Raises:
-        InvalidInput, UnknownName: they have a recipe that is none.
-    """
-    found = dict(options)
-    if method in BY_GRADIENT:
-        found["progress"] = False
-    if "recipe" in found:
-        found["recipe"] = _recipe(found["recipe"])
-    return found
-
-
-def _recipe(given: Any) -> Recipe:
-    """The usual recipe with some of its fields changed."""
-    known = [each.name for each in fields(Recipe)]
-    if not isinstance(given, dict):
-        raise InvalidInput(f"recipe is a mapping of {', '.join(known)}, got {given!r}")
-    for name in given:
-        if name not in known:
-            raise UnknownName("field of a recipe", str(name), known)
-    return replace(RECIPE, **given)
+    """Options of a spec for `fit_map`, which shows no progress of a training within a job."""
+    trained = options.get("each", method) in BY_GRADIENT
+    return {**options, **({"progress": False} if trained else {})}
 
 
 def _joined(parts: Sequence[PairedRows]) -> PairedRows:

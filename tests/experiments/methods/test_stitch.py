@@ -208,12 +208,15 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"align": "spans"}, "method.align: spans are of language models"),
     ({"skip": 1}, "method.skip: is of texts of language models"),
     ({"source_pipeline": {"num_inference_steps": 3}}, "called 3 times, the target's 2 times"),
-    ({"maps": [{"method": "ridge", "options": {"k": 3}}]}, "unknown option of ridge 'k'"),
+    (
+        {"maps": [{"method": "ridge", "options": {"k": 3}}]},
+        "method.maps.0.options: unknown option of ridge 'k'; nearest: lambdas",
+    ),
     ({"maps": [{"method": "mlp", "options": {"recipe": {"ephocs": 1}}}]}, "field of a recipe"),
-    ({"maps": [{"method": "mlp", "options": {"recipe": 1}}]}, "recipe is a mapping of"),
+    ({"maps": [{"method": "mlp", "options": {"recipe": 1}}]}, "recipe is .* or a mapping of"),
     (
         {"maps": [{"method": "noise", "options": {"degree": -1}}]},
-        r"method.maps \(unet.up_blocks.1, noise degree=-1, 3 prompts\): noise: degree",
+        "method.maps.0.options: noise: degree is a whole number from 0, got -1",
     ),
 ]
 

@@ -121,5 +121,7 @@ def test_what_cannot_be_carried(experiment, tmp_path) -> None:
         run(maps=[{"method": "ridge", "name": "native"}])
     with pytest.raises(UnknownName, match="source_sites: site of the cells 'unet.mid_block'"):
         run(source_sites={"unet.mid_block": SITE})
-    with pytest.raises(InvalidInput, match="method.maps.a: .*rank"):
+    with pytest.raises(InvalidInput, match="method.maps.0.options: .*a rank .* from 1, got 0"):
         run(maps=[{"method": "reduced_rank", "name": "a", "options": {"rank": 0}}])
+    with pytest.raises(InvalidInput, match="method.maps.1.options: unknown option .* nearest: k"):
+        run(maps=["ridge", {"method": "local", "options": {"kk": 3}}])
