@@ -79,12 +79,25 @@ def table(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def every(found: dict[str, Any], name: str) -> list[str]:
+    """Lines in Markdown: a score of every pair, sources down and targets across."""
+    sources, targets = found["sites"]
+    scores = {(each["source"], each["target"]): each[name] for each in found["pairs"]}
+    lines = [f"| | {' | '.join(f'`{each}`' for each in targets)} |"]
+    lines.append("|" + " --- |" * (len(targets) + 1))
+    for one in sources:
+        values = (f"{scores[one, other]:.2f}" for other in targets)
+        lines.append(f"| `{one}` | {' | '.join(values)} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("specs", nargs="*", default=SPECS)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/map-matrix-cpu.json")
     parser.add_argument("--stitched", type=Path)
+    parser.add_argument("--every", nargs="+", default=[], help="scores to show of all pairs")
     parser.add_argument("--set", nargs="+", default=[], help="fields of the specs, key=value")
     asked = parser.parse_args()
     content: dict[str, Any] = {"specs": {}}
@@ -96,6 +109,8 @@ def main() -> None:
         content["specs"][name] = found
         print(f"{name}: {found['seconds']} s, {found['processor_seconds']} s of processor")
         print("\n".join(table(found)))
+        for score in asked.every:
+            print("\n".join(["", score, *every(found, score)]))
         if asked.stitched and name == asked.specs[0]:
             content["stitching"] = predict(found, asked.stitched)
         write(content, asked.out)

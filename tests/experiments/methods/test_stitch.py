@@ -15,6 +15,7 @@ from dreamreader.experiments.methods.stitch_maps import MapKey, SitePair, random
 from dreamreader.experiments.pages import page_of
 from dreamreader.experiments.results import Results
 from dreamreader.mapping import ActivationMap, AffineMap, PairedRows, stitch
+from dreamreader.specs.data import read_items
 
 from .alone import STEPS, Stopping
 
@@ -181,7 +182,18 @@ def test_examples_are_specs_whose_sets_share_no_scene(path: Path) -> None:
     spec = load_spec(path)
     method: Any = spec.method
     one, other = spec.data.scenes, method.fit.scenes
-    assert method.kind == "stitch" and one.seed == other.seed
+    assert method.kind == "stitch"
+    if one is None:
+        fitted, drawn = (
+            {item.prompt for item in read_items(data)}
+            for data in (
+                method.fit.model_copy(update={"file": EXAMPLES / method.fit.file}),
+                spec.data,
+            )
+        )
+        assert len(fitted) > len(drawn) > 0 and not fitted & drawn
+        return
+    assert one.seed == other.seed
     assert other.skip >= one.skip + one.count
 
 
