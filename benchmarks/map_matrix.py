@@ -1,6 +1,7 @@
 """Maps between all sites of two models: runs specs of `examples/mapping`, and gathers their scores.
 
 python benchmarks/map_matrix.py [SPEC ...] [--runs FOLDER] [--stitched FILE] [--out FILE.json]
+    [--set KEY=VALUE ...]
 
 A spec runs in this process, so that its time and memory are known; a run that is complete is read.
 `--stitched` is rows.parquet of `examples/mapping/stitch-matrix.yaml`: its success is compared with
@@ -11,6 +12,7 @@ import argparse
 import json
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,9 @@ SPECS = ("matrix", "matrix-dit")
 NAMES = ("fvu", "fvu_scalar", "r2", "cosine", "cka_source", "cka", "retrieval", "p")
 
 
-def measure(spec: Path, out: Path) -> dict[str, Any]:
+def measure(spec: Path, out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Runs a spec, and gives its scores with what it took."""
-    job = MapMatrixJob.from_file(spec)
+    job = MapMatrixJob.from_file(spec, list(overrides))
     began, used = time.perf_counter(), time.process_time()
     found = job.run(out)
     took = {
@@ -77,22 +79,38 @@ def table(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def every(found: dict[str, Any], name: str) -> list[str]:
+    """Lines in Markdown: a score of every pair, sources down and targets across."""
+    sources, targets = found["sites"]
+    scores = {(each["source"], each["target"]): each[name] for each in found["pairs"]}
+    lines = [f"| | {' | '.join(f'`{each}`' for each in targets)} |"]
+    lines.append("|" + " --- |" * (len(targets) + 1))
+    for one in sources:
+        values = (f"{scores[one, other]:.2f}" for other in targets)
+        lines.append(f"| `{one}` | {' | '.join(values)} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("specs", nargs="*", default=SPECS)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/map-matrix-cpu.json")
     parser.add_argument("--stitched", type=Path)
+    parser.add_argument("--every", nargs="+", default=[], help="scores to show of all pairs")
+    parser.add_argument("--set", nargs="+", default=[], help="fields of the specs, key=value")
     asked = parser.parse_args()
     content: dict[str, Any] = {"specs": {}}
     if asked.out.is_file():
         content |= json.loads(asked.out.read_text())
     content |= {"benchmark": "map matrix", "environment": environment()}
     for name in asked.specs:
-        found = measure(ROOT / "examples/mapping" / f"{name}.yaml", asked.runs / name)
+        found = measure(ROOT / "examples/mapping" / f"{name}.yaml", asked.runs / name, asked.set)
         content["specs"][name] = found
         print(f"{name}: {found['seconds']} s, {found['processor_seconds']} s of processor")
         print("\n".join(table(found)))
+        for score in asked.every:
+            print("\n".join(["", score, *every(found, score)]))
         if asked.stitched and name == asked.specs[0]:
             content["stitching"] = predict(found, asked.stitched)
         write(content, asked.out)

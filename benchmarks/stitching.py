@@ -10,6 +10,7 @@ not named keeps what was found before.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,10 @@ def read(page: StitchPage) -> dict[str, Any]:
             own = scores.get((cell, at["map"], at["fit_prompts"]), {})
             lines.append(line(page, "stitched", at, own))
     return {
-        "source": page.method.source.model,
-        "target": spec.subject.model,
+        "source": Path(page.method.source.model).name,
+        "target": Path(spec.subject.model).name,
         "effect": effect,
+        "is_distance": page.is_distance,
         "prompts": len(results.of("unedited")),
         "steps": spec.pipeline.get("num_inference_steps"),
         "native": sum(bool(row[effect]) for row in results.of("unedited")),
@@ -67,15 +69,22 @@ def read(page: StitchPage) -> dict[str, Any]:
 def line(page: StitchPage, name: str, at: dict[str, Any], own: Any) -> dict[str, Any]:
     share = page.share(name, **at)
     shown = None if share is None else [share.value, share.low, share.high]
-    hits = sum(bool(row[page.effect]) for row in page.results.of(name, **at))
-    scores = {each: own.get(each) for each in ("fvu", "r2", "cka")}
-    return {"condition": name, **at, "hits": hits, "share": shown, **scores}
+    scores = {each: own.get(each) for each in ("fvu", "r2", "cosine", "cka")}
+    if page.is_distance:
+        mean = page.results.mean(name, page.effect, **at)
+        found = {"distance": [mean.value, mean.low, mean.high]}
+    else:
+        found = {"hits": sum(bool(row[page.effect]) for row in page.results.of(name, **at))}
+    return {"condition": name, **at, **found, "share": shown, **scores}
 
 
 def tables(found: dict[str, Any]) -> str:
     """A table for each spec."""
     parts = []
     for name, each in found.items():
+        if each.get("is_distance"):
+            parts.append(divergences(name, each))
+            continue
         parts.append(
             f"**`examples/mapping/{name}.yaml`**: {each['source']} into {each['target']}, "
             f"{each['prompts']} captions, {each['steps']} steps; {each['native']} of them are "
@@ -86,14 +95,43 @@ def tables(found: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def row(each: dict[str, Any]) -> str:
+def divergences(name: str, each: dict[str, Any]) -> str:
+    """The table of two language models, whose next tokens are compared."""
+    head = (
+        f"**`examples/mapping/{name}.yaml`**: {each['source']} into {each['target']}, "
+        f"{each['prompts']} prompts\n\n"
+        "| pair | map | prompts to fit | KL of next tokens, nats | share recovered | FVU | cosine "
+        "| CKA |\n" + "|" + " --- |" * 8 + "\n"
+    )
+    lines = []
+    for one in each["lines"]:
+        scores = ("" if one[n] is None else f"{one[n]:.3f}" for n in ("fvu", "cosine", "cka"))
+        value, low, high = one["distance"]
+        cells = [
+            f"`{one['cell']}`",
+            label(one),
+            str(one.get("fit_prompts", "")),
+            f"{value:.2f} ({low:.2f} to {high:.2f})",
+            percent(one["share"]),
+            *scores,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return head + "\n".join(lines) + "\n"
+
+
+def label(each: dict[str, Any]) -> str:
     own = each.get("map") or each["condition"].replace("_", " ")
-    if each.get("strength", 1.0) != 1.0:
-        own += f", strength {each['strength']:g}"
-    share = "–"
-    if each["share"] is not None:
-        value, low, high = each["share"]
-        share = f"{value:.0%} ({low:.0%} to {high:.0%})"
+    return own + ("" if each.get("strength", 1.0) == 1.0 else f", strength {each['strength']:g}")
+
+
+def percent(share: Sequence[float] | None) -> str:
+    if share is None:
+        return "–"
+    return f"{share[0]:.0%} ({share[1]:.0%} to {share[2]:.0%})"
+
+
+def row(each: dict[str, Any]) -> str:
+    own, share = label(each), percent(each["share"])
     fvu = "" if each.get("fvu") is None else f"{each['fvu']:.3f}"
     amount = each.get("fit_prompts", "")
     return f"| `{each['cell']}` | {own} | {amount} | {each['hits']} | {share} | {fvu} |"

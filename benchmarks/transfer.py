@@ -6,6 +6,7 @@ python benchmarks/transfer.py [--only transfer-colour] [--runs DIR] [--write]
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,37 +49,60 @@ def run(spec: Path, folder: Path) -> dict[str, Any]:
         results = Experiment.from_file(spec).run(folder, progress=False)
     page = page_of(results)
     assert isinstance(page, TransferPage)
-    shares = page.shares()
-    lines = []
-    for line in page.lines():
-        share = shares.get(line.label)
-        effects = {name: value.as_dict() for name, value in line.columns.items()}
-        lines.append(
-            {
-                "condition": line.label,
-                "setting": dict(line.setting),
-                "share": None if share is None else share.as_dict(),
-                "effects": effects,
-            }
-        )
+    lines: list[dict[str, Any]] = []
+    for part in by_cell(results):
+        lines += [each for each in lines_of(part) if each not in lines]
     return {
         "prompts": len({row["item"] for row in results.rows}),
         "rows": len(results.rows),
         "effect": page.effect,
         "lines": lines,
-        "fvu": map_scores(results),
     }
+
+
+def by_cell(results: Results) -> list[Results]:
+    """The rows of each cell, all with those that are not edited."""
+    cells = dict.fromkeys(row["cell"] for row in results.of("native"))
+    return [
+        replace(results, rows=[row for row in results.rows if row["cell"] in (None, cell)])
+        for cell in cells
+    ]
+
+
+def lines_of(results: Results) -> list[dict[str, Any]]:
+    """Every condition of one cell at its best strength."""
+    page = page_of(results)
+    assert isinstance(page, TransferPage)
+    shares, scores, cell = page.shares(), map_scores(results), results.of("native")[0]["cell"]
+    lines = []
+    for line in page.lines():
+        share = shares.get(line.label)
+        effects = {name: value.as_dict() for name, value in line.columns.items()}
+        still = line.label in STILL
+        lines.append(
+            {
+                "condition": line.label,
+                "setting": dict(line.setting) | ({} if still else {"cell": cell}),
+                "share": None if share is None else share.as_dict(),
+                "effects": effects,
+                "fvu": scores.get(line.label, []),
+            }
+        )
+    return lines
 
 
 def map_scores(results: Results) -> dict[str, list[float]]:
     """FVU on held-out prompts of each map, site by site."""
-    method, folder = results.spec.method, results.folder.path
-    found: dict[str, list[float]] = {}
-    for name in method.named_maps:
-        stem = method.map_file(folder, name, "*").name
-        files = sorted((folder / "artifacts").glob(stem))
-        found[name] = [ActivationMap.load(file).card.scores["fvu"] for file in files]
-    return found
+    method: Any = results.spec.method
+    folder = results.folder.path
+    sites = results.cell(results.of("native")[0]).sites
+    return {
+        name: [
+            ActivationMap.load(method.map_file(folder, name, site)).card.scores["fvu"]
+            for site in sites
+        ]
+        for name in method.named_maps
+    }
 
 
 def table(found: dict[str, Any]) -> str:
@@ -86,17 +110,20 @@ def table(found: dict[str, Any]) -> str:
     parts = []
     for name, each in sorted(found.items()):
         head = f"**`examples/mapping/{name}.yaml`**, {each['prompts']} prompts"
+        known = {line["setting"].get("cell") for line in each["lines"]} - {None}
         lines = ["| condition | strength | effect | others kept | share of native | FVU |"]
         lines.append("| --- | --- | --- | --- | --- | --- |")
         for line in each["lines"]:
             effects, strength = line["effects"], line["setting"].get("strength")
+            where, fvu = line["setting"].get("cell"), line.get("fvu")
+            fvu = each["fvu"].get(line["condition"], []) if fvu is None else fvu
             cells = [
-                line["condition"],
+                line["condition"] + (f", `{where}`" if where and len(known) > 1 else ""),
                 "" if strength is None else f"{strength:g}",
                 interval(effects[each["effect"]]),
                 interval(effects.get("others_kept")),
                 "" if line["condition"] in STILL else interval(line["share"]),
-                ", ".join(f"{fvu:.2f}" for fvu in each["fvu"].get(line["condition"], [])),
+                ", ".join(f"{value:.2f}" for value in fvu),
             ]
             lines.append(f"| {' | '.join(cells)} |")
         parts.append("\n".join([head, "", *lines]))

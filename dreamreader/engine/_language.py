@@ -17,6 +17,7 @@ from dreamreader.engine._decoding import (
     plan_decoding,
 )
 from dreamreader.engine._firing import FiringReport
+from dreamreader.engine._logits import contiguous_head
 from dreamreader.engine._padding import decoder_start, position_arguments
 from dreamreader.engine._prompts import TextReader, pad, tokenize
 from dreamreader.engine._recorder import Memory
@@ -79,7 +80,8 @@ def run_language(
         part = {name: value[start:stop] for name, value in inputs.items()}
         session = opened(start, stop, memory, length)
         own = GENERATORS if draws else nullcontext()  # the global one serves one run at a time
-        with own, session, torch.no_grad(), torch.random.fork_rng(enabled=draws):
+        quick = contiguous_head(model)
+        with own, session, quick, torch.no_grad(), torch.random.fork_rng(enabled=draws):
             if draws:
                 torch.manual_seed(plan.seeds[start])
             if forward:

@@ -20,6 +20,7 @@ from dreamreader.experiments.folder import RunFolder
 from dreamreader.experiments.row import Row, RowBatch, units
 from dreamreader.experiments.spec import ExperimentFields
 from dreamreader.metrics import Metric, Outputs, build
+from dreamreader.metrics.next_token_kl import mean_divergence
 from dreamreader.metrics.perplexity import mean_surprisal
 from dreamreader.recording.labelled import record_batches
 from dreamreader.specs.data import Item, pairs_only, read_items
@@ -69,6 +70,11 @@ class Method(Part):
     def records(self, job: "Job", rows: Sequence[Row]) -> list[Any]:
         """What is recorded in one batch."""
         return []
+
+    def compared_tokens(self, job: "Job", rows: Sequence[Row]) -> Tensor | None:
+        """[rows, n] tokens of each prompt whose next ones are compared with those of the unedited
+        model, -1 where there are fewer; None: all."""
+        return None
 
     def columns(
         self, job: "Job", rows: Sequence[Row], result: RunResult
@@ -210,8 +216,11 @@ class Job:
         with method.around(self):
             prompts, seeds = [row.prompt for row in rows], [row.seed for row in rows]
             result, latents = self.draw(prompts, seeds, edits, record)
-            surprisal = self.surprisal(rows, edits)
-        return replace(self.outputs(rows, result, latents), surprisal=surprisal), result
+            more = {
+                "surprisal": self.surprisal(rows, edits),
+                "divergence": self.divergence(rows, edits, result),
+            }
+        return replace(self.outputs(rows, result, latents), **more), result
 
     def record(self, rows: Sequence[tuple[str, int]], records: Sequence[Any]) -> Iterator[Cache]:
         """Recordings of prompts with their seeds, batch by batch."""
@@ -263,6 +272,37 @@ class Job:
             found = self.reader.run(listed, edits=list(edits), **own)
             return mean_surprisal(found.output.logits, **encoded(self.reader, listed))
 
+    def divergence(
+        self, rows: Sequence[Row], edits: Sequence[Any], result: RunResult
+    ) -> Tensor | None:
+        """[rows] how far the edits move the next tokens of the prompts, where a metric asks.
+
+        Raises:
+            InvalidInput: the subject is no language model with a decoder alone.
+        """
+        if not self.needs("divergence"):
+            return None
+        if not self.is_language or is_encoder_decoder(self.reader.subject):
+            raise InvalidInput(
+                "next_token_kl needs a language model that has a decoder alone, whose every token "
+                "has a next one"
+            )
+        if not edits:
+            return torch.zeros(len(rows))
+        texts = [row.prompt for row in rows]
+        own = {"seeds": [row.seed for row in rows], "progress": False}
+        mask = encoded(self.reader, texts)["attention_mask"].bool()
+        with torch.inference_mode():
+            edited = getattr(result.output, "logits", None)
+            if edited is None or edited.shape[1] != mask.shape[1]:  # of the last position alone
+                edited = self.reader.run(texts, edits=list(edits), **own).output.logits
+            key, (held, native) = (texts, own["seeds"]), self.memory.get("native", (None, None))
+            if native is None or held != key:  # batches of a sweep often have the same prompts
+                native = self.reader.run(texts, **own).output.logits
+                self.memory["native"] = key, native
+            tokens = self.spec.method.compared_tokens(self, rows)
+            return mean_divergence(native, edited, _own_tokens(mask, tokens))
+
     def _noise(self, result: RunResult) -> dict[int, Tensor]:
         """What the denoiser gave, by step, [rows, values]."""
         found = result.cache.get(self.noise_site or "")
@@ -285,6 +325,14 @@ class Job:
         if self.noise_site is None:
             return []
         return [Record(self.noise_site, branch=self.prompt_branch)]
+
+
+def _own_tokens(mask: Tensor, tokens: Tensor | None) -> Tensor:
+    """[rows, places] where the tokens of these numbers among a row's own are; all of its own."""
+    if tokens is None:
+        return mask
+    number = torch.where(mask, mask.cumsum(1) - 1, -2)
+    return (number[:, :, None] == tokens.to(mask.device)[:, None, :]).any(2)
 
 
 class _LastLatents:

@@ -263,6 +263,43 @@ def record_encoders(
     return dict(found.cache.items())
 
 
+def record_texts(
+    source: Reader,
+    target: Reader,
+    prompts: Sequence[str],
+    sites: Sequence[str],
+    target_sites: Sequence[str],
+    *,
+    target_prompts: Sequence[str] | None = None,
+    align: str = "spans",
+    batch_size: int = 16,
+    **arguments: Any,
+) -> dict[str, Activation]:
+    """Activations of a language model's sites at the tokens of another one, by site.
+
+    Args:
+        prompts: of both. target_prompts: of the target instead.
+        sites: of the source. target_sites: some of the target; which, makes no difference.
+        align: see `record_between`; by spans, of each piece the last token.
+
+    Returns:
+        `positions` are those of the target's tokens.
+    """
+    own = list(prompts) if target_prompts is None else list(target_prompts)
+    pairs = record_between(
+        source, target, prompts, list(sites), list(target_sites), target_prompts=own, align=align,
+        batch_size=batch_size, progress=False, **arguments,
+    )  # fmt: skip
+    assert pairs.positions is not None
+    rows = tuple(RunRow(number, text) for number, text in enumerate(own))
+    when = (StepInfo(0, float("nan"), None, float("nan"), 0),)
+    places = pairs.positions[1].unsqueeze(1)
+    return {
+        site: Activation(site, values, rows, ("cond",), when, positions=places)
+        for site, values in pairs.source.items()
+    }
+
+
 def _of_encoders(
     source: Reader,
     prompts: list[str],
@@ -318,22 +355,14 @@ def _of_texts(
             f"tokens of {source.name} and {target.name} have no common number or place"
         )
     names = list(dict.fromkeys(site for site, _ in sites.values()))
-    pairs = record_between(
+    found = record_texts(
         source, target, texts, names, list(sites), target_prompts=prompts, align=align,
-        batch_size=batch_size, progress=False,
+        batch_size=batch_size,
     )  # fmt: skip
-    assert pairs.positions is not None
-    rows = tuple(RunRow(number, text) for number, text in enumerate(prompts))
-    when = (StepInfo(0, float("nan"), None, float("nan"), 0),)
-    edits = []
     more: dict[str, Any] = {**chosen, "steps": 0, "partial": align == "spans"}
-    for place, (site, own) in sites.items():
-        given = Activation(
-            site, pairs.source[site], rows, ("cond",), when,
-            positions=pairs.positions[1].unsqueeze(1),
-        )  # fmt: skip
-        edits.append(Stitch(place, given, own, **more))
-    return Stitches(edits)
+    return Stitches(
+        [Stitch(place, found[site], own, **more) for place, (site, own) in sites.items()]
+    )
 
 
 def _named(source: Reader, target: Reader, sites: Sites) -> Sites:

@@ -22,6 +22,7 @@ _BUILT_IN = {
     "logit_difference": "LogitDifference",
     "lpips": "Lpips",
     "matches": "Matches",
+    "next_token_kl": "NextTokenKl",
     "noise_distance": "NoiseDistance",
     "perplexity": "Perplexity",
     "pixel_distance": "PixelDistance",

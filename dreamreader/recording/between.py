@@ -62,6 +62,7 @@ def record_between(
     target_prompts: Sequence[str] | None = None,
     align: str = "index",
     span: str = "last",
+    skip: int = 0,
     schedule: str = "equal",
     trajectory: str = "own",
     seeds: int | Sequence[int] = 0,
@@ -86,6 +87,9 @@ def record_between(
             tokenizers cut at their ends. `mean`: the means over each row's own tokens.
         span: what stands for a piece of several tokens: the `last`, which has read the others, or
             their `mean`.
+        skip: by `index` and `spans` of two language models, the first so many pairs of tokens of
+            each text that are left out. The first token of a model that has none for the beginning
+            has norms far above all others, which a map would be fitted to.
         schedule: which calls of two denoisers belong together: `equal`, `noise` or `fraction` of
             two runs; see `match_calls`. `source` or `target`: those of one of them, at whose noise
             levels the other is called as well, between its timesteps where need be; calls at
@@ -119,11 +123,17 @@ def record_between(
     ):
         if value not in known:
             raise UnknownName(name, value, known)
+    if not isinstance(skip, int) or skip < 0:
+        raise InvalidInput(f"skip is a number of tokens from 0, got {skip!r}")
     other = prompts if target_prompts is None else target_prompts
     check_prompts(prompts, other, batch_size=batch_size)
     check_pairs(prompts, other)
     one = _side(source, prompts, sites, {**arguments, **(source_arguments or {})})
     two = _side(target, other, target_sites, {**arguments, **(target_arguments or {})})
+    if skip and (align == "mean" or not (one.is_language and two.is_language)):
+        raise InvalidInput(
+            f"skip={skip} leaves out pairs of tokens of two language models, and there are none"
+        )
     numbers = row_seeds(seeds, len(one.prompts))
     inside = [in_denoiser(each.reader, each.sites) for each in (one, two)]
     if inside[0] != inside[1]:
@@ -148,7 +158,7 @@ def record_between(
         )
     if not (one.is_language and two.is_language) or align == "place":
         _check_places(align, one, two)
-    pieces = _pieces(one, two, align)
+    pieces = _pieces(one, two, align, skip)
     found = [_outside(each, align, numbers, batch_size, memory) for each in (one, two)]
     if pieces is None:
         _check_tokens((one, two), found, align)
@@ -216,7 +226,7 @@ def _outside(
     )
 
 
-def _pieces(one: _Side, two: _Side, align: str) -> list[Pieces] | None:
+def _pieces(one: _Side, two: _Side, align: str, skip: int) -> list[Pieces] | None:
     """Of each row the tokens that belong together; None where they are not told by the texts."""
     if align == "mean" or not (one.is_language and two.is_language):
         return None
@@ -228,19 +238,28 @@ def _pieces(one: _Side, two: _Side, align: str) -> list[Pieces] | None:
                 "give the text of the chat, or choose align='mean'"
             )
         try:
-            if align == "index":
-                found.append(align_index(one.reader, two.reader, text, other))
-                continue
-            if text != other:
-                raise InvalidInput(
-                    f"{text!r} and {other!r} are different texts, whose characters do not belong "
-                    "together; choose align='index' or 'mean'"
-                )
-            spans = [token_spans(each.reader, text) for each in (one, two)]
-            found.append(align_spans(text, spans[0], spans[1]))
+            found.append(_pieces_of(one, two, text, other, align))
         except InvalidInput as error:
             raise InvalidInput(f"row {row}: {error}") from None
-    return found
+        if len(found[-1]) <= skip:
+            raise InvalidInput(
+                f"row {row}: {text!r} has {len(found[-1])} pairs of tokens, of which skip={skip} "
+                "leaves none"
+            )
+    return [each[skip:] for each in found]
+
+
+def _pieces_of(one: _Side, two: _Side, text: str, other: str, align: str) -> Pieces:
+    """The tokens of one row that belong together."""
+    if align == "index":
+        return align_index(one.reader, two.reader, text, other)
+    if text != other:
+        raise InvalidInput(
+            f"{text!r} and {other!r} are different texts, whose characters do not belong "
+            "together; choose align='index' or 'mean'"
+        )
+    spans = [token_spans(each.reader, text) for each in (one, two)]
+    return align_spans(text, spans[0], spans[1])
 
 
 def _gather(

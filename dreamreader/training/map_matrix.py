@@ -24,7 +24,13 @@ from dreamreader.recording import Pairs, record_between
 from dreamreader.recording.pairs import in_denoiser
 from dreamreader.specs.data import read_items
 from dreamreader.specs.parts import Subject
-from dreamreader.specs.subject import call_settings, is_language, open_subject, with_padding
+from dreamreader.specs.subject import (
+    call_settings,
+    forward_settings,
+    is_language,
+    open_subject,
+    with_padding,
+)
 from dreamreader.training.folder import RESULT, TrainingFolder
 from dreamreader.training.map_matrix_page import best_pairs, write_report
 from dreamreader.training.map_matrix_spec import MapMatrixSpec
@@ -243,7 +249,7 @@ class MapMatrixJob(SpecJob[MapMatrixSpec]):
         """Arguments of both calls."""
         spec = self.spec
         if is_language(self.readers[0]):
-            return {}, {}
+            return forward_settings(self.readers[0]), forward_settings(self.readers[1])
         own: tuple[tuple[Subject, Mapping[str, Any]], ...] = (
             (spec.subject, spec.pipeline),
             (spec.target, {**spec.pipeline, **spec.target_pipeline}),
@@ -265,6 +271,7 @@ class MapMatrixJob(SpecJob[MapMatrixSpec]):
             *self.sites,
             align=spec.align or ("spans" if language else "place"),
             span=spec.span,
+            skip=spec.skip,
             seeds=[*spec.seed_list] * len(prompts),
             branch=spec.branch,
             batch_size=spec.batch.rows if isinstance(spec.batch.rows, int) else 16,

@@ -38,6 +38,7 @@ class MapMatrixSpec(parts.Common):
         None, description="Which tokens belong together; place of pipelines, spans of texts."
     )
     span: Literal["last", "mean"] = Field("mean", description="What stands for several tokens.")
+    skip: int = Field(0, ge=0, description="First pairs of tokens of each text that are left out.")
     schedule: Literal["equal", "noise", "fraction", "source", "target"] = Field(
         "target", description="Which calls of denoisers belong together."
     )

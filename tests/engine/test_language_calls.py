@@ -224,3 +224,20 @@ def test_a_completion_behind_the_prompt_of_a_session_is_no_part_of_it(llama: dr.
     with torch.no_grad(), session, every as cache:
         llama.subject(torch.cat([IDS, IDS]), attention_mask=mask)
     assert torch.equal(session.activations()[0].tensor[:, 0, 0], cache[BLOCK].tensor[:, 0, 2])
+
+
+def test_half_precision_logits_of_few_positions_are_made_from_one_piece() -> None:
+    half = dr.Reader(decoders.build("LlamaForCausalLM").bfloat16(), decoders.tokenizer())
+    pieces: list[bool] = []
+    handle = half.subject.lm_head.register_forward_hook(
+        lambda module, inputs, output: pieces.append(inputs[0].is_contiguous())
+    )
+    prompts = ["a red cat", "a blue dog", "two green birds"]
+    found = half.run(prompts, logits_to_keep=2, progress=False).output.logits
+    assert pieces == [True]
+    whole = half.run(prompts, progress=False).output.logits
+    torch.testing.assert_close(found, whole[:, -2:], atol=1e-2, rtol=1e-2)
+    with torch.no_grad():
+        half.subject(IDS.repeat(2, 1), logits_to_keep=2)
+    assert pieces[-1] is False  # nothing stays behind, and the plain call is what it was
+    handle.remove()

@@ -29,6 +29,20 @@ def language() -> Reader:
 
 
 @pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Folders of tiny language models by name, for specs that name their subject."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def path(name: str) -> str:
+        if not (folder / name).is_dir():
+            for part in tiny.language_model(name):
+                part.save_pretrained(folder / name)
+        return str(folder / name)
+
+    return path
+
+
+@pytest.fixture(scope="session")
 def experiment(reader: Reader) -> Callable[..., Experiment]:
     """Makes an experiment on the embedded model: two prompts, two steps, one edit over a sweep."""
 

@@ -148,6 +148,33 @@ def test_tokens_of_one_number_need_texts_that_are_cut_alike() -> None:
         )
 
 
+@pytest.mark.parametrize("align", ["spans", "index"])
+def test_the_first_pairs_of_a_text_can_be_left_out(align: str) -> None:
+    asked: dict[str, Any] = {"align": align, "progress": False}
+    source, site = (small(), SOURCE) if align == "spans" else (large(), TARGET)
+    whole = record_between(source, large(), TEXTS, site, TARGET, **asked)
+    found = record_between(source, large(), TEXTS, site, TARGET, skip=2, **asked)
+    assert whole.counts is not None and found.counts is not None
+    assert torch.equal(found.counts[site], whole.counts[site] - 2)
+    assert torch.equal(found.source[site], whole.source[site][:, :, 2:])
+    assert torch.equal(found.target[TARGET], whole.target[TARGET][:, :, 2:])
+    assert whole.positions is not None and found.positions is not None
+    for one, other in zip(found.positions, whole.positions, strict=True):
+        assert torch.equal(one, other[:, 2:])
+    assert found.unpaired["target tokens"] > whole.unpaired["target tokens"]
+
+
+def test_what_cannot_be_left_out() -> None:
+    with pytest.raises(InvalidInput, match="row 0: 'a red cat .* has [0-9]+ pairs of .* skip=40"):
+        record_between(large(), large(), ["a red cat on a tree"], TARGET, TARGET, skip=40)
+    with pytest.raises(InvalidInput, match="skip is a number of tokens from 0, got -1"):
+        record_between(large(), large(), TEXTS, TARGET, TARGET, skip=-1)
+    with pytest.raises(InvalidInput, match="skip=1 leaves out pairs of tokens of two language mod"):
+        record_between(small(), large(), TEXTS, SOURCE, TARGET, align="mean", skip=1)
+    with pytest.raises(InvalidInput, match="skip=1 leaves out pairs of tokens of two language mod"):
+        record_between(unet(), unet(), TEXTS[:1], UNET, UNET, skip=1, num_inference_steps=1)
+
+
 def test_means_over_own_tokens_can_be_paired_whatever_the_tokens() -> None:
     found = record_between(small(), large(), TEXTS, SOURCE, TARGET, align="mean", batch_size=3)
     assert found.counts is None and found.positions is None

@@ -6,11 +6,13 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from dreamreader.artifacts import Artifact
+from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.job import Job
 from dreamreader.experiments.row import Row, check_count
 from dreamreader.specs.data import Item
 from dreamreader.specs.parts import Count, Part
+from dreamreader.specs.subject import is_language
 from dreamreader.sweep import Cell, grid
 
 Tokens = int | str | list[int | str | list[int]] | None
@@ -162,6 +164,21 @@ def one_selection(cells: Sequence[Cell], what: str) -> Any:
             "one selection, write a spec for each"
         )
     return next(iter(chosen.values()))
+
+
+def check_one_kind(name: str, source: Reader, job: Job) -> None:
+    """Refuse a source that is a pipeline where the subject is a language model, or the reverse.
+
+    Args:
+        name: of the source, for the message.
+    """
+    kinds = ("a pipeline", "a language model")
+    if is_language(source) != job.is_language:
+        raise InvalidInput(
+            f"method.source: {name} is {kinds[is_language(source)]} and the subject "
+            f"{job.spec.subject.model} {kinds[job.is_language]}, whose calls and tokens have no "
+            "partners; give two of one kind"
+        )
 
 
 def check_size(**parts: int) -> None:

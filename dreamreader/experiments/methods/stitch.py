@@ -7,12 +7,13 @@ from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from dreamreader.edits import Patch, Stitch
 from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.job import Job, Method
-from dreamreader.experiments.methods.base import RowTable, alphas, check_size
+from dreamreader.experiments.methods.base import RowTable, alphas, check_one_kind, check_size
 from dreamreader.experiments.methods.stitch_maps import (
     MEAN,
     RANDOM,
@@ -27,19 +28,28 @@ from dreamreader.experiments.methods.stitch_maps import (
 from dreamreader.experiments.row import Row
 from dreamreader.jobs.subject import hash_weights
 from dreamreader.mapping import ActivationMap, AffineMap, LockStep, lock_step
-from dreamreader.mapping.stitch import only_site, record_encoders
+from dreamreader.mapping.stitch import only_site, record_encoders, record_texts
+from dreamreader.metrics.next_token_kl import NextTokenKl
 from dreamreader.recording.pairs import in_denoiser
 from dreamreader.specs.call import CallArguments
 from dreamreader.specs.data import read_items
 from dreamreader.specs.parts import AnySeeds, AnySubject, Count, Data, Seeds, listed_seeds
-from dreamreader.specs.subject import call_settings, open_subject
+from dreamreader.specs.subject import (
+    call_settings,
+    forward_settings,
+    open_subject,
+    with_padding,
+)
 from dreamreader.sweep import Cell
 
+OF_PIPELINES = ("branch", "schedule", "trajectory", "source_pipeline")  # fields
 CONTROLS = {"mean_ablated": MEAN, "random_map": RANDOM}
 
 
 class StitchMethod(Method):
     """Maps activations of a source model to those of the subject, and runs the subject on them.
+
+    Of language models, all tokens of the prompt that belong to one of the source are replaced.
 
     Maps are fitted to prompts of `fit`; the prompts of `data` are drawn with each site replaced.
     Controls: the site's mean (`mean_ablated`), without whose harm a site proves nothing, and a
@@ -75,9 +85,12 @@ class StitchMethod(Method):
     trajectory: Literal["target", "own"] = Field(
         "target", description="Latents that the source sees: those of the subject, or its own."
     )
-    align: Literal["index", "place"] = Field(
-        "index", description="Tokens of one number, or places of grids of other sizes."
+    align: Literal["index", "place", "spans"] | None = Field(
+        None,
+        description="Tokens of one number (of pipelines the default), places of grids of other "
+        "sizes, or pieces of the text that both language models cut (their default).",
     )
+    skip: int = Field(0, ge=0, description="First pairs of tokens of each text that are left out.")
     source_pipeline: CallArguments = Field(
         default_factory=dict, description="Arguments of the source's call beside `pipeline`."
     )
@@ -101,11 +114,8 @@ class StitchMethod(Method):
         return self
 
     def check(self, job: Job) -> None:
-        if job.is_language:
-            raise InvalidInput(
-                "method.kind: stitch is for pipelines; of language models use "
-                "dreamreader.mapping.stitch"
-            )
+        check_one_kind(self.source.model, self.reader, job)
+        self._check_language(job) if job.is_language else self._check_pipelines()
         each = len(self.maps) * len(self._amounts()) * len(self.strengths) + len(self.controls)
         check_size(
             prompts=len(job.items), seeds=len(job.seeds), pairs=len(self.sites), settings=each
@@ -124,6 +134,28 @@ class StitchMethod(Method):
                 "each"
             )
 
+    def _check_pipelines(self) -> None:
+        if self.align == "spans":
+            raise InvalidInput("method.align: spans are of language models; choose index or place")
+        if self.skip:
+            raise InvalidInput("method.skip: is of texts of language models; leave it out")
+
+    def _check_language(self, job: Job) -> None:
+        if self.align == "place":
+            raise InvalidInput("method.align: places are of pictures; choose spans or index")
+        for name in OF_PIPELINES:
+            default = type(self).model_fields[name].get_default(call_default_factory=True)
+            if getattr(self, name) != default:
+                raise InvalidInput(
+                    f"method.{name}: is of denoisers, which a language model has not; leave it out"
+                )
+        measured = any(metric.name == NextTokenKl.name for metric in job.metrics)
+        if measured and "mean_ablated" not in self.controls:
+            raise InvalidInput(
+                "method.controls: next_token_kl is 0 without a stitch, so shares are of that of "
+                "the mean; add mean_ablated"
+            )
+
     def inputs(self, job: Job) -> dict[str, Any]:
         prompts = [item.prompt for item in read_items(self.fit, "method.fit")]
         return {
@@ -134,7 +166,7 @@ class StitchMethod(Method):
     @cached_property
     def reader(self) -> Reader:
         """Of the source, opened once."""
-        return open_subject(self.source)
+        return with_padding(open_subject(self.source))
 
     def rows(self, job: Job) -> list[Row]:
         table = RowTable()
@@ -172,7 +204,9 @@ class StitchMethod(Method):
             more: dict[str, Any] = {"strength": strength, "branch": self.branch}
             if isinstance(sources, LockStep):
                 more["steps"] = sources.steps
-            if condition == "mean_ablated":  # which asks nothing of the source
+            if job.is_language:  # at the prompt's tokens that the source has, whatever the map
+                more |= {"steps": 0, "partial": self.skip > 0 or self._alignment(job) == "spans"}
+            elif condition == "mean_ablated":  # which asks nothing of the source
                 assert isinstance(own, AffineMap)
                 found.append(Patch(cell.sites, own.bias, **more))
                 continue
@@ -188,6 +222,16 @@ class StitchMethod(Method):
     def around(self, job: Job) -> AbstractContextManager[Any]:
         following: LockStep | None = job.memory.get("following")
         return nullcontext() if following is None else following.follow()
+
+    def compared_tokens(self, job: Job, rows: Sequence[Row]) -> Tensor | None:
+        """The tokens that the source has a partner of."""
+        if not job.is_language:
+            return None
+        (places, *_) = (each.positions for each in job.memory["sources"].values())
+        return places[[row.entry for row in rows], 0]
+
+    def _alignment(self, job: Job) -> str:
+        return self.align or ("spans" if job.is_language else "index")
 
     def _amounts(self) -> list[int]:
         items = read_items(self.fit, "method.fit")
@@ -222,7 +266,11 @@ class StitchMethod(Method):
 
     def _fitter(self, job: Job) -> MapFitter:
         source = self.reader
-        asked = {**job.spec.pipeline, **self.source_pipeline}
+        if job.is_language:
+            settings = forward_settings(source), forward_settings(job.reader)
+        else:
+            asked = {**job.spec.pipeline, **self.source_pipeline}
+            settings = call_settings(source, self.source, asked), job.settings
         branch = [self.branch] if isinstance(self.branch, str) else self.branch
         guided = ("cond", "uncond") if job.prompt_branch else ("cond",)
         return MapFitter(
@@ -234,9 +282,10 @@ class StitchMethod(Method):
             self.held_out,
             self.schedule,
             self.trajectory,
-            self.align,
+            self._alignment(job),
             branch or guided,
-            (call_settings(source, self.source, asked), job.settings),
+            settings,
+            self.skip,
         )
 
     def _sources(self, job: Job, fitter: MapFitter) -> Any:
@@ -244,6 +293,13 @@ class StitchMethod(Method):
         pairs = [(item.prompt, seed) for item in job.items for seed in job.seeds]
         prompts, seeds = map(list, zip(*pairs, strict=True))
         sites = list(dict.fromkeys(only_site(fitter.source, each.source) for each in self.sites))
+        if job.is_language:
+            places = [only_site(job.reader, self.sites[0].target)]
+            return record_texts(
+                fitter.source, job.reader, prompts, sites, places, align=fitter.align,
+                batch_size=job.batch, skip=self.skip,
+                source_arguments=fitter.settings[0], target_arguments=fitter.settings[1],
+            )  # fmt: skip
         asked: dict[str, Any] = {"seeds": seeds, "batch_size": job.batch, "progress": False}
         if not in_denoiser(fitter.source, sites):
             return record_encoders(fitter.source, prompts, sites, **asked, **fitter.settings[0])

@@ -88,7 +88,7 @@ class MapFitter:
     Args:
         job: of the target. source: reader of the other model. names: of both, for cards.
         items, seeds: that are recorded. held: share of the prompts that scores are taken on.
-        settings: arguments of the source's and of the target's call.
+        settings: arguments of the source's and of the target's call. skip: see `record_between`.
     """
 
     job: Job
@@ -102,6 +102,7 @@ class MapFitter:
     align: str
     branches: Sequence[str]
     settings: tuple[dict[str, Any], dict[str, Any]]
+    skip: int = 0
 
     @property
     def most(self) -> int:
@@ -119,7 +120,7 @@ class MapFitter:
                 f"method.sites: {pair.source} and {pair.target} are not both in a denoiser, so "
                 "their calls have no partners"
             )
-        if not inside:  # what other branches read is the empty text
+        if not inside and not self.job.is_language:  # other branches read the empty text
             prompts, seeds, order = [*prompts, ""], [*seeds, 0], [*order, 0]
         parts = []
         for branch in self.branches if inside else self.branches[:1]:
@@ -128,7 +129,7 @@ class MapFitter:
                 more |= {"schedule": self.schedule, "trajectory": self.trajectory}
             found = record_between(
                 self.source, self.job.reader, prompts, pair.source, pair.target,
-                seeds=seeds, batch_size=self.job.batch, progress=False,
+                seeds=seeds, skip=self.skip, batch_size=self.job.batch, progress=False,
                 source_arguments=self.settings[0], target_arguments=self.settings[1], **more,
             )  # fmt: skip
             (one,), (other,) = found.source, found.target  # by their full names

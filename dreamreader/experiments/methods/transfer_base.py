@@ -43,6 +43,9 @@ class Carried(Method, SweptPlaces):
         description="Tokens of the pairs of the maps: of one number, or pieces of the text that "
         "both language models cut, which are their default.",
     )
+    skip: int = Field(
+        0, ge=0, description="First pairs of tokens of each text that maps are not fitted to."
+    )
     fit: Data | None = Field(
         None, description="Pairs that directions are fitted from, in both models."
     )

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from dreamreader.errors import InvalidInput
 from dreamreader.experiments.job import Job
+from dreamreader.experiments.methods.base import check_one_kind
 from dreamreader.experiments.methods.transfer_base import Carried
 from dreamreader.mapping import PairedRows
 from dreamreader.recording import Pairs, record_between
 from dreamreader.specs.data import read_items
-from dreamreader.specs.subject import forward_settings, is_language
+from dreamreader.specs.subject import forward_settings
 
 
 def check_kinds(method: Carried, job: Job) -> None:
@@ -20,19 +21,14 @@ def check_kinds(method: Carried, job: Job) -> None:
     Raises:
         InvalidInput: says which field has to change.
     """
-    kinds = ("a pipeline", "a language model")
-    source = is_language(method.source_reader)
-    if source != job.is_language:
-        raise InvalidInput(
-            f"method.source: {method.source.model} is {kinds[source]} and the subject "
-            f"{job.spec.subject.model} {kinds[job.is_language]}, which have no calls in common; "
-            "give two of one kind"
-        )
+    check_one_kind(method.source.model, method.source_reader, job)
     if not job.is_language:
         if method.align == "spans":
             raise InvalidInput(
                 "method.align: spans are of the texts of language models; leave it out"
             )
+        if method.skip:
+            raise InvalidInput("method.skip: is of texts of language models; leave it out")
         return
     if method.trajectory != "own":
         raise InvalidInput(
@@ -70,6 +66,7 @@ def language_pairs(method: Carried, job: Job) -> Iterator[tuple[str, PairedRows]
             list(dict.fromkeys(partner.values())),
             list(partner),
             align=method.align or "spans",
+            skip=method.skip,
             batch_size=job.batch,
             progress=False,
             source_arguments=forward_settings(source),

@@ -7,6 +7,7 @@ import numpy as np
 
 from dreamreader.experiments.pages.base import MethodPage, curves, interval_number
 from dreamreader.experiments.results import Found, format_interval
+from dreamreader.metrics.next_token_kl import NextTokenKl
 from dreamreader.report import Number, Section, Table
 from dreamreader.stats import Interval, ratio_of_means
 
@@ -28,11 +29,28 @@ class StitchPage(MethodPage):
         """Pairs in the order of the spec."""
         return list(dict.fromkeys(row["cell"] for row in self.results.of("stitched")))
 
+    @property
+    def is_distance(self) -> bool:
+        """Whether the effect is how far the subject is from itself, 0 without a stitch."""
+        return self.effect == NextTokenKl.name
+
+    @property
+    def _whole(self) -> str:
+        """What a share is of, in words."""
+        return "recovered of the mean's" if self.is_distance else "of native"
+
     def share(self, condition: str, **where: Any) -> Interval | None:
-        """Of the effect's sum over the unedited rows, with an interval over prompts."""
+        """How much of what the subject has without a stitch is left, with an interval over prompts.
+
+        Formula: sum(effect) / sum(effect of unedited rows); of a distance, 1 - sum(effect) /
+            sum(effect of the site's mean).
+        """
         rows = self.results.of(condition, **where)
         if not rows:
             return None
+        if self.is_distance:
+            means = self.results.of("mean_ablated", cell=rows[0]["cell"])
+            return _recovered(rows, means, self.effect)
         native = {row["row"]: row for row in self.results.of("unedited")}
         return _share(rows, native, self.effect)
 
@@ -57,7 +75,7 @@ class StitchPage(MethodPage):
             at = self.best(cell)
             share = self.share("stitched", **at)
             if share is not None:
-                found.append(interval_number(share, "of native", f"{cell}{_strength(at)}"))
+                found.append(interval_number(share, self._whole, f"{cell}{_strength(at)}"))
         return found
 
     def pictured_setting(self) -> Mapping[str, Any]:
@@ -79,6 +97,11 @@ class StitchPage(MethodPage):
             f"Where the mean leaves more than {DESTROYED:.0%}, the site carries little and proves "
             "little."
         )
+        if self.is_distance:
+            lead = (
+                f"Share of the {self.effect} of the site's mean that is taken away, with 95 % "
+                "intervals over prompts: 0 is no better than the mean, 1 the subject itself."
+            )
         return [
             Section("Pairs", [self._pairs()], lead),
             *self._curves(),
@@ -92,7 +115,7 @@ class StitchPage(MethodPage):
             parts = [f"{at['map']}{_strength(at)} {_shown(self.share('stitched', **at))}"]
             parts += [f"{name.replace('_', ' ')} {_shown(self.share(name, cell=cell))}"
                       for name in CONTROLS if self.results.of(name)]  # fmt: skip
-            told.append(f"  {cell}: of native {self.effect}: {', '.join(parts)}")
+            told.append(f"  {cell}: {self._whole} {self.effect}: {', '.join(parts)}")
         return told
 
     def settings(self, cell: str) -> list[tuple[Any, ...]]:
@@ -140,7 +163,7 @@ class StitchPage(MethodPage):
                 shown = [_number(found.get(name)) for name in ("fvu", "r2", "cka")]
                 share = _shown(self.share("stitched", **at))
                 rows.append((cell, own, amount, strength, share, format_interval(mean), *shown))
-        heads = ("pair", "map", "prompts", "strength", "of native", self.effect, "FVU", "R2", "CKA")
+        heads = ("pair", "map", "prompts", "strength", self._whole, self.effect, "FVU", "R2", "CKA")
         return Table(heads, rows)
 
     def scores(self) -> dict[tuple[str, str, int], Mapping[str, Any]]:
@@ -168,6 +191,18 @@ def _share(rows: Sequence[Found], native: Mapping[int, Found], name: str) -> Int
         under[item] = under.get(item, 0.0) + float(native[row["base"]][name] or 0.0)
     counts = all(isinstance(row[name], bool | None) for row in rows)
     return ratio_of_means(np.array([list(over.values())]), list(under.values()), within=counts)[0]
+
+
+def _recovered(rows: Sequence[Found], means: Sequence[Found], name: str) -> Interval:
+    """Of sums over prompts: what rows have less than those of the mean."""
+    under = {(row["item"], row["seed"]): float(row[name]) for row in means}
+    over: dict[str, float] = {}
+    whole: dict[str, float] = {}
+    for row in rows:
+        item, mean = row["item"], under[row["item"], row["seed"]]
+        over[item] = over.get(item, 0.0) + mean - float(row[name])
+        whole[item] = whole.get(item, 0.0) + mean
+    return ratio_of_means(np.array([list(over.values())]), list(whole.values()))[0]
 
 
 def _shown(share: Interval | None) -> str:

@@ -1,6 +1,5 @@
 """Stitching in experiments: maps of the run folder, rows as `stitch` gives them, their shares."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from dreamreader.experiments.methods.stitch_maps import MapKey, SitePair, random
 from dreamreader.experiments.pages import page_of
 from dreamreader.experiments.results import Results
 from dreamreader.mapping import ActivationMap, AffineMap, PairedRows, stitch
+from dreamreader.specs.data import read_items
 
 from .alone import STEPS, Stopping
 
@@ -182,7 +182,18 @@ def test_examples_are_specs_whose_sets_share_no_scene(path: Path) -> None:
     spec = load_spec(path)
     method: Any = spec.method
     one, other = spec.data.scenes, method.fit.scenes
-    assert method.kind == "stitch" and one.seed == other.seed
+    assert method.kind == "stitch"
+    if one is None:
+        fitted, drawn = (
+            {item.prompt for item in read_items(data)}
+            for data in (
+                method.fit.model_copy(update={"file": EXAMPLES / method.fit.file}),
+                spec.data,
+            )
+        )
+        assert len(fitted) > len(drawn) > 0 and not fitted & drawn
+        return
+    assert one.seed == other.seed
     assert other.skip >= one.skip + one.count
 
 
@@ -194,6 +205,8 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"sites": [SITE, SITE]}, "sites: unet.up_blocks.1 is there twice"),
     ({"maps": ["ridge", "ridge"]}, "maps: ridge is there twice"),
     ({"maps": ["rigde"]}, "ridge"),
+    ({"align": "spans"}, "method.align: spans are of language models"),
+    ({"skip": 1}, "method.skip: is of texts of language models"),
     ({"source_pipeline": {"num_inference_steps": 3}}, "called 3 times, the target's 2 times"),
     (
         {"maps": [{"method": "ridge", "options": {"k": 3}}]},
@@ -216,10 +229,8 @@ def test_what_cannot_be_stitched_is_refused(target, tmp_path, changes, text) -> 
         )
 
 
-def test_language_models_and_unknown_sites_are_refused(
-    target, language, tmp_path, experiment: Callable[..., Experiment]
-) -> None:
-    with pytest.raises(InvalidInput, match="stitch is for pipelines"):
+def test_language_models_and_unknown_sites_are_refused(target, language) -> None:
+    with pytest.raises(InvalidInput, match="shapes-unet is a pipeline and the subject .* a langua"):
         Experiment(
             reader=language, metrics=[Stopping()], method=ONE,
             **(FIELDS | {"data": {"prompts": ["a"]}, "pipeline": {}}),

@@ -37,20 +37,6 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Callable[[str], str]:
-    """Folders of tiny language models by name."""
-    folder = tmp_path_factory.mktemp("models")
-
-    def path(name: str) -> str:
-        if not (folder / name).is_dir():
-            for part in tiny.language_model(name):
-                part.save_pretrained(folder / name)
-        return str(folder / name)
-
-    return path
-
-
 @pytest.fixture
 def carried(saved, tmp_path) -> Callable[..., Results]:
     """Runs a transfer into the tiny GPT-2, of itself or another model."""
