@@ -11,6 +11,8 @@ import torch
 from dreamreader.edits import Steer
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.experiments import Experiment
+from dreamreader.experiments.methods.sae_choice import FeatureSet
+from dreamreader.experiments.methods.transfer_latents import Latents
 from dreamreader.experiments.pages import page_of
 from dreamreader.experiments.pages.transfer import TransferPage
 from dreamreader.mapping import ActivationMap, AffineMap, map_direction
@@ -151,6 +153,20 @@ def test_latents_are_chosen_in_each_model_by_what_they_do(experiment, tmp_path, 
     assert list(edit.features) == chosen["features"] and list(edit.where) == chosen["where"]
     assert edit.value.tolist() == pytest.approx([4 * each for each in chosen["levels"]])
     assert notes["native"] == notes["source"]  # the same model, and the same seeds
+
+
+def test_the_direction_of_latents_is_what_their_codes_add() -> None:
+    sae = SparseAutoencoder(8, 16, TopK(4), rescale=True, normalise="average_norm", seed=3).eval()
+    x = 5 * torch.randn(20, 8)
+    sae.fit_normalisation(x)
+    with torch.no_grad():
+        sae.W_dec *= torch.linspace(0.5, 2, 16).unsqueeze(1)
+        codes = sae.encode(x)
+        more = codes.clone()
+        more[:, [2, 7]] += torch.tensor([2.0, 0.5])
+        added = sae.decode(more) - sae.decode(codes)
+    found = Latents(sae, FeatureSet((2, 7), (2.0, 0.5))).direction()
+    torch.testing.assert_close(found.expand(20, 8), added, atol=1e-4, rtol=1e-4)
 
 
 def test_latents_of_a_language_model(tmp_path) -> None:
