@@ -1,7 +1,7 @@
 """Mlp: a small MLP as a value, the probe by which activations are guided."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -117,6 +117,29 @@ class Mlp:
         for weight, bias in zip(self.weights[:-1], biases[:-1], strict=True):
             h = activate(h @ weight.T + bias, self.activation)[0]
         return h @ self.weights[-1].T + biases[-1]
+
+    def after(self, weight: Float[Tensor, "width inputs"], bias: Float[Tensor, " width"]) -> "Mlp":
+        """The MLP of y that gives what this gives of weight y + bias.
+
+        Formula: W_1 <- W_1 G and b_1 <- b_1 + W_1 g, in float64, with G the weight and g the bias.
+
+        Raises:
+            InvalidInput: the affine map gives another width.
+
+        Example:
+            >>> own = Mlp([torch.eye(2)], [torch.zeros(2)])
+            >>> own.after(torch.ones(2, 3), torch.tensor([1.0, 0.0])).logits(torch.ones(3)).tolist()
+            [4.0, 3.0]
+        """
+        if weight.shape[0] != self.width or bias.shape != weight.shape[:1]:
+            raise InvalidInput(
+                f"Mlp: it reads {self.width} features, the map before it has a weight "
+                f"{list(weight.shape)} and a bias {list(bias.shape)}"
+            )
+        first = self.weights[0].double()
+        own = (first @ weight.to(first), self.biases[0].double() + first @ bias.to(first))
+        one, other = (each.to(self.weights[0].dtype) for each in own)
+        return replace(self, weights=(one, *self.weights[1:]), biases=(other, *self.biases[1:]))
 
     def __eq__(self, other: object) -> bool:
         return same(self, other) if isinstance(other, Mlp) else NotImplemented

@@ -80,10 +80,7 @@ def map_mlp(mlp: Mlp, backward: AffineMap) -> Mlp:
         raise InvalidInput(
             f"map_mlp: the MLP reads {mlp.width} features, {backward.name} gives {len(weight)}"
         )
-    first = mlp.weights[0].double()
-    own = (first @ weight.to(first), mlp.biases[0].double() + first @ bias.to(first))
-    one, other = (each.to(mlp.weights[0].dtype) for each in own)
-    return replace(mlp, weights=(one, *mlp.weights[1:]), biases=(other, *mlp.biases[1:]))
+    return mlp.after(weight, bias)
 
 
 def map_loreft(

@@ -2,6 +2,7 @@
 
 from dreamreader.probes.calibration import brier, expected_calibration_error, temperature
 from dreamreader.probes.card import Card
+from dreamreader.probes.carry import map_probe
 from dreamreader.probes.fit import fit
 from dreamreader.probes.latent_guidance import Guided, latent_guidance
 from dreamreader.probes.probe import Probe, load, save
@@ -17,6 +18,7 @@ __all__ = [
     "fit_batches",
     "latent_guidance",
     "load",
+    "map_probe",
     "save",
     "temperature",
 ]

@@ -1,6 +1,5 @@
 """Latents of a sparse autoencoder, switched while pictures are made: which of them do what?"""
 
-import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -141,9 +140,7 @@ class SaeMethod(Method, SweptPlaces):
     def inputs(self, job: Job) -> dict[str, Any]:
         found: dict[str, Any] = {"autoencoder": dict(self.autoencoder.loaded.state_dict())}
         if self.choose is not None:
-            items = [*self.choose.items("fit"), *self.choose.items("trial")]
-            listed = [[each.prompt, self.choose.label_of(each)] for each in items]
-            found["choose"] = hashlib.sha256(repr(listed).encode()).hexdigest()
+            found["choose"] = self.choose.digest()
         return found
 
     def rows(self, job: Job) -> list[Row]:

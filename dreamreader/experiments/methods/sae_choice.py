@@ -1,5 +1,6 @@
 """Latents chosen by what they do: candidates by means of labels, then runs that compare them."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -171,6 +172,12 @@ class LatentChoice(Part):
         for item in found:
             self.label_of(item, f"method.choose.{part}")
         return found
+
+    def digest(self) -> str:
+        """Of the prompts that are chosen by, and of their labels."""
+        items = [*self.items("fit"), *self.items("trial")]
+        listed = [[each.prompt, self.label_of(each)] for each in items]
+        return hashlib.sha256(repr(listed).encode()).hexdigest()
 
     def label_of(self, item: Item, where: str = "data") -> str:
         """The label of a prompt.

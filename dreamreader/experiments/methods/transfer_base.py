@@ -11,6 +11,7 @@ from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.experiments.job import Job, Method
 from dreamreader.experiments.methods.base import SweptPlaces, Tokens
 from dreamreader.experiments.methods.stitch_maps import AnyMap, MapSpec
+from dreamreader.mapping import PairedRows
 from dreamreader.mapping.stitch import only_site
 from dreamreader.specs.parts import AnySeeds, AnySubject, Count, Data, Seeds
 from dreamreader.specs.subject import open_subject, with_padding
@@ -45,7 +46,9 @@ class Carried(Method, SweptPlaces):
     skip: int = Field(
         0, ge=0, description="First pairs of tokens of each text that maps are not fitted to."
     )
-    fit: Data = Field(description="Pairs that directions are fitted from, in both models.")
+    fit: Data | None = Field(
+        None, description="Pairs that directions are fitted from, in both models."
+    )
     fit_seeds: AnySeeds = Field(
         default_factory=lambda: Seeds(start=100_000), description="Seeds of the pairs."
     )
@@ -71,6 +74,9 @@ class Carried(Method, SweptPlaces):
     def has_edits(self) -> bool:
         """Whether learned edits are carried, no directions."""
         return False
+
+    def check_rows(self, rows: PairedRows) -> None:
+        """Refuse what does not fit the paired rows of a site, before maps are fitted to them."""
 
     @cached_property
     def source_reader(self) -> Reader:

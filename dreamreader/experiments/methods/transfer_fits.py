@@ -36,9 +36,17 @@ from dreamreader.steering import Directions
 Edits = Callable[..., list[LoReFT]]
 """Takes a strength for each row, sites, and a selection."""
 
+Found = Callable[[], tuple[Directions, Directions]]
+"""Finds the directions of the subject, and those of the source."""
 
-def carried_directions(method: Carried, job: Job) -> dict[str, Directions]:
+
+def carried_directions(
+    method: Carried, job: Job, find: Found | None = None
+) -> dict[str, Directions]:
     """The directions of a run folder; those that are missing are fitted and written there.
+
+    Args:
+        find: of both models; by default differences of prompts.
 
     Returns:
         By `native`, the names of maps, and `unmapped`.
@@ -49,7 +57,7 @@ def carried_directions(method: Carried, job: Job) -> dict[str, Directions]:
     files = {name: method.directions_file(folder, name) for name in names}
     if not all(file.is_file() for file in files.values()):
         with job.pause_counting():
-            made = _fit_directions(method, job, names)
+            made = _fit_directions(method, job, names, find)
         with explain_disk_errors(folder):
             for name, file in files.items():
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +74,7 @@ def carried_edits(method: Carried, job: Job) -> dict[str, Edits]:
     source, partner = method.source_job(job), method.partners(job)
     own = _train(method, job, list(partner), "native")
     theirs = _train(method, source, list(partner.values()), "source")["edited"]
-    maps = _affine_maps(method, job)
+    maps = affine_maps(method, job)
     found: dict[str, Edits] = {
         "native": _edits_of(own["edited"]),
         "random_direction": _edits_of(own["untrained"]),
@@ -74,11 +82,16 @@ def carried_edits(method: Carried, job: Job) -> dict[str, Edits]:
     return found | {name: _mapped_edits(theirs, partner, each) for name, each in maps.items()}
 
 
-def _fit_directions(method: Carried, job: Job, names: Sequence[str]) -> dict[str, Directions]:
+def _fit_directions(
+    method: Carried, job: Job, names: Sequence[str], find: Found | None
+) -> dict[str, Directions]:
     """Directions of both models, and those of the source through each map."""
     partner = method.partners(job)
-    native = _directions(method, job, list(partner))
-    theirs = _directions(method, method.source_job(job), list(partner.values()))
+    if find is not None:
+        native, theirs = find()
+    else:
+        native = difference_directions(method, job, list(partner))
+        theirs = difference_directions(method, method.source_job(job), list(partner.values()))
     found: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     for site, rows, levels in _pairs(method, job):
         vector = theirs[partner[site]]
@@ -94,7 +107,8 @@ def _fit_directions(method: Carried, job: Job, names: Sequence[str]) -> dict[str
     return {name: replace(native, vectors=own, evidence={}) for name, own in found.items()}
 
 
-def _directions(method: Carried, job: Job, sites: Sequence[str]) -> Directions:
+def difference_directions(method: Carried, job: Job, sites: Sequence[str]) -> Directions:
+    """Directions of one model between the prompts of each pair of `fit`."""
     own = SteerMethod.model_validate(
         _common(method, sites)
         | {"direction": method.direction, "per_step": method.per_step, "strengths": [1.0]}
@@ -130,7 +144,7 @@ def _alone(job: Job) -> Job:
     return prompt_job(job) if job.is_language else replace(job, memory={})
 
 
-def _affine_maps(method: Carried, job: Job) -> dict[str, dict[str, tuple[AffineMap, AffineMap]]]:
+def affine_maps(method: Carried, job: Job) -> dict[str, dict[str, tuple[AffineMap, AffineMap]]]:
     """Maps there and back by name and site; those that are missing are fitted and written."""
     assert job.folder is not None
     folder, partner = job.folder.path, method.partners(job)
@@ -215,7 +229,9 @@ def _pairs(method: Carried, job: Job) -> Iterator[tuple[str, PairedRows, Tensor 
     Sites of pipelines are recorded one by one: grids may differ, and only one is in memory.
     """
     if job.is_language:
-        yield from ((site, rows, None) for site, rows in language_pairs(method, job))
+        for site, rows in language_pairs(method, job):
+            method.check_rows(rows)
+            yield site, rows, None
         return
     source = method.source_job(job)
     items = read_items(method.map_data, "method.map_data")
@@ -240,7 +256,9 @@ def _pairs(method: Carried, job: Job) -> Iterator[tuple[str, PairedRows, Tensor 
         if pairs.times is not None and pairs.levels is not None:
             known = dict(zip((each.step for each in pairs.times[1]), pairs.levels, strict=True))
             by_step = torch.tensor([known[step] for step in sorted(known)])
-        yield site, PairedRows.of(pairs, theirs, site), by_step
+        rows = PairedRows.of(pairs, theirs, site)
+        method.check_rows(rows)
+        yield site, rows, by_step
 
 
 def _with_norms(vector: Tensor, like: Tensor) -> Tensor:
