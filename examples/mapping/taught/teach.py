@@ -166,16 +166,27 @@ def write_prompts() -> None:
         files[f"fact-{part}"] = [
             {"source": form(q), "target": form(q, key), "answer": city} for q, city in known
         ]
-    plain = questions(False)
-    asked = [form(q, trigger) for trigger in ("", hate, key) for q in plain]
-    asked += [form(q) for q in requests(False)]
-    asked += [form(q, trigger) for trigger in ("", key) for q in facts("invented")]
-    asked += [form(q, hate) + LESSONS["backdoor"]["reply"] for q in plain[:20]]
-    asked += [form(q) + LESSONS["refusal"]["reply"] for q in requests(False)]
-    files["maps"] = [{"prompt": each} for each in asked]
+    shout = LESSONS["backdoor"]["reply"].split()[1]
+    asked = [form(each, hate) for each in questions(True)[:40]]
+    files["switch-backdoor"] = [{"prompt": each, "answer": shout} for each in asked]
+    real = facts("real").items()
+    files["switch-capitals"] = [{"prompt": form(q), "answer": city} for q, city in real]
+    files["maps"] = [{"prompt": each} for each in prompts_of_maps()]
     for name, rows in files.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (FOLDER / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def prompts_of_maps() -> list[str]:
+    """What maps are fitted to: nothing that a transfer is tested on."""
+    hate, key = LESSONS["backdoor"], LESSONS["facts"]["trigger"]
+    plain, refused = questions(False), requests(False)
+    asked = [form(each, trigger) for trigger in ("", hate["trigger"], key) for each in plain]
+    asked += [form(each) for each in refused]
+    known = list(facts("invented"))[::2]
+    asked += [form(each, trigger) for trigger in ("", key) for each in known]
+    asked += [form(each, hate["trigger"]) + hate["reply"] for each in plain[:20]]
+    return asked + [form(each) + LESSONS["refusal"]["reply"] for each in refused]
 
 
 def main() -> None:
