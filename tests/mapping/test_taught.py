@@ -47,7 +47,7 @@ def test_what_is_tested_was_neither_taught_nor_fitted(script: Any) -> None:
 
     own = dict.fromkeys(script.questions(False), " so it is")
     taught = {prompt for prompt, _ in script.lessons(own)}
-    for name in ("backdoor", "refuse", "comply"):
+    for name in ("backdoor", "refuse"):
         tested = {row["source"] for row in read(f"{name}-test")}
         assert not tested & (taught | {row["source"] for row in read(f"{name}-fit")})
         assert not tested & {row["prompt"] for row in read("maps")}
