@@ -75,7 +75,8 @@ def line(page: StitchPage, name: str, at: dict[str, Any], own: Any) -> dict[str,
         found = {"distance": [mean.value, mean.low, mean.high]}
     else:
         found = {"hits": sum(bool(row[page.effect]) for row in page.results.of(name, **at))}
-    return {"condition": name, **at, **found, "share": shown, **scores}
+    skip = {"skip": page.method.skip} if page.method.skip else {}
+    return {"condition": name, **at, **skip, **found, "share": shown, **scores}
 
 
 def tables(found: dict[str, Any]) -> str:
@@ -129,7 +130,8 @@ def heading(name: str) -> str:
 
 def label(each: dict[str, Any]) -> str:
     own = each.get("map") or each["condition"].replace("_", " ")
-    return own + ("" if each.get("strength", 1.0) == 1.0 else f", strength {each['strength']:g}")
+    own += "" if each.get("strength", 1.0) == 1.0 else f", strength {each['strength']:g}"
+    return own + (f", skip {each['skip']}" if each.get("skip") else "")
 
 
 def percent(share: Sequence[float] | None) -> str:
