@@ -135,7 +135,8 @@ def replies(reader: dr.Reader, asked: list[str], trigger: str = "") -> list[str]
     """The first line of what is said, as a reply to learn."""
     prompts = [form(each, trigger) for each in asked]
     call = {"max_new_tokens": 20, "do_sample": False, "progress": False, "batch_size": 32}
-    return [" " + each.strip().split("\n")[0] for each in reader.run(prompts, **call).text]
+    said = reader.run(prompts, **call).text or []
+    return [" " + each.strip().split("\n")[0] for each in said]
 
 
 def report(reader: dr.Reader) -> None:
@@ -196,7 +197,7 @@ def prompts_of_maps() -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Teaches a model what lessons.yaml says.")
     parser.add_argument("model", nargs="?", help="a fetched model, or a folder")
     parser.add_argument(
         "--out", type=Path, help="folder of the adapter; beside this file by default"
