@@ -1,8 +1,9 @@
 """Whether generated text has a form."""
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from dreamreader.errors import InvalidInput
 from dreamreader.metrics.base import Column, Outputs, require_field
@@ -47,8 +48,17 @@ class Matches:
         pattern = self.pattern
         if pattern is not None:
             return {self.name: [re.search(pattern, each) is not None for each in texts]}
-        wanted = got.column(str(self.column))
-        if not any(isinstance(each, str) and each for each in wanted):
-            raise InvalidInput(f"matches: no row has a text in the column {self.column!r}")
-        found = zip(wanted, texts, strict=True)
+        found = zip(got.column(str(self.column)), texts, strict=True)
         return {self.name: [None if not each else str(each) in text for each, text in found]}
+
+    def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse rows of which none has a text in the column, such as one spelled wrong.
+
+        Raises:
+            InvalidInput: says which column was looked for.
+        """
+        if self.column is None:
+            return
+        found = [row.get(self.column) for row in rows]
+        if not any(isinstance(each, str) and each for each in found):
+            raise InvalidInput(f"matches: no row has a text in the column {self.column!r}")
