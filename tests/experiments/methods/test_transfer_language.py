@@ -47,6 +47,7 @@ def carried(saved, tmp_path) -> Callable[..., Results]:
         metrics: Any = None,
         prompts: Any = ROWS,
         batch: int = 3,
+        folder: str = "run",
         **changes: Any,
     ):
         method = {
@@ -67,7 +68,7 @@ def carried(saved, tmp_path) -> Callable[..., Results]:
             method=method | changes,
             metrics=metrics or ["logit_difference"],
             batch={"rows": batch},
-        ).run(tmp_path / "run")
+        ).run(tmp_path / folder)
 
     return run
 
@@ -167,6 +168,22 @@ def test_what_is_generated_is_steered_too(carried, language) -> None:
         assert row["text"] == text and row["matches"] == ("e" in text)
         written.add(text)
     assert written != {row["text"] for row in results.of("unedited")}
+
+
+def test_shares_of_a_direction_that_does_harm_are_doubted(carried) -> None:
+    doubted = {}
+    for strength in (0.1, -0.1):
+        results = carried(strengths=[strength], folder=f"at {strength}")
+        rows = {name: results.of(name) for name in ("unedited", "native")}
+        means = {name: sum(r["logit_difference"] for r in own) for name, own in rows.items()}
+        page: Any = page_of(results)
+        line = "  native does not raise logit_difference at any strength: shares of it say nothing"
+        doubted[strength] = line in page.summary()
+        assert doubted[strength] == (means["native"] <= means["unedited"])
+        assert (line.strip() in (results.folder.path / "report.html").read_text()) == (
+            line in page.summary()
+        )
+    assert sorted(doubted.values()) == [False, True]
 
 
 def test_rows_without_a_text_have_no_value_and_no_say_in_the_best_strength(carried) -> None:
