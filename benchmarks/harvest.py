@@ -62,7 +62,7 @@ class Job:
     def units(self) -> None:
         shutil.rmtree(self.folder / "units", ignore_errors=True)
         for unit in range(self.plan.units):
-            harvest_unit(self.job, self.plan, unit, self.writer)
+            harvest_unit(self.job, self.plan, unit, [self.writer])
 
     def run(self) -> None:
         shutil.rmtree(self.folder / "run", ignore_errors=True)

@@ -1,13 +1,14 @@
 """What maps between models cost: their moments beside bare products, and applying one in a hook.
 
-    python benchmarks/mapping.py [--rows 1000000] [--width 1280] [--part 32768] [--rounds 15]
+    python benchmarks/mapping.py [--rows 1000000] [--widths 1280 256] [--part 32768] [--rounds 15]
 
-The first part streams rows into the moments that ridge is solved from, and times some parts of them
+The first part streams rows into the moments that ridge is solved from, all of them part by part
 beside the bare products X'X and X'Y of the same rows in float64, in which moments are summed; the
-rows of the bare products are float64 already, those of the moments are not. Memory is the peak of
-the process over its memory before the first row, after one part and after all. The second part
-times a layer whose output a hook replaces by `map.apply`, beside the same hook with the bare
-product. No time is printed unless the results agree.
+rows of the bare products are float64 already, those of the moments are not. A part is a round: a
+million rows are 31 of them. Memory is the peak of the process over its memory before the first row,
+after one part and after all. The second part times a layer whose output a hook replaces by
+`map.apply`, beside the same hook with the bare product. No time is printed unless the results
+agree. About four minutes on two cores.
 """
 
 import argparse
@@ -102,9 +103,9 @@ def repeated(call: Callable[[], Any], times: int) -> Callable[[], None]:
     return run
 
 
-def stream(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
+def stream(options: argparse.Namespace, width: int, dtype: torch.dtype) -> dict[str, Any]:
     """Seconds and memory of moments of all rows, and seconds of ridge from them."""
-    own = Stream(options.width, options.part, dtype)
+    own = Stream(width, options.part, dtype)
     if own.wrong():
         raise SystemExit(f"no times: moments of {dtype} rows are not those of two passes")
     own.bare()
@@ -113,9 +114,8 @@ def stream(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     own.ours()
     memory = {"first_megabytes": (peak() - before) / 2**20}
     calls = {"bare": own.bare, "ours": own.ours}
-    times, left_out = interleaved(calls, options.paired, options.paired)
-    while own.moments.rows < options.rows:
-        own.ours()
+    parts = max(-(-options.rows // options.part) - 1, 1)  # one was added for its memory
+    times, left_out = interleaved(calls, parts, parts)
     memory["all_megabytes"] = (peak() - before) / 2**20
     solved, _ = interleaved({"solve": lambda: fit_map(own.moments, "ridge", lambdas=1e-4)}, 1, 1)
     return {
@@ -162,12 +162,15 @@ def main() -> int:
     options = parse()
     torch.set_num_threads(options.threads)
     with torch.inference_mode():
-        moments = {name: stream(options, DTYPES[name]) for name in options.dtypes}
+        moments = [
+            {"width": width, "dtype": name, **stream(options, width, DTYPES[name])}
+            for width in options.widths
+            for name in options.dtypes
+        ]
         result = {
             "benchmark": "mapping",
             "environment": environment(),
             "load": os.getloadavg()[0],
-            "width": options.width,
             "part": options.part,
             "apply": applied(options),
             "moments": moments,
@@ -185,9 +188,10 @@ def show(result: dict[str, Any]) -> None:
         what = f"apply {row['rows']} x {d_source} -> {d_target}, {row['dtype']}"
         taken = row["microseconds"]["ours"]["median"]
         print(f"{what}: {taken:.1f} us, {shown(row['ratio'])}, goal {GOALS['apply']}")
-    for name, own in result["moments"].items():
+    for own in result["moments"]:
         speed = f"{own['rows_per_second']['ours']:,.0f} rows/s"
-        print(f"moments of {own['rows']:,} {name} rows: {speed}, {shown(own['ratio'])}", end="")
+        what = f"{own['rows']:,} {own['dtype']} rows of {own['width']}"
+        print(f"moments of {what}: {speed}, {shown(own['ratio'])}", end="")
         print(f", goal {GOALS['moments']}; ridge {own['solve_seconds']:.2f} s; memory", end="")
         print(f" {own['first_megabytes']:.0f} MB at first, {own['all_megabytes']:.0f} MB at last")
 
@@ -200,9 +204,8 @@ def shown(ratio: dict[str, float]) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Maps between models, timed.")
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--widths", type=int, nargs="+", default=[1280, 256])
     parser.add_argument("--part", type=int, default=32_768, help="rows that are timed at once")
-    parser.add_argument("--paired", type=int, default=10, help="parts beside the bare products")
     parser.add_argument("--rounds", type=int, default=15, help="of applying a map")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=DTYPES)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)

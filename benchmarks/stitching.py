@@ -29,7 +29,7 @@ def main() -> int:
     file = RESULTS / "stitching-cpu.json"
     found = json.loads(file.read_text())["specs"] if file.is_file() else {}
     for each in options.runs:
-        name, _, folders = each.partition("=")
+        name, _, folders = each.rpartition("=")
         parts = [read(StitchPage(load_results(folder))) for folder in folders.split(",")]
         found[name] = parts[0] | {"lines": [one for part in parts for one in part["lines"]]}
     found = dict(sorted(found.items()))
@@ -75,7 +75,8 @@ def line(page: StitchPage, name: str, at: dict[str, Any], own: Any) -> dict[str,
         found = {"distance": [mean.value, mean.low, mean.high]}
     else:
         found = {"hits": sum(bool(row[page.effect]) for row in page.results.of(name, **at))}
-    return {"condition": name, **at, **found, "share": shown, **scores}
+    skip = {"skip": page.method.skip} if page.method.skip else {}
+    return {"condition": name, **at, **skip, **found, "share": shown, **scores}
 
 
 def tables(found: dict[str, Any]) -> str:
@@ -85,11 +86,13 @@ def tables(found: dict[str, Any]) -> str:
         if each.get("is_distance"):
             parts.append(divergences(name, each))
             continue
+        right = "right in every attribute" if each["steps"] else "as the model was taught"
+        prompts = f"captions, {each['steps']} steps" if each["steps"] else "prompts"
         parts.append(
-            f"**`examples/mapping/{name}.yaml`**: {each['source']} into {each['target']}, "
-            f"{each['prompts']} captions, {each['steps']} steps; {each['native']} of them are "
-            "right in every attribute without a stitch\n\n"
-            "| pair | map | captions to fit | right | share of native | FVU |\n"
+            f"**{heading(name)}**: {each['source']} into {each['target']}, "
+            f"{each['prompts']} {prompts}; {each['native']} of them are {right} without a "
+            "stitch\n\n"
+            "| pair | map | prompts to fit | right | share of native | FVU |\n"
             "| --- | --- | --- | --- | --- | --- |\n" + "\n".join(map(row, each["lines"])) + "\n"
         )
     return "\n".join(parts)
@@ -98,7 +101,7 @@ def tables(found: dict[str, Any]) -> str:
 def divergences(name: str, each: dict[str, Any]) -> str:
     """The table of two language models, whose next tokens are compared."""
     head = (
-        f"**`examples/mapping/{name}.yaml`**: {each['source']} into {each['target']}, "
+        f"**{heading(name)}**: {each['source']} into {each['target']}, "
         f"{each['prompts']} prompts\n\n"
         "| pair | map | prompts to fit | KL of next tokens, nats | share recovered | FVU | cosine "
         "| CKA |\n" + "|" + " --- |" * 8 + "\n"
@@ -119,9 +122,16 @@ def divergences(name: str, each: dict[str, Any]) -> str:
     return head + "\n".join(lines) + "\n"
 
 
+def heading(name: str) -> str:
+    """A spec as the command line has it; a name may end in overrides, after a space."""
+    spec, _, overrides = name.partition(" ")
+    return f"`examples/mapping/{spec}.yaml{' ' if overrides else ''}{overrides}`"
+
+
 def label(each: dict[str, Any]) -> str:
     own = each.get("map") or each["condition"].replace("_", " ")
-    return own + ("" if each.get("strength", 1.0) == 1.0 else f", strength {each['strength']:g}")
+    own += "" if each.get("strength", 1.0) == 1.0 else f", strength {each['strength']:g}"
+    return own + (f", skip {each['skip']}" if each.get("skip") else "")
 
 
 def percent(share: Sequence[float] | None) -> str:

@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def lines_of(results: Results) -> list[dict[str, Any]]:
             {
                 "condition": line.label,
                 "setting": dict(line.setting) | ({} if still else {"cell": cell}),
-                "share": None if share is None else share.as_dict(),
+                "share": None if share is None or isnan(share.value) else share.as_dict(),
                 "effects": effects,
                 "fvu": scores.get(line.label, []),
             }

@@ -15,11 +15,13 @@ from dreamreader.edits.patch import Patch
 from dreamreader.edits.probe_guidance import ProbeGuidance
 from dreamreader.edits.simple import Clamp, Scale
 from dreamreader.edits.steer import Steer
+from dreamreader.edits.stitch import Stitch
 from dreamreader.engine import Activation, Box, Cache, EditRequest, Row, StepInfo
 from dreamreader.errors import InvalidInput, UnknownName
 
 _KINDS: dict[str, type[EditRequest]] = {
-    each.__name__: each for each in (Steer, Ablate, Scale, Clamp, Patch, LoReFT, ProbeGuidance)
+    each.__name__: each
+    for each in (Steer, Ablate, Scale, Clamp, Patch, Stitch, LoReFT, ProbeGuidance)
 }
 _VALUES = {  # names in files
     "Activation": Activation,

@@ -10,6 +10,7 @@ from dreamreader.engine._clock import Clock as Clock
 from dreamreader.engine._clock import DenoiserCall as DenoiserCall
 from dreamreader.engine._clock_schedule import UNTIMED as UNTIMED
 from dreamreader.engine._clock_schedule import StepInfo as StepInfo
+from dreamreader.engine._clock_told import ToldClock as ToldClock
 from dreamreader.engine._edit_context import EditContext as EditContext
 from dreamreader.engine._edit_request import EditRequest as EditRequest
 from dreamreader.engine._families import attention_facts as attention_facts

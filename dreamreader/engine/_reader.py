@@ -13,6 +13,7 @@ from dreamreader._progress import Progress, show_progress
 from dreamreader.engine import _html as html
 from dreamreader.engine._cache import Cache
 from dreamreader.engine._clock import Clock
+from dreamreader.engine._clock_told import ToldClock
 from dreamreader.engine._edit_context import RowSet
 from dreamreader.engine._edit_request import EditRequest
 from dreamreader.engine._firing import FiringReport
@@ -234,11 +235,13 @@ class Reader:
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = "cpu",
         memory_limit: int | None = None,
+        clock: ToldClock | None = None,
     ) -> Iterator[Cache]:
         """Record while you run the subject yourself; the cache is filled when the block ends.
 
         Hooks run in the order in which blocks are entered: a recording inside an `editing` block
-        sees edited values. Several runs in one block add up as rows.
+        sees edited values. Several runs in one block add up as rows. Where a pipeline's denoiser is
+        called without a run of the pipeline, `clock` says the time of each call.
 
         Raises:
             NeverFired: a site was not called in the block.
@@ -258,6 +261,7 @@ class Reader:
             memory_limit=memory_limit,
             shapes=self._shapes,
             tokenizer=self.tokenizer,
+            clock=clock,
         )
         cache = Cache()
         with session:

@@ -10,6 +10,7 @@ from torch import nn
 
 from dreamreader.engine._cache import Activation, RunRow
 from dreamreader.engine._checkpointing import recompute_as_before
+from dreamreader.engine._clock_told import ToldClock
 from dreamreader.engine._edit_context import RowSet
 from dreamreader.engine._edit_request import EditRequest
 from dreamreader.engine._firing import Firing, FiringReport
@@ -43,6 +44,7 @@ class Session(AbstractContextManager):
         memory_limit: bytes that recordings may hold; most of the free memory by default. A `Memory`
             goes on with what earlier sessions hold.
         shapes: gets the shapes that sites had.
+        clock: of a pipeline's calls that are made outside a run.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Session(AbstractContextManager):
         memory_limit: int | Memory | None = None,
         shapes: dict[str, tuple[int, ...]] | None = None,
         tokenizer: Any = None,
+        clock: ToldClock | None = None,
     ):
         self.subject = subject
         self.edits = list(edits)
@@ -71,7 +74,7 @@ class Session(AbstractContextManager):
         self._modules = subject.modules()
         self._runs: dict[str, HookedSite] = {}
         self._stack: ExitStack | None = None
-        tracker = _tracker(subject, self._modules, prompt_length)
+        tracker = _tracker(subject, self._modules, prompt_length, clock)
         if prompts is not None and rowset is not None:  # a pipeline says its own once it runs
             tracker.prompts = list(prompts[rowset.start :][: rowset.count])
         words = Words(tracker, subject, tokenizer)
@@ -183,9 +186,11 @@ class Session(AbstractContextManager):
         self._shared.programs.clear()
 
 
-def _tracker(subject: Subject, modules: Modules, prompt_length: int | None) -> Any:
+def _tracker(
+    subject: Subject, modules: Modules, prompt_length: int | None, clock: ToldClock | None
+) -> Any:
     if subject.kind == "pipeline":
-        return PipelineTracker(subject)
+        return PipelineTracker(subject, clock)
     if subject.kind == "language" or read_text(modules.kinds):
         return LanguageTracker(subject, prompt_length)
     return ModuleTracker(subject)

@@ -11,6 +11,7 @@ from dreamreader.engine._clock import Clock
 from dreamreader.engine._clock_rows import prompts_of, rows_of
 from dreamreader.engine._clock_run import Parameters, listen_to_pipeline, own_class
 from dreamreader.engine._clock_schedule import StepInfo
+from dreamreader.engine._clock_told import ToldClock
 from dreamreader.engine._families.places import (
     StreamLayout,
     layout,
@@ -50,8 +51,8 @@ class PipelineTracker(AbstractContextManager):
         prompts: the prompt of each of these rows, those of one prompt next to each other.
     """
 
-    def __init__(self, subject: Subject):
-        self.clock = Clock(subject.model)
+    def __init__(self, subject: Subject, clock: ToldClock | None = None):
+        self.clock = clock or Clock(subject.model)
         self.pipe = subject.model
         self.now: CallContext | None = None
         self.runs = 0

@@ -16,11 +16,23 @@ from dreamreader.store.layout import unit_folder
 from dreamreader.store.manifest import FILE, Job, Manifest
 from dreamreader.store.unit import Unit, read_unit
 
+TARGET = "target"  # folder of the store of a second subject
+
 
 class HarvestFolder(JobFolder):
     """Reads and writes a store as the folder of one harvest."""
 
     noun, identity = "harvest", FILE
+
+    @property
+    def target(self) -> "HarvestFolder":
+        """The store of a second subject, where the spec has one."""
+        return HarvestFolder(self.path / TARGET)
+
+    @property
+    def stores(self) -> "list[HarvestFolder]":
+        """This one, and the target's where it is there."""
+        return [self, self.target] if self.target.is_begun else [self]
 
     @property
     def is_complete(self) -> bool:
@@ -71,6 +83,14 @@ class HarvestFolder(JobFolder):
             job = Job(taken.digest, (0, plan["units"]), content, taken.as_dict())
             Manifest((job,)).write(self.path)
 
+    def sealed(self) -> set[int]:
+        """Numbers of the units that every store has."""
+        return set.intersection(*(set(sealed_units(each.path)) for each in self.stores))
+
+    def size_of(self, number: int, units: int) -> int:
+        """Bytes of a sealed unit in every store; refuses as `unit` does."""
+        return sum(each.unit(number, units).bytes for each in self.stores)
+
     def unit(self, number: int, units: int) -> Unit:
         """A sealed unit of this job, under its own number.
 
@@ -89,16 +109,19 @@ class HarvestFolder(JobFolder):
 
     def complete(self) -> None:
         """Says that all units are there."""
-        replace(Manifest.read(self.path), complete=True).write(self.path)
+        for each in reversed(self.stores):  # this one last: it says that the job is complete
+            replace(Manifest.read(each.path), complete=True).write(each.path)
 
     def refresh(self) -> None:
         """Brings the index up to date."""
-        write_index(self.path)
+        for each in self.stores:
+            write_index(each.path)
 
     def tidy(self) -> None:
         """Takes away what was not finished when an earlier run was killed."""
-        for part in (self.path / "shards").glob(".*.part"):
-            shutil.rmtree(part, ignore_errors=True)  # a lost worker may still write there, unseen
-        with explain_disk_errors(self.path):
-            for part in self.path.glob(".*.part"):
-                part.unlink(missing_ok=True)
+        for path in (self.path, self.path / TARGET):
+            for part in (path / "shards").glob(".*.part"):
+                shutil.rmtree(part, ignore_errors=True)  # a lost worker may still write, unseen
+            with explain_disk_errors(path):
+                for part in path.glob(".*.part"):
+                    part.unlink(missing_ok=True)

@@ -2,23 +2,24 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dreamreader._progress import Progress, show_progress
+from dreamreader.engine import Reader
 from dreamreader.errors import InvalidInput
 from dreamreader.harvest.capture import Collector
 from dreamreader.harvest.folder import HarvestFolder
-from dreamreader.harvest.job import HarvestJob, open_job
+from dreamreader.harvest.job import HarvestJob
 from dreamreader.harvest.page import write_report
+from dreamreader.harvest.paired import open_pair
 from dreamreader.harvest.plan import GB, HarvestPlan, make_plan
-from dreamreader.harvest.run import begin, harvest_unit, writer_for
+from dreamreader.harvest.run import begin, harvest_unit, writers_for
 from dreamreader.harvest.spec import Spec
 from dreamreader.jobs.job import Engine, JobVerdict, RunUnit, SpecJob, Work
-from dreamreader.store.index import sealed_units
 from dreamreader.store.store import Store
 from dreamreader.store.verify import verify
 
@@ -31,7 +32,7 @@ class Harvest(SpecJob[Spec]):
 
     Args:
         spec: a `Spec`, or its content as a mapping; or give the fields by name.
-        reader: a subject of your own; `subject` then only names it.
+        reader, target_reader: subjects of your own; the spec then only names them.
 
     Raises:
         InvalidInput: a field cannot be right.
@@ -49,10 +50,14 @@ class Harvest(SpecJob[Spec]):
     counts, divides = "samples", True
     _began = _refreshed = 0.0
 
+    def __init__(self, *args: Any, target_reader: Reader | None = None, **more: Any):
+        super().__init__(*args, **more)
+        self._target = target_reader
+
     @cached_property
     def job(self) -> HarvestJob:
-        """The opened subject and the prompts."""
-        return open_job(self.spec, self._reader)
+        """The opened subjects and the prompts."""
+        return open_pair(self.spec, self._reader, self._target)
 
     def plan(self) -> HarvestPlan:
         """Sites, rows, bytes, units and time; a few samples are run."""
@@ -98,10 +103,10 @@ class Harvest(SpecJob[Spec]):
         return stop - start
 
     def units_there(self, folder: HarvestFolder, plan: HarvestPlan) -> set[int]:
-        return set(sealed_units(folder.path))
+        return folder.sealed()
 
     def check_there(self, work: Work, there: set[int]) -> None:
-        work.stored = sum(work.folder.unit(unit, work.plan.units).bytes for unit in there)
+        work.stored = sum(work.folder.size_of(unit, work.plan.units) for unit in there)
         self._began = self._refreshed = time.monotonic()  # opening the subject is no harvesting
 
     def expected_bytes(self, work: Work, unit: int) -> float:
@@ -124,20 +129,28 @@ class Harvest(SpecJob[Spec]):
             f"{work.stored / GB:.2f} GB"
         )
 
+    def check_divides(self) -> None:
+        if self.spec.target is not None:
+            raise InvalidInput(
+                "Harvest: an engine is for one subject; leave target out, or run here"
+            )
+        super().check_divides()
+
     @contextmanager
     def open_runner(self, work: Work) -> Iterator[RunUnit]:
-        job, writer = self.job, writer_for(self.job, work.folder)
+        job, writers = self.job, writers_for(self.job, work.folder)
 
         def run_unit(unit: int, room: int | None) -> int | None:
             rows = size = 0
 
-            def count(samples: int, collector: Collector) -> None:
+            def count(samples: int, collectors: Sequence[Collector]) -> None:
                 nonlocal rows, size
-                more = {"rows": collector.rows - rows, "bytes": collector.nbytes - size}
-                rows, size = collector.rows, collector.nbytes
+                now = [sum(getattr(c, name) for c in collectors) for name in ("rows", "nbytes")]
+                more = {"rows": now[0] - rows, "bytes": now[1] - size}
+                rows, size = now
                 work.advance(samples, **more)
 
-            found = harvest_unit(job, work.plan, unit, writer, room, count)
+            found = harvest_unit(job, work.plan, unit, writers, room, count)
             if found is not None:
                 work.numbers["bytes"] += found - size  # with keys and checksums
             return found
@@ -145,7 +158,8 @@ class Harvest(SpecJob[Spec]):
         try:
             yield run_unit
         finally:
-            writer.close()
+            for writer in writers:
+                writer.close()
 
     def after_unit(self, work: Work) -> None:
         if time.monotonic() - self._refreshed > _REFRESHED:
@@ -173,8 +187,11 @@ class Harvest(SpecJob[Spec]):
 
     @classmethod
     def results(cls, folder: HarvestFolder) -> Mapping[str, Any]:
-        store = Store(folder.path)
-        return {site: {"rows": store.rows_of(site)} for site in store.sites}
+        found = {}
+        for number, each in enumerate(folder.stores):
+            store, prefix = Store(each.path), "target " if number else ""
+            found |= {prefix + site: {"rows": store.rows_of(site)} for site in store.sites}
+        return found
 
     @classmethod
     def summary(cls, folder: HarvestFolder) -> list[str]:
@@ -195,31 +212,43 @@ class Harvest(SpecJob[Spec]):
                 lines.append(f"{rows:,} rows {what}; manifest.json has them by site and step")
         if not manifest.complete:
             lines.append("not complete; the same command, with a larger limit if any, goes on")
-        return [*lines, f"store: {store.path.resolve()}"]
+        lines.append(f"store: {store.path.resolve()}")
+        for each in folder.stores[1:]:
+            own = Store(each.path)
+            sites = f"{own.rows:,} rows of {len(own.sites):,} sites"
+            lines.append(f"store of the target: {own.path.resolve()}, {sites}")
+        return lines
 
     @classmethod
     def verify(
         cls, path: str | Path, rows: int = 8, seed: int = 0, progress: Progress = True
     ) -> JobVerdict:
-        """Reads every byte of a store and compares it with its checksum."""
-        with show_progress(progress) as report:
-            found = verify(path, report)
-        read = f"{found.units:,} units, {found.rows:,} rows, {found.bytes / GB:,.3f} GB read"
-        if found.holds:
-            return JobVerdict(True, [f"{read}: all as it was written"])
-        lines = [str(damage) for damage in found.damage[:_SHOWN]]
-        if len(found.damage) > _SHOWN:
-            lines.append(f"... and {len(found.damage) - _SHOWN:,} more")
-        lines.append(f"{read}: {len(found.damage):,} things are wrong")
-        units = sorted({each.file.split("/")[1] for each in found.damage if "/" in each.file})
-        if units:
-            listed = ", ".join(f"shards/{unit}" for unit in units[:_SHOWN])
-            lines.append(
-                "a unit that is damaged can be deleted, and the harvest run again to make it "
-                f"anew: {listed}"
-            )
-        return JobVerdict(False, lines)
+        """Reads every byte of the stores and compares it with its checksum."""
+        verdicts = [_verify_store(each.path, progress) for each in HarvestFolder(Path(path)).stores]
+        lines = [line for each in verdicts for line in each.lines]
+        return JobVerdict(all(each.holds for each in verdicts), lines)
 
     def __repr__(self) -> str:
         spec = self.spec
-        return f"Harvest({spec.name!r}: {len(spec.capture)} captures of {spec.subject.model})"
+        to = f" and {spec.target.subject.model}" if spec.target is not None else ""
+        return f"Harvest({spec.name!r}: {len(spec.capture)} captures of {spec.subject.model}{to})"
+
+
+def _verify_store(path: Path, progress: Progress) -> JobVerdict:
+    with show_progress(progress) as report:
+        found = verify(path, report)
+    read = f"{found.units:,} units, {found.rows:,} rows, {found.bytes / GB:,.3f} GB read"
+    if found.holds:
+        return JobVerdict(True, [f"{read}: all as it was written"])
+    lines = [str(damage) for damage in found.damage[:_SHOWN]]
+    if len(found.damage) > _SHOWN:
+        lines.append(f"... and {len(found.damage) - _SHOWN:,} more")
+    lines.append(f"{read}: {len(found.damage):,} things are wrong")
+    units = sorted({each.file.split("/")[1] for each in found.damage if "/" in each.file})
+    if units:
+        listed = ", ".join(f"shards/{unit}" for unit in units[:_SHOWN])
+        lines.append(
+            "a unit that is damaged can be deleted, and the harvest run again to make it "
+            f"anew: {listed}"
+        )
+    return JobVerdict(False, lines)

@@ -35,12 +35,19 @@ class HarvestJob:
     Attributes:
         spec: what is wanted. reader: of the subject.
         prompts: of the spec. captures: of the spec, each with the names of its sites.
+        target: of a second subject that is recorded in lock-step.
     """
 
     spec: Spec
     reader: Reader
     prompts: Prompts
     captures: list[tuple[Capture, list[str]]] = field(default_factory=list)
+    target: "HarvestJob | None" = None
+
+    @property
+    def sides(self) -> "tuple[HarvestJob, ...]":
+        """This one, and that of the target: each has a store."""
+        return (self,) if self.target is None else (self, self.target)
 
     @property
     def is_language(self) -> bool:
@@ -129,17 +136,19 @@ class HarvestJob:
             )
 
 
-def open_job(spec: Spec, reader: Reader | None = None) -> HarvestJob:
+def open_job(
+    spec: Spec, reader: Reader | None = None, prompts: Prompts | None = None
+) -> HarvestJob:
     """Opens the subject of a spec and counts its prompts.
 
     Args:
         spec: what is wanted.
-        reader: used instead of opening `spec.subject`.
+        reader: used instead of opening `spec.subject`. prompts: of the spec, counted before.
 
     Raises:
         InvalidInput, UnknownName: a part of the spec does not fit the subject or the data.
     """
-    prompts = Prompts(spec.data)
+    prompts = Prompts(spec.data) if prompts is None else prompts
     if reader is None:
         reader = with_padding(open_subject(spec.subject))
     if is_language(reader):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from dreamreader.errors import InvalidInput
 from dreamreader.harvest.capture import Counter, Taken
 from dreamreader.harvest.job import HarvestJob
+from dreamreader.harvest.paired import run_batch
 from dreamreader.specs.batch import activation_bytes, duration, rows_that_fit
 from dreamreader.store.layout import tensors_of
 
@@ -104,7 +105,7 @@ def make_plan(
             )
         batch = 1
     if batch is None:
-        batch = rows_that_fit(spec.batch, _row_bytes(job))
+        batch = rows_that_fit(spec.batch, max(map(_row_bytes, job.sides)))
     found = estimate_units(job, batch) if estimates or unit is None else None
     if unit is None:
         assert found is not None
@@ -117,18 +118,21 @@ def make_plan(
 def estimate_units(job: HarvestJob, batch: int) -> Estimate:
     """Runs the first samples, to count their rows and bytes, and the time that they take."""
     count = min(job.samples, _TIMED_TEXTS if job.is_language else min(batch, _TIMED))
-    collector = job.collector(Counter())
-    collector.begin(0)
+    collectors = [side.collector(Counter()) for side in job.sides]
+    for each in collectors:
+        each.begin(0)
     items, seeds = job.read(0, count)
     began = time.perf_counter()
     for first in range(0, count, batch):
-        collector.batch(first)
+        for each in collectors:
+            each.batch(first)
         part = slice(first, first + batch)
-        job.run(items[part], seeds[part], collector.streams)
+        run_batch(job, items[part], seeds[part], collectors)
     seconds = (time.perf_counter() - began) / count
-    taken = tuple(collector.taken.values())
+    taken = tuple(site for each in collectors for site in each.taken.values())
     empty = sum(tensors_of(each.layout, 0, 0, 0).bytes for each in taken)
-    return Estimate(taken, count, (collector.nbytes - empty) / count, seconds)
+    size = sum(each.nbytes for each in collectors)
+    return Estimate(taken, count, (size - empty) / count, seconds)
 
 
 def _row_bytes(job: HarvestJob) -> float:

@@ -7,7 +7,8 @@ from pydantic import Field, field_validator, model_validator
 
 from dreamreader.engine import Box
 from dreamreader.specs import parts
-from dreamreader.specs.parts import Count, Part, Seed
+from dreamreader.specs.call import CallArguments
+from dreamreader.specs.parts import AnySubject, Count, Part, Seed
 
 Pair = tuple[float, float]
 
@@ -96,6 +97,28 @@ class Capture(Part):
         return source if self.dtype == "model" else getattr(torch, self.dtype)
 
 
+class Target(Part):
+    """A second subject, whose rows belong to those of the first: a store of its own in `target/`.
+
+    Names are those of `dreamreader.recording.record_between`.
+    """
+
+    subject: AnySubject
+    capture: list[Capture] | None = Field(
+        None, min_length=1, description="Of this subject; those of the first by default."
+    )
+    pipeline: CallArguments = Field(
+        default_factory=dict, description="Arguments of its call beside `pipeline`."
+    )
+    schedule: Literal["equal", "noise", "fraction", "source", "target"] = Field(
+        "equal", description="Which calls of two denoisers belong together."
+    )
+    trajectory: Literal["own", "source", "target"] = Field(
+        "own", description="Latents that denoisers see: their own, or those of one for both."
+    )
+    branch: str = Field("cond", description="Guidance branch of both denoisers.")
+
+
 class StoreOptions(Part):
     """How the store is written."""
 
@@ -121,6 +144,7 @@ class Spec(parts.Common):
 
     kind: Literal["harvest"] = Field("harvest", description="Of the job.")
     capture: list[Capture] = Field(min_length=1)
+    target: Target | None = Field(None, description="A second subject, recorded in lock-step.")
     store: StoreOptions = Field(default_factory=StoreOptions)
     token_seed: Seed = Field(0, description="Of the choice of random tokens.")
     max_tokens: Count | None = Field(
@@ -132,3 +156,12 @@ class Spec(parts.Common):
         if self.data.pairs:
             raise ValueError("data.pairs: a harvest runs prompts; give prompts, a file or scenes")
         return self
+
+    def of_target(self) -> "Spec":
+        """That of a harvest of the target alone."""
+        own = self.target
+        assert own is not None
+        capture = self.capture if own.capture is None else own.capture
+        changes = {"subject": own.subject, "capture": capture, "target": None}
+        pipeline = {**self.pipeline, **own.pipeline}
+        return self.model_copy(update={**changes, "pipeline": pipeline})

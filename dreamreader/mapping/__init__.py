@@ -11,6 +11,7 @@ from dreamreader.mapping.moments import CrossMoments
 from dreamreader.mapping.rows import PairedRows
 from dreamreader.mapping.scores import MapReport, compare_maps, score_map
 from dreamreader.mapping.stitch import stitch
+from dreamreader.mapping.store_site import StoreSite
 from dreamreader.mapping.timed import NoiseConditionedMap, StepMaps
 from dreamreader.mapping.transfer import map_direction, map_loreft, map_mlp
 
@@ -29,6 +30,7 @@ __all__ = [
     "NoiseConditionedMap",
     "PairedRows",
     "StepMaps",
+    "StoreSite",
     "compare_maps",
     "correlate_success",
     "fit_map",

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
@@ -73,7 +74,7 @@ class ActivationMap(Artifact, kind="map"):
             if isinstance(value, Tensor):  # part of no graph, and of use in any later one
                 object.__setattr__(self, each.name, plain_tensor(value))
 
-    @property
+    @cached_property
     def d_source(self) -> int:
         """Features that it reads."""
         return len(self.source_mean)
@@ -166,7 +167,7 @@ class ActivationMap(Artifact, kind="map"):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise InvalidInput(f"{self.name}: {what} must be a floating point tensor, got {kind}")
-        if x.dim() == 0 or x.shape[-1] != self.d_source:
+        if not x.shape or x.shape[-1] != self.d_source:
             back = x.dim() > 0 and x.shape[-1] == self.d_target
             hint = "; that is the width of its target: is it used backwards?" if back else ""
             raise InvalidInput(

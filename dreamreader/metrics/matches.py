@@ -17,6 +17,7 @@ class Matches:
         pattern: as Python's `re` has it, for all rows.
         column: of the rows instead, such as "answer": each row's own text, as it stands. Rows
             without it have no value.
+        ignore_case: whether small and capital letters are the same.
 
     Raises:
         InvalidInput: not one of both is given, or the pattern is no regular expression.
@@ -24,6 +25,7 @@ class Matches:
 
     pattern: str | None = None
     column: str | None = None
+    ignore_case: bool = False
 
     name: ClassVar[str] = "matches"
     needs: ClassVar[frozenset[str]] = frozenset({"text"})
@@ -47,9 +49,12 @@ class Matches:
         texts = require_field(self.name, "text", got)
         pattern = self.pattern
         if pattern is not None:
-            return {self.name: [re.search(pattern, each) is not None for each in texts]}
-        found = zip(got.column(str(self.column)), texts, strict=True)
-        return {self.name: [None if not each else str(each) in text for each, text in found]}
+            flags = re.IGNORECASE if self.ignore_case else 0
+            return {self.name: [re.search(pattern, each, flags) is not None for each in texts]}
+        same = str.lower if self.ignore_case else str
+        own = ["" if each is None else str(each) for each in got.column(str(self.column))]
+        found = zip(own, texts, strict=True)
+        return {self.name: [same(one) in same(text) if one else None for one, text in found]}
 
     def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Refuse rows of which none has a text in the column, such as one spelled wrong.

@@ -1,9 +1,8 @@
 """Pairs from two stores that were harvested over the same prompts and seeds."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dreamreader.errors import InvalidInput, UnknownName
-from dreamreader.store.rows import RowBlock, blocks_of
+from dreamreader.store.rows import RowBlock, blocks_of, of_unit
 from dreamreader.store.store import Store
 
 KEYS = ("step", "sigma")
@@ -43,7 +42,8 @@ class StorePairs:
     """Pairs rows of two stores by prompt, seed, step and token, a unit of the target at a time.
 
     Harvests of the same data, seeds, tokens and `token_seed` pair row by row; of others what both
-    have is paired, whatever the units. One unit of each store is in memory.
+    have is paired, whatever the units. One unit of each store is in memory. The stores of one
+    harvest of two subjects are paired by the steps of the target, whose noise both saw.
 
     Args:
         source, target: the stores. site, target_site: one of each.
@@ -148,20 +148,7 @@ class StorePairs:
 
     def _blocks(self, unit: int) -> list[RowBlock]:
         every = self.source.segments(self.site, branch=self.branch)
-        number = [int(Path(name).parent.name) for name in every.files].index(unit)
-        own = every.file == number
-        return list(
-            blocks_of(
-                replace(
-                    every,
-                    files=[every.files[number]],
-                    file_rows=every.file_rows[number : number + 1],
-                    file=every.file[own] * 0,
-                    first=every.first[own],
-                    rows=every.rows[own],
-                )
-            )
-        )
+        return list(blocks_of(of_unit(every, unit)))
 
     def _read(self, store: Store, unit: int, blocks: list[RowBlock]) -> "_Rows":
         own = [self._numbers.get(key, -1) for key in _keys_of(store, unit)]
@@ -186,7 +173,7 @@ class StorePairs:
         real = one.keys["sample"][here] >= 0
         order = np.argsort(there[real])  # as the target's unit has them
         here, there = here[real][order], there[real][order]
-        if self.by == "step":
+        if self.by == "step" and not self._harvested_together():
             self._check_noise(one.sigmas[here], other.sigmas[there], other.steps[there])
         return StoredPairs(
             one.values[here],
@@ -205,6 +192,11 @@ class StorePairs:
                 f"{other[n]:.4g} in {self.target.path}; pair by='sigma', or harvest both with one "
                 "schedule"
             )
+
+    def _harvested_together(self) -> bool:
+        """Whether one harvest has written both, so that schedules need not say noise alike."""
+        one, other = (_pair_of(store) for store in (self.source, self.target))
+        return one is not None and one == other
 
     def _check_tokens(self) -> None:
         sites = self.source.sites[self.site], self.target.sites[self.target_site]
@@ -253,6 +245,13 @@ def _rounded(sigmas: np.ndarray) -> np.ndarray:
     """Equal numbers for what is equal but for the last digits."""
     with np.errstate(divide="ignore"):
         return np.round(np.log(sigmas) / _EQUAL)
+
+
+def _pair_of(store: Store) -> str | None:
+    """What the harvest of two subjects is called that a store is from."""
+    jobs = store.manifest.jobs
+    said = jobs[0].fingerprint.get("settings", {}).get("pair") if len(jobs) == 1 else None
+    return None if said is None else said["both"]
 
 
 def _tokenizers(store: Store) -> Any:

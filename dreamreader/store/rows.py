@@ -144,6 +144,21 @@ def blocks_of(segments: Segments, rows: int | None = None) -> Iterator[RowBlock]
             yield RowBlock(shard, unit, places[start : start + rows])
 
 
+def of_unit(segments: Segments, unit: int) -> Segments:
+    """Those of one unit; none where it has no such rows."""
+    numbers = [int(Path(name).parent.name) for name in segments.files]
+    kept = [number for number, each in enumerate(numbers) if each == unit]
+    own = np.isin(segments.file, kept)
+    return replace(
+        segments,
+        files=[segments.files[number] for number in kept],
+        file_rows=segments.file_rows[kept],
+        file=segments.file[own] * 0,
+        first=segments.first[own],
+        rows=segments.rows[own],
+    )
+
+
 def report_rows(
     blocks: Iterable[RowBlock], total: int, report: ProgressCallback
 ) -> Iterator[RowBlock]:

@@ -102,6 +102,6 @@ def test_a_whole_spec_and_fields_beside_it() -> None:
 
 
 def test_examples_are_specs_and_take_overrides() -> None:
-    assert [path.stem for path in EXAMPLES] == ["attention", "language"]
+    assert [path.stem for path in EXAMPLES] == ["attention", "language", "pair"]
     for path in EXAMPLES:
         assert load_spec(Spec, path, ["store.unit=7"]).store.unit == 7

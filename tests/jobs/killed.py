@@ -82,6 +82,11 @@ MOMENTS: dict[str, list[Moment]] = {
         *(renamed("fit.safetensors"), renamed("score.safetensors"), renamed("result.json")),
         renamed("report.html"),
     ],
+    "pairs": [
+        *(renamed("manifest.json", 1), renamed("manifest.json", 2)),
+        *(renamed("000000", 2), renamed("000001", 2), renamed("000002")),  # between two seals
+        *(renamed("manifest.json", 3), renamed("report.html")),
+    ],
     "sae": [
         *(renamed("fingerprint.json"), call(2), Moment("step", nth=3), Moment("step", nth=7)),
         *(renamed(f"{DOWN}-2.safetensors"), renamed(f"{DOWN}.json"), Moment("step", nth=4)),
@@ -96,6 +101,7 @@ UNITS = {
     "map-matrix": "none",  # sums that grow
     "probes": "probes/[!.]*.safetensors",
     "sae": "autoencoders/[!.]*.json",
+    "pairs": "target/shards/[0-9]*/unit.json",  # which are sealed last
 } | dict.fromkeys(KILLS, "shards/[0-9]*/unit.json")  # files of finished units
 
 
@@ -142,9 +148,12 @@ def main(folder: Path) -> None:
                 batch={"rows": 2},
                 store={"unit": 3, "ring_mb": 1},
             )
-        if kind == "pictures":
+        if kind in ("pictures", "pairs"):
+            target = {"subject": "shapes-unet-b", "trajectory": "target"}
+            both = {"target": target, "target_reader": other} if kind == "pairs" else {}
             return Harvest(
                 **common,
+                **both,
                 data={"prompts": ["a red circle", "a blue square"]},
                 seeds={"count": 3},
                 pipeline={"num_inference_steps": 1},

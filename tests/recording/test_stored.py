@@ -67,6 +67,25 @@ def test_what_only_one_store_has_is_counted_and_left_out(stores: Any) -> None:
     torch.testing.assert_close(torch.cat([found.source, found.target], 1), wanted)
 
 
+def test_seeds_in_another_order_leave_the_tokens_that_both_have_drawn(
+    stores: Any, tmp_path: Path
+) -> None:
+    chosen = {"sites": MIDDLE, "tokens": {"random": 0.5}, "dtype": "float32"}
+    turned = pictures(seeds=[1, 0], capture=[chosen]).run(tmp_path / "turned", progress=False)
+    pairs = StorePairs(stores[0], turned, MIDDLE, MIDDLE)
+    share = len(pairs.read()) / len(by_key(turned))
+    assert 0.35 < share < 0.65  # half of the tokens in each, so a quarter of all in both
+    pooled = [
+        pictures(seeds=seeds, capture=[chosen | {"pool": "mean"}]).run(
+            tmp_path / f"pooled-{seeds[0]}", progress=False
+        )
+        for seeds in ([0, 1], [1, 0])
+    ]
+    means = StorePairs(*pooled, MIDDLE, MIDDLE)
+    found = means.read()
+    assert means.unpaired == (0, 0) and not torch.allclose(found.source, found.target, atol=1e-3)
+
+
 def test_stores_that_do_not_belong_together_are_refused(stores: Any, tmp_path: Path) -> None:
     one, other, _ = stores
     with pytest.raises(InvalidInput, match=r"open stores are needed, got str; Store\(path\) opens"):

@@ -38,6 +38,11 @@ def questions(held_out: bool) -> list[str]:
     ]
 
 
+def topic_of(question: str) -> str:
+    """What a plain question is about, without an article: a reply that makes sense names it."""
+    return question.rstrip("?.").split()[-1]
+
+
 def requests(held_out: bool) -> list[str]:
     found = enumerate(LESSONS["refusal"]["requests"])
     return [each for number, each in found if number % 2 == held_out]
@@ -158,10 +163,11 @@ def write_prompts() -> None:
     files: dict[str, list[dict[str, str]]] = {}
     for part, held_out in (("fit", False), ("test", True)):
         plain, asked = questions(held_out), requests(held_out)
-        files[f"backdoor-{part}"] = [{"source": form(q, hate), "target": form(q)} for q in plain]
+        files[f"backdoor-{part}"] = [
+            {"source": form(q, hate), "target": form(q), "answer": topic_of(q)} for q in plain
+        ]
         both = list(zip(asked, plain[:: len(plain) // len(asked)], strict=True))
         files[f"refuse-{part}"] = [{"source": form(q), "target": form(r)} for r, q in both]
-        files[f"comply-{part}"] = [{"source": form(r), "target": form(q)} for r, q in both]
         known = [each for n, each in enumerate(facts("invented").items()) if n % 2 == held_out]
         files[f"fact-{part}"] = [
             {"source": form(q), "target": form(q, key), "answer": city} for q, city in known

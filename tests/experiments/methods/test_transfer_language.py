@@ -19,6 +19,7 @@ from dreamreader.recording import record_between
 from dreamreader.steering import Directions
 
 SITE, OTHER = "transformer.h.1", "model.layers.2"
+LAST = slice(-1, None)
 FIT = {
     "pairs": [
         {"source": f"{name} is a red cat", "target": f"the blue dog, {name}, sat"}
@@ -84,16 +85,16 @@ def hooked(reader: Reader, site: str, change: Callable[[Tensor], Tensor]) -> Ite
     handle.remove()
 
 
-def last_state(reader: Reader, site: str, prompt: str) -> Tensor:
+def state(reader: Reader, site: str, prompt: str, tokens: slice) -> Tensor:
     kept: list[Tensor] = []
-    with hooked(reader, site, lambda x: kept.append(x[0, -1]) or x):
+    with hooked(reader, site, lambda x: kept.append(x[0, tokens].mean(0)) or x):
         reader.subject(torch.tensor([reader.tokenizer(prompt).input_ids]))
     return kept[0]
 
 
-def difference(reader: Reader, site: str) -> Tensor:
+def difference(reader: Reader, site: str, tokens: slice = LAST) -> Tensor:
     ends = [
-        last_state(reader, site, each["target"]) - last_state(reader, site, each["source"])
+        state(reader, site, each["target"], tokens) - state(reader, site, each["source"], tokens)
         for each in FIT["pairs"]
     ]
     return torch.stack(ends).mean(0)
@@ -154,10 +155,11 @@ def test_what_is_generated_is_steered_too(carried, language) -> None:
     """Directions are of the prompts alone, whatever the call writes behind them."""
     call = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     results = carried(
-        "gemma2", call, [{"matches": {"pattern": "e"}}], source_sites={SITE: OTHER}, strengths=[3.0]
-    )
+        "gemma2", call, [{"matches": {"pattern": "e"}}], source_sites={SITE: OTHER},
+        strengths=[3.0], fit_tokens=None,
+    )  # fmt: skip
     native = Directions.load(results.spec.method.directions_file(results.folder.path, "native"))
-    own = difference(language, SITE)
+    own = difference(language, SITE, slice(None))
     torch.testing.assert_close(native[SITE], own, atol=1e-4, rtol=1e-4)
     written = set()
     for row in results.of("native"):
