@@ -8,6 +8,7 @@ from typing import Any
 from dreamreader.errors import InvalidInput, UnknownName
 from dreamreader.experiments.job import Job
 from dreamreader.experiments.row import Row, RowBatch
+from dreamreader.metrics.matches import Matches
 from dreamreader.metrics.registry import numbers_of
 from dreamreader.specs.batch import GIB, activation_bytes, duration, rows_that_fit
 
@@ -66,6 +67,9 @@ def make_plan(job: Job, batch: int | None = None, estimates: bool = True) -> Exp
     """
     _check_effect(job)
     job.spec.method.check(job)
+    for metric in job.metrics:
+        if isinstance(metric, Matches):
+            metric.check([row.columns() for row in job.rows])
     sized = estimates or (batch is None and job.spec.batch.rows == "auto")
     with job.pause_counting():
         row_bytes = probe(job) if sized else 0

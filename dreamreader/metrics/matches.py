@@ -1,8 +1,9 @@
 """Whether generated text has a form."""
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from dreamreader.errors import InvalidInput
 from dreamreader.metrics.base import Column, Outputs, require_field
@@ -50,10 +51,19 @@ class Matches:
         if pattern is not None:
             flags = re.IGNORECASE if self.ignore_case else 0
             return {self.name: [re.search(pattern, each, flags) is not None for each in texts]}
-        wanted = got.column(str(self.column))
-        if not any(isinstance(each, str) and each for each in wanted):
-            raise InvalidInput(f"matches: no row has a text in the column {self.column!r}")
         same = str.lower if self.ignore_case else str
-        own = ["" if each is None else str(each) for each in wanted]
+        own = ["" if each is None else str(each) for each in got.column(str(self.column))]
         found = zip(own, texts, strict=True)
         return {self.name: [same(one) in same(text) if one else None for one, text in found]}
+
+    def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse rows of which none has a text in the column, such as one spelled wrong.
+
+        Raises:
+            InvalidInput: says which column was looked for.
+        """
+        if self.column is None:
+            return
+        found = [row.get(self.column) for row in rows]
+        if not any(isinstance(each, str) and each for each in found):
+            raise InvalidInput(f"matches: no row has a text in the column {self.column!r}")

@@ -46,6 +46,8 @@ def best_setting(
 ) -> dict[str, Any]:
     """The setting with the largest mean of a column; the weaker one of equals, then the smaller.
 
+    Rows without a value are left out of the means.
+
     Args:
         names: of the columns that are a setting. where: columns that are fixed.
     """
@@ -55,7 +57,7 @@ def best_setting(
 
     def order(key: tuple[Any, ...]) -> tuple[float, float, float]:
         at = dict(zip(names, key, strict=True))
-        values = [np.nan if row[column] is None else float(row[column]) for row in found[key]]
+        values = [float(row[column]) for row in found[key] if row[column] is not None] or [np.nan]
         size = at.get("rank") or at.get("iterations") or 0
         return float(np.nan_to_num(np.mean(values), nan=-np.inf)), -abs(at["strength"]), -size
 

@@ -64,14 +64,26 @@ class TransferPage(ComparedPage):
     def summary(self) -> list[str]:
         shares = self.shares()
         told = super().summary()
-        return told + [
-            f"  share of the native effect, {name}: {format_interval(share)}"
-            for name, share in shares.items()
-            if name != "native"
-        ]
+        return (
+            told
+            + [
+                f"  share of the native effect, {name}: {format_interval(share)}"
+                for name, share in shares.items()
+                if name != "native"
+            ]
+            + [f"  {each}" for each in self.doubts()]
+        )
+
+    def doubts(self) -> list[str]:
+        """What makes the shares no measure: a native direction that does not raise the effect."""
+        told = {line.label: line.columns[self.effect].value for line in self.lines()}
+        if told["native"] > told["unedited"]:
+            return []
+        return [f"native does not raise {self.effect} at any strength: shares of it say nothing"]
 
     def sections(self) -> list[Section]:
         text = "Every condition at its best setting; shares of what the native direction changes."
+        text = ". ".join([text.rstrip("."), *self.doubts()]) + "."
         pictures = axis_gallery(self.results.where(cell=self.best()["cell"]), "strength", "edited")
         return [
             Section("Transfer", [self._shares(), self.table()], text),

@@ -42,7 +42,15 @@ ROWS = [
 def carried(saved, tmp_path) -> Callable[..., Results]:
     """Runs a transfer into the tiny GPT-2, of itself or another model."""
 
-    def run(source: str = "gpt2", pipeline: Any = None, metrics: Any = None, **changes: Any):
+    def run(
+        source: str = "gpt2",
+        pipeline: Any = None,
+        metrics: Any = None,
+        prompts: Any = ROWS,
+        batch: int = 3,
+        folder: str = "run",
+        **changes: Any,
+    ):
         method = {
             "kind": "transfer",
             "source": saved(source),
@@ -56,12 +64,12 @@ def carried(saved, tmp_path) -> Callable[..., Results]:
         return Experiment(
             name="carried",
             subject=saved("gpt2"),
-            data={"prompts": ROWS},
+            data={"prompts": prompts},
             pipeline=pipeline or {},
             method=method | changes,
             metrics=metrics or ["logit_difference"],
-            batch={"rows": 3},
-        ).run(tmp_path / "run")
+            batch={"rows": batch},
+        ).run(tmp_path / folder)
 
     return run
 
@@ -164,6 +172,38 @@ def test_what_is_generated_is_steered_too(carried, language) -> None:
     assert written != {row["text"] for row in results.of("unedited")}
 
 
+def test_shares_of_a_direction_that_does_harm_are_doubted(carried) -> None:
+    doubted = {}
+    for strength in (0.1, -0.1):
+        results = carried(strengths=[strength], folder=f"at {strength}")
+        rows = {name: results.of(name) for name in ("unedited", "native")}
+        means = {name: sum(r["logit_difference"] for r in own) for name, own in rows.items()}
+        page: Any = page_of(results)
+        line = "  native does not raise logit_difference at any strength: shares of it say nothing"
+        doubted[strength] = line in page.summary()
+        assert doubted[strength] == (means["native"] <= means["unedited"])
+        assert (line.strip() in (results.folder.path / "report.html").read_text()) == (
+            line in page.summary()
+        )
+    assert sorted(doubted.values()) == [False, True]
+
+
+def test_rows_without_a_text_have_no_value_and_no_say_in_the_best_strength(carried) -> None:
+    rows = [{"prompt": "dog"}, {"prompt": "the star is", "answer": ">"}]
+    call = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    results = carried(
+        pipeline=call, metrics=[{"matches": {"column": "answer"}}], prompts=rows, batch=1,
+        strengths=[0.01, 1.0, 2.0],
+    )  # fmt: skip
+    own = {
+        row["strength"]: row["matches"] for row in results.of("native", prompt=rows[1]["prompt"])
+    }
+    assert all(row["matches"] is None for row in results.of("native", prompt="dog"))
+    assert not own[0.01] and any(own.values())
+    page: Any = page_of(results)
+    assert page.best("native")["strength"] == min(at for at, found in own.items() if found)
+
+
 CASES: list[tuple[dict[str, Any], str]] = [
     ({"carry": "loreft"}, "method.carry: loreft is carried between pipelines"),
     ({"trajectory": "target"}, "method.trajectory: latents are of pipelines"),
@@ -174,6 +214,10 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"source": "gemma2", "source_sites": {SITE: OTHER}, "align": "index"}, "choose align='spans'"),
     ({"metrics": ["detector"]}, "detector needs images; the outputs have logits"),
     ({"metrics": [{"matches": {"pattern": "a"}}]}, "matches needs text; the outputs have logits"),
+    (
+        {"metrics": [{"matches": {"column": "anser"}}], "pipeline": {"max_new_tokens": 2}},
+        "matches: no row has a text in the column 'anser'",
+    ),
     ({"fit": {"prompts": ["a cat"]}}, "method.fit: entry '0' has no target prompt"),
 ]  # fmt: skip
 
