@@ -36,7 +36,13 @@ class Matches:
             raise InvalidInput(
                 "matches: give one of pattern, a regular expression, and column, of each row's text"
             )
+        if not isinstance(self.ignore_case, bool):
+            raise InvalidInput(f"matches: ignore_case is true or false, got {self.ignore_case!r}")
         if self.column is not None:
+            if not (isinstance(self.column, str) and self.column):
+                raise InvalidInput(
+                    f"matches: column is a name, such as answer, got {self.column!r}"
+                )
             return
         try:
             re.compile(self.pattern)  # pyright: ignore[reportCallIssue, reportArgumentType]

@@ -59,7 +59,7 @@ def _merge_into_language_model(model: "torch.nn.Module", folder: Path) -> "torch
         try:
             adapted = PeftModel.from_pretrained(model, str(folder))
         except Exception as error:  # whatever PEFT says of shapes and targets
-            raise _foreign(folder, model, first_line(error)) from error
+            raise _foreign(folder, model, _cause(error)) from error
         if strange := sorted(stored ^ set(get_peft_model_state_dict(adapted))):
             where = "the adapter" if strange[0] in stored else "the model"
             raise _foreign(folder, model, f"{strange[0]} is of {where} alone")
@@ -104,6 +104,12 @@ def _count_held(pipe: Any) -> int:
         for each in parts
         for name in each.peft_config
     )
+
+
+def _cause(error: Exception) -> str:
+    """The first line that says something: torch begins a list of weights with a heading."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line and not line.endswith(":")), first_line(error))
 
 
 def _foreign(path: Path, model: Any, why: str) -> InvalidInput:

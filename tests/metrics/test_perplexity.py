@@ -131,6 +131,19 @@ def test_each_row_has_a_text_of_its_own() -> None:
             build({"matches": options})
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"column": 3}, "matches: column is a name, such as answer, got 3"),
+        ({"column": ""}, "matches: column is a name, such as answer, got ''"),
+        ({"pattern": "a", "ignore_case": "no"}, "matches: ignore_case is true or false, got 'no'"),
+    ],
+)
+def test_options_of_another_kind(options, said) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        build({"matches": options})
+
+
 def test_patterns_and_outputs_that_cannot_be_matched() -> None:
     with pytest.raises(InvalidInput, match=r"matches: pattern '\(' is no regular expression: miss"):
         build({"matches": {"pattern": "("}})

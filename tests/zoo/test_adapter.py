@@ -89,6 +89,11 @@ def test_adapters_that_do_not_fit_are_refused(language, adapted, tmp_path) -> No
     _rename(tmp_path / "nan", "", "", float("nan"))
     with pytest.raises(InvalidInput, match="NaN"):
         dr.load(language, adapter=tmp_path / "nan")
+    shutil.copytree(path, tmp_path / "ranks")
+    config = tmp_path / "ranks" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "r": 7}))
+    with pytest.raises(InvalidInput, match="does not fit this LlamaForCausalLM: size mismatch for"):
+        dr.load(language, adapter=tmp_path / "ranks")
     shutil.copytree(path, tmp_path / "broken")
     (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"none")
     with pytest.raises(InvalidInput, match="broken: no adapter of PEFT"):
