@@ -11,7 +11,7 @@ from dreamreader.harvest.capture import Collector
 from dreamreader.harvest.job import HarvestJob, open_job
 from dreamreader.harvest.spec import Spec, Target
 from dreamreader.recording.calls import Calls
-from dreamreader.recording.pairs import in_denoiser
+from dreamreader.recording.pairs import both_in_denoiser, in_denoiser
 from dreamreader.recording.trajectories import DenoiserRuns, pair_calls
 from dreamreader.specs.data import Item
 from dreamreader.specs.subject import is_language, open_subject, with_padding
@@ -92,14 +92,7 @@ def _check_pair(one: HarvestJob, two: HarvestJob, pair: Target) -> None:
             "target: two models write other texts, whose tokens do not belong together; leave "
             "max_new_tokens out, and they read the same prompts"
         )
-    inside = [in_denoiser(each.reader, each.sites) for each in (one, two)]
-    if inside[0] != inside[1]:
-        sites = (one, two) if inside[0] else (two, one)
-        raise InvalidInput(
-            f"target: {sites[0].sites[0]} is in a denoiser, which is called at every step, and "
-            f"{sites[1].sites[0]} is not: their calls have no partners"
-        )
-    if not inside[0]:
+    if not both_in_denoiser((one.reader, one.sites), (two.reader, two.sites)):
         if (pair.schedule, pair.trajectory) != ("equal", "own"):
             raise InvalidInput(
                 f"target: schedule {pair.schedule!r} and trajectory {pair.trajectory!r} are for "

@@ -23,9 +23,9 @@ from dreamreader.recording.calls import row_seeds
 from dreamreader.recording.labelled import mean_over_tokens
 from dreamreader.recording.pairs import (
     Pairs,
+    both_in_denoiser,
     check_pairs,
     check_prompts,
-    in_denoiser,
     number_prompts,
     outside,
     replay_calls,
@@ -135,15 +135,9 @@ def record_between(
             f"skip={skip} leaves out pairs of tokens of two language models, and there are none"
         )
     numbers = row_seeds(seeds, len(one.prompts))
-    inside = [in_denoiser(each.reader, each.sites) for each in (one, two)]
-    if inside[0] != inside[1]:
-        sites_of = (one, two) if inside[0] else (two, one)
-        raise InvalidInput(
-            f"{sites_of[0].sites[0]} is in a denoiser, which is called at every step, and "
-            f"{sites_of[1].sites[0]} is not: their calls have no partners"
-        )
+    inside = both_in_denoiser((one.reader, one.sites), (two.reader, two.sites))
     groups = number_prompts(prompts, other)
-    if inside[0]:
+    if inside:
         _check_places(align, one, two)
         runs = DenoiserRuns(
             (source, target), (one.prompts, two.prompts), (one.arguments, two.arguments), numbers,

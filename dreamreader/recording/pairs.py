@@ -291,6 +291,22 @@ def in_denoiser(reader: Reader, names: Sequence[str]) -> bool:
     return bool(inside)
 
 
+def both_in_denoiser(one: tuple[Reader, Sequence[str]], two: tuple[Reader, Sequence[str]]) -> bool:
+    """Whether the sites of two readers are in their denoisers.
+
+    Raises:
+        InvalidInput: those of one are, and those of the other are not.
+    """
+    inside = [in_denoiser(reader, names) for reader, names in (one, two)]
+    if inside[0] != inside[1]:
+        (_, called), (_, once) = (one, two) if inside[0] else (two, one)
+        raise InvalidInput(
+            f"{called[0]} is in a denoiser, which is called at every step, and {once[0]} is not: "
+            "their calls have no partners"
+        )
+    return inside[0]
+
+
 def replay_calls(
     reader: Reader,
     calls: Calls,
