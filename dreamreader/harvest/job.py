@@ -18,6 +18,7 @@ from dreamreader.harvest.spec import Capture, Spec, TokenChoice
 from dreamreader.specs.data import Item
 from dreamreader.specs.subject import (
     call_settings,
+    forward_settings,
     is_language,
     open_subject,
     steps_of,
@@ -87,8 +88,7 @@ class HarvestJob:
         head = model.get_output_embeddings()  # pyright: ignore
         homes = [name for name, module in self.reader.modules.items() if module is head]
         read = any(site.startswith(home) for home in homes for site in self.sites)
-        takes = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-        return {**({"logits_to_keep": 1} if takes and not read else {}), **self.settings}
+        return {**({} if read else forward_settings(self.reader)), **self.settings}
 
     @cached_property
     def _early_stop(self) -> EarlyStop | None:

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from dreamreader.engine import Reader
+from dreamreader.engine import Reader, innermost
 from dreamreader.specs.call import check_call, check_generate
 from dreamreader.specs.parts import Subject
 
@@ -51,7 +51,7 @@ def forward_settings(reader: Reader) -> dict[str, Any]:
 
     Logits of the last position alone: those of all positions may take more than all else.
     """
-    known = inspect.signature(reader.subject.forward).parameters
+    known = inspect.signature(type(innermost(reader.subject)).forward).parameters
     return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
 
