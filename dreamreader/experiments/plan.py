@@ -67,9 +67,6 @@ def make_plan(job: Job, batch: int | None = None, estimates: bool = True) -> Exp
     """
     _check_effect(job)
     job.spec.method.check(job)
-    for metric in job.metrics:
-        if isinstance(metric, Matches):
-            metric.check([row.columns() for row in job.rows])
     sized = estimates or (batch is None and job.spec.batch.rows == "auto")
     with job.pause_counting():
         row_bytes = probe(job) if sized else 0
@@ -77,6 +74,9 @@ def make_plan(job: Job, batch: int | None = None, estimates: bool = True) -> Exp
         seconds = time_of_row(job, min(job.batch, len(job.rows))) if estimates else 0.0
     rows = job.rows
     _check_axes(rows)
+    for metric in job.metrics:
+        if isinstance(metric, Matches):
+            metric.check([row.columns() for row in rows])
     conditions: dict[str, int] = {}
     for row in rows:
         conditions[row.condition] = conditions.get(row.condition, 0) + 1
